@@ -1,0 +1,43 @@
+# Each target makes .venv first, with plain `python3 -m venv` and pip, if that has not been done for these pins.
+PYTHON ?= python3
+# Processes among which pytest divides the tests.
+WORKERS ?= 2
+# Where the machine has an NVIDIA driver, CuPy comes too, for the CUDA of torch's own build.
+EXTRAS ?= dev$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-cpu test-gpu lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/hw3gpu verify
+	$(BIN)/hw3gpu train
+
+# Both legs run whatever the first one finds.
+test: $(INSTALLED)
+	@cpu=0; gpu=0; \
+	$(MAKE) --no-print-directory test-cpu || cpu=1; \
+	$(MAKE) --no-print-directory test-gpu || gpu=1; \
+	if [ $$cpu$$gpu != 00 ]; then echo "make test: failed (cpu kernels: $$cpu, Triton kernels: $$gpu)"; exit 1; fi
+
+test-cpu: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(WORKERS) --kernels cpu
+
+# On a GPU where there is one, else in Triton's interpreter.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(WORKERS) --kernels gpu
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist out *.egg-info

@@ -1,0 +1,56 @@
+"""Training components with Triton kernels on the GPU and Numba kernels on the CPU, validated against NumPy in float64.
+
+The array functions here take NumPy, CuPy or torch arrays. `hw3gpu.functional` and `hw3gpu.nn` are the PyTorch side; they load
+on first use, and with them torch. Importing this package loads none of torch, triton, cupy and numba.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ._arrays import BackendError, use_backend
+from .batch_norm import BatchNorm, BatchNormGradients, batch_norm, batch_norm_backward
+from .points import moments, points_with_moments
+from .shapes import conv2d_output_shape
+from .softmax import (
+    SoftmaxCrossEntropy,
+    cross_entropy,
+    softmax,
+    softmax_backward,
+    softmax_cross_entropy,
+    softmax_jacobian,
+)
+from .trace import TraceMinimum, minimize_trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BatchNorm",
+    "BatchNormGradients",
+    "SoftmaxCrossEntropy",
+    "TraceMinimum",
+    "batch_norm",
+    "batch_norm_backward",
+    "conv2d_output_shape",
+    "cross_entropy",
+    "functional",
+    "minimize_trace",
+    "moments",
+    "nn",
+    "points_with_moments",
+    "softmax",
+    "softmax_backward",
+    "softmax_cross_entropy",
+    "softmax_jacobian",
+    "use_backend",
+]
+
+_ON_FIRST_USE = ("functional", "nn")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_FIRST_USE:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,239 @@
+"""NumPy, CuPy and torch arrays in and out, and the choice of kernels.
+
+A public function asks here three things: what kind of array it was given (`kind`), which kernels run for it (`backend`),
+and how those kernels see it (`kernel_view`). The GPU kernels take torch tensors, the CPU kernels NumPy arrays; every
+view shares the caller's memory. NumPy has no arithmetic on bfloat16 and Numba none on float16, so the CPU kernels take
+the bits: bfloat16 as `uint16`, float16 as `int16`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+Array = Any
+
+BACKENDS = ("auto", "gpu", "cpu")
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("hw3gpu_backend", default=None)
+_ACCUMULATE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+
+
+class BackendError(RuntimeError):
+    """The kernels that `HW3GPU_BACKEND` or `use_backend` ask for cannot run on the arrays given."""
+
+
+# ---------------------------------------------------------------------------------------------- kinds and dtypes
+def kind(x: Array, name: str) -> str:
+    """'numpy', 'cupy' or 'torch'; TypeError, naming the argument, for anything else. Imports none of them."""
+    if isinstance(x, np.ndarray):
+        return "numpy"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return "torch"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return "cupy"
+    raise TypeError(f"{name}: expected a NumPy, CuPy or torch array, got {type(x).__module__}.{type(x).__qualname__}")
+
+
+def same_kind(x: Array, name: str, other: Array, other_name: str) -> None:
+    """TypeError unless both are NumPy, both CuPy or both torch arrays."""
+    got, expected = kind(x, name), kind(other, other_name)
+    if got != expected:
+        raise TypeError(f"{name}: expected a {expected} array, as {other_name} is, got a {got} array")
+
+
+def dtype_name(x: Array) -> str:
+    """'float32', 'bfloat16', 'int64', … for an array of any kind."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def accumulate_dtype(x: Array) -> str:
+    """The dtype in which the kernels accumulate for `x` and keep its statistics: float32, or float64 for float64."""
+    return _ACCUMULATE[dtype_name(x)]
+
+
+# ---------------------------------------------------------------------------------------------- which kernels run
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the kernels inside a `with` block: 'gpu' (Triton), 'cpu' (Numba) or 'auto' (by where the array lives).
+
+    Overrides the environment variable HW3GPU_BACKEND, for this thread and context only. Raises ValueError for another
+    name; a choice that the arrays of a call cannot honour raises `BackendError` in that call.
+    """
+    token = _forced.set(_known_backend(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _known_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def requested_backend() -> str:
+    """What `use_backend` or HW3GPU_BACKEND asks for; 'auto' when neither does."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    name = os.environ.get("HW3GPU_BACKEND")
+    return _known_backend(name, "HW3GPU_BACKEND") if name else "auto"
+
+
+def on_host(x: Array) -> bool:
+    """True for NumPy arrays and torch CPU tensors."""
+    return isinstance(x, np.ndarray) or (hasattr(x, "is_cpu") and x.is_cpu)
+
+
+def backend(x: Array) -> str:
+    """'gpu' or 'cpu': which kernels run for `x`. A forced choice that cannot be honoured raises `BackendError`."""
+    requested = requested_backend()
+    host = on_host(x)
+    if requested == "auto":
+        return "cpu" if host else "gpu"
+    if requested == "cpu" and not host:
+        raise BackendError("backend 'cpu' was asked for, but the array lives on a GPU: copy it to the host first")
+    if requested == "gpu":
+        why_not = gpu_refusal("cpu" if host else "cuda")
+        if why_not:
+            raise BackendError(f"backend 'gpu' was asked for, but {why_not}")
+    return requested
+
+
+def gpu_refusal(device_type: str) -> str | None:
+    """Why the Triton kernels cannot run on arrays of this device type ('cpu', 'cuda'), or None when they can."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if triton.knobs.runtime.interpret:
+        return None
+    try:
+        device = triton.runtime.driver.active.get_active_torch_device()
+    except RuntimeError as error:
+        return f"Triton finds no GPU driver ({error}), and TRITON_INTERPRET=1 was not set before Triton was imported"
+    if device.type != device_type:
+        return f"the active Triton driver launches on '{device.type}' arrays and this array is on '{device_type}'"
+    return None
+
+
+def kernels(room: str, which: str) -> ModuleType:
+    """The module `hw3gpu.kernels.<which>.<room>`, imported when first asked for."""
+    return importlib.import_module(f"hw3gpu.kernels.{which}.{room}")
+
+
+def launch(room: str, name: str, like: Array, *operands: Array | None, **options: Any) -> None:
+    """Runs the launcher `name` of `kernels(room)` where `like` lives, on views of the operands."""
+    which = backend(like)
+    launcher = getattr(kernels(room, which), name)
+    with launch_scope(like):
+        launcher(*(None if x is None else kernel_view(x, which) for x in operands), **options)
+
+
+@contextlib.contextmanager
+def launch_scope(x: Array) -> Iterator[None]:
+    """Launches inside run on the stream on which the caller of a CuPy array queues its work; nothing else changes."""
+    if type(x).__module__.partition(".")[0] != "cupy":
+        yield
+        return
+    import cupy
+    import torch
+
+    stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr, device=x.device.id)
+    with torch.cuda.stream(stream):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------- views and outputs
+def kernel_view(x: Array, which: str) -> Array:
+    """`x` as the `which` kernels take it: a torch tensor ('gpu') or a NumPy array, halves as bits ('cpu')."""
+    return _host_view(x) if which == "cpu" else _torch_view(x)
+
+
+def _host_view(x: Array) -> np.ndarray:
+    if not isinstance(x, np.ndarray):
+        import torch
+
+        x = x.detach()
+        if x.dtype == torch.bfloat16:
+            return x.view(torch.uint16).numpy()
+        x = x.numpy()
+    return x.view(np.int16) if x.dtype == np.float16 else x
+
+
+def _torch_view(x: Array) -> Array:
+    import torch
+
+    if isinstance(x, np.ndarray):
+        # torch has neither negative strides nor read-only memory
+        plain = x.flags.writeable and all(stride >= 0 for stride in x.strides)
+        return torch.from_numpy(x if plain else x.copy())
+    if isinstance(x, torch.Tensor):
+        return x.detach()
+    return torch.from_dlpack(x)
+
+
+def fold(x: Array, axis: int | None) -> Array:
+    """`x` as (outer, x.shape[axis], inner), the axes before and after `axis` merged; (1, 1, size) for `axis=None`.
+
+    A view wherever one stride can describe the merged axes (contiguous, channels-last, slices of the outermost axis or
+    of `axis`); otherwise a contiguous copy.
+    """
+    if axis is None:
+        return x.reshape(1, 1, _size(x.shape))
+    shape = tuple(x.shape)
+    axis %= len(shape)
+    return x.reshape(_size(shape[:axis]), shape[axis], _size(shape[axis + 1 :]))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def output_like(x: Array, axis: int | None) -> tuple[Array, Array]:
+    """An uninitialised array of `x`'s kind, dtype, device and layout, and its `fold` about `axis`, a view of it."""
+    xp = namespace(x)
+    out = xp.empty_like(x)
+    folded = fold(out, axis)
+    if _address(folded) != _address(out):
+        out = empty(tuple(x.shape), dtype_name(x), x)
+        folded = fold(out, axis)
+    return out, folded
+
+
+def namespace(x: Array) -> ModuleType:
+    """numpy, cupy or torch: the module whose functions take `x`."""
+    return sys.modules[type(x).__module__.partition(".")[0]]
+
+
+def _address(x: Array) -> int:
+    return x.data_ptr() if hasattr(x, "data_ptr") else x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
+
+
+def empty(shape: tuple[int, ...], dtype: str, like: Array) -> Array:
+    """An uninitialised array of `like`'s kind and device."""
+    xp = namespace(like)
+    if hasattr(like, "is_cpu"):
+        return xp.empty(shape, dtype=getattr(xp, dtype), device=like.device)
+    return xp.empty(shape, dtype)
+
+
+def cast(x: Array, dtype: str) -> Array:
+    """`x` in another dtype; itself where it has that dtype already."""
+    if dtype_name(x) == dtype:
+        return x
+    return x.to(getattr(namespace(x), dtype)) if hasattr(x, "is_cpu") else x.astype(dtype)

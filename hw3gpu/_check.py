@@ -1,0 +1,86 @@
+"""Every argument check and its message: the argument, what was expected, what came.
+
+The checks look at `.shape`, `.ndim` and the name of `.dtype` alone, which NumPy, CuPy and torch arrays share, and run before
+anything is allocated. `TypeError` for kinds and dtypes, `ValueError` for shapes and values.
+"""
+
+from __future__ import annotations
+
+from operator import index
+from typing import Any
+
+import numpy as np
+
+Array = Any
+
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+INTEGER = ("uint8", "int8", "int16", "int32", "int64")
+
+
+def _dtype(x: Array) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def shape_of(x: Array) -> str:
+    """A shape as it stands in a message: '(32, 3, 28, 28)'."""
+    return str(tuple(x.shape))
+
+
+def floating(x: Array, name: str, allowed: tuple[str, ...] = FLOATING) -> None:
+    """TypeError unless `x` holds one of the floating dtypes `allowed`."""
+    if _dtype(x) not in allowed:
+        raise TypeError(f"{name}: expected dtype {', '.join(allowed)}, got {_dtype(x)}")
+
+
+def integer(x: Array, name: str) -> None:
+    """TypeError unless `x` holds integer classes."""
+    if _dtype(x) not in INTEGER:
+        raise TypeError(f"{name}: expected integer classes ({', '.join(INTEGER)}), got {_dtype(x)}")
+
+
+def same_dtype(x: Array, name: str, other: Array, other_name: str) -> None:
+    """TypeError unless both arrays have one dtype."""
+    if _dtype(x) != _dtype(other):
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {_dtype(other)}, got {_dtype(x)}")
+
+
+def same_shape(x: Array, name: str, other: Array, other_name: str) -> None:
+    """ValueError unless both arrays have one shape."""
+    if tuple(x.shape) != tuple(other.shape):
+        raise ValueError(f"{name}: expected the shape of {other_name}, {shape_of(other)}, got {shape_of(x)}")
+
+
+def shape(x: Array, name: str, expected: tuple[int, ...], meaning: str) -> None:
+    """ValueError unless `x` has exactly the shape `expected`; `meaning` says what its sizes stand for."""
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {tuple(expected)} ({meaning}), got {shape_of(x)}")
+
+
+def rank_at_least(x: Array, name: str, least: int, meaning: str) -> None:
+    """ValueError unless `x` has `least` axes or more."""
+    if x.ndim < least:
+        raise ValueError(f"{name}: expected at least {least} axes ({meaning}), got shape {shape_of(x)}")
+
+
+def integer_value(value: Any, name: str) -> int:
+    """`value` as an int; TypeError for floats, booleans and everything else that is not an integer."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})") from None
+
+
+def axis(value: Any, name: str, x: Array, x_name: str) -> int:
+    """The axis of `x` that `value` names, counted from the front."""
+    i = integer_value(value, name)
+    if not -x.ndim <= i < x.ndim:
+        raise ValueError(f"{name}: expected an axis of {x_name} with shape {shape_of(x)}, got {i}")
+    return i % x.ndim
+
+
+def positive(value: float, name: str) -> None:
+    """ValueError unless `value` is a finite number above zero."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")

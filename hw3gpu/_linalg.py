@@ -1,0 +1,241 @@
+"""The ground of `points` and `trace`: one array namespace for NumPy, CuPy and torch, and symmetric eigenproblems on it.
+
+NumPy arrays and torch CPU tensors are computed on by NumPy (and LAPACK), through views that share the caller's memory;
+CuPy arrays and torch CUDA tensors by CuPy, on the caller's device and stream. `numerics` gives the namespace,
+`symmetric` checks and scales a matrix, `eigh` and `eigh_range` solve.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from . import _arrays, _check
+
+Array = Any
+
+REAL = ("float32", "float64")
+COMPLEX = ("complex64", "complex128")
+_REAL_OF = {"complex64": "float32", "complex128": "float64"}
+# Σ may differ from its (conjugate) transpose by this many units of its dtype's eps, times its largest entry.
+SYMMETRY_TOLERANCE = 1000.0
+# cuSOLVER's batched solvers count their workspace in 32 bits.
+_GPU_BATCH_ELEMENTS = 2**26
+
+
+# ---------------------------------------------------------------------------------------------------- the namespace
+@dataclass(frozen=True)
+class Numerics:
+    """Where the arrays of one call are computed on: `xp` is NumPy or CuPy, `like` the caller's array."""
+
+    xp: ModuleType
+    like: Array
+
+    def read(self, x: Array, dtype: str | None = None) -> Array:
+        """`x` as an array of `xp`; a view of the caller's memory unless `dtype` asks for another dtype."""
+        if _arrays.kind(x, "x") == "torch":
+            x = x.detach().resolve_conj().resolve_neg()
+            x = x.numpy() if self.xp is np else self.xp.from_dlpack(x)
+        return x if dtype is None else x.astype(dtype, copy=False)
+
+    def give(self, a: Array, dtype: str) -> Array:
+        """`a` in the caller's kind of array and on its device, rounded once to `dtype`; NumPy scalars for 0 axes."""
+        a = self.xp.asarray(a, dtype=dtype)
+        if _arrays.kind(self.like, "like") != "torch":
+            return a[()] if self.xp is np else a
+        import torch
+
+        return torch.from_numpy(a if a.flags.writeable else a.copy()) if self.xp is np else torch.from_dlpack(a)
+
+    def host(self, a: Array) -> np.ndarray:
+        """`a` in NumPy."""
+        return np.asarray(a) if self.xp is np else self.xp.asnumpy(a)
+
+
+@contextlib.contextmanager
+def numerics(x: Array, name: str) -> Iterator[Numerics]:
+    """The `Numerics` for the array `x`; inside the block CuPy uses its device and the caller's stream.
+
+    Raises `BackendError` when `x` lives on a GPU and CuPy, or a library that it loads, cannot be used there.
+    """
+    kind = _arrays.kind(x, name)
+    if _arrays.on_host(x):
+        yield Numerics(np, x)
+        return
+    if kind == "torch" and x.device.type != "cuda":
+        raise TypeError(f"{name}: expected a tensor on a CPU or CUDA device, got {x.device}")
+    unusable: tuple[type[Exception], ...] = (ImportError,)
+    try:
+        import cupy
+        import cupyx
+
+        unusable = (ImportError, cupy.cuda.runtime.CUDARuntimeError)
+        with contextlib.ExitStack() as stack:
+            if kind == "torch":
+                import torch
+
+                stack.enter_context(cupy.cuda.Device(x.device.index))
+                stream = torch.cuda.current_stream(x.device)
+                stack.enter_context(cupy.cuda.ExternalStream(stream.cuda_stream, x.device.index))
+            else:
+                stack.enter_context(x.device)
+            stack.enter_context(cupyx.errstate(linalg="raise"))  # the default, "ignore", never looks at devInfo
+            yield Numerics(cupy, x)
+    except unusable as error:
+        raise _arrays.BackendError(
+            f"{name}: arrays on a GPU are solved by CuPy, which cannot be used here ({type(error).__name__}: {error}); "
+            "pip install 'hw3gpu[cuda12]' or 'hw3gpu[cuda13]' brings it, the NVIDIA driver is the machine's"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+def check_dtype(x: Array, name: str, allowed: tuple[str, ...]) -> str:
+    """The name of `x`'s dtype; TypeError, with the reason for half precision, unless it is among `allowed`."""
+    dtype = _arrays.dtype_name(x)
+    if dtype in ("float16", "bfloat16"):
+        bits = {"float16": 11, "bfloat16": 8}[dtype]
+        raise TypeError(
+            f"{name}: expected dtype {', '.join(allowed)}, got {dtype}, whose {bits} bits lose every eigenvalue below "
+            f"2^-{bits} of the largest: convert to float32 or float64 first"
+        )
+    if dtype not in allowed:
+        raise TypeError(f"{name}: expected dtype {', '.join(allowed)}, got {dtype}")
+    return dtype
+
+
+def check_square(x: Array, name: str, meaning: str = "(..., m, m)") -> int:
+    """m of a stack of square matrices, m ≥ 1."""
+    _check.rank_at_least(x, name, 2, meaning)
+    m = int(x.shape[-1])
+    if int(x.shape[-2]) != m or m < 1:
+        raise ValueError(f"{name}: expected square matrices {meaning} with m >= 1, got shape {_check.shape_of(x)}")
+    return m
+
+
+def check_finite(ns: Numerics, a: Array, name: str) -> None:
+    """ValueError, naming the first entry, when `a` holds NaN or an infinity."""
+    if a.size and not bool(ns.xp.isfinite(a).all()):
+        bad = ~np.isfinite(ns.host(a))
+        where = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
+        entry = ns.host(a)[where]
+        raise ValueError(f"{name}: expected finite values, got {entry} at {list(where)} ({int(bad.sum())} not finite)")
+
+
+def eps(dtype: str) -> float:
+    """The distance from 1 to the next number of `dtype`."""
+    return float(np.finfo(dtype).eps)
+
+
+def real_dtype(dtype: str) -> str:
+    """The dtype of the eigenvalues of a matrix of `dtype`."""
+    return _REAL_OF.get(dtype, dtype)
+
+
+def adjoint(a: Array) -> Array:
+    """Aᵀ, or Aᴴ for complex A, of a stack of matrices."""
+    a = a.swapaxes(-1, -2)
+    return a.conj() if a.dtype.kind == "c" else a
+
+
+@dataclass(frozen=True)
+class Symmetric:
+    """A stack of symmetric matrices s = scale · Σ, where `scale` (...), a power of two, puts max |s_ij| in [1/2, 1).
+
+    `s` is the library's own memory. Powers of two change no digit, and at this size no square over- or underflows.
+    """
+
+    s: Array
+    scale: Array
+
+
+def symmetric(ns: Numerics, x: Array, name: str, dtype: str) -> Symmetric:
+    """Check `x` (..., m, m) for NaN, infinities and asymmetry, take the symmetric part, scale and convert to `dtype`.
+
+    ValueError when |Σ - Σᵀ| exceeds `SYMMETRY_TOLERANCE` · eps · max |Σ| anywhere, with eps of the dtype of `x`.
+    """
+    xp = ns.xp
+    a = ns.read(x)
+    check_finite(ns, a, name)
+    asymmetry = abs(a - adjoint(a)).max(axis=(-2, -1))
+    largest = abs(a).max(axis=(-2, -1))
+    tolerance = SYMMETRY_TOLERANCE * eps(str(a.dtype))
+    excess = ns.host(asymmetry > largest * tolerance)
+    if excess.any():
+        at = int(np.argmax(excess))
+        found, size = float(ns.host(asymmetry).flat[at]), float(ns.host(largest).flat[at])
+        kind = "a Hermitian" if a.dtype.kind == "c" else "a symmetric"
+        raise ValueError(
+            f"{name}: expected {kind} matrix, got max |A - A^T| = {found:.3g} where max |A| = {size:.3g}: "
+            f"{found / size:.3g} of it, and {tolerance:.3g} is allowed"
+        )
+    info = np.finfo(real_dtype(dtype))
+    exponent = xp.clip(-xp.frexp(largest.astype("float64"))[1], info.minexp, info.maxexp - 1)
+    scale = xp.ldexp(xp.ones(exponent.shape, "float64"), exponent)
+    s = a.astype(dtype, copy=False) * scale.astype(real_dtype(dtype))[..., None, None]
+    if bool(xp.any(asymmetry > 0)):
+        s = (s + adjoint(s)) / 2
+    return Symmetric(s, scale)
+
+
+# --------------------------------------------------------------------------------------------------------- solvers
+def eigh(ns: Numerics, s: Array) -> tuple[Array, Array]:
+    """All eigenvalues (..., m), ascending, and eigenvectors (..., m, m), in columns, by `xp.linalg.eigh` (syevd).
+
+    A zero matrix gives 0 and unit vectors, whatever the solver makes of it. LinAlgError when it does not converge.
+    """
+    xp, m = ns.xp, s.shape[-1]
+    zero = ~xp.any(s != 0, axis=(-2, -1))
+    if bool(xp.any(zero)):
+        s = xp.where(zero[..., None, None], xp.diag(xp.arange(m, dtype=s.dtype)), s)
+    if xp is np or s.ndim == 2:
+        values, vectors = xp.linalg.eigh(s)
+    else:
+        values, vectors = _eigh_chunked(xp, s)
+    if not bool(xp.isfinite(values).all() and xp.isfinite(vectors).all()):
+        raise np.linalg.LinAlgError("the eigensolver returned values that are not finite")
+    return xp.where(zero[..., None], xp.zeros_like(values), values), vectors
+
+
+def _eigh_chunked(xp: ModuleType, s: Array) -> tuple[Array, Array]:
+    """`xp.linalg.eigh` of a stack, so many matrices at a time that a 32-bit workspace holds them."""
+    m = s.shape[-1]
+    flat = s.reshape(-1, m, m)
+    values = xp.empty(flat.shape[:-1], real_dtype(str(s.dtype)))
+    vectors = xp.empty_like(flat)
+    step = max(1, _GPU_BATCH_ELEMENTS // (m * m))
+    for start in range(0, flat.shape[0], step):
+        part = slice(start, start + step)
+        values[part], vectors[part] = xp.linalg.eigh(flat[part])
+    return values.reshape(s.shape[:-1]), vectors.reshape(s.shape)
+
+
+def eigh_range(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` smallest eigenvalues and their eigenvectors of matrices on the host, by LAPACK's syevr (heevr)."""
+    from scipy.linalg import eigh as scipy_eigh
+
+    if s.ndim > 2:
+        values = np.empty((*s.shape[:-2], count), real_dtype(str(s.dtype)))
+        vectors = np.empty((*s.shape[:-1], count), s.dtype)
+        for i in np.ndindex(s.shape[:-2]):
+            values[i], vectors[i] = eigh_range(s[i], count)
+        return values, vectors
+    # LAPACK wants columns: a row-major symmetric matrix is its own transpose, a Hermitian one its conjugate's
+    columns = s if s.flags.f_contiguous else adjoint(s)
+    values, vectors = scipy_eigh(columns, lower=True, subset_by_index=(0, count - 1), driver="evr", check_finite=False)
+    # within clusters its vectors are orthogonal to some 1e3 eps; one Newton-Schulz step towards the polar factor squares that
+    return values, vectors @ (1.5 * np.eye(count, dtype=s.dtype) - 0.5 * (adjoint(vectors) @ vectors))
+
+
+def fix_signs(ns: Numerics, vectors: Array) -> Array:
+    """Each column turned (by ±1, or a phase) so that its entry of largest modulus, the first of equals, is positive."""
+    xp = ns.xp
+    at = xp.argmax(abs(vectors), axis=-2)
+    pivot = xp.take_along_axis(vectors, at[..., None, :], axis=-2)
+    size = abs(pivot)
+    unit = xp.where(size > 0, pivot.conj() / xp.where(size > 0, size, 1), xp.ones_like(pivot))
+    return vectors * unit

@@ -1,0 +1,305 @@
+"""PyTorch functions with the signatures, defaults and semantics of `torch.nn.functional`, on this library's kernels.
+
+Tensors on the CPU run the Numba kernels, CUDA tensors the Triton kernels (see `hw3gpu.use_backend`). Half precision
+accumulates in float32 and is rounded once. Formulas: docs/derivations.md, sections 2 and 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _arrays, _check
+
+__all__ = ["batch_norm", "cross_entropy", "softmax"]
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+def _tensor(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
+
+
+def _floating_tensor(x: Tensor, name: str) -> None:
+    _tensor(x, name)
+    _check.floating(x, name)
+
+
+def _accumulate_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _graph_is_needed(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# ---------------------------------------------------------------------------------------------- batch normalisation
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, training, momentum, eps):
+        y, mean, rstd = _batch_norm_forward(x, weight, bias, running_mean, running_var, training, momentum, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.training = training
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx, dx_folded = _arrays.output_like(x, 1)
+        dgamma, dbeta = torch.empty_like(rstd), torch.empty_like(rstd)
+        name = "backward" if ctx.training else "inference_backward"
+        _arrays.launch(
+            "batch_norm", name, x, _arrays.fold(dy, 1), _arrays.fold(x, 1), mean, rstd, weight, dx_folded, dgamma, dbeta
+        )
+        dweight = dgamma.to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dbias = dbeta.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return dx, dweight, dbias, None, None, None, None, None
+
+
+def _batch_norm_forward(x, weight, bias, running_mean, running_var, training, momentum, eps):
+    y, y_folded = _arrays.output_like(x, 1)
+    acc = _accumulate_dtype(x)
+    C = x.shape[1]
+    mean = torch.empty((2, C), dtype=acc, device=x.device)
+    if training:
+        var, rstd = torch.empty((2, C), dtype=acc, device=x.device)
+        _arrays.launch(
+            "batch_norm", "forward", x, _arrays.fold(x, 1), weight, bias, y_folded, mean, var, rstd,
+            running_mean, running_var, eps=eps, momentum=momentum,
+        )  # fmt: skip
+    else:
+        mean[0] = running_mean
+        mean[1] = 0
+        rstd = (running_var.to(acc) + eps).rsqrt()
+        _arrays.launch("batch_norm", "normalize", x, _arrays.fold(x, 1), mean, rstd, weight, bias, y_folded)
+    return y, mean, rstd
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`: (N, C, …) normalised per channel, over the batch or by the running statistics.
+
+    input: (N, C, …) of float16, bfloat16, float32 or float64, of any strides; the result has its layout. weight, bias,
+    running_mean, running_var: (C,) of any floating dtype (float32 beside half precision), or None. In training the running
+    statistics are updated in place: r <- (1 - momentum) r + momentum · new, the new variance with m/(m - 1).
+
+    Raises TypeError for kinds and dtypes; ValueError for shapes, for a single value per channel in training, and for missing
+    running statistics in evaluation. A second derivative raises RuntimeError.
+    """
+    _batch_norm_arguments(input, running_mean, running_var, weight, bias, training, eps)
+    if input.numel() == 0:
+        return _empty_batch_norm(input, weight, bias)
+    momentum = 0.0 if momentum is None else momentum
+    if _graph_is_needed(input, weight, bias):
+        return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    return _batch_norm_forward(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
+
+
+def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, eps):
+    _floating_tensor(x, "input")
+    if x.dim() < 2:
+        raise ValueError(f"input: expected (N, C, …), at least 2 axes, got shape {_check.shape_of(x)}")
+    C = x.shape[1]
+    named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
+    for name, v in named:
+        if v is not None:
+            _floating_tensor(v, name)
+            _check.shape(v, name, (C,), "one number per channel of input")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("running_mean and running_var: expected both in evaluation (training=False), got None")
+    if training and C and x.numel() == C:
+        raise ValueError(f"input: expected more than 1 value per channel when training, got shape {_check.shape_of(x)}")
+
+
+def _empty_batch_norm(x, weight, bias):
+    """The graph stays whole: gradients of an empty batch are empty or zero."""
+    y = x.clone()
+    for v in (weight, bias):
+        if v is not None:
+            y = y + 0 * v.sum().to(x.dtype)
+    return y
+
+
+# ---------------------------------------------------------------------------------------------- softmax
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, dim):
+        y = _softmax_forward(z, dim)
+        ctx.save_for_backward(y)
+        ctx.dim = dim
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        dz, dz_folded = _arrays.output_like(y, ctx.dim)
+        _arrays.launch("softmax", "backward", y, _arrays.fold(dy, ctx.dim), _arrays.fold(y, ctx.dim), dz_folded)
+        return dz, None
+
+
+def _softmax_forward(z, dim):
+    y, y_folded = _arrays.output_like(z, dim)
+    _arrays.launch("softmax", "forward", z, _arrays.fold(z, dim), y_folded)
+    return y
+
+
+def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """`torch.nn.functional.softmax`: exp(z) / Σ exp(z) along `dim`.
+
+    input: float16, bfloat16, float32 or float64, of any shape and strides. dtype: cast to it first. Raises TypeError for
+    kinds and dtypes, IndexError for a `dim` that input does not have. A second derivative raises RuntimeError.
+    """
+    _tensor(input, "input")
+    z = input if dtype is None else input.to(dtype)
+    _check.floating(z, "input")
+    if dim is None:
+        dim = torch.nn.functional._get_softmax_dim("softmax", z.dim(), _stacklevel)
+    if z.dim() == 0:
+        return softmax(z.reshape(1), dim).reshape(())
+    if not -z.dim() <= dim < z.dim():
+        raise IndexError(f"dim: expected an axis of input with shape {_check.shape_of(z)}, got {dim}")
+    return _Softmax.apply(z, dim) if _graph_is_needed(z) else _softmax_forward(z, dim)
+
+
+# ---------------------------------------------------------------------------------------------- cross entropy
+class _CrossEntropy(torch.autograd.Function):
+    """Forward reads the logits once and keeps three numbers a row; backward reads them once and writes the gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, ignore_index, reduction, label_smoothing):
+        z, t = _rows(logits, target)
+        N, _, S = z.shape
+        acc = _accumulate_dtype(logits)
+        loss = torch.empty((N, S), dtype=acc, device=z.device)
+        stats = torch.empty((3, N, S), dtype=acc, device=z.device)
+        invalid = torch.full((1,), N * S, dtype=torch.int64, device=z.device)
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        _arrays.launch("cross_entropy", "forward", z, z, t, weight, loss, stats, invalid, **options)
+        if t.dim() == 2 and _arrays.on_host(z) and int(invalid) < N * S:
+            row = int(invalid)
+            raise IndexError(
+                f"target: expected classes in 0…{z.shape[1] - 1} or ignore_index {ignore_index}, "
+                f"got {int(t.reshape(-1)[row])} in row {row}"
+            )
+        result, denominator = _reduced(loss, t, weight, reduction, ignore_index)
+        if reduction == "none":
+            result = result.reshape(_loss_shape(logits))
+        ctx.save_for_backward(logits, target, weight, stats, denominator)
+        ctx.options, ctx.reduction = options, reduction
+        return result.to(logits.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        logits, target, weight, stats, denominator = ctx.saved_tensors
+        z, t = _rows(logits, target)
+        upstream = upstream.reshape(z.shape[0], z.shape[2]) if ctx.reduction == "none" else upstream.expand(stats.shape[1:])
+        dlogits = dtarget = None
+        if ctx.needs_input_grad[0]:
+            dlogits, dz = _arrays.output_like(logits, min(logits.dim() - 1, 1))
+            dz = dz if logits.dim() > 1 else dz.reshape(z.shape)
+            _arrays.launch(
+                "cross_entropy", "backward", z, z, t, weight, stats, upstream, denominator, dz, **ctx.options
+            )  # fmt: skip
+        if ctx.needs_input_grad[1]:
+            dtarget = _target_gradient(z, weight, stats, upstream, denominator, ctx.options["label_smoothing"])
+            dtarget = dtarget.reshape(target.shape).to(target.dtype)
+        return dlogits, dtarget, None, None, None, None
+
+
+def _rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits as (N, V, S) and targets as (N, S) or (N, V, S)."""
+    z = _arrays.fold(logits, min(logits.dim() - 1, 1))
+    if target.dim() == logits.dim():
+        return z, _arrays.fold(target, min(logits.dim() - 1, 1))
+    return z, target.reshape(z.shape[0], z.shape[2])
+
+
+def _loss_shape(logits: Tensor) -> tuple[int, ...]:
+    return (*logits.shape[:1], *logits.shape[2:]) if logits.dim() > 1 else ()
+
+
+def _reduced(loss, target, weight, reduction, ignore_index):
+    """The loss after its reduction, and what its gradient is divided by (None for 1)."""
+    if reduction == "none":
+        return loss, None
+    total, denominator = torch.empty((2, 1), dtype=loss.dtype, device=loss.device)
+    _arrays.launch("cross_entropy", "reduce", loss, loss, target, weight, total, denominator, ignore_index=ignore_index)
+    if reduction == "sum":
+        return total[0], None
+    return (total / denominator)[0], denominator
+
+
+def _target_gradient(z, weight, stats, upstream, denominator, label_smoothing):
+    """∂loss/∂y_c = -w_c (1 - ε) log p_c for soft targets."""
+    log_p = (z.to(stats.dtype) - stats[0][:, None]) - stats[1][:, None]
+    scale = upstream.to(stats.dtype)[:, None] * (label_smoothing - 1)
+    if denominator is not None:
+        scale = scale / denominator
+    if weight is not None:
+        scale = scale * weight.to(stats.dtype)[None, :, None]
+    return scale * log_p
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`torch.nn.functional.cross_entropy`: softmax cross entropy of logits with classes or class probabilities.
+
+    input: logits (C,), (N, C) or (N, C, d1, …) of float16, bfloat16, float32 or float64, of any strides. target: integer
+    classes (), (N,) or (N, d1, …), `ignore_index` among them, or probabilities of input's shape. weight: (C,) class weights.
+    The loss has input's dtype; it and the gradient are computed in float32 for half precision.
+
+    Raises TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a class out of range. On a GPU
+    nothing waits for the device: a row whose class is out of range gives NaN. A second derivative raises RuntimeError.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    weight = _cross_entropy_arguments(input, target, weight, reduction, label_smoothing)
+    return _CrossEntropy.apply(input, target, weight, ignore_index, reduction, float(label_smoothing))
+
+
+def _cross_entropy_arguments(z, target, weight, reduction, label_smoothing):
+    """Checks every argument; the class weights in the kernels' dtype."""
+    _floating_tensor(z, "input")
+    _tensor(target, "target")
+    if z.dim() == 0:
+        raise ValueError("input: expected (C,), (N, C) or (N, C, d1, …), got shape ()")
+    C = z.shape[min(z.dim() - 1, 1)]
+    if target.is_floating_point():
+        _check.floating(target, "target")
+        _check.same_shape(target, "target", z, "input")
+    else:
+        _check.integer(target, "target")
+        _check.shape(target, "target", _loss_shape(z), "one class per row of input")
+    if weight is not None:
+        _floating_tensor(weight, "weight")
+        _check.shape(weight, "weight", (C,), "one weight per class")
+        weight = weight.detach().to(_accumulate_dtype(z)).contiguous()
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+    return weight

@@ -1,0 +1,428 @@
+"""The answer sheet: every result of the assignment in NumPy float64, formula by formula.
+
+Each function converts its arguments to float64, evaluates the formula as docs/derivations.md states it and returns
+float64: no fusing, no reordering, no sharing of work. It is slow on purpose, and it is the judge of every kernel. So
+that a float64 kernel is not charged with the judge's own rounding, sections 2 and 3 are evaluated in NumPy's longdouble
+(80 bits on x86; elsewhere it may be no wider than float64) and rounded once.
+
+The letters are the assignment's: ``m`` values x_1…x_m of one variable in batch normalisation, ``N`` classes in the
+softmax, ``n`` points x_1…x_n in R^m. Numbers in parentheses are the tags of docs/derivations.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "BatchNorm",
+    "BatchNormGradients",
+    "BatchNormInferenceGradients",
+    "CrossEntropyWithOptions",
+    "Moments",
+    "SoftmaxCrossEntropy",
+    "TraceMinimum",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_inference",
+    "batch_norm_inference_backward",
+    "conv2d_output_shape",
+    "cross_entropy",
+    "cross_entropy_with_options",
+    "helmert",
+    "log_sum_exp",
+    "minimize_trace",
+    "moments",
+    "points_with_moments",
+    "softmax",
+    "softmax_backward",
+    "softmax_cross_entropy",
+    "softmax_jacobian",
+]
+
+Array = NDArray[np.float64]
+Extended = NDArray[np.longdouble]
+
+# 0/0, log 0 and overflow mean here what IEEE 754 says they do: a NaN or an infinity in the answer, no warning.
+_ieee = np.errstate(divide="ignore", invalid="ignore", over="ignore")
+
+
+def _float64(array: Any) -> Array:
+    return np.asarray(array, dtype=np.float64)
+
+
+def _extended(array: Any) -> Extended:
+    return _float64(array).astype(np.longdouble)
+
+
+# Convolution: docs/derivations.md, section 1 -----------------------------------------------------------------------
+
+
+def conv2d_output_shape(
+    input_shape: Any, output_channels: int, kernel_size: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1
+) -> tuple[int, int, int, int]:
+    """(B, W, H, C_in) to (B, W', H', C_out), (1.2): a pair's first entry belongs to W, its second to H."""
+    b, w, h, _ = (int(size) for size in input_shape)
+    (k1, k2), (s1, s2), (p1, p2), (d1, d2) = (
+        (int(entry) for entry in np.broadcast_to(pair, 2)) for pair in (kernel_size, stride, padding, dilation)
+    )
+    w_out = (w + 2 * p1 - d1 * (k1 - 1) - 1) // s1 + 1
+    h_out = (h + 2 * p2 - d2 * (k2 - 1) - 1) // s2 + 1
+    return b, w_out, h_out, int(output_channels)
+
+
+# Batch normalisation: docs/derivations.md, section 2 ---------------------------------------------------------------
+
+
+class BatchNorm(NamedTuple):
+    """``y`` and ``x_hat`` of the shape of ``x``; ``mean``, ``var`` (1/m) and ``rstd`` (C,), or () for one variable."""
+
+    y: Array
+    mean: Array
+    var: Array
+    rstd: Array
+    x_hat: Array
+
+
+class BatchNormGradients(NamedTuple):
+    """Derivatives of the loss: ``dx`` and ``dx_hat`` of the shape of ``x``, the others (C,), or () for one variable."""
+
+    dx: Array
+    dgamma: Array
+    dbeta: Array
+    dvar: Array
+    dmean: Array
+    dx_hat: Array
+
+
+class BatchNormInferenceGradients(NamedTuple):
+    """Derivatives of the loss where the statistics are constants."""
+
+    dx: Array
+    dgamma: Array
+    dbeta: Array
+
+
+def _per_channel(x: Array, channel_axis: int | None) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """The axes a channel sums over, the shape that lays a (C,) vector along ``x``, and m, the values in a channel."""
+    if channel_axis is None:
+        return tuple(range(x.ndim)), (1,) * x.ndim, x.size
+    channel = range(x.ndim)[channel_axis]
+    axes = tuple(axis for axis in range(x.ndim) if axis != channel)
+    shape = tuple(-1 if axis == channel else 1 for axis in range(x.ndim))
+    m = int(np.prod([x.shape[axis] for axis in axes], dtype=np.int64))
+    return axes, shape, m
+
+
+@_ieee
+def batch_norm(
+    x: Any, gamma: Any = None, beta: Any = None, *, eps: float = 1e-5, channel_axis: int | None = 1
+) -> BatchNorm:
+    """Normalise over a mini-batch, (2.1) to (2.4).
+
+    ``channel_axis=None`` takes all elements of ``x`` as the values x_1…x_m of one variable; ``gamma`` and ``beta`` are
+    then scalars, and (C,) otherwise. None stands for gamma = 1 and beta = 0. With m = 0 the statistics are NaN.
+    """
+    x = _extended(x)
+    axes, shape, m = _per_channel(x, channel_axis)
+    gamma = _extended(1.0 if gamma is None else gamma)
+    beta = _extended(0.0 if beta is None else beta)
+    mean = np.asarray(np.sum(x, axis=axes) / m)
+    centred = x - mean.reshape(shape)
+    var = np.asarray(np.sum(centred**2, axis=axes) / m)
+    rstd = np.asarray(1.0 / np.sqrt(var + eps))
+    x_hat = centred * rstd.reshape(shape)
+    y = gamma.reshape(shape) * x_hat + beta.reshape(shape)
+    return BatchNorm(*map(_float64, (y, mean, var, rstd, x_hat)))
+
+
+@_ieee
+def batch_norm_backward(
+    dy: Any,
+    x: Any,
+    mean: Any,
+    var: Any,
+    gamma: Any = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int | None = 1,
+) -> BatchNormGradients:
+    """The gradients of batch normalisation by the chain of the assignment, (2.5) to (2.10).
+
+    ``mean`` and ``var`` are those the forward pass returned; ``dy`` is ∂ℓ/∂y, of the shape of ``x``.
+    """
+    dy, x, mean, var = map(_extended, (dy, x, mean, var))
+    axes, shape, m = _per_channel(x, channel_axis)
+    gamma = _extended(1.0 if gamma is None else gamma).reshape(shape)
+    centred = x - mean.reshape(shape)
+    rstd = 1.0 / np.sqrt(var + eps)
+    x_hat = centred * rstd.reshape(shape)
+
+    dx_hat = dy * gamma
+    dvar = np.sum(dx_hat * centred, axis=axes) * -0.5 * (var + eps) ** -1.5
+    dmean = np.sum(-dx_hat * rstd.reshape(shape), axis=axes) + dvar * np.sum(-2.0 * centred, axis=axes) / m
+    dvar, dmean = np.asarray(dvar), np.asarray(dmean)
+    dx = dx_hat * rstd.reshape(shape) + dvar.reshape(shape) * 2.0 * centred / m + dmean.reshape(shape) / m
+    dgamma = np.sum(dy * x_hat, axis=axes)
+    dbeta = np.sum(dy, axis=axes)
+    return BatchNormGradients(*map(_float64, (dx, dgamma, dbeta, dvar, dmean, dx_hat)))
+
+
+@_ieee
+def batch_norm_inference(
+    x: Any,
+    mean: Any,
+    var: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    eps: float = 1e-5,
+    channel_axis: int | None = 1,
+) -> Array:
+    """y = gamma (x − mean) / sqrt(var + eps) + beta with given statistics (2.14)."""
+    x, mean, var = map(_extended, (x, mean, var))
+    _, shape, _ = _per_channel(x, channel_axis)
+    gamma = _extended(1.0 if gamma is None else gamma)
+    beta = _extended(0.0 if beta is None else beta)
+    x_hat = (x - mean.reshape(shape)) / np.sqrt(var + eps).reshape(shape)
+    return _float64(gamma.reshape(shape) * x_hat + beta.reshape(shape))
+
+
+@_ieee
+def batch_norm_inference_backward(
+    dy: Any,
+    x: Any,
+    mean: Any,
+    var: Any,
+    gamma: Any = None,
+    eps: float = 1e-5,
+    channel_axis: int | None = 1,
+) -> BatchNormInferenceGradients:
+    """The gradients where ``mean`` and ``var`` do not depend on ``x`` (2.15)."""
+    dy, x, mean, var = map(_extended, (dy, x, mean, var))
+    axes, shape, _ = _per_channel(x, channel_axis)
+    gamma = _extended(1.0 if gamma is None else gamma)
+    rstd = (1.0 / np.sqrt(var + eps)).reshape(shape)
+    x_hat = (x - mean.reshape(shape)) * rstd
+    dx = dy * gamma.reshape(shape) * rstd
+    dgamma, dbeta = np.sum(dy * x_hat, axis=axes), np.sum(dy, axis=axes)
+    return BatchNormInferenceGradients(*map(_float64, (dx, dgamma, dbeta)))
+
+
+# Softmax and cross entropy: docs/derivations.md, section 3 ---------------------------------------------------------
+
+
+class SoftmaxCrossEntropy(NamedTuple):
+    """``loss`` per row, of the leading shape of z; ``dz`` of the shape of z."""
+
+    loss: Array
+    dz: Array
+
+
+class CrossEntropyWithOptions(NamedTuple):
+    """``loss`` as reduced; ``dlogits`` of the shape of the logits."""
+
+    loss: Array
+    dlogits: Array
+
+
+def _log_sum_exp(z: Extended, axis: int) -> Extended:
+    shift = np.max(z, axis=axis, keepdims=True, initial=-np.inf)
+    shift = np.where(np.isneginf(shift), 0.0, shift)
+    return shift + np.log(np.sum(np.exp(z - shift), axis=axis, keepdims=True))
+
+
+def _softmax(z: Extended, axis: int) -> Extended:
+    shift = np.max(z, axis=axis, keepdims=True, initial=-np.inf)
+    exponentials = np.exp(z - shift)
+    return exponentials / np.sum(exponentials, axis=axis, keepdims=True)
+
+
+@_ieee
+def log_sum_exp(z: Any, axis: int = -1) -> Array:
+    """log Σ_k exp z_k over ``axis``, kept with length 1, shifted by the maximum (3.3). All −inf gives −inf."""
+    return _float64(_log_sum_exp(_extended(z), axis))
+
+
+@_ieee
+def softmax(z: Any, axis: int = -1) -> Array:
+    """S_j = exp z_j / Σ_k exp z_k over ``axis`` (3.1), shifted by the maximum (3.2).
+
+    A logit of −inf has probability 0; a row of −inf alone, or one that holds +inf or NaN, has no softmax and gives NaN.
+    """
+    return _float64(_softmax(_extended(z), axis))
+
+
+@_ieee
+def softmax_backward(dy: Any, y: Any, axis: int = -1) -> Array:
+    """∂ℓ/∂z from ``dy`` = ∂ℓ/∂S and ``y`` = S(z): y (dy − Σ_j dy_j y_j) (3.5)."""
+    dy, y = _extended(dy), _extended(y)
+    return _float64(y * (dy - np.sum(dy * y, axis=axis, keepdims=True)))
+
+
+@_ieee
+def softmax_jacobian(z: Any) -> Array:
+    """∂S_i/∂z_j = S_i (δ_ij − S_j) (3.4), of shape (…, N, N) for z of shape (…, N)."""
+    s = _softmax(_extended(z), -1)
+    delta = np.eye(s.shape[-1])
+    return _float64(s[..., :, None] * (delta - s[..., None, :]))
+
+
+@_ieee
+def cross_entropy(y: Any, y_hat: Any) -> Array:
+    """L(y, ŷ) = −Σ_i y_i log ŷ_i over the last axis (3.6), with 0 · log 0 = 0."""
+    y, y_hat = np.broadcast_arrays(_extended(y), _extended(y_hat))
+    terms = np.where((y == 0.0) & (y_hat == 0.0), 0.0, y * np.log(y_hat))
+    return _float64(0.0 - np.sum(terms, axis=-1))
+
+
+def _one_hot(classes: Any, n_classes: int) -> Extended:
+    """The unit vectors of integer ``classes`` (…): shape (…, N)."""
+    classes = np.asarray(classes)
+    if not np.issubdtype(classes.dtype, np.integer):
+        raise TypeError(f"classes must be integers, got dtype {classes.dtype}")
+    if np.any((classes < 0) | (classes >= n_classes)):
+        raise ValueError(f"classes must lie in 0…{n_classes - 1}, got {classes.min()}…{classes.max()}")
+    return _extended(np.arange(n_classes) == classes[..., None])
+
+
+def _weighted_loss(q: Extended, z: Extended) -> Extended:
+    """Σ_c q_c (lse − z_c) over the last axis (3.11), where a class of weight 0 and logit −inf adds 0."""
+    terms = np.where((q == 0.0) & np.isneginf(z), 0.0, q * (_log_sum_exp(z, -1) - z))
+    return np.asarray(np.sum(terms, axis=-1))
+
+
+@_ieee
+def softmax_cross_entropy(z: Any, y: Any) -> SoftmaxCrossEntropy:
+    """L(y, S(z)) for each row and ∂L/∂z = ŷ Σ_i y_i − y (3.8), over the last axis.
+
+    ``y`` is an array of vectors of the shape of ``z`` (…, N), whatever their sum, or of integer classes (…).
+    """
+    z = _extended(z)
+    y = _extended(y) if np.shape(y) == z.shape else _one_hot(y, z.shape[-1])
+    y_hat = _softmax(z, -1)
+    dz = y_hat * np.sum(y, axis=-1, keepdims=True) - y
+    return SoftmaxCrossEntropy(_float64(_weighted_loss(y, z)), _float64(dz))
+
+
+@_ieee
+def cross_entropy_with_options(
+    logits: Any,
+    target: Any,
+    weight: Any = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    upstream: Any = None,
+) -> CrossEntropyWithOptions:
+    """The loss of ``torch.nn.functional.cross_entropy`` and its gradient, (3.10) to (3.14).
+
+    ``logits`` (V,) or (N, V, d1, …); ``target`` integer classes (…) without the class axis, or probabilities of the
+    shape of ``logits``; ``weight`` (V,). A row's loss is Σ_c q_c (lse − z_c), q_c = w_c ((1 − ε) y_c + ε/V); rows whose
+    class is ``ignore_index`` have q = 0. "mean" divides by Σ w_target over the rows kept for classes, and by the number
+    of rows for probabilities. ``upstream`` is ∂ℓ/∂loss, of the shape of the loss, 1 if None.
+    One thing differs from PyTorch: a class with q_c = 0 and logit −inf adds 0, where PyTorch's 0 · inf may give NaN.
+    """
+    logits = _extended(logits)
+    target = np.asarray(target)
+    class_axis = 1 if logits.ndim > 1 else 0
+    z = np.moveaxis(logits, class_axis, -1)
+    n_classes = z.shape[-1]
+    w = np.ones(n_classes, np.longdouble) if weight is None else _extended(weight)
+
+    hard = np.issubdtype(target.dtype, np.integer)
+    if hard:
+        kept = target != ignore_index
+        y = _one_hot(np.where(kept, target, 0), n_classes)
+        divisor = np.sum(np.where(kept, np.sum(w * y, axis=-1), 0.0))
+    else:
+        kept = np.ones(z.shape[:-1], dtype=bool)
+        y = np.moveaxis(_extended(target), class_axis, -1)
+        divisor = np.longdouble(kept.size)
+
+    q = w * ((1.0 - label_smoothing) * y + label_smoothing / n_classes)
+    loss = np.where(kept, _weighted_loss(q, z), 0.0)
+    dz = _softmax(z, -1) * np.sum(q, axis=-1, keepdims=True) - q
+
+    scale = _extended(1.0 if upstream is None else upstream)
+    if reduction == "mean":
+        loss, scale = np.sum(loss) / divisor, scale / divisor
+    elif reduction == "sum":
+        loss = np.sum(loss)
+    elif reduction != "none":
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    scale = np.broadcast_to(scale, kept.shape)
+    dz = np.where(kept[..., None], scale[..., None] * dz, 0.0)
+    return CrossEntropyWithOptions(_float64(loss), _float64(np.moveaxis(dz, -1, class_axis)))
+
+
+# Points with given moments: docs/derivations.md, section 4 ---------------------------------------------------------
+
+
+class Moments(NamedTuple):
+    """``mean`` (m,) and ``covariance`` (m, m), both with 1/n."""
+
+    mean: Array
+    covariance: Array
+
+
+def helmert(n: int, r: int) -> Array:
+    """H (n, r), r < n, with Hᵀ H = I and Hᵀ 1 = 0 (4.4): column j holds j ones, then −j, over sqrt(j (j + 1))."""
+    h = np.zeros((n, r))
+    for j in range(1, r + 1):
+        h[:j, j - 1] = 1.0
+        h[j, j - 1] = -float(j)
+        h[:, j - 1] /= np.sqrt(j * (j + 1.0))
+    return h
+
+
+def points_with_moments(mean: Any, covariance: Any, n: int | None = None) -> Array:
+    """Points X (n, m), one a row, whose mean is μ and whose 1/n covariance is Σ: X = 1 μᵀ + sqrt(n) H Aᵀ (4.5).
+
+    A (m, r) holds the eigenvectors of Σ times the roots of its eigenvalues; those not above m ε max |λ| count as zero,
+    with ε float64's. ``n`` is rank(Σ) + 1 if None, and cannot be less.
+    """
+    mean, covariance = _float64(mean), _float64(covariance)
+    eigenvalues, q = np.linalg.eigh(covariance)
+    positive = eigenvalues > len(mean) * np.finfo(np.float64).eps * np.max(np.abs(eigenvalues), initial=0.0)
+    a = q[:, positive] * np.sqrt(eigenvalues[positive])
+    r = a.shape[1]
+    n = r + 1 if n is None else n
+    if n < r + 1:
+        raise ValueError(f"n must be at least rank(covariance) + 1 = {r + 1}, got {n}")
+    return mean + np.sqrt(n) * helmert(n, r) @ a.T
+
+
+def moments(points: Any) -> Moments:
+    """μ = (1/n) Σ x_i and Σ = (1/n) Σ (x_i − μ)(x_i − μ)ᵀ of points (n, m) (4.1)."""
+    x = _float64(points)
+    n = x.shape[0]
+    mean = np.sum(x, axis=0) / n
+    centred = x - mean
+    return Moments(mean, centred.T @ centred / n)
+
+
+# The trace problem: docs/derivations.md, section 5 -----------------------------------------------------------------
+
+
+class TraceMinimum(NamedTuple):
+    """``phi`` (m, k), ``value`` (), and all m ``eigenvalues`` of the covariance, ascending."""
+
+    phi: Array
+    value: Array
+    eigenvalues: Array
+
+
+def minimize_trace(covariance: Any, k: int) -> TraceMinimum:
+    """Minimise Trace(Φᵀ Σ Φ) over Φᵀ Φ = I_k (5.3): Φ holds eigenvectors of the k smallest eigenvalues.
+
+    Σ (m, m) is symmetric, indefinite or not, and 1 ≤ k ≤ m. ``eigenvalues`` are all m of them, not the first k.
+    """
+    sigma = _float64(covariance)
+    if not 1 <= k <= sigma.shape[-1]:
+        raise ValueError(f"k must lie in 1…{sigma.shape[-1]}, got {k}")
+    eigenvalues, q = np.linalg.eigh(sigma)
+    phi = q[:, :k]
+    value = np.trace(phi.T @ sigma @ phi)
+    return TraceMinimum(phi, np.asarray(value), eigenvalues)

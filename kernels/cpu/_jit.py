@@ -1,0 +1,106 @@
+"""How the CPU kernels are compiled, and where what was compiled is kept.
+
+`kernel` compiles a function that a launcher calls: it runs without the GIL and is cached on disk. `inline` compiles a
+helper, which becomes part of the kernels that call it. Numba's own cache looks at the file a function stands in and
+nowhere else, so a kernel would outlive a change of its helpers; here the cache folder carries the hash of every source
+file of `kernels/cpu`. A folder that cannot be written costs the time to compile, never an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core import config
+from numba.core.caching import FunctionCache, _CacheLocator
+
+# `contract` lets a multiply and an add become one fused operation. Flags that reorder sums go with the few helpers that
+# want it; `nnan` and `ninf` with none, since inputs carry NaN and infinities.
+_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+
+
+def inline(function: Callable[..., Any]) -> Any:
+    """Compile a helper into whatever calls it."""
+    return numba.njit(forceinline=True, **_OPTIONS)(function)
+
+
+def reduction(function: Callable[..., Any]) -> Any:
+    """As `inline`, and the sums that `function` itself writes may be taken in any order, fixed when it is compiled."""
+    options = {**_OPTIONS, "fastmath": {"contract", "reassoc", "nsz"}}
+    return numba.njit(forceinline=True, **options)(function)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile on the first call for each set of types, without the GIL, cached on disk where that is possible."""
+    dispatcher = numba.njit(**_OPTIONS)(function)
+    if cache_folder() is not None:
+        dispatcher._cache = _KernelCache(function)
+    return dispatcher
+
+
+@functools.cache
+def cache_folder() -> str | None:
+    """Where compiled kernels are kept: under NUMBA_CACHE_DIR, else the user's cache folder; None if not writable."""
+    if config.CACHE_DIR:
+        base = Path(config.CACHE_DIR)
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hw3gpu"
+    folder = base / f"kernels-cpu-{source_hash()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return None
+    return str(folder)
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of the sources of `kernels/cpu`."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+class _Locator(_CacheLocator):
+    """Tells Numba's cache the folder above. The folder's name is the stamp, so that no entry can be stale."""
+
+    def __init__(self, function: Callable[..., Any], source: str) -> None:
+        self._py_file = source
+
+    @classmethod
+    def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _Locator:
+        return cls(py_func, py_file)
+
+    def get_cache_path(self) -> str | None:
+        return cache_folder()
+
+    def get_source_stamp(self) -> str:
+        return source_hash()
+
+    def get_disambiguator(self) -> str:
+        return "hw3gpu"
+
+
+class _KernelCacheImpl(FunctionCache._impl_class):  # type: ignore[name-defined]
+    _locator_classes = (_Locator,)
+
+
+class _KernelCache(FunctionCache):
+    _impl_class = _KernelCacheImpl
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        with contextlib.suppress(OSError, EOFError):
+            return super().load_overload(sig, target_context)
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)

@@ -1,0 +1,58 @@
+"""What the row-wise kernels share: which rows a program owns, the online maximum and sum, and how tensors are walked."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _tile
+from .plan import row_mode
+
+ACC = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.float32, torch.float16: tl.float32}
+
+
+@triton.jit
+def program_rows(S, tiles, BLOCK_R: tl.constexpr):
+    """(n, s) of the rows of this program, s of shape (BLOCK_R, 1)."""
+    pid = tl.program_id(0).to(tl.int64)
+    return pid // tiles, (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+
+
+@triton.jit
+def finite_base(m):
+    """What to subtract: m, but 0 for a row that has seen only -inf, whose z - m would be NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def online_max_sum(m, total, z):
+    """The row's maximum m and total = Σ exp(z - m) after one more tile."""
+    m_new = tl.maximum(m, tl.max(z, axis=1)[:, None])
+    base = finite_base(m_new)
+    return m_new, total * tl.exp(m - base) + tl.sum(tl.exp(z - base), axis=1)[:, None]
+
+
+def rows_along_s(x: torch.Tensor) -> torch.Tensor:
+    """(N, V, 1) seen as (1, V, N), and (N, 1) as (1, N): a program's rows are always neighbours along the last axis."""
+    return x.transpose(0, -1) if x.shape[-1] == 1 else x
+
+
+def end_of(x: torch.Tensor) -> int:
+    """One past the last element that `x` reaches from its pointer."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def run_mode(axis: int, *tensors: torch.Tensor) -> int:
+    """`plan.row_mode` of three-axis tensors walked together along `axis`; the first sets the width of an access."""
+    x = tensors[0]
+    if any(t.stride(axis) != x.stride(axis) or t.element_size() < x.element_size() for t in tensors):
+        return _tile.STRIDED.value
+    others = [i for i in range(3) if i != axis]
+    steps = [tuple(t.stride(i) for i in others if t.shape[i] > 1) for t in tensors]
+    return row_mode([t.data_ptr() for t in tensors], x.element_size(), x.shape[axis], x.stride(axis), steps)
+
+
+def follower_mode(axis: int, lead: torch.Tensor, x: torch.Tensor) -> int:
+    """MODE of `x` in a kernel whose lanes count from the shift of `lead`."""
+    if run_mode(axis, lead) == _tile.SHIFTED.value:
+        return run_mode(axis, lead, x)
+    return _tile.ALIGNED.value if run_mode(axis, x) == _tile.ALIGNED.value else _tile.STRIDED.value

@@ -1,0 +1,502 @@
+"""Batch normalisation of (N, C, S), each channel over its m = N·S values.
+
+    forward   μ = Σ x / m,  σ² = Σ (x - μ)² / m,  rstd = 1/√(σ² + ε),  x̂ = (x - μ) rstd,  y = γ x̂ + β
+    backward  dβ = Σ dy,  dγ = Σ dy x̂,  dx = γ rstd (dy - dβ/m - x̂ dγ/m)
+    running   r <- (1 - momentum) r + momentum · new,  the new variance being σ² m/(m - 1)
+    source    docs/derivations.md, section 2
+    bytes     a channel block in one tile: forward read x, write y; backward read x, read dy, write dx.
+              longer: x (and dy) are read twice, the second time from the far end back, where the cache still has them.
+
+μ is kept as two floats, mean[0] + mean[1], so that a mean of 1e4 with a spread of 1 costs no digits of x - μ. Each tile is
+summed about the mean of those before it (Chan's merge): a sum of squares about a value this near never cancels. Squares
+are scaled by α², a power of two near 1/m, so that values near 1e18 do not overflow. Tiles are (channels, samples, lanes).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _tile
+from ._rows import ACC, end_of, follower_mode, run_mode
+from .plan import next_power_of_2, plan_batch_norm, plan_channels, split_float
+
+
+@triton.jit
+def _place(c, tile, N, C, S, lane_blocks, stride_n, stride_c,
+           BLOCK_N: tl.constexpr, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """(n, offset, shift, lo, hi) of one tile of the channels c: its samples, its first lane, and the lanes that hold values."""
+    n = ((tile // lane_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :, None]
+    offset = (tile % lane_blocks).to(tl.int64) * LANES
+    shift = _tile.row_shift(n * stride_n + c * stride_c, MODE, GROUP)
+    lo, hi = _tile.span(shift, offset, S, (n < N) & (c < C), LANES)
+    return n, offset, shift, lo, hi
+
+
+@triton.jit
+def _fetch(ptr, c, n, offset, shift, lo, hi, end, stride_n, stride_c, stride_s,
+           LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """The tile's values, 0 in the lanes that hold none."""
+    base = _tile.lane_zero(n * stride_n + c * stride_c, shift, offset, stride_s, MODE, GROUP)
+    return _tile.load(ptr, base, tl.arange(0, LANES)[None, None, :], lo, hi, end, stride_s, 0.0, MODE, GROUP)
+
+
+@triton.jit
+def _put(ptr, x, c, n, offset, shift, lo, hi, stride_n, stride_c, stride_s,
+         LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    base = _tile.lane_zero(n * stride_n + c * stride_c, shift, offset, stride_s, MODE, GROUP)
+    _tile.store(ptr, base, tl.arange(0, LANES)[None, None, :], lo, hi, x, stride_s, MODE, GROUP)
+
+
+@triton.jit
+def _inside(lo, hi, LANES: tl.constexpr):
+    lane = tl.arange(0, LANES)[None, None, :]
+    return (lane >= lo) & (lane < hi)
+
+
+@triton.jit
+def _per_channel(x):
+    """Σ over samples and lanes, one number a channel."""
+    return tl.sum(tl.sum(x, axis=2), axis=1)[:, None, None]
+
+
+@triton.jit
+def _vector(ptr, c, C, default: tl.constexpr, ACC: tl.constexpr):
+    """γ or β of the channels, `default` where there is none."""
+    if ptr is None:
+        v = tl.full(c.shape, default, ACC)
+    else:
+        v = tl.load(ptr + c, mask=c < C, other=0.0).to(ACC)
+    return v
+
+
+@triton.jit
+def _first_moments(x, inside, origin, alpha):
+    """(hi, lo, M2, count) of the first tile. `origin`, a value of each channel, makes a constant channel exact."""
+    count = _per_channel(tl.where(inside, 1.0, 0.0).to(x.dtype))
+    safe = tl.maximum(count, 1.0)
+    centre = origin + _per_channel(tl.where(inside, x - origin, 0.0)) / safe
+    d = tl.where(inside, x - centre, 0.0)
+    lo = _per_channel(d) / safe
+    M2 = _per_channel((alpha * d) * (alpha * d)) - safe * (alpha * lo) * (alpha * lo)
+    hi = centre + lo
+    return hi, lo - (hi - centre), M2, count
+
+
+@triton.jit
+def _next_moments(hi, lo, M2, count, x, inside, alpha):
+    """The moments after one more tile, summed about the mean so far."""
+    d = tl.where(inside, x - hi, 0.0)
+    total = count + _per_channel(tl.where(inside, 1.0, 0.0).to(x.dtype))
+    u = (count * lo + _per_channel(d)) / tl.maximum(total, 1.0)
+    M2 += count * (alpha * lo) * (alpha * lo) + _per_channel((alpha * d) * (alpha * d)) - total * (alpha * u) * (alpha * u)
+    moved = hi + u
+    return moved, u - (moved - hi), M2, total
+
+
+@triton.jit
+def _merge_moments(hi, lo, M2, count, hi_b, lo_b, M2_b, count_b, alpha):
+    """The moments of two sets from those of each (Chan)."""
+    total = count + count_b
+    share = count_b / tl.maximum(total, 1.0)
+    delta = (hi_b - hi) + (lo_b - lo)
+    M2 += M2_b + (alpha * delta) * (alpha * delta) * (count * share)
+    u = lo + delta * share
+    moved = hi + u
+    return moved, u - (moved - hi), M2, total
+
+
+@triton.jit
+def _reciprocal_std(var, eps, ACC: tl.constexpr):
+    if ACC == tl.float64:
+        rstd = 1.0 / tl.sqrt(var + eps)
+    else:
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    return rstd
+
+
+@triton.jit
+def _finish(
+    hi, lo, M2, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, c, C,
+    per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo, ACC: tl.constexpr,
+):  # fmt: skip
+    """Writes the statistics of the channels, updates the running ones, and returns rstd."""
+    var = tl.maximum(M2, 0.0) * (tl.cast(per_M2_hi, ACC) + tl.cast(per_M2_lo, ACC))
+    var = tl.where(M2 != M2, M2, var)
+    rstd = _reciprocal_std(var, tl.cast(eps_hi, ACC) + tl.cast(eps_lo, ACC), ACC)
+    tl.store(mean_ptr + c, hi, mask=c < C)
+    tl.store(mean_ptr + (C + c), lo, mask=c < C)
+    tl.store(var_ptr + c, var, mask=c < C)
+    tl.store(rstd_ptr + c, rstd, mask=c < C)
+    momentum = tl.cast(momentum_hi, ACC) + tl.cast(momentum_lo, ACC)
+    if running_mean_ptr is not None:
+        old = tl.load(running_mean_ptr + c, mask=c < C, other=0.0).to(ACC)
+        tl.store(running_mean_ptr + c, old * (1.0 - momentum) + momentum * hi, mask=c < C)
+    if running_var_ptr is not None:
+        old = tl.load(running_var_ptr + c, mask=c < C, other=0.0).to(ACC)
+        new = var * (tl.cast(unbiased_hi, ACC) + tl.cast(unbiased_lo, ACC))
+        tl.store(running_var_ptr + c, old * (1.0 - momentum) + momentum * new, mask=c < C)
+    return rstd
+
+
+COUNTS = ["N", "S", "lane_blocks", "tiles", "per_split", "splits", "x_end", "dy_end"]
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _statistics_kernel(
+    x_ptr, partial_ptr, N, C, S, lane_blocks, tiles, per_split, splits, x_end, alpha, stride_xn, stride_xc, stride_xs,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+    MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """partial (4, splits, C): mean hi and lo, scaled M2 and count of each split of each channel."""
+    pid = tl.program_id(0).to(tl.int64)
+    split = pid % splits
+    c = ((pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None, None]
+    first = split * per_split
+    n, offset, shift, lo, hi = _place(c, first, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+    x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+    at = (first // lane_blocks) * BLOCK_N * stride_xn + tl.minimum(offset, S - 1) * stride_xs
+    origin = tl.load(x_ptr + (at + c * stride_xc), mask=c < C, other=0.0).to(ACC)
+    mean_hi, mean_lo, M2, count = _first_moments(x, _inside(lo, hi, LANES), origin, alpha)
+    for tile in range(first + 1, tl.minimum(first + per_split, tiles)):
+        n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+        x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+        mean_hi, mean_lo, M2, count = _next_moments(mean_hi, mean_lo, M2, count, x, _inside(lo, hi, LANES), alpha)
+    out = partial_ptr + (split * C + c)
+    tl.store(out, mean_hi, mask=c < C)
+    tl.store(out + splits * C, mean_lo, mask=c < C)
+    tl.store(out + 2 * splits * C, M2, mask=c < C)
+    tl.store(out + 3 * splits * C, count, mask=c < C)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _merge_kernel(
+    partial_ptr, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, C, splits, alpha,
+    per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo,
+    BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The splits of each channel, merged in their order."""
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    step = splits.to(tl.int64) * C
+    hi = tl.load(partial_ptr + c, mask=c < C, other=0.0)
+    lo = tl.load(partial_ptr + (step + c), mask=c < C, other=0.0)
+    M2 = tl.load(partial_ptr + (2 * step + c), mask=c < C, other=0.0)
+    count = tl.load(partial_ptr + (3 * step + c), mask=c < C, other=0.0)
+    for split in range(1, splits):
+        at = partial_ptr + (split * C + c)
+        hi_b = tl.load(at, mask=c < C, other=0.0)
+        lo_b = tl.load(at + step, mask=c < C, other=0.0)
+        M2_b = tl.load(at + 2 * step, mask=c < C, other=0.0)
+        count_b = tl.load(at + 3 * step, mask=c < C, other=0.0)
+        hi, lo, M2, count = _merge_moments(hi, lo, M2, count, hi_b, lo_b, M2_b, count_b, alpha)
+    _finish(
+        hi, lo, M2, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, c, C,
+        per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _normalize_kernel(
+    x_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, y_ptr, N, C, S, lane_blocks, tiles, x_end,
+    stride_xn, stride_xc, stride_xs, stride_yn, stride_yc, stride_ys,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+    MODE: tl.constexpr, Y_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y = (x - μ) (rstd γ) + β; the last tiles first, for the statistics have just read them."""
+    pid = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
+    c = ((pid // tiles) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None, None]
+    n, offset, shift, lo, hi = _place(c, pid % tiles, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+    x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+    mean_hi = tl.load(mean_ptr + c, mask=c < C, other=0.0)
+    mean_lo = tl.load(mean_ptr + (C + c), mask=c < C, other=0.0)
+    scale = tl.load(rstd_ptr + c, mask=c < C, other=0.0) * _vector(gamma_ptr, c, C, 1.0, ACC)
+    y = ((x - mean_hi) - mean_lo) * scale + _vector(beta_ptr, c, C, 0.0, ACC)
+    _put(y_ptr, y, c, n, offset, shift, lo, hi, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _forward_kernel(
+    x_ptr, gamma_ptr, beta_ptr, y_ptr, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
+    N, C, S, lane_blocks, tiles, x_end, alpha,
+    per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo,
+    stride_xn, stride_xc, stride_xs, stride_yn, stride_yc, stride_ys,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, RESIDENT: tl.constexpr,
+    MODE: tl.constexpr, Y_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Statistics and normalisation of a block of channels by one program; the last tile read stays in registers."""
+    c = (tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None, None]
+    n, offset, shift, lo, hi = _place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+    x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+    origin = tl.load(x_ptr + c * stride_xc, mask=c < C, other=0.0).to(ACC)
+    mean_hi, mean_lo, M2, count = _first_moments(x, _inside(lo, hi, LANES), origin, alpha)
+    if not RESIDENT:
+        for tile in range(1, tiles):
+            n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+            x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+            mean_hi, mean_lo, M2, count = _next_moments(mean_hi, mean_lo, M2, count, x, _inside(lo, hi, LANES), alpha)
+    rstd = _finish(
+        mean_hi, mean_lo, M2, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, c, C,
+        per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo, ACC,
+    )  # fmt: skip
+    scale = rstd * _vector(gamma_ptr, c, C, 1.0, ACC)
+    beta = _vector(beta_ptr, c, C, 0.0, ACC)
+    y = ((x - mean_hi) - mean_lo) * scale + beta
+    _put(y_ptr, y, c, n, offset, shift, lo, hi, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
+    if not RESIDENT:
+        for i in range(1, tiles):
+            tile = tiles - 1 - i
+            n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+            x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+            y = ((x - mean_hi) - mean_lo) * scale + beta
+            _put(y_ptr, y, c, n, offset, shift, lo, hi, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _backward_reduce_kernel(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, N, C, S, lane_blocks, tiles, per_split, splits, dy_end, x_end,
+    stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+    MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """partial (2, splits, C): Σ dy x̂ and Σ dy of each split of each channel."""
+    pid = tl.program_id(0).to(tl.int64)
+    split = pid % splits
+    c = ((pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None, None]
+    mean_hi = tl.load(mean_ptr + c, mask=c < C, other=0.0)
+    mean_lo = tl.load(mean_ptr + (C + c), mask=c < C, other=0.0)
+    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
+    dgamma = tl.zeros([BLOCK_C, BLOCK_N, LANES], ACC)
+    dbeta = tl.zeros([BLOCK_C, BLOCK_N, LANES], ACC)
+    first = split * per_split
+    for tile in range(first, tl.minimum(first + per_split, tiles)):
+        n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+        x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+        dy = _fetch(dy_ptr, c, n, offset, shift, lo, hi, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+        dbeta += dy
+        dgamma += tl.where(_inside(lo, hi, LANES), dy * ((x - mean_hi) - mean_lo), 0.0)
+    out = partial_ptr + (split * C + c)
+    tl.store(out, _per_channel(dgamma) * rstd, mask=c < C)
+    tl.store(out + splits * C, _per_channel(dbeta), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _backward_merge_kernel(
+    partial_ptr, dgamma_ptr, dbeta_ptr, C, splits, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr
+):
+    """The splits' sums, added by a tree."""
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    split = tl.arange(0, SPLITS)[:, None]
+    mask = (split < splits) & (c < C)
+    at = partial_ptr + (split * C + c)
+    dgamma = tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)[None, :]
+    dbeta = tl.sum(tl.load(at + splits.to(tl.int64) * C, mask=mask, other=0.0), axis=0)[None, :]
+    tl.store(dgamma_ptr + c, dgamma, mask=c < C)
+    tl.store(dbeta_ptr + c, dbeta, mask=c < C)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _backward_apply_kernel(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, gamma_ptr, dgamma_ptr, dbeta_ptr, dx_ptr,
+    N, C, S, lane_blocks, tiles, dy_end, x_end, per_m_hi, per_m_lo,
+    stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_dn, stride_dc, stride_ds,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+    MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx = γ rstd (dy - dβ/m - x̂ dγ/m), or γ rstd dy where the statistics were not the batch's (no x)."""
+    pid = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
+    c = ((pid // tiles) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None, None]
+    n, offset, shift, lo, hi = _place(c, pid % tiles, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+    dx = _fetch(dy_ptr, c, n, offset, shift, lo, hi, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
+    if x_ptr is not None:
+        x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+        mean_hi = tl.load(mean_ptr + c, mask=c < C, other=0.0)
+        mean_lo = tl.load(mean_ptr + (C + c), mask=c < C, other=0.0)
+        per_m = tl.cast(per_m_hi, ACC) + tl.cast(per_m_lo, ACC)
+        dgamma = tl.load(dgamma_ptr + c, mask=c < C, other=0.0) * per_m
+        dbeta = tl.load(dbeta_ptr + c, mask=c < C, other=0.0) * per_m
+        dx = (dx - dbeta) - ((x - mean_hi) - mean_lo) * (rstd * dgamma)
+    dx *= rstd * _vector(gamma_ptr, c, C, 1.0, ACC)
+    _put(dx_ptr, dx, c, n, offset, shift, lo, hi, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _backward_kernel(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, gamma_ptr, dx_ptr, dgamma_ptr, dbeta_ptr,
+    N, C, S, lane_blocks, tiles, dy_end, x_end, per_m_hi, per_m_lo,
+    stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_dn, stride_dc, stride_ds,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, RESIDENT: tl.constexpr,
+    MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The whole backward of a block of channels by one program; the last tile read stays in registers."""
+    c = (tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None, None]
+    mean_hi = tl.load(mean_ptr + c, mask=c < C, other=0.0)
+    mean_lo = tl.load(mean_ptr + (C + c), mask=c < C, other=0.0)
+    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
+    n, offset, shift, lo, hi = _place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+    x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+    dy = _fetch(dy_ptr, c, n, offset, shift, lo, hi, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+    d = (x - mean_hi) - mean_lo
+    dbeta = dy
+    dgamma = tl.where(_inside(lo, hi, LANES), dy * d, 0.0)
+    if not RESIDENT:
+        for tile in range(1, tiles):
+            n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+            x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+            dy = _fetch(dy_ptr, c, n, offset, shift, lo, hi, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+            d = (x - mean_hi) - mean_lo
+            dbeta += dy
+            dgamma += tl.where(_inside(lo, hi, LANES), dy * d, 0.0)
+    total_dgamma = _per_channel(dgamma) * rstd
+    total_dbeta = _per_channel(dbeta)
+    tl.store(dgamma_ptr + c, total_dgamma, mask=c < C)
+    tl.store(dbeta_ptr + c, total_dbeta, mask=c < C)
+    per_m = tl.cast(per_m_hi, ACC) + tl.cast(per_m_lo, ACC)
+    a = rstd * _vector(gamma_ptr, c, C, 1.0, ACC)
+    k = rstd * (total_dgamma * per_m)
+    b = total_dbeta * per_m
+    dx = ((dy - b) - d * k) * a
+    _put(dx_ptr, dx, c, n, offset, shift, lo, hi, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
+    if not RESIDENT:
+        for i in range(1, tiles):
+            tile = tiles - 1 - i
+            n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+            x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+            dy = _fetch(dy_ptr, c, n, offset, shift, lo, hi, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+            dx = ((dy - b) - ((x - mean_hi) - mean_lo) * k) * a
+            _put(dx_ptr, dx, c, n, offset, shift, lo, hi, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
+
+
+def _flatten(*tensors):
+    """(N, C, S) seen as (1, C, N·S) where every tensor's samples and positions are one run: channels-last, S = 1."""
+    N, C, S = tensors[0].shape
+    if N == 1 or S == 1 or all(x.stride(0) == S * x.stride(2) for x in tensors):
+        return tuple(x.permute(1, 0, 2).reshape(C, N * S)[None] if N > 1 and S > 1 else
+                     (x if N == 1 else x.permute(2, 1, 0)) for x in tensors)  # fmt: skip
+    return tensors
+
+
+def _plan(x, operands):
+    """(plan, sizes as the kernels take them, constants) for a pass over `x` and its other operands."""
+    N, C, S = x.shape
+    mode = run_mode(2, x)
+    plan = plan_batch_norm(N, C, S, x.element_size(), mode, channels_last=x.stride(1) == 1 and C > 1 and x.stride(2) != 1,
+                           operands=operands)  # fmt: skip
+    constants = {
+        "BLOCK_C": plan.BLOCK_C, "BLOCK_N": plan.BLOCK_N, "LANES": plan.LANES,
+        "MODE": mode, "GROUP": 16 // x.element_size(), "ACC": ACC[x.dtype], "num_warps": plan.num_warps,
+    }  # fmt: skip
+    return plan, (N, C, S, plan.lane_blocks, plan.tiles), constants
+
+
+def _moment_scalars(m, eps, momentum):
+    """(α, and the pairs 1/(α² m), ε, momentum, m/(m-1)); α² is a power of four near 1/m."""
+    alpha = 2.0 ** -(max(m - 1, 1).bit_length() // 2)
+    pairs = (1.0 / (alpha * alpha * m), eps, momentum, m / max(m - 1, 1))
+    return alpha, [part for value in pairs for part in split_float(value)]
+
+
+def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float) -> None:
+    """mean (2, C), var and rstd (C,) of x (N, C, S); running_mean and running_var, where given, are updated."""
+    (x,) = _flatten(x)
+    plan, sizes, constants = _plan(x, operands=1)
+    C = x.shape[1]
+    alpha, scalars = _moment_scalars(x.shape[0] * x.shape[2], eps, momentum)
+    partial = torch.empty((4, plan.splits, C), dtype=mean.dtype, device=x.device)
+    _statistics_kernel[(plan.channel_blocks * plan.splits,)](
+        x, partial, *sizes, plan.per_split, plan.splits, end_of(x), alpha, *x.stride(), **constants
+    )
+    block, programs = plan_channels(C)
+    _merge_kernel[(programs,)](
+        partial, mean, var, rstd, running_mean, running_var, C, plan.splits, alpha, *scalars, BLOCK_C=block, ACC=constants["ACC"]
+    )
+
+
+def normalize(x, mean, rstd, gamma, beta, y) -> None:
+    """y = (x - mean) (rstd γ) + β."""
+    if not x.numel():
+        return
+    x, y = _flatten(x, y)
+    plan, sizes, constants = _plan(x, operands=1)
+    _normalize_kernel[(plan.channel_blocks * plan.tiles,)](
+        x, mean, rstd, gamma, beta, y, *sizes, end_of(x), *x.stride(), *y.stride(), Y_MODE=follower_mode(2, x, y), **constants
+    )
+
+
+def forward(
+    x, gamma, beta, y, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float
+) -> None:
+    """`statistics` and `normalize`, in one launch where a program can own whole channels."""
+    x, y = _flatten(x, y)
+    plan, sizes, constants = _plan(x, operands=1)
+    if plan.splits > 1:
+        statistics(x, mean, var, rstd, running_mean, running_var, eps=eps, momentum=momentum)
+        normalize(x, mean, rstd, gamma, beta, y)
+        return
+    alpha, scalars = _moment_scalars(x.shape[0] * x.shape[2], eps, momentum)
+    _forward_kernel[(plan.channel_blocks,)](
+        x, gamma, beta, y, mean, var, rstd, running_mean, running_var, *sizes, end_of(x), alpha, *scalars,
+        *x.stride(), *y.stride(), RESIDENT=plan.tiles == 1, Y_MODE=follower_mode(2, x, y), **constants,
+    )  # fmt: skip
+
+
+def backward_reduce(dy, x, mean, rstd, dgamma, dbeta) -> None:
+    """dγ = Σ dy x̂ and dβ = Σ dy, (C,) each."""
+    if not x.numel():
+        dgamma.zero_()
+        dbeta.zero_()
+        return
+    dy, x = _flatten(dy, x)
+    plan, sizes, constants = _plan(x, operands=2)
+    C = x.shape[1]
+    partial = torch.empty((2, plan.splits, C), dtype=dgamma.dtype, device=x.device)
+    _backward_reduce_kernel[(plan.channel_blocks * plan.splits,)](
+        dy, x, mean, rstd, partial, *sizes, plan.per_split, plan.splits, end_of(dy), end_of(x),
+        *dy.stride(), *x.stride(), DY_MODE=follower_mode(2, x, dy), **constants,
+    )  # fmt: skip
+    block, programs = plan_channels(C)
+    _backward_merge_kernel[(programs,)](
+        partial, dgamma, dbeta, C, plan.splits, BLOCK_C=block, SPLITS=next_power_of_2(plan.splits)
+    )
+
+
+def backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count: int, dx) -> None:
+    """dx = γ rstd (dy - dβ/count - x̂ dγ/count)."""
+    if not x.numel():
+        return
+    dy, x, dx = _flatten(dy, x, dx)
+    plan, sizes, constants = _plan(x, operands=2)
+    _backward_apply_kernel[(plan.channel_blocks * plan.tiles,)](
+        dy, x, mean, rstd, gamma, dgamma, dbeta, dx, *sizes, end_of(dy), end_of(x), *split_float(1.0 / count),
+        *dy.stride(), *x.stride(), *dx.stride(), DY_MODE=follower_mode(2, x, dy), DX_MODE=follower_mode(2, x, dx), **constants,
+    )  # fmt: skip
+
+
+def backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta) -> None:
+    """`backward_reduce` and `backward_apply`, in one launch where a program can own whole channels."""
+    dy, x, dx = _flatten(dy, x, dx)
+    plan, sizes, constants = _plan(x, operands=2)
+    count = x.shape[0] * x.shape[2]
+    if plan.splits > 1 or not x.numel():
+        backward_reduce(dy, x, mean, rstd, dgamma, dbeta)
+        backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx)
+        return
+    _backward_kernel[(plan.channel_blocks,)](
+        dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *sizes, end_of(dy), end_of(x), *split_float(1.0 / count),
+        *dy.stride(), *x.stride(), *dx.stride(), RESIDENT=plan.tiles == 1,
+        DY_MODE=follower_mode(2, x, dy), DX_MODE=follower_mode(2, x, dx), **constants,
+    )  # fmt: skip
+
+
+def inference_backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta) -> None:
+    """Backward where mean and rstd are constants: dx = γ rstd dy, and the sums of `backward_reduce`."""
+    backward_reduce(dy, x, mean, rstd, dgamma, dbeta)
+    if not x.numel():
+        return
+    dy, dx = _flatten(dy, dx)
+    plan, sizes, constants = _plan(dy, operands=1)
+    _backward_apply_kernel[(plan.channel_blocks * plan.tiles,)](
+        dy, None, None, rstd, gamma, None, None, dx, *sizes, end_of(dy), end_of(dy), 0.0, 0.0,
+        *dy.stride(), *dy.stride(), *dx.stride(), DY_MODE=constants["MODE"], DX_MODE=follower_mode(2, dy, dx), **constants,
+    )  # fmt: skip

@@ -1,0 +1,344 @@
+"""Softmax cross entropy along the middle axis of (N, V, S): loss, gradient, or both at once.
+
+    q_c   = w_c ((1 - ε) y_c + ε/V),   W = Σ_c q_c            y one-hot for hard targets; w class weights, ε smoothing
+    loss  = W log Σ_c exp(z_c - m) - Σ_c q_c (z_c - m),       m = max_c z_c, 0·∞ = 0
+    dz_c  = g (W p_c - q_c),   p_c = exp(z_c - m) / Σ exp(z - m),   g = upstream / denominator
+    source: docs/derivations.md, section 3
+    bytes   forward: read z.  backward: read z, write dz.  forward_backward: read z, write dz; of a row that does not fit one
+            program, the part beyond KEEP lanes is read twice.  Soft targets: y is read wherever z is.
+
+`forward` saves three numbers a row, m, log Σ exp(z - m) and W: logits near 1e4 would lose the digits of p in a rounded
+m + log Σ. The 1 of a one-hot y is subtracted in float32 and the result rounded once. A row whose target is `ignore_index`
+reads nothing and gives zeros; one whose target is out of range reads nothing, gives NaN and leaves its number in `invalid`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _tile
+from ._rows import ACC, end_of, finite_base, follower_mode, online_max_sum, program_rows, rows_along_s, run_mode
+from .plan import cdiv, plan_columns, plan_reduce, plan_rows, split_float
+
+
+@triton.jit
+def _hard_target(target_ptr, at, weight_ptr, z_ptr, z_start, stride_zv, live, V, ignore_index, ACC: tl.constexpr):
+    """(t, known, bad, w_t, z_t) of each row; t is 0, w_t and z_t are 0 where the target is not a class."""
+    t = tl.load(target_ptr + at, mask=live, other=0).to(tl.int64)
+    ignored = t == ignore_index
+    bad = live & (ignored == 0) & ((t < 0) | (t >= V))
+    known = live & (ignored == 0) & (bad == 0)
+    t = tl.where(known, t, 0)
+    if weight_ptr is None:
+        w_t = tl.where(known, 1.0, 0.0).to(ACC)
+    else:
+        w_t = tl.load(weight_ptr + t, mask=known, other=0.0).to(ACC)
+    if z_ptr is None:
+        z_t = w_t
+    else:
+        z_t = tl.load(z_ptr + (z_start + t * stride_zv), mask=known, other=0.0).to(ACC)
+    return t, known, bad, w_t, z_t
+
+
+@triton.jit
+def _dense_target(
+    target_ptr, base, weight_ptr, lane, offset, shift, lo, hi, end, stride_tv, V, smoothing,
+    SOFT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The part of q that every class has: w_c ((1 - ε) y_c + ε/V) for soft targets, w_c ε/V for hard ones."""
+    inside = (lane >= lo) & (lane < hi)
+    if SOFT:
+        y = _tile.load(target_ptr, base, lane, lo, hi, end, stride_tv, 0.0, MODE, GROUP).to(ACC)
+        q = y * (1.0 - smoothing) + smoothing / V
+    else:
+        q = tl.where(inside, smoothing / V, 0.0)
+    if weight_ptr is not None:
+        q *= tl.load(weight_ptr + (lane + (offset - shift)), mask=inside, other=0.0).to(ACC)
+    return tl.where(inside, q, 0.0)
+
+
+@triton.jit
+def _weighted(q, z):
+    """q z with 0·∞ = 0."""
+    return tl.where(q == 0.0, 0.0, q * z)
+
+
+@triton.jit(do_not_specialize=["V", "S", "rows", "tiles", "z_end", "target_end", "ignore_index"])
+def _forward_kernel(
+    z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, dz_ptr, invalid_ptr,
+    V, S, rows, tiles, z_end, target_end, ignore_index, smoothing_hi, smoothing_lo,
+    stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds,
+    BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr,
+    SOFT: tl.constexpr, DENSE: tl.constexpr,
+    MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    n, s = program_rows(S, tiles, BLOCK_R)
+    live = s < S
+    z_start = n * stride_zn + s * stride_zs
+    t_start = n * stride_tn + s * stride_ts
+    d_start = n * stride_dn + s * stride_ds
+    shift = _tile.row_shift(z_start, MODE, GROUP)
+    smoothing = tl.cast(smoothing_hi, ACC) + tl.cast(smoothing_lo, ACC)
+    NEG_INF: tl.constexpr = float("-inf")
+
+    known = live
+    q_t = tl.zeros([BLOCK_R, 1], ACC)
+    if not SOFT:
+        t, known, bad, w_t, z_t = _hard_target(
+            target_ptr, t_start, weight_ptr, z_ptr, z_start, stride_zv, live, V, ignore_index, ACC
+        )
+        q_t = w_t * (1.0 - smoothing)
+        tl.atomic_min(invalid_ptr + s * 0, n * S + s, mask=bad, sem="relaxed")
+
+    # one pass over z: m, total = Σ exp(z - m), W = Σ q, inner = Σ q (z - m)
+    lane = tl.arange(0, KEEP)[None, :]
+    lo, hi = _tile.span(shift, 0, V, known, KEEP)
+    base = _tile.lane_zero(z_start, shift, 0, stride_zv, MODE, GROUP)
+    kept = _tile.load(z_ptr, base, lane, lo, hi, z_end, stride_zv, NEG_INF, MODE, GROUP)
+    z = kept.to(ACC)
+    m = tl.max(z, axis=1)[:, None]
+    e = tl.exp(z - finite_base(m))
+    total = tl.sum(e, axis=1)[:, None]
+    W = q_t
+    inner = tl.zeros([BLOCK_R, 1], ACC)
+    if DENSE:
+        base = _tile.lane_zero(t_start, shift, 0, stride_tv, TARGET_MODE, GROUP)
+        q = _dense_target(
+            target_ptr, base, weight_ptr, lane, 0, shift, lo, hi, target_end, stride_tv, V, smoothing,
+            SOFT, TARGET_MODE, GROUP, ACC,
+        )  # fmt: skip
+        W += tl.sum(q, axis=1)[:, None]
+        inner = tl.sum(_weighted(q, z - finite_base(m)), axis=1)[:, None]
+    if not FITS:
+        tail = tl.arange(0, BLOCK_V)[None, :]
+        steps = tl.cdiv(V + GROUP - 1 - KEEP, BLOCK_V)
+        for i in range(steps):
+            offset = KEEP + i * BLOCK_V
+            t_lo, t_hi = _tile.span(shift, offset, V, known, BLOCK_V)
+            base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
+            z = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, NEG_INF, MODE, GROUP).to(ACC)
+            before = finite_base(m)
+            m, total = online_max_sum(m, total, z)
+            if DENSE:
+                base = _tile.lane_zero(t_start, shift, offset, stride_tv, TARGET_MODE, GROUP)
+                q_tail = _dense_target(
+                    target_ptr, base, weight_ptr, tail, offset, shift, t_lo, t_hi, target_end, stride_tv, V, smoothing,
+                    SOFT, TARGET_MODE, GROUP, ACC,
+                )  # fmt: skip
+                inner += (W - q_t) * (before - finite_base(m))
+                inner += tl.sum(_weighted(q_tail, z - finite_base(m)), axis=1)[:, None]
+                W += tl.sum(q_tail, axis=1)[:, None]
+
+    log_total = tl.log(total)
+    row = n * S + s
+    loss = W * log_total - inner
+    if not SOFT:
+        loss -= _weighted(q_t, z_t - finite_base(m))
+        loss = tl.where(known, loss, tl.where(bad, float("nan"), 0.0))
+    tl.store(loss_ptr + row, loss, mask=live)
+    if stats_ptr is not None:
+        tl.store(stats_ptr + row, m, mask=live)
+        tl.store(stats_ptr + (row + rows), log_total, mask=live)
+        tl.store(stats_ptr + (row + 2 * rows), W, mask=live)
+
+    if dz_ptr is not None:
+        scale = W / total
+        unknown = 0.0
+        if not SOFT:
+            scale = tl.where(known, scale, 0.0)
+            unknown = tl.where(bad, float("nan"), 0.0)
+        if not FITS:
+            for i in range(steps):
+                offset = KEEP + (steps - 1 - i) * BLOCK_V
+                t_lo, t_hi = _tile.span(shift, offset, V, known, BLOCK_V)
+                base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
+                z = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, NEG_INF, MODE, GROUP).to(ACC)
+                dz = tl.exp(z - finite_base(m)) * scale
+                if DENSE:
+                    base = _tile.lane_zero(t_start, shift, offset, stride_tv, TARGET_MODE, GROUP)
+                    dz -= _dense_target(
+                        target_ptr, base, weight_ptr, tail, offset, shift, t_lo, t_hi, target_end, stride_tv, V, smoothing,
+                        SOFT, TARGET_MODE, GROUP, ACC,
+                    )  # fmt: skip
+                if not SOFT:
+                    dz = tl.where(tail + (offset - shift) == t, dz - q_t, dz) + unknown
+                base = _tile.lane_zero(d_start, shift, offset, stride_dv, DZ_MODE, GROUP)
+                t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
+                _tile.store(dz_ptr, base, tail, t_lo, t_hi, dz, stride_dv, DZ_MODE, GROUP)
+            e = tl.exp(kept.to(ACC) - finite_base(m))
+        dz = e * scale
+        if DENSE:
+            if not FITS:
+                base = _tile.lane_zero(t_start, shift, 0, stride_tv, TARGET_MODE, GROUP)
+                q = _dense_target(
+                    target_ptr, base, weight_ptr, lane, 0, shift, lo, hi, target_end, stride_tv, V, smoothing,
+                    SOFT, TARGET_MODE, GROUP, ACC,
+                )  # fmt: skip
+            dz -= q
+        if not SOFT:
+            dz = tl.where(lane - shift == t, dz - q_t, dz) + unknown
+        base = _tile.lane_zero(d_start, shift, 0, stride_dv, DZ_MODE, GROUP)
+        lo, hi = _tile.span(shift, 0, V, live, KEEP)
+        _tile.store(dz_ptr, base, lane, lo, hi, dz, stride_dv, DZ_MODE, GROUP)
+
+
+@triton.jit(do_not_specialize=["V", "S", "rows", "tiles", "columns", "z_end", "target_end", "ignore_index"])
+def _backward_kernel(
+    z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr,
+    V, S, rows, tiles, columns, z_end, target_end, ignore_index, smoothing_hi, smoothing_lo,
+    stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds, stride_un, stride_us,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr,
+    MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    offset = (pid % columns) * BLOCK_V
+    pid = pid // columns
+    n = pid // tiles
+    s = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    live = s < S
+    row = n * S + s
+    z_start = n * stride_zn + s * stride_zs
+    t_start = n * stride_tn + s * stride_ts
+    d_start = n * stride_dn + s * stride_ds
+    shift = _tile.row_shift(z_start, MODE, GROUP)
+    smoothing = tl.cast(smoothing_hi, ACC) + tl.cast(smoothing_lo, ACC)
+
+    known = live
+    if not SOFT:
+        t, known, bad, w_t, z_t = _hard_target(
+            target_ptr, t_start, weight_ptr, None, z_start, stride_zv, live, V, ignore_index, ACC
+        )
+    g = tl.load(upstream_ptr + (n * stride_un + s * stride_us), mask=known, other=0.0).to(ACC)
+    if denominator_ptr is not None:
+        g = g / tl.load(denominator_ptr).to(ACC)
+    m = tl.load(stats_ptr + row, mask=known, other=0.0)
+    log_total = tl.load(stats_ptr + (row + rows), mask=known, other=0.0)
+    W = tl.load(stats_ptr + (row + 2 * rows), mask=known, other=0.0)
+
+    lane = tl.arange(0, BLOCK_V)[None, :]
+    lo, hi = _tile.span(shift, offset, V, known, BLOCK_V)
+    base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
+    z = _tile.load(z_ptr, base, lane, lo, hi, z_end, stride_zv, float("-inf"), MODE, GROUP).to(ACC)
+    dz = W * tl.exp((z - finite_base(m)) - log_total)
+    if DENSE:
+        base = _tile.lane_zero(t_start, shift, offset, stride_tv, TARGET_MODE, GROUP)
+        dz -= _dense_target(
+            target_ptr, base, weight_ptr, lane, offset, shift, lo, hi, target_end, stride_tv, V, smoothing,
+            SOFT, TARGET_MODE, GROUP, ACC,
+        )  # fmt: skip
+    if not SOFT:
+        dz = tl.where(lane + (offset - shift) == t, dz - w_t * (1.0 - smoothing), dz)
+    dz *= g
+    if not SOFT:
+        dz = tl.where(known, dz, tl.where(bad, float("nan"), 0.0))
+    base = _tile.lane_zero(d_start, shift, offset, stride_dv, DZ_MODE, GROUP)
+    lo, hi = _tile.span(shift, offset, V, live, BLOCK_V)
+    _tile.store(dz_ptr, base, lane, lo, hi, dz, stride_dv, DZ_MODE, GROUP)
+
+
+@triton.jit(do_not_specialize=["S", "rows", "per_program", "ignore_index"])
+def _reduce_kernel(
+    loss_ptr, target_ptr, weight_ptr, partial_ptr, V, S, rows, per_program, ignore_index, stride_tn, stride_ts,
+    BLOCK: tl.constexpr, SOFT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Σ loss and Σ w_target over this program's rows, each lane in order, the lanes by a tree."""
+    pid = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], ACC)
+    weights = tl.zeros([BLOCK], ACC)
+    for i in range(0, per_program, BLOCK):
+        row = pid * per_program + i + tl.arange(0, BLOCK)
+        live = row < rows
+        total += tl.load(loss_ptr + row, mask=live, other=0.0)
+        if SOFT:
+            weights += tl.where(live, 1.0, 0.0)
+        else:
+            at = (row // S) * stride_tn + (row % S) * stride_ts
+            _, _, _, w_t, _ = _hard_target(target_ptr, at, weight_ptr, None, at, 0, live, V, ignore_index, ACC)
+            weights += w_t
+    tl.store(partial_ptr + 2 * pid, tl.sum(total))
+    tl.store(partial_ptr + 2 * pid + 1, tl.sum(weights))
+
+
+@triton.jit(do_not_specialize=["count"])
+def _merge_kernel(partial_ptr, total_ptr, denominator_ptr, count, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(total_ptr, tl.sum(tl.load(partial_ptr + 2 * i, mask=i < count, other=0.0)))
+    tl.store(denominator_ptr, tl.sum(tl.load(partial_ptr + 2 * i + 1, mask=i < count, other=0.0)))
+
+
+def _call(z, target, dz, label_smoothing):
+    """(strides, smoothing pair, constants) as the kernels take them."""
+    soft = target.ndim == z.ndim
+    mode = run_mode(1, z)
+    constants = {
+        "SOFT": soft,
+        "DENSE": soft or label_smoothing != 0.0,
+        "MODE": mode,
+        "TARGET_MODE": follower_mode(1, z, target) if soft else _tile.STRIDED.value,
+        "DZ_MODE": follower_mode(1, z, dz),
+        "GROUP": 16 // z.element_size(),
+        "ACC": ACC[z.dtype],
+    }
+    stride_t = target.stride() if soft else (target.stride(0), 0, target.stride(1))
+    return (*z.stride(), *stride_t, *dz.stride()), split_float(label_smoothing), constants
+
+
+def _launch_forward(z, target, weight, loss, stats, dz, invalid, ignore_index, label_smoothing):
+    if not z.numel():
+        return
+    z, target = rows_along_s(z), rows_along_s(target)
+    dz = None if dz is None else rows_along_s(dz)
+    N, V, S = z.shape
+    strides, smoothing, constants = _call(z, target, z if dz is None else dz, label_smoothing)
+    heavy = constants["DENSE"] or weight is not None
+    plan = plan_rows(V, S, z.element_size(), constants["MODE"], unit_s=z.stride(2) == 1 and z.stride(1) != 1, heavy=heavy)
+    tiles = cdiv(S, plan.BLOCK_R)
+    _forward_kernel[(N * tiles,)](
+        z, target, weight, loss, stats, dz, invalid,
+        V, S, N * S, tiles, end_of(z), end_of(target), ignore_index, *smoothing, *strides,
+        BLOCK_R=plan.BLOCK_R, KEEP=plan.KEEP, BLOCK_V=plan.BLOCK_V, FITS=plan.FITS, **constants, num_warps=plan.num_warps,
+    )  # fmt: skip
+
+
+def forward(z, target, weight, loss, stats, invalid, *, ignore_index: int, label_smoothing: float) -> None:
+    """Loss per row and stats = (m, log Σ exp(z - m), W), all (N, S) and contiguous."""
+    _launch_forward(z, target, weight, loss, stats, None, invalid, ignore_index, label_smoothing)
+
+
+def forward_backward(z, target, weight, loss, dz, invalid, *, ignore_index: int, label_smoothing: float) -> None:
+    """Loss per row and its gradient for an upstream gradient of 1, in one launch."""
+    _launch_forward(z, target, weight, loss, None, dz, invalid, ignore_index, label_smoothing)
+
+
+def backward(
+    z, target, weight, stats, upstream, denominator, dz, *, ignore_index: int, label_smoothing: float
+) -> None:
+    """dz from what `forward` saved, for any upstream gradient per row, divided by `denominator` where given."""
+    if not z.numel():
+        return
+    z, target, upstream, dz = (rows_along_s(x) for x in (z, target, upstream, dz))
+    N, V, S = z.shape
+    strides, smoothing, constants = _call(z, target, dz, label_smoothing)
+    plan = plan_columns(V, S, z.element_size(), constants["MODE"], unit_s=z.stride(2) == 1 and z.stride(1) != 1)
+    tiles, columns = cdiv(S, plan.BLOCK_R), plan.columns
+    _backward_kernel[(N * tiles * columns,)](
+        z, target, weight, stats, upstream, denominator, dz,
+        V, S, N * S, tiles, columns, end_of(z), end_of(target), ignore_index, *smoothing, *strides, *upstream.stride(),
+        BLOCK_R=plan.BLOCK_R, BLOCK_V=plan.BLOCK_V, **constants, num_warps=plan.num_warps,
+    )  # fmt: skip
+
+
+def reduce(loss, target, weight, total, denominator, *, ignore_index: int) -> None:
+    """total = Σ loss; denominator = Σ w_target over the rows that count (hard targets), the number of rows (soft)."""
+    soft = target.ndim == 3
+    rows = loss.numel()
+    plan = plan_reduce(rows)
+    partial = torch.empty((plan.programs, 2), dtype=loss.dtype, device=loss.device)
+    S = loss.shape[1]
+    _reduce_kernel[(plan.programs,)](
+        loss, target, weight, partial, 1 << 62, max(S, 1), rows, plan.per_program, ignore_index,
+        target.stride(0), target.stride(-1), BLOCK=plan.BLOCK, SOFT=soft, ACC=ACC[loss.dtype], num_warps=4,
+    )  # fmt: skip
+    _merge_kernel[(1,)](partial, total, denominator, plan.programs, BLOCK=plan.MERGE, num_warps=4)

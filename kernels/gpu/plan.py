@@ -1,0 +1,179 @@
+"""Block sizes and warps: plain functions of (shape, dtype, layout) that return a frozen plan.
+
+Nothing here asks a device or runs a kernel, so that each choice can be read and tested anywhere. The limits are what compiles
+without spilling on sm_80 to sm_120 (tests/test_evidence.py holds them).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+STRIDED, ALIGNED, SHIFTED = 0, 1, 2
+MULTIPROCESSORS = 132  # an H100's: enough programs for it are enough for the smaller parts
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two at or above `n`; 1 for n <= 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def split_float(value: float) -> tuple[float, float]:
+    """`value` as two float32, for Triton passes a Python float as one: their sum has 48 bits of it."""
+    hi = struct.unpack("f", struct.pack("f", value))[0]
+    return hi, value - hi
+
+
+def row_mode(addresses: list[int], itemsize: int, count: int, stride: int, row_strides: list[tuple[int, ...]]) -> int:
+    """How tensors that share their rows' layout are accessed: `_tile`'s MODE.
+
+    addresses: each tensor's first byte; stride: between a row's elements; row_strides: each tensor's strides between rows.
+    """
+    group = 16 // itemsize
+    if stride != 1 or any(address % 16 for address in addresses) or len(set(row_strides)) > 1:
+        return STRIDED
+    if count % group == 0 and all(step % group == 0 for step in row_strides[0]):
+        return ALIGNED
+    return SHIFTED
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Tiles of (BLOCK_R rows, lanes): the first KEEP lanes stay in registers, the rest goes by in tiles of BLOCK_V."""
+
+    BLOCK_R: int
+    KEEP: int
+    BLOCK_V: int
+    FITS: bool
+    num_warps: int
+
+
+def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, heavy: bool = False) -> RowPlan:
+    """The plan for rows of V values, S of them neighbours.
+
+    unit_s: neighbouring rows lie side by side and V does not (the class axis in the middle). heavy: more than one value a
+    lane stays live (soft targets, class weights, smoothing, a second operand).
+    """
+    resident = (32768 if not heavy else 16384) // (2 if itemsize == 8 else 1)
+    lanes = V + (16 // itemsize - 1 if mode == SHIFTED else 0)
+    if unit_s and S > 1:
+        block_r = min(next_power_of_2(S), 128 // itemsize)
+        resident = min(resident, 16384 // (2 if itemsize == 8 else 1)) // block_r
+    else:
+        block_r = max(1, min(next_power_of_2(S), 4096 // next_power_of_2(lanes)))
+    if lanes <= resident:
+        keep = next_power_of_2(lanes)
+        return RowPlan(block_r, keep, keep, True, _warps(block_r * keep))
+    keep = resident if itemsize != 2 else min(resident, max(16384 // block_r, 1))
+    block_v = min(keep, max(8192 // block_r, 1))
+    return RowPlan(block_r, keep, block_v, False, _warps(block_r * keep))
+
+
+@dataclass(frozen=True)
+class ColumnPlan:
+    """Tiles of (BLOCK_R rows, BLOCK_V lanes), `columns` of them to a row, for passes that need no sum over the row."""
+
+    BLOCK_R: int
+    BLOCK_V: int
+    columns: int
+    num_warps: int
+
+
+def plan_columns(V: int, S: int, itemsize: int, mode: int, unit_s: bool) -> ColumnPlan:
+    """The plan for an elementwise pass over rows of V values, S of them neighbours; arguments as in `plan_rows`."""
+    lanes = V + (16 // itemsize - 1 if mode == SHIFTED else 0)
+    if unit_s and S > 1:
+        block_r = min(next_power_of_2(S), 128 // itemsize)
+    else:
+        block_r = max(1, min(next_power_of_2(S), 4096 // next_power_of_2(lanes)))
+    block_v = min(next_power_of_2(lanes), 4096 // block_r)
+    return ColumnPlan(block_r, block_v, cdiv(lanes, block_v), _warps(block_r * block_v))
+
+
+@dataclass(frozen=True)
+class ReducePlan:
+    """`programs` programs sum `per_program` rows each; one more sums their MERGE or fewer results."""
+
+    programs: int
+    per_program: int
+    BLOCK: int
+    MERGE: int
+
+
+def plan_reduce(rows: int) -> ReducePlan:
+    """The plan for the sum of one number a row."""
+    programs = min(max(cdiv(rows, 8192), 1), 1024)
+    per_program = cdiv(cdiv(rows, programs), 1024) * 1024
+    return ReducePlan(programs, per_program, 1024, next_power_of_2(programs))
+
+
+@dataclass(frozen=True)
+class BatchNormPlan:
+    """Tiles of (BLOCK_C channels, BLOCK_N samples, LANES positions); each split of a channel block has `per_split` tiles."""
+
+    BLOCK_C: int
+    BLOCK_N: int
+    LANES: int
+    lane_blocks: int  # tiles along the positions of one sample
+    tiles: int
+    per_split: int
+    splits: int
+    channel_blocks: int
+    num_warps: int
+
+
+def plan_batch_norm(
+    N: int, C: int, S: int, itemsize: int, mode: int, channels_last: bool, operands: int
+) -> BatchNormPlan:
+    """The plan for the statistics and sums of C channels with N runs of S values each.
+
+    operands: tensors read at each position (1 forward, 2 backward). Few long channels are split over enough programs to
+    fill the device; a channel that fits is one tile; of many small ones, several share a program.
+    """
+    resident = 16384 // (2 if itemsize == 8 else 1)
+    long = resident // (2 * operands)
+    lanes = S + (16 // itemsize - 1 if mode == SHIFTED else 0)
+    sector = 32 // itemsize
+    if channels_last:
+        block_c = min(next_power_of_2(C), 64)
+        while block_c > sector and next_power_of_2(S) * block_c > resident:
+            block_c //= 2
+        if next_power_of_2(S) * block_c > resident:
+            block_c = min(next_power_of_2(C), 64)
+            block_n, block_l = 1, max(long // block_c, 1)
+        else:
+            block_n, block_l = 1, next_power_of_2(S)
+    elif next_power_of_2(N) * next_power_of_2(lanes) <= resident:
+        block_n, block_l = next_power_of_2(N), next_power_of_2(lanes)
+        several = max(min(2048 // (block_n * block_l), C // MULTIPROCESSORS, next_power_of_2(C)), 1)
+        block_c = next_power_of_2(several + 1) // 2
+    else:
+        block_c = 1
+        block_l = min((2**i for i in range(9, 13) if 2**i <= long), key=lambda b: (cdiv(lanes, b) * b, -b))
+        block_l = min(block_l, next_power_of_2(lanes))
+        block_n = min(max(long // block_l, 1), next_power_of_2(N)) if block_l >= lanes else 1
+    lane_blocks = max(cdiv(lanes, block_l), 1)
+    tiles = max(cdiv(N, block_n), 1) * lane_blocks
+    channel_blocks = max(cdiv(C, block_c), 1)
+    splits = min(tiles, cdiv(2 * MULTIPROCESSORS, channel_blocks)) if channel_blocks < MULTIPROCESSORS else 1
+    per_split = cdiv(tiles, splits)
+    return BatchNormPlan(
+        block_c, block_n, block_l, lane_blocks, tiles, per_split, cdiv(tiles, per_split), channel_blocks,
+        _warps(block_c * block_n * block_l),
+    )  # fmt: skip
+
+
+def plan_channels(C: int) -> tuple[int, int]:
+    """(BLOCK_C, programs) for a pass over one number a channel."""
+    block = min(next_power_of_2(C), 32)
+    return block, cdiv(C, block)
+
+
+def _warps(elements: int) -> int:
+    """About sixteen elements a thread, from 4 warps to 16, and 32 warps for the largest tiles."""
+    return 32 if elements >= 32768 else min(max(next_power_of_2(elements // 512), 4), 16)

@@ -1,0 +1,193 @@
+"""The direction of imports, read from the source, and what `import hw3gpu` costs.
+
+    nn -> functional -> ground -> kernels        {batch_norm, softmax, points, trace} -> ground -> kernels
+
+The ground is `_arrays` (the one room that imports kernels), `_check` and the other private rooms. Neither wing imports
+the other.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = sorted(path for path in (ROOT / "hw3gpu").rglob("*.py") if "kernels" not in path.parts)
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+
+HOUSE = [
+    *("pyproject.toml", "README.md", "Makefile", "constraints.txt", "CHANGELOG.md", "LICENSE", "docs/derivations.md"),
+    *(f"kernels/{name}" for name in ("README.md", "gpu/plan.py")),
+    *(f"kernels/{wing}/{room}.py" for wing in ("gpu", "cpu") for room in ("batch_norm", "cross_entropy", "softmax")),
+    *(f"hw3gpu/{room}.py" for room in ("shapes", "batch_norm", "softmax", "points", "trace", "reference")),
+    *(f"hw3gpu/{room}.py" for room in ("__init__", "__main__", "_arrays", "_check", "functional", "nn")),
+]
+
+GROUND = {path.stem for path in LIBRARY if path.parent.name == "hw3gpu" and path.stem.startswith("_")} - {
+    "__init__",
+    "__main__",
+}
+PUBLIC = {"batch_norm", "functional", "nn", "points", "reference", "shapes", "softmax", "trace"}
+
+# the rooms of hw3gpu that a room may import; the ground's rooms may import each other and no wing
+MAY_IMPORT = {
+    "shapes": set(),
+    "reference": {"shapes"},
+    "batch_norm": GROUND,
+    "softmax": GROUND,
+    "points": GROUND,
+    "trace": GROUND,
+    "functional": GROUND,
+    "distributed": GROUND | {"functional"},
+    "nn": GROUND | {"functional", "shapes", "distributed"},
+    "__init__": GROUND | PUBLIC,
+    "__main__": GROUND | PUBLIC | {"_cli"},
+    "_cli": GROUND | PUBLIC | {"_cli"},
+    "_check": set(),
+} | {room: GROUND for room in GROUND - {"_check"}}
+
+# where fewer third-party packages may be imported, at any depth, than the project depends on
+MAY_IMPORT_PACKAGES = {"shapes": set(), "_check": {"numpy"}, "reference": {"numpy"}}
+
+
+class Import(NamedTuple):
+    module: str  # absolute, with the imported names as a last part: 'hw3gpu._arrays.fold'
+    line: int
+
+
+def _imports(path: Path, package: str) -> Iterator[Import]:
+    """Every import of a file, inside functions too, as absolute names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            prefix = [*base, *([node.module] if node.module else [])]
+            yield from (Import(".".join([*prefix, alias.name]), node.lineno) for alias in node.names)
+
+
+def _package(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).parent.parts)
+
+
+def _room(path: Path) -> str:
+    return "_cli" if path.parent.name == "_cli" else path.stem
+
+
+def _wrong(path: Path, imports: list[Import]) -> list[str]:
+    return [f"{path.relative_to(ROOT)}:{line} imports {module}" for module, line in imports]
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("name", HOUSE)
+def test_house_has_its_rooms(name: str) -> None:
+    assert (ROOT / name).is_file()
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=_name)
+def test_library_imports_follow_the_direction(path: Path) -> None:
+    allowed = MAY_IMPORT[_room(path)] | ({"kernels"} if path.stem == "_arrays" else set())
+    own = [found for found in _imports(path, _package(path)) if found.module.partition(".")[0] == "hw3gpu"]
+    rooms = {found: found.module.split(".")[1] if "." in found.module else "__init__" for found in own}
+    if path.stem in {"__main__", "__init__"} or _room(path) == "_cli":
+        allowed = allowed | {"__init__", "__version__"}
+    assert not _wrong(path, [found for found in own if rooms[found] not in allowed])
+
+
+def test_modules_are_named_at_run_time_in_two_rooms_alone() -> None:
+    """`import_module` hides an import from this file: kernels in `_arrays`, modules on first use in `__init__`."""
+    users = {path.stem for path in LIBRARY + KERNELS if "import_module(" in path.read_text()}
+    assert users <= {"_arrays", "__init__"}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=_name)
+def test_kernels_import_no_hw3gpu_and_no_other_engine(path: Path) -> None:
+    # the folder's own package name, as installed, is hw3gpu.kernels: a relative import may not leave gpu/ or cpu/
+    package = f"hw3gpu.{_package(path)}"
+    inside = [found for found in _imports(path, package) if found.module.partition(".")[0] in {"hw3gpu", "kernels"}]
+    assert not _wrong(path, [found for found in inside if not found.module.startswith(f"{package}.")])
+
+
+@pytest.mark.parametrize("path", LIBRARY + KERNELS, ids=_name)
+def test_nothing_imports_tests_or_benchmarks(path: Path) -> None:
+    outside = {"tests", "benchmarks", "pytest", "hypothesis"}
+    assert not _wrong(path, [i for i in _imports(path, _package(path)) if i.module.partition(".")[0] in outside])
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT_PACKAGES)
+def test_room_imports_few_packages(room: str) -> None:
+    path = ROOT / "hw3gpu" / f"{room}.py"
+    allowed = MAY_IMPORT_PACKAGES[room] | sys.stdlib_module_names | {"hw3gpu"}
+    assert not _wrong(path, [i for i in _imports(path, "hw3gpu") if i.module.partition(".")[0] not in allowed])
+
+
+def test_plans_are_plain_functions() -> None:
+    path = ROOT / "kernels" / "gpu" / "plan.py"
+    third_party = [
+        i for i in _imports(path, "kernels.gpu") if i.module.partition(".")[0] not in sys.stdlib_module_names
+    ]
+    assert not _wrong(path, third_party)
+
+
+# ---------------------------------------------------------------------------------------------- twins
+def _launchers(path: Path) -> dict[str, str]:
+    """The public functions of a kernel file that are not themselves kernels, each with its arguments and defaults."""
+    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    public = [node for node in functions if not node.name.startswith("_") and not node.decorator_list]
+    for node in public:
+        for argument in ast.walk(node.args):
+            if isinstance(argument, ast.arg):
+                argument.annotation = None
+    return {node.name: ast.unparse(node.args) for node in public}
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [
+        ("softmax", {"forward", "backward"}),
+        ("cross_entropy", {"forward", "backward", "forward_backward", "reduce"}),
+        ("batch_norm", {"statistics", "normalize", "forward", "backward", "backward_reduce", "backward_apply"}),
+    ],
+    ids=["softmax", "cross_entropy", "batch_norm"],
+)
+def test_twins_have_the_same_launchers(room: str, expected: set[str]) -> None:
+    gpu, cpu = (_launchers(ROOT / "kernels" / engine / f"{room}.py") for engine in ("gpu", "cpu"))
+    assert gpu == cpu
+    assert expected <= gpu.keys()
+
+
+# ---------------------------------------------------------------------------------------------- import hygiene
+def _fresh(code: str) -> str:
+    """The output of `code` in a fresh interpreter of this checkout."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("package", ["torch", "triton", "cupy", "numba", "scipy", "rich"])
+def test_import_loads_no_heavy_package(package: str) -> None:
+    assert _fresh(f"import sys, hw3gpu; print({package!r} in sys.modules)").strip() == "False"
+
+
+def test_import_costs_little_more_than_numpy() -> None:
+    def seconds(package: str) -> float:
+        start = time.perf_counter()
+        _fresh(f"import {package}")
+        return time.perf_counter() - start
+
+    _fresh("import hw3gpu")  # writes the bytecode
+    pairs = [(seconds("hw3gpu"), seconds("numpy")) for _ in range(9)]
+    ours, numpys = (statistics.median(column) for column in zip(*pairs, strict=True))
+    assert ours < numpys + 0.2, f"import hw3gpu takes {ours:.3f} s, import numpy {numpys:.3f} s"

@@ -1,0 +1,275 @@
+"""S8: points with given moments, and the moments of points (`hw3gpu.points`)."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hw3gpu import reference
+from hw3gpu.points import moments, points_with_moments
+
+EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
+
+
+def covariance(m, rank, seed=0):
+    a = np.random.default_rng(seed).standard_normal((m, rank))
+    return a @ a.T / max(rank, 1)
+
+
+SIGMAS = {
+    "1x1": covariance(1, 1),
+    "full rank": covariance(6, 6),
+    "singular": covariance(7, 3),
+    "rank 1": covariance(5, 1),
+    "zero": np.zeros((4, 4)),
+    "identity": np.eye(5),
+    "diagonal with zeros": np.diag([3.0, 0.0, 1e-6, 0.0]),
+    "m = 80": covariance(80, 80),
+    "m = 80, rank 11": covariance(80, 11),
+    "scaled by 1e150": covariance(6, 4) * 1e150,
+    "scaled by 1e-150": covariance(6, 4) * 1e-150,
+}
+RANKS = [1, 6, 3, 1, 0, 5, 2, 80, 11, 4, 4]
+
+
+@pytest.fixture(params=list(zip(SIGMAS, RANKS)), ids=list(SIGMAS))
+def sigma(request):
+    """A covariance and its rank."""
+    return SIGMAS[request.param[0]], request.param[1]
+
+
+def relative_error(x, mean, sigma, ddof=0):
+    """Errors of the mean and the covariance of points, relative to the points' own size, by the answer sheet."""
+    got = reference.moments(x)
+    got_covariance = got.covariance * (len(x) / (len(x) - ddof))
+    size = np.abs(sigma).max()
+    error = np.abs(got_covariance - sigma).max()
+    return np.abs(got.mean - mean).max() / (np.abs(x).max() or 1.0), error / size if size else error
+
+
+# ------------------------------------------------------------------------------------------------ points_with_moments
+@pytest.mark.parametrize("extra", [0, 1, 40], ids="rank + 1 + {}".format)
+@pytest.mark.parametrize("rng", [None, 5], ids=["Helmert", "random"])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_the_moments_are_exact(sigma, extra, rng, ddof):
+    sigma, rank = sigma
+    m, n = len(sigma), rank + 1 + extra
+    if n - ddof < 1:
+        n += 1
+    mean = np.random.default_rng(1).standard_normal(m) * np.abs(sigma).max() ** 0.5
+    x = points_with_moments(mean, sigma, n, ddof=ddof, rng=rng)
+    assert x.shape == (n, m)
+    mean_error, covariance_error = relative_error(x, mean, sigma, ddof)
+    assert mean_error <= 1e-15 * m + 1e-15
+    assert covariance_error <= 1e-14 * m
+
+
+def test_the_fewest_points(sigma):
+    sigma, rank = sigma
+    mean = np.ones(len(sigma))
+    assert points_with_moments(mean, sigma).shape == (rank + 1, len(sigma))
+    assert points_with_moments(mean, sigma, ddof=1).shape == (max(rank, 1) + 1, len(sigma))
+    if rank:
+        with pytest.raises(ValueError, match=rf"n: expected at least rank\(covariance\) \+ 1 = {rank + 1} points, got {rank}"):
+            points_with_moments(mean, sigma, rank)
+
+
+def test_every_kind_and_dtype(kit):
+    for dtype in ("float64", "float32"):
+        mean, sigma = kit.array([1.0, -2, 3, 0.5], dtype), kit.array(covariance(4, 2), dtype)
+        before = kit.numpy(mean), kit.numpy(sigma)
+        x = points_with_moments(mean, sigma)
+        assert type(x) is type(mean)
+        assert str(x.dtype).removeprefix("torch.") == dtype
+        assert x.device == mean.device
+        assert tuple(x.shape) == (3, 4)
+        mean_error, covariance_error = relative_error(kit.numpy(x), *before)
+        assert mean_error <= EPS[dtype]
+        assert covariance_error <= 20 * EPS[dtype]
+        got = moments(x)
+        assert type(got.mean) is type(got.covariance) is type(mean)
+        assert str(got.covariance.dtype).removeprefix("torch.") == dtype
+        np.testing.assert_allclose(kit.numpy(got.mean), before[0], atol=8 * EPS[dtype])
+        np.testing.assert_allclose(kit.numpy(got.covariance), before[1], atol=20 * EPS[dtype])
+        assert np.array_equal(kit.numpy(mean), before[0])
+        assert np.array_equal(kit.numpy(sigma), before[1])
+
+
+def test_the_rank_of_a_float32_covariance_is_told_at_its_own_precision():
+    sigma = covariance(30, 5).astype(np.float32)
+    assert np.linalg.eigvalsh(sigma.astype(np.float64))[0] < -1e-9  # rounding alone makes it indefinite
+    x = points_with_moments(np.zeros(30, np.float32), sigma)
+    assert x.shape == (6, 30)
+    assert relative_error(x.astype(np.float64), 0.0, sigma.astype(np.float64))[1] <= 30 * EPS["float32"]
+
+
+def test_helmert_is_the_default_and_agrees_with_the_answer_sheet():
+    sigma, mean = covariance(5, 5), np.arange(5.0)
+    x, expected = points_with_moments(mean, sigma, 9), reference.points_with_moments(mean, sigma, 9)
+    # both are 1 μᵀ + sqrt(n) H Aᵀ; the order of A's columns is free: compare the spans of H
+    assert np.allclose(x[6:], mean)
+    assert np.allclose(expected[6:], mean)
+    np.testing.assert_array_equal(x, points_with_moments(mean, sigma, 9))
+
+
+def test_random_members_of_the_solution_set():
+    sigma, mean = covariance(3, 2), np.zeros(3)
+    first, again = (points_with_moments(mean, sigma, 6, rng=np.random.default_rng(7)) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert np.array_equal(first, points_with_moments(mean, sigma, 6, rng=7))
+    assert not np.allclose(first, points_with_moments(mean, sigma, 6, rng=8))
+    # Haar: no point is set apart, so that over many draws each point's second moment is Σ (n points share n Σ)
+    rng = np.random.default_rng(0)
+    draws = np.stack([points_with_moments(mean, sigma, 4, rng=rng) for _ in range(2000)])
+    second = np.einsum("dni,dnj->nij", draws, draws) / len(draws)
+    assert np.abs(second - sigma).max() < 0.1 * np.abs(sigma).max()
+    assert np.abs(draws.mean(axis=0)).max() < 0.1
+
+
+@pytest.mark.parametrize("rng", [None, 3], ids=["Helmert", "random"])
+def test_batches(kit, rng):
+    ranks = [[3, 1, 0], [2, 3, 3]]
+    sigma = np.array([[covariance(3, r, seed=r + i) for r in row] for i, row in enumerate(ranks)])
+    sigma[0, 0] *= 1e80
+    mean = np.random.default_rng(0).standard_normal((2, 3, 3))
+    x = points_with_moments(kit.array(mean, "float64"), kit.array(sigma, "float64"), 8, rng=rng)
+    got = moments(x)
+    x = kit.numpy(x)
+    assert x.shape == (2, 3, 8, 3)
+    for i in np.ndindex(2, 3):
+        # the mean is known to the rounding of the points
+        assert relative_error(x[i], mean[i], sigma[i])[0] <= 1e-14
+        assert relative_error(x[i], mean[i], sigma[i])[1] <= 1e-13
+        np.testing.assert_allclose(kit.numpy(got.covariance)[i], sigma[i], atol=1e-13 * (np.abs(sigma[i]).max() or 1))
+    assert points_with_moments(mean[0], sigma[0]).shape == (3, 4, 3)
+    assert points_with_moments(mean[:0], sigma[:0]).shape == (0, 3, 1, 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(m=st.integers(1, 12), rank=st.integers(0, 12), extra=st.integers(0, 5), seed=st.integers(0, 2**32 - 1))
+def test_any_size_and_rank(m, rank, extra, seed):
+    rank = min(m, rank)
+    sigma = covariance(m, rank, seed)
+    x = points_with_moments(np.zeros(m), sigma, rank + 1 + extra)
+    assert relative_error(x, 0.0, sigma)[1] <= 1e-14 * m
+
+
+# -------------------------------------------------------------------------------------------------------- the moments
+def exact_moments(x, ddof=0):
+    """μ and Σ in rational arithmetic, rounded once."""
+    x = [[Fraction(float(v)) for v in row] for row in x]
+    n, m = len(x), len(x[0])
+    mean = [sum(column) / n for column in zip(*x)]
+    cov = [[sum((r[i] - mean[i]) * (r[j] - mean[j]) for r in x) / (n - ddof) for j in range(m)] for i in range(m)]
+    return np.array(mean, dtype=np.float64), np.array(cov, dtype=np.float64)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e9, -1e12], ids="mean {:g}".format)
+@pytest.mark.parametrize("n", [1, 2, 1500], ids="n = {}".format)
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_moments_far_from_the_origin(offset, n, ddof):
+    if n == ddof:
+        pytest.skip("n - ddof = 0 is an error, tested below")
+    x = np.random.default_rng(0).standard_normal((n, 3)) @ np.diag([1.0, 3, 0.1]) + offset
+    mean, cov = exact_moments(x, ddof)
+    got = moments(x, ddof=ddof)
+    # the mean to one rounding, the covariance to 1e-14 of its largest entry, however large |μ|
+    assert np.all(np.abs(got.mean - mean) <= np.spacing(np.abs(mean)))
+    assert np.abs(got.covariance - cov).max() <= 1e-14 * np.abs(cov).max()
+    assert np.array_equal(got.covariance, got.covariance.T)
+
+
+def test_moments_of_float32_are_summed_in_float64():
+    x = (np.random.default_rng(0).standard_normal((3000, 4)) + 1e4).astype(np.float32)
+    mean, cov = exact_moments(x)
+    got = moments(x)
+    assert np.array_equal(got.mean, mean.astype(np.float32))
+    assert np.abs(got.covariance - cov).max() <= EPS["float32"] * np.abs(cov).max()
+
+
+def test_moments_of_strided_and_special_points():
+    x = np.random.default_rng(0).standard_normal((50, 8))
+    for view in (x[::-2, ::2], np.asfortranarray(x), x.T):
+        expected = reference.moments(np.ascontiguousarray(view))
+        np.testing.assert_allclose(moments(view).covariance, expected.covariance, atol=1e-14)
+        np.testing.assert_allclose(moments(view).mean, expected.mean, atol=1e-14)
+    x[3, 2] = np.nan
+    got = moments(x)
+    assert np.isnan(got.mean[2])
+    assert np.isnan(got.covariance[2]).all()
+    assert np.isfinite(got.covariance[:2, :2]).all()
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+def indefinite():
+    return np.diag([4.0, 1.0, -0.5])
+
+
+def asymmetric():
+    a = np.eye(3)
+    a[0, 2] = 0.25
+    return a
+
+
+def with_nan():
+    a = np.eye(3)
+    a[1, 1] = np.nan
+    return a
+
+
+ZERO3 = np.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("mean", "sigma", "options", "error", "message"),
+    [
+        ([0.0], np.eye(1), {}, TypeError, r"mean: expected a NumPy, CuPy or torch array"),
+        (ZERO3, [[1.0]], {}, TypeError, r"covariance: expected a NumPy, CuPy or torch array"),
+        (ZERO3, np.eye(3, dtype=np.float32), {}, TypeError, r"mean: expected the dtype of covariance, float32, got float64"),
+        (ZERO3, np.eye(3, dtype=np.float16), {}, TypeError, r"covariance: .*got float16, whose 11 bits"),
+        (ZERO3, np.eye(3, dtype=complex), {}, TypeError, r"covariance: expected dtype float32, float64, got complex128"),
+        (ZERO3, np.ones((3, 2)), {}, ValueError, r"covariance: expected square matrices .*got shape \(3, 2\)"),
+        (ZERO3, np.ones(3), {}, ValueError, r"covariance: expected at least 2 axes"),
+        (np.zeros(2), np.eye(3), {}, ValueError, r"mean: expected shape \(3,\) .*got \(2,\)"),
+        (np.zeros((1, 3)), np.eye(3), {}, ValueError, r"mean: expected shape \(3,\) .*got \(1, 3\)"),
+        (ZERO3, indefinite(), {}, ValueError, r"indefinite one: its smallest eigenvalue is -0\.5 \(largest 4, tol"),
+        (ZERO3, asymmetric(), {}, ValueError, r"covariance: .*max \|A - A\^T\| = 0\.25 where max \|A\| = 1"),
+        (ZERO3, with_nan(), {}, ValueError, r"covariance: expected finite values, got nan at \[1, 1\]"),
+        (np.array([0, np.inf, 0]), np.eye(3), {}, ValueError, r"mean: expected finite values, got inf at \[1\]"),
+        (ZERO3, np.eye(3), {"n": 3}, ValueError, r"n: expected at least rank\(covariance\) \+ 1 = 4 points, got 3"),
+        (ZERO3, np.eye(3), {"n": 4.0}, TypeError, r"n: expected an integer, got 4\.0"),
+        (ZERO3, np.zeros((3, 3)), {"n": 1, "ddof": 1}, ValueError, r"n: expected at least ddof \+ 1 = 2 points, got 1"),
+        (ZERO3, np.zeros((3, 3)), {"n": 0}, ValueError, r"n: expected at least rank\(covariance\) \+ 1 = 1 points, got 0"),
+        (ZERO3, np.eye(3), {"ddof": -1}, ValueError, r"ddof: expected 0 or more, got -1"),
+    ],
+)
+def test_errors(mean, sigma, options, error, message):
+    with pytest.raises(error, match=message):
+        points_with_moments(mean, sigma, **options)
+
+
+def test_kinds_cannot_be_mixed():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match="mean: expected the kind of array of covariance, torch, got numpy"):
+        points_with_moments(ZERO3, torch.eye(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("points", "options", "error", "message"),
+    [
+        ([[1.0]], {}, TypeError, r"points: expected a NumPy, CuPy or torch array"),
+        (np.ones((3, 2), np.int32), {}, TypeError, r"points: expected dtype float32, float64, got int32"),
+        (np.ones((3, 2), np.float16), {}, TypeError, r"points: .*got float16, whose 11 bits"),
+        (np.ones(3), {}, ValueError, r"points: expected at least 2 axes \(\.\.\., n, m\), got shape \(3,\)"),
+        (np.ones((0, 2)), {}, ValueError, r"points: expected at least 1 points .*got n = 0"),
+        (np.ones((1, 2)), {"ddof": 1}, ValueError, r"points: expected at least 2 points .*ddof = 1, got n = 1"),
+        (np.ones((3, 2)), {"ddof": 0.5}, TypeError, r"ddof: expected an integer, got 0\.5"),
+    ],
+)
+def test_errors_of_moments(points, options, error, message):
+    with pytest.raises(error, match=message):
+        moments(points, **options)

@@ -1,0 +1,347 @@
+"""S9: the trace minimum, its diagnostics and its certificate (`hw3gpu.trace`)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from hw3gpu import reference, trace
+from hw3gpu.trace import minimize_trace
+
+EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
+
+
+def spectrum(eigenvalues, seed=0):
+    """A symmetric matrix with these eigenvalues in random directions, and those directions."""
+    eigenvalues = np.asarray(eigenvalues, dtype=np.float64)
+    q = np.linalg.qr(np.random.default_rng(seed).standard_normal((len(eigenvalues),) * 2))[0]
+    sigma = (q * eigenvalues) @ q.T
+    return (sigma + sigma.T) / 2, q
+
+
+def wishart(m, n=None, seed=0):
+    x = np.random.default_rng(seed).standard_normal((n or 2 * m, m))
+    return x.T @ x / len(x)
+
+
+def wilkinson(m):
+    """Wilkinson's W⁺: |i - (m - 1) / 2| on the diagonal, ones beside it; its largest eigenvalues come in close pairs."""
+    return np.diag(abs(np.arange(m) - (m - 1) / 2)) + np.eye(m, k=1) + np.eye(m, k=-1)
+
+
+def sine(phi, other):
+    """‖sin Θ‖ between two subspaces, from their projectors."""
+    return np.linalg.norm(phi @ phi.conj().T - other @ other.conj().T) / 2**0.5
+
+
+MATRICES = {
+    "wishart": (wishart(60), 7),
+    "wishart, k = m - 1": (wishart(30), 29),
+    "kappa 1e4": (spectrum(np.logspace(-4, 0, 50))[0], 6),
+    "kappa 1e8": (spectrum(np.logspace(-8, 0, 50))[0], 20),
+    "kappa 1e12": (spectrum(np.logspace(-12, 0, 50))[0], 30),
+    "cluster inside k": (spectrum([1.0] * 10 + [2.0] * 20 + [3.0] * 10)[0], 10),
+    "cluster across k": (spectrum([1.0] * 10 + [2.0] * 20 + [3.0] * 10)[0], 15),
+    "rank-deficient, k in the null space": (wishart(40, n=12), 9),
+    "rank-deficient, k past the null space": (wishart(40, n=12), 31),
+    "diagonal, indefinite": (np.diag(np.random.default_rng(1).permutation(np.arange(-20.0, 20.0))), 4),
+    "Wilkinson W21+": (wilkinson(21), 3),
+    "Wilkinson W21+, inside its closest pair": (wilkinson(21), 20),
+    "Hilbert": (scipy.linalg.hilbert(12), 3),
+    "identity": (np.eye(20), 6),
+    "zero": (np.zeros((20, 20)), 6),
+    "1x1": (np.array([[3.0]]), 1),
+    "k = m": (wishart(25), 25),
+    "m = 256 by syevr": (wishart(256), 5),
+}
+DEGENERATE = {
+    "cluster across k", "rank-deficient, k in the null space", "Wilkinson W21+, inside its closest pair", "identity", "zero",
+}  # fmt: skip
+
+
+@pytest.fixture(params=MATRICES, ids=list(MATRICES))
+def case(request):
+    return (*MATRICES[request.param], request.param in DEGENERATE)
+
+
+def check_against_reference(result, sigma, k, tolerance):
+    """Value, eigenvalues and, where it is determined, the subspace, within `tolerance` · ‖Σ‖."""
+    expected = reference.minimize_trace(sigma, k)
+    size = np.linalg.norm(sigma)
+    phi = np.asarray(result.phi, dtype=np.float64)
+    np.testing.assert_allclose(phi.T @ phi, np.eye(k), atol=tolerance)
+    assert abs(float(result.value) - expected.value) <= tolerance * size
+    assert np.abs(np.asarray(result.eigenvalues) - expected.eigenvalues[:k]).max() <= tolerance * size
+    assert abs(np.trace(phi.T @ sigma @ phi) - expected.value) <= tolerance * size * k**0.5
+    gap = expected.eigenvalues[k] - expected.eigenvalues[k - 1] if k < len(sigma) else np.inf
+    if gap > 100 * tolerance * size:
+        assert sine(phi, expected.phi) <= 2 * tolerance * size / gap + tolerance
+
+
+@pytest.mark.parametrize("method", ["syevd", "syevr"])
+@pytest.mark.parametrize("scale", [1.0, 1e150, 1e-150])
+def test_matches_the_answer_sheet(case, method, scale):
+    sigma, k, degenerate = case
+    result = minimize_trace(sigma * scale, k, method=method)
+    assert result.method == method
+    # the norms of the comparison would overflow at 1e150: in units of `scale`
+    scaled = dataclasses.replace(result, value=result.value / scale, eigenvalues=result.eigenvalues / scale)
+    check_against_reference(scaled, sigma, k, 10 * len(sigma) * EPS["float64"])
+    assert result.residual <= len(sigma) * EPS["float64"]
+    assert result.orthogonality <= 10 * len(sigma) * EPS["float64"]
+    assert result.eigenvalue_sum == pytest.approx(result.value, rel=1e-12, abs=1e-13 * scale)
+    assert result.unique == (not degenerate)
+    assert result.value_certified
+    assert result.certified == (not degenerate)
+    assert (result.reason == "") == result.certified
+
+
+def test_every_kind_and_dtype(kit):
+    for dtype in ("float64", "float32"):
+        sigma = kit.array(wishart(40), dtype)
+        before = kit.numpy(sigma)
+        result = minimize_trace(sigma, 5)
+        for name in ("phi", "value", "eigenvalues"):
+            got = getattr(result, name)
+            assert str(got.dtype).removeprefix("torch.") == dtype, name
+        assert type(result.phi) is type(sigma)
+        assert result.phi.device == sigma.device
+        assert (tuple(result.phi.shape), tuple(result.value.shape), tuple(result.eigenvalues.shape)) == ((40, 5), (), (5,))
+        assert result.certified is True
+        assert isinstance(result.gap, float)
+        expected = reference.minimize_trace(kit.numpy(sigma), 5)
+        assert sine(kit.numpy(result.phi), expected.phi) <= 10 * EPS[dtype]
+        assert kit.numpy(result.value) == pytest.approx(float(expected.value), rel=EPS[dtype] + 1e-13)
+        assert np.array_equal(kit.numpy(sigma), before)
+
+
+def test_float32_input_keeps_the_smallest_eigenspace_that_float32_arithmetic_loses():
+    m, k = 200, 4
+    sigma = spectrum(np.logspace(-5, 0, m))[0].astype(np.float32)
+    sigma = np.tril(sigma) + np.tril(sigma, -1).T
+    exact = np.linalg.eigh(sigma.astype(np.float64))[1][:, :k]
+    assert sine(minimize_trace(sigma, k).phi.astype(np.float64), exact) <= 1e-6
+    rough = minimize_trace(sigma, k, dtype="float32")
+    assert sine(rough.phi.astype(np.float64), exact) > 1e-3
+    assert rough.orthogonality < 1e-4
+    # and the certificate says so: float32 cannot separate the k from the others
+    assert not rough.certified
+    assert "gap" in rough.reason
+
+
+def test_largest_maximises():
+    sigma = spectrum([-3.0, -1, 0, 2, 5, 5.5])[0]
+    result = minimize_trace(sigma, 2, largest=True)
+    np.testing.assert_allclose(result.eigenvalues, [5.5, 5.0])
+    assert result.value == pytest.approx(10.5)
+    assert result.gap == pytest.approx(3.0)
+    assert result.certified
+    assert result.dual_value >= 10.5 - 1e-14
+
+
+def test_complex_hermitian(kit):
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((80, 80)) + 1j * rng.standard_normal((80, 80))
+    sigma = z @ z.conj().T / 80
+    if kit.kind == "torch":
+        import torch
+
+        given = torch.from_numpy(sigma).to(kit.device)
+    else:
+        given = kit.array(sigma, "complex128")
+    exact = np.linalg.eigh(sigma)
+    for method in ("auto", "syevd"):
+        result = minimize_trace(given, 3, method=method)
+        phi = result.phi.cpu().numpy() if kit.kind == "torch" else result.phi
+        phi = np.asarray(phi.get() if hasattr(phi, "get") else phi)
+        assert sine(phi, exact[1][:, :3]) < 1e-12
+        assert kit.numpy(result.eigenvalues) == pytest.approx(exact[0][:3])
+        assert result.certified
+        pivots = phi[abs(phi).argmax(axis=0), range(3)]
+        assert np.all(pivots.real > 0)
+        assert np.all(abs(pivots.imag) < 1e-15)
+
+
+def test_batches_give_each_matrix_its_own_result(kit):
+    sigma = np.stack([wishart(9, seed=i) for i in range(6)] + [np.eye(9), np.zeros((9, 9))]).reshape(2, 4, 9, 9)
+    sigma[0, 1] *= 1e100
+    result = minimize_trace(kit.array(sigma, "float64"), 3)
+    phi, value = kit.numpy(result.phi), kit.numpy(result.value)
+    assert phi.shape == (2, 4, 9, 3)
+    assert result.certified.tolist() == [[True] * 4, [True, True, False, False]]
+    assert result.unique.tolist() == result.certified.tolist()
+    assert result.value_certified.all()
+    assert result.reason[0, 0] == ""
+    assert "only minimiser" in result.reason[1, 3]
+    for i in np.ndindex(2, 4):
+        single = minimize_trace(sigma[i], 3)
+        assert value[i] == pytest.approx(single.value, rel=1e-13)
+        np.testing.assert_allclose(np.trace(phi[i].T @ sigma[i] @ phi[i]), value[i], rtol=1e-12)
+        assert result.gap[i] == pytest.approx(single.gap, rel=1e-9)
+
+
+def test_an_empty_batch():
+    result = minimize_trace(np.zeros((0, 5, 5)), 2)
+    assert result.phi.shape == (0, 5, 2)
+    assert result.value.shape == result.certified.shape == (0,)
+
+
+@pytest.mark.parametrize("layout", ["Fortran", "transposed", "strided", "read-only"])
+def test_any_layout(layout):
+    sigma = wishart(70)
+    given = {
+        "Fortran": np.asfortranarray(sigma),
+        "transposed": sigma.T,
+        "strided": np.repeat(np.repeat(sigma, 2, axis=0), 2, axis=1)[::2, ::2],
+        "read-only": sigma.copy(),
+    }[layout]
+    given.flags.writeable = False
+    check_against_reference(minimize_trace(given, 4), sigma, 4, 4 * 70 * EPS["float64"])
+
+
+def test_the_sign_rule():
+    # an eigenvector whose entries sum to zero: a rule by the sum's sign would zero it
+    result = minimize_trace(np.array([[0.0, 1.0], [1.0, 0.0]]), 2)
+    np.testing.assert_allclose(abs(result.phi), 2**-0.5)
+    phi = minimize_trace(wishart(12), 12).phi
+    assert np.all(phi[abs(phi).argmax(axis=0), range(12)] > 0)
+
+
+def test_rounding_noise_is_symmetrised():
+    sigma = wishart(30)
+    noisy = sigma.copy()
+    noisy[3, 4] *= 1 + 20 * EPS["float64"]
+    assert minimize_trace(noisy, 4).value == pytest.approx(minimize_trace(sigma, 4).value, rel=1e-13)
+
+
+# ---------------------------------------------------------------------------------------------------- the certificate
+def test_the_dual_value_bounds_the_minimum(case):
+    sigma, k, _ = case
+    result = minimize_trace(sigma, k)
+    minimum = np.linalg.eigvalsh(sigma)[:k].sum()
+    assert result.dual_value <= minimum + 1e-14 * np.linalg.norm(sigma)
+    assert result.value - result.dual_value <= 6 * k * result.margin + 1e-300
+    # the margin is of the size of rounding, m² u ‖Σ‖ at the worst
+    assert result.margin <= 8 * (len(sigma) + 4) ** 2 * EPS["float64"] * np.linalg.norm(sigma) + 1e-299
+
+
+@pytest.mark.parametrize("swapped", [0, 2, 4], ids="eigenpair {} missed".format)
+@pytest.mark.parametrize("m", [20, 9], ids=["k < m / 2", "k > m / 2"])
+def test_a_missed_eigenvalue_is_found(monkeypatch, swapped, m):
+    """A solver that leaves one of the k smallest out: exact eigenvectors, orthonormal, and not the minimum."""
+    k = 5
+    honest = trace.eigh
+
+    def misses_one(ns, s):
+        values, vectors = honest(ns, s)
+        order = [i for i in range(m) if i != swapped] + [swapped]
+        return values[order], vectors[:, order]
+
+    monkeypatch.setattr(trace, "eigh", misses_one)
+    result = minimize_trace(wishart(m), k, method="syevd")
+    assert result.residual < 1e-14
+    assert not result.certified
+    assert not result.value_certified
+    assert result.reason
+
+
+def test_wrong_eigenvectors_are_found(monkeypatch):
+    honest = trace.eigh
+
+    def of_another_matrix(ns, s):
+        values, vectors = honest(ns, s)
+        return values, honest(ns, s + 1e-6 * np.diag(np.arange(20.0)))[1]
+
+    monkeypatch.setattr(trace, "eigh", of_another_matrix)
+    result = minimize_trace(wishart(20), 3, method="syevd")
+    assert result.orthogonality < 1e-14
+    assert result.residual > 1e-9
+    assert result.subspace_error > 1e-8
+    # within the margin, which the residual widens, the value may still be right; it is not the claimed precision
+    assert result.margin > 1e-7
+
+
+def test_the_davis_kahan_bound_holds():
+    lam = np.concatenate([np.linspace(0, 1, 5), np.linspace(1.01, 2, 45)])
+    sigma, q = spectrum(lam)
+    result = minimize_trace(sigma, 5)
+    assert sine(result.phi, q[:, :5]) <= result.subspace_error + 50 * EPS["float64"] * np.linalg.norm(sigma) / 0.01
+    assert result.subspace_error < 1e-11
+    assert minimize_trace(np.eye(6), 2).subspace_error == 2**0.5
+    assert minimize_trace(wishart(6), 6).subspace_error == 0
+
+
+def test_without_a_certificate():
+    result = minimize_trace(wishart(20), 3, certify=False)
+    assert (result.certified, result.value_certified) == (False, False)
+    assert result.reason == "not asked for (certify=False)"
+    assert np.isnan([result.residual, result.orthogonality, result.dual_value, result.margin]).all()
+    assert result.value == pytest.approx(np.linalg.eigvalsh(wishart(20))[:3].sum())
+    assert result.unique
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+def asymmetric():
+    a = np.eye(3)
+    a[0, 2] = 0.25
+    return a
+
+
+def with_entry(value):
+    a = np.eye(3)
+    a[1, 2] = a[2, 1] = value
+    return a
+
+
+@pytest.mark.parametrize(
+    ("sigma", "k", "error", "message"),
+    [
+        ([[1.0]], 1, TypeError, r"covariance: expected a NumPy, CuPy or torch array, got builtins\.list"),
+        (np.eye(3, dtype=np.float16), 1, TypeError, r"covariance: .*got float16, whose 11 bits lose every eigenvalue"),
+        (np.eye(3, dtype=np.int64), 1, TypeError, r"covariance: expected dtype float32, .*got int64"),
+        (np.ones(3), 1, ValueError, r"covariance: expected at least 2 axes .*got shape \(3,\)"),
+        (np.ones((2, 3)), 1, ValueError, r"covariance: expected square matrices .*got shape \(2, 3\)"),
+        (np.ones((0, 0)), 1, ValueError, r"m >= 1, got shape \(0, 0\)"),
+        (np.eye(3), 0, ValueError, r"k: expected 1 <= k <= m = 3, got 0"),
+        (np.eye(3), 4, ValueError, r"k: expected 1 <= k <= m = 3, got 4"),
+        (np.eye(3), 1.0, TypeError, r"k: expected an integer, got 1\.0"),
+        (np.eye(3), True, TypeError, r"k: expected an integer, got True"),
+        (asymmetric(), 1, ValueError, r"covariance: expected a symmetric matrix, got max \|A - A\^T\| = 0\.25 where max"),
+        (asymmetric() * 1j, 1, ValueError, r"covariance: expected a Hermitian matrix"),
+        (with_entry(np.nan), 1, ValueError, r"covariance: expected finite values, got nan at \[1, 2\] \(2 not finite\)"),
+        (with_entry(np.inf), 1, ValueError, r"covariance: expected finite values, got inf at \[1, 2\]"),
+        (np.stack([np.eye(3), asymmetric()]), 1, ValueError, r"= 0\.25 where"),
+    ],
+)
+def test_errors(sigma, k, error, message):
+    with pytest.raises(error, match=message):
+        minimize_trace(sigma, k)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "lobpcg"}, r"method: expected one of auto, syevr, syevd, got 'lobpcg'"),
+        ({"dtype": "float16"}, r"dtype: expected None, 'float64' or 'float32', got 'float16'"),
+    ],
+)
+def test_errors_in_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        minimize_trace(np.eye(3), 1, **options)
+
+
+def test_bfloat16_is_refused():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"got bfloat16, whose 8 bits lose every eigenvalue below 2\^-8 of the largest"):
+        minimize_trace(torch.eye(3, dtype=torch.bfloat16), 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, "float32"])
+def test_the_dtype_computed_in_can_be_named_in_any_way(dtype):
+    assert minimize_trace(wishart(30), 2, dtype=dtype).residual > 1e-9
+    torch = pytest.importorskip("torch")
+    assert minimize_trace(wishart(30), 2, dtype=torch.float32).residual > 1e-9
+    assert minimize_trace(wishart(30), 2, dtype=torch.float64).residual < 1e-14
