@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from ._linalg import Numerics, adjoint, eps
 
 Array = Any
@@ -112,7 +114,7 @@ def _cholesky_succeeds(xp: ModuleType, a: Array) -> Array:
     """Whether each matrix of a stack (..., m, m) has a Cholesky factorisation in floating point."""
     try:
         factor = xp.linalg.cholesky(a)
-    except xp.linalg.LinAlgError:
+    except np.linalg.LinAlgError:
         if a.ndim == 2:
             return xp.zeros((), dtype=bool)
         return xp.stack([_cholesky_succeeds(xp, matrix) for matrix in a])

@@ -108,12 +108,12 @@ def check_dtype(x: Array, name: str, allowed: tuple[str, ...]) -> str:
     return dtype
 
 
-def check_square(x: Array, name: str, meaning: str = "(..., m, m)") -> int:
+def check_square(x: Array, name: str) -> int:
     """m of a stack of square matrices, m ≥ 1."""
-    _check.rank_at_least(x, name, 2, meaning)
+    _check.rank_at_least(x, name, 2, "..., m, m")
     m = int(x.shape[-1])
     if int(x.shape[-2]) != m or m < 1:
-        raise ValueError(f"{name}: expected square matrices {meaning} with m >= 1, got shape {_check.shape_of(x)}")
+        raise ValueError(f"{name}: expected square matrices (..., m, m) with m >= 1, got shape {_check.shape_of(x)}")
     return m
 
 
@@ -227,7 +227,7 @@ def eigh_range(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     # LAPACK wants columns: a row-major symmetric matrix is its own transpose, a Hermitian one its conjugate's
     columns = s if s.flags.f_contiguous else adjoint(s)
     values, vectors = scipy_eigh(columns, lower=True, subset_by_index=(0, count - 1), driver="evr", check_finite=False)
-    # within clusters its vectors are orthogonal to some 1e3 eps; one Newton-Schulz step towards the polar factor squares that
+    # in clusters its vectors are orthogonal to some 1e3 eps: a Newton-Schulz step towards the polar factor squares that
     return values, vectors @ (1.5 * np.eye(count, dtype=s.dtype) - 0.5 * (adjoint(vectors) @ vectors))
 
 

@@ -51,7 +51,7 @@ def moments(points: Array, *, ddof: int = 0) -> Moments:
     """
     with numerics(points, "points") as ns:
         dtype = check_dtype(points, "points", REAL)
-        _check.rank_at_least(points, "points", 2, "(..., n, m)")
+        _check.rank_at_least(points, "points", 2, "..., n, m")
         ddof = _ddof(ddof)
         n = int(points.shape[-2])
         if n - ddof < 1:
@@ -126,7 +126,7 @@ def _check_mean(mean: Array, covariance: Array) -> None:
     if kind != other:
         raise TypeError(f"mean: expected the kind of array of covariance, {other}, got {kind}")
     _check.same_dtype(mean, "mean", covariance, "covariance")
-    _check.shape(mean, "mean", tuple(covariance.shape[:-1]), "(..., m), where covariance is (..., m, m)")
+    _check.shape(mean, "mean", tuple(covariance.shape[:-1]), "that of covariance without its last axis")
     if mean.device != covariance.device:
         raise ValueError(f"mean: expected the device of covariance, {covariance.device}, got {mean.device}")
 

@@ -33,13 +33,13 @@ SIGMAS = {
     "scaled by 1e150": covariance(6, 4) * 1e150,
     "scaled by 1e-150": covariance(6, 4) * 1e-150,
 }
-RANKS = [1, 6, 3, 1, 0, 5, 2, 80, 11, 4, 4]
+RANKS = dict(zip(SIGMAS, [1, 6, 3, 1, 0, 5, 2, 80, 11, 4, 4], strict=True))
 
 
-@pytest.fixture(params=list(zip(SIGMAS, RANKS)), ids=list(SIGMAS))
+@pytest.fixture(params=SIGMAS, ids=list(SIGMAS))
 def sigma(request):
     """A covariance and its rank."""
-    return SIGMAS[request.param[0]], request.param[1]
+    return SIGMAS[request.param], RANKS[request.param]
 
 
 def relative_error(x, mean, sigma, ddof=0):
@@ -74,7 +74,7 @@ def test_the_fewest_points(sigma):
     assert points_with_moments(mean, sigma).shape == (rank + 1, len(sigma))
     assert points_with_moments(mean, sigma, ddof=1).shape == (max(rank, 1) + 1, len(sigma))
     if rank:
-        with pytest.raises(ValueError, match=rf"n: expected at least rank\(covariance\) \+ 1 = {rank + 1} points, got {rank}"):
+        with pytest.raises(ValueError, match=rf"at least rank\(covariance\) \+ 1 = {rank + 1} points, got {rank}"):
             points_with_moments(mean, sigma, rank)
 
 
@@ -110,9 +110,10 @@ def test_the_rank_of_a_float32_covariance_is_told_at_its_own_precision():
 def test_helmert_is_the_default_and_agrees_with_the_answer_sheet():
     sigma, mean = covariance(5, 5), np.arange(5.0)
     x, expected = points_with_moments(mean, sigma, 9), reference.points_with_moments(mean, sigma, 9)
-    # both are 1 μᵀ + sqrt(n) H Aᵀ; the order of A's columns is free: compare the spans of H
-    assert np.allclose(x[6:], mean)
-    assert np.allclose(expected[6:], mean)
+    # both are 1 μᵀ + sqrt(n) H Aᵀ, and only the order of A's columns is free: H has one span
+    deviations, others = x - mean, expected - mean
+    np.testing.assert_allclose(deviations @ np.linalg.pinv(deviations), others @ np.linalg.pinv(others), atol=1e-12)
+    np.testing.assert_array_equal(x[6:], np.broadcast_to(mean, (3, 5)))
     np.testing.assert_array_equal(x, points_with_moments(mean, sigma, 9))
 
 
@@ -163,22 +164,19 @@ def exact_moments(x, ddof=0):
     """μ and Σ in rational arithmetic, rounded once."""
     x = [[Fraction(float(v)) for v in row] for row in x]
     n, m = len(x), len(x[0])
-    mean = [sum(column) / n for column in zip(*x)]
+    mean = [sum(column) / n for column in zip(*x, strict=True)]
     cov = [[sum((r[i] - mean[i]) * (r[j] - mean[j]) for r in x) / (n - ddof) for j in range(m)] for i in range(m)]
     return np.array(mean, dtype=np.float64), np.array(cov, dtype=np.float64)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, 1e9, -1e12], ids="mean {:g}".format)
-@pytest.mark.parametrize("n", [1, 2, 1500], ids="n = {}".format)
-@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize(("n", "ddof"), [(1, 0), (2, 0), (2, 1), (1500, 1)])
 def test_moments_far_from_the_origin(offset, n, ddof):
-    if n == ddof:
-        pytest.skip("n - ddof = 0 is an error, tested below")
     x = np.random.default_rng(0).standard_normal((n, 3)) @ np.diag([1.0, 3, 0.1]) + offset
     mean, cov = exact_moments(x, ddof)
     got = moments(x, ddof=ddof)
-    # the mean to one rounding, the covariance to 1e-14 of its largest entry, however large |μ|
-    assert np.all(np.abs(got.mean - mean) <= np.spacing(np.abs(mean)))
+    # the mean to one rounding of itself or of the points' spread, the covariance to 1e-14 of its largest entry
+    assert np.all(np.abs(got.mean - mean) <= np.spacing(np.abs(mean) + 3))
     assert np.abs(got.covariance - cov).max() <= 1e-14 * np.abs(cov).max()
     assert np.array_equal(got.covariance, got.covariance.T)
 
@@ -229,9 +227,9 @@ ZERO3 = np.zeros(3)
     [
         ([0.0], np.eye(1), {}, TypeError, r"mean: expected a NumPy, CuPy or torch array"),
         (ZERO3, [[1.0]], {}, TypeError, r"covariance: expected a NumPy, CuPy or torch array"),
-        (ZERO3, np.eye(3, dtype=np.float32), {}, TypeError, r"mean: expected the dtype of covariance, float32, got float64"),
+        (ZERO3, np.eye(3, dtype=np.float32), {}, TypeError, r"mean: .*the dtype of covariance, float32, got float64"),
         (ZERO3, np.eye(3, dtype=np.float16), {}, TypeError, r"covariance: .*got float16, whose 11 bits"),
-        (ZERO3, np.eye(3, dtype=complex), {}, TypeError, r"covariance: expected dtype float32, float64, got complex128"),
+        (ZERO3, np.eye(3, dtype=complex), {}, TypeError, r"covariance: expected dtype .*float64, got complex128"),
         (ZERO3, np.ones((3, 2)), {}, ValueError, r"covariance: expected square matrices .*got shape \(3, 2\)"),
         (ZERO3, np.ones(3), {}, ValueError, r"covariance: expected at least 2 axes"),
         (np.zeros(2), np.eye(3), {}, ValueError, r"mean: expected shape \(3,\) .*got \(2,\)"),
@@ -240,10 +238,10 @@ ZERO3 = np.zeros(3)
         (ZERO3, asymmetric(), {}, ValueError, r"covariance: .*max \|A - A\^T\| = 0\.25 where max \|A\| = 1"),
         (ZERO3, with_nan(), {}, ValueError, r"covariance: expected finite values, got nan at \[1, 1\]"),
         (np.array([0, np.inf, 0]), np.eye(3), {}, ValueError, r"mean: expected finite values, got inf at \[1\]"),
-        (ZERO3, np.eye(3), {"n": 3}, ValueError, r"n: expected at least rank\(covariance\) \+ 1 = 4 points, got 3"),
+        (ZERO3, np.eye(3), {"n": 3}, ValueError, r"n: .*rank\(covariance\) \+ 1 = 4 points, got 3"),
         (ZERO3, np.eye(3), {"n": 4.0}, TypeError, r"n: expected an integer, got 4\.0"),
-        (ZERO3, np.zeros((3, 3)), {"n": 1, "ddof": 1}, ValueError, r"n: expected at least ddof \+ 1 = 2 points, got 1"),
-        (ZERO3, np.zeros((3, 3)), {"n": 0}, ValueError, r"n: expected at least rank\(covariance\) \+ 1 = 1 points, got 0"),
+        (ZERO3, np.zeros((3, 3)), {"n": 1, "ddof": 1}, ValueError, r"n: .*at least ddof \+ 1 = 2 points, got 1"),
+        (ZERO3, np.zeros((3, 3)), {"n": 0}, ValueError, r"n: .*rank\(covariance\) \+ 1 = 1 points, got 0"),
         (ZERO3, np.eye(3), {"ddof": -1}, ValueError, r"ddof: expected 0 or more, got -1"),
     ],
 )

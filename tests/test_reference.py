@@ -141,13 +141,14 @@ def test_batch_norm_and_its_gradients_are_pytorchs(shape: Any, channel_axis: int
     close(backward.dbeta, tb.grad)
 
 
-def test_dvar_dmean_and_dx_hat_are_autograds_with_the_statistics_as_leaves(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("shift", [0.0, 0.5], ids=["the mean", "another centre"])
+def test_dvar_dmean_and_dx_hat_are_autograds_with_the_mean_as_a_leaf(shift: float, rng: np.random.Generator) -> None:
+    """About another centre than the mean, the way from it through the variance, which (2.7) drops, counts."""
     x, dy, gamma, eps = rng.normal(size=(4, 3, 5)), rng.normal(size=(4, 3, 5)), rng.normal(size=3), 1e-2
-    forward = reference.batch_norm(x, gamma, eps=eps)
-    backward = reference.batch_norm_backward(dy, x, forward.mean, forward.var, gamma, eps=eps)
-    tx, mean = torch.tensor(x), leaf(forward.mean)
+    tx, mean = torch.tensor(x), leaf(reference.batch_norm(x).mean + shift)
     var = ((tx - mean[:, None]) ** 2).mean(dim=(0, 2))
     var.retain_grad()
+    backward = reference.batch_norm_backward(dy, x, mean.detach(), var.detach(), gamma, eps=eps)
     x_hat = (tx - mean[:, None]) * (var[:, None] + eps) ** -0.5
     x_hat.retain_grad()
     (torch.tensor(gamma)[:, None] * x_hat).backward(torch.tensor(dy))

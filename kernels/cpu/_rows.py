@@ -26,8 +26,8 @@ def _ordered(x: Any) -> Any:
 @overload(_ordered)
 def _ordered_bits(i):
     if i == types.int64:
-        return lambda i: i ^ ((i >> np.int64(63)) & np.int64(0x7FFFFFFFFFFFFFFF))
-    return lambda i: i ^ ((i >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        return lambda i: i ^ ((i >> 63) & 0x7FFFFFFFFFFFFFFF)
+    return lambda i: np.int32(i ^ ((i >> 31) & 0x7FFFFFFF))  # Numba would make it an int64
 
 
 @inline

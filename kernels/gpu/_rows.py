@@ -12,9 +12,9 @@ ACC = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.
 
 @triton.jit
 def program_rows(S, tiles, BLOCK_R: tl.constexpr):
-    """(n, s) of the rows of this program, s of shape (BLOCK_R, 1)."""
+    """(n, s) of the rows of this program, s of shape (BLOCK_R,)."""
     pid = tl.program_id(0).to(tl.int64)
-    return pid // tiles, (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    return pid // tiles, (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def row_shift(start, MODE: tl.constexpr, GROUP: tl.constexpr):
     if MODE == SHIFTED:
         shift = start % GROUP
     else:
-        shift = start * 0
+        shift = tl.zeros_like(start)
     return shift
 
 

@@ -25,7 +25,7 @@ from .plan import cdiv, plan_columns, plan_reduce, plan_rows, split_float
 
 @triton.jit
 def _hard_target(target_ptr, at, weight_ptr, z_ptr, z_start, stride_zv, live, V, ignore_index, ACC: tl.constexpr):
-    """(t, known, bad, w_t, z_t) of each row; t is 0, w_t and z_t are 0 where the target is not a class."""
+    """(t, known, bad, w_t, z_t) of each row, all one-dimensional; t, w_t and z_t are 0 where the target is not a class."""
     t = tl.load(target_ptr + at, mask=live, other=0).to(tl.int64)
     ignored = t == ignore_index
     bad = live & (ignored == 0) & ((t < 0) | (t >= V))
@@ -75,22 +75,27 @@ def _forward_kernel(
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     n, s = program_rows(S, tiles, BLOCK_R)
-    live = s < S
-    z_start = n * stride_zn + s * stride_zs
-    t_start = n * stride_tn + s * stride_ts
-    d_start = n * stride_dn + s * stride_ds
-    shift = _tile.row_shift(z_start, MODE, GROUP)
+    row = n * S + s
+    in_range = s < S
     smoothing = tl.cast(smoothing_hi, ACC) + tl.cast(smoothing_lo, ACC)
     NEG_INF: tl.constexpr = float("-inf")
 
+    # one number a row is read and written one-dimensionally: as a column of a tile, every thread of a row would do it
+    live = in_range[:, None]
     known = live
     q_t = tl.zeros([BLOCK_R, 1], ACC)
     if not SOFT:
         t, known, bad, w_t, z_t = _hard_target(
-            target_ptr, t_start, weight_ptr, z_ptr, z_start, stride_zv, live, V, ignore_index, ACC
-        )
+            target_ptr, n * stride_tn + s * stride_ts, weight_ptr, z_ptr, n * stride_zn + s * stride_zs, stride_zv,
+            in_range, V, ignore_index, ACC,
+        )  # fmt: skip
+        tl.atomic_min(invalid_ptr + s * 0, row, mask=bad, sem="relaxed")
+        t, known, bad, w_t, z_t = t[:, None], known[:, None], bad[:, None], w_t[:, None], z_t[:, None]
         q_t = w_t * (1.0 - smoothing)
-        tl.atomic_min(invalid_ptr + s * 0, n * S + s, mask=bad, sem="relaxed")
+    z_start = n * stride_zn + s[:, None] * stride_zs
+    t_start = n * stride_tn + s[:, None] * stride_ts
+    d_start = n * stride_dn + s[:, None] * stride_ds
+    shift = _tile.row_shift(z_start, MODE, GROUP)
 
     # one pass over z: m, total = Σ exp(z - m), W = Σ q, inner = Σ q (z - m)
     lane = tl.arange(0, KEEP)[None, :]
@@ -118,9 +123,9 @@ def _forward_kernel(
             offset = KEEP + i * BLOCK_V
             t_lo, t_hi = _tile.span(shift, offset, V, known, BLOCK_V)
             base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-            z = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, NEG_INF, MODE, GROUP).to(ACC)
+            more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, NEG_INF, MODE, GROUP).to(ACC)
             before = finite_base(m)
-            m, total = online_max_sum(m, total, z)
+            m, total = online_max_sum(m, total, more)
             if DENSE:
                 base = _tile.lane_zero(t_start, shift, offset, stride_tv, TARGET_MODE, GROUP)
                 q_tail = _dense_target(
@@ -128,15 +133,15 @@ def _forward_kernel(
                     SOFT, TARGET_MODE, GROUP, ACC,
                 )  # fmt: skip
                 inner += (W - q_t) * (before - finite_base(m))
-                inner += tl.sum(_weighted(q_tail, z - finite_base(m)), axis=1)[:, None]
+                inner += tl.sum(_weighted(q_tail, more - finite_base(m)), axis=1)[:, None]
                 W += tl.sum(q_tail, axis=1)[:, None]
 
     log_total = tl.log(total)
-    row = n * S + s
     loss = W * log_total - inner
     if not SOFT:
         loss -= _weighted(q_t, z_t - finite_base(m))
         loss = tl.where(known, loss, tl.where(bad, float("nan"), 0.0))
+    row = row[:, None]
     tl.store(loss_ptr + row, loss, mask=live)
     if stats_ptr is not None:
         tl.store(stats_ptr + row, m, mask=live)
@@ -154,19 +159,19 @@ def _forward_kernel(
                 offset = KEEP + (steps - 1 - i) * BLOCK_V
                 t_lo, t_hi = _tile.span(shift, offset, V, known, BLOCK_V)
                 base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-                z = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, NEG_INF, MODE, GROUP).to(ACC)
-                dz = tl.exp(z - finite_base(m)) * scale
+                more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, NEG_INF, MODE, GROUP).to(ACC)
+                d_tail = tl.exp(more - finite_base(m)) * scale
                 if DENSE:
                     base = _tile.lane_zero(t_start, shift, offset, stride_tv, TARGET_MODE, GROUP)
-                    dz -= _dense_target(
+                    d_tail -= _dense_target(
                         target_ptr, base, weight_ptr, tail, offset, shift, t_lo, t_hi, target_end, stride_tv, V, smoothing,
                         SOFT, TARGET_MODE, GROUP, ACC,
                     )  # fmt: skip
                 if not SOFT:
-                    dz = tl.where(tail + (offset - shift) == t, dz - q_t, dz) + unknown
+                    d_tail = tl.where(tail + (offset - shift) == t, d_tail - q_t, d_tail) + unknown
                 base = _tile.lane_zero(d_start, shift, offset, stride_dv, DZ_MODE, GROUP)
                 t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
-                _tile.store(dz_ptr, base, tail, t_lo, t_hi, dz, stride_dv, DZ_MODE, GROUP)
+                _tile.store(dz_ptr, base, tail, t_lo, t_hi, d_tail, stride_dv, DZ_MODE, GROUP)
             e = tl.exp(kept.to(ACC) - finite_base(m))
         dz = e * scale
         if DENSE:
@@ -196,26 +201,28 @@ def _backward_kernel(
     offset = (pid % columns) * BLOCK_V
     pid = pid // columns
     n = pid // tiles
-    s = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    live = s < S
+    s = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
     row = n * S + s
-    z_start = n * stride_zn + s * stride_zs
-    t_start = n * stride_tn + s * stride_ts
-    d_start = n * stride_dn + s * stride_ds
-    shift = _tile.row_shift(z_start, MODE, GROUP)
+    in_range = s < S
     smoothing = tl.cast(smoothing_hi, ACC) + tl.cast(smoothing_lo, ACC)
 
-    known = live
+    known = in_range
     if not SOFT:
-        t, known, bad, w_t, z_t = _hard_target(
-            target_ptr, t_start, weight_ptr, None, z_start, stride_zv, live, V, ignore_index, ACC
-        )
-    g = tl.load(upstream_ptr + (n * stride_un + s * stride_us), mask=known, other=0.0).to(ACC)
+        at = n * stride_tn + s * stride_ts
+        t, known, bad, w_t, _ = _hard_target(target_ptr, at, weight_ptr, None, at, 0, in_range, V, ignore_index, ACC)
+        t, bad, w_t = t[:, None], bad[:, None], w_t[:, None]
+    g = tl.load(upstream_ptr + (n * stride_un + s * stride_us), mask=known, other=0.0).to(ACC)[:, None]
     if denominator_ptr is not None:
         g = g / tl.load(denominator_ptr).to(ACC)
-    m = tl.load(stats_ptr + row, mask=known, other=0.0)
-    log_total = tl.load(stats_ptr + (row + rows), mask=known, other=0.0)
-    W = tl.load(stats_ptr + (row + 2 * rows), mask=known, other=0.0)
+    m = tl.load(stats_ptr + row, mask=known, other=0.0)[:, None]
+    log_total = tl.load(stats_ptr + (row + rows), mask=known, other=0.0)[:, None]
+    W = tl.load(stats_ptr + (row + 2 * rows), mask=known, other=0.0)[:, None]
+    live = in_range[:, None]
+    known = known[:, None]
+    z_start = n * stride_zn + s[:, None] * stride_zs
+    t_start = n * stride_tn + s[:, None] * stride_ts
+    d_start = n * stride_dn + s[:, None] * stride_ds
+    shift = _tile.row_shift(z_start, MODE, GROUP)
 
     lane = tl.arange(0, BLOCK_V)[None, :]
     lo, hi = _tile.span(shift, offset, V, known, BLOCK_V)

@@ -25,6 +25,7 @@ def _forward_kernel(
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     n, s = program_rows(S, tiles, BLOCK_R)
+    s = s[:, None]
     live = s < S
     z_start = n * stride_zn + s * stride_zs
     y_start = n * stride_yn + s * stride_ys
@@ -46,14 +47,14 @@ def _forward_kernel(
             offset = KEEP + i * BLOCK_V
             t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
             base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-            z = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, float("-inf"), MODE, GROUP).to(ACC)
-            m, total = online_max_sum(m, total, z)
+            more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, float("-inf"), MODE, GROUP).to(ACC)
+            m, total = online_max_sum(m, total, more)
         for i in range(steps):
             offset = KEEP + (steps - 1 - i) * BLOCK_V
             t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
             base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-            z = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, float("-inf"), MODE, GROUP).to(ACC)
-            y = tl.exp(z - finite_base(m)) / total
+            more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, float("-inf"), MODE, GROUP).to(ACC)
+            y = tl.exp(more - finite_base(m)) / total
             base = _tile.lane_zero(y_start, shift, offset, stride_yv, MODE, GROUP)
             _tile.store(y_ptr, base, tail, t_lo, t_hi, y, stride_yv, MODE, GROUP)
         e = tl.exp(kept.to(ACC) - finite_base(m))
@@ -68,6 +69,7 @@ def _backward_kernel(
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     n, s = program_rows(S, tiles, BLOCK_R)
+    s = s[:, None]
     live = s < S
     g_start = n * stride_gn + s * stride_gs
     y_start = n * stride_yn + s * stride_ys

@@ -1,0 +1,64 @@
+"""The command `hw3gpu`: `info`, `verify` and `train`; also `python -m hw3gpu`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hw3gpu",
+        description="Batch normalisation, softmax cross entropy, exact point sets and trace minimisation.",
+    )
+    parser.add_argument("--version", action="version", version=f"hw3gpu {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="versions, devices, and which kernels run for which arrays, and why")
+    info.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+    verify = commands.add_parser(
+        "verify", help="every operation against the float64 answer sheet; status 1 on a failure"
+    )
+    verify.add_argument("--kernels", choices=("all", "cpu", "gpu"), default="all", help="which kernels to verify (all)")
+    verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    train = commands.add_parser(
+        "train", help="a small net on handwritten digits, beside the same net of PyTorch's layers"
+    )
+    train.add_argument("--epochs", type=_positive, default=12, help="passes over the training set (%(default)s)")
+    train.add_argument("--seed", type=int, default=0, help="of the weights, the split and the batches (%(default)s)")
+    train.add_argument("--output", type=Path, default=Path("out/train.png"), help="the PNG of the curves (%(default)s)")
+    train.add_argument("--device", default=None, help="torch device (a CUDA device where there is one, else cpu)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the status of the process."""
+    options = _parser().parse_args(arguments)
+    if options.command == "info":
+        from ._cli import info
+
+        return info.main(options.json)
+    if options.command == "verify":
+        from ._cli import verify
+
+        return verify.main(options.kernels, options.json)
+    from ._cli import train
+
+    return train.main(options.epochs, options.seed, options.output, options.device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

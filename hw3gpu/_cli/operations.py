@@ -1,0 +1,342 @@
+"""S1 to S9 as `hw3gpu verify` runs them: inputs, our result, the answer sheet's and PyTorch's on the same input.
+
+Each operation is a generator. It takes a place (the kind of array and the device) and a dtype, and yields an `Output`
+for each array it computed, on ordinary inputs first and then on those that break careless kernels. The answer sheet is
+given the inputs as rounded to the dtype. Where PyTorch has no function for an operation, the formula is written with
+PyTorch's own operators (S3's ∂ℓ/∂σ² and ∂ℓ/∂μ by its autograd, S8 by its `eigh`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import _arrays, reference
+from .arrays import DTYPES, KINDS, Array, Place, to_numpy, to_torch
+
+
+@dataclass(frozen=True)
+class Output:
+    """One computed array: `actual` as the library returned it, `expected` in float64, and PyTorch's.
+
+    `dtype` is the one whose last place counts, if it is not that of `actual`.
+    """
+
+    name: str
+    actual: Array
+    expected: np.ndarray
+    torch: Any
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One function of the library, the row of the assignment that it answers, and what it takes."""
+
+    row: str
+    name: str
+    run: Callable[[Place, str], Iterator[Output]]
+    dtypes: tuple[str, ...] = DTYPES
+    kinds: tuple[str, ...] = KINDS
+
+
+def _rng() -> np.random.Generator:
+    return np.random.default_rng(20240229)
+
+
+# ---------------------------------------------------------------------------------------------- S1
+def output_shapes(place: Place, dtype: str) -> Iterator[Output]:
+    """`nn.Conv2D`'s output, of the shape that `conv2d_output_shape` and the answer sheet give, and its values."""
+    import torch
+
+    from .. import conv2d_output_shape, nn
+
+    rng = _rng()
+    names = ("W", "H", "k1", "k2", "s1", "s2", "p1", "p2")
+    for numbers in ((9, 14, 3, 4, 2, 1, 1, 0), (12, 7, 5, 2, 3, 2, 0, 1)):
+        W, H, *pairs = numbers
+        kernel, stride, padding = (tuple(pairs[i : i + 2]) for i in (0, 2, 4))
+        x = place.array(rng.standard_normal((2, W, H, 3)), dtype)
+        layer = nn.Conv2D(3, 5, kernel, stride, padding).to(device=x.device, dtype=x.dtype)
+        y = layer(x)
+        shape = reference.conv2d_output_shape(tuple(x.shape), 5, kernel, stride, padding)
+        if not tuple(y.shape) == conv2d_output_shape(tuple(x.shape), 5, kernel, stride, padding) == shape:
+            raise AssertionError(f"expected shape {shape} for {dict(zip(names, numbers, strict=True))}")
+
+        # a sum over the taps of W and H, each a product over the channels
+        padded = np.pad(to_numpy(x), ((0, 0), (padding[0],) * 2, (padding[1],) * 2, (0, 0)))
+        weight = to_numpy(layer.weight)
+        expected = np.broadcast_to(to_numpy(layer.bias), shape).copy()
+        for i, j in np.ndindex(*kernel):
+            taps = padded[:, i : i + stride[0] * shape[1] : stride[0], j : j + stride[1] * shape[2] : stride[1]]
+            expected += taps[:, : shape[1], : shape[2]] @ weight[:, :, i, j].T
+        theirs = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), layer.weight, layer.bias, stride, padding)
+        yield Output("y", y, expected, theirs.permute(0, 2, 3, 1))
+
+
+# ---------------------------------------------------------------------------------------------- S2 and S3
+def _batches(dtype: str) -> Iterator[tuple[str, np.ndarray, int | None]]:
+    """(what is special, x, channel axis): mean and constant within the dtype's range and reach."""
+    rng = _rng()
+    half = dtype in ("float16", "bfloat16")
+    x = rng.standard_normal((6, 5, 7, 9))
+    yield "", x, 1
+    yield "channels last", np.moveaxis(x, 1, -1), -1
+    yield "one variable", x[0, 0], None
+    yield f"mean {50 if half else 10_000}", x + (50 if half else 10_000), 1
+    yield "constant channel", np.where(np.arange(5).reshape(5, 1, 1) == 2, 1000.0 if half else 1.23e6, x), 1
+
+
+def _torch_batch_norm(x: Any, gamma: Any, beta: Any, axis: int | None) -> Any:
+    """PyTorch's own batch norm of a tensor with its channels anywhere."""
+    from torch.nn.functional import batch_norm
+
+    moved = x.reshape(1, 1, -1) if axis is None else x.movedim(axis, 1)
+    y = batch_norm(moved, None, None, gamma.reshape(-1), beta.reshape(-1), training=True)
+    return y.reshape(x.shape) if axis is None else y.movedim(1, axis)
+
+
+def _parameters(place: Place, dtype: str, x: np.ndarray, axis: int | None) -> tuple[Array, Array]:
+    rng, shape = np.random.default_rng(7), () if axis is None else (x.shape[axis],)
+    return place.array(rng.uniform(0.5, 2.0, shape), dtype), place.array(rng.standard_normal(shape), dtype)
+
+
+def batch_norm(place: Place, dtype: str) -> Iterator[Output]:
+    """S2: y, mean, 1/m variance and 1/sqrt(variance + eps)."""
+    import torch
+
+    from .. import batch_norm
+
+    for what, values, axis in _batches(dtype):
+        x = place.array(values, dtype)
+        gamma, beta = _parameters(place, dtype, values, axis)
+        found = batch_norm(x, gamma, beta, channel_axis=axis)
+        sheet = reference.batch_norm(to_numpy(x), to_numpy(gamma), to_numpy(beta), channel_axis=axis)
+
+        theirs = to_torch(x)
+        wide = theirs.to(getattr(torch, _arrays.accumulate_dtype(x)))
+        axes = [i for i in range(wide.ndim) if axis is None or i != axis % wide.ndim]
+        var, mean = torch.var_mean(wide, axes, correction=0)
+        yield Output(f"y {what}", found.y, sheet.y, _torch_batch_norm(theirs, to_torch(gamma), to_torch(beta), axis))
+        yield Output(f"mean {what}", found.mean, sheet.mean, mean)
+        yield Output(f"var {what}", found.var, sheet.var, var)
+        yield Output(f"rstd {what}", found.rstd, sheet.rstd, torch.rsqrt(var + 1e-5))
+
+
+def batch_norm_backward(place: Place, dtype: str) -> Iterator[Output]:
+    """S3: the gradients with respect to x, γ, β, σ², μ and x̂."""
+    from .. import batch_norm, batch_norm_backward
+
+    for what, values, axis in _batches(dtype):
+        x, dy = place.array(values, dtype), place.array(_rng().permuted(np.cos(values), axis=0), dtype)
+        gamma, beta = _parameters(place, dtype, values, axis)
+        forward = batch_norm(x, gamma, beta, channel_axis=axis)
+        found = batch_norm_backward(dy, x, forward.mean, forward.var, gamma, channel_axis=axis, return_dx_hat=True)
+        exact = reference.batch_norm(to_numpy(x), channel_axis=axis)
+        sheet = reference.batch_norm_backward(
+            to_numpy(dy), to_numpy(x), exact.mean, exact.var, to_numpy(gamma), channel_axis=axis
+        )
+        theirs = _torch_gradients(to_torch(x), to_torch(dy), to_torch(gamma), to_torch(beta), axis)
+        for name, gradient in theirs.items():
+            yield Output(f"{name} {what}", getattr(found, name), getattr(sheet, name), gradient)
+
+
+def _torch_gradients(x: Any, dy: Any, gamma: Any, beta: Any, axis: int | None) -> dict[str, Any]:
+    """PyTorch's gradients: those of its batch norm, and by autograd through the formulas those it does not return."""
+    import torch
+
+    leaves = [leaf.requires_grad_() for leaf in (x, gamma, beta)]
+    dx, dgamma, dbeta = torch.autograd.grad(_torch_batch_norm(*leaves, axis), leaves, dy)
+
+    wide = x.detach().to(getattr(torch, _arrays.accumulate_dtype(x)))
+    axes = [i for i in range(x.ndim) if axis is None or i != axis % x.ndim]
+    shape = [1 if i in axes else -1 for i in range(x.ndim)]
+    mean = wide.mean(axes, keepdim=True).requires_grad_()
+    var = (wide - mean).square().mean(axes, keepdim=True)
+    x_hat = (wide - mean) * torch.rsqrt(var + 1e-5)
+    y = gamma.detach().to(wide.dtype).reshape(shape) * x_hat + beta.detach().to(wide.dtype).reshape(shape)
+    dvar, dmean, dx_hat = torch.autograd.grad(y, (var, mean, x_hat), dy.to(wide.dtype))
+    channels = () if axis is None else (-1,)
+    gradients = {"dx": dx, "dgamma": dgamma, "dbeta": dbeta}
+    return gradients | {"dvar": dvar.reshape(channels), "dmean": dmean.reshape(channels), "dx_hat": dx_hat.to(x.dtype)}
+
+
+# ---------------------------------------------------------------------------------------------- S4 to S7
+def _logits(dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """(what is special, logits (rows, classes)), with row lengths on both sides of the kernels' blocks."""
+    rng = _rng()
+    for classes in (5, 257, 1030):
+        yield f"N = {classes}", 3.0 * rng.standard_normal((7, classes))
+    masked = rng.standard_normal((6, 300))
+    masked[:, :290] = -np.inf
+    yield "290 of 300 at -inf", masked
+    certain = rng.standard_normal((6, 40))
+    certain[np.arange(6), np.arange(6)] += 30.0
+    yield "p -> 1", certain
+    yield "all near -200", rng.standard_normal((6, 33)) - 200.0
+
+
+def softmax(place: Place, dtype: str) -> Iterator[Output]:
+    """S4: y along the last axis and along the first, and the backward."""
+    import torch
+
+    from .. import softmax, softmax_backward
+
+    for what, values in _logits(dtype):
+        z = place.array(values, dtype)
+        for axis, name in ((-1, "y"), (0, "y along axis 0")):
+            if axis == 0 and np.isinf(values).any():
+                continue
+            y, theirs = softmax(z, axis), torch.softmax(to_torch(z), axis)
+            yield Output(f"{name} {what}", y, reference.softmax(to_numpy(z), axis), theirs)
+        y, dy = softmax(z), place.array(np.sin(np.arange(values.size)).reshape(values.shape), dtype)
+        theirs = torch._softmax_backward_data(to_torch(dy), to_torch(y), -1, to_torch(y).dtype)
+        yield Output(
+            f"dz {what}", softmax_backward(dy, y), reference.softmax_backward(to_numpy(dy), to_numpy(y)), theirs
+        )
+
+
+def softmax_jacobian(place: Place, dtype: str) -> Iterator[Output]:
+    """S5: S_i (δ_ij - S_j)."""
+    import torch
+
+    from .. import softmax_jacobian
+
+    for what, values in _logits(dtype):
+        if values.shape[-1] > 300:
+            continue
+        z = place.array(values, dtype)
+        s = torch.softmax(to_torch(z), -1)
+        theirs = torch.diag_embed(s) - s[..., :, None] * s[..., None, :]
+        yield Output(f"dS/dz {what}", softmax_jacobian(z), reference.softmax_jacobian(to_numpy(z)), theirs)
+
+
+def cross_entropy(place: Place, dtype: str) -> Iterator[Output]:
+    """S6: the loss of a ground truth vector, with 0 log 0 = 0."""
+    import torch
+
+    from .. import cross_entropy
+
+    rng = _rng()
+    for what, values in _logits(dtype):
+        y_hat = place.array(reference.softmax(values), dtype)
+        truth = rng.dirichlet(np.ones(values.shape[-1]), len(values)) * (to_numpy(y_hat) > 0)
+        y = place.array(truth, dtype)
+        theirs = -torch.special.xlogy(to_torch(y), to_torch(y_hat)).sum(-1)
+        yield Output(
+            f"loss {what}", cross_entropy(y, y_hat), reference.cross_entropy(to_numpy(y), to_numpy(y_hat)), theirs
+        )
+
+
+def softmax_cross_entropy(place: Place, dtype: str) -> Iterator[Output]:
+    """S7: loss and gradient, for classes and for vectors whose sum is 1 or is not."""
+    from torch.autograd import grad
+    from torch.nn.functional import cross_entropy
+
+    from .. import softmax_cross_entropy
+
+    rng = _rng()
+    for what, values in _logits(dtype):
+        rows, classes = values.shape
+        soft = rng.dirichlet(np.ones(classes), rows) * np.isfinite(values)
+        # the last of the classes, which no input masks; where one is certain, that one
+        hard = np.arange(rows) if what == "p -> 1" else classes - 1 - np.arange(rows) % 5
+        targets = {
+            "classes": place.array(hard, "int64"),
+            "vectors": place.array(soft, dtype),
+            "any sum": place.array(soft * np.arange(1, rows + 1)[:, None], dtype),
+        }
+        for kind, y in targets.items():
+            z = place.array(values, dtype)
+            found = softmax_cross_entropy(z, y)
+            sheet = reference.softmax_cross_entropy(to_numpy(z), hard if kind == "classes" else to_numpy(y))
+            leaf = to_torch(z).requires_grad_()
+            loss = cross_entropy(leaf, to_torch(y), reduction="none")
+            (dz,) = grad(loss.sum(), leaf)
+            yield Output(f"loss {kind}, {what}", found.loss, sheet.loss, loss)
+            yield Output(f"dz {kind}, {what}", found.dz, sheet.dz, dz)
+
+
+# ---------------------------------------------------------------------------------------------- S8 and S9
+def _covariances(dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    rng = _rng()
+    a = rng.standard_normal((6, 6))
+    yield "full rank", a @ a.T
+    low = rng.standard_normal((6, 2))
+    yield "rank 2", low @ low.T
+    yield "zero", np.zeros((6, 6))
+
+
+def points(place: Place, dtype: str) -> Iterator[Output]:
+    """S8: the mean and the 1/n covariance of the points constructed, and of given points."""
+    import torch
+
+    from .. import moments, points_with_moments
+
+    for what, values in _covariances(dtype):
+        mu, sigma = place.array(np.arange(6.0) - 2.0, dtype), place.array(values, dtype)
+        for n in (None, 20):
+            x = points_with_moments(mu, sigma, n)
+            theirs = _torch_points(to_torch(mu), to_torch(sigma), len(x))
+            ours, torchs = reference.moments(to_numpy(x)), reference.moments(to_numpy(theirs))
+            name = f"points, {what}, n = {len(x)}"
+            yield Output(f"mean of {name}", place.array(ours.mean, dtype), to_numpy(mu), torchs.mean)
+            yield Output(
+                f"covariance of {name}", place.array(ours.covariance, dtype), to_numpy(sigma), torchs.covariance
+            )
+            found, sheet, y = moments(x), reference.moments(to_numpy(x)), to_torch(x)
+            yield Output(f"mean, {name}", found.mean, sheet.mean, y.mean(0))
+            yield Output(f"covariance, {name}", found.covariance, sheet.covariance, torch.cov(y.T, correction=0))
+
+
+def _torch_points(mean: Any, covariance: Any, n: int) -> Any:
+    """The construction of S8 with PyTorch's operators in the dtype given."""
+    import torch
+
+    eigenvalues, q = torch.linalg.eigh(covariance)
+    r = min(n - 1, len(mean))
+    a = q[:, len(mean) - r :] * eigenvalues[len(mean) - r :].clamp(min=0).sqrt()
+    h = torch.from_numpy(reference.helmert(n, r)).to(mean)
+    return mean + n**0.5 * h @ a.T
+
+
+def minimize_trace(place: Place, dtype: str) -> Iterator[Output]:
+    """S9: the minimum, the projector on the minimising subspace, and the certificate."""
+    import torch
+
+    from .. import minimize_trace
+
+    rng = _rng()
+    a = rng.standard_normal((12, 12))
+    for what, values in (("PSD", a @ a.T), ("indefinite", a + a.T)):
+        sigma = place.array(values, dtype)
+        eigenvalues, vectors = torch.linalg.eigh(to_torch(sigma))
+        minima, expected = [], []
+        for k in (1, 4, 12):
+            found, sheet = minimize_trace(sigma, k), reference.minimize_trace(to_numpy(sigma), k)
+            if not found.certified:
+                raise AssertionError(f"the minimum for k = {k} is not certified ({what})")
+            minima.append(float(found.value))
+            expected.append(float(sheet.value))
+            theirs = vectors[:, :k]
+            yield Output(f"ΦΦᵀ, k = {k}, {what}", found.phi @ found.phi.T, sheet.phi @ sheet.phi.T, theirs @ theirs.T)
+        # measured together: the rounding of an eigenvalue is relative to ‖Σ‖, not to the eigenvalue
+        yield Output(f"values, {what}", np.array(minima), np.array(expected), eigenvalues.cumsum(0)[[0, 3, 11]], dtype)
+
+
+REAL = ("float64", "float32")
+
+OPERATIONS = (
+    Operation("S1", "conv2d_output_shape, nn.Conv2D", output_shapes, kinds=("torch",)),
+    Operation("S2", "batch_norm", batch_norm),
+    Operation("S3", "batch_norm_backward", batch_norm_backward),
+    Operation("S4", "softmax, softmax_backward", softmax),
+    Operation("S5", "softmax_jacobian", softmax_jacobian),
+    Operation("S6", "cross_entropy", cross_entropy),
+    Operation("S7", "softmax_cross_entropy", softmax_cross_entropy),
+    Operation("S8", "points_with_moments, moments", points, dtypes=REAL),
+    Operation("S9", "minimize_trace", minimize_trace, dtypes=REAL),
+)
