@@ -18,12 +18,9 @@ M = Σ + S - (t + c) I that succeeds in floating point proves Σ + S - t I ≥ 0
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
-import numpy as np
-
-from ._linalg import Numerics, adjoint, eps
+from ._linalg import Numerics, adjoint, eps, frobenius, is_definite
 
 Array = Any
 
@@ -99,7 +96,7 @@ def _certify_smallest(
     deflated += sigma
     i = xp.arange(m)
     deflated[..., i, i] -= shift[..., None].astype(phi.real.dtype)
-    proved = _cholesky_succeeds(xp, deflated)
+    proved = is_definite(ns, deflated)
     dual_value = k * t - trace_s - _gamma(m + k + 4, u, sigma) * (k * abs(t) + trace_s)
     return Certificate(proved, separated & proved, dual_value, tau)
 
@@ -108,21 +105,3 @@ def _gamma(n: int, u: float, sigma: Array) -> float:
     """γ_n = n u / (1 - n u); complex arithmetic rounds at most four times as much (Higham 2002, section 3.6)."""
     n = 4 * n if sigma.dtype.kind == "c" else n
     return n * u / (1 - n * u)
-
-
-def _cholesky_succeeds(xp: ModuleType, a: Array) -> Array:
-    """Whether each matrix of a stack (..., m, m) has a Cholesky factorisation in floating point."""
-    try:
-        factor = xp.linalg.cholesky(a)
-    except np.linalg.LinAlgError:
-        if a.ndim == 2:
-            return xp.zeros((), dtype=bool)
-        return xp.stack([_cholesky_succeeds(xp, matrix) for matrix in a])
-    return xp.isfinite(factor.diagonal(axis1=-2, axis2=-1)).all(axis=-1)
-
-
-def frobenius(xp: ModuleType, a: Array) -> Array:
-    """‖A‖_F of each matrix of a stack, in float64."""
-    if a.ndim == 2:
-        return xp.asarray(xp.linalg.norm(a)).astype("float64")
-    return xp.sqrt((abs(a) ** 2).sum(axis=(-2, -1)).astype("float64"))

@@ -26,6 +26,9 @@ _REAL_OF = {"complex64": "float32", "complex128": "float64"}
 SYMMETRY_TOLERANCE = 1000.0
 # cuSOLVER's batched solvers count their workspace in 32 bits.
 _GPU_BATCH_ELEMENTS = 2**26
+# Batches of so many m³ in all are worth the CPU kernels' threads, and their compilation the first time.
+_WORTH_THREADS = 2**23
+_TILE = 128
 
 
 # ---------------------------------------------------------------------------------------------------- the namespace
@@ -160,9 +163,10 @@ def symmetric(ns: Numerics, x: Array, name: str, dtype: str) -> Symmetric:
     """
     xp = ns.xp
     a = ns.read(x)
-    check_finite(ns, a, name)
-    asymmetry = abs(a - adjoint(a)).max(axis=(-2, -1))
-    largest = abs(a).max(axis=(-2, -1))
+    largest = _largest(xp, a)
+    if not bool(xp.isfinite(largest).all()):
+        check_finite(ns, a, name)
+    asymmetry = _asymmetry(xp, a)
     tolerance = SYMMETRY_TOLERANCE * eps(str(a.dtype))
     excess = ns.host(asymmetry > largest * tolerance)
     if excess.any():
@@ -180,6 +184,24 @@ def symmetric(ns: Numerics, x: Array, name: str, dtype: str) -> Symmetric:
     if bool(xp.any(asymmetry > 0)):
         s = (s + adjoint(s)) / 2
     return Symmetric(s, scale)
+
+
+def _largest(xp: ModuleType, a: Array) -> Array:
+    """max |a_ij| of each matrix; NaN and infinities show in it. (Of complex entries the larger part counts.)"""
+    if a.dtype.kind == "c":
+        return xp.maximum(_largest(xp, a.real), _largest(xp, a.imag))
+    return xp.maximum(a.max(axis=(-2, -1)), -a.min(axis=(-2, -1)))
+
+
+def _asymmetry(xp: ModuleType, a: Array) -> Array:
+    """max |A - Aᴴ| of each matrix."""
+    if xp is not np or a.ndim > 2 or a.shape[-1] <= _TILE:
+        return _largest(xp, a - adjoint(a))
+    # a transpose read across whole rows misses the cache at every entry
+    starts = range(0, a.shape[-1], _TILE)
+    tiles = [[a[i : i + _TILE, j : j + _TILE] for j in starts] for i in starts]
+    pairs = [(tiles[i][j], tiles[j][i]) for i in range(len(tiles)) for j in range(i + 1)]
+    return np.max([_largest(np, tile - adjoint(mirrored)) for tile, mirrored in pairs])
 
 
 # --------------------------------------------------------------------------------------------------------- solvers
@@ -216,19 +238,57 @@ def _eigh_chunked(xp: ModuleType, s: Array) -> tuple[Array, Array]:
 
 def eigh_range(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The `count` smallest eigenvalues and their eigenvectors of matrices on the host, by LAPACK's syevr (heevr)."""
-    from scipy.linalg import eigh as scipy_eigh
-
-    if s.ndim > 2:
+    if s.ndim == 2:
+        values, vectors = _eigh_range(s, count)
+    elif in_threads(s):
+        *batch, m, _ = s.shape
+        values, vectors, info = _arrays.kernels("eigh", "cpu").smallest(s.reshape(-1, m, m), count)
+        if info.any():
+            raise np.linalg.LinAlgError(f"syevr did not converge for {np.count_nonzero(info)} of {info.size} matrices")
+        values, vectors = values.reshape(*batch, count), vectors.reshape(*batch, m, count)
+    else:
         values = np.empty((*s.shape[:-2], count), real_dtype(str(s.dtype)))
         vectors = np.empty((*s.shape[:-1], count), s.dtype)
         for i in np.ndindex(s.shape[:-2]):
-            values[i], vectors[i] = eigh_range(s[i], count)
-        return values, vectors
-    # LAPACK wants columns: a row-major symmetric matrix is its own transpose, a Hermitian one its conjugate's
-    columns = s if s.flags.f_contiguous else adjoint(s)
-    values, vectors = scipy_eigh(columns, lower=True, subset_by_index=(0, count - 1), driver="evr", check_finite=False)
+            values[i], vectors[i] = _eigh_range(s[i], count)
     # in clusters its vectors are orthogonal to some 1e3 eps: a Newton-Schulz step towards the polar factor squares that
     return values, vectors @ (1.5 * np.eye(count, dtype=s.dtype) - 0.5 * (adjoint(vectors) @ vectors))
+
+
+def _eigh_range(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    from scipy.linalg import eigh as scipy_eigh
+
+    # LAPACK wants columns: a row-major symmetric matrix is its own transpose, a Hermitian one its conjugate's
+    columns = s if s.flags.f_contiguous else adjoint(s)
+    return scipy_eigh(columns, lower=True, subset_by_index=(0, count - 1), driver="evr", check_finite=False)
+
+
+def in_threads(s: Array) -> bool:
+    """Whether a stack on the host goes to the CPU kernels, which are compiled once and share it out over threads."""
+    return isinstance(s, np.ndarray) and s.ndim > 2 and s.dtype.kind == "f" and s.size * s.shape[-1] >= _WORTH_THREADS
+
+
+def is_definite(ns: Numerics, a: Array) -> Array:
+    """Whether each of the library's own matrices a (..., m, m) has a Cholesky factorisation; overwrites `a`."""
+    xp, m = ns.xp, a.shape[-1]
+    if in_threads(a):
+        return _arrays.kernels("eigh", "cpu").definite(a.reshape(-1, m, m)).reshape(a.shape[:-2])
+    if xp is np and a.ndim == 2:
+        from scipy.linalg import get_lapack_funcs
+
+        # the transpose is column-major, so that nothing is copied, and definite if a is
+        return np.asarray(get_lapack_funcs("potrf", (a,))(a.T, lower=True, clean=False, overwrite_a=True)[1] == 0)
+    try:
+        factor = xp.linalg.cholesky(a)
+    except np.linalg.LinAlgError:
+        return xp.zeros((), dtype=bool) if a.ndim == 2 else xp.stack([is_definite(ns, matrix) for matrix in a])
+    return xp.isfinite(factor.diagonal(axis1=-2, axis2=-1)).all(axis=-1)
+
+
+def frobenius(xp: ModuleType, a: Array) -> Array:
+    """‖A‖_F of each matrix of a stack, in float64."""
+    parts = (a.real, a.imag) if a.dtype.kind == "c" else (a,)
+    return xp.sqrt(sum(xp.einsum("...ij,...ij->...", part, part) for part in parts).astype("float64"))
 
 
 def fix_signs(ns: Numerics, vectors: Array) -> Array:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import _check
-from ._certificate import Certificate, certificate, frobenius
+from ._certificate import Certificate, certificate
 from ._linalg import (
     COMPLEX,
     REAL,
@@ -26,6 +26,8 @@ from ._linalg import (
     eigh_range,
     eps,
     fix_signs,
+    frobenius,
+    in_threads,
     numerics,
     real_dtype,
     symmetric,
@@ -172,7 +174,8 @@ def _solve(ns: Numerics, sigma: Array, k: int, method: str) -> _Eigenpairs:
     m = sigma.shape[-1]
     count = min(k + 1, m)
     if method == "auto":
-        method = "syevr" if ns.xp is np and sigma.ndim == 2 and m >= 64 and 8 * count <= m else "syevd"
+        few = 2 * count <= m if in_threads(sigma) else sigma.ndim == 2 and m >= 64 and 8 * count <= m
+        method = "syevr" if ns.xp is np and few else "syevd"
     if method == "syevd":
         values, vectors = eigh(ns, sigma)
     else:

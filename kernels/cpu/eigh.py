@@ -4,7 +4,7 @@
     definite      potrf (uplo='L')                         whether each matrix has a Cholesky factorisation
 
 SciPy's and NumPy's own wrappers hold the GIL or loop in one thread. LAPACK is reached through the addresses that
-`scipy.linalg.cython_lapack` publishes; every argument of a Fortran routine is a pointer, so one intrinsic calls them all.
+`scipy.linalg.cython_lapack` publishes; a Fortran routine takes nothing but pointers, so one intrinsic calls them all.
 Only lower triangles are read. A row-major symmetric matrix is its own column-major transpose: no copy is reordered.
 """
 

@@ -9,7 +9,7 @@
 
 μ is kept as two floats, mean[0] + mean[1], so that a mean of 1e4 with a spread of 1 costs no digits of x - μ. Each tile is
 summed about the mean of those before it (Chan's merge): a sum of squares about a value this near never cancels. Squares
-are scaled by α², a power of two near 1/m, so that values near 1e18 do not overflow. Tiles are (channels, samples, lanes).
+are scaled by α², a power of two near 1/m, so that values near 1e18 do not overflow. Tiles are (samples, channels, lanes).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .plan import next_power_of_2, plan_batch_norm, plan_channels, split_float
 def _place(c, tile, N, C, S, lane_blocks, stride_n, stride_c,
            BLOCK_N: tl.constexpr, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """(n, offset, shift, lo, hi) of one tile of the channels c: its samples, its first lane, and the lanes that hold values."""
-    n = ((tile // lane_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :, None]
+    n = ((tile // lane_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
     offset = (tile % lane_blocks).to(tl.int64) * LANES
     shift = _tile.row_shift(n * stride_n + c * stride_c, MODE, GROUP)
     lo, hi = _tile.span(shift, offset, S, (n < N) & (c < C), LANES)
@@ -58,17 +58,23 @@ def _inside(lo, hi, LANES: tl.constexpr):
 @triton.jit
 def _per_channel(x):
     """Σ over samples and lanes, one number a channel."""
-    return tl.sum(tl.sum(x, axis=2), axis=1)[:, None, None]
+    return tl.sum(tl.sum(x, axis=2), axis=0)[None, :, None]
 
 
 @triton.jit
-def _vector(ptr, c, C, default: tl.constexpr, ACC: tl.constexpr):
-    """γ or β of the channels, `default` where there is none."""
+def _line(x):
+    """(1, BLOCK_C, 1) as (BLOCK_C,)."""
+    return tl.reshape(x, [x.shape[1]])
+
+
+@triton.jit
+def _vector(ptr, channel, C, default: tl.constexpr, ACC: tl.constexpr):
+    """One number a channel, `default` where there is none, read one-dimensionally: as a tile every thread would read it."""
     if ptr is None:
-        v = tl.full(c.shape, default, ACC)
+        v = tl.full(channel.shape, default, ACC)
     else:
-        v = tl.load(ptr + c, mask=c < C, other=0.0).to(ACC)
-    return v
+        v = tl.load(ptr + channel, mask=channel < C, other=0.0).to(ACC)
+    return v[None, :, None]
 
 
 @triton.jit
@@ -96,18 +102,6 @@ def _next_moments(hi, lo, M2, count, x, inside, alpha):
 
 
 @triton.jit
-def _merge_moments(hi, lo, M2, count, hi_b, lo_b, M2_b, count_b, alpha):
-    """The moments of two sets from those of each (Chan)."""
-    total = count + count_b
-    share = count_b / tl.maximum(total, 1.0)
-    delta = (hi_b - hi) + (lo_b - lo)
-    M2 += M2_b + (alpha * delta) * (alpha * delta) * (count * share)
-    u = lo + delta * share
-    moved = hi + u
-    return moved, u - (moved - hi), M2, total
-
-
-@triton.jit
 def _reciprocal_std(var, eps, ACC: tl.constexpr):
     if ACC == tl.float64:
         rstd = 1.0 / tl.sqrt(var + eps)
@@ -121,7 +115,7 @@ def _finish(
     hi, lo, M2, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, c, C,
     per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Writes the statistics of the channels, updates the running ones, and returns rstd."""
+    """Writes the statistics of the channels c (one-dimensional), updates the running ones, and returns rstd."""
     var = tl.maximum(M2, 0.0) * (tl.cast(per_M2_hi, ACC) + tl.cast(per_M2_lo, ACC))
     var = tl.where(M2 != M2, M2, var)
     rstd = _reciprocal_std(var, tl.cast(eps_hi, ACC) + tl.cast(eps_lo, ACC), ACC)
@@ -146,18 +140,19 @@ COUNTS = ["N", "S", "lane_blocks", "tiles", "per_split", "splits", "x_end", "dy_
 @triton.jit(do_not_specialize=COUNTS)
 def _statistics_kernel(
     x_ptr, partial_ptr, N, C, S, lane_blocks, tiles, per_split, splits, x_end, alpha, stride_xn, stride_xc, stride_xs,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """partial (4, splits, C): mean hi and lo, scaled M2 and count of each split of each channel."""
     pid = tl.program_id(0).to(tl.int64)
     split = pid % splits
-    c = ((pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None, None]
+    channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel[None, :, None]
     first = split * per_split
     n, offset, shift, lo, hi = _place(c, first, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
     x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
     at = (first // lane_blocks) * BLOCK_N * stride_xn + tl.minimum(offset, S - 1) * stride_xs
-    origin = tl.load(x_ptr + (at + c * stride_xc), mask=c < C, other=0.0).to(ACC)
+    origin = tl.load(x_ptr + (at + channel * stride_xc), mask=channel < C, other=0.0).to(ACC)[None, :, None]
     mean_hi, mean_lo, M2, count = _first_moments(x, _inside(lo, hi, LANES), origin, alpha)
     for tile in range(first + 1, tl.minimum(first + per_split, tiles)):
         n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
@@ -174,45 +169,51 @@ def _statistics_kernel(
 def _merge_kernel(
     partial_ptr, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, C, splits, alpha,
     per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo,
-    BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The splits of each channel, merged in their order."""
-    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """The splits of each channel as one: means by their distance from the first, then squares about the common mean."""
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split = tl.arange(0, SPLITS)[:, None]
+    mask = (split < splits) & (channel < C)[None, :]
+    at = partial_ptr + (split * C + channel[None, :])
     step = splits.to(tl.int64) * C
-    hi = tl.load(partial_ptr + c, mask=c < C, other=0.0)
-    lo = tl.load(partial_ptr + (step + c), mask=c < C, other=0.0)
-    M2 = tl.load(partial_ptr + (2 * step + c), mask=c < C, other=0.0)
-    count = tl.load(partial_ptr + (3 * step + c), mask=c < C, other=0.0)
-    for split in range(1, splits):
-        at = partial_ptr + (split * C + c)
-        hi_b = tl.load(at, mask=c < C, other=0.0)
-        lo_b = tl.load(at + step, mask=c < C, other=0.0)
-        M2_b = tl.load(at + 2 * step, mask=c < C, other=0.0)
-        count_b = tl.load(at + 3 * step, mask=c < C, other=0.0)
-        hi, lo, M2, count = _merge_moments(hi, lo, M2, count, hi_b, lo_b, M2_b, count_b, alpha)
+    count = tl.load(at + 3 * step, mask=mask, other=0.0)
+    total = tl.maximum(tl.sum(count, axis=0), 1.0)
+    first = tl.load(partial_ptr + channel, mask=channel < C, other=0.0)
+    delta = (tl.load(at, mask=mask, other=0.0) - first[None, :]) + tl.load(at + step, mask=mask, other=0.0)
+    u = tl.sum(delta * (count / total[None, :]), axis=0)
+    d = alpha * (delta - u[None, :])
+    M2 = tl.sum(tl.load(at + 2 * step, mask=mask, other=0.0), axis=0) + tl.sum(tl.where(mask, count * d * d, 0.0), axis=0)
+    hi = first + u
     _finish(
-        hi, lo, M2, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, c, C,
+        hi, u - (hi - first), M2, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C,
         per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo, ACC,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _normalize_kernel(
-    x_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, y_ptr, N, C, S, lane_blocks, tiles, x_end,
+    x_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, y_ptr, N, C, S, lane_blocks, tiles, per_split, splits, x_end,
     stride_xn, stride_xc, stride_xs, stride_yn, stride_yc, stride_ys,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
     MODE: tl.constexpr, Y_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y = (x - μ) (rstd γ) + β; the last tiles first, for the statistics have just read them."""
     pid = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
-    c = ((pid // tiles) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None, None]
-    n, offset, shift, lo, hi = _place(c, pid % tiles, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-    x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-    mean_hi = tl.load(mean_ptr + c, mask=c < C, other=0.0)
-    mean_lo = tl.load(mean_ptr + (C + c), mask=c < C, other=0.0)
-    scale = tl.load(rstd_ptr + c, mask=c < C, other=0.0) * _vector(gamma_ptr, c, C, 1.0, ACC)
-    y = ((x - mean_hi) - mean_lo) * scale + _vector(beta_ptr, c, C, 0.0, ACC)
-    _put(y_ptr, y, c, n, offset, shift, lo, hi, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
+    first = (pid % splits) * per_split
+    channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel[None, :, None]
+    mean_hi = _vector(mean_ptr, channel, C, 0.0, ACC)
+    mean_lo = _vector(mean_ptr + C, channel, C, 0.0, ACC)
+    scale = _vector(rstd_ptr, channel, C, 0.0, ACC) * _vector(gamma_ptr, channel, C, 1.0, ACC)
+    beta = _vector(beta_ptr, channel, C, 0.0, ACC)
+    stop = tl.minimum(first + per_split, tiles)
+    for i in range(first, stop):
+        tile = first + stop - 1 - i
+        n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+        x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+        y = ((x - mean_hi) - mean_lo) * scale + beta
+        _put(y_ptr, y, c, n, offset, shift, lo, hi, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -221,14 +222,15 @@ def _forward_kernel(
     N, C, S, lane_blocks, tiles, x_end, alpha,
     per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo,
     stride_xn, stride_xc, stride_xs, stride_yn, stride_yc, stride_ys,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, RESIDENT: tl.constexpr,
     MODE: tl.constexpr, Y_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Statistics and normalisation of a block of channels by one program; the last tile read stays in registers."""
-    c = (tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None, None]
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel[None, :, None]
     n, offset, shift, lo, hi = _place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
     x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-    origin = tl.load(x_ptr + c * stride_xc, mask=c < C, other=0.0).to(ACC)
+    origin = tl.load(x_ptr + channel * stride_xc, mask=channel < C, other=0.0).to(ACC)[None, :, None]
     mean_hi, mean_lo, M2, count = _first_moments(x, _inside(lo, hi, LANES), origin, alpha)
     if not RESIDENT:
         for tile in range(1, tiles):
@@ -236,11 +238,11 @@ def _forward_kernel(
             x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
             mean_hi, mean_lo, M2, count = _next_moments(mean_hi, mean_lo, M2, count, x, _inside(lo, hi, LANES), alpha)
     rstd = _finish(
-        mean_hi, mean_lo, M2, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, c, C,
+        _line(mean_hi), _line(mean_lo), _line(M2), mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C,
         per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo, ACC,
     )  # fmt: skip
-    scale = rstd * _vector(gamma_ptr, c, C, 1.0, ACC)
-    beta = _vector(beta_ptr, c, C, 0.0, ACC)
+    scale = rstd[None, :, None] * _vector(gamma_ptr, channel, C, 1.0, ACC)
+    beta = _vector(beta_ptr, channel, C, 0.0, ACC)
     y = ((x - mean_hi) - mean_lo) * scale + beta
     _put(y_ptr, y, c, n, offset, shift, lo, hi, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
     if not RESIDENT:
@@ -256,18 +258,19 @@ def _forward_kernel(
 def _backward_reduce_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, N, C, S, lane_blocks, tiles, per_split, splits, dy_end, x_end,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
     MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """partial (2, splits, C): Σ dy x̂ and Σ dy of each split of each channel."""
     pid = tl.program_id(0).to(tl.int64)
     split = pid % splits
-    c = ((pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None, None]
-    mean_hi = tl.load(mean_ptr + c, mask=c < C, other=0.0)
-    mean_lo = tl.load(mean_ptr + (C + c), mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
-    dgamma = tl.zeros([BLOCK_C, BLOCK_N, LANES], ACC)
-    dbeta = tl.zeros([BLOCK_C, BLOCK_N, LANES], ACC)
+    channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel[None, :, None]
+    mean_hi = _vector(mean_ptr, channel, C, 0.0, ACC)
+    mean_lo = _vector(mean_ptr + C, channel, C, 0.0, ACC)
+    rstd = _vector(rstd_ptr, channel, C, 0.0, ACC)
+    dgamma = tl.zeros([BLOCK_N, BLOCK_C, LANES], ACC)
+    dbeta = tl.zeros([BLOCK_N, BLOCK_C, LANES], ACC)
     first = split * per_split
     for tile in range(first, tl.minimum(first + per_split, tiles)):
         n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
@@ -298,27 +301,33 @@ def _backward_merge_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_apply_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, gamma_ptr, dgamma_ptr, dbeta_ptr, dx_ptr,
-    N, C, S, lane_blocks, tiles, dy_end, x_end, per_m_hi, per_m_lo,
+    N, C, S, lane_blocks, tiles, per_split, splits, dy_end, x_end, per_m_hi, per_m_lo,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_dn, stride_dc, stride_ds,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
     MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx = γ rstd (dy - dβ/m - x̂ dγ/m), or γ rstd dy where the statistics were not the batch's (no x)."""
     pid = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
-    c = ((pid // tiles) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None, None]
-    n, offset, shift, lo, hi = _place(c, pid % tiles, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-    dx = _fetch(dy_ptr, c, n, offset, shift, lo, hi, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
-    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
+    first = (pid % splits) * per_split
+    channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel[None, :, None]
+    rstd = _vector(rstd_ptr, channel, C, 0.0, ACC)
+    a = rstd * _vector(gamma_ptr, channel, C, 1.0, ACC)
     if x_ptr is not None:
-        x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-        mean_hi = tl.load(mean_ptr + c, mask=c < C, other=0.0)
-        mean_lo = tl.load(mean_ptr + (C + c), mask=c < C, other=0.0)
         per_m = tl.cast(per_m_hi, ACC) + tl.cast(per_m_lo, ACC)
-        dgamma = tl.load(dgamma_ptr + c, mask=c < C, other=0.0) * per_m
-        dbeta = tl.load(dbeta_ptr + c, mask=c < C, other=0.0) * per_m
-        dx = (dx - dbeta) - ((x - mean_hi) - mean_lo) * (rstd * dgamma)
-    dx *= rstd * _vector(gamma_ptr, c, C, 1.0, ACC)
-    _put(dx_ptr, dx, c, n, offset, shift, lo, hi, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
+        mean_hi = _vector(mean_ptr, channel, C, 0.0, ACC)
+        mean_lo = _vector(mean_ptr + C, channel, C, 0.0, ACC)
+        k = rstd * (_vector(dgamma_ptr, channel, C, 0.0, ACC) * per_m)
+        b = _vector(dbeta_ptr, channel, C, 0.0, ACC) * per_m
+    stop = tl.minimum(first + per_split, tiles)
+    for i in range(first, stop):
+        tile = first + stop - 1 - i
+        n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+        dx = _fetch(dy_ptr, c, n, offset, shift, lo, hi, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+        if x_ptr is not None:
+            x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+            dx = (dx - b) - ((x - mean_hi) - mean_lo) * k
+        _put(dx_ptr, dx * a, c, n, offset, shift, lo, hi, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -326,14 +335,15 @@ def _backward_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, gamma_ptr, dx_ptr, dgamma_ptr, dbeta_ptr,
     N, C, S, lane_blocks, tiles, dy_end, x_end, per_m_hi, per_m_lo,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_dn, stride_dc, stride_ds,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, RESIDENT: tl.constexpr,
     MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The whole backward of a block of channels by one program; the last tile read stays in registers."""
-    c = (tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None, None]
-    mean_hi = tl.load(mean_ptr + c, mask=c < C, other=0.0)
-    mean_lo = tl.load(mean_ptr + (C + c), mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel[None, :, None]
+    mean_hi = _vector(mean_ptr, channel, C, 0.0, ACC)
+    mean_lo = _vector(mean_ptr + C, channel, C, 0.0, ACC)
+    rstd = _vector(rstd_ptr, channel, C, 0.0, ACC)
     n, offset, shift, lo, hi = _place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
     x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
     dy = _fetch(dy_ptr, c, n, offset, shift, lo, hi, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
@@ -353,7 +363,7 @@ def _backward_kernel(
     tl.store(dgamma_ptr + c, total_dgamma, mask=c < C)
     tl.store(dbeta_ptr + c, total_dbeta, mask=c < C)
     per_m = tl.cast(per_m_hi, ACC) + tl.cast(per_m_lo, ACC)
-    a = rstd * _vector(gamma_ptr, c, C, 1.0, ACC)
+    a = rstd * _vector(gamma_ptr, channel, C, 1.0, ACC)
     k = rstd * (total_dgamma * per_m)
     b = total_dbeta * per_m
     dx = ((dy - b) - d * k) * a
@@ -405,12 +415,13 @@ def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, mom
     alpha, scalars = _moment_scalars(x.shape[0] * x.shape[2], eps, momentum)
     partial = torch.empty((4, plan.splits, C), dtype=mean.dtype, device=x.device)
     _statistics_kernel[(plan.channel_blocks * plan.splits,)](
-        x, partial, *sizes, plan.per_split, plan.splits, end_of(x), alpha, *x.stride(), **constants
+        x, partial, *sizes, *plan.split, end_of(x), alpha, *x.stride(), **constants
     )
     block, programs = plan_channels(C)
     _merge_kernel[(programs,)](
-        partial, mean, var, rstd, running_mean, running_var, C, plan.splits, alpha, *scalars, BLOCK_C=block, ACC=constants["ACC"]
-    )
+        partial, mean, var, rstd, running_mean, running_var, C, plan.splits, alpha, *scalars,
+        SPLITS=next_power_of_2(plan.splits), BLOCK_C=block, ACC=constants["ACC"],
+    )  # fmt: skip
 
 
 def normalize(x, mean, rstd, gamma, beta, y) -> None:
@@ -419,8 +430,8 @@ def normalize(x, mean, rstd, gamma, beta, y) -> None:
         return
     x, y = _flatten(x, y)
     plan, sizes, constants = _plan(x, operands=1)
-    _normalize_kernel[(plan.channel_blocks * plan.tiles,)](
-        x, mean, rstd, gamma, beta, y, *sizes, end_of(x), *x.stride(), *y.stride(), Y_MODE=follower_mode(2, x, y), **constants
+    _normalize_kernel[(plan.channel_blocks * plan.splits,)](
+        x, mean, rstd, gamma, beta, y, *sizes, *plan.split, end_of(x), *x.stride(), *y.stride(), Y_MODE=follower_mode(2, x, y), **constants
     )
 
 
@@ -452,7 +463,7 @@ def backward_reduce(dy, x, mean, rstd, dgamma, dbeta) -> None:
     C = x.shape[1]
     partial = torch.empty((2, plan.splits, C), dtype=dgamma.dtype, device=x.device)
     _backward_reduce_kernel[(plan.channel_blocks * plan.splits,)](
-        dy, x, mean, rstd, partial, *sizes, plan.per_split, plan.splits, end_of(dy), end_of(x),
+        dy, x, mean, rstd, partial, *sizes, *plan.split, end_of(dy), end_of(x),
         *dy.stride(), *x.stride(), DY_MODE=follower_mode(2, x, dy), **constants,
     )  # fmt: skip
     block, programs = plan_channels(C)
@@ -467,8 +478,8 @@ def backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count: int, dx) -> N
         return
     dy, x, dx = _flatten(dy, x, dx)
     plan, sizes, constants = _plan(x, operands=2)
-    _backward_apply_kernel[(plan.channel_blocks * plan.tiles,)](
-        dy, x, mean, rstd, gamma, dgamma, dbeta, dx, *sizes, end_of(dy), end_of(x), *split_float(1.0 / count),
+    _backward_apply_kernel[(plan.channel_blocks * plan.splits,)](
+        dy, x, mean, rstd, gamma, dgamma, dbeta, dx, *sizes, *plan.split, end_of(dy), end_of(x), *split_float(1.0 / count),
         *dy.stride(), *x.stride(), *dx.stride(), DY_MODE=follower_mode(2, x, dy), DX_MODE=follower_mode(2, x, dx), **constants,
     )  # fmt: skip
 
@@ -496,7 +507,7 @@ def inference_backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta) -> None:
         return
     dy, dx = _flatten(dy, dx)
     plan, sizes, constants = _plan(dy, operands=1)
-    _backward_apply_kernel[(plan.channel_blocks * plan.tiles,)](
-        dy, None, None, rstd, gamma, None, None, dx, *sizes, end_of(dy), end_of(dy), 0.0, 0.0,
+    _backward_apply_kernel[(plan.channel_blocks * plan.splits,)](
+        dy, None, None, rstd, gamma, None, None, dx, *sizes, *plan.split, end_of(dy), end_of(dy), 0.0, 0.0,
         *dy.stride(), *dy.stride(), *dx.stride(), DY_MODE=constants["MODE"], DX_MODE=follower_mode(2, dy, dx), **constants,
     )  # fmt: skip

@@ -39,7 +39,7 @@ def row_mode(addresses: list[int], itemsize: int, count: int, stride: int, row_s
         return STRIDED
     if count % group == 0 and all(step % group == 0 for step in row_strides[0]):
         return ALIGNED
-    return SHIFTED
+    return SHIFTED if count >= 2 * group else STRIDED  # a shorter row is nothing but ragged ends
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,11 @@ class BatchNormPlan:
     channel_blocks: int
     num_warps: int
 
+    @property
+    def split(self) -> tuple[int, int]:
+        """(per_split, splits), as the kernels that split a channel take them."""
+        return self.per_split, self.splits
+
 
 def plan_batch_norm(
     N: int, C: int, S: int, itemsize: int, mode: int, channels_last: bool, operands: int
@@ -160,7 +165,7 @@ def plan_batch_norm(
     lane_blocks = max(cdiv(lanes, block_l), 1)
     tiles = max(cdiv(N, block_n), 1) * lane_blocks
     channel_blocks = max(cdiv(C, block_c), 1)
-    splits = min(tiles, cdiv(2 * MULTIPROCESSORS, channel_blocks)) if channel_blocks < MULTIPROCESSORS else 1
+    splits = min(tiles, cdiv(4 * MULTIPROCESSORS, channel_blocks)) if channel_blocks < MULTIPROCESSORS else 1
     per_split = cdiv(tiles, splits)
     return BatchNormPlan(
         block_c, block_n, block_l, lane_blocks, tiles, per_split, cdiv(tiles, per_split), channel_blocks,
@@ -175,5 +180,5 @@ def plan_channels(C: int) -> tuple[int, int]:
 
 
 def _warps(elements: int) -> int:
-    """About sixteen elements a thread, from 4 warps to 16, and 32 warps for the largest tiles."""
-    return 32 if elements >= 32768 else min(max(next_power_of_2(elements // 512), 4), 16)
+    """About sixteen elements a thread, up to 16 warps, and 32 warps for the largest tiles."""
+    return 32 if elements >= 32768 else min(next_power_of_2(elements // 512), 16)
