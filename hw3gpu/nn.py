@@ -115,9 +115,7 @@ class Conv2D(torch.nn.Conv2d):
         """The shape that an input of shape (B, W, H, C_in) comes out with."""
         if isinstance(self.padding, str):
             raise ValueError(f"padding: expected numbers to compute a shape from, got {self.padding!r}")
-        return conv2d_output_shape(
-            input_shape, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation
-        )
+        return conv2d_output_shape(input_shape, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation)
 
     @classmethod
     def from_torch(cls, conv: torch.nn.Conv2d) -> Conv2D:

@@ -14,7 +14,7 @@ import numpy as np
 from . import _arrays, _check
 from ._linalg import REAL, Numerics, check_dtype, check_finite, check_square, eigh, eps, numerics, symmetric
 
-__all__ = ["Moments", "moments", "points_with_moments"]
+__all__ = ["MomentAccumulator", "Moments", "moments", "points_with_moments"]
 
 Array = Any
 
@@ -210,3 +210,102 @@ def _sum(terms: Any, xp: Any) -> Array:
         carry += xp.where(abs(total) >= abs(term), (total - new) + term, (term - new) + total)
         total = new
     return total + carry
+
+
+class MomentAccumulator:
+    """The moments of points that arrive in batches, or lie on several machines: (μ, Σ) in O(m²) memory.
+
+        total = MomentAccumulator()
+        for batch in batches:                 # (n_b, m) each, any n_b
+            total.update(batch)
+        total.all_reduce()                    # over the ranks of torch.distributed, if there are any
+        mean, covariance = total.moments()
+
+    Batches and accumulators are merged by the formula of Chan, Golub and LeVeque (docs/derivations.md, section 2.5, with
+    an outer product in place of the square), in float64. The mean is kept as a constant, close to it, plus a rest, so
+    that the covariance keeps its digits where the mean is large, as `moments` does.
+
+    Args:
+        m: number of variables; None takes it from the first batch. A rank that may see no batch needs it.
+    """
+
+    def __init__(self, m: int | None = None) -> None:
+        self.m = None if m is None else _check.integer_value(m, "m")
+        if self.m is not None and self.m < 1:
+            raise ValueError(f"m: expected at least 1, got {self.m}")
+        self.count = 0
+        self._like: Array = None  # a batch's first points: the kind, dtype and device of results
+        self._state: _Sums | None = None
+
+    def update(self, points: Array) -> MomentAccumulator:
+        """Add a batch of points (n, m), float32 or float64, n ≥ 0, of the kind, dtype and device of the first one.
+
+        Raises TypeError for another kind or dtype, ValueError for another shape. Returns the accumulator.
+        """
+        with numerics(points, "points") as ns:
+            check_dtype(points, "points", REAL)
+            if points.ndim != 2 or self.m not in (None, int(points.shape[1])) or points.shape[1] < 1:
+                raise ValueError(f"points: expected shape (n, {self.m or 'm'}), got {_check.shape_of(points)}")
+            if self._like is not None:
+                _same_place(points, "points", self._like, "the first batch")
+            self.m = int(points.shape[1])
+            if points.shape[0]:
+                self._add(_Sums.of(ns, ns.read(points), None if self._state is None else self._state.shift), points[:1])
+        return self
+
+    def merge(self, other: MomentAccumulator) -> MomentAccumulator:
+        """Add all points that `other` has seen; `other` stays as it is. Returns the accumulator."""
+        if not isinstance(other, MomentAccumulator):
+            raise TypeError(f"other: expected a MomentAccumulator, got {type(other).__name__}")
+        if None not in (self.m, other.m) and self.m != other.m:
+            raise ValueError(f"other: expected m = {self.m} variables, got {other.m}")
+        self.m = self.m if other.m is None else other.m
+        if other._state is not None:
+            if self._like is not None:
+                _same_place(other._like, "other", self._like, "this accumulator's batches")
+            self._add(other._state, other._like)
+        return self
+
+    def all_reduce(self, group: Any = None) -> MomentAccumulator:
+        """Every rank of a `torch.distributed` group (None: the default one) gets the sum over all ranks.
+
+        One collective, an all-gather of 2 m + m² + 1 float64 a rank, merged in the order of ranks, so that all get the
+        same bits. Ranks may hold different numbers of points, also none. Returns the accumulator.
+        """
+        import torch
+        from torch import distributed
+
+        if self.m is None:
+            raise ValueError("m: a rank that has seen no batch needs MomentAccumulator(m) before all_reduce")
+        m, state = self.m, self._state
+        device = self._like.device if isinstance(self._like, torch.Tensor) else _collective_device(group)
+        packed = torch.zeros(1 + 2 * m + m * m, dtype=torch.float64, device=device)
+        if state is not None:
+            with numerics(self._like, "points") as ns:
+                host = np.concatenate([[state.count], *(ns.host(a).ravel() for a in (state.shift, state.rest, state.scatter))])
+            packed.copy_(torch.from_numpy(host))
+        everyone = [torch.empty_like(packed) for _ in range(distributed.get_world_size(group))]
+        distributed.all_gather(everyone, packed, group=group)
+        like, self._state, self.count = self._like, None, 0
+        if like is None:
+            like = torch.empty((0, m), dtype=torch.float64, device=device)
+        with numerics(like, "points") as ns:
+            for part in everyone:
+                flat = ns.xp.asarray(part.cpu().numpy())
+                if flat[0]:
+                    self._add(_Sums(int(flat[0]), flat[1 : m + 1], flat[m + 1 : 2 * m + 1], flat[2 * m + 1 :].reshape(m, m)), like)
+        return self
+
+    def moments(self, *, ddof: int = 0) -> Moments:
+        """(μ, Σ) of all points seen, with divisor n - ddof ≥ 1, of the batches' kind, dtype and device."""
+        ddof = _ddof(ddof)
+        if self._state is None or self.count - ddof < 1:
+            raise ValueError(f"moments: expected at least {ddof + 1} points for ddof = {ddof}, got {self.count}")
+        with numerics(self._like, "points") as ns:
+            dtype, state = _arrays.dtype_name(self._like), self._state
+            return Moments(ns.give(state.shift + state.rest, dtype), ns.give(state.scatter / (self.count - ddof), dtype))
+
+    def _add(self, sums: _Sums, like: Array) -> None:
+        self._state = sums if self._state is None else self._state.merged(sums)
+        self._like = like if self._like is None else self._like
+        self.count = self._state.count

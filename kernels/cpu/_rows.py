@@ -12,7 +12,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from ._elements import bits, exp, from_bits, load, store
+from ._elements import bits, exp, from_bits, load, same_dtype, store
 from ._jit import inline, reduction
 
 CHUNK = 1024
@@ -78,7 +78,8 @@ def exp_total(z, shift, acc):
 
 @inline
 def scale_into(e, scale, out):
-    """out = scale * e; `e` and `out` may be one row."""
+    """out = scale * e, where `e` came from `same_dtype(out, ...)`."""
+    out = same_dtype(e, out)  # names one row once, so that LLVM need not ask whether two overlap
     for i in range(e.size):
         store(out, i, e[i] * scale)
 

@@ -94,9 +94,9 @@ def _hard_gradient(e, total, t, weight, smoothing, weight_sum, g, dz):
         scale_into(e, of(g * W / total), dz)
     else:
         at_target -= uniform * weight[t]
-        scale, shift = of(g * W / total), of(g * uniform)
+        scale, shift, out = of(g * W / total), of(g * uniform), same_dtype(e, dz)
         for c in range(e.size):
-            store(dz, c, e[c] * scale - shift * weight[c])
+            store(out, c, e[c] * scale - shift * weight[c])
     store(dz, t, of(g * at_target))
 
 
@@ -132,8 +132,9 @@ def _soft_gradient(e, total, y, W, weight, smoothing, g, dz):
     """dz from e, exp(z) up to a factor, and the sum of e; `e` and `dz` may be one row."""
     of = e.dtype.type
     keep, uniform, factor, scale = of(1.0 - smoothing), of(smoothing / e.size), of(g), of(g * W / total)
+    out = same_dtype(e, dz)
     for c in range(e.size):
-        store(dz, c, e[c] * scale - factor * (weight[c] * (keep * load(y, c) + uniform)))
+        store(out, c, e[c] * scale - factor * (weight[c] * (keep * load(y, c) + uniform)))
 
 
 # ---------------------------------------------------------------------------------------------- hard targets

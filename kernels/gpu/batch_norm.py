@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from . import _tile
+from ._moments import first_moments, next_moments, per_channel
 from ._rows import ACC, end_of, follower_mode, run_mode
 from .plan import next_power_of_2, plan_batch_norm, plan_channels, split_float
 
@@ -35,30 +36,28 @@ def _place(c, tile, N, C, S, lane_blocks, stride_n, stride_c,
 
 
 @triton.jit
-def _fetch(ptr, c, n, offset, shift, lo, hi, end, stride_n, stride_c, stride_s,
+def _fetch(ptr, c, at, end, stride_n, stride_c, stride_s,
            LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """The tile's values, 0 in the lanes that hold none."""
+    n, offset, shift, lo, hi = at
     base = _tile.lane_zero(n * stride_n + c * stride_c, shift, offset, stride_s, MODE, GROUP)
     return _tile.load(ptr, base, tl.arange(0, LANES)[None, None, :], lo, hi, end, stride_s, 0.0, MODE, GROUP)
 
 
 @triton.jit
-def _put(ptr, x, c, n, offset, shift, lo, hi, stride_n, stride_c, stride_s,
+def _put(ptr, x, c, at, stride_n, stride_c, stride_s,
          LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    n, offset, shift, lo, hi = at
     base = _tile.lane_zero(n * stride_n + c * stride_c, shift, offset, stride_s, MODE, GROUP)
     _tile.store(ptr, base, tl.arange(0, LANES)[None, None, :], lo, hi, x, stride_s, MODE, GROUP)
 
 
 @triton.jit
-def _inside(lo, hi, LANES: tl.constexpr):
+def _inside(at, LANES: tl.constexpr):
+    """Which lanes of the tile hold values."""
+    _, _, _, lo, hi = at
     lane = tl.arange(0, LANES)[None, None, :]
     return (lane >= lo) & (lane < hi)
-
-
-@triton.jit
-def _per_channel(x):
-    """Σ over samples and lanes, one number a channel."""
-    return tl.sum(tl.sum(x, axis=2), axis=0)[None, :, None]
 
 
 @triton.jit
@@ -78,32 +77,8 @@ def _vector(ptr, channel, C, default: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _first_moments(x, inside, origin, alpha):
-    """(hi, lo, M2, count) of the first tile. `origin`, a value of each channel, makes a constant channel exact."""
-    count = _per_channel(tl.where(inside, 1.0, 0.0).to(x.dtype))
-    safe = tl.maximum(count, 1.0)
-    centre = origin + _per_channel(tl.where(inside, x - origin, 0.0)) / safe
-    d = tl.where(inside, x - centre, 0.0)
-    lo = _per_channel(d) / safe
-    M2 = _per_channel((alpha * d) * (alpha * d)) - safe * (alpha * lo) * (alpha * lo)
-    hi = centre + lo
-    return hi, lo - (hi - centre), M2, count
-
-
-@triton.jit
-def _next_moments(hi, lo, M2, count, x, inside, alpha):
-    """The moments after one more tile, summed about the mean so far."""
-    d = tl.where(inside, x - hi, 0.0)
-    total = count + _per_channel(tl.where(inside, 1.0, 0.0).to(x.dtype))
-    u = (count * lo + _per_channel(d)) / tl.maximum(total, 1.0)
-    M2 += count * (alpha * lo) * (alpha * lo) + _per_channel((alpha * d) * (alpha * d)) - total * (alpha * u) * (alpha * u)
-    moved = hi + u
-    return moved, u - (moved - hi), M2, total
-
-
-@triton.jit
 def _reciprocal_std(var, eps, ACC: tl.constexpr):
-    if ACC == tl.float64:
+    if tl.float64 == ACC:
         rstd = 1.0 / tl.sqrt(var + eps)
     else:
         rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
@@ -149,15 +124,16 @@ def _statistics_kernel(
     channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
     first = split * per_split
-    n, offset, shift, lo, hi = _place(c, first, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-    x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-    at = (first // lane_blocks) * BLOCK_N * stride_xn + tl.minimum(offset, S - 1) * stride_xs
-    origin = tl.load(x_ptr + (at + channel * stride_xc), mask=channel < C, other=0.0).to(ACC)[None, :, None]
-    mean_hi, mean_lo, M2, count = _first_moments(x, _inside(lo, hi, LANES), origin, alpha)
+    at = _place(c, first, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+    x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+    position = tl.minimum((first % lane_blocks) * LANES, S - 1)
+    start = (first // lane_blocks) * BLOCK_N * stride_xn + position * stride_xs
+    origin = tl.load(x_ptr + (start + channel * stride_xc), mask=channel < C, other=0.0).to(ACC)[None, :, None]
+    mean_hi, mean_lo, M2, count = first_moments(x, _inside(at, LANES), origin, alpha)
     for tile in range(first + 1, tl.minimum(first + per_split, tiles)):
-        n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-        x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-        mean_hi, mean_lo, M2, count = _next_moments(mean_hi, mean_lo, M2, count, x, _inside(lo, hi, LANES), alpha)
+        at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+        x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+        mean_hi, mean_lo, M2, count = next_moments(mean_hi, mean_lo, M2, count, x, _inside(at, LANES), alpha)
     out = partial_ptr + (split * C + c)
     tl.store(out, mean_hi, mask=c < C)
     tl.store(out + splits * C, mean_lo, mask=c < C)
@@ -175,15 +151,15 @@ def _merge_kernel(
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.arange(0, SPLITS)[:, None]
     mask = (split < splits) & (channel < C)[None, :]
-    at = partial_ptr + (split * C + channel[None, :])
+    cell = partial_ptr + (split * C + channel[None, :])
     step = splits.to(tl.int64) * C
-    count = tl.load(at + 3 * step, mask=mask, other=0.0)
+    count = tl.load(cell + 3 * step, mask=mask, other=0.0)
     total = tl.maximum(tl.sum(count, axis=0), 1.0)
     first = tl.load(partial_ptr + channel, mask=channel < C, other=0.0)
-    delta = (tl.load(at, mask=mask, other=0.0) - first[None, :]) + tl.load(at + step, mask=mask, other=0.0)
+    delta = (tl.load(cell, mask=mask, other=0.0) - first[None, :]) + tl.load(cell + step, mask=mask, other=0.0)
     u = tl.sum(delta * (count / total[None, :]), axis=0)
     d = alpha * (delta - u[None, :])
-    M2 = tl.sum(tl.load(at + 2 * step, mask=mask, other=0.0), axis=0) + tl.sum(tl.where(mask, count * d * d, 0.0), axis=0)
+    M2 = tl.sum(tl.load(cell + 2 * step, mask=mask, other=0.0), axis=0) + tl.sum(tl.where(mask, count * d * d, 0.0), axis=0)
     hi = first + u
     _finish(
         hi, u - (hi - first), M2, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C,
@@ -210,10 +186,10 @@ def _normalize_kernel(
     stop = tl.minimum(first + per_split, tiles)
     for i in range(first, stop):
         tile = first + stop - 1 - i
-        n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-        x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+        at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+        x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
         y = ((x - mean_hi) - mean_lo) * scale + beta
-        _put(y_ptr, y, c, n, offset, shift, lo, hi, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
+        _put(y_ptr, y, c, at, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -228,15 +204,15 @@ def _forward_kernel(
     """Statistics and normalisation of a block of channels by one program; the last tile read stays in registers."""
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
-    n, offset, shift, lo, hi = _place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-    x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+    at = _place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+    x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
     origin = tl.load(x_ptr + channel * stride_xc, mask=channel < C, other=0.0).to(ACC)[None, :, None]
-    mean_hi, mean_lo, M2, count = _first_moments(x, _inside(lo, hi, LANES), origin, alpha)
+    mean_hi, mean_lo, M2, count = first_moments(x, _inside(at, LANES), origin, alpha)
     if not RESIDENT:
         for tile in range(1, tiles):
-            n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-            x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-            mean_hi, mean_lo, M2, count = _next_moments(mean_hi, mean_lo, M2, count, x, _inside(lo, hi, LANES), alpha)
+            at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+            mean_hi, mean_lo, M2, count = next_moments(mean_hi, mean_lo, M2, count, x, _inside(at, LANES), alpha)
     rstd = _finish(
         _line(mean_hi), _line(mean_lo), _line(M2), mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C,
         per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo, ACC,
@@ -244,14 +220,14 @@ def _forward_kernel(
     scale = rstd[None, :, None] * _vector(gamma_ptr, channel, C, 1.0, ACC)
     beta = _vector(beta_ptr, channel, C, 0.0, ACC)
     y = ((x - mean_hi) - mean_lo) * scale + beta
-    _put(y_ptr, y, c, n, offset, shift, lo, hi, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
+    _put(y_ptr, y, c, at, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
     if not RESIDENT:
         for i in range(1, tiles):
             tile = tiles - 1 - i
-            n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-            x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+            at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
             y = ((x - mean_hi) - mean_lo) * scale + beta
-            _put(y_ptr, y, c, n, offset, shift, lo, hi, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
+            _put(y_ptr, y, c, at, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -273,27 +249,25 @@ def _backward_reduce_kernel(
     dbeta = tl.zeros([BLOCK_N, BLOCK_C, LANES], ACC)
     first = split * per_split
     for tile in range(first, tl.minimum(first + per_split, tiles)):
-        n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-        x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-        dy = _fetch(dy_ptr, c, n, offset, shift, lo, hi, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+        at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+        x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+        dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
         dbeta += dy
-        dgamma += tl.where(_inside(lo, hi, LANES), dy * ((x - mean_hi) - mean_lo), 0.0)
+        dgamma += tl.where(_inside(at, LANES), dy * ((x - mean_hi) - mean_lo), 0.0)
     out = partial_ptr + (split * C + c)
-    tl.store(out, _per_channel(dgamma) * rstd, mask=c < C)
-    tl.store(out + splits * C, _per_channel(dbeta), mask=c < C)
+    tl.store(out, per_channel(dgamma) * rstd, mask=c < C)
+    tl.store(out + splits * C, per_channel(dbeta), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _backward_merge_kernel(
-    partial_ptr, dgamma_ptr, dbeta_ptr, C, splits, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr
-):
+def _backward_merge_kernel(partial_ptr, dgamma_ptr, dbeta_ptr, C, splits, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr):
     """The splits' sums, added by a tree."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     split = tl.arange(0, SPLITS)[:, None]
     mask = (split < splits) & (c < C)
-    at = partial_ptr + (split * C + c)
-    dgamma = tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)[None, :]
-    dbeta = tl.sum(tl.load(at + splits.to(tl.int64) * C, mask=mask, other=0.0), axis=0)[None, :]
+    cell = partial_ptr + (split * C + c)
+    dgamma = tl.sum(tl.load(cell, mask=mask, other=0.0), axis=0)[None, :]
+    dbeta = tl.sum(tl.load(cell + splits.to(tl.int64) * C, mask=mask, other=0.0), axis=0)[None, :]
     tl.store(dgamma_ptr + c, dgamma, mask=c < C)
     tl.store(dbeta_ptr + c, dbeta, mask=c < C)
 
@@ -322,12 +296,12 @@ def _backward_apply_kernel(
     stop = tl.minimum(first + per_split, tiles)
     for i in range(first, stop):
         tile = first + stop - 1 - i
-        n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-        dx = _fetch(dy_ptr, c, n, offset, shift, lo, hi, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+        at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+        dx = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
         if x_ptr is not None:
-            x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
             dx = (dx - b) - ((x - mean_hi) - mean_lo) * k
-        _put(dx_ptr, dx * a, c, n, offset, shift, lo, hi, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
+        _put(dx_ptr, dx * a, c, at, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -344,22 +318,22 @@ def _backward_kernel(
     mean_hi = _vector(mean_ptr, channel, C, 0.0, ACC)
     mean_lo = _vector(mean_ptr + C, channel, C, 0.0, ACC)
     rstd = _vector(rstd_ptr, channel, C, 0.0, ACC)
-    n, offset, shift, lo, hi = _place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-    x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-    dy = _fetch(dy_ptr, c, n, offset, shift, lo, hi, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+    at = _place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+    x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+    dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
     d = (x - mean_hi) - mean_lo
     dbeta = dy
-    dgamma = tl.where(_inside(lo, hi, LANES), dy * d, 0.0)
+    dgamma = tl.where(_inside(at, LANES), dy * d, 0.0)
     if not RESIDENT:
         for tile in range(1, tiles):
-            n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-            x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-            dy = _fetch(dy_ptr, c, n, offset, shift, lo, hi, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+            at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+            dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
             d = (x - mean_hi) - mean_lo
             dbeta += dy
-            dgamma += tl.where(_inside(lo, hi, LANES), dy * d, 0.0)
-    total_dgamma = _per_channel(dgamma) * rstd
-    total_dbeta = _per_channel(dbeta)
+            dgamma += tl.where(_inside(at, LANES), dy * d, 0.0)
+    total_dgamma = per_channel(dgamma) * rstd
+    total_dbeta = per_channel(dbeta)
     tl.store(dgamma_ptr + c, total_dgamma, mask=c < C)
     tl.store(dbeta_ptr + c, total_dbeta, mask=c < C)
     per_m = tl.cast(per_m_hi, ACC) + tl.cast(per_m_lo, ACC)
@@ -367,15 +341,15 @@ def _backward_kernel(
     k = rstd * (total_dgamma * per_m)
     b = total_dbeta * per_m
     dx = ((dy - b) - d * k) * a
-    _put(dx_ptr, dx, c, n, offset, shift, lo, hi, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
+    _put(dx_ptr, dx, c, at, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
     if not RESIDENT:
         for i in range(1, tiles):
             tile = tiles - 1 - i
-            n, offset, shift, lo, hi = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-            x = _fetch(x_ptr, c, n, offset, shift, lo, hi, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-            dy = _fetch(dy_ptr, c, n, offset, shift, lo, hi, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+            at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+            dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
             dx = ((dy - b) - ((x - mean_hi) - mean_lo) * k) * a
-            _put(dx_ptr, dx, c, n, offset, shift, lo, hi, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
+            _put(dx_ptr, dx, c, at, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
 
 
 def _flatten(*tensors):
@@ -431,13 +405,23 @@ def normalize(x, mean, rstd, gamma, beta, y) -> None:
     x, y = _flatten(x, y)
     plan, sizes, constants = _plan(x, operands=1)
     _normalize_kernel[(plan.channel_blocks * plan.splits,)](
-        x, mean, rstd, gamma, beta, y, *sizes, *plan.split, end_of(x), *x.stride(), *y.stride(), Y_MODE=follower_mode(2, x, y), **constants
+        x,
+        mean,
+        rstd,
+        gamma,
+        beta,
+        y,
+        *sizes,
+        *plan.split,
+        end_of(x),
+        *x.stride(),
+        *y.stride(),
+        Y_MODE=follower_mode(2, x, y),
+        **constants,
     )
 
 
-def forward(
-    x, gamma, beta, y, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float
-) -> None:
+def forward(x, gamma, beta, y, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float) -> None:
     """`statistics` and `normalize`, in one launch where a program can own whole channels."""
     x, y = _flatten(x, y)
     plan, sizes, constants = _plan(x, operands=1)

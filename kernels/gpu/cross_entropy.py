@@ -319,9 +319,7 @@ def forward_backward(z, target, weight, loss, dz, invalid, *, ignore_index: int,
     _launch_forward(z, target, weight, loss, None, dz, invalid, ignore_index, label_smoothing)
 
 
-def backward(
-    z, target, weight, stats, upstream, denominator, dz, *, ignore_index: int, label_smoothing: float
-) -> None:
+def backward(z, target, weight, stats, upstream, denominator, dz, *, ignore_index: int, label_smoothing: float) -> None:
     """dz from what `forward` saved, for any upstream gradient per row, divided by `denominator` where given."""
     if not z.numel():
         return

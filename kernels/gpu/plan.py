@@ -132,9 +132,7 @@ class BatchNormPlan:
         return self.per_split, self.splits
 
 
-def plan_batch_norm(
-    N: int, C: int, S: int, itemsize: int, mode: int, channels_last: bool, operands: int
-) -> BatchNormPlan:
+def plan_batch_norm(N: int, C: int, S: int, itemsize: int, mode: int, channels_last: bool, operands: int) -> BatchNormPlan:
     """The plan for the statistics and sums of C channels with N runs of S values each.
 
     operands: tensors read at each position (1 forward, 2 backward). Few long channels are split over enough programs to

@@ -17,6 +17,7 @@ from . import _tile
 from ._rows import ACC, end_of, finite_base, online_max_sum, program_rows, rows_along_s, run_mode
 from .plan import cdiv, plan_rows
 
+
 @triton.jit(do_not_specialize=["V", "S", "tiles", "z_end"])
 def _forward_kernel(
     z_ptr, y_ptr, V, S, tiles, z_end,
