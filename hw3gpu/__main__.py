@@ -9,6 +9,9 @@ from pathlib import Path
 
 from . import __version__
 
+# of the table of operations, in README.md
+ROWS = tuple(f"S{i}" for i in range(1, 10))
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -21,15 +24,12 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, devices, and which kernels run for which arrays, and why")
     info.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
-    verify = commands.add_parser(
-        "verify", help="every operation against the float64 answer sheet; status 1 on a failure"
-    )
+    verify = commands.add_parser("verify", help="every operation against the float64 answer sheet; status 1 on a failure")
     verify.add_argument("--kernels", choices=("all", "cpu", "gpu"), default="all", help="which kernels to verify (all)")
+    verify.add_argument("--only", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help="S1 to S9 (all of them)")
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-    train = commands.add_parser(
-        "train", help="a small net on handwritten digits, beside the same net of PyTorch's layers"
-    )
+    train = commands.add_parser("train", help="a small net on handwritten digits, beside the same net of PyTorch's layers")
     train.add_argument("--epochs", type=_positive, default=12, help="passes over the training set (%(default)s)")
     train.add_argument("--seed", type=int, default=0, help="of the weights, the split and the batches (%(default)s)")
     train.add_argument("--output", type=Path, default=Path("out/train.png"), help="the PNG of the curves (%(default)s)")
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "verify":
         from ._cli import verify
 
-        return verify.main(options.kernels, options.json)
+        return verify.main(options.kernels, options.only, options.json)
     from ._cli import train
 
     return train.main(options.epochs, options.seed, options.output, options.device)

@@ -20,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ._linalg import Numerics, adjoint, eps, frobenius, is_definite
 
 Array = Any
@@ -70,6 +72,7 @@ def _certify_smallest(
     residual, size = residual.astype("float64"), frobenius(xp, sigma)
     trace = sigma.diagonal(axis1=-2, axis2=-1).real.astype("float64").sum(axis=-1)
     column_sizes = (abs(phi) ** 2).sum(axis=-2).astype("float64")
+    tiny = float(np.finfo(phi.real.dtype).tiny)
     cholesky, forming = _gamma(m + 1, u, sigma) / (1 - _gamma(m + 1, u, sigma)), _gamma(k + 3, u, sigma)
 
     def deflation(level: Array) -> tuple[Array, Array]:
@@ -79,7 +82,7 @@ def _certify_smallest(
     def rounding(t: Array, trace_s: Array) -> Array:
         trace_m = xp.maximum(trace + trace_s - m * t, 0)
         # 1.01 covers what these few sums round themselves, the last term underflow
-        return 1.01 * (cholesky * trace_m + forming * (size + trace_s + abs(t))) + 1e-300
+        return 1.01 * (cholesky * trace_m + forming * (size + trace_s + abs(t))) + tiny
 
     def margin(t: Array) -> Array:
         return 4 * rounding(t, deflation(t)[1]) + 2 * residual

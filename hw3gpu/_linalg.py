@@ -2,7 +2,7 @@
 
 NumPy arrays and torch CPU tensors are computed on by NumPy (and LAPACK), through views that share the caller's memory;
 CuPy arrays and torch CUDA tensors by CuPy, on the caller's device and stream. `numerics` gives the namespace,
-`symmetric` checks and scales a matrix, `eigh` and `eigh_range` solve.
+`symmetric` checks and scales a matrix, `smallest` solves.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Array = Any
 
 REAL = ("float32", "float64")
 COMPLEX = ("complex64", "complex128")
+METHODS = ("auto", "syevr", "syevd")
 _REAL_OF = {"complex64": "float32", "complex128": "float64"}
 # Σ may differ from its (conjugate) transpose by this many units of its dtype's eps, times its largest entry.
 SYMMETRY_TOLERANCE = 1000.0
@@ -177,13 +178,18 @@ def symmetric(ns: Numerics, x: Array, name: str, dtype: str) -> Symmetric:
             f"{name}: expected {kind} matrix, got max |A - A^T| = {found:.3g} where max |A| = {size:.3g}: "
             f"{found / size:.3g} of it, and {tolerance:.3g} is allowed"
         )
-    info = np.finfo(real_dtype(dtype))
-    exponent = xp.clip(-xp.frexp(largest.astype("float64"))[1], info.minexp, info.maxexp - 1)
-    scale = xp.ldexp(xp.ones(exponent.shape, "float64"), exponent)
+    scale = power_of_two(xp, largest, dtype)
     s = a.astype(dtype, copy=False) * scale.astype(real_dtype(dtype))[..., None, None]
     if bool(xp.any(asymmetry > 0)):
         s = (s + adjoint(s)) / 2
     return Symmetric(s, scale)
+
+
+def power_of_two(xp: ModuleType, largest: Array, dtype: str) -> Array:
+    """The power of two, representable in `dtype`, by which numbers up to `largest` come into [1/2, 1); 1 for zeros."""
+    info = np.finfo(real_dtype(dtype))
+    exponent = xp.clip(-xp.frexp(xp.asarray(largest, dtype="float64"))[1], info.minexp, info.maxexp - 1)
+    return xp.ldexp(xp.ones(exponent.shape, "float64"), exponent)
 
 
 def _largest(xp: ModuleType, a: Array) -> Array:
@@ -205,6 +211,21 @@ def _asymmetry(xp: ModuleType, a: Array) -> Array:
 
 
 # --------------------------------------------------------------------------------------------------------- solvers
+def smallest(ns: Numerics, s: Array, k: int, method: str) -> tuple[Array, Array, str]:
+    """Eigenpairs 1…c of each matrix of `s`, ascending, c = m or min(k + 1, m), and the name of the solver that ran.
+
+    "auto" takes the range-limited solver for one matrix on the host with m ≥ 64 and k ≲ m / 8, and for a stack that goes
+    to threads with k ≲ m / 2.
+    """
+    m = s.shape[-1]
+    count = min(k + 1, m)
+    if method == "auto":
+        few = 2 * count <= m if in_threads(s) else s.ndim == 2 and m >= 64 and 8 * count <= m
+        method = "syevr" if ns.xp is np and few else "syevd"
+    values, vectors = eigh(ns, s) if method == "syevd" else eigh_range(s, count)
+    return values, vectors, method.replace("sy", "he") if s.dtype.kind == "c" else method
+
+
 def eigh(ns: Numerics, s: Array) -> tuple[Array, Array]:
     """All eigenvalues (..., m), ascending, and eigenvectors (..., m, m), in columns, by `xp.linalg.eigh` (syevd).
 

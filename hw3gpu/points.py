@@ -7,6 +7,7 @@ Such points x_1…x_n exist just when Σ is positive semidefinite and n ≥ rank
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,9 +33,9 @@ class Moments(NamedTuple):
 def moments(points: Array, *, ddof: int = 0) -> Moments:
     """The mean μ and the covariance Σ = 1/(n - ddof) Σ (x_i - μ)(x_i - μ)ᵀ of points (..., n, m), one a row; (4.1).
 
-    Two passes in float64 whatever the dtype, the second over points shifted by the first's mean, both summed in blocks
-    that are merged with compensation. The covariance therefore keeps its digits however far away the mean lies: for
-    |μ| = 1e9 σ in float64 its error stays within 1e-14 of max Σ. It is exactly symmetric. NaN and infinities pass.
+    In float64 whatever the dtype: blocks of points, each centred twice while it is in cache, merged pairwise. The
+    covariance therefore keeps its digits however far away the mean lies: for |μ| = 1e9 σ in float64 its error stays
+    within 1e-14 of max Σ. It is exactly symmetric. NaN and infinities pass.
 
     Args:
         points: float32 or float64, n ≥ 1.
@@ -56,8 +57,7 @@ def moments(points: Array, *, ddof: int = 0) -> Moments:
         n = int(points.shape[-2])
         if n - ddof < 1:
             raise ValueError(f"points: expected at least {ddof + 1} points (n, m) for ddof = {ddof}, got n = {n}")
-        mean, scatter = _centred_sums(ns, ns.read(points))
-        return Moments(ns.give(mean, dtype), ns.give(scatter / (n - ddof), dtype))
+        return _Sums.of(ns, ns.read(points)).moments(ns, ddof, dtype)
 
 
 def points_with_moments(
@@ -94,7 +94,8 @@ def points_with_moments(
     with numerics(covariance, "covariance") as ns:
         dtype = check_dtype(covariance, "covariance", REAL)
         m = check_square(covariance, "covariance")
-        _check_mean(mean, covariance)
+        _check_same_place(mean, "mean", covariance, "covariance")
+        _check.shape(mean, "mean", tuple(covariance.shape[:-1]), "that of covariance without its last axis")
         ddof = _ddof(ddof)
         n = None if n is None else _check.integer_value(n, "n")
         centre = ns.read(mean)
@@ -121,14 +122,13 @@ def _ddof(ddof: Any) -> int:
     return ddof
 
 
-def _check_mean(mean: Array, covariance: Array) -> None:
-    kind, other = _arrays.kind(mean, "mean"), _arrays.kind(covariance, "covariance")
-    if kind != other:
-        raise TypeError(f"mean: expected the kind of array of covariance, {other}, got {kind}")
-    _check.same_dtype(mean, "mean", covariance, "covariance")
-    _check.shape(mean, "mean", tuple(covariance.shape[:-1]), "that of covariance without its last axis")
-    if mean.device != covariance.device:
-        raise ValueError(f"mean: expected the device of covariance, {covariance.device}, got {mean.device}")
+def _check_same_place(x: Array, name: str, other: Array, other_name: str) -> None:
+    kind, expected = _arrays.kind(x, name), _arrays.kind(other, other_name)
+    if kind != expected:
+        raise TypeError(f"{name}: expected the kind of array of {other_name}, {expected}, got {kind}")
+    _check.same_dtype(x, name, other, other_name)
+    if x.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
 
 
 def _factor(ns: Numerics, covariance: Array, dtype: str) -> tuple[Array, int]:
@@ -175,41 +175,57 @@ def _random_directions(ns: Numerics, rng: Any, batch: tuple[int, ...], size: int
     return ns.xp.asarray(q * np.where(diagonal < 0, -1.0, 1.0)[..., None, :])
 
 
-def _centred_sums(ns: Numerics, x: Array) -> tuple[Array, Array]:
-    """μ (..., m) and Σ_i (x_i - μ)(x_i - μ)ᵀ (..., m, m) of points x (..., n, m), in float64."""
-    xp, n = ns.xp, x.shape[-2]
-    blocks = [x[..., start : start + _BLOCK, :] for start in range(0, n, _BLOCK)]
-    shift = _sum((_columns(xp, block, 0.0).sum(axis=-1) for block in blocks), xp) / n
-    # the first mean's rounding, n u |x|, is small against |x|, not against x - μ: a second pass takes it up
-    rest = _sum((_columns(xp, block, shift).sum(axis=-1) for block in blocks), xp) / n
-    scatter = _sum((_gram(_columns(xp, block, shift, rest)) for block in blocks), xp)
-    return shift + rest, scatter
+@dataclass(frozen=True)
+class _Sums:
+    """`count` points with mean μ = shift + rest (..., m) and `scatter` = Σ (x_i - μ)(x_i - μ)ᵀ (..., m, m), in float64.
 
+    `shift` is a mean as float64 holds it. Its rounding, u |μ|, is small against μ and not against the points' spread: the
+    rest takes it up, so that differences of means, and with them the scatter, keep their digits.
+    """
 
-def _columns(xp: Any, block: Array, *shifts: Any) -> Array:
-    """The variables of a block of points in float64, less each shift in turn: (..., m, n), contiguous along n."""
-    d = block.astype("float64")
-    for shift in shifts:
-        d -= shift if isinstance(shift, float) else shift[..., None, :]
-    return xp.ascontiguousarray(d.swapaxes(-1, -2))
+    count: int
+    shift: Array
+    rest: Array
+    scatter: Array
 
+    @classmethod
+    def of(cls, ns: Numerics, x: Array) -> _Sums:
+        """The sums of points (..., n, m), n ≥ 1: blocks that stay in cache, merged pairwise."""
+        merged: list[_Sums] = []
+        for i, start in enumerate(range(0, x.shape[-2], _BLOCK)):
+            merged.append(cls._of_block(ns, x[..., start : start + _BLOCK, :]))
+            # after an odd block there are two of one size to merge, then perhaps two of twice that size, …
+            while i & 1:
+                i >>= 1
+                last = merged.pop()
+                merged[-1] = merged[-1].merged(last)
+        while len(merged) > 1:
+            last = merged.pop()
+            merged[-1] = merged[-1].merged(last)
+        return merged[0]
 
-def _gram(d: Array) -> Array:
-    """D Dᵀ, exactly symmetric."""
-    product = d @ d.swapaxes(-1, -2)
-    return (product + product.swapaxes(-1, -2)) / 2
+    @classmethod
+    def _of_block(cls, ns: Numerics, block: Array) -> _Sums:
+        # variables contiguous along the points: NumPy then sums pairwise
+        d = ns.xp.array(block.swapaxes(-1, -2), dtype="float64", order="C")
+        shift = d.mean(axis=-1)
+        d -= shift[..., None]
+        rest = d.mean(axis=-1)
+        d -= rest[..., None]
+        scatter = d @ d.swapaxes(-1, -2)
+        return cls(d.shape[-1], shift, rest, (scatter + scatter.swapaxes(-1, -2)) / 2)
 
+    def moments(self, ns: Numerics, ddof: int, dtype: str) -> Moments:
+        """μ and Σ as the caller's arrays of `dtype`."""
+        return Moments(ns.give(self.shift + self.rest, dtype), ns.give(self.scatter / (self.count - ddof), dtype))
 
-def _sum(terms: Any, xp: Any) -> Array:
-    """The sum of a sequence of arrays, each addition's rounding carried along (Neumaier)."""
-    terms = iter(terms)
-    total = next(terms)
-    carry = xp.zeros_like(total)
-    for term in terms:
-        new = total + term
-        carry += xp.where(abs(total) >= abs(term), (total - new) + term, (term - new) + total)
-        total = new
-    return total + carry
+    def merged(self, other: _Sums) -> _Sums:
+        """The sums of both sets of points (Chan, Golub and LeVeque): docs/derivations.md, section 2.5."""
+        count = self.count + other.count
+        delta = (other.shift - self.shift) + (other.rest - self.rest)
+        between = delta[..., :, None] * delta[..., None, :] * (self.count * other.count / count)
+        rest = self.rest + delta * (other.count / count)
+        return _Sums(count, self.shift, rest, (self.scatter + other.scatter) + between)
 
 
 class MomentAccumulator:
@@ -247,10 +263,10 @@ class MomentAccumulator:
             if points.ndim != 2 or self.m not in (None, int(points.shape[1])) or points.shape[1] < 1:
                 raise ValueError(f"points: expected shape (n, {self.m or 'm'}), got {_check.shape_of(points)}")
             if self._like is not None:
-                _same_place(points, "points", self._like, "the first batch")
+                _check_same_place(points, "points", self._like, "the first batch")
             self.m = int(points.shape[1])
             if points.shape[0]:
-                self._add(_Sums.of(ns, ns.read(points), None if self._state is None else self._state.shift), points[:1])
+                self._add(_Sums.of(ns, ns.read(points)), points[:1])
         return self
 
     def merge(self, other: MomentAccumulator) -> MomentAccumulator:
@@ -262,7 +278,7 @@ class MomentAccumulator:
         self.m = self.m if other.m is None else other.m
         if other._state is not None:
             if self._like is not None:
-                _same_place(other._like, "other", self._like, "this accumulator's batches")
+                _check_same_place(other._like, "other", self._like, "this accumulator's batches")
             self._add(other._state, other._like)
         return self
 
@@ -277,23 +293,15 @@ class MomentAccumulator:
 
         if self.m is None:
             raise ValueError("m: a rank that has seen no batch needs MomentAccumulator(m) before all_reduce")
-        m, state = self.m, self._state
-        device = self._like.device if isinstance(self._like, torch.Tensor) else _collective_device(group)
-        packed = torch.zeros(1 + 2 * m + m * m, dtype=torch.float64, device=device)
-        if state is not None:
-            with numerics(self._like, "points") as ns:
-                host = np.concatenate([[state.count], *(ns.host(a).ravel() for a in (state.shift, state.rest, state.scatter))])
-            packed.copy_(torch.from_numpy(host))
-        everyone = [torch.empty_like(packed) for _ in range(distributed.get_world_size(group))]
-        distributed.all_gather(everyone, packed, group=group)
-        like, self._state, self.count = self._like, None, 0
-        if like is None:
-            like = torch.empty((0, m), dtype=torch.float64, device=device)
+        device = torch.device("cuda" if distributed.get_backend(group) == "nccl" else "cpu")
+        like = torch.empty((1, self.m), dtype=torch.float64, device=device) if self._like is None else self._like
         with numerics(like, "points") as ns:
+            packed = torch.from_numpy(self._packed(ns)).to(device)
+            everyone = [torch.empty_like(packed) for _ in range(distributed.get_world_size(group))]
+            distributed.all_gather(everyone, packed, group=group)
+            self.count, self._state = 0, None
             for part in everyone:
-                flat = ns.xp.asarray(part.cpu().numpy())
-                if flat[0]:
-                    self._add(_Sums(int(flat[0]), flat[1 : m + 1], flat[m + 1 : 2 * m + 1], flat[2 * m + 1 :].reshape(m, m)), like)
+                self._add_packed(ns, part.cpu().numpy(), like)
         return self
 
     def moments(self, *, ddof: int = 0) -> Moments:
@@ -302,8 +310,22 @@ class MomentAccumulator:
         if self._state is None or self.count - ddof < 1:
             raise ValueError(f"moments: expected at least {ddof + 1} points for ddof = {ddof}, got {self.count}")
         with numerics(self._like, "points") as ns:
-            dtype, state = _arrays.dtype_name(self._like), self._state
-            return Moments(ns.give(state.shift + state.rest, dtype), ns.give(state.scatter / (self.count - ddof), dtype))
+            return self._state.moments(ns, ddof, _arrays.dtype_name(self._like))
+
+    def _packed(self, ns: Numerics) -> np.ndarray:
+        """count, shift, rest and scatter in one float64 array on the host; zeros for no points."""
+        assert self.m is not None
+        if self._state is None:
+            return np.zeros(1 + 2 * self.m + self.m**2)
+        parts = (self._state.shift, self._state.rest, self._state.scatter)
+        return np.concatenate([[self.count], *(ns.host(part).ravel() for part in parts)])
+
+    def _add_packed(self, ns: Numerics, packed: np.ndarray, like: Array) -> None:
+        assert self.m is not None
+        if packed[0]:
+            shift, rest, scatter = np.split(packed[1:], [self.m, 2 * self.m])
+            arrays = (ns.xp.asarray(a) for a in (shift, rest, scatter.reshape(self.m, self.m)))
+            self._add(_Sums(int(packed[0]), *arrays), like)
 
     def _add(self, sums: _Sums, like: Array) -> None:
         self._state = sums if self._state is None else self._state.merged(sums)

@@ -9,6 +9,7 @@ docs/derivations.md, section 5.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,27 +18,27 @@ from . import _check
 from ._certificate import Certificate, certificate
 from ._linalg import (
     COMPLEX,
+    METHODS,
     REAL,
     Numerics,
     adjoint,
     check_dtype,
+    check_finite,
     check_square,
-    eigh,
-    eigh_range,
     eps,
     fix_signs,
     frobenius,
-    in_threads,
     numerics,
+    power_of_two,
     real_dtype,
+    smallest,
     symmetric,
 )
 
-__all__ = ["TraceMinimum", "minimize_trace"]
+__all__ = ["TraceMinimum", "minimize_trace", "minor_components"]
 
 Array = Any
 
-METHODS = ("auto", "syevr", "syevd")
 # A value is certified when it lies within this many times k · margin above the dual value.
 _AGREEMENT = 6.0
 
@@ -126,17 +127,64 @@ def minimize_trace(
     with numerics(covariance, "covariance") as ns:
         given = check_dtype(covariance, "covariance", REAL + COMPLEX)
         m = check_square(covariance, "covariance")
-        k = _check.integer_value(k, "k")
-        if not 1 <= k <= m:
-            raise ValueError(f"k: expected 1 <= k <= m = {m}, got {k}")
+        k = _check_k(k, m)
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if method == "syevr" and ns.xp is not np:
             raise ValueError("method: 'syevr' runs on the host alone, and covariance lives on a GPU; use 'syevd'")
         scaled = symmetric(ns, covariance, "covariance", _compute_dtype(dtype, given))
         s = -scaled.s if largest else scaled.s
-        found = _solve(ns, s, k, method)
-        return _result(ns, found, _verify(ns, found, certify), given, (-1.0 if largest else 1.0) / scaled.scale)
+        found = _from_eigenpairs(ns, s, k, method, certify)
+        return _result(ns, found, given, (-1.0 if largest else 1.0) / scaled.scale)
+
+
+def minor_components(points: Array, k: int, *, largest: bool = False, ddof: int = 0) -> TraceMinimum:
+    """The k directions in which points vary least: `minimize_trace` of their covariance, which is never formed.
+
+    Uses the singular values σ of the centred points X (n, m), by divide and conquer (gesdd): λ = σ² / (n - ddof). As the
+    condition number of the covariance is the square of that of X, this finds small eigenvalues to eps · λ_max · (λ /
+    λ_max)^(1/2) where the covariance has them to eps · λ_max. `largest=True` gives the principal components instead.
+
+    The certificate is Weyl's inequality: X = UΣVᵀ + E, with E and the departures of U and V from orthogonality bounded in
+    floating point, puts every singular value of X within that bound of a computed one. `margin` is the largest of the
+    resulting bounds on λ_1…λ_k, `residual` is sqrt(‖XΦ - UΣ‖² + ‖XᵀU - ΦΣ‖²) / ‖X‖ for the k, and `subspace_error` Wedin's
+    bound from it.
+
+    Args:
+        points: (..., n, m), one a row, float32 or float64, n > ddof; computed in float64.
+        k: number of components, 1 ≤ k ≤ m.
+        largest: the k directions of largest variance, descending.
+        ddof: the divisor is n - ddof.
+
+    Returns:
+        A `TraceMinimum` with `method` "gesdd".
+
+    Raises:
+        TypeError, ValueError, BackendError: as `minimize_trace` and `moments` do.
+        numpy.linalg.LinAlgError: the singular values did not converge.
+    """
+    with numerics(points, "points") as ns:
+        given = check_dtype(points, "points", REAL)
+        _check.rank_at_least(points, "points", 2, "..., n, m")
+        n, m = (int(size) for size in points.shape[-2:])
+        k, ddof = _check_k(k, m), _check.integer_value(ddof, "ddof")
+        if n - ddof < 1 or ddof < 0:
+            raise ValueError(f"points: expected n > ddof >= 0, got n = {n}, ddof = {ddof}")
+        x = ns.read(points)
+        check_finite(ns, x, "points")
+        scale = power_of_two(ns.xp, abs(x).max(axis=(-2, -1)), "float64")
+        x = x.astype("float64") * scale[..., None, None]
+        for _ in range(2):  # the second time takes up the rounding of the mean
+            x -= x.mean(axis=-2, keepdims=True)
+        found = _from_singular_values(ns, x, k, largest)
+        return _result(ns, found, given, (-1.0 if largest else 1.0) / (n - ddof) / scale**2)
+
+
+def _check_k(k: Any, m: int) -> int:
+    k = _check.integer_value(k, "k")
+    if not 1 <= k <= m:
+        raise ValueError(f"k: expected 1 <= k <= m = {m}, got {k}")
+    return k
 
 
 def _compute_dtype(dtype: Any, given: str) -> str:
@@ -151,94 +199,131 @@ def _compute_dtype(dtype: Any, given: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Eigenpairs:
-    """The eigenpairs 1…c of `sigma` (..., m, m), ascending, c = m or min(k + 1, m), and the solver that found them."""
+class _Findings:
+    """What is known of the minimum for a scaled matrix (its negative, for a maximum), each of shape (...) if not said.
 
-    sigma: Array
-    values: Array
-    vectors: Array
-    k: int
-    method: str
+    `residual` is relative, `total` the sum of the eigenvalues `kept` (..., k).
+    """
 
-    @property
-    def phi(self) -> Array:
-        return self.vectors[..., : self.k]
-
-    @property
-    def kept(self) -> Array:
-        return self.values[..., : self.k].astype("float64")
-
-
-def _solve(ns: Numerics, sigma: Array, k: int, method: str) -> _Eigenpairs:
-    """The eigenpairs of each matrix of `sigma`, with the documented signs, by the method asked for or the fastest."""
-    m = sigma.shape[-1]
-    count = min(k + 1, m)
-    if method == "auto":
-        few = 2 * count <= m if in_threads(sigma) else sigma.ndim == 2 and m >= 64 and 8 * count <= m
-        method = "syevr" if ns.xp is np and few else "syevd"
-    if method == "syevd":
-        values, vectors = eigh(ns, sigma)
-    else:
-        values, vectors = eigh_range(sigma, count)
-    name = method.replace("sy", "he") if sigma.dtype.kind == "c" else method
-    return _Eigenpairs(sigma, values, fix_signs(ns, vectors), k, name)
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """What `sigma` itself says about its eigenpairs, each of shape (...), in the units of the scaled matrix."""
-
+    phi: Array  # (..., m, k)
+    kept: Array
+    gap: Array
+    unique: Array
     value: Array
     residual: Array
     orthogonality: Array
+    sine: Array
     proof: Certificate
     agrees: Array
+    method: str
+
+    @property
+    def total(self) -> Array:
+        return self.kept.sum(axis=-1)
 
 
-def _verify(ns: Numerics, found: _Eigenpairs, certify: bool) -> _Checked:
-    """Primal value, residual, orthogonality and certificate; without `certify` the sum of the eigenvalues and NaN."""
-    xp, k, phi = ns.xp, found.k, found.phi
-    total = found.kept.sum(axis=-1)
+def _from_eigenpairs(ns: Numerics, sigma: Array, k: int, method: str, certify: bool) -> _Findings:
+    """Solve for `sigma` (..., m, m) and check the solution against it."""
+    xp, m = ns.xp, sigma.shape[-1]
+    values, vectors, ran = smallest(ns, sigma, k, method)
+    phi, kept, size = vectors[..., :k], values[..., :k].astype("float64"), frobenius(xp, sigma)
+    gap = values[..., k].astype("float64") - kept[..., -1] if k < m else xp.full(size.shape, np.inf)
+    unique = gap > m * eps(str(sigma.dtype)) * size
     if not certify:
-        nothing, no = xp.full(total.shape, np.nan), xp.zeros(total.shape, dtype=bool)
-        return _Checked(total, nothing, nothing, Certificate(no, no, nothing, nothing), no)
-    image = found.sigma @ phi
+        nothing, no = xp.full(size.shape, np.nan), xp.zeros(size.shape, dtype=bool)
+        unproved = Certificate(no, no, nothing, nothing)
+        return _Findings(
+            phi, kept, gap, unique, kept.sum(axis=-1), nothing, nothing, nothing, unproved, no, ran
+        )  # fmt: skip
+    image = sigma @ phi
     value = (phi.conj() * image).real.astype("float64").sum(axis=(-2, -1))
-    residual = frobenius(xp, image - phi * found.values[..., None, :k])
-    orthogonality = frobenius(xp, adjoint(phi) @ phi - xp.eye(k, dtype=phi.dtype))
-    proof = certificate(ns, found.sigma, found.values, found.vectors, k, residual)
+    residual = frobenius(xp, image - phi * values[..., None, :k])
+    orthogonality = _departure(xp, phi)
+    proof = certificate(ns, sigma, values, vectors, k, residual)
+    agrees = _agree(value, kept.sum(axis=-1), proof, k, orthogonality * frobenius(xp, image))
+    return _Findings(
+        phi, kept, gap, unique, value, _ratio(xp, residual, size, 0.0), orthogonality, _ratio(xp, residual, gap, np.inf),
+        proof, agrees, ran,
+    )  # fmt: skip
+
+
+def _from_singular_values(ns: Numerics, x: Array, k: int, largest: bool) -> _Findings:
+    """The same for XᵀX (-XᵀX for `largest`) of centred points `x` (..., n, m) that are not multiplied out."""
+    xp, (n, m) = ns.xp, x.shape[-2:]
+    size = frobenius(xp, x)
+    u, sigma, vt = xp.linalg.svd(x, full_matrices=n < m)
+    if n < m:
+        none = xp.zeros((*x.shape[:-2], m - n))
+        sigma, u = xp.concatenate([sigma, none], axis=-1), xp.concatenate([u, xp.zeros((*x.shape[:-1], m - n))], axis=-1)
+    # X = UΣVᵀ + E: each singular value of X lies within ‖E‖ and the departures from orthogonality of one of Σ
+    u_rounding, v_rounding, product_rounding = (eps("float64") * size_ for size_ in (n * m, m * m, m + 2))
+    skew = _departure(xp, u[..., : min(n, m)]) + u_rounding + _departure(xp, vt.swapaxes(-1, -2)) + v_rounding
+    error = frobenius(xp, x - (u * sigma[..., None, :]) @ vt) + product_rounding * (m**0.5 + 1) * size
+    error = error[..., None] + sigma * skew[..., None] + 1e-300
+    order = slice(None) if largest else slice(None, None, -1)
+    u, sigma, v, error = u[..., order], sigma[..., order], vt.swapaxes(-1, -2)[..., order], error[..., order]
+
+    phi, left, kept = v[..., :k], u[..., :k], sigma[..., :k]
+    image, sign = x @ phi, -1.0 if largest else 1.0
+    bound = (kept + error[..., :k]) if largest else xp.maximum(kept - error[..., :k], 0)
+    margin = ((kept + error[..., :k]) ** 2 - kept**2).max(axis=-1)
+    yes = xp.ones(size.shape, dtype=bool)
+    distance = abs(sigma[..., k] - kept[..., -1]) if k < m else xp.full(size.shape, np.inf)
+    separated = distance > error[..., k] + error[..., k - 1] if k < m else yes
+    proof = Certificate(yes, separated, sign * (bound**2).sum(axis=-1), margin)
+    residual = xp.sqrt(
+        frobenius(xp, image - left * kept[..., None, :]) ** 2
+        + frobenius(xp, x.swapaxes(-1, -2) @ left - phi * kept[..., None, :]) ** 2
+    )
+    value, orthogonality = sign * frobenius(xp, image) ** 2, _departure(xp, phi)
+    gap = distance * (sigma[..., k] + kept[..., -1]) if k < m else distance
+    agrees = _agree(value, sign * (kept**2).sum(axis=-1), proof, k, orthogonality * abs(value))
+    return _Findings(
+        phi, sign * kept**2, gap, distance > max(n, m) * eps("float64") * size, value, _ratio(xp, residual, size, 0.0),
+        orthogonality, _ratio(xp, residual, distance, np.inf), proof, agrees, "gesdd",
+    )  # fmt: skip
+
+
+def _departure(xp: ModuleType, phi: Array) -> Array:
+    """‖ΦᵀΦ - I‖."""
+    return frobenius(xp, adjoint(phi) @ phi - xp.eye(phi.shape[-1], dtype=phi.dtype))
+
+
+def _ratio(xp: ModuleType, a: Array, b: Array, otherwise: float) -> Array:
+    """a / b, and `otherwise` where b is 0."""
+    positive = b > 0
+    return xp.where(positive, a / xp.where(positive, b, 1.0), otherwise)
+
+
+def _agree(value: Array, total: Array, proof: Certificate, k: int, infeasible: Array) -> Array:
+    """Whether primal value, sum of eigenvalues and dual value are one number, to the certificate's margin.
+
+    Making Φ's columns exactly orthonormal changes the value by at most 2 · `infeasible`.
+    """
     allowed = _AGREEMENT * k * proof.margin
-    # making Φ's columns exactly orthonormal changes the value by no more
-    infeasible = 2 * orthogonality * frobenius(xp, image)
-    agrees = (abs(value - total) <= allowed) & (value + infeasible - proof.dual_value <= allowed)
-    return _Checked(value, residual, orthogonality, proof, agrees)
+    return (abs(value - total) <= allowed) & (value + 2 * infeasible - proof.dual_value <= allowed)
 
 
-def _result(ns: Numerics, found: _Eigenpairs, checked: _Checked, given: str, unit: Array) -> TraceMinimum:
-    """The eigenpairs of the scaled matrix as the caller's `TraceMinimum`; `unit` (...) is ±1 / scale."""
-    xp, m, k, proof = ns.xp, found.sigma.shape[-1], found.k, checked.proof
-    kept, size, real = found.kept, frobenius(xp, found.sigma), real_dtype(given)
-    gap = found.values[..., k].astype("float64") - kept[..., -1] if k < m else xp.full(size.shape, np.inf)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        sine = xp.where(gap > 0, checked.residual / gap, xp.where(xp.isnan(checked.residual), np.nan, np.inf))
-        residual = xp.where(size > 0, checked.residual / size, checked.residual)
-    certified, value_certified = proof.separated & checked.agrees, proof.proved & checked.agrees
-    host, width = _Report(ns), abs(unit)
+def _result(ns: Numerics, found: _Findings, given: str, unit: Array) -> TraceMinimum:
+    """The findings as the caller's `TraceMinimum`; `unit` (...) takes scaled values to the caller's, sign included."""
+    m, k = found.phi.shape[-2:]
+    host, width, real, proof = _Report(ns), abs(unit), real_dtype(given), found.proof
+    certified, value_certified = proof.separated & found.agrees, proof.proved & found.agrees
     return TraceMinimum(
-        phi=ns.give(found.phi, given),
-        value=ns.give(checked.value * unit, real),
-        eigenvalues=ns.give(kept * unit[..., None], real),
-        gap=host(gap * width),
-        unique=host(gap > m * eps(str(found.sigma.dtype)) * size),
-        residual=host(residual),
-        orthogonality=host(checked.orthogonality),
+        phi=ns.give(fix_signs(ns, found.phi), given),
+        value=ns.give(found.value * unit, real),
+        eigenvalues=ns.give(found.kept * unit[..., None], real),
+        gap=host(found.gap * width),
+        unique=host(found.unique),
+        residual=host(found.residual),
+        orthogonality=host(found.orthogonality),
         certified=host(certified),
-        eigenvalue_sum=host(kept.sum(axis=-1) * unit),
-        subspace_error=host(xp.minimum(sine, min(k, m - k) ** 0.5)),
+        eigenvalue_sum=host(found.total * unit),
+        subspace_error=host(ns.xp.minimum(found.sine, min(k, m - k) ** 0.5)),
         dual_value=host(proof.dual_value * unit),
         margin=host(proof.margin * width),
         value_certified=host(value_certified),
-        reason=host.reasons(certified, value_certified, proof, gap * width, proof.margin * width),
+        reason=host.reasons(certified, value_certified, proof, found.gap * width, proof.margin * width),
         method=found.method,
     )
 

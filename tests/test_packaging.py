@@ -31,9 +31,7 @@ class Built(NamedTuple):
 
 def _run(*command: str | Path, cwd: Path) -> str:
     """The standard output of a command that has to succeed; its environment has no import path of this process."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HW3GPU", "TRITON"))
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HW3GPU", "TRITON"))}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hw3gpu import reference
-from hw3gpu.points import moments, points_with_moments
+from hw3gpu.points import MomentAccumulator, moments, points_with_moments
 
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
 
@@ -125,10 +125,10 @@ def test_random_members_of_the_solution_set():
     assert not np.allclose(first, points_with_moments(mean, sigma, 6, rng=8))
     # Haar: no point is set apart, so that over many draws each point's second moment is Σ (n points share n Σ)
     rng = np.random.default_rng(0)
-    draws = np.stack([points_with_moments(mean, sigma, 4, rng=rng) for _ in range(2000)])
+    draws = np.stack([points_with_moments(mean, sigma, 4, rng=rng) for _ in range(500)])
     second = np.einsum("dni,dnj->nij", draws, draws) / len(draws)
-    assert np.abs(second - sigma).max() < 0.1 * np.abs(sigma).max()
-    assert np.abs(draws.mean(axis=0)).max() < 0.1
+    assert np.abs(second - sigma).max() < 0.2 * np.abs(sigma).max()
+    assert np.abs(draws.mean(axis=0)).max() < 0.2
 
 
 @pytest.mark.parametrize("rng", [None, 3], ids=["Helmert", "random"])
@@ -170,7 +170,7 @@ def exact_moments(x, ddof=0):
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, 1e9, -1e12], ids="mean {:g}".format)
-@pytest.mark.parametrize(("n", "ddof"), [(1, 0), (2, 0), (2, 1), (1500, 1)])
+@pytest.mark.parametrize(("n", "ddof"), [(1, 0), (2, 0), (2, 1), (1100, 1)])
 def test_moments_far_from_the_origin(offset, n, ddof):
     x = np.random.default_rng(0).standard_normal((n, 3)) @ np.diag([1.0, 3, 0.1]) + offset
     mean, cov = exact_moments(x, ddof)
@@ -182,7 +182,7 @@ def test_moments_far_from_the_origin(offset, n, ddof):
 
 
 def test_moments_of_float32_are_summed_in_float64():
-    x = (np.random.default_rng(0).standard_normal((3000, 4)) + 1e4).astype(np.float32)
+    x = (np.random.default_rng(0).standard_normal((2100, 2)) + 1e4).astype(np.float32)
     mean, cov = exact_moments(x)
     got = moments(x)
     assert np.array_equal(got.mean, mean.astype(np.float32))
@@ -200,6 +200,104 @@ def test_moments_of_strided_and_special_points():
     assert np.isnan(got.mean[2])
     assert np.isnan(got.covariance[2]).all()
     assert np.isfinite(got.covariance[:2, :2]).all()
+
+
+def test_many_blocks_are_merged_pairwise():
+    """Eleven blocks and a bit, against extended precision; the mean is far enough that one pass would lose all."""
+    x = np.random.default_rng(0).standard_normal((11 * 1024 + 100, 3)) + np.array([1e9, -1e6, 0])
+    wide = x.astype(np.longdouble)
+    centred = wide - wide.mean(axis=0)
+    got = moments(x)
+    assert np.abs(got.covariance - centred.T @ centred / len(x)).max() <= 1e-14
+    assert np.all(np.abs(got.mean - wide.mean(axis=0)) <= np.spacing(np.abs(got.mean) + 1))
+
+
+# ------------------------------------------------------------------------------------------------- the accumulator
+@pytest.mark.parametrize("offset", [0.0, 1e9], ids="mean {:g}".format)
+def test_batches_accumulate_to_the_moments_of_all_points(kit, offset):
+    x = np.random.default_rng(0).standard_normal((3000, 4)) * [1, 3, 0.1, 0] + offset
+    batches = np.split(x, [1, 1, 700, 2999])  # one point, none, many, one
+    total = MomentAccumulator()
+    for batch in batches:
+        assert total.update(kit.array(batch, "float64")) is total
+    expected = moments(x, ddof=1)
+    got = total.moments(ddof=1)
+    assert total.count == 3000
+    assert type(got.mean) is type(kit.array(x))
+    np.testing.assert_allclose(kit.numpy(got.mean), expected.mean, rtol=4e-16, atol=1e-15)
+    np.testing.assert_allclose(kit.numpy(got.covariance), expected.covariance, atol=2e-14 * 9)
+
+
+def test_accumulators_merge_in_any_grouping(kit):
+    x = np.random.default_rng(0).standard_normal((90, 3)) + 1e8
+    parts = [MomentAccumulator().update(kit.array(part, "float32")) for part in np.split(x, 3)]
+    empty = MomentAccumulator()
+    left = MomentAccumulator(3).merge(parts[0]).merge(empty).merge(parts[1]).merge(parts[2])
+    right = empty.merge(parts[1]).merge(parts[2]).merge(parts[0])
+    assert left.count == right.count == 90
+    assert parts[1].count == 30  # what is merged in stays as it is
+    rounded = moments(x.astype(np.float32).astype(np.float64))
+    for total in (left, right):
+        assert str(total.moments().mean.dtype).removeprefix("torch.") == "float32"
+        np.testing.assert_allclose(kit.numpy(total.moments().covariance), rounded.covariance, rtol=1e-6, atol=1e-4)
+
+
+RANKS_OF_POINTS = (5, 0, 12)
+
+
+def accumulate_on_a_rank(rank, folder):
+    """One rank of three: its points, an all-reduce, and the moments that it then has, written to `folder`."""
+    import torch
+    from torch import distributed
+
+    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=len(RANKS_OF_POINTS))
+    x = np.random.default_rng(0).standard_normal((sum(RANKS_OF_POINTS), 3)) + 1e9
+    first = sum(RANKS_OF_POINTS[:rank])
+    total = MomentAccumulator(3)
+    if RANKS_OF_POINTS[rank]:
+        total.update(x[first : first + RANKS_OF_POINTS[rank]])
+    total.all_reduce()
+    got = total.moments()
+    np.savez(f"{folder}/{rank}.npz", x=x, mean=np.asarray(got.mean), cov=np.asarray(got.covariance), count=total.count)
+    # a rank without points has no kind of its own: it gets torch tensors
+    assert isinstance(got.mean, np.ndarray if RANKS_OF_POINTS[rank] else torch.Tensor)
+    distributed.destroy_process_group()
+
+
+def test_all_reduce_over_ranks_of_different_sizes_even_zero(tmp_path):
+    multiprocessing = pytest.importorskip("torch.multiprocessing")
+    multiprocessing.spawn(accumulate_on_a_rank, args=(str(tmp_path),), nprocs=len(RANKS_OF_POINTS))
+    ranks = [np.load(tmp_path / f"{rank}.npz") for rank in range(len(RANKS_OF_POINTS))]
+    expected = moments(ranks[0]["x"])
+    for got in ranks:
+        assert got["count"] == sum(RANKS_OF_POINTS)
+        np.testing.assert_array_equal(got["mean"], ranks[0]["mean"])
+        np.testing.assert_array_equal(got["cov"], ranks[0]["cov"])
+        np.testing.assert_allclose(got["mean"], expected.mean, rtol=2.3e-16)
+        np.testing.assert_allclose(got["cov"], expected.covariance, atol=1e-14)
+
+
+def test_errors_of_the_accumulator():
+    torch = pytest.importorskip("torch")
+    total = MomentAccumulator().update(np.ones((2, 3)))
+    wrong = [
+        (lambda: total.update(np.ones((2, 4))), ValueError, r"points: expected shape \(n, 3\), got \(2, 4\)"),
+        (lambda: total.update(np.ones(3)), ValueError, r"points: expected shape \(n, 3\), got \(3,\)"),
+        (lambda: total.update(np.ones((2, 3), np.float32)), TypeError, "points: expected the dtype of the first batch"),
+        (lambda: total.update(torch.ones(2, 3)), TypeError, "points: expected the kind of array of the first batch, numpy"),
+        (lambda: total.update(np.ones((2, 3), np.float16)), TypeError, "points: .*got float16, whose 11 bits"),
+        (lambda: total.merge(np.ones(3)), TypeError, "other: expected a MomentAccumulator, got ndarray"),
+        (lambda: total.merge(MomentAccumulator(4)), ValueError, "other: expected m = 3 variables, got 4"),
+        (lambda: MomentAccumulator(0), ValueError, "m: expected at least 1, got 0"),
+        (lambda: MomentAccumulator(3).moments(), ValueError, "expected at least 1 points for ddof = 0, got 0"),
+        (lambda: total.moments(ddof=2), ValueError, "expected at least 3 points for ddof = 2, got 2"),
+        (lambda: MomentAccumulator().all_reduce(), ValueError, r"needs MomentAccumulator\(m\) before all_reduce"),
+    ]
+    for call, error, message in wrong:
+        with pytest.raises(error, match=message):
+            call()
+    assert total.count == 2
+    assert np.array_equal(total.moments().mean, np.ones(3))
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from operator import attrgetter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 
-from hw3gpu import reference, trace
-from hw3gpu.trace import minimize_trace
+from hw3gpu import _arrays, reference, trace
+from hw3gpu.trace import minimize_trace, minor_components
 
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
 
@@ -55,7 +58,7 @@ MATRICES = {
     "zero": (np.zeros((20, 20)), 6),
     "1x1": (np.array([[3.0]]), 1),
     "k = m": (wishart(25), 25),
-    "m = 256 by syevr": (wishart(256), 5),
+    "m = 130, a range of eigenpairs": (wishart(130), 5),
 }
 DEGENERATE = {
     "cluster across k",
@@ -85,8 +88,7 @@ def check_against_reference(result, sigma, k, tolerance):
         assert sine(phi, expected.phi) <= 2 * tolerance * size / gap + tolerance
 
 
-@pytest.mark.parametrize("method", ["syevd", "syevr"])
-@pytest.mark.parametrize("scale", [1.0, 1e150, 1e-150])
+@pytest.mark.parametrize(("method", "scale"), [("syevd", 1.0), ("syevr", 1.0), ("syevd", 1e150), ("syevr", 1e-150)])
 def test_matches_the_answer_sheet(case, method, scale):
     sigma, k, degenerate = case
     result = minimize_trace(sigma * scale, k, method=method)
@@ -285,6 +287,141 @@ def test_without_a_certificate():
     assert np.isnan([result.residual, result.orthogonality, result.dual_value, result.margin]).all()
     assert result.value == pytest.approx(np.linalg.eigvalsh(wishart(20))[:3].sum())
     assert result.unique
+
+
+# --------------------------------------------------------------------------------------------------------- the solvers
+def test_the_method_chosen():
+    chosen = {
+        (m, k): minimize_trace(wishart(m, n=m), k, certify=False).method for m, k in [(30, 1), (128, 8), (128, 40), (128, 128)]
+    }
+    assert chosen == {(30, 1): "syevd", (128, 8): "syevr", (128, 40): "syevd", (128, 128): "syevd"}
+    assert minimize_trace(1j * np.zeros((80, 80)), 2, certify=False).method == "heevr"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_large_batch_in_threads_gives_what_one_matrix_gives(dtype):
+    sigma = np.stack([wishart(32, seed=i) for i in range(300)])
+    sigma[7], sigma[8] = np.eye(32), 0.0
+    result = minimize_trace(sigma, 3, dtype=dtype)
+    assert result.method == "syevr"
+    assert result.certified.sum() == 298
+    assert result.value_certified.all()
+    assert not result.certified[7:9].any()
+    for i in (0, 7, 8, 299):
+        single = minimize_trace(sigma[i], 3, method="syevr", dtype=dtype)
+        assert result.value[i] == pytest.approx(single.value, rel=40 * EPS[dtype], abs=1e-300)
+        if single.unique:
+            assert sine(result.phi[i], single.phi) < 1e4 * EPS[dtype]
+    assert np.array_equal(minimize_trace(sigma, 3, dtype=dtype).phi, result.phi)
+
+
+def test_a_large_batch_reports_matrices_without_a_factorisation():
+    kernels = _arrays.kernels("eigh", "cpu")
+    a = np.stack([np.eye(5), np.diag([1.0, 1, -1, 1, 1]), 2 * np.eye(5)])
+    assert kernels.definite(a).tolist() == [True, False, True]
+    values, vectors, info = kernels.smallest(np.stack([np.diag([3.0, 1, 2]), np.full((3, 3), np.nan)]), 2)
+    assert info[0] == 0
+    np.testing.assert_allclose(values[0], [1, 2])
+    np.testing.assert_allclose(abs(vectors[0]), [[0, 0], [1, 0], [0, 1]])
+    assert info[1] != 0 or not np.isfinite(values[1]).all()
+
+
+def test_the_solver_s_failure_is_an_error(monkeypatch):
+    def returns_nan(s):
+        return np.full(s.shape[:-1], np.nan), np.full(s.shape, np.nan)
+
+    monkeypatch.setattr(np.linalg, "eigh", returns_nan)
+    with pytest.raises(np.linalg.LinAlgError, match="values that are not finite"):
+        minimize_trace(wishart(5), 2)
+
+
+@pytest.mark.parametrize("room", ["points", "trace", "_linalg", "_certificate"])
+def test_cupy_has_every_function_that_the_array_namespace_is_asked_for(room):
+    cupy = pytest.importorskip("cupy")
+    source = Path(trace.__file__).with_name(f"{room}.py").read_text()
+    asked = set(re.findall(r"\bxp\.((?:linalg\.)?\w+)", source))
+    assert len(asked) >= 4
+    for name in asked:
+        assert attrgetter(name)(cupy)
+
+
+# ------------------------------------------------------------------------------------------------- minor_components
+def points_with_singular_values(sigma, n, offset=3.0):
+    """Points (n, m) whose 1/n covariance has the eigenvalues sigma², and the directions, ascending."""
+    m = len(sigma)
+    rng = np.random.default_rng(0)
+    u = np.linalg.qr(np.column_stack([np.ones(n), rng.standard_normal((n, m))]))[0][:, 1:]
+    v = np.linalg.qr(rng.standard_normal((m, m)))[0]
+    return (u * sigma) @ v.T * n**0.5 + offset, v
+
+
+def test_minor_components_keep_what_squaring_loses():
+    sigma = np.logspace(-8, 0, 20)
+    x, v = points_with_singular_values(sigma, 200)
+    result = minor_components(x, 3)
+    np.testing.assert_allclose(result.eigenvalues, sigma[:3] ** 2, rtol=1e-7)
+    assert sine(result.phi, v[:, :3]) < 1e-8
+    assert result.certified
+    assert result.subspace_error < 1e-7
+    through_the_covariance = minimize_trace(reference.moments(x).covariance, 3)
+    assert sine(through_the_covariance.phi, v[:, :3]) > 1e-5
+
+
+@pytest.mark.parametrize("largest", [False, True], ids=["smallest", "largest"])
+@pytest.mark.parametrize(("n", "m", "k"), [(50, 6, 2), (50, 6, 6), (4, 9, 3), (4, 9, 7), (1, 3, 1), (7, 1, 1)])
+def test_minor_components_agree_with_the_covariance(kit, largest, n, m, k):
+    x = np.random.default_rng(0).standard_normal((n, m)) + 5
+    result = minor_components(kit.array(x, "float64"), k, largest=largest, ddof=min(1, n - 1))
+    covariance = reference.moments(x).covariance * (n / (n - min(1, n - 1)))
+    expected = minimize_trace(covariance, k, largest=largest)
+    assert result.method == "gesdd"
+    np.testing.assert_allclose(kit.numpy(result.eigenvalues), expected.eigenvalues, atol=1e-13)
+    assert kit.numpy(result.value) == pytest.approx(expected.value, abs=1e-13)
+    assert result.unique == expected.unique
+    assert result.value_certified
+    assert result.certified == expected.certified
+    if result.unique:
+        assert sine(kit.numpy(result.phi), expected.phi) < 1e-12
+        assert result.gap == pytest.approx(expected.gap, rel=1e-9)
+    bound = result.dual_value - expected.value
+    assert bound >= -1e-12 if largest else bound <= 1e-12
+
+
+def test_minor_components_of_batches_and_float32(kit):
+    x = np.random.default_rng(0).standard_normal((3, 40, 5))
+    result = minor_components(kit.array(x, "float32"), 2)
+    assert tuple(result.phi.shape) == (3, 5, 2)
+    assert str(result.phi.dtype).removeprefix("torch.") == "float32"
+    assert result.certified.all()
+    for i in range(3):
+        single = minimize_trace(reference.moments(x[i].astype(np.float32)).covariance, 2)
+        assert sine(kit.numpy(result.phi)[i], single.phi) < 10 * EPS["float32"]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+@pytest.mark.parametrize("scale", [1e140, 1e-140])
+def test_minor_components_at_any_scale(scale, offset):
+    x, v = points_with_singular_values(np.linspace(1, 2, 8), 30, offset)
+    result = minor_components(x * scale, 2)
+    assert sine(result.phi, v[:, :2]) < 1e-14 * (1 + offset) * 30
+    assert result.value / scale**2 == pytest.approx(np.sum(np.linspace(1, 2, 8)[:2] ** 2), rel=1e-9)
+    assert result.certified
+
+
+@pytest.mark.parametrize(
+    ("points", "k", "options", "error", "message"),
+    [
+        (np.ones(3), 1, {}, ValueError, r"points: expected at least 2 axes \(\.\.\., n, m\)"),
+        (np.ones((4, 3), np.float16), 1, {}, TypeError, r"points: .*got float16, whose 11 bits"),
+        (np.ones((4, 3)), 4, {}, ValueError, r"k: expected 1 <= k <= m = 3, got 4"),
+        (np.ones((0, 3)), 1, {}, ValueError, r"points: expected n > ddof >= 0, got n = 0, ddof = 0"),
+        (np.ones((1, 3)), 1, {"ddof": 1}, ValueError, r"points: expected n > ddof >= 0, got n = 1, ddof = 1"),
+        (np.full((4, 3), np.nan), 1, {}, ValueError, r"points: expected finite values, got nan at \[0, 0\]"),
+    ],
+)
+def test_errors_of_minor_components(points, k, options, error, message):
+    with pytest.raises(error, match=message):
+        minor_components(points, k, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

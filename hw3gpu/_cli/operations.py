@@ -47,46 +47,108 @@ def _rng() -> np.random.Generator:
     return np.random.default_rng(20240229)
 
 
+def _stacked(name: str, actual: list[Any], expected: list[Any], theirs: list[Any], dtype: str = "") -> Output:
+    """Results of one kind, measured together: the largest of many errors says more than the error of one small array."""
+    ours, sheet, torchs = (np.stack([to_numpy(x) for x in results]) for results in (actual, expected, theirs))
+    return Output(name, ours, sheet, torchs, dtype or _arrays.dtype_name(actual[0]))
+
+
+def _each(results: list[Any], name: str) -> list[Any]:
+    return [getattr(result, name) for result in results]
+
+
 # ---------------------------------------------------------------------------------------------- S1
-def output_shapes(place: Place, dtype: str) -> Iterator[Output]:
-    """`nn.Conv2D`'s output, of the shape that `conv2d_output_shape` and the answer sheet give, and its values."""
+# (W, H), kernel size, stride, padding: each pair with W first, and no two numbers of a case in the same role alike
+CONVOLUTIONS = (
+    ((9, 14), (3, 4), (2, 1), (1, 0)),
+    ((12, 7), (5, 2), (3, 2), (0, 1)),
+    ((31, 8), (4, 3), (1, 5), (2, 3)),
+)
+
+
+def output_shape(place: Place, dtype: str) -> Iterator[Output]:
+    """S1: the shape after a convolution, against PyTorch's on its shape-only device."""
     import torch
 
-    from .. import conv2d_output_shape, nn
+    from .. import conv2d_output_shape
+
+    ours, sheet, torchs = [], [], []
+    for size, kernel, stride, padding in CONVOLUTIONS:
+        x = place.array(np.zeros((2, *size, 3)), dtype)
+        ours.append(conv2d_output_shape(x.shape, 5, kernel, stride, padding))
+        sheet.append(reference.conv2d_output_shape(x.shape, 5, kernel, stride, padding))
+        images, weight = torch.empty((2, 3, *size), device="meta"), torch.empty((5, 3, *kernel), device="meta")
+        b, c, w, h = torch.nn.functional.conv2d(images, weight, None, stride, padding).shape
+        torchs.append((b, w, h, c))
+    yield Output("B, W', H', C_out", np.array(ours), np.array(sheet), np.array(torchs), "float64")
+
+
+def convolution(place: Place, dtype: str) -> Iterator[Output]:
+    """S1: the output of `nn.Conv2D`, of the shape of the answer sheet."""
+    import torch
+
+    from .. import nn
 
     rng = _rng()
-    names = ("W", "H", "k1", "k2", "s1", "s2", "p1", "p2")
-    for numbers in ((9, 14, 3, 4, 2, 1, 1, 0), (12, 7, 5, 2, 3, 2, 0, 1)):
-        W, H, *pairs = numbers
-        kernel, stride, padding = (tuple(pairs[i : i + 2]) for i in (0, 2, 4))
-        x = place.array(rng.standard_normal((2, W, H, 3)), dtype)
+    for size, kernel, stride, padding in CONVOLUTIONS:
+        x = place.array(rng.standard_normal((2, *size, 3)), dtype)
         layer = nn.Conv2D(3, 5, kernel, stride, padding).to(device=x.device, dtype=x.dtype)
-        y = layer(x)
-        shape = reference.conv2d_output_shape(tuple(x.shape), 5, kernel, stride, padding)
-        if not tuple(y.shape) == conv2d_output_shape(tuple(x.shape), 5, kernel, stride, padding) == shape:
-            raise AssertionError(f"expected shape {shape} for {dict(zip(names, numbers, strict=True))}")
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(torch.from_numpy(rng.standard_normal(tuple(parameter.shape))))
+        shape = reference.conv2d_output_shape(x.shape, 5, kernel, stride, padding)
 
-        # a sum over the taps of W and H, each a product over the channels
+        # a sum over the taps along W and H, each a product over the channels
         padded = np.pad(to_numpy(x), ((0, 0), (padding[0],) * 2, (padding[1],) * 2, (0, 0)))
         weight = to_numpy(layer.weight)
         expected = np.broadcast_to(to_numpy(layer.bias), shape).copy()
         for i, j in np.ndindex(*kernel):
-            taps = padded[:, i : i + stride[0] * shape[1] : stride[0], j : j + stride[1] * shape[2] : stride[1]]
-            expected += taps[:, : shape[1], : shape[2]] @ weight[:, :, i, j].T
+            taps = padded[:, i :: stride[0], j :: stride[1]][:, : shape[1], : shape[2]]
+            expected += taps @ weight[:, :, i, j].T
         theirs = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), layer.weight, layer.bias, stride, padding)
-        yield Output("y", y, expected, theirs.permute(0, 2, 3, 1))
+        yield Output(f"y, kernel {kernel}", layer(x), expected, theirs.permute(0, 2, 3, 1))
 
 
 # ---------------------------------------------------------------------------------------------- S2 and S3
-def _batches(dtype: str) -> Iterator[tuple[str, np.ndarray, int | None]]:
-    """(what is special, x, channel axis). Half precision gets the mean and the constant that its range and step allow."""
+@dataclass(frozen=True)
+class _Batch:
+    """Arguments of one call of batch norm, of the place and dtype."""
+
+    x: Array
+    dy: Array
+    gamma: Array
+    beta: Array
+    axis: int | None
+
+    @classmethod
+    def of(cls, values: np.ndarray, axis: int | None, place: Place, dtype: str) -> _Batch:
+        rng, channels = np.random.default_rng(7), () if axis is None else (values.shape[axis],)
+        dy, gamma, beta = (
+            place.array(part, dtype)
+            for part in (rng.standard_normal(values.shape), rng.uniform(0.5, 2.0, channels), rng.standard_normal(channels))
+        )
+        return cls(place.array(values, dtype), dy, gamma, beta, axis)
+
+    @property
+    def reduced(self) -> list[int]:
+        """The axes over which a channel's statistics go."""
+        return [i for i in range(self.x.ndim) if self.axis is None or i != self.axis % self.x.ndim]
+
+
+def _batches(place: Place, dtype: str) -> Iterator[tuple[str, list[_Batch]]]:
+    """(what is special, batches to be measured together).
+
+    Half precision gets the mean and the constant that its range and step allow.
+    """
     half = dtype in ("float16", "bfloat16")
-    x = _rng().standard_normal((4, 12, 5, 8))
-    yield "", x, 1
-    yield "channels last", np.moveaxis(x, 1, -1), -1
-    yield "one variable", x, None
-    yield f"mean {50 if half else 10_000}", x + (50 if half else 10_000), 1
-    yield "constant channel", np.where(np.arange(12).reshape(12, 1, 1) == 2, 1000.0 if half else 1.23e6, x), 1
+    x = _rng().standard_normal((4, 12, 5, 8)) + np.arange(12).reshape(12, 1, 1) / 4
+    constant = np.where(np.arange(12).reshape(12, 1, 1) == 2, 1000.0 if half else 1.23e6, x)
+    offset = 50 if half else 10_000
+    yield "", [_Batch.of(x, 1, place, dtype)]
+    yield "channels last", [_Batch.of(np.moveaxis(x, 1, -1), -1, place, dtype)]
+    yield "one variable", [_Batch.of(x[:, c], None, place, dtype) for c in range(12)]
+    yield f"mean {offset}", [_Batch.of(x + offset, 1, place, dtype)]
+    yield "constant channel", [_Batch.of(constant, 1, place, dtype)]
 
 
 def _torch_batch_norm(x: Any, gamma: Any, beta: Any, axis: int | None) -> Any:
@@ -98,69 +160,62 @@ def _torch_batch_norm(x: Any, gamma: Any, beta: Any, axis: int | None) -> Any:
     return y.reshape(x.shape) if axis is None else y.movedim(1, axis)
 
 
-def _parameters(place: Place, dtype: str, x: np.ndarray, axis: int | None) -> tuple[Array, Array]:
-    rng, shape = np.random.default_rng(7), () if axis is None else (x.shape[axis],)
-    return place.array(rng.uniform(0.5, 2.0, shape), dtype), place.array(rng.standard_normal(shape), dtype)
-
-
 def batch_norm(place: Place, dtype: str) -> Iterator[Output]:
     """S2: y, mean, 1/m variance and 1/sqrt(variance + eps)."""
     import torch
 
     from .. import batch_norm
 
-    for what, values, axis in _batches(dtype):
-        x = place.array(values, dtype)
-        gamma, beta = _parameters(place, dtype, values, axis)
-        found = batch_norm(x, gamma, beta, channel_axis=axis)
-        sheet = reference.batch_norm(to_numpy(x), to_numpy(gamma), to_numpy(beta), channel_axis=axis)
-
-        theirs = to_torch(x)
-        wide = theirs.to(getattr(torch, _arrays.accumulate_dtype(x)))
-        axes = [i for i in range(wide.ndim) if axis is None or i != axis % wide.ndim]
-        var, mean = torch.var_mean(wide, axes, correction=0)
-        yield Output(f"y {what}", found.y, sheet.y, _torch_batch_norm(theirs, to_torch(gamma), to_torch(beta), axis))
-        yield Output(f"mean {what}", found.mean, sheet.mean, mean)
-        yield Output(f"var {what}", found.var, sheet.var, var)
-        yield Output(f"rstd {what}", found.rstd, sheet.rstd, torch.rsqrt(var + 1e-5))
+    for what, batches in _batches(place, dtype):
+        found, sheets, theirs = [], [], []
+        for b in batches:
+            found.append(batch_norm(b.x, b.gamma, b.beta, channel_axis=b.axis))
+            x, gamma, beta = map(to_numpy, (b.x, b.gamma, b.beta))
+            sheets.append(reference.batch_norm(x, gamma, beta, channel_axis=b.axis))
+            wide = to_torch(b.x).to(getattr(torch, _arrays.accumulate_dtype(b.x)))
+            var, mean = torch.var_mean(wide, b.reduced, correction=0)
+            y = _torch_batch_norm(to_torch(b.x), to_torch(b.gamma), to_torch(b.beta), b.axis)
+            theirs.append({"y": y, "mean": mean, "var": var, "rstd": torch.rsqrt(var + 1e-5)})
+        for name in theirs[0]:
+            yield _stacked(f"{name} {what}", _each(found, name), _each(sheets, name), [t[name] for t in theirs])
 
 
 def batch_norm_backward(place: Place, dtype: str) -> Iterator[Output]:
     """S3: the gradients with respect to x, γ, β, σ², μ and x̂."""
     from .. import batch_norm, batch_norm_backward
 
-    for what, values, axis in _batches(dtype):
-        x, dy = place.array(values, dtype), place.array(_rng().permuted(np.cos(values), axis=0), dtype)
-        gamma, beta = _parameters(place, dtype, values, axis)
-        forward = batch_norm(x, gamma, beta, channel_axis=axis)
-        found = batch_norm_backward(dy, x, forward.mean, forward.var, gamma, channel_axis=axis, return_dx_hat=True)
-        exact = reference.batch_norm(to_numpy(x), channel_axis=axis)
-        sheet = reference.batch_norm_backward(
-            to_numpy(dy), to_numpy(x), exact.mean, exact.var, to_numpy(gamma), channel_axis=axis
-        )
-        theirs = _torch_gradients(to_torch(x), to_torch(dy), to_torch(gamma), to_torch(beta), axis)
-        for name, gradient in theirs.items():
-            yield Output(f"{name} {what}", getattr(found, name), getattr(sheet, name), gradient)
+    for what, batches in _batches(place, dtype):
+        found, sheets, theirs = [], [], []
+        for b in batches:
+            y = batch_norm(b.x, b.gamma, b.beta, channel_axis=b.axis)
+            found.append(batch_norm_backward(b.dy, b.x, y.mean, y.var, b.gamma, channel_axis=b.axis, return_dx_hat=True))
+            dy, x, gamma = map(to_numpy, (b.dy, b.x, b.gamma))
+            exact = reference.batch_norm(x, channel_axis=b.axis)
+            sheets.append(reference.batch_norm_backward(dy, x, exact.mean, exact.var, gamma, channel_axis=b.axis))
+            theirs.append(_torch_gradients(b))
+        for name in theirs[0]:
+            yield _stacked(f"{name} {what}", _each(found, name), _each(sheets, name), [t[name] for t in theirs])
 
 
-def _torch_gradients(x: Any, dy: Any, gamma: Any, beta: Any, axis: int | None) -> dict[str, Any]:
+def _torch_gradients(b: _Batch) -> dict[str, Any]:
     """PyTorch's gradients: those of its batch norm, and by autograd through the formulas those it does not return."""
     import torch
 
-    leaves = [leaf.requires_grad_() for leaf in (x, gamma, beta)]
-    dx, dgamma, dbeta = torch.autograd.grad(_torch_batch_norm(*leaves, axis), leaves, dy)
+    x, dy, gamma, beta = map(to_torch, (b.x, b.dy, b.gamma, b.beta))
+    for leaf in (x, gamma, beta):
+        leaf.requires_grad_()
+    dx, dgamma, dbeta = torch.autograd.grad(_torch_batch_norm(x, gamma, beta, b.axis), (x, gamma, beta), dy)
 
-    wide = x.detach().to(getattr(torch, _arrays.accumulate_dtype(x)))
-    axes = [i for i in range(x.ndim) if axis is None or i != axis % x.ndim]
-    shape = [1 if i in axes else -1 for i in range(x.ndim)]
-    mean = wide.mean(axes, keepdim=True).requires_grad_()
-    var = (wide - mean).square().mean(axes, keepdim=True)
+    acc = getattr(torch, _arrays.accumulate_dtype(b.x))
+    wide = x.detach().to(acc)
+    channels = [1 if i in b.reduced else -1 for i in range(x.ndim)]
+    mean = wide.mean(b.reduced, keepdim=True).requires_grad_()
+    var = (wide - mean).square().mean(b.reduced, keepdim=True)
     x_hat = (wide - mean) * torch.rsqrt(var + 1e-5)
-    y = gamma.detach().to(wide.dtype).reshape(shape) * x_hat + beta.detach().to(wide.dtype).reshape(shape)
-    dvar, dmean, dx_hat = torch.autograd.grad(y, (var, mean, x_hat), dy.to(wide.dtype))
-    channels = () if axis is None else (-1,)
-    gradients = {"dx": dx, "dgamma": dgamma, "dbeta": dbeta}
-    return gradients | {"dvar": dvar.reshape(channels), "dmean": dmean.reshape(channels), "dx_hat": dx_hat.to(x.dtype)}
+    y = gamma.detach().to(acc).reshape(channels) * x_hat + beta.detach().to(acc).reshape(channels)
+    dvar, dmean, dx_hat = torch.autograd.grad(y, (var, mean, x_hat), dy.to(acc))
+    gradients = {"dx": dx, "dgamma": dgamma, "dbeta": dbeta, "dx_hat": dx_hat.to(x.dtype)}
+    return gradients | {"dvar": dvar.reshape(gamma.shape), "dmean": dmean.reshape(gamma.shape)}
 
 
 # ---------------------------------------------------------------------------------------------- S4 to S7
@@ -193,9 +248,7 @@ def softmax(place: Place, dtype: str) -> Iterator[Output]:
             yield Output(f"{name} {what}", y, reference.softmax(to_numpy(z), axis), theirs)
         y, dy = softmax(z), place.array(np.sin(np.arange(values.size)).reshape(values.shape), dtype)
         theirs = torch._softmax_backward_data(to_torch(dy), to_torch(y), -1, to_torch(y).dtype)
-        yield Output(
-            f"dz {what}", softmax_backward(dy, y), reference.softmax_backward(to_numpy(dy), to_numpy(y)), theirs
-        )
+        yield Output(f"dz {what}", softmax_backward(dy, y), reference.softmax_backward(to_numpy(dy), to_numpy(y)), theirs)
 
 
 def softmax_jacobian(place: Place, dtype: str) -> Iterator[Output]:
@@ -225,9 +278,7 @@ def cross_entropy(place: Place, dtype: str) -> Iterator[Output]:
         truth = rng.dirichlet(np.ones(values.shape[-1]), len(values)) * (to_numpy(y_hat) > 0)
         y = place.array(truth, dtype)
         theirs = -torch.special.xlogy(to_torch(y), to_torch(y_hat)).sum(-1)
-        yield Output(
-            f"loss {what}", cross_entropy(y, y_hat), reference.cross_entropy(to_numpy(y), to_numpy(y_hat)), theirs
-        )
+        yield Output(f"loss {what}", cross_entropy(y, y_hat), reference.cross_entropy(to_numpy(y), to_numpy(y_hat)), theirs)
 
 
 def softmax_cross_entropy(place: Place, dtype: str) -> Iterator[Output]:
@@ -281,27 +332,19 @@ def points(place: Place, dtype: str) -> Iterator[Output]:
         sigmas = [place.array(values, dtype) for values in matrices]
         for n in (None, 20):
             points = [points_with_moments(mu, sigma, n) for sigma in sigmas]
-            theirs = [
-                _torch_points(to_torch(mu), to_torch(sigma), len(x)) for sigma, x in zip(sigmas, points, strict=True)
-            ]
+            theirs = [_torch_points(to_torch(mu), to_torch(sigma), len(x)) for sigma, x in zip(sigmas, points, strict=True)]
             sheet, torchs = ([reference.moments(to_numpy(x)) for x in sets] for sets in (points, theirs))
             found, tensors = [moments(x) for x in points], [to_torch(x) for x in points]
             name = f"{what}, n = {len(points[0])}"
-            means, covariances = [to_numpy(mu)] * len(sigmas), [to_numpy(sigma) for sigma in sigmas]
-            yield _stacked(f"points' μ, {name}", [m.mean for m in sheet], means, [m.mean for m in torchs], dtype)
-            yield _stacked(
-                f"points' Σ, {name}", [m.covariance for m in sheet], covariances, [m.covariance for m in torchs], dtype
-            )
-            yield _stacked(
-                f"μ, {name}", [m.mean for m in found], [m.mean for m in sheet], [x.mean(0) for x in tensors], dtype
-            )
-            cov = [torch.cov(x.T, correction=0) for x in tensors]
-            yield _stacked(f"Σ, {name}", [m.covariance for m in found], [m.covariance for m in sheet], cov, dtype)
-
-
-def _stacked(name: str, actual: list[Any], expected: list[Any], theirs: list[Any], dtype: str) -> Output:
-    """Results of one kind, measured together: the largest of many errors says more than the error of one small array."""
-    return Output(name, *(np.stack([to_numpy(x) for x in results]) for results in (actual, expected, theirs)), dtype)
+            given = {"mean": [to_numpy(mu)] * len(sigmas), "covariance": [to_numpy(sigma) for sigma in sigmas]}
+            torch_found = {
+                "mean": [x.mean(0) for x in tensors],
+                "covariance": [torch.cov(x.T, correction=0) for x in tensors],
+            }
+            for field, symbol in (("mean", "μ"), ("covariance", "Σ")):
+                ours = _each(sheet, field)
+                yield _stacked(f"points' {symbol}, {name}", ours, given[field], _each(torchs, field), dtype)
+                yield _stacked(f"{symbol}, {name}", _each(found, field), ours, torch_found[field], dtype)
 
 
 def _torch_points(mean: Any, covariance: Any, n: int) -> Any:
@@ -342,7 +385,8 @@ def minimize_trace(place: Place, dtype: str) -> Iterator[Output]:
 REAL = ("float64", "float32")
 
 OPERATIONS = (
-    Operation("S1", "conv2d_output_shape, nn.Conv2D", output_shapes, kinds=("torch",)),
+    Operation("S1", "conv2d_output_shape", output_shape, dtypes=("float32",)),
+    Operation("S1", "nn.Conv2D", convolution, kinds=("torch",)),
     Operation("S2", "batch_norm", batch_norm),
     Operation("S3", "batch_norm_backward", batch_norm_backward),
     Operation("S4", "softmax, softmax_backward", softmax),

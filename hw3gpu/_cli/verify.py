@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -24,8 +25,8 @@ INTERPRETED = "Triton kernels, interpreted"
 class Check:
     """One output of one operation on one back end, array kind and dtype.
 
-    Errors are max |error|. `error` is None where NaN or infinity stands in a wrong place or the operation raised (`note`
-    says which), `torch_error` where that is so of PyTorch's result.
+    Errors are max |error|. `error` is None where NaN or infinity stands in a wrong place or the operation raised, as
+    `note` says; `torch_error` is None where PyTorch's result has them in a wrong place.
     """
 
     row: str
@@ -51,39 +52,54 @@ class Check:
         return math.inf if self.error is None else self.error / self.tolerance
 
 
-def run(kernels: str) -> Iterator[Check]:
-    """The checks for `kernels`, 'cpu', 'gpu' or 'all'.
+def run(kernels: str, rows: Collection[str]) -> Iterator[Check]:
+    """The checks of the operations that answer `rows`, 'S1' to 'S9', for `kernels`, 'cpu', 'gpu' or 'all'.
 
     The Triton kernels run on CUDA and CuPy arrays where a GPU is found, else on host arrays in Triton's interpreter.
-    That has to be asked for before Triton is imported, and runs in a process of its own.
+    That has to be asked for before Triton is imported: it runs in a process of its own, beside the Numba kernels.
     """
+    import torch
+
     host = [Place("numpy", "cpu"), Place("torch", "cpu")]
-    if kernels in ("cpu", "all"):
-        yield from _checks("cpu", "Numba kernels", host)
-    if kernels in ("gpu", "all"):
-        import torch
-
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            yield from _checks("gpu", INTERPRETED, host)
-        elif torch.cuda.is_available():
+    gpu = kernels in ("gpu", "all")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    apart = gpu and not interpreted and not torch.cuda.is_available()
+    with _interpreter(rows) if apart else contextlib.nullcontext() as process:
+        if kernels in ("cpu", "all"):
+            yield from _checks("cpu", "Numba kernels", host, rows)
+        if process is not None:
+            yield from _checks_of(process)
+        elif gpu and interpreted:
+            yield from _checks("gpu", INTERPRETED, host, rows)
+        elif gpu:
             kinds = ["torch"] if cupy_refusal() else ["torch", "cupy"]
-            yield from _checks("gpu", "Triton kernels", [Place(kind, "cuda") for kind in kinds])
-        else:
-            yield from _in_interpreter()
+            yield from _checks("gpu", "Triton kernels", [Place(kind, "cuda") for kind in kinds], rows)
 
 
-def _in_interpreter() -> Iterator[Check]:
-    """The checks of the Triton kernels from a process in which Triton interprets."""
-    command = [sys.executable, "-m", "hw3gpu", "verify", "--kernels", "gpu", "--json"]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, text=True)
-    if done.returncode not in (0, 1) or not done.stdout:
-        raise RuntimeError(f"the process that interprets the Triton kernels ended with status {done.returncode}")
-    yield from (Check(**check) for check in json.loads(done.stdout)["checks"])
+@contextlib.contextmanager
+def _interpreter(rows: Collection[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that verifies the Triton kernels in Triton's interpreter; ended with the block."""
+    # NumPy, on which the interpreter computes, warns of every exp(-inf) and overflow
+    quiet = ["-W", "ignore::RuntimeWarning:triton.runtime.interpreter"]
+    command = [sys.executable, *quiet, "-m", "hw3gpu", "verify", "--kernels", "gpu", "--json", "--only", *rows]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def _checks(backend: str, kernels: str, places: list[Place]) -> Iterator[Check]:
+def _checks_of(process: subprocess.Popen[str]) -> Iterator[Check]:
+    output, _ = process.communicate()
+    if process.returncode not in (0, 1) or not output:
+        raise RuntimeError(f"the process that interprets the Triton kernels ended with status {process.returncode}")
+    yield from (Check(**check) for check in json.loads(output)["checks"])
+
+
+def _checks(backend: str, kernels: str, places: list[Place], rows: Collection[str]) -> Iterator[Check]:
     with _arrays.use_backend(backend):
-        for operation in OPERATIONS:
+        for operation in (operation for operation in OPERATIONS if operation.row in rows):
             for place in (place for place in places if place.kind in operation.kinds):
                 for dtype in (dtype for dtype in operation.dtypes if dtype in place.dtypes):
                     yield from _check(operation, kernels, place, dtype)
@@ -110,10 +126,10 @@ def _measure(output: Output) -> tuple[float | None, float | None, float, bool, s
 
 
 # ---------------------------------------------------------------------------------------------- the command
-def main(kernels: str, as_json: bool) -> int:
+def main(kernels: str, rows: Collection[str], as_json: bool) -> int:
     """Run the checks and print them as a table or as JSON; 1 if one failed, else 0."""
     if as_json:
-        checks = list(run(kernels))
+        checks = list(run(kernels, rows))
         passed = all(check.passed for check in checks)
         print(json.dumps({"passed": passed, "checks": [asdict(check) for check in checks]}, indent=1))
     else:
@@ -121,7 +137,7 @@ def main(kernels: str, as_json: bool) -> int:
 
         console = Console(highlight=False)
         with console.status("verifying") as status:
-            checks = list(_announced(run(kernels), status))
+            checks = list(_announced(run(kernels, rows), status))
         _print(console, checks)
     return 0 if all(check.passed for check in checks) else 1
 
@@ -133,36 +149,38 @@ def _announced(checks: Iterable[Check], status: Any) -> Iterator[Check]:
 
 
 def _print(console: Any, checks: list[Check]) -> None:
-    """A table with one line for each case, that of the output nearest to its tolerance; then what failed, in words."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="Against the float64 answer sheet: max |error|")
-    table.add_column("arrays")
-    table.add_column("dtype")
-    table.add_column("output nearest its tolerance", no_wrap=True, overflow="ellipsis")
-    for heading in ("error", "PyTorch's", "tolerance", ""):
-        table.add_column(heading, justify="right", no_wrap=True)
-    section = None
-    for case, group in groupby(checks, key=lambda check: check.case):
-        if case[:3] != section:
-            section = case[:3]
-            table.add_section()
-            table.add_row(f"[bold]{section[0]}[/]", "", f"[bold]{section[1]}: {section[2]}[/]")
-        table.add_row(*_cells(max(group, key=lambda check: check.nearness)))
-    console.print(table)
-    console.print("tolerance = 1.5 × PyTorch's max |error| on the same input + 1 ulp of max |reference|")
+    """One line for each case, that of the output nearest to its tolerance; then what failed, in words."""
+    console.print("Against the float64 answer sheet: max |error| of the output that is nearest to its tolerance,")
+    console.print("1.5 × PyTorch's max |error| on the same input + 1 ulp of max |reference|", style="dim")
+    sections = groupby(checks, key=lambda check: (check.row, check.operation, check.kernels))
+    for (row, operation, kernels), section in sections:
+        console.print(f"\n[bold]{row} {operation}[/]: {kernels}")
+        console.print(_table(list(section)))
+    console.print()
     for check in checks:
         if not check.passed:
             found = check.note or f"error {check.error:.2e} above {check.tolerance:.2e}"
-            console.print(
-                f"[red]failed[/] {', '.join(filter(None, check.case))}, {check.output}: {found}", soft_wrap=True
-            )
+            where = ", ".join(filter(None, (*check.case, check.output)))
+            console.print(f"[red]failed[/] {where}: {found}", soft_wrap=True)
     failed = sum(not check.passed for check in checks)
-    console.print(
-        f"[red]{failed} of {len(checks)} outputs failed[/]" if failed else f"[green]{len(checks)} outputs pass[/]"
-    )
+    verdict = f"[red]{failed} of {len(checks)} outputs failed[/]" if failed else f"[green]{len(checks)} outputs pass[/]"
+    console.print(verdict)
     _print_what_did_not_run(console, checks)
+
+
+def _table(checks: list[Check]) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading, width in (("arrays", 6), ("dtype", 8), ("output", 26)):
+        table.add_column(heading, width=width, no_wrap=True, overflow="ellipsis")
+    for heading in ("error", "PyTorch", "allowed"):
+        table.add_column(heading, width=7, no_wrap=True, justify="right")
+    table.add_column("", width=4)
+    for _, outputs in groupby(checks, key=lambda check: check.case):
+        table.add_row(*_cells(max(outputs, key=lambda check: check.nearness)))
+    return table
 
 
 def _cells(check: Check) -> list[str]:

@@ -131,10 +131,71 @@ def atomic_min(typingctx: Any, array: Any, value: Any) -> Any:
     return types.void(array, value), codegen
 
 
-# ---------------------------------------------------------------------------------------------- rows
+# ---------------------------------------------------------------------------------------------- views
+# A view that these make borrows the memory of its array and counts no reference: making one is a few additions.
+@intrinsic
+def row_of(typingctx: Any, x: Any, n: Any, s: Any) -> Any:
+    """x[n, :, s], indices in range."""
+    result = types.Array(x.dtype, 1, "A")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = make_array(x)(context, builder, args[0])
+        return _view(context, builder, x, array, (args[1], None, args[2]), None, 1, result)
+
+    return result(x, types.intp, types.intp), codegen
+
+
+@intrinsic
+def plane_of(typingctx: Any, x: Any, n: Any, c: Any, first: Any, last: Any) -> Any:
+    """x[n, c, first:last], indices in range."""
+    result = types.Array(x.dtype, 1, "A")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = make_array(x)(context, builder, args[0])
+        size = builder.sub(args[4], args[3])
+        return _view(context, builder, x, array, (args[1], args[2], args[3]), size, 2, result)
+
+    return result(x, types.intp, types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def line_of(typingctx: Any, x: Any, n: Any, c: Any, s: Any, size: Any) -> Any:
+    """`size` elements adjacent in memory from x[n, c, s] on; the caller knows that they are."""
+    result = types.Array(x.dtype, 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = make_array(x)(context, builder, args[0])
+        return _view(context, builder, x, array, args[1:4], args[4], None, result)
+
+    return result(x, types.intp, types.intp, types.intp, types.intp), codegen
+
+
+def _view(context: Any, builder: Any, x: Any, array: Any, start: Any, size: Any, axis: int | None, result: Any) -> Any:
+    """A 1-d view of the 3-d `array` from the index `start` on, along `axis`, or of adjacent elements for None.
+
+    None within `start` stands for the whole of that axis.
+    """
+    shape, strides = (cgutils.unpack_tuple(builder, t, 3) for t in (array.shape, array.strides))
+    address = builder.ptrtoint(array.data, strides[0].type)
+    for k, index in enumerate(start):
+        if index is None:
+            size = shape[k]
+        else:
+            address = builder.add(address, builder.mul(index, strides[k]))
+    view = make_array(result)(context, builder)
+    view.data = builder.inttoptr(address, array.data.type)
+    view.shape = cgutils.pack_array(builder, [size])
+    view.strides = cgutils.pack_array(builder, [array.itemsize if axis is None else strides[axis]])
+    view.itemsize = array.itemsize
+    view.nitems = size
+    view.meminfo = cgutils.get_null_value(view.meminfo.type)
+    view.parent = cgutils.get_null_value(view.parent.type)
+    return view._getvalue()
+
+
 @intrinsic
 def _as_contiguous(typingctx: Any, row: Any) -> Any:
-    """The same one-dimensional array, typed as adjacent and writeable; it borrows the memory and counts no reference."""
+    """The same one-dimensional array, typed as adjacent and writeable."""
     result = types.Array(row.dtype, 1, "C")
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -159,7 +220,7 @@ def gather(row, scratch):
         return _as_contiguous(row)
     for i in range(row.size):
         scratch[i] = row[i]
-    return scratch[: row.size]
+    return _as_contiguous(scratch[: row.size])
 
 
 @inline
@@ -167,7 +228,7 @@ def place(row, scratch):
     """Where to write what shall stand in `row`: itself or `scratch`, which `scatter` then copies out."""
     if row.strides[0] == row.itemsize or row.size <= 1:
         return _as_contiguous(row)
-    return scratch[: row.size]
+    return _as_contiguous(scratch[: row.size])
 
 
 @inline

@@ -32,8 +32,7 @@ def _address(routine: str) -> int:
     return int(get_cython_function_address("scipy.linalg.cython_lapack", routine))
 
 
-@intrinsic
-def _call(typing_context: Any, address: Any, pointers: Any) -> Any:
+def _call_routine(typing_context: Any, address: Any, pointers: Any) -> Any:
     """Call the routine at `address` with a tuple of addresses as its arguments."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -44,6 +43,9 @@ def _call(typing_context: Any, address: Any, pointers: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.UniTuple(types.intp, pointers.count)), generate
+
+
+_call: Any = intrinsic(_call_routine)
 
 
 @numba.njit(inline="always")

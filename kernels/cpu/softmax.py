@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._elements import accumulate_dtype, gather, load, place, row_scratch, same_dtype, scatter, store
+from ._elements import accumulate_dtype, gather, load, place, row_of, row_scratch, same_dtype, scatter, store
 from ._jit import kernel, reduction
 from ._rows import CHUNK, exp_sum, row_max, scale_into
 from ._threads import run
@@ -32,12 +32,12 @@ def _forward_rows(first, last, z, y, acc):
     exps = np.empty(V, acc.dtype)
     for row in range(first, last):
         n, s = row // S, row % S
-        z_row = gather(z[n, :, s], z_scratch)
-        y_row = place(y[n, :, s], y_scratch)
+        z_row = gather(row_of(z, n, s), z_scratch)
+        y_row = place(row_of(y, n, s), y_scratch)
         e = same_dtype(y_row, exps)
         total = exp_sum(z_row, row_max(z_row), e)
         scale_into(e, acc.dtype.type(1.0 / total), y_row)
-        scatter(y[n, :, s], y_scratch)
+        scatter(row_of(y, n, s), y_scratch)
 
 
 @kernel
@@ -48,15 +48,15 @@ def _backward_rows(first, last, dy, y, dz, acc):
     zero = acc.dtype.type(0)
     for row in range(first, last):
         n, s = row // S, row % S
-        dy_row, y_row = gather(dy[n, :, s], dy_scratch), gather(y[n, :, s], y_scratch)
+        dy_row, y_row = gather(row_of(dy, n, s), dy_scratch), gather(row_of(y, n, s), y_scratch)
         total = 0.0
         for start in range(0, V, CHUNK):
             total += np.float64(_dot_chunk(dy_row, y_row, zero, start, min(start + CHUNK, V)))
         dot = acc.dtype.type(total)
-        dz_row = place(dz[n, :, s], dz_scratch)
+        dz_row = place(row_of(dz, n, s), dz_scratch)
         for v in range(V):
             store(dz_row, v, load(y_row, v) * (load(dy_row, v) - dot))
-        scatter(dz[n, :, s], dz_scratch)
+        scatter(row_of(dz, n, s), dz_scratch)
 
 
 def forward(z: np.ndarray, y: np.ndarray) -> None:

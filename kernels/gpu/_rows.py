@@ -1,5 +1,7 @@
 """What the row-wise kernels share: which rows a program owns, the online maximum and sum, and how tensors are walked."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -56,3 +58,15 @@ def follower_mode(axis: int, lead: torch.Tensor, x: torch.Tensor) -> int:
     if run_mode(axis, lead) == _tile.SHIFTED.value:
         return run_mode(axis, lead, x)
     return _tile.ALIGNED.value if run_mode(axis, x) == _tile.ALIGNED.value else _tile.STRIDED.value
+
+
+@functools.cache
+def _warp_size(driver: object) -> int:
+    return driver.get_current_target().warp_size
+
+
+def warps(planned: int) -> int:
+    """A plan's warps of 32 threads as warps of this device, of 64 threads on AMD's."""
+    if triton.knobs.runtime.interpret:
+        return planned
+    return max(planned * 32 // _warp_size(triton.runtime.driver.active), 1)

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from . import _tile
 from ._moments import first_moments, next_moments, per_channel
-from ._rows import ACC, end_of, follower_mode, run_mode
+from ._rows import ACC, end_of, follower_mode, run_mode, warps
 from .plan import next_power_of_2, plan_batch_norm, plan_channels, split_float
 
 
@@ -369,7 +369,7 @@ def _plan(x, operands):
                            operands=operands)  # fmt: skip
     constants = {
         "BLOCK_C": plan.BLOCK_C, "BLOCK_N": plan.BLOCK_N, "LANES": plan.LANES,
-        "MODE": mode, "GROUP": 16 // x.element_size(), "ACC": ACC[x.dtype], "num_warps": plan.num_warps,
+        "MODE": mode, "GROUP": 16 // x.element_size(), "ACC": ACC[x.dtype], "num_warps": warps(plan.num_warps),
     }  # fmt: skip
     return plan, (N, C, S, plan.lane_blocks, plan.tiles), constants
 

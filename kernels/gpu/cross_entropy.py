@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._rows import ACC, end_of, finite_base, follower_mode, online_max_sum, program_rows, rows_along_s, run_mode
+from ._rows import ACC, end_of, finite_base, follower_mode, online_max_sum, program_rows, rows_along_s, run_mode, warps
 from .plan import cdiv, plan_columns, plan_reduce, plan_rows, split_float
 
 
@@ -305,7 +305,7 @@ def _launch_forward(z, target, weight, loss, stats, dz, invalid, ignore_index, l
     _forward_kernel[(N * tiles,)](
         z, target, weight, loss, stats, dz, invalid,
         V, S, N * S, tiles, end_of(z), end_of(target), ignore_index, *smoothing, *strides,
-        BLOCK_R=plan.BLOCK_R, KEEP=plan.KEEP, BLOCK_V=plan.BLOCK_V, FITS=plan.FITS, **constants, num_warps=plan.num_warps,
+        BLOCK_R=plan.BLOCK_R, KEEP=plan.KEEP, BLOCK_V=plan.BLOCK_V, FITS=plan.FITS, **constants, num_warps=warps(plan.num_warps),
     )  # fmt: skip
 
 
@@ -331,7 +331,7 @@ def backward(z, target, weight, stats, upstream, denominator, dz, *, ignore_inde
     _backward_kernel[(N * tiles * columns,)](
         z, target, weight, stats, upstream, denominator, dz,
         V, S, N * S, tiles, columns, end_of(z), end_of(target), ignore_index, *smoothing, *strides, *upstream.stride(),
-        BLOCK_R=plan.BLOCK_R, BLOCK_V=plan.BLOCK_V, **constants, num_warps=plan.num_warps,
+        BLOCK_R=plan.BLOCK_R, BLOCK_V=plan.BLOCK_V, **constants, num_warps=warps(plan.num_warps),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._rows import ACC, end_of, finite_base, online_max_sum, program_rows, rows_along_s, run_mode
+from ._rows import ACC, end_of, finite_base, online_max_sum, program_rows, rows_along_s, run_mode, warps
 from .plan import cdiv, plan_rows
 
 
@@ -121,7 +121,7 @@ def forward(z: torch.Tensor, y: torch.Tensor) -> None:
     _forward_kernel[(N * tiles,)](
         z, y, V, S, tiles, end_of(z), *z.stride(), *y.stride(),
         BLOCK_R=plan.BLOCK_R, KEEP=plan.KEEP, BLOCK_V=plan.BLOCK_V, FITS=plan.FITS,
-        MODE=mode, GROUP=16 // z.element_size(), ACC=ACC[z.dtype], num_warps=plan.num_warps,
+        MODE=mode, GROUP=16 // z.element_size(), ACC=ACC[z.dtype], num_warps=warps(plan.num_warps),
     )  # fmt: skip
 
 
@@ -137,5 +137,5 @@ def backward(dy: torch.Tensor, y: torch.Tensor, dz: torch.Tensor) -> None:
     _backward_kernel[(N * tiles,)](
         dy, y, dz, V, S, tiles, end_of(dy), end_of(y), *dy.stride(), *y.stride(), *dz.stride(),
         BLOCK_R=plan.BLOCK_R, KEEP=plan.KEEP, BLOCK_V=plan.BLOCK_V, FITS=plan.FITS,
-        MODE=mode, GROUP=16 // y.element_size(), ACC=ACC[y.dtype], num_warps=plan.num_warps,
+        MODE=mode, GROUP=16 // y.element_size(), ACC=ACC[y.dtype], num_warps=warps(plan.num_warps),
     )  # fmt: skip

@@ -1,0 +1,190 @@
+"""Evidence step 3: every plan compiled ahead of time, for parts that need not be there, and what the machine code says.
+
+`cases()` lists launches that between them take every plan; each runs the library's own host code on `meta` tensors under a
+stand-in driver. `make evidence` compiles all of them and writes evidence.json; the tests compile the heaviest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hw3gpu.kernels.gpu import batch_norm, cross_entropy, softmax
+
+from .inside_triton import Launch, StandIn, machine_code
+
+ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, 120, "gfx942")
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
+REGISTER_FILE = 65536
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FILE = Path(__file__).with_name("evidence.json")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch of the library: `run()` makes it."""
+
+    name: str
+    dtype: torch.dtype
+    heavy: bool  # its plan's heaviest set of options: compiled by the tests, for every architecture
+    run: Callable[[], None]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _acc(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _softmax_case(shape: tuple[int, int, int], dtype: torch.dtype) -> Callable[[], None]:
+    def run() -> None:
+        z = _meta(shape, dtype)
+        softmax.forward(z, torch.empty_like(z))
+        softmax.backward(z, z, torch.empty_like(z))
+
+    return run
+
+
+def _cross_entropy_case(shape: tuple[int, int, int], dtype: torch.dtype, soft: bool, options: bool) -> Callable[[], None]:
+    def run() -> None:
+        N, V, S = shape
+        acc = _acc(dtype)
+        z = _meta(shape, dtype)
+        target = _meta(shape, dtype) if soft else _meta((N, S), torch.int64)
+        weight = _meta((V,), acc) if options else None
+        loss, stats = _meta((N, S), acc), _meta((3, N, S), acc)
+        one, invalid = _meta((1,), acc), _meta((1,), torch.int64)
+        kwargs = {"ignore_index": -100, "label_smoothing": 0.1 if options else 0.0}
+        cross_entropy.forward_backward(z, target, weight, loss, torch.empty_like(z), invalid, **kwargs)
+        cross_entropy.forward(z, target, weight, loss, stats, invalid, **kwargs)
+        cross_entropy.backward(z, target, weight, stats, one.expand(N, S), one, torch.empty_like(z), **kwargs)
+        cross_entropy.reduce(loss, target, weight, one, one, ignore_index=-100)
+
+    return run
+
+
+def _batch_norm_case(shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool) -> Callable[[], None]:
+    def run() -> None:
+        N, C, S = shape
+        acc = _acc(dtype)
+        x = _meta((N, S, C), dtype).transpose(1, 2) if channels_last else _meta(shape, dtype)
+        mean = _meta((2, C), acc)
+        var, rstd, gamma, beta, running_mean, running_var, dgamma, dbeta = (_meta((C,), acc) for _ in range(8))
+        batch_norm.forward(
+            x, gamma, beta, torch.empty_like(x), mean, var, rstd, running_mean, running_var, eps=1e-5, momentum=0.1
+        )  # fmt: skip
+        batch_norm.backward(x, x, mean, rstd, gamma, torch.empty_like(x), dgamma, dbeta)
+        batch_norm.normalize(x, mean, rstd, gamma, beta, torch.empty_like(x))
+        batch_norm.inference_backward(x, x, mean, rstd, gamma, torch.empty_like(x), dgamma, dbeta)
+
+    return run
+
+
+# (shape, heavy): the widest row or channel that a plan takes is its heaviest
+ROWS = (
+    ((4096, 10, 1), False),
+    ((4096, 1000, 1), False),
+    ((4096, 1001, 1), False),
+    ((512, 16384, 1), True),
+    ((512, 32768, 1), False),
+    ((512, 50257, 1), True),
+    ((256, 131072, 1), False),
+    ((8, 21, 4096), False),
+    ((8, 1000, 512), False),
+)
+CHANNELS = (
+    ((16, 3000, 4), False, False),
+    ((64, 2048, 49), False, False),
+    ((64, 512, 196), False, False),
+    ((16, 256, 1024), False, True),
+    ((32, 256, 3136), False, True),
+    ((32, 64, 3136), False, False),
+    ((8, 3, 262144), False, False),
+    ((4096, 512, 1), False, False),
+    ((64, 2048, 49), True, False),
+    ((32, 64, 3136), True, True),
+    ((8, 3, 262144), True, False),
+)
+
+
+def cases() -> Iterator[Case]:
+    """Every plan and dtype; of the rows, plain, with class weights and smoothing, and with soft targets."""
+    for dtype in DTYPES:
+        half_or_single = dtype in (torch.float32, torch.bfloat16)
+        for shape, heavy in ROWS:
+            at = "x".join(map(str, shape))
+            heavy = heavy and half_or_single
+            yield Case(f"softmax {at}", dtype, heavy, _softmax_case(shape, dtype))
+            plain = half_or_single and shape[1] == 32768
+            yield Case(f"cross entropy, hard {at}", dtype, plain, _cross_entropy_case(shape, dtype, False, False))
+            yield Case(f"cross entropy, hard, weights, smoothing {at}", dtype, heavy, _cross_entropy_case(shape, dtype, False, True))
+            yield Case(f"cross entropy, soft, weights, smoothing {at}", dtype, heavy, _cross_entropy_case(shape, dtype, True, True))
+        for shape, channels_last, heavy in CHANNELS:
+            at = "x".join(map(str, shape)) + (" channels-last" if channels_last else "")
+            yield Case(f"batch norm {at}", dtype, heavy and half_or_single, _batch_norm_case(shape, dtype, channels_last))
+
+
+def compiled(case: Case, arch: int | str) -> list[Launch]:
+    """The launches of `case`, compiled for `arch`."""
+    with StandIn(arch) as device:
+        case.run()
+    return device.launches
+
+
+def findings(launch: Launch, arch: int | str, dtype: torch.dtype) -> tuple[dict[str, Any], list[str]]:
+    """What the machine code of a launch says, and what is wrong with it."""
+    wrong = []
+    if launch.shared > SHARED_LIMIT[arch]:
+        wrong.append(f"{launch.shared} bytes of shared memory, {SHARED_LIMIT[arch]} there are")
+    if isinstance(arch, str):
+        return {"warps": launch.num_warps, "shared": launch.shared}, wrong
+    code = machine_code(launch.binary)
+    if code.stack or code.local:
+        wrong.append(f"spills: {code.stack} bytes of stack, {code.local} of local memory")
+    if code.registers * launch.num_warps * 32 > REGISTER_FILE:
+        wrong.append(f"{code.registers} registers x {launch.num_warps} warps")
+    if code.doubles and dtype != torch.float64:
+        wrong.append(f"{code.doubles} float64 instructions in a kernel for {dtype}")
+    return {"warps": launch.num_warps, "shared": launch.shared, **asdict(code)}, wrong
+
+
+def source_hash() -> str:
+    """The hash of the kernels' sources and of this list of cases: evidence of other sources is stale."""
+    folder = Path(batch_norm.__file__).parent
+    digest = hashlib.sha256()
+    for path in [*sorted(folder.glob("*.py")), Path(__file__)]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def run() -> int:
+    """Compiles every case for every architecture, writes evidence.json, prints what is wrong; 1 if anything is."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console()
+    table: dict[str, Any] = {}
+    wrong_ones = 0
+    for case in track(list(cases()), description="compiling"):
+        for arch in ARCHITECTURES:
+            for launch in compiled(case, arch):
+                found, wrong = findings(launch, arch, case.dtype)
+                table.setdefault(case.label, {}).setdefault(str(arch), {})[launch.name] = found
+                wrong_ones += len(wrong)
+                for complaint in wrong:
+                    console.print(f"{case.label}, {launch.name}, {arch}: {complaint}")
+    FILE.write_text(json.dumps({"sources": source_hash(), "kernels": table}, indent=0) + "\n")
+    console.print(f"{len(table)} cases on {len(ARCHITECTURES)} architectures, {wrong_ones} complaints: {FILE.name}")
+    return 1 if wrong_ones else 0

@@ -1,0 +1,158 @@
+"""The trace minimum in torch's autograd: docs/derivations.md, section 5.5.
+
+    value    ∂f/∂Σ = Φ Φᵀ                                                                       (5.15)
+    Φ        dΦ = Σ_{i≤k<j} q_j (q_jᵀ dΣ φ_i) / (λ_i - λ_j) e_iᵀ, what (5.16) says of P = Φ Φᵀ
+
+The second leaves out how Φ turns within its span, which no function of the subspace sees. It divides by λ_i - λ_j for
+i ≤ k < j alone, never by less than the gap: eigenvalues that coincide among the k do no harm.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _check
+from ._linalg import (
+    COMPLEX,
+    METHODS,
+    REAL,
+    check_dtype,
+    check_square,
+    eigh,
+    eps,
+    fix_signs,
+    frobenius,
+    numerics,
+    real_dtype,
+    smallest,
+    symmetric,
+)
+
+__all__ = ["TraceSubspace", "minimize_trace"]
+
+_DOUBLE = {"float32": "float64", "float64": "float64", "complex64": "complex128", "complex128": "complex128"}
+
+
+class TraceSubspace(NamedTuple):
+    """The minimum of Trace(Φᵀ Σ Φ) over Φᵀ Φ = I_k and where it is taken, as torch tensors of Σ's dtype and device.
+
+    Attributes:
+        value: (...), differentiable.
+        phi: (..., m, k), orthonormal columns; differentiable for functions of span Φ alone, such as `projector`.
+        eigenvalues: (..., k), ascending (with `largest`, descending); not differentiable.
+        gap: (...), |λ_{k+1} - λ_k|, inf at k = m; not differentiable.
+    """
+
+    value: torch.Tensor
+    phi: torch.Tensor
+    eigenvalues: torch.Tensor
+    gap: torch.Tensor
+
+    @property
+    def projector(self) -> torch.Tensor:
+        """P = Φ Φᵀ (..., m, m), which does not depend on the choice of a basis; differentiable."""
+        return self.phi @ self.phi.mH
+
+
+def minimize_trace(
+    covariance: torch.Tensor, k: int, *, largest: bool = False, method: str = "auto"
+) -> TraceSubspace:
+    """`hw3gpu.minimize_trace` for torch tensors that need gradients: the value and the subspace, without certificate.
+
+    Solved in float64 whatever the dtype, and so is the gradient. The gradient is symmetric (Hermitian): it is that of the
+    function of the symmetric part of `covariance`.
+
+    Args:
+        covariance: Σ (..., m, m), symmetric or Hermitian; float32, float64, complex64 or complex128.
+        k: number of columns, 1 ≤ k ≤ m.
+        largest: maximise instead.
+        method: "auto", "syevr" or "syevd", as in `hw3gpu.minimize_trace`.
+
+    Raises:
+        TypeError, ValueError: as `hw3gpu.minimize_trace`.
+        ValueError, from `backward`: the gap is zero within rounding, so that there is no derivative.
+        RuntimeError: a second derivative.
+    """
+    if not isinstance(covariance, torch.Tensor):
+        raise TypeError(f"covariance: expected a torch tensor, got {type(covariance).__name__}")
+    check_dtype(covariance, "covariance", REAL + COMPLEX)
+    m = check_square(covariance, "covariance")
+    k = _check.integer_value(k, "k")
+    if not 1 <= k <= m:
+        raise ValueError(f"k: expected 1 <= k <= m = {m}, got {k}")
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    value, phi, eigenvalues, gap = _MinimizeTrace.apply(covariance, k, largest, method)
+    return TraceSubspace(value, phi, eigenvalues, gap)
+
+
+class _MinimizeTrace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, covariance: torch.Tensor, k: int, largest: bool, method: str) -> tuple[torch.Tensor, ...]:
+        given = check_dtype(covariance, "covariance", REAL + COMPLEX)
+        real = real_dtype(given)
+        sign = -1.0 if largest else 1.0
+        with numerics(covariance, "covariance") as ns:
+            scaled = symmetric(ns, covariance, "covariance", _DOUBLE[given])
+            sigma, xp = sign * scaled.s, ns.xp
+            values, vectors, _ = smallest(ns, sigma, k, method)
+            kept, phi = values[..., :k], fix_signs(ns, vectors[..., :k])
+            m = sigma.shape[-1]
+            gap = values[..., k] - kept[..., -1] if k < m else xp.full(kept.shape[:-1], float("inf"))
+            rounding = m * eps(_DOUBLE[given]) * frobenius(xp, sigma)
+            ctx.degenerate = bool((gap <= rounding).any())
+            unit = sign / scaled.scale
+            outputs = (
+                ns.give(kept.sum(axis=-1) * unit, real),
+                ns.give(phi, given),
+                ns.give(kept * unit[..., None], real),
+                ns.give(gap * abs(unit), real),
+            )
+            exact = ns.give(phi, _DOUBLE[given])
+        ctx.k, ctx.sign = k, sign
+        ctx.save_for_backward(covariance, exact)
+        ctx.mark_non_differentiable(*outputs[2:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, dvalue: Any, dphi: Any, *_: Any) -> tuple[torch.Tensor | None, None, None, None]:
+        covariance, phi = ctx.saved_tensors
+        if ctx.degenerate:
+            raise ValueError(
+                "covariance: the gap between eigenvalues k and k + 1 is zero within rounding, so that the minimum has no "
+                "derivative there: choose another k"
+            )
+        with torch.no_grad():
+            gradient = torch.zeros(covariance.shape, dtype=phi.dtype, device=phi.device)
+            if dvalue is not None:
+                gradient += dvalue.to(phi.real.dtype)[..., None, None] * (phi @ phi.mH)
+            if dphi is not None and ctx.k < covariance.shape[-1]:
+                gradient += _pull_back(covariance, phi, dphi.to(phi.dtype), ctx.k, ctx.sign)
+            gradient = ((gradient + gradient.mH) / 2).to(covariance.dtype)
+        return _NoSecondDerivative.apply(gradient, covariance, dvalue, dphi), None, None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Ties a gradient to what it depends on: `once_differentiable` would let it pass for a constant of Σ."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, *depends_on: torch.Tensor | None) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("minimize_trace: a second derivative was asked for, and it has none here")
+
+
+def _pull_back(covariance: torch.Tensor, phi: torch.Tensor, dphi: torch.Tensor, k: int, sign: float) -> torch.Tensor:
+    """Σ_{i≤k<j} q_j (q_jᵀ ∂ℓ/∂φ_i) / (λ_i - λ_j) φ_iᵀ: needs all eigenpairs, which a range-limited forward has not found."""
+    with numerics(covariance, "covariance") as ns:
+        scaled = symmetric(ns, covariance, "covariance", str(phi.dtype).removeprefix("torch."))
+        values, vectors = eigh(ns, sign * scaled.s)
+        difference = (values[..., None, :k] - values[..., k:, None]) / scaled.scale[..., None, None] * sign
+        others = ns.give(vectors[..., k:], str(phi.dtype).removeprefix("torch."))
+        differences = ns.give(difference, "float64")
+    return others @ ((others.mH @ dphi) / differences) @ phi.mH

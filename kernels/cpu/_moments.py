@@ -1,0 +1,130 @@
+"""The statistics of a channel from sums that were taken in pieces.
+
+Sums are of d = x - shift, in float64, where `shift` is the mean of a few first values of the channel. With m values
+
+    mean = shift + sum d / m,    var = sum d^2 / m - (sum d / m)^2
+
+and what that difference cancels is (mean - shift)^2 / var. Where this is large, which takes first values unlike the rest,
+the sums are taken again about the mean just found. Pieces are added in order with the rounding of each addition carried
+along (Neumaier), so that float64 input has the accuracy of float64 too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ._elements import load, plane_of
+from ._jit import inline, kernel
+
+# Values of a channel whose mean is the shift.
+SHIFT_VALUES = 64
+# (mean - shift)^2 / var above which the sums are taken again: the difference cancels at most 6 bits.
+FAR_SHIFT = 64.0
+
+
+# ---------------------------------------------------------------------------------------------- sums in pieces
+@inline
+def add_to(sums, i, j, value):
+    """Add to the sum i of channel j. sums (2, 2, channels): the sums, and what their rounding left."""
+    old = sums[0, i, j]
+    new = old + value
+    sums[0, i, j] = new
+    sums[1, i, j] += (old - new) + value if abs(old) >= abs(value) else (value - new) + old
+
+
+@inline
+def sum_of(sums, i, j):
+    """The sum i of channel j; an infinite one has lost NaN."""
+    total, lost = sums[0, i, j], sums[1, i, j]
+    return total + lost if math.isfinite(lost) else total
+
+
+@kernel
+def merge(partial, sums):
+    """sums (2, C) = the sum over the blocks of partial (blocks, 2, C), in order."""
+    pieces = np.zeros((2, 2, 1))
+    for i in range(2):
+        for c in range(sums.shape[1]):
+            pieces[:] = 0.0
+            for b in range(partial.shape[0]):
+                add_to(pieces, i, 0, partial[b, i, c])
+            sums[i, c] = sum_of(pieces, i, 0)
+
+
+# ---------------------------------------------------------------------------------------------- shift
+@inline
+def first_mean(x, c):
+    """The mean of the first values of channel c, or 0 if that is no finite number."""
+    N, S = x.shape[0], x.shape[2]
+    total, count = 0.0, 0
+    for n in range(N):
+        values = plane_of(x, n, c, 0, min(S, SHIFT_VALUES - count))
+        for s in range(values.size):
+            total += np.float64(load(values, s))
+        count += values.size
+        if count >= SHIFT_VALUES:
+            break
+    mean = total / count
+    return mean if math.isfinite(mean) else 0.0
+
+
+@inline
+def better_shift(shift, total, square, m):
+    """The mean, if `shift` is too far from it for `finish`; else NaN."""
+    d = total / m
+    return shift + d if d * d > FAR_SHIFT * (square / m - d * d) and math.isfinite(d) else math.nan
+
+
+@kernel
+def first_means(x, shift):
+    for c in range(x.shape[1]):
+        shift[c] = first_mean(x, c)
+
+
+@kernel
+def better_shifts(shift, sums, m):
+    """Replace every shift that is too far from its channel's mean; True if there was one."""
+    found = False
+    for c in range(shift.size):
+        better = better_shift(shift[c], sums[0, c], sums[1, c], m)
+        if better == better:
+            shift[c] = better
+            found = True
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+@inline
+def finish(c, shift, total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var):
+    """The statistics of channel c from its sums about `shift`."""
+    of = var.dtype.type
+    d = total / m
+    mu = shift + d
+    variance = square / m - d * d
+    variance = 0.0 if variance < 0.0 else variance
+    mean[0, c] = of(mu)
+    rest = (shift - np.float64(mean[0, c])) + d
+    mean[1, c] = of(rest) if math.isfinite(rest) else of(0)
+    var[c] = of(variance)
+    rstd[c] = of(1.0 / math.sqrt(variance + eps))
+    if running_mean.size:
+        running_mean[c] = of((1.0 - momentum) * running_mean[c] + momentum * mu)
+    if running_var.size:
+        running_var[c] = of((1.0 - momentum) * running_var[c] + momentum * (variance * (m / (m - 1.0))))
+
+
+@kernel
+def finish_all(shift, sums, m, eps, momentum, mean, var, rstd, running_mean, running_var):
+    for c in range(shift.size):
+        finish(c, shift[c], sums[0, c], sums[1, c], m, eps, momentum, mean, var, rstd, running_mean, running_var)
+
+
+@kernel
+def finish_gradients(sums, rstd, dgamma, dbeta):
+    """dbeta and dgamma from sum dy and sum dy (x - mean)."""
+    of = rstd.dtype.type
+    for c in range(rstd.size):
+        dbeta[c] = of(sums[0, c])
+        dgamma[c] = of(sums[1, c] * rstd[c])

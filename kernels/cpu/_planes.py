@@ -1,0 +1,227 @@
+"""Batch normalisation where the values of a channel lie in planes: runs along S, adjacent in memory (NCHW).
+
+A run has one mean, scale and shift; its sums are taken several lanes at a time. Strides other than 1 along S are right too: such
+a run is copied to be adjacent, a piece at a time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ._elements import gather, load, place, plane_of, scatter, store
+from ._jit import inline, kernel, reduction
+from ._moments import add_to, better_shift, finish, first_mean, sum_of
+
+# Values whose sum is taken at once, and values copied at once.
+RUN = 512
+
+
+# ---------------------------------------------------------------------------------------------- one run
+@reduction
+def _deviation_sums(x, shift):
+    """sum (x - shift) and sum (x - shift)^2."""
+    total, square = 0.0, 0.0
+    for i in range(x.size):
+        d = np.float64(load(x, i)) - shift
+        total += d
+        square += d * d
+    return total, square
+
+
+@reduction
+def _gradient_sums(dy, x, mean, rest):
+    """sum dy and sum dy (x - mean)."""
+    total, product = 0.0, 0.0
+    for i in range(x.size):
+        g = np.float64(load(dy, i))
+        total += g
+        product += g * np.float64((load(x, i) - mean) - rest)
+    return total, product
+
+
+@inline
+def _normalize_run(x, mean, rest, scale, beta, y):
+    for i in range(x.size):
+        store(y, i, ((load(x, i) - mean) - rest) * scale + beta)
+
+
+@inline
+def _apply_run(dy, x, mean, rest, scale, b, k, dx):
+    for i in range(x.size):
+        store(dx, i, scale * ((load(dy, i) - b) - ((load(x, i) - mean) - rest) * k))
+
+
+# ---------------------------------------------------------------------------------------------- values s0…s1-1 of a plane
+@inline
+def _scratch(x):
+    """Room for a run of `x` that is not adjacent in memory; empty where runs are adjacent."""
+    return np.empty(0 if x.strides[2] == x.itemsize else RUN, x.dtype)
+
+
+@inline
+def _add_deviations(x, n, c, s0, s1, shift, sums, j, scratch):
+    for s in range(s0, s1, RUN):
+        pair = _deviation_sums(gather(plane_of(x, n, c, s, min(s + RUN, s1)), scratch), shift)
+        add_to(sums, 0, j, pair[0])
+        add_to(sums, 1, j, pair[1])
+
+
+@inline
+def _add_gradients(dy, x, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch):
+    for s in range(s0, s1, RUN):
+        end = min(s + RUN, s1)
+        dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
+        pair = _gradient_sums(dy_run, x_run, mean[0, c], mean[1, c])
+        add_to(sums, 0, j, pair[0])
+        add_to(sums, 1, j, pair[1])
+
+
+@inline
+def _normalize(x, n, c, s0, s1, mean, scale, beta, y, x_scratch, y_scratch):
+    step = RUN if x_scratch.size or y_scratch.size else max(s1 - s0, 1)
+    for s in range(s0, s1, step):
+        end = min(s + step, s1)
+        y_run = place(plane_of(y, n, c, s, end), y_scratch)
+        _normalize_run(gather(plane_of(x, n, c, s, end), x_scratch), mean[0, c], mean[1, c], scale, beta, y_run)
+        scatter(plane_of(y, n, c, s, end), y_scratch)
+
+
+@inline
+def _apply(dy, x, n, c, s0, s1, mean, scale, b, k, dx, dy_scratch, x_scratch, dx_scratch):
+    step = RUN if dy_scratch.size or x_scratch.size or dx_scratch.size else max(s1 - s0, 1)
+    for s in range(s0, s1, step):
+        end = min(s + step, s1)
+        dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
+        dx_run = place(plane_of(dx, n, c, s, end), dx_scratch)
+        _apply_run(dy_run, x_run, mean[0, c], mean[1, c], scale, b, k, dx_run)
+        scatter(plane_of(dx, n, c, s, end), dx_scratch)
+
+
+# ---------------------------------------------------------------------------------------------- whole channels
+# A block is `group` channels, done from first to last while they are in cache.
+@kernel
+def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum):
+    """Statistics and y of the blocks first…last-1."""
+    N, C, S = x.shape
+    m = np.float64(N * S)
+    x_scratch, y_scratch = _scratch(x), _scratch(y)
+    shift, sums = np.empty(group), np.empty((2, 2, group))
+    for block in range(first, last):
+        c0, c1 = block * group, min(block * group + group, C)
+        sums[:] = 0.0
+        for c in range(c0, c1):
+            shift[c - c0] = first_mean(x, c)
+        for n in range(N):
+            for c in range(c0, c1):
+                _add_deviations(x, n, c, 0, S, shift[c - c0], sums, c - c0, x_scratch)
+        for c in range(c0, c1):
+            j = c - c0
+            better = better_shift(shift[j], sum_of(sums, 0, j), sum_of(sums, 1, j), m)
+            if better == better:
+                shift[j] = better
+                sums[:, :, j] = 0.0
+                for n in range(N):
+                    _add_deviations(x, n, c, 0, S, better, sums, j, x_scratch)
+            total, square = sum_of(sums, 0, j), sum_of(sums, 1, j)
+            finish(c, shift[j], total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var)
+        for n in range(N):
+            for c in range(c0, c1):
+                _normalize(x, n, c, 0, S, mean, rstd[c] * gamma[c], beta[c], y, x_scratch, y_scratch)
+
+
+@kernel
+def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
+    """dgamma, dbeta and dx of the blocks first…last-1."""
+    N, C, S = x.shape
+    m = np.float64(N * S)
+    of = rstd.dtype.type
+    dy_scratch, x_scratch, dx_scratch = _scratch(dy), _scratch(x), _scratch(dx)
+    sums, b, k = np.empty((2, 2, group)), np.empty(group, rstd.dtype), np.empty(group, rstd.dtype)
+    for block in range(first, last):
+        c0, c1 = block * group, min(block * group + group, C)
+        sums[:] = 0.0
+        for n in range(N):
+            for c in range(c0, c1):
+                _add_gradients(dy, x, n, c, 0, S, mean, sums, c - c0, dy_scratch, x_scratch)
+        for c in range(c0, c1):
+            j = c - c0
+            total, product = sum_of(sums, 0, j), sum_of(sums, 1, j) * rstd[c]
+            dbeta[c], dgamma[c] = of(total), of(product)
+            b[j], k[j] = of(total / m), of(product * rstd[c] / m)
+        for n in range(N):
+            for c in range(c0, c1):
+                j, scale = c - c0, rstd[c] * gamma[c]
+                _apply(dy, x, n, c, 0, S, mean, scale, b[j], k[j], dx, dy_scratch, x_scratch, dx_scratch)
+
+
+# ---------------------------------------------------------------------------------------------- split
+# Block b is the values m b / blocks … m (b + 1) / blocks - 1 of every channel, where value v is n = v // S, s = v % S.
+@kernel
+def sums(first, last, x, shift, partial):
+    """partial (blocks, 2, C): sum (x - shift) and sum (x - shift)^2 of every block."""
+    N, C, S = x.shape
+    blocks, m = partial.shape[0], N * S
+    scratch = _scratch(x)
+    pieces = np.empty((2, 2, C))
+    for block in range(first, last):
+        v, end = m * block // blocks, m * (block + 1) // blocks
+        pieces[:] = 0.0
+        while v < end:
+            n, s = v // S, v % S
+            stop = min(S, s + end - v)
+            for c in range(C):
+                _add_deviations(x, n, c, s, stop, shift[c], pieces, c, scratch)
+            v += stop - s
+        for c in range(C):
+            partial[block, 0, c], partial[block, 1, c] = sum_of(pieces, 0, c), sum_of(pieces, 1, c)
+
+
+@kernel
+def gradient_sums(first, last, dy, x, mean, partial):
+    """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block."""
+    N, C, S = x.shape
+    blocks, m = partial.shape[0], N * S
+    dy_scratch, x_scratch = _scratch(dy), _scratch(x)
+    pieces = np.empty((2, 2, C))
+    for block in range(first, last):
+        v, end = m * block // blocks, m * (block + 1) // blocks
+        pieces[:] = 0.0
+        while v < end:
+            n, s = v // S, v % S
+            stop = min(S, s + end - v)
+            for c in range(C):
+                _add_gradients(dy, x, n, c, s, stop, mean, pieces, c, dy_scratch, x_scratch)
+            v += stop - s
+        for c in range(C):
+            partial[block, 0, c], partial[block, 1, c] = sum_of(pieces, 0, c), sum_of(pieces, 1, c)
+
+
+@kernel
+def normalize(first, last, blocks, x, mean, scale, beta, y):
+    N, C, S = x.shape
+    m = N * S
+    x_scratch, y_scratch = _scratch(x), _scratch(y)
+    for block in range(first, last):
+        v, end = m * block // blocks, m * (block + 1) // blocks
+        while v < end:
+            n, s = v // S, v % S
+            stop = min(S, s + end - v)
+            for c in range(C):
+                _normalize(x, n, c, s, stop, mean, scale[c], beta[c], y, x_scratch, y_scratch)
+            v += stop - s
+
+
+@kernel
+def apply(first, last, blocks, dy, x, mean, scale, b, k, dx):
+    """dx = scale (dy - b - (x - mean) k)."""
+    N, C, S = x.shape
+    m = N * S
+    dy_scratch, x_scratch, dx_scratch = _scratch(dy), _scratch(x), _scratch(dx)
+    for block in range(first, last):
+        v, end = m * block // blocks, m * (block + 1) // blocks
+        while v < end:
+            n, s = v // S, v % S
+            stop = min(S, s + end - v)
+            for c in range(C):
+                _apply(dy, x, n, c, s, stop, mean, scale[c], b[c], k[c], dx, dy_scratch, x_scratch, dx_scratch)
+            v += stop - s

@@ -1,0 +1,143 @@
+"""The command `hw3gpu`: what `info` tells, that `verify` finds a broken kernel, that `train` learns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hw3gpu.__main__ import ROWS, main
+from hw3gpu._arrays import kernels
+from hw3gpu._cli import train, verify
+
+Captured = pytest.CaptureFixture[str]
+
+
+# ---------------------------------------------------------------------------------------------- info
+def test_info_tells_versions_devices_and_which_kernels_run(capsys: Captured) -> None:
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"hw3gpu", "python", "numpy", "numba", "torch", "triton"} <= found["versions"].keys()
+    assert found["devices"][0]["device"] == "cpu"
+    choices = {choice["arrays"]: choice for choice in found["kernels"]}
+    assert list(choices) == ["NumPy array", "torch CPU tensor", "torch CUDA tensor", "CuPy array"]
+    assert choices["NumPy array"]["kernels"] == "Numba (cpu)"
+    assert choices["NumPy array"]["why"] == "the array lives on the host"
+    assert all(choice["why"] for choice in choices.values())
+
+
+def test_info_says_why_a_forced_backend_cannot_run(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HW3GPU_BACKEND", "gpu")
+    assert main(["info", "--json"]) == 0
+    (numpy, *_) = json.loads(capsys.readouterr().out)["kernels"]
+    assert numpy["kernels"] is None
+    assert numpy["why"].startswith("backend 'gpu' was asked for, but ")
+
+
+def test_info_prints_tables(capsys: Captured) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "Which kernels run" in printed
+    assert "the array lives on the host" in printed
+
+
+# ---------------------------------------------------------------------------------------------- verify
+def test_verify_passes_with_the_cpu_kernels_for_every_row(capsys: Captured) -> None:
+    status = main(["verify", "--kernels", "cpu", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [check for check in found["checks"] if not check["passed"]] == []
+    assert found["passed"]
+    assert status == 0
+    assert {(check["row"], check["arrays"]) for check in found["checks"]} == {
+        (row, arrays) for row in ROWS for arrays in ("numpy", "torch")
+    }
+
+
+def test_verify_runs_the_triton_kernels_too(capsys: Captured) -> None:
+    """From a process in which Triton does not interpret: `verify` starts one in which it does, if there is no GPU."""
+    assert main(["verify", "--only", "S5"]) == 0
+    printed = capsys.readouterr().out
+    assert "S5 softmax_jacobian: Numba kernels" in printed
+    assert "S5 softmax_jacobian: Triton kernels" in printed
+    assert "failed" not in printed
+
+
+def test_verify_finds_a_kernel_that_is_slightly_wrong(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    softmax = kernels("softmax", "cpu")
+    right = softmax.forward
+
+    def wrong(z: Any, y: Any) -> None:
+        right(z, y)
+        y *= y.dtype.type(1 + 1e-5)
+
+    monkeypatch.setattr(softmax, "forward", wrong)
+    assert main(["verify", "--kernels", "cpu", "--only", "S4"]) == 1
+    printed = capsys.readouterr().out
+    assert "failed S4, softmax, softmax_backward, Numba kernels, numpy, float32, y N = 5" in printed
+
+
+def test_verify_goes_on_after_a_kernel_that_raises(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(kernels("softmax", "cpu"), "backward", broken)
+    assert main(["verify", "--kernels", "cpu", "--only", "S4", "S9", "--json"]) == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    notes = {check["note"] for check in checks if not check["passed"]}
+    assert notes == {"RuntimeError: out of order"}
+    assert {check["row"] for check in checks if check["passed"]} == {"S4", "S9"}
+
+
+def test_verify_counts_nan_in_a_wrong_place_as_a_failure() -> None:
+    import numpy as np
+
+    from hw3gpu._cli.operations import Output
+
+    reference = np.array([1.0, np.nan, -np.inf])
+    for ours, passes in (([1, np.nan, -np.inf], True), ([1, 0, -np.inf], False), ([1, np.nan, np.inf], False)):
+        error, _, _, passed, note = verify._measure(Output("y", np.array(ours), reference, reference))
+        assert passed is passes
+        assert (error is None) is (not passes)
+        assert bool(note) is (not passes)
+
+
+# ---------------------------------------------------------------------------------------------- train
+def test_train_learns_as_pytorch_does(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[tuple[train.Run, train.Run, train.Digits]] = []
+    learn = train.train
+    monkeypatch.setattr(train, "train", lambda *arguments: runs.append(learn(*arguments)) or runs[0])
+    png = tmp_path / "curves" / "train.png"
+    assert main(["train", "--epochs", "6", "--output", str(png), "--device", "cpu"]) == 0
+
+    ((ours, theirs, data),) = runs
+    assert ours.accuracy(data) > 0.97
+    assert theirs.accuracy(data) > 0.97
+    assert len(ours.losses) == len(theirs.losses) == 6 * -(-len(data.x) // train.BATCH)
+    # the first steps differ by rounding alone
+    assert max(abs(a - b) for a, b in zip(ours.losses[:20], theirs.losses[:20], strict=True)) < 1e-4
+    assert png.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert str(png) in printed
+    assert f"{100 * ours.accuracy(data):.2f} %" in printed
+
+
+def test_train_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(SystemExit, match=r"pip install 'hw3gpu\[demo\]'"):
+        main(["train", "--output", str(tmp_path / "train.png")])
+    assert not (tmp_path / "train.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "--epochs", "0"], ["verify", "--kernels", "tpu"], ["verify", "--only", "S10"], []],
+    ids=["no epoch", "unknown kernels", "unknown row", "no command"],
+)
+def test_wrong_arguments_are_refused(arguments: list[str], capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: hw3gpu" in capsys.readouterr().err
