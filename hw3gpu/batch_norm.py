@@ -95,7 +95,7 @@ def batch_norm_backward(
     acc = _arrays.accumulate_dtype(x)
     dx, dx_folded = _arrays.output_like(x, channel_axis)
     dgamma, dbeta = (_arrays.empty((C,), acc, x) for _ in range(2))
-    rstd = 1.0 / (_arrays.cast(_flat(var), acc) + eps) ** 0.5
+    rstd = _arrays.cast(1.0 / (_arrays.cast(_flat(var), "float64") + eps) ** 0.5, acc)
     mean_pair = _arrays.empty((2, C), acc, x)
     mean_pair[0] = _flat(mean)
     mean_pair[1] = 0
@@ -103,16 +103,18 @@ def batch_norm_backward(
         "batch_norm", "backward", x, _arrays.fold(dy, channel_axis), _arrays.fold(x, channel_axis), mean_pair, rstd,
         _flat(gamma), dx_folded, dgamma, dbeta,
     )  # fmt: skip
-    scale = rstd if gamma is None else rstd * _arrays.cast(_flat(gamma), acc)
     shape = () if channel_axis is None else (C,)
-    return BatchNormGradients(
-        dx,
-        dgamma.reshape(shape),
-        dbeta.reshape(shape),
-        (-0.5 * rstd * scale * dgamma).reshape(shape),
-        (-scale * dbeta).reshape(shape),
-        _dx_hat(dy, gamma, channel_axis) if return_dx_hat else None,
-    )
+    dvar, dmean = (_arrays.cast(v, acc).reshape(shape) for v in _statistics_gradients(var, gamma, dgamma, dbeta, eps))
+    dx_hat = _dx_hat(dy, gamma, channel_axis) if return_dx_hat else None
+    return BatchNormGradients(dx, dgamma.reshape(shape), dbeta.reshape(shape), dvar, dmean, dx_hat)
+
+
+def _statistics_gradients(var: Array, gamma: Array | None, dgamma: Array, dbeta: Array, eps: float) -> tuple[Array, Array]:
+    """∂ℓ/∂σ² and ∂ℓ/∂μ in float64: a few numbers, whose products should not round twice."""
+    var, dgamma, dbeta = (_arrays.cast(_flat(v), "float64") for v in (var, dgamma, dbeta))
+    rstd = 1.0 / (var + eps) ** 0.5
+    scale = rstd if gamma is None else rstd * _arrays.cast(_flat(gamma), "float64")
+    return -0.5 * rstd * scale * dgamma, -scale * dbeta
 
 
 def _operands(x: Array, gamma: Array | None, beta: Array | None, eps: float, channel_axis: int | None) -> int:

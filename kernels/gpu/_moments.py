@@ -9,30 +9,68 @@ import triton.language as tl
 
 
 @triton.jit
-def per_channel(x):
-    """Σ over samples and lanes, one number a channel."""
+def plain_sum(x):
+    """Σ over samples and lanes of a tile by a tree: enough where no term cancels another."""
     return tl.sum(tl.sum(x, axis=2), axis=0)[None, :, None]
 
 
 @triton.jit
-def first_moments(x, inside, origin, alpha):
-    """(hi, lo, M2, count) of the first tile. `origin`, a value of each channel, makes a constant channel exact."""
-    count = per_channel(tl.where(inside, 1.0, 0.0).to(x.dtype))
-    safe = tl.maximum(count, 1.0)
-    centre = origin + per_channel(tl.where(inside, x - origin, 0.0)) / safe
-    d = tl.where(inside, x - centre, 0.0)
-    lo = per_channel(d) / safe
-    M2 = per_channel((alpha * d) * (alpha * d)) - safe * (alpha * lo) * (alpha * lo)
-    hi = centre + lo
-    return hi, lo - (hi - centre), M2, count
+def _fixed_point(x, largest):
+    """(x as integers, what one of them is worth) in 46 bits below the power of two above `largest`: their sum is exact."""
+    exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 46)
+    scale = ((299 - exponent) << 23).to(tl.float32, bitcast=True)
+    return (x * scale).to(tl.int64), ((exponent - 45) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def next_moments(hi, lo, M2, count, x, inside, alpha):
-    """The moments after one more tile, summed about the mean so far."""
+def per_channel(x):
+    """Σ over samples and lanes of a tile, one number a channel, rounded once for all that float32 adds up."""
+    total = plain_sum(x)
+    if x.dtype == tl.float32:
+        fixed, unit = _fixed_point(x, tl.max(tl.max(tl.abs(x), axis=2), axis=0)[None, :, None])
+        exact = tl.sum(tl.sum(fixed, axis=2), axis=0)[None, :, None].to(tl.float32) * unit
+        total = tl.where(tl.abs(total) < float("inf"), exact, total)
+    return total
+
+
+@triton.jit
+def over_splits(x):
+    """Σ over the first axis of (SPLITS, BLOCK_C), rounded as `per_channel` is."""
+    total = tl.sum(x, axis=0)
+    if x.dtype == tl.float32:
+        fixed, unit = _fixed_point(x, tl.max(tl.abs(x), axis=0)[None, :])
+        exact = tl.sum(fixed, axis=0).to(tl.float32) * tl.reshape(unit, [x.shape[1]])
+        total = tl.where(tl.abs(total) < float("inf"), exact, total)
+    return total
+
+
+@triton.jit
+def compensated_add(total, lost, x):
+    """(total + x, what rounding has lost so far): Kahan's step in each lane."""
+    x = x - lost
+    new = total + x
+    return new, (new - total) - x
+
+
+@triton.jit
+def first_moments(x, inside, count, origin, alpha):
+    """(hi, lo, M2) of the first tile. `origin`, a value of each channel, makes a constant channel exact."""
+    safe = tl.maximum(count, 1.0)
+    centre = origin + plain_sum(tl.where(inside, x - origin, 0.0)) / safe
+    d = tl.where(inside, x - centre, 0.0)
+    lo = per_channel(d) / safe
+    M2 = plain_sum((alpha * d) * (alpha * d)) - safe * (alpha * lo) * (alpha * lo)
+    hi = centre + lo
+    return hi, lo - (hi - centre), M2
+
+
+@triton.jit
+def next_moments(hi, lo, M2, count, x, inside, more, alpha):
+    """(hi, lo, M2) of `count` values after a tile of `more`, summed about the mean so far."""
     d = tl.where(inside, x - hi, 0.0)
-    total = count + per_channel(tl.where(inside, 1.0, 0.0).to(x.dtype))
+    total = count + more
     u = (count * lo + per_channel(d)) / tl.maximum(total, 1.0)
-    M2 += count * (alpha * lo) * (alpha * lo) + per_channel((alpha * d) * (alpha * d)) - total * (alpha * u) * (alpha * u)
+    squares = plain_sum((alpha * d) * (alpha * d))
+    M2 += count * (alpha * lo) * (alpha * lo) + squares - total * (alpha * u) * (alpha * u)
     moved = hi + u
-    return moved, u - (moved - hi), M2, total
+    return moved, u - (moved - hi), M2

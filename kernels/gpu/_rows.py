@@ -33,6 +33,16 @@ def online_max_sum(m, total, z):
     return m_new, total * tl.exp(m - base) + tl.sum(tl.exp(z - base), axis=1)[:, None]
 
 
+@triton.jit
+def real(single, bits, ACC: tl.constexpr):
+    """A number passed as `plan.float_and_bits`, in ACC."""
+    if tl.float64 == ACC:
+        value = tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True)
+    else:
+        value = tl.cast(single, ACC)
+    return value
+
+
 def rows_along_s(x: torch.Tensor) -> torch.Tensor:
     """(N, V, 1) seen as (1, V, N), and (N, 1) as (1, N): a program's rows are always neighbours along the last axis."""
     return x.transpose(0, -1) if x.shape[-1] == 1 else x

@@ -47,20 +47,21 @@ def lane_zero(start, shift, offset, stride, MODE: tl.constexpr, GROUP: tl.conste
 
 
 @triton.jit
-def load(ptr, base, lane, lo, hi, end, stride, other, MODE: tl.constexpr, GROUP: tl.constexpr):
-    """The rows' elements, `other` in the lanes that hold none; nothing at or past element `end` is touched."""
+def load(ptr, base, lane, lo, hi, end, stride, other, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
+    """The rows' elements in ACC, `other` in the lanes that hold none; nothing at or past element `end` is touched."""
     inside = (lane >= lo) & (lane < hi)
     group = lane // GROUP
     if MODE == STRIDED:
-        x = tl.load(ptr + (base + lane.to(tl.int64) * stride), mask=inside, other=other)
+        x = tl.load(ptr + (base + lane.to(tl.int64) * stride), mask=inside, other=other).to(ACC)
     elif MODE == ALIGNED:
-        x = tl.load(ptr + (base + lane), mask=group < hi // GROUP, other=other)
+        x = tl.load(ptr + (base + lane), mask=group < hi // GROUP, other=other).to(ACC)
     else:
         room = tl.minimum(end - base, 1 << 30).to(tl.int32)
         whole = (group * GROUP < hi) & ((group + 1) * GROUP <= room)
-        x = tl.load(ptr + (base + lane), mask=whole, other=other)
+        x = tl.load(ptr + (base + lane), mask=whole, other=other).to(ACC)
         if tl.max(tl.ravel(hi - room // GROUP * GROUP), axis=0) > 0:
-            x = tl.where(whole, x, tl.load(ptr + (base + lane), mask=inside & (whole == 0), other=other))
+            last = tl.load(ptr + (base + lane), mask=inside & (whole == 0), other=other).to(ACC)
+            x = tl.where(whole, x, last)
         x = tl.where(inside, x, other)
     return x
 

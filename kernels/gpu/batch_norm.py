@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._moments import first_moments, next_moments, per_channel
-from ._rows import ACC, end_of, follower_mode, run_mode, warps
-from .plan import next_power_of_2, plan_batch_norm, plan_channels, split_float
+from ._moments import compensated_add, first_moments, next_moments, over_splits, per_channel
+from ._rows import ACC, end_of, follower_mode, real, run_mode, warps
+from .plan import float_and_bits, next_power_of_2, plan_batch_norm, plan_channels
 
 
 @triton.jit
@@ -37,11 +37,11 @@ def _place(c, tile, N, C, S, lane_blocks, stride_n, stride_c,
 
 @triton.jit
 def _fetch(ptr, c, at, end, stride_n, stride_c, stride_s,
-           LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """The tile's values, 0 in the lanes that hold none."""
+           LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """The tile's values in ACC, 0 in the lanes that hold none."""
     n, offset, shift, lo, hi = at
     base = _tile.lane_zero(n * stride_n + c * stride_c, shift, offset, stride_s, MODE, GROUP)
-    return _tile.load(ptr, base, tl.arange(0, LANES)[None, None, :], lo, hi, end, stride_s, 0.0, MODE, GROUP)
+    return _tile.load(ptr, base, tl.arange(0, LANES)[None, None, :], lo, hi, end, stride_s, 0.0, MODE, GROUP, ACC)
 
 
 @triton.jit
@@ -61,6 +61,13 @@ def _inside(at, LANES: tl.constexpr):
 
 
 @triton.jit
+def _count(at):
+    """How many values the tile has of each channel."""
+    _, _, _, lo, hi = at
+    return tl.sum(tl.sum(tl.maximum(hi - lo, 0), axis=2), axis=0)[None, :, None]
+
+
+@triton.jit
 def _line(x):
     """(1, BLOCK_C, 1) as (BLOCK_C,)."""
     return tl.reshape(x, [x.shape[1]])
@@ -77,6 +84,16 @@ def _vector(ptr, channel, C, default: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def _quotient(a, b, ACC: tl.constexpr):
+    """a / b, rounded to nearest in float32 too."""
+    if tl.float64 == ACC:
+        q = a / b
+    else:
+        q = tl.div_rn(a, tl.zeros_like(a) + b)
+    return q
+
+
+@triton.jit
 def _reciprocal_std(var, eps, ACC: tl.constexpr):
     if tl.float64 == ACC:
         rstd = 1.0 / tl.sqrt(var + eps)
@@ -87,29 +104,29 @@ def _reciprocal_std(var, eps, ACC: tl.constexpr):
 
 @triton.jit
 def _finish(
-    hi, lo, M2, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, c, C,
-    per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo, ACC: tl.constexpr,
+    hi, lo, M2, alpha, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, c, C,
+    m, eps, eps_bits, momentum, momentum_bits, ACC: tl.constexpr,
 ):  # fmt: skip
     """Writes the statistics of the channels c (one-dimensional), updates the running ones, and returns rstd."""
-    var = tl.maximum(M2, 0.0) * (tl.cast(per_M2_hi, ACC) + tl.cast(per_M2_lo, ACC))
-    var = tl.where(M2 != M2, M2, var)
-    rstd = _reciprocal_std(var, tl.cast(eps_hi, ACC) + tl.cast(eps_lo, ACC), ACC)
+    count = tl.cast(m, ACC)
+    var = _quotient(tl.where(M2 < 0.0, 0.0, M2), alpha * alpha * count, ACC)
+    rstd = _reciprocal_std(var, real(eps, eps_bits, ACC), ACC)
     tl.store(mean_ptr + c, hi, mask=c < C)
     tl.store(mean_ptr + (C + c), lo, mask=c < C)
     tl.store(var_ptr + c, var, mask=c < C)
     tl.store(rstd_ptr + c, rstd, mask=c < C)
-    momentum = tl.cast(momentum_hi, ACC) + tl.cast(momentum_lo, ACC)
+    weight = real(momentum, momentum_bits, ACC)
     if running_mean_ptr is not None:
         old = tl.load(running_mean_ptr + c, mask=c < C, other=0.0).to(ACC)
-        tl.store(running_mean_ptr + c, old * (1.0 - momentum) + momentum * hi, mask=c < C)
+        tl.store(running_mean_ptr + c, old * (1.0 - weight) + weight * hi, mask=c < C)
     if running_var_ptr is not None:
         old = tl.load(running_var_ptr + c, mask=c < C, other=0.0).to(ACC)
-        new = var * (tl.cast(unbiased_hi, ACC) + tl.cast(unbiased_lo, ACC))
-        tl.store(running_var_ptr + c, old * (1.0 - momentum) + momentum * new, mask=c < C)
+        new = var * (count / tl.maximum(count - 1.0, 1.0))
+        tl.store(running_var_ptr + c, old * (1.0 - weight) + weight * new, mask=c < C)
     return rstd
 
 
-COUNTS = ["N", "S", "lane_blocks", "tiles", "per_split", "splits", "x_end", "dy_end"]
+COUNTS = ["N", "S", "lane_blocks", "tiles", "per_split", "splits", "x_end", "dy_end", "m", "eps_bits", "momentum_bits"]
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -125,15 +142,18 @@ def _statistics_kernel(
     c = channel[None, :, None]
     first = split * per_split
     at = _place(c, first, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-    x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+    x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
     position = tl.minimum((first % lane_blocks) * LANES, S - 1)
     start = (first // lane_blocks) * BLOCK_N * stride_xn + position * stride_xs
     origin = tl.load(x_ptr + (start + channel * stride_xc), mask=channel < C, other=0.0).to(ACC)[None, :, None]
-    mean_hi, mean_lo, M2, count = first_moments(x, _inside(at, LANES), origin, alpha)
+    count = _count(at).to(ACC)
+    mean_hi, mean_lo, M2 = first_moments(x, _inside(at, LANES), count, origin, alpha)
     for tile in range(first + 1, tl.minimum(first + per_split, tiles)):
         at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-        x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-        mean_hi, mean_lo, M2, count = next_moments(mean_hi, mean_lo, M2, count, x, _inside(at, LANES), alpha)
+        x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+        more = _count(at).to(ACC)
+        mean_hi, mean_lo, M2 = next_moments(mean_hi, mean_lo, M2, count, x, _inside(at, LANES), more, alpha)
+        count += more
     out = partial_ptr + (split * C + c)
     tl.store(out, mean_hi, mask=c < C)
     tl.store(out + splits * C, mean_lo, mask=c < C)
@@ -141,10 +161,10 @@ def _statistics_kernel(
     tl.store(out + 3 * splits * C, count, mask=c < C)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=COUNTS)
 def _merge_kernel(
     partial_ptr, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, C, splits, alpha,
-    per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo,
+    m, eps, eps_bits, momentum, momentum_bits,
     SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The splits of each channel as one: means by their distance from the first, then squares about the common mean."""
@@ -157,13 +177,13 @@ def _merge_kernel(
     total = tl.maximum(tl.sum(count, axis=0), 1.0)
     first = tl.load(partial_ptr + channel, mask=channel < C, other=0.0)
     delta = (tl.load(cell, mask=mask, other=0.0) - first[None, :]) + tl.load(cell + step, mask=mask, other=0.0)
-    u = tl.sum(delta * (count / total[None, :]), axis=0)
+    u = over_splits(delta * count) / total
     d = alpha * (delta - u[None, :])
-    M2 = tl.sum(tl.load(cell + 2 * step, mask=mask, other=0.0), axis=0) + tl.sum(tl.where(mask, count * d * d, 0.0), axis=0)
+    M2 = over_splits(tl.load(cell + 2 * step, mask=mask, other=0.0) + tl.where(mask, count * d * d, 0.0))
     hi = first + u
     _finish(
-        hi, u - (hi - first), M2, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C,
-        per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo, ACC,
+        hi, u - (hi - first), M2, alpha, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C,
+        m, eps, eps_bits, momentum, momentum_bits, ACC,
     )  # fmt: skip
 
 
@@ -187,7 +207,7 @@ def _normalize_kernel(
     for i in range(first, stop):
         tile = first + stop - 1 - i
         at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-        x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+        x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
         y = ((x - mean_hi) - mean_lo) * scale + beta
         _put(y_ptr, y, c, at, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
 
@@ -196,7 +216,7 @@ def _normalize_kernel(
 def _forward_kernel(
     x_ptr, gamma_ptr, beta_ptr, y_ptr, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
     N, C, S, lane_blocks, tiles, x_end, alpha,
-    per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo,
+    m, eps, eps_bits, momentum, momentum_bits,
     stride_xn, stride_xc, stride_xs, stride_yn, stride_yc, stride_ys,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, RESIDENT: tl.constexpr,
     MODE: tl.constexpr, Y_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
@@ -205,17 +225,21 @@ def _forward_kernel(
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
     at = _place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-    x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+    x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
     origin = tl.load(x_ptr + channel * stride_xc, mask=channel < C, other=0.0).to(ACC)[None, :, None]
-    mean_hi, mean_lo, M2, count = first_moments(x, _inside(at, LANES), origin, alpha)
+    count = _count(at).to(ACC)
+    mean_hi, mean_lo, M2 = first_moments(x, _inside(at, LANES), count, origin, alpha)
     if not RESIDENT:
         for tile in range(1, tiles):
             at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-            mean_hi, mean_lo, M2, count = next_moments(mean_hi, mean_lo, M2, count, x, _inside(at, LANES), alpha)
+            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+            more = _count(at).to(ACC)
+            mean_hi, mean_lo, M2 = next_moments(mean_hi, mean_lo, M2, count, x, _inside(at, LANES), more, alpha)
+            count += more
     rstd = _finish(
-        _line(mean_hi), _line(mean_lo), _line(M2), mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C,
-        per_M2_hi, per_M2_lo, eps_hi, eps_lo, momentum_hi, momentum_lo, unbiased_hi, unbiased_lo, ACC,
+        _line(mean_hi), _line(mean_lo), _line(M2), alpha,
+        mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C,
+        m, eps, eps_bits, momentum, momentum_bits, ACC,
     )  # fmt: skip
     scale = rstd[None, :, None] * _vector(gamma_ptr, channel, C, 1.0, ACC)
     beta = _vector(beta_ptr, channel, C, 0.0, ACC)
@@ -225,7 +249,7 @@ def _forward_kernel(
         for i in range(1, tiles):
             tile = tiles - 1 - i
             at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
             y = ((x - mean_hi) - mean_lo) * scale + beta
             _put(y_ptr, y, c, at, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
 
@@ -246,17 +270,18 @@ def _backward_reduce_kernel(
     mean_lo = _vector(mean_ptr + C, channel, C, 0.0, ACC)
     rstd = _vector(rstd_ptr, channel, C, 0.0, ACC)
     dgamma = tl.zeros([BLOCK_N, BLOCK_C, LANES], ACC)
-    dbeta = tl.zeros([BLOCK_N, BLOCK_C, LANES], ACC)
+    dbeta, lost_dgamma, lost_dbeta = dgamma, dgamma, dgamma
     first = split * per_split
     for tile in range(first, tl.minimum(first + per_split, tiles)):
         at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-        x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-        dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
-        dbeta += dy
-        dgamma += tl.where(_inside(at, LANES), dy * ((x - mean_hi) - mean_lo), 0.0)
+        x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+        dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
+        dbeta, lost_dbeta = compensated_add(dbeta, lost_dbeta, dy)
+        product = tl.where(_inside(at, LANES), dy * ((x - mean_hi) - mean_lo), 0.0)
+        dgamma, lost_dgamma = compensated_add(dgamma, lost_dgamma, product)
     out = partial_ptr + (split * C + c)
-    tl.store(out, per_channel(dgamma) * rstd, mask=c < C)
-    tl.store(out + splits * C, per_channel(dbeta), mask=c < C)
+    tl.store(out, (per_channel(dgamma) - per_channel(lost_dgamma)) * rstd, mask=c < C)
+    tl.store(out + splits * C, per_channel(dbeta) - per_channel(lost_dbeta), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -266,8 +291,8 @@ def _backward_merge_kernel(partial_ptr, dgamma_ptr, dbeta_ptr, C, splits, BLOCK_
     split = tl.arange(0, SPLITS)[:, None]
     mask = (split < splits) & (c < C)
     cell = partial_ptr + (split * C + c)
-    dgamma = tl.sum(tl.load(cell, mask=mask, other=0.0), axis=0)[None, :]
-    dbeta = tl.sum(tl.load(cell + splits.to(tl.int64) * C, mask=mask, other=0.0), axis=0)[None, :]
+    dgamma = over_splits(tl.load(cell, mask=mask, other=0.0))[None, :]
+    dbeta = over_splits(tl.load(cell + splits.to(tl.int64) * C, mask=mask, other=0.0))[None, :]
     tl.store(dgamma_ptr + c, dgamma, mask=c < C)
     tl.store(dbeta_ptr + c, dbeta, mask=c < C)
 
@@ -275,7 +300,7 @@ def _backward_merge_kernel(partial_ptr, dgamma_ptr, dbeta_ptr, C, splits, BLOCK_
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_apply_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, gamma_ptr, dgamma_ptr, dbeta_ptr, dx_ptr,
-    N, C, S, lane_blocks, tiles, per_split, splits, dy_end, x_end, per_m_hi, per_m_lo,
+    N, C, S, lane_blocks, tiles, per_split, splits, dy_end, x_end, m,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_dn, stride_dc, stride_ds,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
     MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
@@ -288,18 +313,17 @@ def _backward_apply_kernel(
     rstd = _vector(rstd_ptr, channel, C, 0.0, ACC)
     a = rstd * _vector(gamma_ptr, channel, C, 1.0, ACC)
     if x_ptr is not None:
-        per_m = tl.cast(per_m_hi, ACC) + tl.cast(per_m_lo, ACC)
         mean_hi = _vector(mean_ptr, channel, C, 0.0, ACC)
         mean_lo = _vector(mean_ptr + C, channel, C, 0.0, ACC)
-        k = rstd * (_vector(dgamma_ptr, channel, C, 0.0, ACC) * per_m)
-        b = _vector(dbeta_ptr, channel, C, 0.0, ACC) * per_m
+        k = rstd * (_vector(dgamma_ptr, channel, C, 0.0, ACC) / tl.cast(m, ACC))
+        b = _vector(dbeta_ptr, channel, C, 0.0, ACC) / tl.cast(m, ACC)
     stop = tl.minimum(first + per_split, tiles)
     for i in range(first, stop):
         tile = first + stop - 1 - i
         at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-        dx = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+        dx = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
         if x_ptr is not None:
-            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
+            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
             dx = (dx - b) - ((x - mean_hi) - mean_lo) * k
         _put(dx_ptr, dx * a, c, at, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
 
@@ -307,7 +331,7 @@ def _backward_apply_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, gamma_ptr, dx_ptr, dgamma_ptr, dbeta_ptr,
-    N, C, S, lane_blocks, tiles, dy_end, x_end, per_m_hi, per_m_lo,
+    N, C, S, lane_blocks, tiles, dy_end, x_end, m,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_dn, stride_dc, stride_ds,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, RESIDENT: tl.constexpr,
     MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
@@ -319,35 +343,40 @@ def _backward_kernel(
     mean_lo = _vector(mean_ptr + C, channel, C, 0.0, ACC)
     rstd = _vector(rstd_ptr, channel, C, 0.0, ACC)
     at = _place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-    x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-    dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+    x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+    dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
     d = (x - mean_hi) - mean_lo
     dbeta = dy
     dgamma = tl.where(_inside(at, LANES), dy * d, 0.0)
+    lost_dgamma = tl.zeros_like(d)
+    lost_dbeta = lost_dgamma
     if not RESIDENT:
         for tile in range(1, tiles):
             at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-            dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+            dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
             d = (x - mean_hi) - mean_lo
-            dbeta += dy
-            dgamma += tl.where(_inside(at, LANES), dy * d, 0.0)
-    total_dgamma = per_channel(dgamma) * rstd
+            dbeta, lost_dbeta = compensated_add(dbeta, lost_dbeta, dy)
+            dgamma, lost_dgamma = compensated_add(dgamma, lost_dgamma, tl.where(_inside(at, LANES), dy * d, 0.0))
+    total_dgamma = per_channel(dgamma)
     total_dbeta = per_channel(dbeta)
+    if not RESIDENT:
+        total_dgamma -= per_channel(lost_dgamma)
+        total_dbeta -= per_channel(lost_dbeta)
+    total_dgamma *= rstd
     tl.store(dgamma_ptr + c, total_dgamma, mask=c < C)
     tl.store(dbeta_ptr + c, total_dbeta, mask=c < C)
-    per_m = tl.cast(per_m_hi, ACC) + tl.cast(per_m_lo, ACC)
     a = rstd * _vector(gamma_ptr, channel, C, 1.0, ACC)
-    k = rstd * (total_dgamma * per_m)
-    b = total_dbeta * per_m
+    k = rstd * (total_dgamma / tl.cast(m, ACC))
+    b = total_dbeta / tl.cast(m, ACC)
     dx = ((dy - b) - d * k) * a
     _put(dx_ptr, dx, c, at, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
     if not RESIDENT:
         for i in range(1, tiles):
             tile = tiles - 1 - i
             at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP).to(ACC)
-            dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP).to(ACC)
+            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+            dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
             dx = ((dy - b) - ((x - mean_hi) - mean_lo) * k) * a
             _put(dx_ptr, dx, c, at, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
 
@@ -375,10 +404,9 @@ def _plan(x, operands):
 
 
 def _moment_scalars(m, eps, momentum):
-    """(α, and the pairs 1/(α² m), ε, momentum, m/(m-1)); α² is a power of four near 1/m."""
+    """(α, m, ε, momentum) as the kernels take them; α² is a power of four near 1/m."""
     alpha = 2.0 ** -(max(m - 1, 1).bit_length() // 2)
-    pairs = (1.0 / (alpha * alpha * m), eps, momentum, m / max(m - 1, 1))
-    return alpha, [part for value in pairs for part in split_float(value)]
+    return alpha, (m, *float_and_bits(eps), *float_and_bits(momentum))
 
 
 def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float) -> None:
@@ -463,7 +491,7 @@ def backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count: int, dx) -> N
     dy, x, dx = _flatten(dy, x, dx)
     plan, sizes, constants = _plan(x, operands=2)
     _backward_apply_kernel[(plan.channel_blocks * plan.splits,)](
-        dy, x, mean, rstd, gamma, dgamma, dbeta, dx, *sizes, *plan.split, end_of(dy), end_of(x), *split_float(1.0 / count),
+        dy, x, mean, rstd, gamma, dgamma, dbeta, dx, *sizes, *plan.split, end_of(dy), end_of(x), count,
         *dy.stride(), *x.stride(), *dx.stride(), DY_MODE=follower_mode(2, x, dy), DX_MODE=follower_mode(2, x, dx), **constants,
     )  # fmt: skip
 
@@ -478,7 +506,7 @@ def backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta) -> None:
         backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx)
         return
     _backward_kernel[(plan.channel_blocks,)](
-        dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *sizes, end_of(dy), end_of(x), *split_float(1.0 / count),
+        dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *sizes, end_of(dy), end_of(x), count,
         *dy.stride(), *x.stride(), *dx.stride(), RESIDENT=plan.tiles == 1,
         DY_MODE=follower_mode(2, x, dy), DX_MODE=follower_mode(2, x, dx), **constants,
     )  # fmt: skip
@@ -492,6 +520,6 @@ def inference_backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta) -> None:
     dy, dx = _flatten(dy, dx)
     plan, sizes, constants = _plan(dy, operands=1)
     _backward_apply_kernel[(plan.channel_blocks * plan.splits,)](
-        dy, None, None, rstd, gamma, None, None, dx, *sizes, *plan.split, end_of(dy), end_of(dy), 0.0, 0.0,
+        dy, None, None, rstd, gamma, None, None, dx, *sizes, *plan.split, end_of(dy), end_of(dy), 1,
         *dy.stride(), *dy.stride(), *dx.stride(), DY_MODE=constants["MODE"], DX_MODE=follower_mode(2, dy, dx), **constants,
     )  # fmt: skip

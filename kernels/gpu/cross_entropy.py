@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._rows import ACC, end_of, finite_base, follower_mode, online_max_sum, program_rows, rows_along_s, run_mode, warps
-from .plan import cdiv, plan_columns, plan_reduce, plan_rows, split_float
+from ._rows import ACC, end_of, finite_base, follower_mode, online_max_sum, program_rows, real, rows_along_s, run_mode, warps
+from .plan import cdiv, float_and_bits, plan_columns, plan_reduce, plan_rows
 
 
 @triton.jit
@@ -44,16 +44,16 @@ def _hard_target(target_ptr, at, weight_ptr, z_ptr, z_start, stride_zv, live, V,
 
 @triton.jit
 def _dense_target(
-    target_ptr, base, weight_ptr, lane, offset, shift, lo, hi, end, stride_tv, V, smoothing,
+    target_ptr, base, weight_ptr, lane, offset, shift, lo, hi, end, stride_tv, V, epsilon,
     SOFT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The part of q that every class has: w_c ((1 - ε) y_c + ε/V) for soft targets, w_c ε/V for hard ones."""
     inside = (lane >= lo) & (lane < hi)
     if SOFT:
-        y = _tile.load(target_ptr, base, lane, lo, hi, end, stride_tv, 0.0, MODE, GROUP).to(ACC)
-        q = y * (1.0 - smoothing) + smoothing / V
+        y = _tile.load(target_ptr, base, lane, lo, hi, end, stride_tv, 0.0, MODE, GROUP, ACC)
+        q = y * (1.0 - epsilon) + epsilon / V
     else:
-        q = tl.where(inside, smoothing / V, 0.0)
+        q = tl.where(inside, epsilon / V, 0.0)
     if weight_ptr is not None:
         q *= tl.load(weight_ptr + (lane + (offset - shift)), mask=inside, other=0.0).to(ACC)
     return tl.where(inside, q, 0.0)
@@ -65,10 +65,10 @@ def _weighted(q, z):
     return tl.where(q == 0.0, 0.0, q * z)
 
 
-@triton.jit(do_not_specialize=["V", "S", "rows", "tiles", "z_end", "target_end", "ignore_index"])
+@triton.jit(do_not_specialize=["V", "S", "rows", "tiles", "z_end", "target_end", "ignore_index", "smoothing_bits"])
 def _forward_kernel(
     z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, dz_ptr, invalid_ptr,
-    V, S, rows, tiles, z_end, target_end, ignore_index, smoothing_hi, smoothing_lo,
+    V, S, rows, tiles, z_end, target_end, ignore_index, smoothing, smoothing_bits,
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr,
     SOFT: tl.constexpr, DENSE: tl.constexpr,
@@ -77,7 +77,7 @@ def _forward_kernel(
     n, s = program_rows(S, tiles, BLOCK_R)
     row = n * S + s
     in_range = s < S
-    smoothing = tl.cast(smoothing_hi, ACC) + tl.cast(smoothing_lo, ACC)
+    epsilon = real(smoothing, smoothing_bits, ACC)
     NEG_INF: tl.constexpr = float("-inf")
 
     # one number a row is read and written one-dimensionally: as a column of a tile, every thread of a row would do it
@@ -91,7 +91,7 @@ def _forward_kernel(
         )  # fmt: skip
         tl.atomic_min(invalid_ptr + s * 0, row, mask=bad, sem="relaxed")
         t, known, bad, w_t, z_t = t[:, None], known[:, None], bad[:, None], w_t[:, None], z_t[:, None]
-        q_t = w_t * (1.0 - smoothing)
+        q_t = w_t * (1.0 - epsilon)
     z_start = n * stride_zn + s[:, None] * stride_zs
     t_start = n * stride_tn + s[:, None] * stride_ts
     d_start = n * stride_dn + s[:, None] * stride_ds
@@ -101,8 +101,7 @@ def _forward_kernel(
     lane = tl.arange(0, KEEP)[None, :]
     lo, hi = _tile.span(shift, 0, V, known, KEEP)
     base = _tile.lane_zero(z_start, shift, 0, stride_zv, MODE, GROUP)
-    kept = _tile.load(z_ptr, base, lane, lo, hi, z_end, stride_zv, NEG_INF, MODE, GROUP)
-    z = kept.to(ACC)
+    z = _tile.load(z_ptr, base, lane, lo, hi, z_end, stride_zv, NEG_INF, MODE, GROUP, ACC)
     m = tl.max(z, axis=1)[:, None]
     e = tl.exp(z - finite_base(m))
     total = tl.sum(e, axis=1)[:, None]
@@ -111,7 +110,7 @@ def _forward_kernel(
     if DENSE:
         base = _tile.lane_zero(t_start, shift, 0, stride_tv, TARGET_MODE, GROUP)
         q = _dense_target(
-            target_ptr, base, weight_ptr, lane, 0, shift, lo, hi, target_end, stride_tv, V, smoothing,
+            target_ptr, base, weight_ptr, lane, 0, shift, lo, hi, target_end, stride_tv, V, epsilon,
             SOFT, TARGET_MODE, GROUP, ACC,
         )  # fmt: skip
         W += tl.sum(q, axis=1)[:, None]
@@ -123,13 +122,13 @@ def _forward_kernel(
             offset = KEEP + i * BLOCK_V
             t_lo, t_hi = _tile.span(shift, offset, V, known, BLOCK_V)
             base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-            more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, NEG_INF, MODE, GROUP).to(ACC)
+            more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, NEG_INF, MODE, GROUP, ACC)
             before = finite_base(m)
             m, total = online_max_sum(m, total, more)
             if DENSE:
                 base = _tile.lane_zero(t_start, shift, offset, stride_tv, TARGET_MODE, GROUP)
                 q_tail = _dense_target(
-                    target_ptr, base, weight_ptr, tail, offset, shift, t_lo, t_hi, target_end, stride_tv, V, smoothing,
+                    target_ptr, base, weight_ptr, tail, offset, shift, t_lo, t_hi, target_end, stride_tv, V, epsilon,
                     SOFT, TARGET_MODE, GROUP, ACC,
                 )  # fmt: skip
                 inner += (W - q_t) * (before - finite_base(m))
@@ -159,12 +158,12 @@ def _forward_kernel(
                 offset = KEEP + (steps - 1 - i) * BLOCK_V
                 t_lo, t_hi = _tile.span(shift, offset, V, known, BLOCK_V)
                 base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-                more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, NEG_INF, MODE, GROUP).to(ACC)
+                more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, NEG_INF, MODE, GROUP, ACC)
                 d_tail = tl.exp(more - finite_base(m)) * scale
                 if DENSE:
                     base = _tile.lane_zero(t_start, shift, offset, stride_tv, TARGET_MODE, GROUP)
                     d_tail -= _dense_target(
-                        target_ptr, base, weight_ptr, tail, offset, shift, t_lo, t_hi, target_end, stride_tv, V, smoothing,
+                        target_ptr, base, weight_ptr, tail, offset, shift, t_lo, t_hi, target_end, stride_tv, V, epsilon,
                         SOFT, TARGET_MODE, GROUP, ACC,
                     )  # fmt: skip
                 if not SOFT:
@@ -172,13 +171,13 @@ def _forward_kernel(
                 base = _tile.lane_zero(d_start, shift, offset, stride_dv, DZ_MODE, GROUP)
                 t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
                 _tile.store(dz_ptr, base, tail, t_lo, t_hi, d_tail, stride_dv, DZ_MODE, GROUP)
-            e = tl.exp(kept.to(ACC) - finite_base(m))
+            e = tl.exp(z - finite_base(m))
         dz = e * scale
         if DENSE:
             if not FITS:
                 base = _tile.lane_zero(t_start, shift, 0, stride_tv, TARGET_MODE, GROUP)
                 q = _dense_target(
-                    target_ptr, base, weight_ptr, lane, 0, shift, lo, hi, target_end, stride_tv, V, smoothing,
+                    target_ptr, base, weight_ptr, lane, 0, shift, lo, hi, target_end, stride_tv, V, epsilon,
                     SOFT, TARGET_MODE, GROUP, ACC,
                 )  # fmt: skip
             dz -= q
@@ -189,10 +188,10 @@ def _forward_kernel(
         _tile.store(dz_ptr, base, lane, lo, hi, dz, stride_dv, DZ_MODE, GROUP)
 
 
-@triton.jit(do_not_specialize=["V", "S", "rows", "tiles", "columns", "z_end", "target_end", "ignore_index"])
+@triton.jit(do_not_specialize=["V", "S", "rows", "tiles", "columns", "z_end", "target_end", "ignore_index", "smoothing_bits"])
 def _backward_kernel(
     z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr,
-    V, S, rows, tiles, columns, z_end, target_end, ignore_index, smoothing_hi, smoothing_lo,
+    V, S, rows, tiles, columns, z_end, target_end, ignore_index, smoothing, smoothing_bits,
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds, stride_un, stride_us,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
@@ -204,7 +203,7 @@ def _backward_kernel(
     s = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
     row = n * S + s
     in_range = s < S
-    smoothing = tl.cast(smoothing_hi, ACC) + tl.cast(smoothing_lo, ACC)
+    epsilon = real(smoothing, smoothing_bits, ACC)
 
     known = in_range
     if not SOFT:
@@ -227,16 +226,16 @@ def _backward_kernel(
     lane = tl.arange(0, BLOCK_V)[None, :]
     lo, hi = _tile.span(shift, offset, V, known, BLOCK_V)
     base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-    z = _tile.load(z_ptr, base, lane, lo, hi, z_end, stride_zv, float("-inf"), MODE, GROUP).to(ACC)
+    z = _tile.load(z_ptr, base, lane, lo, hi, z_end, stride_zv, float("-inf"), MODE, GROUP, ACC)
     dz = W * tl.exp((z - finite_base(m)) - log_total)
     if DENSE:
         base = _tile.lane_zero(t_start, shift, offset, stride_tv, TARGET_MODE, GROUP)
         dz -= _dense_target(
-            target_ptr, base, weight_ptr, lane, offset, shift, lo, hi, target_end, stride_tv, V, smoothing,
+            target_ptr, base, weight_ptr, lane, offset, shift, lo, hi, target_end, stride_tv, V, epsilon,
             SOFT, TARGET_MODE, GROUP, ACC,
         )  # fmt: skip
     if not SOFT:
-        dz = tl.where(lane + (offset - shift) == t, dz - w_t * (1.0 - smoothing), dz)
+        dz = tl.where(lane + (offset - shift) == t, dz - w_t * (1.0 - epsilon), dz)
     dz *= g
     if not SOFT:
         dz = tl.where(known, dz, tl.where(bad, float("nan"), 0.0))
@@ -289,7 +288,7 @@ def _call(z, target, dz, label_smoothing):
         "ACC": ACC[z.dtype],
     }
     stride_t = target.stride() if soft else (target.stride(0), 0, target.stride(1))
-    return (*z.stride(), *stride_t, *dz.stride()), split_float(label_smoothing), constants
+    return (*z.stride(), *stride_t, *dz.stride()), float_and_bits(label_smoothing), constants
 
 
 def _launch_forward(z, target, weight, loss, stats, dz, invalid, ignore_index, label_smoothing):
@@ -300,7 +299,8 @@ def _launch_forward(z, target, weight, loss, stats, dz, invalid, ignore_index, l
     N, V, S = z.shape
     strides, smoothing, constants = _call(z, target, z if dz is None else dz, label_smoothing)
     heavy = constants["DENSE"] or weight is not None
-    plan = plan_rows(V, S, z.element_size(), constants["MODE"], unit_s=z.stride(2) == 1 and z.stride(1) != 1, heavy=heavy)
+    unit_s = z.stride(2) == 1 and z.stride(1) != 1
+    plan = plan_rows(V, S, z.element_size(), constants["MODE"], unit_s, heavy)
     tiles = cdiv(S, plan.BLOCK_R)
     _forward_kernel[(N * tiles,)](
         z, target, weight, loss, stats, dz, invalid,

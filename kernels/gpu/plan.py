@@ -23,10 +23,9 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def split_float(value: float) -> tuple[float, float]:
-    """`value` as two float32, for Triton passes a Python float as one: their sum has 48 bits of it."""
-    hi = struct.unpack("f", struct.pack("f", value))[0]
-    return hi, value - hi
+def float_and_bits(value: float) -> tuple[float, int]:
+    """`value` and its float64 bits: Triton passes a Python float as float32, so float64 kernels read the bits."""
+    return value, struct.unpack("q", struct.pack("d", value))[0]
 
 
 def row_mode(addresses: list[int], itemsize: int, count: int, stride: int, row_strides: list[tuple[int, ...]]) -> int:

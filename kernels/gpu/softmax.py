@@ -36,8 +36,7 @@ def _forward_kernel(
 
     lane = tl.arange(0, KEEP)[None, :]
     lo, hi = _tile.span(shift, 0, V, live, KEEP)
-    kept = _tile.load(z_ptr, z_base, lane, lo, hi, z_end, stride_zv, float("-inf"), MODE, GROUP)
-    z = kept.to(ACC)
+    z = _tile.load(z_ptr, z_base, lane, lo, hi, z_end, stride_zv, float("-inf"), MODE, GROUP, ACC)
     m = tl.max(z, axis=1)[:, None]
     e = tl.exp(z - finite_base(m))
     total = tl.sum(e, axis=1)[:, None]
@@ -48,17 +47,17 @@ def _forward_kernel(
             offset = KEEP + i * BLOCK_V
             t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
             base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-            more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, float("-inf"), MODE, GROUP).to(ACC)
+            more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, float("-inf"), MODE, GROUP, ACC)
             m, total = online_max_sum(m, total, more)
         for i in range(steps):
             offset = KEEP + (steps - 1 - i) * BLOCK_V
             t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
             base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-            more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, float("-inf"), MODE, GROUP).to(ACC)
+            more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, float("-inf"), MODE, GROUP, ACC)
             y = tl.exp(more - finite_base(m)) / total
             base = _tile.lane_zero(y_start, shift, offset, stride_yv, MODE, GROUP)
             _tile.store(y_ptr, base, tail, t_lo, t_hi, y, stride_yv, MODE, GROUP)
-        e = tl.exp(kept.to(ACC) - finite_base(m))
+        e = tl.exp(z - finite_base(m))
     _tile.store(y_ptr, y_base, lane, lo, hi, e / total, stride_yv, MODE, GROUP)
 
 
@@ -82,9 +81,9 @@ def _backward_kernel(
 
     lane = tl.arange(0, KEEP)[None, :]
     lo, hi = _tile.span(shift, 0, V, live, KEEP)
-    dy = _tile.load(dy_ptr, g_base, lane, lo, hi, dy_end, stride_gv, 0.0, MODE, GROUP)
-    y = _tile.load(y_ptr, y_base, lane, lo, hi, y_end, stride_yv, 0.0, MODE, GROUP)
-    inner = tl.sum(dy.to(ACC) * y.to(ACC), axis=1)[:, None]
+    dy = _tile.load(dy_ptr, g_base, lane, lo, hi, dy_end, stride_gv, 0.0, MODE, GROUP, ACC)
+    y = _tile.load(y_ptr, y_base, lane, lo, hi, y_end, stride_yv, 0.0, MODE, GROUP, ACC)
+    inner = tl.sum(dy * y, axis=1)[:, None]
     if not FITS:
         tail = tl.arange(0, BLOCK_V)[None, :]
         steps = tl.cdiv(V + GROUP - 1 - KEEP, BLOCK_V)
@@ -92,20 +91,20 @@ def _backward_kernel(
             offset = KEEP + i * BLOCK_V
             t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
             base = _tile.lane_zero(g_start, shift, offset, stride_gv, MODE, GROUP)
-            dy_t = _tile.load(dy_ptr, base, tail, t_lo, t_hi, dy_end, stride_gv, 0.0, MODE, GROUP)
+            dy_t = _tile.load(dy_ptr, base, tail, t_lo, t_hi, dy_end, stride_gv, 0.0, MODE, GROUP, ACC)
             base = _tile.lane_zero(y_start, shift, offset, stride_yv, MODE, GROUP)
-            y_t = _tile.load(y_ptr, base, tail, t_lo, t_hi, y_end, stride_yv, 0.0, MODE, GROUP)
-            inner += tl.sum(dy_t.to(ACC) * y_t.to(ACC), axis=1)[:, None]
+            y_t = _tile.load(y_ptr, base, tail, t_lo, t_hi, y_end, stride_yv, 0.0, MODE, GROUP, ACC)
+            inner += tl.sum(dy_t * y_t, axis=1)[:, None]
         for i in range(steps):
             offset = KEEP + (steps - 1 - i) * BLOCK_V
             t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
             base = _tile.lane_zero(g_start, shift, offset, stride_gv, MODE, GROUP)
-            dy_t = _tile.load(dy_ptr, base, tail, t_lo, t_hi, dy_end, stride_gv, 0.0, MODE, GROUP)
+            dy_t = _tile.load(dy_ptr, base, tail, t_lo, t_hi, dy_end, stride_gv, 0.0, MODE, GROUP, ACC)
             base = _tile.lane_zero(y_start, shift, offset, stride_yv, MODE, GROUP)
-            y_t = _tile.load(y_ptr, base, tail, t_lo, t_hi, y_end, stride_yv, 0.0, MODE, GROUP).to(ACC)
+            y_t = _tile.load(y_ptr, base, tail, t_lo, t_hi, y_end, stride_yv, 0.0, MODE, GROUP, ACC)
             base = _tile.lane_zero(d_start, shift, offset, stride_dv, MODE, GROUP)
-            _tile.store(dz_ptr, base, tail, t_lo, t_hi, y_t * (dy_t.to(ACC) - inner), stride_dv, MODE, GROUP)
-    dz = y.to(ACC) * (dy.to(ACC) - inner)
+            _tile.store(dz_ptr, base, tail, t_lo, t_hi, y_t * (dy_t - inner), stride_dv, MODE, GROUP)
+    dz = y * (dy - inner)
     _tile.store(dz_ptr, d_base, lane, lo, hi, dz, stride_dv, MODE, GROUP)
 
 
