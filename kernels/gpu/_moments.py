@@ -23,25 +23,38 @@ def _fixed_point(x, largest):
 
 
 @triton.jit
-def per_channel(x):
-    """Σ over samples and lanes of a tile, one number a channel, rounded once for all that float32 adds up."""
-    total = plain_sum(x)
+def per_channel(x, lost):
+    """Σ (x - lost) over samples and lanes of a tile as (hi, lo), which in float32 holds what no float32 sum would."""
+    hi = plain_sum(x)
+    lo = tl.zeros_like(hi)
     if x.dtype == tl.float32:
-        fixed, unit = _fixed_point(x, tl.max(tl.max(tl.abs(x), axis=2), axis=0)[None, :, None])
-        exact = tl.sum(tl.sum(fixed, axis=2), axis=0)[None, :, None].to(tl.float32) * unit
-        total = tl.where(tl.abs(total) < float("inf"), exact, total)
+        largest = tl.max(tl.max(tl.abs(x), axis=2), axis=0)[None, :, None]
+        fixed, unit = _fixed_point(x, largest)
+        fixed_lost, unit = _fixed_point(lost, largest)
+        total = tl.sum(tl.sum(fixed - fixed_lost, axis=2), axis=0)[None, :, None]
+        hi, lo = _two_floats(total, unit, hi)
+    return hi, lo
+
+
+@triton.jit
+def over_splits(hi, lo):
+    """Σ (hi + lo) over the first axis of (SPLITS, BLOCK_C), rounded once."""
+    total = tl.sum(hi + lo, axis=0)
+    if hi.dtype == tl.float32:
+        largest = tl.max(tl.abs(hi), axis=0)[None, :]
+        fixed, unit = _fixed_point(hi, largest)
+        fixed_lo, unit = _fixed_point(lo, largest)
+        total, _ = _two_floats(tl.sum(fixed + fixed_lo, axis=0), tl.reshape(unit, [hi.shape[1]]), total)
     return total
 
 
 @triton.jit
-def over_splits(x):
-    """Σ over the first axis of (SPLITS, BLOCK_C), rounded as `per_channel` is."""
-    total = tl.sum(x, axis=0)
-    if x.dtype == tl.float32:
-        fixed, unit = _fixed_point(x, tl.max(tl.abs(x), axis=0)[None, :])
-        exact = tl.sum(fixed, axis=0).to(tl.float32) * tl.reshape(unit, [x.shape[1]])
-        total = tl.where(tl.abs(total) < float("inf"), exact, total)
-    return total
+def _two_floats(fixed, unit, otherwise):
+    """A sum in fixed point as (hi, lo); where float32 met an infinity or NaN, that."""
+    hi = fixed.to(tl.float32)
+    lo = (fixed - hi.to(tl.int64)).to(tl.float32)
+    finite = tl.abs(otherwise) < float("inf")
+    return tl.where(finite, hi * unit, otherwise), tl.where(finite, lo * unit, 0.0)
 
 
 @triton.jit
@@ -58,8 +71,10 @@ def first_moments(x, inside, count, origin, alpha):
     safe = tl.maximum(count, 1.0)
     centre = origin + plain_sum(tl.where(inside, x - origin, 0.0)) / safe
     d = tl.where(inside, x - centre, 0.0)
-    lo = per_channel(d) / safe
-    M2 = plain_sum((alpha * d) * (alpha * d)) - safe * (alpha * lo) * (alpha * lo)
+    sum_hi, sum_lo = per_channel(d, tl.zeros_like(d))
+    lo = (sum_hi + sum_lo) / safe
+    squares, _ = per_channel((alpha * d) * (alpha * d), tl.zeros_like(d))
+    M2 = squares - safe * (alpha * lo) * (alpha * lo)
     hi = centre + lo
     return hi, lo - (hi - centre), M2
 
@@ -69,7 +84,8 @@ def next_moments(hi, lo, M2, count, x, inside, more, alpha):
     """(hi, lo, M2) of `count` values after a tile of `more`, summed about the mean so far."""
     d = tl.where(inside, x - hi, 0.0)
     total = count + more
-    u = (count * lo + per_channel(d)) / tl.maximum(total, 1.0)
+    sum_hi, sum_lo = per_channel(d, tl.zeros_like(d))
+    u = (sum_hi + (count * lo + sum_lo)) / tl.maximum(total, 1.0)
     squares = plain_sum((alpha * d) * (alpha * d))
     M2 += count * (alpha * lo) * (alpha * lo) + squares - total * (alpha * u) * (alpha * u)
     moved = hi + u

@@ -177,9 +177,10 @@ def _merge_kernel(
     total = tl.maximum(tl.sum(count, axis=0), 1.0)
     first = tl.load(partial_ptr + channel, mask=channel < C, other=0.0)
     delta = (tl.load(cell, mask=mask, other=0.0) - first[None, :]) + tl.load(cell + step, mask=mask, other=0.0)
-    u = over_splits(delta * count) / total
+    u = over_splits(delta * count, tl.zeros_like(delta)) / total
     d = alpha * (delta - u[None, :])
-    M2 = over_splits(tl.load(cell + 2 * step, mask=mask, other=0.0) + tl.where(mask, count * d * d, 0.0))
+    squares = tl.load(cell + 2 * step, mask=mask, other=0.0)
+    M2 = over_splits(squares, tl.where(mask, count * d * d, 0.0))
     hi = first + u
     _finish(
         hi, u - (hi - first), M2, alpha, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C,
@@ -256,19 +257,18 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_reduce_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, N, C, S, lane_blocks, tiles, per_split, splits, dy_end, x_end,
+    dy_ptr, x_ptr, mean_ptr, partial_ptr, N, C, S, lane_blocks, tiles, per_split, splits, dy_end, x_end,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
     MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """partial (2, splits, C): Σ dy x̂ and Σ dy of each split of each channel."""
+    """partial (4, splits, C): hi and lo of Σ dy (x - μ) and of Σ dy, of each split of each channel."""
     pid = tl.program_id(0).to(tl.int64)
     split = pid % splits
     channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
     mean_hi = _vector(mean_ptr, channel, C, 0.0, ACC)
     mean_lo = _vector(mean_ptr + C, channel, C, 0.0, ACC)
-    rstd = _vector(rstd_ptr, channel, C, 0.0, ACC)
     dgamma = tl.zeros([BLOCK_N, BLOCK_C, LANES], ACC)
     dbeta, lost_dgamma, lost_dbeta = dgamma, dgamma, dgamma
     first = split * per_split
@@ -280,21 +280,30 @@ def _backward_reduce_kernel(
         product = tl.where(_inside(at, LANES), dy * ((x - mean_hi) - mean_lo), 0.0)
         dgamma, lost_dgamma = compensated_add(dgamma, lost_dgamma, product)
     out = partial_ptr + (split * C + c)
-    tl.store(out, (per_channel(dgamma) - per_channel(lost_dgamma)) * rstd, mask=c < C)
-    tl.store(out + splits * C, per_channel(dbeta) - per_channel(lost_dbeta), mask=c < C)
+    step = splits.to(tl.int64) * C
+    hi, lo = per_channel(dgamma, lost_dgamma)
+    tl.store(out, hi, mask=c < C)
+    tl.store(out + step, lo, mask=c < C)
+    hi, lo = per_channel(dbeta, lost_dbeta)
+    tl.store(out + 2 * step, hi, mask=c < C)
+    tl.store(out + 3 * step, lo, mask=c < C)
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _backward_merge_kernel(partial_ptr, dgamma_ptr, dbeta_ptr, C, splits, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr):
-    """The splits' sums, added by a tree."""
-    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+def _backward_merge_kernel(
+    partial_ptr, rstd_ptr, dgamma_ptr, dbeta_ptr, C, splits, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """The splits' sums as one."""
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.arange(0, SPLITS)[:, None]
-    mask = (split < splits) & (c < C)
-    cell = partial_ptr + (split * C + c)
-    dgamma = over_splits(tl.load(cell, mask=mask, other=0.0))[None, :]
-    dbeta = over_splits(tl.load(cell + splits.to(tl.int64) * C, mask=mask, other=0.0))[None, :]
-    tl.store(dgamma_ptr + c, dgamma, mask=c < C)
-    tl.store(dbeta_ptr + c, dbeta, mask=c < C)
+    mask = (split < splits) & (channel < C)[None, :]
+    cell = partial_ptr + (split * C + channel[None, :])
+    step = splits.to(tl.int64) * C
+    rstd = tl.load(rstd_ptr + channel, mask=channel < C, other=0.0)
+    dgamma = over_splits(tl.load(cell, mask=mask, other=0.0), tl.load(cell + step, mask=mask, other=0.0))
+    dbeta = over_splits(tl.load(cell + 2 * step, mask=mask, other=0.0), tl.load(cell + 3 * step, mask=mask, other=0.0))
+    tl.store(dgamma_ptr + channel, dgamma * rstd, mask=channel < C)
+    tl.store(dbeta_ptr + channel, dbeta, mask=channel < C)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -358,11 +367,8 @@ def _backward_kernel(
             d = (x - mean_hi) - mean_lo
             dbeta, lost_dbeta = compensated_add(dbeta, lost_dbeta, dy)
             dgamma, lost_dgamma = compensated_add(dgamma, lost_dgamma, tl.where(_inside(at, LANES), dy * d, 0.0))
-    total_dgamma = per_channel(dgamma)
-    total_dbeta = per_channel(dbeta)
-    if not RESIDENT:
-        total_dgamma -= per_channel(lost_dgamma)
-        total_dbeta -= per_channel(lost_dbeta)
+    total_dgamma, _ = per_channel(dgamma, lost_dgamma)
+    total_dbeta, _ = per_channel(dbeta, lost_dbeta)
     total_dgamma *= rstd
     tl.store(dgamma_ptr + c, total_dgamma, mask=c < C)
     tl.store(dbeta_ptr + c, total_dbeta, mask=c < C)
@@ -473,14 +479,14 @@ def backward_reduce(dy, x, mean, rstd, dgamma, dbeta) -> None:
     dy, x = _flatten(dy, x)
     plan, sizes, constants = _plan(x, operands=2)
     C = x.shape[1]
-    partial = torch.empty((2, plan.splits, C), dtype=dgamma.dtype, device=x.device)
+    partial = torch.empty((4, plan.splits, C), dtype=dgamma.dtype, device=x.device)
     _backward_reduce_kernel[(plan.channel_blocks * plan.splits,)](
-        dy, x, mean, rstd, partial, *sizes, *plan.split, end_of(dy), end_of(x),
+        dy, x, mean, partial, *sizes, *plan.split, end_of(dy), end_of(x),
         *dy.stride(), *x.stride(), DY_MODE=follower_mode(2, x, dy), **constants,
     )  # fmt: skip
     block, programs = plan_channels(C)
     _backward_merge_kernel[(programs,)](
-        partial, dgamma, dbeta, C, plan.splits, BLOCK_C=block, SPLITS=next_power_of_2(plan.splits)
+        partial, rstd, dgamma, dbeta, C, plan.splits, BLOCK_C=block, SPLITS=next_power_of_2(plan.splits)
     )
 
 

@@ -305,7 +305,8 @@ def _launch_forward(z, target, weight, loss, stats, dz, invalid, ignore_index, l
     _forward_kernel[(N * tiles,)](
         z, target, weight, loss, stats, dz, invalid,
         V, S, N * S, tiles, end_of(z), end_of(target), ignore_index, *smoothing, *strides,
-        BLOCK_R=plan.BLOCK_R, KEEP=plan.KEEP, BLOCK_V=plan.BLOCK_V, FITS=plan.FITS, **constants, num_warps=warps(plan.num_warps),
+        BLOCK_R=plan.BLOCK_R, KEEP=plan.KEEP, BLOCK_V=plan.BLOCK_V, FITS=plan.FITS, **constants,
+        num_warps=warps(plan.num_warps),
     )  # fmt: skip
 
 
