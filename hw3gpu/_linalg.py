@@ -214,13 +214,14 @@ def _asymmetry(xp: ModuleType, a: Array) -> Array:
 def smallest(ns: Numerics, s: Array, k: int, method: str) -> tuple[Array, Array, str]:
     """Eigenpairs 1…c of each matrix of `s`, ascending, c = m or min(k + 1, m), and the name of the solver that ran.
 
-    "auto" takes the range-limited solver for one matrix on the host with m ≥ 64 and k ≲ m / 8, and for a stack that goes
-    to threads with k ≲ m / 2.
+    "auto" takes the range-limited solver on the host for few eigenpairs: of one matrix k ≲ m / 16 for 64 ≤ m < 256, m / 8
+    below 1024 and m / 4 from there on, where it was measured to be as fast; of each of a stack in threads k ≲ m / 2.
     """
     m = s.shape[-1]
     count = min(k + 1, m)
     if method == "auto":
-        few = 2 * count <= m if in_threads(s) else s.ndim == 2 and m >= 64 and 8 * count <= m
+        part = 2 if in_threads(s) else 4 if m >= 1024 else 8 if m >= 256 else 16
+        few = part * k <= m and m >= 64 and (s.ndim == 2 or in_threads(s))
         method = "syevr" if ns.xp is np and few else "syevd"
     values, vectors = eigh(ns, s) if method == "syevd" else eigh_range(s, count)
     return values, vectors, method.replace("sy", "he") if s.dtype.kind == "c" else method
@@ -231,17 +232,21 @@ def eigh(ns: Numerics, s: Array) -> tuple[Array, Array]:
 
     A zero matrix gives 0 and unit vectors, whatever the solver makes of it. LinAlgError when it does not converge.
     """
-    xp, m = ns.xp, s.shape[-1]
-    zero = ~xp.any(s != 0, axis=(-2, -1))
-    if bool(xp.any(zero)):
-        s = xp.where(zero[..., None, None], xp.diag(xp.arange(m, dtype=s.dtype)), s)
-    if xp is np or s.ndim == 2:
-        values, vectors = xp.linalg.eigh(s)
-    else:
-        values, vectors = _eigh_chunked(xp, s)
-    if not bool(xp.isfinite(values).all() and xp.isfinite(vectors).all()):
+    xp = ns.xp
+    values, vectors = xp.linalg.eigh(s) if xp is np else _eigh_on_gpu(xp, s)
+    if not bool(xp.isfinite(values).all()):
         raise np.linalg.LinAlgError("the eigensolver returned values that are not finite")
-    return xp.where(zero[..., None], xp.zeros_like(values), values), vectors
+    return values, vectors
+
+
+def _eigh_on_gpu(xp: ModuleType, s: Array) -> tuple[Array, Array]:
+    """`xp.linalg.eigh` where cuSOLVER may make NaN of a zero matrix: those are solved as diag(0, 1, …) and set to 0."""
+    zero = ~xp.any(s != 0, axis=(-2, -1))
+    numbers = xp.arange(s.shape[-1], dtype=real_dtype(str(s.dtype)))
+    s = xp.where(zero[..., None, None], xp.diag(numbers), s)
+    values, vectors = xp.linalg.eigh(s) if s.ndim == 2 else _eigh_chunked(xp, s)
+    values = xp.where(zero[..., None], xp.zeros_like(values), values)
+    return xp.where(xp.isfinite(vectors).all(axis=-2), values, np.nan), vectors
 
 
 def _eigh_chunked(xp: ModuleType, s: Array) -> tuple[Array, Array]:
@@ -315,8 +320,11 @@ def frobenius(xp: ModuleType, a: Array) -> Array:
 def fix_signs(ns: Numerics, vectors: Array) -> Array:
     """Each column turned (by ±1, or a phase) so that its entry of largest modulus, the first of equals, is positive."""
     xp = ns.xp
+    if vectors.dtype.kind != "c":
+        most, least = vectors.max(axis=-2), vectors.min(axis=-2)
+        if not bool(xp.any(most == -least)):
+            return vectors * xp.where(most > -least, 1, -1).astype(vectors.dtype)[..., None, :]
     at = xp.argmax(abs(vectors), axis=-2)
     pivot = xp.take_along_axis(vectors, at[..., None, :], axis=-2)
     size = abs(pivot)
-    unit = xp.where(size > 0, pivot.conj() / xp.where(size > 0, size, 1), xp.ones_like(pivot))
-    return vectors * unit
+    return vectors * xp.where(size > 0, pivot.conj() / xp.where(size > 0, size, 1), xp.ones_like(pivot))

@@ -58,7 +58,7 @@ def find_leg(backend: str) -> Leg:
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ["HW3GPU_BACKEND"] = "gpu"
     if interpreted:
-        from interpreter import round_as_a_gpu
+        from benchmarks.inside_triton import round_as_a_gpu
 
         round_as_a_gpu()
         return Leg("gpu", "cpu", True, ("numpy", "torch"), {"cupy": "CuPy arrays need a CUDA device"})

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from layouts import in_layout
-from measure import close, max_error, ulp
+from measure import close, max_error
 
 import hw3gpu
 from hw3gpu import reference
-from hw3gpu._arrays import accumulate_dtype
-from hw3gpu._cli.arrays import to_torch
-from hw3gpu._cli.measure import PYTORCH_FACTOR
+from hw3gpu._arrays import accumulate_dtype, requested_backend
+from hw3gpu._cli.arrays import Place, to_numpy
 
 # the values that the kernels are asked to spoil are spoilt in the interpreter with a warning
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -38,9 +37,39 @@ CASES = {
     "off 16 bytes": ((3, 2, 4, 4), 1, "shifted"),
     "backwards": ((3, 2, 4, 4), 1, "reversed"),
     "a single value": ((1, 1), 1, "contiguous"),
-    "long channels": ((1, 2, 20470), 1, "contiguous"),
+    "long channels": ((1, 1, 20470), 1, "contiguous"),
     "long channels, channels-last": ((1, 50, 50, 16), -1, "contiguous"),
 }
+
+
+class Tensors(Place):
+    """torch tensors alone, for what does not depend on the kind of array."""
+
+    def numpy(self, x):
+        return to_numpy(x)
+
+
+@pytest.fixture
+def tensors(device):
+    return Tensors("torch", device)
+
+
+def to_torch(x):
+    """A new torch tensor of the values and dtype of `x`, contiguous."""
+    return torch.as_tensor(x.copy() if isinstance(x, np.ndarray) else x).detach().clone().contiguous()
+
+
+@pytest.fixture(params=[1, 2, 132], ids=["looped", "two splits", "split"])
+def multiprocessors(request, monkeypatch):
+    """Long channels under the plans of three devices. The Numba kernels have none: there the three are one."""
+    if use_of_gpu_kernels():
+        from hw3gpu.kernels.gpu import plan
+
+        monkeypatch.setattr(plan, "MULTIPROCESSORS", request.param)
+
+
+def use_of_gpu_kernels():
+    return requested_backend() == "gpu"
 
 
 def channels(shape, axis):
@@ -60,18 +89,11 @@ def sums_over(x, axis):
     return tuple(i for i in range(x.ndim) if axis is None or i != axis % x.ndim)
 
 
-def hold(name, ours, expected, theirs, dtype, terms=None):
-    """The measure of tests/measure.py with PyTorch's result `theirs`, the result's name in the message.
-
-    A sum that cancels is held to 1 ulp of the sum of its `terms`' magnitudes: PyTorch sums float32 in float64 on the CPU, the
-    Triton kernels do not, and each term has been rounded once. Nothing else is allowed for.
-    """
-    theirs = np.asarray(theirs.double().cpu().numpy()).reshape(expected.shape)
-    torch_error = max_error(theirs, expected, dtype)
-    if terms is not None:
-        torch_error += (ulp(np.max(terms), dtype) - ulp(np.max(np.abs(expected)), dtype)) / PYTORCH_FACTOR
+def hold(name, ours, expected, dtype, *theirs):
+    """`close`, with the name of the result in the message; PyTorch's error is that of the worst of `theirs`."""
+    theirs = (t.double().cpu().numpy().reshape(expected.shape) for t in theirs)
     try:
-        close(ours, expected, torch_error, dtype)
+        close(ours, expected, max(max_error(t, expected, dtype) for t in theirs), dtype)
     except AssertionError as error:
         raise AssertionError(f"{name}: {error}") from None
 
@@ -87,16 +109,15 @@ def forward_and_check(kit, dtype, x, gamma, beta, axis, eps=1e-5):
     weight, bias = (None if v is None else to_torch(v).reshape(-1).to(getattr(torch, acc)) for v in (gamma, beta))
     y, mean, rstd = torch.native_batch_norm(x_t, weight, bias, None, None, True, 0.0, eps)
     var = torch.var(x_t.to(mean.dtype), sums_over(x_t, 1), correction=0)
-    hold("y", kit.numpy(result.y), expected.y, channels_back(y, axis, x.shape), dtype)
-    size = np.abs(values[0]).mean(sums_over(x, axis))
-    hold("mean", kit.numpy(result.mean), expected.mean, mean, acc, size)
-    hold("var", kit.numpy(result.var), expected.var, var, acc)
-    hold("rstd", kit.numpy(result.rstd), expected.rstd, rstd, acc)
+    hold("y", kit.numpy(result.y), expected.y, dtype, channels_back(y, axis, x.shape))
+    hold("mean", kit.numpy(result.mean), expected.mean, acc, mean)
+    hold("var", kit.numpy(result.var), expected.var, acc, var)
+    hold("rstd", kit.numpy(result.rstd), expected.rstd, acc, rstd)
     return result
 
 
 def backward_and_check(kit, dtype, dy, x, mean, var, gamma, axis, eps=1e-5):
-    """As `forward_and_check`; PyTorch's dμ and dσ² are the assignment's formulas, evaluated by it in one precision."""
+    """As `forward_and_check`. PyTorch's dμ and dσ² are the assignment's formulas evaluated by it, and its autograd's."""
     result = hw3gpu.batch_norm_backward(dy, x, mean, var, gamma, eps=eps, channel_axis=axis)
     acc = accumulate_dtype(x)
     dy_np, x_np, mean_np, var_np = map(kit.numpy, (dy, x, mean, var))
@@ -119,16 +140,15 @@ def backward_and_check(kit, dtype, dy, x, mean, var, gamma, axis, eps=1e-5):
     centred = x_t.to(of) - mean_t.view(along)
     dvar = (dx_hat * centred).sum(sums_over(x_t, 1)) * -0.5 * (var_t + eps) ** -1.5
     dmean = -(dx_hat * rstd.view(along)).sum(sums_over(x_t, 1))
+    leaves = mean_t.requires_grad_(), var_t.requires_grad_()
+    y = (x_t.to(of) - mean_t.view(along)) / (var_t.view(along) + eps).sqrt() * weight.view(along)
+    autograd_dmean, autograd_dvar = torch.autograd.grad(y, leaves, dy_t.to(of))
 
-    hold("dx", kit.numpy(result.dx), sheet.dx, channels_back(dx, axis, x.shape), dtype)
-    scale = kit.numpy(weight) / np.sqrt(var_np.reshape(-1) + eps)
-    size_dbeta = np.abs(channels_second(torch.from_numpy(dy_np), axis)).sum(sums_over(x_t, 1)).numpy()
-    x_hat = reference.batch_norm_inference(x_np, mean_np, var_np, eps=eps, channel_axis=axis)
-    size_dgamma = np.abs(channels_second(torch.from_numpy(dy_np * x_hat), axis)).sum(sums_over(x_t, 1)).numpy()
-    hold("dgamma", kit.numpy(result.dgamma), sheet.dgamma, dgamma, acc, size_dgamma)
-    hold("dbeta", kit.numpy(result.dbeta), sheet.dbeta, dbeta, acc, size_dbeta)
-    hold("dvar", kit.numpy(result.dvar), sheet.dvar, dvar, acc, 0.5 * np.abs(scale) / np.sqrt(var_np.reshape(-1) + eps) * size_dgamma)
-    hold("dmean", kit.numpy(result.dmean), at_mean.dmean, dmean, acc, np.abs(scale) * size_dbeta)
+    hold("dx", kit.numpy(result.dx), sheet.dx, dtype, channels_back(dx, axis, x.shape))
+    hold("dgamma", kit.numpy(result.dgamma), sheet.dgamma, acc, dgamma)
+    hold("dbeta", kit.numpy(result.dbeta), sheet.dbeta, acc, dbeta)
+    hold("dvar", kit.numpy(result.dvar), sheet.dvar, acc, dvar, autograd_dvar)
+    hold("dmean", kit.numpy(result.dmean), at_mean.dmean, acc, dmean, autograd_dmean)
     return result
 
 
@@ -156,26 +176,27 @@ def test_every_shape_and_layout(kit, rng, case, dtype):
     both_ways(kit, rng, dtype, *CASES[case])
 
 
-@pytest.mark.parametrize("case", ["4x4 planes", "7x7 planes", "(B, W, H, C)", "long channels"])
+@pytest.mark.parametrize("case", ["7x7 planes", "(B, W, H, C)", "long channels"])
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
 def test_the_other_dtypes(kit, rng, case, dtype):
     both_ways(kit, rng, dtype, *CASES[case])
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 2], ids="{} multiprocessors".format)
 @pytest.mark.parametrize(
     ("shape", "axis"),
-    [((2, 20, 3), 1), ((1, 2, 20470), 1), ((40, 2, 601), 1), ((1, 60, 60, 5), -1)],
-    ids=["several channels a program", "looped or split", "several samples a tile", "channels-last, looped or split"],
+    [((1, 1, 20470), 1), ((20, 1, 601), 1), ((1, 60, 60, 5), -1)],
+    ids=["one sample", "several samples a tile", "channels-last"],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_plan(kit, rng, monkeypatch, shape, axis, multiprocessors, dtype):
-    """A device with few multiprocessors makes the plans of large inputs choose themselves for small ones."""
-    if kit.backend == "gpu":
-        from hw3gpu.kernels.gpu import plan
+def test_long_channels(tensors, multiprocessors, rng, shape, axis):
+    both_ways(tensors, rng, "float32", shape, axis)
 
-        monkeypatch.setattr(plan, "MULTIPROCESSORS", multiprocessors)
-    both_ways(kit, rng, dtype, shape, axis)
+
+@pytest.mark.parametrize("multiprocessors", [1], indirect=True, ids=["many channels"])
+@pytest.mark.parametrize("shape", [(2, 20, 3), (2, 37, 4)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_several_channels_a_program(tensors, multiprocessors, rng, shape, dtype):
+    """A device with one multiprocessor makes the plan of many small channels choose itself for few."""
+    both_ways(tensors, rng, dtype, shape, 1)
 
 
 def test_without_gamma_and_beta(kit, rng, dtype):
@@ -245,8 +266,8 @@ def ulp_of_parts(x):
 
 
 def test_channel_axis_is_a_matter_of_names(kit, rng):
-    """The same numbers wherever the channels stand, to the last bit or nearly: tiles differ, sums may be ordered otherwise."""
-    values = rng.standard_normal((3, 4, 5, 6))
+    """The same numbers wherever the channels stand, but for the order of the sums."""
+    values = rng.standard_normal((3, 2, 4, 5))
     expected = kit.numpy(hw3gpu.batch_norm(kit.array(values, "float64")).y)
     for axis in (0, 2, 3, -1, -2):
         moved = kit.array(np.moveaxis(values, 1, axis), "float64")
@@ -272,8 +293,9 @@ HARD = {
     "mean -1e4, spread 0.1": lambda rng, shape: -1e4 + 0.1 * rng.standard_normal(shape),
     "outlier first": outlier_first,
     "constant channel": constant_channel,
-    "values near 1e18": lambda rng, shape: 1e18 * rng.standard_normal(shape),
-    "values near 1e-20": lambda rng, shape: 1e-20 * rng.standard_normal(shape),
+    "values near 1e18": lambda rng, shape: 1e18 * (1.0 + 0.1 * rng.standard_normal(shape)),
+    "a spread of 1e18": lambda rng, shape: 1e18 * rng.standard_normal(shape),
+    "values near 1e-15": lambda rng, shape: 1e-15 * rng.standard_normal(shape),
     "alternating 1e4": lambda rng, shape: 1e4 * (-1.0) ** np.arange(math.prod(shape)).reshape(shape),
     "two values, one apart": lambda rng, shape: 4096.0 + rng.integers(0, 2, shape),
 }
@@ -288,18 +310,13 @@ def test_hard_values(kit, rng, case, dtype):
     both_ways(kit, rng, dtype, shape, 1, values=values)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 2, 132], ids=["looped", "two splits", "split"])
 @pytest.mark.parametrize("case", ["mean 1e4", "values near 1e18", "outlier first", "two values, one apart"])
-def test_hard_values_in_long_channels(kit, rng, monkeypatch, case, multiprocessors):
-    if kit.backend == "gpu":
-        from hw3gpu.kernels.gpu import plan
-
-        monkeypatch.setattr(plan, "MULTIPROCESSORS", multiprocessors)
+def test_hard_values_in_long_channels(tensors, multiprocessors, rng, case):
     shape = (1, 1, 20470)
-    both_ways(kit, rng, "float32", shape, 1, values=HARD[case](rng, shape))
+    both_ways(tensors, rng, "float32", shape, 1, values=HARD[case](rng, shape))
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 7, 7), (1, 2, 20470), (2, 5, 4, 2), (9, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2, 7, 7), (1, 2, 8191), (2, 5, 4, 2), (9, 2)], ids=str)
 @pytest.mark.parametrize("value", [1.23e6, -0.1, 3.0e18])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_constant_channel_comes_out_as_beta(kit, shape, value, dtype):
@@ -316,10 +333,18 @@ def test_a_constant_channel_comes_out_as_beta(kit, shape, value, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_upstream_gradients_with_a_large_mean(kit, rng, dtype):
     """dy - mean(dy) keeps its digits only where 1/m does."""
-    x, _, gamma, _ = operands(kit, rng, dtype, (5, 2, 13), 1)
-    dy = kit.array(1e4 + rng.standard_normal((5, 2, 13)), dtype)
+    x, _, gamma, _ = operands(kit, rng, dtype, (5, 6, 13), 1)
+    dy = kit.array(1e4 + rng.standard_normal((5, 6, 13)), dtype)
     result = hw3gpu.batch_norm(x)
     backward_and_check(kit, dtype, dy, x, result.mean, result.var, gamma, 1)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e15], ids="{:g}".format)
+def test_upstream_gradients_of_any_size(tensors, rng, scale):
+    x, _, gamma, _ = operands(tensors, rng, "float32", (5, 2, 13), 1)
+    dy = tensors.array(scale * rng.standard_normal((5, 2, 13)), "float32")
+    result = hw3gpu.batch_norm(x)
+    backward_and_check(tensors, "float32", dy, x, result.mean, result.var, gamma, 1)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
@@ -365,6 +390,7 @@ def test_results_are_frozen(kit, rng):
 
 
 @pytest.mark.parametrize("case", ["7x7 planes", "(B, W, H, C)", "long channels"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_bitwise_repeatable(kit, rng, case, dtype):
     shape, axis, layout = CASES[case]
     x, dy, gamma, beta = operands(kit, rng, dtype, shape, axis, layout)

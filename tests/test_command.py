@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hw3gpu.__main__ import ROWS, main
 from hw3gpu._arrays import kernels
@@ -106,18 +107,19 @@ def test_verify_counts_nan_in_a_wrong_place_as_a_failure() -> None:
 
 # ---------------------------------------------------------------------------------------------- train
 def test_train_learns_as_pytorch_does(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[tuple[train.Run, train.Run, train.Digits]] = []
+    nets: list[train.Run] = []
     learn = train.train
-    monkeypatch.setattr(train, "train", lambda *arguments: runs.append(learn(*arguments)) or runs[0])
+    monkeypatch.setattr(train, "train", lambda *arguments: nets.extend(learn(*arguments)) or tuple(nets))
     png = tmp_path / "curves" / "train.png"
     assert main(["train", "--epochs", "6", "--output", str(png), "--device", "cpu"]) == 0
 
-    ((ours, theirs, data),) = runs
+    ours, theirs = nets
+    data = train.Digits.load(0, torch.device("cpu"))
     assert ours.accuracy(data) > 0.97
     assert theirs.accuracy(data) > 0.97
     assert len(ours.losses) == len(theirs.losses) == 6 * -(-len(data.x) // train.BATCH)
-    # the first steps differ by rounding alone
-    assert max(abs(a - b) for a, b in zip(ours.losses[:20], theirs.losses[:20], strict=True)) < 1e-4
+    # rounding alone separates the nets, until training has amplified it
+    assert max(abs(a - b) for a, b in zip(ours.losses[:10], theirs.losses[:10], strict=True)) < 1e-5
     assert png.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert str(png) in printed

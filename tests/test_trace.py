@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from operator import attrgetter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from hw3gpu import _arrays, reference, trace
+from hw3gpu import _arrays, _certificate, _linalg, reference, trace
 from hw3gpu.trace import minimize_trace, minor_components
 
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
@@ -103,6 +104,22 @@ def test_matches_the_answer_sheet(case, method, scale):
     assert result.value_certified
     assert result.certified == (not degenerate)
     assert (result.reason == "") == result.certified
+
+
+@pytest.mark.parametrize("name", ["digits", "breast_cancer", "wine", "diabetes"])
+def test_covariances_of_real_data(name):
+    datasets = pytest.importorskip("sklearn.datasets")
+    x = getattr(datasets, f"load_{name}")().data
+    sigma, k = reference.moments(x).covariance, 4
+    result = minimize_trace(sigma, k)
+    check_against_reference(result, sigma, k, 10 * len(sigma) * EPS["float64"])
+    assert result.value_certified
+    assert result.certified == (result.gap > 2 * result.margin)
+    from_data = minor_components(x, k)
+    assert abs(from_data.value - result.value) <= 10 * len(sigma) * EPS["float64"] * np.linalg.norm(sigma)
+    assert from_data.certified
+    # what is left of the small variances in the covariance is up to eps · λ_max; the data have them to more digits
+    np.testing.assert_allclose(((x - x.mean(axis=0)) @ from_data.phi).var(axis=0), from_data.eigenvalues, atol=1e-20, rtol=1e-8)
 
 
 def test_every_kind_and_dtype(kit):
@@ -212,6 +229,8 @@ def test_the_sign_rule():
     # an eigenvector whose entries sum to zero: a rule by the sum's sign would zero it
     result = minimize_trace(np.array([[0.0, 1.0], [1.0, 0.0]]), 2)
     np.testing.assert_allclose(abs(result.phi), 2**-0.5)
+    signed = _linalg.fix_signs(_linalg.Numerics(np, None), np.array([[-1.0, 1.0, 0.0], [1.0, -1.0, -2.0]]))
+    np.testing.assert_array_equal(signed, [[1.0, 1.0, 0.0], [-1.0, -1.0, 2.0]])
     phi = minimize_trace(wishart(12), 12).phi
     assert np.all(phi[abs(phi).argmax(axis=0), range(12)] > 0)
 
@@ -234,19 +253,31 @@ def test_the_dual_value_bounds_the_minimum(case):
     assert result.margin <= 8 * (len(sigma) + 4) ** 2 * EPS["float64"] * np.linalg.norm(sigma) + 1e-299
 
 
+def test_the_factorised_matrix_leaves_room_for_rounding(monkeypatch):
+    """What Cholesky is shown lies below Σ + S - tI by more than forming and factorising it can round."""
+    shown = []
+    monkeypatch.setattr(_certificate, "is_definite", lambda ns, a: shown.append(a.copy()) or np.array(True))
+    m, k = 60, 10
+    result = minimize_trace(np.eye(m) / 2, k)  # scaled by one; every eigenvalue of Σ + S - tI is the margin
+    u = EPS["float64"] / 2
+    room = result.margin - np.linalg.eigvalsh(shown[0])
+    assert np.all(room >= 0.9 * ((k + 3) * u * np.linalg.norm(np.eye(m) / 2) + (m + 1) * u * np.trace(shown[0])))
+    assert np.all(room <= result.margin / 3)
+
+
 @pytest.mark.parametrize("swapped", [0, 2, 4], ids="eigenpair {} missed".format)
 @pytest.mark.parametrize("m", [20, 9], ids=["k < m / 2", "k > m / 2"])
 def test_a_missed_eigenvalue_is_found(monkeypatch, swapped, m):
     """A solver that leaves one of the k smallest out: exact eigenvectors, orthonormal, and not the minimum."""
     k = 5
-    honest = trace.eigh
+    honest = _linalg.eigh
 
     def misses_one(ns, s):
         values, vectors = honest(ns, s)
         order = [i for i in range(m) if i != swapped] + [swapped]
         return values[order], vectors[:, order]
 
-    monkeypatch.setattr(trace, "eigh", misses_one)
+    monkeypatch.setattr(_linalg, "eigh", misses_one)
     result = minimize_trace(wishart(m), k, method="syevd")
     assert result.residual < 1e-14
     assert not result.certified
@@ -255,13 +286,13 @@ def test_a_missed_eigenvalue_is_found(monkeypatch, swapped, m):
 
 
 def test_wrong_eigenvectors_are_found(monkeypatch):
-    honest = trace.eigh
+    honest = _linalg.eigh
 
     def of_another_matrix(ns, s):
         values = honest(ns, s)[0]
         return values, honest(ns, s + 1e-6 * np.diag(np.arange(20.0)))[1]
 
-    monkeypatch.setattr(trace, "eigh", of_another_matrix)
+    monkeypatch.setattr(_linalg, "eigh", of_another_matrix)
     result = minimize_trace(wishart(20), 3, method="syevd")
     assert result.orthogonality < 1e-14
     assert result.residual > 1e-9
@@ -291,23 +322,26 @@ def test_without_a_certificate():
 
 # --------------------------------------------------------------------------------------------------------- the solvers
 def test_the_method_chosen():
-    chosen = {
-        (m, k): minimize_trace(wishart(m, n=m), k, certify=False).method for m, k in [(30, 1), (128, 8), (128, 40), (128, 128)]
-    }
-    assert chosen == {(30, 1): "syevd", (128, 8): "syevr", (128, 40): "syevd", (128, 128): "syevd"}
+    cases = [(30, 1), (128, 8), (128, 9), (256, 32), (256, 33)]
+    chosen = [minimize_trace(np.diag(np.arange(float(m))), k, certify=False).method for m, k in cases]
+    assert chosen == ["syevd", "syevr", "syevd", "syevr", "syevd"]
+    stack = np.broadcast_to(np.diag(np.arange(64.0)), (40, 64, 64))
+    assert minimize_trace(stack, 32, certify=False).method == "syevr"
+    assert minimize_trace(stack, 33, certify=False).method == "syevd"
     assert minimize_trace(1j * np.zeros((80, 80)), 2, certify=False).method == "heevr"
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_a_large_batch_in_threads_gives_what_one_matrix_gives(dtype):
-    sigma = np.stack([wishart(32, seed=i) for i in range(300)])
-    sigma[7], sigma[8] = np.eye(32), 0.0
+    sigma = np.stack([wishart(64, seed=i) for i in range(40)])
+    sigma[7], sigma[8] = np.eye(64), 0.0
     result = minimize_trace(sigma, 3, dtype=dtype)
     assert result.method == "syevr"
-    assert result.certified.sum() == 298
     assert result.value_certified.all()
     assert not result.certified[7:9].any()
-    for i in (0, 7, 8, 299):
+    assert np.array_equal(result.certified, result.gap > 2 * result.margin)
+    assert result.certified.sum() == 38 or dtype == "float32"
+    for i in (0, 7, 8, 39):
         single = minimize_trace(sigma[i], 3, method="syevr", dtype=dtype)
         assert result.value[i] == pytest.approx(single.value, rel=40 * EPS[dtype], abs=1e-300)
         if single.unique:
@@ -333,6 +367,29 @@ def test_the_solver_s_failure_is_an_error(monkeypatch):
     monkeypatch.setattr(np.linalg, "eigh", returns_nan)
     with pytest.raises(np.linalg.LinAlgError, match="values that are not finite"):
         minimize_trace(wishart(5), 2)
+
+
+def test_zero_matrices_and_large_batches_on_a_gpu(monkeypatch):
+    """The path of CuPy arrays, with NumPy in its place and a solver that makes NaN of zero matrices."""
+    honest, calls = np.linalg.eigh, []
+
+    def cusolver(s):
+        calls.append(len(s))
+        values, vectors = honest(s)
+        zero = ~s.any(axis=(-2, -1))
+        return np.where(zero[:, None], np.nan, values), np.where(zero[:, None, None], np.nan, vectors)
+
+    monkeypatch.setattr(np.linalg, "eigh", cusolver)
+    monkeypatch.setattr(_linalg, "_GPU_BATCH_ELEMENTS", 3 * 4 * 4)
+    s = np.stack([wishart(4, seed=i) for i in range(7)])
+    s[5] = 0
+    values, vectors = _linalg._eigh_on_gpu(np, s)
+    assert calls == [3, 3, 1]
+    np.testing.assert_allclose((vectors * values[:, None, :]) @ vectors.swapaxes(1, 2), s, atol=1e-14)
+    np.testing.assert_array_equal(values[5], np.zeros(4))
+    s[2] = np.nan
+    monkeypatch.setattr(np.linalg, "eigh", lambda s: (np.zeros(s.shape[:-1]), np.full(s.shape, np.nan)))
+    assert np.isnan(_linalg._eigh_on_gpu(np, s)[0]).all()
 
 
 @pytest.mark.parametrize("room", ["points", "trace", "_linalg", "_certificate"])
@@ -486,3 +543,16 @@ def test_the_dtype_computed_in_can_be_named_in_any_way(dtype):
     torch = pytest.importorskip("torch")
     assert minimize_trace(wishart(30), 2, dtype=torch.float32).residual > 1e-9
     assert minimize_trace(wishart(30), 2, dtype=torch.float64).residual < 1e-14
+
+
+def test_arrays_on_a_gpu_without_cupy_say_what_is_missing(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        sigma = torch.empty(3, 3, device="cuda")
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(_arrays.BackendError, match=r"covariance: .*solved by CuPy.*pip install 'hw3gpu\[cuda12\]'"):
+        minimize_trace(sigma, 1)
+    with pytest.raises(TypeError, match="covariance: expected a tensor on a CPU or CUDA device, got meta"):
+        minimize_trace(torch.empty(3, 3, device="meta"), 1)

@@ -254,8 +254,8 @@ def _same_dtype(row, scratch):
 # exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, ln 2 = HIGH + LOW where n * HIGH is exact. Adding MAGIC rounds to
 # an integer and leaves n + bias in the last bits of the sum, from where a shift moves it to the exponent. The bias holds
 # 2^64 (2^512) more than the exponent's own, taken off by a last product, so that a subnormal result is rounded once.
-# exp(r) = 1 + r + r^2 P(r), P the minimax polynomial (relative error 3e-9 and 4e-18) in Estrin's order, for its short chain; r is
-# rounded in the powers alone.
+# exp(r) = 1 + r + r^2 P(r), P the minimax polynomial (relative error 3e-9 and 4e-18) in Estrin's order, for its short chain;
+# r is rounded in the powers alone.
 _LOWEST32, _LOWEST64 = np.float32(-104.0), np.float64(-746.0)
 _MAGIC32, _MAGIC64 = np.float32(1.5 * 2.0**23 + 127 + 64), np.float64(1.5 * 2.0**52 + 1023 + 512)
 _TINY32, _TINY64 = np.float32(2.0**-64), np.float64(2.0**-512)

@@ -1,6 +1,7 @@
 """The statistics of a channel from sums that were taken in pieces.
 
-Sums are of d = x - shift, in float64, where `shift` is the mean of a few first values of the channel. With m values
+Sums are of d = x - shift, in float64, where `shift` is the mean of a few first values of the channel, or 0 where they spread
+around it. With m values
 
     mean = shift + sum d / m,    var = sum d^2 / m - (sum d / m)^2
 
@@ -56,18 +57,20 @@ def merge(partial, sums):
 # ---------------------------------------------------------------------------------------------- shift
 @inline
 def first_mean(x, c):
-    """The mean of the first values of channel c, or 0 if that is no finite number."""
+    """The mean of the first values of channel c; 0 if they spread as far as that, or if it is no finite number."""
     N, S = x.shape[0], x.shape[2]
-    total, count = 0.0, 0
+    total, size, count = 0.0, 0.0, 0
     for n in range(N):
         values = plane_of(x, n, c, 0, min(S, SHIFT_VALUES - count))
         for s in range(values.size):
-            total += np.float64(load(values, s))
+            value = np.float64(load(values, s))
+            total += value
+            size += abs(value)
         count += values.size
         if count >= SHIFT_VALUES:
             break
     mean = total / count
-    return mean if math.isfinite(mean) else 0.0
+    return mean if math.isfinite(mean) and abs(total) > 0.7 * size else 0.0
 
 
 @inline

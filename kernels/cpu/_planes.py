@@ -1,7 +1,7 @@
 """Batch normalisation where the values of a channel lie in planes: runs along S, adjacent in memory (NCHW).
 
-A run has one mean, scale and shift; its sums are taken several lanes at a time. Strides other than 1 along S are right too: such
-a run is copied to be adjacent, a piece at a time.
+A run has one mean, scale and shift; its sums are taken several lanes at a time. Strides other than 1 along S are right too:
+such a run is copied to be adjacent, a piece at a time.
 """
 
 from __future__ import annotations

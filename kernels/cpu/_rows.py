@@ -15,7 +15,11 @@ from numba.extending import overload
 from ._elements import bits, exp, from_bits, load, same_dtype, store
 from ._jit import inline, reduction
 
-CHUNK = 1024
+
+@inline
+def chunk_of(acc):
+    """Elements whose sum is taken at once, fewer in float64: there the sum of the chunks has no digits to spare."""
+    return 1024 if acc.itemsize == 4 else 256
 
 
 def _ordered(x: Any) -> Any:
@@ -61,18 +65,18 @@ def _exp_total_chunk(z, shift, acc, first, last):
 @inline
 def exp_sum(z, shift, e):
     """e = exp(z - shift), and the sum of it."""
-    total = 0.0
-    for first in range(0, z.size, CHUNK):
-        total += np.float64(_exp_chunk(z, shift, e, first, min(first + CHUNK, z.size)))
+    total, chunk = 0.0, chunk_of(e)
+    for first in range(0, z.size, chunk):
+        total += np.float64(_exp_chunk(z, shift, e, first, min(first + chunk, z.size)))
     return total
 
 
 @inline
 def exp_total(z, shift, acc):
     """The sum of exp(z - shift), in the dtype of the array `acc` within a chunk."""
-    total = 0.0
-    for first in range(0, z.size, CHUNK):
-        total += np.float64(_exp_total_chunk(z, shift, acc, first, min(first + CHUNK, z.size)))
+    total, chunk = 0.0, chunk_of(acc)
+    for first in range(0, z.size, chunk):
+        total += np.float64(_exp_total_chunk(z, shift, acc, first, min(first + chunk, z.size)))
     return total
 
 

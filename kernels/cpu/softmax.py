@@ -13,7 +13,7 @@ import numpy as np
 
 from ._elements import accumulate_dtype, gather, load, place, row_of, row_scratch, same_dtype, scatter, store
 from ._jit import kernel, reduction
-from ._rows import CHUNK, exp_sum, row_max, scale_into
+from ._rows import chunk_of, exp_sum, row_max, scale_into
 from ._threads import run
 
 
@@ -45,13 +45,13 @@ def _backward_rows(first, last, dy, y, dz, acc):
     V, S = y.shape[1], y.shape[2]
     dy_scratch, y_scratch = row_scratch(dy), row_scratch(y)
     dz_scratch = row_scratch(dz)
-    zero = acc.dtype.type(0)
+    zero, chunk = acc.dtype.type(0), chunk_of(acc)
     for row in range(first, last):
         n, s = row // S, row % S
         dy_row, y_row = gather(row_of(dy, n, s), dy_scratch), gather(row_of(y, n, s), y_scratch)
         total = 0.0
-        for start in range(0, V, CHUNK):
-            total += np.float64(_dot_chunk(dy_row, y_row, zero, start, min(start + CHUNK, V)))
+        for start in range(0, V, chunk):
+            total += np.float64(_dot_chunk(dy_row, y_row, zero, start, min(start + chunk, V)))
         dot = acc.dtype.type(total)
         dz_row = place(row_of(dz, n, s), dz_scratch)
         for v in range(V):

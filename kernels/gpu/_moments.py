@@ -7,6 +7,8 @@ tile, the squares about so near a value lose no more than a factor of two to can
 import triton
 import triton.language as tl
 
+SMALLEST_UNIT = tl.constexpr(2.0**-126)  # the unit of terms at or below 2^-80, whose scale would leave float32
+
 
 @triton.jit
 def plain_sum(x):
@@ -50,11 +52,11 @@ def over_splits(hi, lo):
 
 @triton.jit
 def _two_floats(fixed, unit, otherwise):
-    """A sum in fixed point as (hi, lo); where float32 met an infinity or NaN, that."""
+    """A sum in fixed point as (hi, lo); `otherwise` where it is infinite or NaN, or where the terms were too small to scale."""
     hi = fixed.to(tl.float32)
     lo = (fixed - hi.to(tl.int64)).to(tl.float32)
-    finite = tl.abs(otherwise) < float("inf")
-    return tl.where(finite, hi * unit, otherwise), tl.where(finite, lo * unit, 0.0)
+    exact = (tl.abs(otherwise) < float("inf")) & (unit > SMALLEST_UNIT)
+    return tl.where(exact, hi * unit, otherwise), tl.where(exact, lo * unit, 0.0)
 
 
 @triton.jit
