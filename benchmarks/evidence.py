@@ -66,7 +66,7 @@ def _cross_entropy_case(shape: tuple[int, int, int], dtype: torch.dtype, soft: b
         weight = _meta((V,), acc) if options else None
         loss, stats = _meta((N, S), acc), _meta((3, N, S), acc)
         one, invalid = _meta((1,), acc), _meta((1,), torch.int64)
-        kwargs = {"ignore_index": -100, "label_smoothing": 0.1 if options else 0.0}
+        kwargs: dict[str, Any] = {"ignore_index": -100, "label_smoothing": 0.1 if options else 0.0}
         cross_entropy.forward_backward(z, target, weight, loss, torch.empty_like(z), invalid, **kwargs)
         cross_entropy.forward(z, target, weight, loss, stats, invalid, **kwargs)
         cross_entropy.backward(z, target, weight, stats, one.expand(N, S), one, torch.empty_like(z), **kwargs)
@@ -129,8 +129,12 @@ def cases() -> Iterator[Case]:
             yield Case(f"softmax {at}", dtype, heavy, _softmax_case(shape, dtype))
             plain = half_or_single and shape[1] == 32768
             yield Case(f"cross entropy, hard {at}", dtype, plain, _cross_entropy_case(shape, dtype, False, False))
-            yield Case(f"cross entropy, hard, weights, smoothing {at}", dtype, heavy, _cross_entropy_case(shape, dtype, False, True))
-            yield Case(f"cross entropy, soft, weights, smoothing {at}", dtype, heavy, _cross_entropy_case(shape, dtype, True, True))
+            yield Case(
+                f"cross entropy, hard, weights, smoothing {at}", dtype, heavy, _cross_entropy_case(shape, dtype, False, True)
+            )
+            yield Case(
+                f"cross entropy, soft, weights, smoothing {at}", dtype, heavy, _cross_entropy_case(shape, dtype, True, True)
+            )
         for shape, channels_last, heavy in CHANNELS:
             at = "x".join(map(str, shape)) + (" channels-last" if channels_last else "")
             yield Case(f"batch norm {at}", dtype, heavy and half_or_single, _batch_norm_case(shape, dtype, channels_last))

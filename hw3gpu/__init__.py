@@ -11,7 +11,7 @@ from typing import Any
 
 from ._arrays import BackendError, use_backend
 from .batch_norm import BatchNorm, BatchNormGradients, batch_norm, batch_norm_backward
-from .points import moments, points_with_moments
+from .points import MomentAccumulator, Moments, moments, points_with_moments
 from .shapes import conv2d_output_shape
 from .softmax import (
     SoftmaxCrossEntropy,
@@ -21,7 +21,7 @@ from .softmax import (
     softmax_cross_entropy,
     softmax_jacobian,
 )
-from .trace import TraceMinimum, minimize_trace
+from .trace import TraceMinimum, minimize_trace, minor_components
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,8 @@ __all__ = [
     "BackendError",
     "BatchNorm",
     "BatchNormGradients",
+    "MomentAccumulator",
+    "Moments",
     "SoftmaxCrossEntropy",
     "TraceMinimum",
     "batch_norm",
@@ -37,6 +39,7 @@ __all__ = [
     "cross_entropy",
     "functional",
     "minimize_trace",
+    "minor_components",
     "moments",
     "nn",
     "points_with_moments",

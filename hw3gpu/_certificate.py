@@ -56,15 +56,13 @@ def certificate(ns: Numerics, sigma: Array, values: Array, vectors: Array, k: in
     if k == m:
         yes = xp.ones(trace.shape, dtype=bool)
         return Certificate(yes, yes, trace - rounding, _gamma(3 * m, u, sigma) * frobenius(xp, sigma))
-    others, largest = vectors[..., :, :k - 1 - m:-1], values[..., :k - 1 - m:-1]
+    others, largest = vectors[..., :, : k - 1 - m : -1], values[..., : k - 1 - m : -1]
     others_residual = frobenius(xp, sigma @ others - others * largest[..., None, :])
     dual = _certify_smallest(ns, -sigma, -largest, others, -values[..., k - 1], others_residual)
     return Certificate(dual.proved, dual.separated, trace + dual.dual_value - rounding, dual.margin)
 
 
-def _certify_smallest(
-    ns: Numerics, sigma: Array, values: Array, phi: Array, following: Array, residual: Array
-) -> Certificate:
+def _certify_smallest(ns: Numerics, sigma: Array, values: Array, phi: Array, following: Array, residual: Array) -> Certificate:
     """`values` (..., k) and `phi` (..., m, k) against `following` (...), the computed λ_{k+1}."""
     xp, m, k = ns.xp, sigma.shape[-1], values.shape[-1]
     u = eps(str(sigma.dtype)) / 2

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _check
+from ._autograd import no_second_derivative
 from ._linalg import (
     COMPLEX,
     METHODS,
@@ -56,9 +57,7 @@ class TraceSubspace(NamedTuple):
         return self.phi @ self.phi.mH
 
 
-def minimize_trace(
-    covariance: torch.Tensor, k: int, *, largest: bool = False, method: str = "auto"
-) -> TraceSubspace:
+def minimize_trace(covariance: torch.Tensor, k: int, *, largest: bool = False, method: str = "auto") -> TraceSubspace:
     """`hw3gpu.minimize_trace` for torch tensors that need gradients: the value and the subspace, without certificate.
 
     Solved in float64 whatever the dtype, and so is the gradient. The gradient is symmetric (Hermitian): it is that of the
@@ -118,6 +117,7 @@ class _MinimizeTrace(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @no_second_derivative("minimize_trace")
     def backward(ctx: Any, dvalue: Any, dphi: Any, *_: Any) -> tuple[torch.Tensor | None, None, None, None]:
         covariance, phi = ctx.saved_tensors
         if ctx.degenerate:
@@ -125,26 +125,13 @@ class _MinimizeTrace(torch.autograd.Function):
                 "covariance: the gap between eigenvalues k and k + 1 is zero within rounding, so that the minimum has no "
                 "derivative there: choose another k"
             )
-        with torch.no_grad():
-            gradient = torch.zeros(covariance.shape, dtype=phi.dtype, device=phi.device)
-            if dvalue is not None:
-                gradient += dvalue.to(phi.real.dtype)[..., None, None] * (phi @ phi.mH)
-            if dphi is not None and ctx.k < covariance.shape[-1]:
-                gradient += _pull_back(covariance, phi, dphi.to(phi.dtype), ctx.k, ctx.sign)
-            gradient = ((gradient + gradient.mH) / 2).to(covariance.dtype)
-        return _NoSecondDerivative.apply(gradient, covariance, dvalue, dphi), None, None, None
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Ties a gradient to what it depends on: `once_differentiable` would let it pass for a constant of Σ."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: torch.Tensor, *depends_on: torch.Tensor | None) -> torch.Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("minimize_trace: a second derivative was asked for, and it has none here")
+        gradient = torch.zeros(covariance.shape, dtype=phi.dtype, device=phi.device)
+        if dvalue is not None:
+            gradient += dvalue.to(phi.real.dtype)[..., None, None] * (phi @ phi.mH)
+        if dphi is not None and ctx.k < covariance.shape[-1]:
+            gradient += _pull_back(covariance, phi, dphi.to(phi.dtype), ctx.k, ctx.sign)
+        gradient = ((gradient + gradient.mH) / 2).to(covariance.dtype)
+        return gradient, None, None, None
 
 
 def _pull_back(covariance: torch.Tensor, phi: torch.Tensor, dphi: torch.Tensor, k: int, sign: float) -> torch.Tensor:

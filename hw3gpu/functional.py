@@ -6,13 +6,16 @@ accumulates in float32 and is rounded once. Formulas: docs/derivations.md, secti
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _arrays, _check
+from ._autograd import no_second_derivative
+from ._trace_autograd import minimize_trace
 
-__all__ = ["batch_norm", "cross_entropy", "softmax"]
+__all__ = ["batch_norm", "cross_entropy", "minimize_trace", "softmax"]
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -46,7 +49,7 @@ class _BatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative("batch_norm")
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         dx, dx_folded = _arrays.output_like(x, 1)
@@ -144,7 +147,7 @@ class _Softmax(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative("softmax")
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
         dz, dz_folded = _arrays.output_like(y, ctx.dim)
@@ -168,7 +171,8 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     z = input if dtype is None else input.to(dtype)
     _check.floating(z, "input")
     if dim is None:
-        dim = torch.nn.functional._get_softmax_dim("softmax", z.dim(), _stacklevel)
+        warnings.warn("softmax: give `dim`; PyTorch's implicit choice is deprecated", stacklevel=_stacklevel - 1)
+        dim = 0 if z.dim() in (0, 1, 3) else 1
     if z.dim() == 0:
         return softmax(z.reshape(1), dim).reshape(())
     if not -z.dim() <= dim < z.dim():
@@ -204,7 +208,7 @@ class _CrossEntropy(torch.autograd.Function):
         return result.to(logits.dtype)
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative("cross_entropy")
     def backward(ctx, upstream):
         logits, target, weight, stats, denominator = ctx.saved_tensors
         z, t = _rows(logits, target)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,7 +49,7 @@ class BatchNorm3d(_BatchNormForward, torch.nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` on this library's kernels: (N, C, D, H, W), channels-last too."""
 
 
-_CONVERTED = {
+_CONVERTED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
     torch.nn.BatchNorm2d: BatchNorm2d,
     torch.nn.BatchNorm3d: BatchNorm3d,
@@ -108,10 +111,10 @@ class Conv2D(torch.nn.Conv2d):
         """(B, W, H, C_in) -> (B, W', H', C_out); shapes by docs/derivations.md, section 1."""
         if input.dim() != 4 or input.shape[3] != self.in_channels:
             raise ValueError(f"input: expected (B, W, H, {self.in_channels}), got shape {tuple(input.shape)}")
-        self.output_shape(tuple(input.shape))
+        self.output_shape(input.shape)
         return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-    def output_shape(self, input_shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    def output_shape(self, input_shape: Sequence[int]) -> tuple[int, int, int, int]:
         """The shape that an input of shape (B, W, H, C_in) comes out with."""
         if isinstance(self.padding, str):
             raise ValueError(f"padding: expected numbers to compute a shape from, got {self.padding!r}")
@@ -122,13 +125,16 @@ class Conv2D(torch.nn.Conv2d):
         """The same convolution as `conv`, whose (N, C, H, W) is our (B, W, H, C)."""
         if not isinstance(conv, torch.nn.Conv2d) or isinstance(conv, Conv2D):
             raise TypeError(f"conv: expected a torch.nn.Conv2d, got {type(conv).__module__}.{type(conv).__qualname__}")
+        pair: dict[str, Any] = {
+            "kernel_size": conv.kernel_size[::-1],
+            "stride": conv.stride[::-1],
+            "padding": conv.padding if isinstance(conv.padding, str) else conv.padding[::-1],
+            "dilation": conv.dilation[::-1],
+        }
         ours = cls(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size[::-1],
-            stride=conv.stride[::-1],
-            padding=conv.padding if isinstance(conv.padding, str) else conv.padding[::-1],
-            dilation=conv.dilation[::-1],
+            **pair,
             groups=conv.groups,
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,
@@ -137,7 +143,7 @@ class Conv2D(torch.nn.Conv2d):
         )
         with torch.no_grad():
             ours.weight.copy_(conv.weight.transpose(2, 3))
-            if conv.bias is not None:
+            if ours.bias is not None and conv.bias is not None:
                 ours.bias.copy_(conv.bias)
         return ours.train(conv.training)
 

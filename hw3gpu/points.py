@@ -60,9 +60,7 @@ def moments(points: Array, *, ddof: int = 0) -> Moments:
         return _Sums.of(ns, ns.read(points)).moments(ns, ddof, dtype)
 
 
-def points_with_moments(
-    mean: Array, covariance: Array, n: int | None = None, *, ddof: int = 0, rng: Any = None
-) -> Array:
+def points_with_moments(mean: Array, covariance: Array, n: int | None = None, *, ddof: int = 0, rng: Any = None) -> Array:
     """Points X (..., n, m), one a row, with mean exactly μ and 1/(n - ddof) covariance exactly Σ, up to rounding.
 
         X = 1 μᵀ + sqrt(n - ddof) H Aᵀ,    Σ = A Aᵀ,    Hᵀ H = I_r,    Hᵀ 1 = 0     (docs/derivations.md, section 4.3)

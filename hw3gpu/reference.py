@@ -117,9 +117,7 @@ def _per_channel(x: Array, channel_axis: int | None) -> tuple[tuple[int, ...], t
 
 
 @_ieee
-def batch_norm(
-    x: Any, gamma: Any = None, beta: Any = None, *, eps: float = 1e-5, channel_axis: int | None = 1
-) -> BatchNorm:
+def batch_norm(x: Any, gamma: Any = None, beta: Any = None, *, eps: float = 1e-5, channel_axis: int | None = 1) -> BatchNorm:
     """Normalise over a mini-batch, (2.1) to (2.4).
 
     ``channel_axis=None`` takes all elements of ``x`` as the values x_1…x_m of one variable; ``gamma`` and ``beta`` are

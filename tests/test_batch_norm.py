@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from layouts import in_layout
-from measure import close, max_error
 
 import hw3gpu
 from hw3gpu import reference
 from hw3gpu._arrays import accumulate_dtype, requested_backend
 from hw3gpu._cli.arrays import Place, to_numpy
+from layouts import in_layout
+from measure import close, max_error
 
 # the values that the kernels are asked to spoil are spoilt in the interpreter with a warning
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

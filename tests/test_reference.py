@@ -133,9 +133,7 @@ def test_batch_norm_and_its_gradients_are_pytorchs(shape: Any, channel_axis: int
     plain = reference.batch_norm(x, eps=1e-3, channel_axis=channel_axis)
     close(plain.y, forward.x_hat, ulps=0)
 
-    backward = reference.batch_norm_backward(
-        dy, x, forward.mean, forward.var, gamma, eps=1e-3, channel_axis=channel_axis
-    )
+    backward = reference.batch_norm_backward(dy, x, forward.mean, forward.var, gamma, eps=1e-3, channel_axis=channel_axis)
     close(backward.dx, tx.grad)
     close(backward.dgamma, tg.grad)
     close(backward.dbeta, tb.grad)

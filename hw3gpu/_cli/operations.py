@@ -141,12 +141,12 @@ def _batches(place: Place, dtype: str) -> Iterator[tuple[str, list[_Batch]]]:
     Half precision gets the mean and the constant that its range and step allow.
     """
     half = dtype in ("float16", "bfloat16")
-    x = _rng().standard_normal((4, 12, 5, 8)) + np.arange(12).reshape(12, 1, 1) / 4
-    constant = np.where(np.arange(12).reshape(12, 1, 1) == 2, 1000.0 if half else 1.23e6, x)
+    x = _rng().standard_normal((4, 8, 5, 8)) + np.arange(8).reshape(8, 1, 1) / 4
+    constant = np.where(np.arange(8).reshape(8, 1, 1) == 2, 1000.0 if half else 1.23e6, x)
     offset = 50 if half else 10_000
     yield "", [_Batch.of(x, 1, place, dtype)]
     yield "channels last", [_Batch.of(np.moveaxis(x, 1, -1), -1, place, dtype)]
-    yield "one variable", [_Batch.of(x[:, c], None, place, dtype) for c in range(12)]
+    yield "one variable", [_Batch.of(x[:, c], None, place, dtype) for c in range(8)]
     yield f"mean {offset}", [_Batch.of(x + offset, 1, place, dtype)]
     yield "constant channel", [_Batch.of(constant, 1, place, dtype)]
 
@@ -182,15 +182,16 @@ def batch_norm(place: Place, dtype: str) -> Iterator[Output]:
 
 def batch_norm_backward(place: Place, dtype: str) -> Iterator[Output]:
     """S3: the gradients with respect to x, γ, β, σ², μ and x̂."""
-    from .. import batch_norm, batch_norm_backward
+    from .. import batch_norm_backward
 
     for what, batches in _batches(place, dtype):
         found, sheets, theirs = [], [], []
         for b in batches:
-            y = batch_norm(b.x, b.gamma, b.beta, channel_axis=b.axis)
-            found.append(batch_norm_backward(b.dy, b.x, y.mean, y.var, b.gamma, channel_axis=b.axis, return_dx_hat=True))
             dy, x, gamma = map(to_numpy, (b.dy, b.x, b.gamma))
             exact = reference.batch_norm(x, channel_axis=b.axis)
+            acc = _arrays.accumulate_dtype(b.x)
+            mean, var = place.array(exact.mean, acc), place.array(exact.var, acc)
+            found.append(batch_norm_backward(b.dy, b.x, mean, var, b.gamma, channel_axis=b.axis, return_dx_hat=True))
             sheets.append(reference.batch_norm_backward(dy, x, exact.mean, exact.var, gamma, channel_axis=b.axis))
             theirs.append(_torch_gradients(b))
         for name in theirs[0]:

@@ -63,6 +63,16 @@ def from_bits(typingctx: Any, i: Any) -> Any:
     return floating(i), codegen
 
 
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c in float64, rounded once."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return types.float64(types.float64, types.float64, types.float64), codegen
+
+
 # ---------------------------------------------------------------------------------------------- load and store
 @intrinsic
 def load(typingctx: Any, row: Any, i: Any) -> Any:

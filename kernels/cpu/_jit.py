@@ -90,7 +90,7 @@ class _Locator(_CacheLocator):
         return "hw3gpu"
 
 
-class _KernelCacheImpl(FunctionCache._impl_class):  # type: ignore[name-defined]
+class _KernelCacheImpl(FunctionCache._impl_class):
     _locator_classes = (_Locator,)
 
 

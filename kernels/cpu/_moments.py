@@ -7,7 +7,7 @@ around it. With m values
 
 and what that difference cancels is (mean - shift)^2 / var. Where this is large, which takes first values unlike the rest,
 the sums are taken again about the mean just found. Pieces are added in order with the rounding of each addition carried
-along (Neumaier), so that float64 input has the accuracy of float64 too.
+along, so that float64 input has the accuracy of float64 too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from ._elements import load, plane_of
+from ._elements import fma, load, plane_of
 from ._jit import inline, kernel
 
 # Values of a channel whose mean is the shift.
@@ -27,19 +27,29 @@ FAR_SHIFT = 64.0
 
 # ---------------------------------------------------------------------------------------------- sums in pieces
 @inline
+def two_sum(a, b):
+    """a + b in two parts: the rounded sum, and what the rounding left (Knuth)."""
+    high = a + b
+    part = high - a
+    return high, (a - (high - part)) + (b - part)
+
+
+@inline
+def with_low(total, low):
+    """A sum and what its roundings left; an infinite sum has left NaN."""
+    return total + low if math.isfinite(low) else total
+
+
+@inline
 def add_to(sums, i, j, value):
-    """Add to the sum i of channel j. sums (2, 2, channels): the sums, and what their rounding left."""
-    old = sums[0, i, j]
-    new = old + value
-    sums[0, i, j] = new
-    sums[1, i, j] += (old - new) + value if abs(old) >= abs(value) else (value - new) + old
+    """Add to the sum i of channel j. sums (2, 2, channels): the sums, and what their roundings left."""
+    sums[0, i, j], low = two_sum(sums[0, i, j], value)
+    sums[1, i, j] += low
 
 
 @inline
 def sum_of(sums, i, j):
-    """The sum i of channel j; an infinite one has lost NaN."""
-    total, lost = sums[0, i, j], sums[1, i, j]
-    return total + lost if math.isfinite(lost) else total
+    return with_low(sums[0, i, j], sums[1, i, j])
 
 
 @kernel
@@ -99,19 +109,46 @@ def better_shifts(shift, sums, m):
 
 
 # ---------------------------------------------------------------------------------------------- statistics
+# A number in two parts, high + low, is held to about twice the digits of float64.
+@inline
+def _divide(a, m):
+    """a / m in two parts."""
+    high = a / m
+    return high, fma(-high, m, a) / m
+
+
+@inline
+def _reciprocal_root(high, low):
+    """1 / sqrt(high + low): a Newton step on the rounded one, with its square in two parts."""
+    root = 1.0 / math.sqrt(high)
+    square = root * root
+    left = fma(-high, square, 1.0) - high * fma(root, root, -square) - low * square
+    return root + 0.5 * root * left if math.isfinite(left) else root
+
+
 @inline
 def finish(c, shift, total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var):
-    """The statistics of channel c from its sums about `shift`."""
+    """The statistics of channel c from its sums about `shift`, each with one rounding in float64, then to their dtype."""
     of = var.dtype.type
-    d = total / m
-    mu = shift + d
-    variance = square / m - d * d
-    variance = 0.0 if variance < 0.0 else variance
+    d, d_low = _divide(total, m)
+    mu, mu_low = two_sum(shift, d)
+    mu_low += d_low
     mean[0, c] = of(mu)
-    rest = (shift - np.float64(mean[0, c])) + d
+    rest = (mu - np.float64(mean[0, c])) + mu_low
     mean[1, c] = of(rest) if math.isfinite(rest) else of(0)
+
+    square, square_low = _divide(square, m)
+    d2 = d * d
+    variance, low = two_sum(square, -d2)
+    low += square_low - (fma(d, d, -d2) + 2.0 * d * d_low)
+    if math.isfinite(low):
+        variance, low = (variance, low) if variance + low > 0.0 else (0.0, 0.0)
+    else:
+        low = 0.0
+    with_eps, eps_low = two_sum(variance, eps)
+    rstd[c] = of(_reciprocal_root(with_eps, eps_low + low))
+    variance += low
     var[c] = of(variance)
-    rstd[c] = of(1.0 / math.sqrt(variance + eps))
     if running_mean.size:
         running_mean[c] = of((1.0 - momentum) * running_mean[c] + momentum * mu)
     if running_var.size:

@@ -6,11 +6,15 @@ such a run is copied to be adjacent, a piece at a time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from ._elements import gather, load, place, plane_of, scatter, store
 from ._jit import inline, kernel, reduction
-from ._moments import add_to, better_shift, finish, first_mean, sum_of
+from ._moments import add_to, better_shift, finish, first_mean, sum_of, two_sum, with_low
 
 # Values whose sum is taken at once, and values copied at once.
 RUN = 512
@@ -18,8 +22,7 @@ RUN = 512
 
 # ---------------------------------------------------------------------------------------------- one run
 @reduction
-def _deviation_sums(x, shift):
-    """sum (x - shift) and sum (x - shift)^2."""
+def _fast_deviation_sums(x, shift):
     total, square = 0.0, 0.0
     for i in range(x.size):
         d = np.float64(load(x, i)) - shift
@@ -28,15 +31,63 @@ def _deviation_sums(x, shift):
     return total, square
 
 
+@inline
+def _exact_deviation_sums(x, shift):
+    """For float64 itself, which leaves no digits to spare: the rounding of each addition is carried along."""
+    total, square, total_low, square_low = 0.0, 0.0, 0.0, 0.0
+    for i in range(x.size):
+        d = load(x, i) - shift
+        total, low = two_sum(total, d)
+        total_low += low
+        square, low = two_sum(square, d * d)
+        square_low += low
+    return with_low(total, total_low), with_low(square, square_low)
+
+
 @reduction
-def _gradient_sums(dy, x, mean, rest):
-    """sum dy and sum dy (x - mean)."""
+def _fast_gradient_sums(dy, x, mean, rest):
     total, product = 0.0, 0.0
     for i in range(x.size):
         g = np.float64(load(dy, i))
         total += g
         product += g * np.float64((load(x, i) - mean) - rest)
     return total, product
+
+
+@inline
+def _exact_gradient_sums(dy, x, mean, rest):
+    total, product, total_low, product_low = 0.0, 0.0, 0.0, 0.0
+    for i in range(x.size):
+        g = load(dy, i)
+        total, low = two_sum(total, g)
+        total_low += low
+        product, low = two_sum(product, g * ((load(x, i) - mean) - rest))
+        product_low += low
+    return with_low(total, total_low), with_low(product, product_low)
+
+
+def _deviation_sums(x: Any, shift: Any) -> Any:
+    """sum (x - shift) and sum (x - shift)^2."""
+    return _exact_deviation_sums(x, shift)
+
+
+@overload(_deviation_sums)
+def _choose_deviation_sums(x, shift):
+    if x.dtype == types.float64:
+        return lambda x, shift: _exact_deviation_sums(x, shift)
+    return lambda x, shift: _fast_deviation_sums(x, shift)
+
+
+def _gradient_sums(dy: Any, x: Any, mean: Any, rest: Any) -> Any:
+    """sum dy and sum dy (x - mean)."""
+    return _exact_gradient_sums(dy, x, mean, rest)
+
+
+@overload(_gradient_sums)
+def _choose_gradient_sums(dy, x, mean, rest):
+    if x.dtype == types.float64:
+        return lambda dy, x, mean, rest: _exact_gradient_sums(dy, x, mean, rest)
+    return lambda dy, x, mean, rest: _fast_gradient_sums(dy, x, mean, rest)
 
 
 @inline

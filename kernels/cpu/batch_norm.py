@@ -50,9 +50,7 @@ def _in_rows(*arrays: np.ndarray) -> bool:
 def _rows_per_line(*arrays: np.ndarray) -> int:
     """Rows that make up a line: several where rows follow one another in memory, else one."""
     N, C, S = arrays[0].shape
-    packed = all(
-        (S == 1 or a.strides[2] == C * a.itemsize) and (N == 1 or a.strides[0] == S * C * a.itemsize) for a in arrays
-    )
+    packed = all((S == 1 or a.strides[2] == C * a.itemsize) and (N == 1 or a.strides[0] == S * C * a.itemsize) for a in arrays)
     return max(1, min(LINE // C, N * S)) if packed else 1
 
 

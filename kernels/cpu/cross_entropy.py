@@ -368,11 +368,11 @@ def backward(
     upstream = to_accumulate(upstream, upstream.size, weight.dtype, 1.0)
     denominator = np.ones(1, weight.dtype) if denominator is None else denominator
     if soft:
-        args = (z, target, weight, stats, upstream, denominator, dz, smoothing)
-        run(_soft_backward, rows, 2 * z.nbytes + target.nbytes, *args)
+        cost = 2 * z.nbytes + target.nbytes
+        run(_soft_backward, rows, cost, z, target, weight, stats, upstream, denominator, dz, smoothing)
     else:
-        args = (z, _classes(target), weight, stats, upstream, denominator, dz, int(ignore_index), smoothing)
-        run(_hard_backward, rows, 2 * z.nbytes, *args)
+        given = (upstream, denominator, dz, int(ignore_index), smoothing)
+        run(_hard_backward, rows, 2 * z.nbytes, z, _classes(target), weight, stats, *given)
 
 
 def forward_backward(

@@ -1,6 +1,7 @@
 """What the row-wise kernels share: which rows a program owns, the online maximum and sum, and how tensors are walked."""
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -71,7 +72,7 @@ def follower_mode(axis: int, lead: torch.Tensor, x: torch.Tensor) -> int:
 
 
 @functools.cache
-def _warp_size(driver: object) -> int:
+def _warp_size(driver: Any) -> int:
     return driver.get_current_target().warp_size
 
 

@@ -1,0 +1,45 @@
+"""Backward passes that have no derivative of their own, and say so."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class _NoDerivative(torch.autograd.Function):
+    """Hands a gradient on, tied to what it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: torch.Tensor, *depends_on: torch.Tensor) -> torch.Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.name}: a second derivative was asked for, and it has none here")
+
+
+def no_second_derivative(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the `backward` of the autograd function behind `name`: to differentiate its results raises RuntimeError.
+
+    `once_differentiable` is not enough: where the upstream gradient needs no gradient, it lets the result pass for a constant
+    of the saved tensors, and a gradient penalty loses its second-order term in silence.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def tied(ctx: Any, *upstream: Any) -> Any:
+            with torch.no_grad():
+                gradients = backward(ctx, *upstream)
+            if not torch.is_grad_enabled():
+                return gradients
+            depends_on = [t for t in (*upstream, *ctx.saved_tensors) if t is not None and t.requires_grad]
+            every = gradients if isinstance(gradients, tuple) else (gradients,)
+            return tuple(_NoDerivative.apply(name, g, *depends_on) if g is not None and depends_on else g for g in every)
+
+        return tied
+
+    return decorate
