@@ -1,8 +1,8 @@
 """The one file that knows Triton's inside: its interpreter and its driver, as they are in 3.6, 3.7 and 3.9.
 
-`round_as_a_gpu` mends a cast of the interpreter, `patch_the_language_once` its speed. `count_accesses` reports each load and store
-that an interpreted kernel makes. `StandIn` is a driver without a device: launches are specialised and compiled as on the GPU named,
-and recorded instead of run.
+`round_as_a_gpu` mends a cast of the interpreter, `patch_the_language_once` its speed. `count_accesses` reports each load and
+store that an interpreted kernel makes. `StandIn` is a driver without a device: launches are specialised and compiled as on the
+GPU named, and recorded instead of run.
 """
 
 from __future__ import annotations

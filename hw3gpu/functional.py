@@ -292,6 +292,8 @@ def _cross_entropy_arguments(z, target, weight, reduction, label_smoothing):
     if z.dim() == 0:
         raise ValueError("input: expected (C,), (N, C) or (N, C, d1, …), got shape ()")
     C = z.shape[min(z.dim() - 1, 1)]
+    if C == 0:
+        raise ValueError(f"input: expected at least one class, got shape {_check.shape_of(z)}")
     if target.is_floating_point():
         _check.floating(target, "target")
         _check.same_shape(target, "target", z, "input")

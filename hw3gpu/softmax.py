@@ -77,7 +77,7 @@ def cross_entropy(y: Array, y_hat: Array) -> Array:
     xp = _arrays.namespace(y_hat)
     acc = _arrays.accumulate_dtype(y_hat)
     y, y_hat = _arrays.cast(y, acc), _arrays.cast(y_hat, acc)
-    return -(y * xp.log(xp.where(y == 0, xp.ones_like(y), y_hat))).sum(-1)
+    return 0.0 - (y * xp.log(xp.where(y == 0, xp.ones_like(y), y_hat))).sum(-1)
 
 
 def softmax_cross_entropy(z: Array, y: Array) -> SoftmaxCrossEntropy:
@@ -105,14 +105,21 @@ def softmax_cross_entropy(z: Array, y: Array) -> SoftmaxCrossEntropy:
     loss = _arrays.empty((rows, 1), _arrays.accumulate_dtype(z), z)
     invalid = _arrays.empty((1,), "int64", z)
     invalid[0] = rows
+    if N == 0:
+        loss[:] = 0
+        invalid[0] = 0
     _arrays.launch(
         "cross_entropy", "forward_backward", z,
         _arrays.fold(z, -1), y.reshape(rows, 1) if hard else _arrays.fold(y, -1), None, loss, dz_folded, invalid,
         ignore_index=_NO_CLASS, label_smoothing=0.0,
     )  # fmt: skip
-    if hard and int(invalid[0]) < rows:
+    if hard:
         row = int(invalid[0])
-        raise ValueError(f"y: expected classes in 0…{N - 1}, got {int(y.reshape(-1)[row])} in row {row}")
+        if _arrays.dtype_name(y) == "int64":  # _NO_CLASS is skipped by the kernels, but here as wrong as any other class
+            skipped = y.reshape(-1) == _NO_CLASS
+            row = min(row, int(_arrays.cast(skipped, "uint8").argmax())) if bool(skipped.any()) else row
+        if row < rows:
+            raise ValueError(f"y: expected classes in 0…{N - 1}, got {int(y.reshape(-1)[row])} in row {row}")
     return SoftmaxCrossEntropy(loss.reshape(tuple(z.shape[:-1])), dz)
 
 

@@ -89,6 +89,16 @@ def scale_into(e, scale, out):
 
 
 @inline
+def divide_into(e, total, out):
+    """out = e / total with one rounding to speak of, where `e` came from `same_dtype(out, ...)`."""
+    high = e.dtype.type(1.0 / total)
+    low = e.dtype.type(1.0 / total - np.float64(high))
+    out = same_dtype(e, out)
+    for i in range(e.size):
+        store(out, i, e[i] * high + e[i] * low)
+
+
+@inline
 def fill(out, value):
     for i in range(out.size):
         store(out, i, value)

@@ -336,7 +336,7 @@ def forward(
 ) -> None:
     """The loss of every row, and what `backward` needs of it: stats (3, N, S) = m, log sum exp(z - m), W."""
     rows, smoothing, soft = loss.size, float(label_smoothing), target.ndim == 3
-    if z.size == 0:
+    if soft and z.size == 0:
         loss.fill(0.0)
         stats.fill(0.0)
     elif soft:
@@ -388,16 +388,15 @@ def forward_backward(
 ) -> None:
     """The loss of every row and its gradient for upstream 1."""
     rows, smoothing, soft = loss.size, float(label_smoothing), target.ndim == 3
-    if z.size == 0:
+    if soft and z.size == 0:
         loss.fill(0.0)
     elif soft:
         weight, _ = _weights(weight, z, False)
-        args = (z, target, weight, loss, dz, smoothing)
-        run(_soft_forward_backward, rows, 2 * z.nbytes + target.nbytes, *args)
+        run(_soft_forward_backward, rows, 2 * z.nbytes + target.nbytes, z, target, weight, loss, dz, smoothing)
     else:
         weight, weight_sum = _weights(weight, z, smoothing != 0.0)
-        args = (z, _classes(target), weight, loss, dz, invalid, int(ignore_index), smoothing, weight_sum)
-        run(_hard_forward_backward, rows, 2 * z.nbytes, *args)
+        given = (loss, dz, invalid, int(ignore_index), smoothing, weight_sum)
+        run(_hard_forward_backward, rows, 2 * z.nbytes, z, _classes(target), weight, *given)
 
 
 def reduce(

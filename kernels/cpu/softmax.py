@@ -13,15 +13,15 @@ import numpy as np
 
 from ._elements import accumulate_dtype, gather, load, place, row_of, row_scratch, same_dtype, scatter, store
 from ._jit import kernel, reduction
-from ._rows import chunk_of, exp_sum, row_max, scale_into
+from ._rows import divide_into, exp_sum, row_max
 from ._threads import run
 
 
 @reduction
-def _dot_chunk(a, b, zero, first, last):
-    total = zero
-    for i in range(first, last):
-        total += load(a, i) * load(b, i)
+def _dot(a, b):
+    total = 0.0
+    for i in range(a.size):
+        total += np.float64(load(a, i)) * np.float64(load(b, i))
     return total
 
 
@@ -36,7 +36,7 @@ def _forward_rows(first, last, z, y, acc):
         y_row = place(row_of(y, n, s), y_scratch)
         e = same_dtype(y_row, exps)
         total = exp_sum(z_row, row_max(z_row), e)
-        scale_into(e, acc.dtype.type(1.0 / total), y_row)
+        divide_into(e, total, y_row)
         scatter(row_of(y, n, s), y_scratch)
 
 
@@ -45,17 +45,15 @@ def _backward_rows(first, last, dy, y, dz, acc):
     V, S = y.shape[1], y.shape[2]
     dy_scratch, y_scratch = row_scratch(dy), row_scratch(y)
     dz_scratch = row_scratch(dz)
-    zero, chunk = acc.dtype.type(0), chunk_of(acc)
     for row in range(first, last):
         n, s = row // S, row % S
         dy_row, y_row = gather(row_of(dy, n, s), dy_scratch), gather(row_of(y, n, s), y_scratch)
-        total = 0.0
-        for start in range(0, V, chunk):
-            total += np.float64(_dot_chunk(dy_row, y_row, zero, start, min(start + chunk, V)))
-        dot = acc.dtype.type(total)
+        total = _dot(dy_row, y_row)
+        high = acc.dtype.type(total)
+        low = acc.dtype.type(total - np.float64(high))
         dz_row = place(row_of(dz, n, s), dz_scratch)
         for v in range(V):
-            store(dz_row, v, load(y_row, v) * (load(dy_row, v) - dot))
+            store(dz_row, v, load(y_row, v) * ((load(dy_row, v) - high) - low))
         scatter(row_of(dz, n, s), dz_scratch)
 
 
