@@ -144,7 +144,7 @@ def launch(room: str, name: str, like: Array, *operands: Array | None, **options
 @contextlib.contextmanager
 def launch_scope(x: Array) -> Iterator[None]:
     """Launches inside run on the stream on which the caller of a CuPy array queues its work; nothing else changes."""
-    if type(x).__module__.partition(".")[0] != "cupy":
+    if kind(x, "x") != "cupy":
         yield
         return
     import cupy
@@ -217,7 +217,7 @@ def output_like(x: Array, axis: int | None) -> tuple[Array, Array]:
 
 def namespace(x: Array) -> ModuleType:
     """numpy, cupy or torch: the module whose functions take `x`."""
-    return sys.modules[type(x).__module__.partition(".")[0]]
+    return sys.modules[kind(x, "x")]
 
 
 def _address(x: Array) -> int:

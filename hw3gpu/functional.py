@@ -281,11 +281,11 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    weight = _cross_entropy_arguments(input, target, weight, reduction, label_smoothing)
+    weight = _cross_entropy_arguments(input, target, weight, ignore_index, reduction, label_smoothing)
     return _CrossEntropy.apply(input, target, weight, ignore_index, reduction, float(label_smoothing))
 
 
-def _cross_entropy_arguments(z, target, weight, reduction, label_smoothing):
+def _cross_entropy_arguments(z, target, weight, ignore_index, reduction, label_smoothing):
     """Checks every argument; the class weights in the kernels' dtype."""
     _floating_tensor(z, "input")
     _tensor(target, "target")
@@ -295,6 +295,8 @@ def _cross_entropy_arguments(z, target, weight, reduction, label_smoothing):
     if C == 0:
         raise ValueError(f"input: expected at least one class, got shape {_check.shape_of(z)}")
     if target.is_floating_point():
+        if ignore_index >= 0:
+            raise ValueError(f"ignore_index: expected none with probabilities as target, got {ignore_index}")
         _check.floating(target, "target")
         _check.same_shape(target, "target", z, "input")
     else:

@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import load_item, make_array, store_item
 
-from ._jit import inline
+from ._jit import inline, outline
 
 BFLOAT16 = np.dtype(np.uint16)
 FLOAT16 = np.dtype(np.int16)
@@ -223,29 +223,38 @@ def row_scratch(x):
     return np.empty(0 if x.strides[1] == x.itemsize else x.shape[1], x.dtype)
 
 
+@outline
+def _copy(source, destination):
+    for i in range(source.size):
+        destination[i] = source[i]
+
+
+@inline
+def _is_adjacent(row):
+    return row.strides[0] == row.itemsize or row.size <= 1
+
+
 @inline
 def gather(row, scratch):
     """`row` with adjacent elements: itself where that is so already, else a copy in `scratch`."""
-    if row.strides[0] == row.itemsize or row.size <= 1:
+    if _is_adjacent(row):
         return _as_contiguous(row)
-    for i in range(row.size):
-        scratch[i] = row[i]
+    _copy(row, scratch)
     return _as_contiguous(scratch[: row.size])
 
 
 @inline
 def place(row, scratch):
     """Where to write what shall stand in `row`: itself or `scratch`, which `scatter` then copies out."""
-    if row.strides[0] == row.itemsize or row.size <= 1:
+    if _is_adjacent(row):
         return _as_contiguous(row)
     return _as_contiguous(scratch[: row.size])
 
 
 @inline
 def scatter(row, scratch):
-    if not (row.strides[0] == row.itemsize or row.size <= 1):
-        for i in range(row.size):
-            row[i] = scratch[i]
+    if not _is_adjacent(row):
+        _copy(scratch[: row.size], row)
 
 
 def same_dtype(row, scratch):

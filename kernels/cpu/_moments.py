@@ -41,27 +41,30 @@ def with_low(total, low):
 
 
 @inline
-def add_to(sums, i, j, value):
-    """Add to the sum i of channel j. sums (2, 2, channels): the sums, and what their roundings left."""
-    sums[0, i, j], low = two_sum(sums[0, i, j], value)
-    sums[1, i, j] += low
+def add_to(sums, j, first, second):
+    """Add to the two sums of channel j. sums (2, 2, channels): the sums, and what their roundings left."""
+    sums[0, 0, j], low = two_sum(sums[0, 0, j], first)
+    sums[1, 0, j] += low
+    sums[0, 1, j], low = two_sum(sums[0, 1, j], second)
+    sums[1, 1, j] += low
 
 
 @inline
-def sum_of(sums, i, j):
-    return with_low(sums[0, i, j], sums[1, i, j])
+def sums_of(sums, j):
+    """The two sums of channel j."""
+    return with_low(sums[0, 0, j], sums[1, 0, j]), with_low(sums[0, 1, j], sums[1, 1, j])
 
 
 @kernel
 def merge(partial, sums):
     """sums (2, C) = the sum over the blocks of partial (blocks, 2, C), in order."""
-    pieces = np.zeros((2, 2, 1))
-    for i in range(2):
-        for c in range(sums.shape[1]):
-            pieces[:] = 0.0
-            for b in range(partial.shape[0]):
-                add_to(pieces, i, 0, partial[b, i, c])
-            sums[i, c] = sum_of(pieces, i, 0)
+    C = sums.shape[1]
+    pieces = np.zeros((2, 2, C))
+    for b in range(partial.shape[0]):
+        for c in range(C):
+            add_to(pieces, c, partial[b, 0, c], partial[b, 1, c])
+    for c in range(C):
+        sums[0, c], sums[1, c] = sums_of(pieces, c)
 
 
 # ---------------------------------------------------------------------------------------------- shift

@@ -14,10 +14,12 @@ from numba.extending import overload
 
 from ._elements import gather, load, place, plane_of, scatter, store
 from ._jit import inline, kernel, reduction
-from ._moments import add_to, better_shift, finish, first_mean, sum_of, two_sum, with_low
+from ._moments import add_to, better_shift, finish, first_mean, sums_of, two_sum, with_low
 
 # Values whose sum is taken at once, and values copied at once.
 RUN = 512
+# 0 as a variable: Numba compiles a function once more for a literal.
+START = np.int64(0)
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -113,8 +115,7 @@ def _scratch(x):
 def _add_deviations(x, n, c, s0, s1, shift, sums, j, scratch):
     for s in range(s0, s1, RUN):
         pair = _deviation_sums(gather(plane_of(x, n, c, s, min(s + RUN, s1)), scratch), shift)
-        add_to(sums, 0, j, pair[0])
-        add_to(sums, 1, j, pair[1])
+        add_to(sums, j, pair[0], pair[1])
 
 
 @inline
@@ -123,8 +124,7 @@ def _add_gradients(dy, x, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch):
         end = min(s + RUN, s1)
         dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
         pair = _gradient_sums(dy_run, x_run, mean[0, c], mean[1, c])
-        add_to(sums, 0, j, pair[0])
-        add_to(sums, 1, j, pair[1])
+        add_to(sums, j, pair[0], pair[1])
 
 
 @inline
@@ -164,20 +164,21 @@ def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean
             shift[c - c0] = first_mean(x, c)
         for n in range(N):
             for c in range(c0, c1):
-                _add_deviations(x, n, c, 0, S, shift[c - c0], sums, c - c0, x_scratch)
+                _add_deviations(x, n, c, START, S, shift[c - c0], sums, c - c0, x_scratch)
         for c in range(c0, c1):
             j = c - c0
-            better = better_shift(shift[j], sum_of(sums, 0, j), sum_of(sums, 1, j), m)
+            total, square = sums_of(sums, j)
+            better = better_shift(shift[j], total, square, m)
             if better == better:
                 shift[j] = better
                 sums[:, :, j] = 0.0
                 for n in range(N):
-                    _add_deviations(x, n, c, 0, S, better, sums, j, x_scratch)
-            total, square = sum_of(sums, 0, j), sum_of(sums, 1, j)
+                    _add_deviations(x, n, c, START, S, better, sums, j, x_scratch)
+                total, square = sums_of(sums, j)
             finish(c, shift[j], total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var)
         for n in range(N):
             for c in range(c0, c1):
-                _normalize(x, n, c, 0, S, mean, rstd[c] * gamma[c], beta[c], y, x_scratch, y_scratch)
+                _normalize(x, n, c, START, S, mean, rstd[c] * gamma[c], beta[c], y, x_scratch, y_scratch)
 
 
 @kernel
@@ -193,16 +194,17 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
         sums[:] = 0.0
         for n in range(N):
             for c in range(c0, c1):
-                _add_gradients(dy, x, n, c, 0, S, mean, sums, c - c0, dy_scratch, x_scratch)
+                _add_gradients(dy, x, n, c, START, S, mean, sums, c - c0, dy_scratch, x_scratch)
         for c in range(c0, c1):
             j = c - c0
-            total, product = sum_of(sums, 0, j), sum_of(sums, 1, j) * rstd[c]
+            total, product = sums_of(sums, j)
+            product *= rstd[c]
             dbeta[c], dgamma[c] = of(total), of(product)
             b[j], k[j] = of(total / m), of(product * rstd[c] / m)
         for n in range(N):
             for c in range(c0, c1):
                 j, scale = c - c0, rstd[c] * gamma[c]
-                _apply(dy, x, n, c, 0, S, mean, scale, b[j], k[j], dx, dy_scratch, x_scratch, dx_scratch)
+                _apply(dy, x, n, c, START, S, mean, scale, b[j], k[j], dx, dy_scratch, x_scratch, dx_scratch)
 
 
 # ---------------------------------------------------------------------------------------------- split
@@ -224,7 +226,7 @@ def sums(first, last, x, shift, partial):
                 _add_deviations(x, n, c, s, stop, shift[c], pieces, c, scratch)
             v += stop - s
         for c in range(C):
-            partial[block, 0, c], partial[block, 1, c] = sum_of(pieces, 0, c), sum_of(pieces, 1, c)
+            partial[block, 0, c], partial[block, 1, c] = sums_of(pieces, c)
 
 
 @kernel
@@ -244,7 +246,7 @@ def gradient_sums(first, last, dy, x, mean, partial):
                 _add_gradients(dy, x, n, c, s, stop, mean, pieces, c, dy_scratch, x_scratch)
             v += stop - s
         for c in range(C):
-            partial[block, 0, c], partial[block, 1, c] = sum_of(pieces, 0, c), sum_of(pieces, 1, c)
+            partial[block, 0, c], partial[block, 1, c] = sums_of(pieces, c)
 
 
 @kernel

@@ -9,6 +9,8 @@ computed in float32 and rounded once. A row whose maximum is -inf is 0/0 = NaN.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ._elements import accumulate_dtype, gather, load, place, row_of, row_scratch, same_dtype, scatter, store
@@ -50,7 +52,7 @@ def _backward_rows(first, last, dy, y, dz, acc):
         dy_row, y_row = gather(row_of(dy, n, s), dy_scratch), gather(row_of(y, n, s), y_scratch)
         total = _dot(dy_row, y_row)
         high = acc.dtype.type(total)
-        low = acc.dtype.type(total - np.float64(high))
+        low = acc.dtype.type(total - np.float64(high) if math.isfinite(total) else 0.0)
         dz_row = place(row_of(dz, n, s), dz_scratch)
         for v in range(V):
             store(dz_row, v, load(y_row, v) * ((load(dy_row, v) - high) - low))

@@ -25,11 +25,20 @@ def _fixed_point(x, largest):
 
 
 @triton.jit
+def _fours(x):
+    """Sums of four neighbouring lanes."""
+    if x.shape[2] >= 4:
+        x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 4, 4]), axis=3)
+    return x
+
+
+@triton.jit
 def per_channel(x, lost):
     """Σ (x - lost) over samples and lanes of a tile as (hi, lo), which in float32 holds what no float32 sum would."""
     hi = plain_sum(x)
     lo = tl.zeros_like(hi)
     if x.dtype == tl.float32:
+        x, lost = _fours(x), _fours(lost)  # of neighbours, in their thread: a quarter of the integers
         largest = tl.max(tl.max(tl.abs(x), axis=2), axis=0)[None, :, None]
         fixed, unit = _fixed_point(x, largest)
         fixed_lost, unit = _fixed_point(lost, largest)

@@ -396,12 +396,12 @@ def _flatten(*tensors):
     return tensors
 
 
-def _plan(x, operands):
+def _plan(x, operands, whole=False):
     """(plan, sizes as the kernels take them, constants) for a pass over `x` and its other operands."""
     N, C, S = x.shape
     mode = run_mode(2, x)
     plan = plan_batch_norm(N, C, S, x.element_size(), mode, channels_last=x.stride(1) == 1 and C > 1 and x.stride(2) != 1,
-                           operands=operands)  # fmt: skip
+                           operands=operands, whole=whole)  # fmt: skip
     constants = {
         "BLOCK_C": plan.BLOCK_C, "BLOCK_N": plan.BLOCK_N, "LANES": plan.LANES,
         "MODE": mode, "GROUP": 16 // x.element_size(), "ACC": ACC[x.dtype], "num_warps": warps(plan.num_warps),
@@ -425,7 +425,7 @@ def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, mom
     _statistics_kernel[(plan.channel_blocks * plan.splits,)](
         x, partial, *sizes, *plan.split, end_of(x), alpha, *x.stride(), **constants
     )
-    block, programs = plan_channels(C)
+    block, programs = plan_channels(C, plan.splits)
     _merge_kernel[(programs,)](
         partial, mean, var, rstd, running_mean, running_var, C, plan.splits, alpha, *scalars,
         SPLITS=next_power_of_2(plan.splits), BLOCK_C=block, ACC=constants["ACC"],
@@ -458,7 +458,7 @@ def normalize(x, mean, rstd, gamma, beta, y) -> None:
 def forward(x, gamma, beta, y, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float) -> None:
     """`statistics` and `normalize`, in one launch where a program can own whole channels."""
     x, y = _flatten(x, y)
-    plan, sizes, constants = _plan(x, operands=1)
+    plan, sizes, constants = _plan(x, operands=1, whole=True)
     if plan.splits > 1:
         statistics(x, mean, var, rstd, running_mean, running_var, eps=eps, momentum=momentum)
         normalize(x, mean, rstd, gamma, beta, y)
@@ -484,7 +484,7 @@ def backward_reduce(dy, x, mean, rstd, dgamma, dbeta) -> None:
         dy, x, mean, partial, *sizes, *plan.split, end_of(dy), end_of(x),
         *dy.stride(), *x.stride(), DY_MODE=follower_mode(2, x, dy), **constants,
     )  # fmt: skip
-    block, programs = plan_channels(C)
+    block, programs = plan_channels(C, plan.splits)
     _backward_merge_kernel[(programs,)](
         partial, rstd, dgamma, dbeta, C, plan.splits, BLOCK_C=block, SPLITS=next_power_of_2(plan.splits)
     )
@@ -505,7 +505,7 @@ def backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count: int, dx) -> N
 def backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta) -> None:
     """`backward_reduce` and `backward_apply`, in one launch where a program can own whole channels."""
     dy, x, dx = _flatten(dy, x, dx)
-    plan, sizes, constants = _plan(x, operands=2)
+    plan, sizes, constants = _plan(x, operands=2, whole=True)
     count = x.shape[0] * x.shape[2]
     if plan.splits > 1 or not x.numel():
         backward_reduce(dy, x, mean, rstd, dgamma, dbeta)

@@ -62,14 +62,14 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, heavy: boo
     lanes = V + (16 // itemsize - 1 if mode == SHIFTED else 0)
     if unit_s and S > 1:
         block_r = min(next_power_of_2(S), 128 // itemsize)
-        resident = min(resident, 16384 // (2 if itemsize == 8 else 1)) // block_r
+        resident = 8192 // (2 if itemsize == 8 else 1) // block_r
     else:
         block_r = max(1, min(next_power_of_2(S), 4096 // next_power_of_2(lanes)))
     if lanes <= resident:
         keep = next_power_of_2(lanes)
         return RowPlan(block_r, keep, keep, True, _warps(block_r * keep))
-    keep = resident if itemsize != 2 else min(resident, max(16384 // block_r, 1))
-    block_v = min(keep, max(8192 // block_r, 1))
+    keep = resident // 2 if heavy or itemsize == 2 or mode == SHIFTED else resident
+    block_v = max(min(keep, 4096 // block_r), 1)
     return RowPlan(block_r, keep, block_v, False, _warps(block_r * keep))
 
 
@@ -131,14 +131,17 @@ class BatchNormPlan:
         return self.per_split, self.splits
 
 
-def plan_batch_norm(N: int, C: int, S: int, itemsize: int, mode: int, channels_last: bool, operands: int) -> BatchNormPlan:
+def plan_batch_norm(
+    N: int, C: int, S: int, itemsize: int, mode: int, channels_last: bool, operands: int, whole: bool
+) -> BatchNormPlan:
     """The plan for the statistics and sums of C channels with N runs of S values each.
 
-    operands: tensors read at each position (1 forward, 2 backward). Few long channels are split over enough programs to
-    fill the device; a channel that fits is one tile; of many small ones, several share a program.
+    operands: tensors read at each position (1 forward, 2 backward). whole: the kernel can own whole channels. Few long
+    channels are split over enough programs to fill the device; a channel that fits is one tile; of many small ones, several
+    share a program.
     """
-    resident = 16384 // (2 if itemsize == 8 else 1)
-    long = resident // (2 * operands)
+    long = 8192 // (2 if itemsize == 8 else 1) // operands
+    resident = 16384 // (2 if itemsize == 8 else 1) if whole else long
     lanes = S + (16 // itemsize - 1 if mode == SHIFTED else 0)
     sector = 32 // itemsize
     if channels_last:
@@ -166,13 +169,13 @@ def plan_batch_norm(N: int, C: int, S: int, itemsize: int, mode: int, channels_l
     per_split = cdiv(tiles, splits)
     return BatchNormPlan(
         block_c, block_n, block_l, lane_blocks, tiles, per_split, cdiv(tiles, per_split), channel_blocks,
-        _warps(block_c * block_n * block_l),
+        32 if block_c * block_n * block_l >= 16384 else _warps(block_c * block_n * block_l),
     )  # fmt: skip
 
 
-def plan_channels(C: int) -> tuple[int, int]:
-    """(BLOCK_C, programs) for a pass over one number a channel."""
-    block = min(next_power_of_2(C), 32)
+def plan_channels(C: int, splits: int) -> tuple[int, int]:
+    """(BLOCK_C, programs) for the merge of `splits` results a channel."""
+    block = max(min(next_power_of_2(C), 32, 1024 // next_power_of_2(splits)), 1)
     return block, cdiv(C, block)
 
 

@@ -115,7 +115,7 @@ def forward(z: torch.Tensor, y: torch.Tensor) -> None:
     z, y = rows_along_s(z), rows_along_s(y)
     N, V, S = z.shape
     mode = run_mode(1, z, y)
-    plan = plan_rows(V, S, z.element_size(), mode, unit_s=z.stride(2) == 1 and z.stride(1) != 1)
+    plan = plan_rows(V, S, z.element_size(), mode, unit_s=z.stride(2) == 1 and z.stride(1) != 1, heavy=V > 32768)
     tiles = cdiv(S, plan.BLOCK_R)
     _forward_kernel[(N * tiles,)](
         z, y, V, S, tiles, end_of(z), *z.stride(), *y.stride(),
