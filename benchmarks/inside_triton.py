@@ -92,8 +92,9 @@ Observer = Callable[[str, str, np.ndarray, int], None]
 
 
 @contextlib.contextmanager
-def count_accesses(observe: Observer) -> Iterator[None]:
-    """Calls observe(kernel, 'load' | 'store', addresses, bytes of an element) for each access of an interpreted kernel.
+def count_accesses(observe: Observer, launched: Callable[[str], Any]) -> Iterator[None]:
+    """Calls observe(kernel, 'load' | 'store', addresses, bytes of an element) for each access of an interpreted kernel, and
+    launched(kernel) for each launch.
 
     The addresses are those of the lanes that the mask lets through.
     """
@@ -117,6 +118,7 @@ def count_accesses(observe: Observer) -> Iterator[None]:
 
     def counted_call(self, *args, **kwargs):
         running[0] = self.fn.__name__
+        launched(running[0])
         return call(self, *args, **kwargs)
 
     builder.create_masked_load, builder.create_masked_store, executor.__call__ = counted_load, counted_store, counted_call

@@ -6,7 +6,26 @@ from typing import Any
 
 import numpy as np
 
-LAYOUTS = ("contiguous", "channels-last", "sliced", "shifted", "reversed")
+from hw3gpu._cli.arrays import Place, to_numpy
+
+
+class Tensors(Place):
+    """torch tensors alone, with what `kit` offers: for tests of kernels, which see no difference between kinds."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__("torch", device)
+
+    def numpy(self, x: Any) -> np.ndarray:
+        """`x` as a new float64 NumPy array."""
+        return to_numpy(x)
+
+
+def to_torch(x: Any) -> Any:
+    """A new contiguous torch tensor of the values, dtype and device of `x`, which may be of any kind."""
+    import torch
+
+    return torch.as_tensor(x.copy() if isinstance(x, np.ndarray) else x).detach().clone().contiguous()
+
 
 
 def in_layout(kit: Any, values: Any, dtype: str, layout: str) -> Any:

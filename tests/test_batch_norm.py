@@ -12,8 +12,7 @@ import torch
 import hw3gpu
 from hw3gpu import reference
 from hw3gpu._arrays import accumulate_dtype, requested_backend
-from hw3gpu._cli.arrays import Place, to_numpy
-from layouts import in_layout
+from layouts import Tensors, in_layout, to_torch
 from measure import close, max_error
 
 # the values that the kernels are asked to spoil are spoilt in the interpreter with a warning
@@ -42,34 +41,18 @@ CASES = {
 }
 
 
-class Tensors(Place):
-    """torch tensors alone, for what does not depend on the kind of array."""
-
-    def numpy(self, x):
-        return to_numpy(x)
-
-
 @pytest.fixture
 def tensors(device):
-    return Tensors("torch", device)
-
-
-def to_torch(x):
-    """A new torch tensor of the values and dtype of `x`, contiguous."""
-    return torch.as_tensor(x.copy() if isinstance(x, np.ndarray) else x).detach().clone().contiguous()
+    return Tensors(device)
 
 
 @pytest.fixture(params=[1, 2, 132], ids=["looped", "two splits", "split"])
 def multiprocessors(request, monkeypatch):
     """Long channels under the plans of three devices. The Numba kernels have none: there the three are one."""
-    if use_of_gpu_kernels():
+    if requested_backend() == "gpu":
         from hw3gpu.kernels.gpu import plan
 
         monkeypatch.setattr(plan, "MULTIPROCESSORS", request.param)
-
-
-def use_of_gpu_kernels():
-    return requested_backend() == "gpu"
 
 
 def channels(shape, axis):
@@ -172,13 +155,12 @@ def both_ways(kit, rng, dtype, shape, axis, layout="contiguous", values=None, ep
 # ---------------------------------------------------------------------------------------------- ordinary values
 @pytest.mark.parametrize("case", CASES, ids=list(CASES))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_shape_and_layout(kit, rng, case, dtype):
-    both_ways(kit, rng, dtype, *CASES[case])
+def test_every_shape_and_layout(tensors, rng, case, dtype):
+    both_ways(tensors, rng, dtype, *CASES[case])
 
 
-@pytest.mark.parametrize("case", ["7x7 planes", "(B, W, H, C)", "long channels"])
-@pytest.mark.parametrize("dtype", ["float64", "float16"])
-def test_the_other_dtypes(kit, rng, case, dtype):
+@pytest.mark.parametrize("case", ["7x7 planes", "(B, W, H, C)"])
+def test_every_kind_and_dtype(kit, rng, case, dtype):
     both_ways(kit, rng, dtype, *CASES[case])
 
 
@@ -187,8 +169,11 @@ def test_the_other_dtypes(kit, rng, case, dtype):
     [((1, 1, 20470), 1), ((20, 1, 601), 1), ((1, 60, 60, 5), -1)],
     ids=["one sample", "several samples a tile", "channels-last"],
 )
-def test_long_channels(tensors, multiprocessors, rng, shape, axis):
-    both_ways(tensors, rng, "float32", shape, axis)
+def test_long_channels(tensors, multiprocessors, shape, axis):
+    """Twice, to the same bits."""
+    results = [both_ways(tensors, np.random.default_rng(3), "float32", shape, axis) for _ in range(2)]
+    for first, again in zip(*([r.y, r.mean, r.var, g.dx, g.dgamma, g.dbeta] for _, _, r, g in results), strict=True):
+        assert torch.equal(first, again)
 
 
 @pytest.mark.parametrize("multiprocessors", [1], indirect=True, ids=["many channels"])
@@ -209,7 +194,7 @@ def test_without_gamma_and_beta(kit, rng, dtype):
 @pytest.mark.parametrize("parameters", ["float64", "float16", "bfloat16"])
 def test_gamma_and_beta_of_another_dtype(kit, rng, dtype, parameters):
     if parameters not in kit.dtypes:
-        pytest.skip(f"{kit.kind} arrays have no {parameters}")
+        parameters = "float16"  # arrays of this kind have no bfloat16
     x, dy, gamma, beta = operands(kit, rng, dtype, (3, 2, 7), 1)
     gamma, beta = (kit.array(kit.numpy(v), parameters) for v in (gamma, beta))
     result = hw3gpu.batch_norm(x, gamma, beta)
@@ -223,13 +208,13 @@ def test_gamma_and_beta_of_another_dtype(kit, rng, dtype, parameters):
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-5, 0.1, 10.0])
-def test_eps(kit, rng, eps):
-    both_ways(kit, rng, "float32", (3, 2, 7), 1, eps=eps)
+def test_eps(tensors, rng, eps):
+    both_ways(tensors, rng, "float32", (3, 2, 7), 1, eps=eps)
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.1, 0.7])
-def test_eps_keeps_all_digits_in_float64(kit, rng, eps):
-    both_ways(kit, rng, "float64", (3, 2, 7), 1, values=1e-3 * rng.standard_normal((3, 2, 7)), eps=eps)
+def test_eps_keeps_all_digits_in_float64(tensors, rng, eps):
+    both_ways(tensors, rng, "float64", (3, 2, 7), 1, values=1e-3 * rng.standard_normal((3, 2, 7)), eps=eps)
 
 
 @pytest.mark.parametrize("axis", [1, -1, None])
@@ -265,13 +250,13 @@ def ulp_of_parts(x):
     return 2.0 ** (-50 if accumulate_dtype(x) == "float64" else -21)
 
 
-def test_channel_axis_is_a_matter_of_names(kit, rng):
+def test_channel_axis_is_a_matter_of_names(tensors, rng):
     """The same numbers wherever the channels stand, but for the order of the sums."""
     values = rng.standard_normal((3, 2, 4, 5))
-    expected = kit.numpy(hw3gpu.batch_norm(kit.array(values, "float64")).y)
+    expected = tensors.numpy(hw3gpu.batch_norm(tensors.array(values, "float64")).y)
     for axis in (0, 2, 3, -1, -2):
-        moved = kit.array(np.moveaxis(values, 1, axis), "float64")
-        got = kit.numpy(hw3gpu.batch_norm(moved, channel_axis=axis).y)
+        moved = tensors.array(np.moveaxis(values, 1, axis), "float64")
+        got = tensors.numpy(hw3gpu.batch_norm(moved, channel_axis=axis).y)
         np.testing.assert_allclose(np.moveaxis(got, axis, 1), expected, rtol=0, atol=2e-15)
 
 
@@ -302,12 +287,12 @@ HARD = {
 
 
 @pytest.mark.parametrize("case", HARD, ids=list(HARD))
-def test_hard_values(kit, rng, case, dtype):
+def test_hard_values(tensors, rng, case, dtype):
     shape = (4, 2, 25)
     values = HARD[case](rng, shape)
-    if np.abs(values).max() > np.finfo(np.float16).max and dtype == "float16":
-        pytest.skip("beyond the range of float16")
-    both_ways(kit, rng, dtype, shape, 1, values=values)
+    if dtype == "float16":
+        values = np.clip(values, -6e4, 6e4)
+    both_ways(tensors, rng, dtype, shape, 1, values=values)
 
 
 @pytest.mark.parametrize("case", ["mean 1e4", "values near 1e18", "outlier first", "two values, one apart"])
@@ -316,27 +301,27 @@ def test_hard_values_in_long_channels(tensors, multiprocessors, rng, case):
     both_ways(tensors, rng, "float32", shape, 1, values=HARD[case](rng, shape))
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 7, 7), (1, 2, 8191), (2, 5, 4, 2), (9, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2, 7, 7), (1, 2, 20470), (2, 5, 4, 2), (9, 2)], ids=str)
 @pytest.mark.parametrize("value", [1.23e6, -0.1, 3.0e18])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_constant_channel_comes_out_as_beta(kit, shape, value, dtype):
+def test_a_constant_channel_comes_out_as_beta(tensors, shape, value, dtype):
     axis = -1 if shape[-1] == 2 else 1
-    x, beta = kit.array(np.full(shape, value), dtype), kit.array([0.3, -7.0], dtype)
-    result = hw3gpu.batch_norm(x, kit.array([5.0, 1e3], dtype), beta, channel_axis=axis)
+    x, beta = tensors.array(np.full(shape, value), dtype), tensors.array([0.3, -7.0], dtype)
+    result = hw3gpu.batch_norm(x, tensors.array([5.0, 1e3], dtype), beta, channel_axis=axis)
     along = [1] * len(shape)
     along[axis] = 2
-    np.testing.assert_array_equal(kit.numpy(result.y), np.broadcast_to(kit.numpy(beta).reshape(along), shape))
-    np.testing.assert_array_equal(kit.numpy(result.var), 0.0)
-    np.testing.assert_array_equal(kit.numpy(result.mean), kit.numpy(x).flat[0])
+    np.testing.assert_array_equal(tensors.numpy(result.y), np.broadcast_to(tensors.numpy(beta).reshape(along), shape))
+    np.testing.assert_array_equal(tensors.numpy(result.var), 0.0)
+    np.testing.assert_array_equal(tensors.numpy(result.mean), tensors.numpy(x).flat[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_upstream_gradients_with_a_large_mean(kit, rng, dtype):
+def test_upstream_gradients_with_a_large_mean(tensors, rng, dtype):
     """dy - mean(dy) keeps its digits only where 1/m does."""
-    x, _, gamma, _ = operands(kit, rng, dtype, (5, 6, 13), 1)
-    dy = kit.array(1e4 + rng.standard_normal((5, 6, 13)), dtype)
+    x, _, gamma, _ = operands(tensors, rng, dtype, (5, 6, 13), 1)
+    dy = tensors.array(1e4 + rng.standard_normal((5, 6, 13)), dtype)
     result = hw3gpu.batch_norm(x)
-    backward_and_check(kit, dtype, dy, x, result.mean, result.var, gamma, 1)
+    backward_and_check(tensors, dtype, dy, x, result.mean, result.var, gamma, 1)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e15], ids="{:g}".format)
@@ -349,19 +334,19 @@ def test_upstream_gradients_of_any_size(tensors, rng, scale):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
 @pytest.mark.parametrize("dtype", ["float32"])
-def test_a_spoilt_channel_stays_alone(kit, rng, value, dtype):
+def test_a_spoilt_channel_stays_alone(tensors, rng, value, dtype):
     values = rng.standard_normal((3, 3, 7))
     values[1, 1, 2] = value
-    x, dy, gamma, beta = operands(kit, rng, dtype, (3, 3, 7), 1, values=values)
+    x, dy, gamma, beta = operands(tensors, rng, dtype, (3, 3, 7), 1, values=values)
     result = hw3gpu.batch_norm(x, gamma, beta)
     gradients = hw3gpu.batch_norm_backward(dy, x, result.mean, result.var, gamma)
-    for whole in (kit.numpy(result.y), kit.numpy(gradients.dx)):
+    for whole in (tensors.numpy(result.y), tensors.numpy(gradients.dx)):
         assert np.isnan(whole[:, 1]).all()
     keep = [0, 2]
-    alone = hw3gpu.batch_norm(kit.array(values[:, keep], dtype), kit.array(kit.numpy(gamma)[keep], dtype),
-                              kit.array(kit.numpy(beta)[keep], dtype))  # fmt: skip
-    np.testing.assert_allclose(kit.numpy(result.y)[:, keep], kit.numpy(alone.y), rtol=1e-6, atol=1e-6)
-    assert np.isfinite(kit.numpy(gradients.dx)[:, keep]).all()
+    alone = hw3gpu.batch_norm(tensors.array(values[:, keep], dtype), tensors.array(tensors.numpy(gamma)[keep], dtype),
+                              tensors.array(tensors.numpy(beta)[keep], dtype))  # fmt: skip
+    np.testing.assert_allclose(tensors.numpy(result.y)[:, keep], tensors.numpy(alone.y), rtol=1e-6, atol=1e-6)
+    assert np.isfinite(tensors.numpy(gradients.dx)[:, keep]).all()
 
 
 # ---------------------------------------------------------------------------------------------- what comes back
@@ -389,8 +374,7 @@ def test_results_are_frozen(kit, rng):
         gradients.dx = None
 
 
-@pytest.mark.parametrize("case", ["7x7 planes", "(B, W, H, C)", "long channels"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("case", ["7x7 planes", "(B, W, H, C)"])
 def test_bitwise_repeatable(kit, rng, case, dtype):
     shape, axis, layout = CASES[case]
     x, dy, gamma, beta = operands(kit, rng, dtype, shape, axis, layout)

@@ -14,7 +14,6 @@ from ._elements import line_of, load, store
 from ._jit import inline, kernel
 from ._moments import add_to, better_shift, finish, first_mean, sums_of
 
-
 # ---------------------------------------------------------------------------------------------- one line
 # Parameters of a position: at (rows, positions), whose rows are named here. One array, so that LLVM need not ask of five
 # whether they overlap with the output.

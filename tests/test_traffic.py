@@ -1,0 +1,109 @@
+"""Evidence step 2: what the Triton kernels ask to move, counted in the interpreter and held to kernels/README.md.
+
+A pass is one read or write of the whole tensor. The bounds leave two per cent for what is one number a row.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.ledger import ledger
+from hw3gpu.kernels.gpu import batch_norm, cross_entropy, softmax
+
+pytestmark = pytest.mark.interpreter
+
+HARD = {"ignore_index": -100, "label_smoothing": 0.0}
+ROWS = [
+    pytest.param(1000, torch.float32, 2.02, id="V=1000 float32"),
+    pytest.param(1001, torch.bfloat16, 2.02, id="V=1001 bfloat16"),
+    pytest.param(32768, torch.float32, 2.02, id="V=32768 float32"),
+    pytest.param(32768, torch.bfloat16, 2.02, id="V=32768 bfloat16"),
+    pytest.param(65536, torch.float32, 2.52, id="V=65536 float32"),
+    pytest.param(65536, torch.bfloat16, 2.77, id="V=65536 bfloat16"),
+    pytest.param(131072, torch.bfloat16, 2.90, id="V=131072 bfloat16"),
+]
+
+
+def logits(V: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(3, V, 1).to(dtype)
+
+
+@pytest.mark.parametrize(("V", "dtype", "bound"), ROWS)
+def test_loss_and_gradient_of_hard_targets(V, dtype, bound):
+    z = logits(V, dtype)
+    dz, loss, invalid = torch.empty_like(z), torch.empty(3, 1), torch.full((1,), 3)
+    target = torch.randint(V, (3, 1))
+    with ledger(z=z, dz=dz) as book:
+        cross_entropy.forward_backward(z, target, None, loss, dz, invalid, **HARD)
+    assert book.kernels == ["_forward_kernel"]
+    assert 2.0 <= book.passes("z", "dz") <= bound
+
+
+@pytest.mark.parametrize(("V", "bound"), [(1000, 3.02), (16384, 3.02), (40000, 5.02)])
+def test_loss_and_gradient_of_soft_targets(V, bound):
+    z = logits(V, torch.float32)
+    y, dz, loss, invalid = torch.rand_like(z), torch.empty_like(z), torch.empty(3, 1), torch.full((1,), 3)
+    with ledger(z=z, y=y, dz=dz) as book:
+        cross_entropy.forward_backward(z, y, None, loss, dz, invalid, **HARD)
+    assert 3.0 <= book.passes("z", "y", "dz") <= bound
+
+
+@pytest.mark.parametrize("V", [1000, 32768, 65536])
+def test_forward_then_backward_for_any_upstream_gradient(V):
+    z = logits(V, torch.float32)
+    dz, loss, stats, invalid = torch.empty_like(z), torch.empty(3, 1), torch.empty(3, 3, 1), torch.full((1,), 3)
+    target, upstream, denominator = torch.randint(V, (3, 1)), torch.randn(3, 1), torch.full((1,), 3.0)
+    with ledger(z=z, dz=dz) as book:
+        cross_entropy.forward(z, target, None, loss, stats, invalid, **HARD)
+        cross_entropy.backward(z, target, None, stats, upstream, denominator, dz, **HARD)
+    assert 3.0 <= book.passes("z", "dz") <= 3.02
+
+
+@pytest.mark.parametrize("V", [1000, 1001, 16384])
+def test_softmax(V):
+    z = logits(V, torch.float32)
+    y, dz = torch.empty_like(z), torch.empty_like(z)
+    with ledger(z=z, y=y) as book:
+        softmax.forward(z, y)
+    assert 2.0 <= book.passes("z", "y") <= 2.02
+    with ledger(y=y, z=z, dz=dz) as book:
+        softmax.backward(z, y, dz)
+    assert 3.0 <= book.passes("y", "z", "dz") <= 3.02
+
+
+@pytest.mark.parametrize(
+    ("shape", "forward", "backward"),
+    [
+        # 49 floats that begin anywhere are read as up to 14 groups of four: 12.75 on average, 4 per cent a read
+        pytest.param((64, 2, 49), 2.07, 3.13, id="7x7 planes fit"),
+        pytest.param((16, 2, 1024), 2.05, 3.05, id="16384 values fit"),
+        pytest.param((4, 2, 16384), 3.05, 5.05, id="long channels"),
+    ],
+)
+def test_batch_norm(shape, forward, backward):
+    x = torch.randn(shape)
+    y, dy, dx, C = torch.empty_like(x), torch.randn(shape), torch.empty_like(x), shape[1]
+    mean, var, rstd, dgamma, dbeta = torch.empty(2, C), *torch.empty(4, C)
+    with ledger(x=x, y=y) as book:
+        batch_norm.forward(x, None, None, y, mean, var, rstd, None, None, eps=1e-5, momentum=0.0)
+    assert 2.0 <= book.passes("x", "y") <= forward
+    with ledger(x=x, dy=dy, dx=dx) as book:
+        batch_norm.backward(dy, x, mean, rstd, None, dx, dgamma, dbeta)
+    assert 3.0 <= book.passes("x", "dy", "dx") <= backward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_rows_off_16_bytes_touch_few_sectors_too_many(dtype):
+    z = logits(50257, dtype)
+    loss, stats, invalid = torch.empty(3, 1), torch.empty(3, 3, 1), torch.full((1,), 3)
+    with ledger(z=z) as book:
+        cross_entropy.forward(z, torch.zeros(3, 1, dtype=torch.int64), None, loss, stats, invalid, **HARD)
+    assert book.sector_ratio("z") <= 1.06
+
+
+def test_the_ledger_counts_what_is_read_twice():
+    z = logits(65536, torch.float32)
+    with ledger(z=z) as book:
+        softmax.forward(z, torch.empty_like(z))
+    assert book.asked["z", "load"] == pytest.approx(z.nbytes * (2 - 8192 / 65536), rel=1e-3)
