@@ -116,9 +116,13 @@ class Conv2D(torch.nn.Conv2d):
 
     def output_shape(self, input_shape: Sequence[int]) -> tuple[int, int, int, int]:
         """The shape that an input of shape (B, W, H, C_in) comes out with."""
-        if isinstance(self.padding, str):
-            raise ValueError(f"padding: expected numbers to compute a shape from, got {self.padding!r}")
-        return conv2d_output_shape(input_shape, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation)
+        padding: Any = self.padding
+        if padding == "same":
+            B, W, H, _ = input_shape
+            return B, W, H, self.out_channels
+        if padding == "valid":
+            padding = 0
+        return conv2d_output_shape(input_shape, self.out_channels, self.kernel_size, self.stride, padding, self.dilation)
 
     @classmethod
     def from_torch(cls, conv: torch.nn.Conv2d) -> Conv2D:
@@ -157,8 +161,10 @@ class Conv2D(torch.nn.Conv2d):
             raise ValueError(f"state_dict: expected weights with axes W, H (mark {_AXES.tolist()}), got {state}")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "weight" in state_dict and prefix + "_extra_state" not in state_dict:
+        mark = state_dict.get(prefix + "_extra_state", _AXES if prefix + "weight" not in state_dict else None)
+        if mark is not None and torch.equal(torch.as_tensor(mark).cpu(), _AXES):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        else:
             error_msgs = args[-1]
             error_msgs.append(
                 f"{prefix}weight: expected a checkpoint of hw3gpu.nn.Conv2D, whose kernels are (W, H); a torch Conv2d has "

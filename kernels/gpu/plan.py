@@ -67,8 +67,8 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, heavy: boo
         block_r = max(1, min(next_power_of_2(S), 4096 // next_power_of_2(lanes)))
     if lanes <= resident:
         keep = next_power_of_2(lanes)
-        return RowPlan(block_r, keep, keep, True, _warps(block_r * keep))
-    keep = resident // 2 if heavy or itemsize == 2 or mode == SHIFTED else resident
+        return RowPlan(block_r, keep, keep, True, _warps(block_r * keep * (2 if heavy else 1)))
+    keep = resident // (4 if heavy else 2 if itemsize == 2 or mode == SHIFTED else 1)
     block_v = max(min(keep, 4096 // block_r), 1)
     return RowPlan(block_r, keep, block_v, False, _warps(block_r * keep))
 
@@ -150,7 +150,7 @@ def plan_batch_norm(
             block_c //= 2
         if next_power_of_2(S) * block_c > resident:
             block_c = min(next_power_of_2(C), 64)
-            block_n, block_l = 1, max(long // block_c, 1)
+            block_n, block_l = 1, max(long // (2 * block_c), 1)
         else:
             block_n, block_l = 1, next_power_of_2(S)
     elif next_power_of_2(N) * next_power_of_2(lanes) <= resident:

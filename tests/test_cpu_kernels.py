@@ -1,0 +1,546 @@
+"""What is the CPU kernels' alone: the exponential, the bits of halves, threads and processes, the cache, strides, memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from hw3gpu.kernels.cpu import _elements, _jit, _threads, batch_norm, cross_entropy, softmax
+
+KERNELS = Path(_jit.__file__).parent
+
+
+# ---------------------------------------------------------------------------------------------- elements
+@numba.njit(error_model="numpy")
+def exp_of(x, y):
+    for i in range(x.size):
+        _elements.store(y, i, _elements.exp(_elements.load(x, i)))
+
+
+@numba.njit
+def loaded(x, y):
+    for i in range(x.size):
+        y[i] = _elements.load(x, i)
+
+
+@numba.njit
+def stored(x, y):
+    for i in range(x.size):
+        _elements.store(y, i, x[i])
+
+
+@pytest.mark.parametrize(("dtype", "lowest"), [(np.float32, -103.9), (np.float64, -745.1)], ids=["float32", "float64"])
+def test_exp_is_right_to_one_ulp_subnormal_results_included(rng, dtype, lowest):
+    x = np.concatenate(
+        [rng.uniform(lowest, 1, 400_000), rng.uniform(-2, 0, 400_000), -np.logspace(-40, np.log10(-lowest), 200_000)]
+    ).astype(dtype)
+    y = np.empty_like(x)
+    exp_of(x, y)
+    exact = np.exp(x.astype(np.longdouble))
+    ulp = np.spacing(exact.astype(dtype)).astype(np.longdouble)
+    assert np.max(np.abs(y - exact) / ulp) <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+def test_exp_of_what_is_no_ordinary_number(dtype):
+    x = np.array([np.nan, -np.nan, -np.inf, -1e30, 0.0, -0.0], dtype)
+    y = np.empty_like(x)
+    exp_of(x, y)
+    np.testing.assert_array_equal(y, np.array([np.nan, np.nan, 0, 0, 1, 1], dtype))
+
+
+@pytest.mark.parametrize("room", ["softmax", "cross entropy"])
+def test_the_loop_over_a_row_is_packed(room):
+    """The fused multiply-adds of the exponential work on whole vectors, in the kernel as it is compiled for this machine."""
+    packed = {"x86_64": r"vfmadd\w+ps[^\n]*[yz]mm", "AMD64": r"vfmadd\w+ps[^\n]*[yz]mm", "aarch64": r"fml[as]\s+v\d+\.4s"}
+    if platform.machine() not in packed:
+        pytest.skip(f"no pattern for the instructions of {platform.machine()}")
+    original = softmax._forward_rows if room == "softmax" else cross_entropy._hard_forward_backward
+    kernel = numba.njit(**_jit._OPTIONS)(original.py_func)
+    z, acc = np.zeros((2, 8, 1), np.float32), np.empty(0, np.float32)
+    if room == "softmax":
+        kernel(0, 2, z, np.empty_like(z), acc)
+    else:
+        target, invalid = np.zeros((2, 1), np.int64), np.full(1, 2)
+        kernel(0, 2, z, target, acc, np.zeros((2, 1), np.float32), np.empty_like(z), invalid, -100, 0.0, 0.0)
+    (assembly,) = kernel.inspect_asm().values()
+    assert len(re.findall(packed[platform.machine()], assembly)) >= 8
+
+
+HALVES = {"bfloat16": (torch.bfloat16, np.uint16), "float16": (torch.float16, np.int16)}
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_every_half_is_loaded_as_pytorch_reads_it(half):
+    torch_dtype, bits_dtype = HALVES[half]
+    bits = np.arange(1 << 16, dtype=np.uint16).view(bits_dtype)
+    values = np.empty(bits.size, np.float32)
+    loaded(bits, values)
+    np.testing.assert_array_equal(values, torch.from_numpy(bits.view(np.int16)).view(torch_dtype).float().numpy())
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_halves_are_stored_as_pytorch_rounds(rng, half):
+    """Random bits, and the midpoints between neighbours, where rounding to even decides."""
+    torch_dtype, bits_dtype = HALVES[half]
+    every = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(torch_dtype).double()
+    midpoints = ((every[:-1] + every[1:]) / 2).float().numpy()
+    random = rng.integers(0, 1 << 32, 200_000, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([random, midpoints, -midpoints, np.float32([np.inf, -np.inf, 0.0, -0.0])])
+    bits = np.empty(x.size, bits_dtype)
+    stored(x, bits)
+    expected = torch.from_numpy(x).to(torch_dtype).float().numpy()
+    ours = torch.from_numpy(bits.view(np.int16)).view(torch_dtype).float().numpy()
+    np.testing.assert_array_equal(ours, expected)
+    same_sign = np.signbit(ours) == np.signbit(expected)
+    assert same_sign[~np.isnan(expected)].all()
+
+
+# ---------------------------------------------------------------------------------------------- operations to repeat
+def random_array(rng, shape, dtype="float32"):
+    """Random values as the kernels take them: halves as bits."""
+    values = rng.standard_normal(shape)
+    if dtype in HALVES:
+        torch_dtype, bits_dtype = HALVES[dtype]
+        return torch.from_numpy(values).to(torch_dtype).view(torch.int16).numpy().view(bits_dtype)
+    return values.astype(dtype)
+
+
+def channels_last(x):
+    return np.ascontiguousarray(x.transpose(0, 2, 1)).transpose(0, 2, 1)
+
+
+def run_softmax(rng, shape, dtype="float32"):
+    z, dy = random_array(rng, shape, dtype), random_array(rng, shape, dtype)
+
+    def call():
+        y, dz = np.empty_like(z), np.empty_like(z)
+        softmax.forward(z, y)
+        softmax.backward(dy, y, dz)
+        return y, dz
+
+    return call
+
+
+def run_cross_entropy(rng, shape, dtype="float32", soft=False):
+    N, V, S = shape
+    z = random_array(rng, shape, dtype)
+    acc = _elements.accumulate_dtype(z)
+    target = random_array(rng, shape, dtype) if soft else rng.integers(0, V, (N, S))
+    weight, options = rng.uniform(0.5, 1, V).astype(acc), {"ignore_index": 1, "label_smoothing": 0.1}
+
+    def call():
+        loss, stats, invalid = np.empty((N, S), acc), np.empty((3, N, S), acc), np.full(1, N * S)
+        dz, dz_at_once, total, count = np.empty_like(z), np.empty_like(z), np.empty(1, acc), np.empty(1, acc)
+        cross_entropy.forward(z, target, weight, loss, stats, invalid, **options)
+        cross_entropy.reduce(loss, target, weight, total, count, ignore_index=1)
+        cross_entropy.backward(z, target, weight, stats, np.broadcast_to(total, (N, S)), count, dz, **options)
+        cross_entropy.forward_backward(z, target, weight, loss, dz_at_once, invalid, **options)
+        return loss, stats, dz, dz_at_once, total, count
+
+    return call
+
+
+def run_batch_norm(rng, shape, dtype="float32", layout=np.ascontiguousarray):
+    C = shape[1]
+    x, dy = layout(random_array(rng, shape, dtype)), layout(random_array(rng, shape, dtype))
+    acc = _elements.accumulate_dtype(x)
+    gamma, beta = rng.standard_normal((2, C)).astype(acc)
+
+    def call():
+        y, dx, dx_apart = np.empty_like(x), np.empty_like(x), np.empty_like(x)
+        mean, (var, rstd, dgamma, dbeta) = np.empty((2, C), acc), np.empty((4, C), acc)
+        running = np.zeros(C, acc), np.ones(C, acc)
+        batch_norm.forward(x, gamma, beta, y, mean, var, rstd, *running, eps=1e-5, momentum=0.1)
+        batch_norm.backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
+        batch_norm.statistics(x, mean, var, rstd, None, None, eps=1e-5, momentum=0.1)
+        batch_norm.backward_reduce(dy, x, mean, rstd, dgamma, dbeta)
+        batch_norm.backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, x.size / C, dx_apart)
+        return y, mean, var, rstd, *running, dx, dx_apart, dgamma, dbeta
+
+    return call
+
+
+OPERATIONS = {
+    "softmax": lambda rng: run_softmax(rng, (300, 700, 1)),
+    "softmax, bfloat16": lambda rng: run_softmax(rng, (300, 1100, 1), "bfloat16"),
+    "softmax, classes in the middle": lambda rng: run_softmax(rng, (4, 21, 2500)),
+    "cross entropy": lambda rng: run_cross_entropy(rng, (150, 1500, 1)),
+    "cross entropy, float16": lambda rng: run_cross_entropy(rng, (300, 1500, 1), "float16"),
+    "cross entropy, soft targets": lambda rng: run_cross_entropy(rng, (90, 2500, 1), soft=True),
+    "batch norm, planes": lambda rng: run_batch_norm(rng, (6, 40, 900)),
+    "batch norm, few channels": lambda rng: run_batch_norm(rng, (4, 3, 20_000)),
+    "batch norm, small planes": lambda rng: run_batch_norm(rng, (37, 150, 49)),
+    "batch norm, channels-last": lambda rng: run_batch_norm(rng, (5, 24, 2000), layout=channels_last),
+    "batch norm, channels-last, 3 channels": lambda rng: run_batch_norm(rng, (4, 3, 20_000), layout=channels_last),
+    "batch norm, float64": lambda rng: run_batch_norm(rng, (4, 20, 1500), "float64"),
+}
+
+
+def same_bits(a, b):
+    return len(a) == len(b) and all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def threads():
+    """`threads(n)` sets the number of threads; it is put back after the test."""
+    before = _threads._setting
+    yield _threads.set_num_threads
+    _threads._setting = before
+
+
+@pytest.fixture
+def eager_threads(monkeypatch):
+    """Every call is large enough for several threads."""
+    monkeypatch.setattr(_threads, "BYTES_PER_THREAD", 1)
+
+
+# ---------------------------------------------------------------------------------------------- threads
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_number_of_threads_changes_no_bit(rng, threads, eager_threads, name):
+    call = OPERATIONS[name](rng)
+    threads(1)
+    expected = call()
+    for n in (2, 3, 7):
+        threads(n)
+        assert same_bits(call(), expected), f"{n} threads"
+
+
+def test_calls_from_many_python_threads_give_the_serial_bits(rng, threads, eager_threads):
+    """8 threads of 200 calls each, all of them using the pool."""
+    makers = [
+        lambda: run_softmax(rng, (20, 33, 1)),
+        lambda: run_softmax(rng, (9, 100, 1), "bfloat16"),
+        lambda: run_cross_entropy(rng, (16, 70, 1)),
+        lambda: run_cross_entropy(rng, (5, 40, 3), soft=True),
+        lambda: run_batch_norm(rng, (3, 20, 130)),
+        lambda: run_batch_norm(rng, (8, 40, 9)),
+        lambda: run_batch_norm(rng, (3, 5, 300), layout=channels_last),
+    ]
+    calls = [make() for make in makers]
+    threads(1)
+    expected = [call() for call in calls]
+    threads(4)
+    wrong, done = [], []
+
+    def work(k):
+        for i in range(200):
+            which = (k + i) % len(calls)
+            if not same_bits(calls[which](), expected[which]):
+                wrong.append((k, i, which))
+        done.append(k)
+
+    workers = [threading.Thread(target=work, args=(k,), daemon=True) for k in range(8)]
+    end = time.monotonic() + 120
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(max(0.0, end - time.monotonic()))
+    assert sorted(done) == list(range(8)), "not done within 120 s"
+    assert wrong == []
+
+
+def in_a_child(answers):
+    _threads.set_num_threads(3)
+    _threads.BYTES_PER_THREAD = 1
+    rng = np.random.default_rng(7)
+    calls = [run_softmax(rng, (40, 50, 1)), run_cross_entropy(rng, (16, 70, 1)), run_batch_norm(rng, (3, 20, 130))]
+    answers.put([[v.tobytes() for v in call()] for call in calls for _ in range(5)])
+
+
+@pytest.mark.parametrize(("method", "children"), [("fork", 4), ("spawn", 1)])
+def test_child_processes_compute_what_the_parent_does(threads, eager_threads, method, children):
+    """Also a child forked while the parent's pool has threads, which the child does not have."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} on this platform")
+    here = queue.SimpleQueue()
+    threads(3)
+    in_a_child(here)
+    assert _threads._pool.size >= 2
+    expected = here.get()
+    context = multiprocessing.get_context(method)
+    answers = context.Queue()
+    processes = [context.Process(target=in_a_child, args=(answers,), daemon=True) for _ in range(children)]
+    for process in processes:
+        process.start()
+    assert [answers.get(timeout=120) for _ in processes] == [expected] * children
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+
+
+class Softmaxes(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        _threads.BYTES_PER_THREAD = 1
+        call = run_softmax(np.random.default_rng(i), (50, 40, 1))
+        return torch.from_numpy(call()[0])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader(threads, eager_threads, method):
+    threads(2)
+    expected = [Softmaxes()[i] for i in range(4)]
+    loader = torch.utils.data.DataLoader(
+        Softmaxes(), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=120
+    )
+    for y, y_expected in zip(loader, expected, strict=True):
+        assert torch.equal(y, y_expected)
+
+
+class Recorder:
+    """A stand-in for a kernel, which notes the blocks and the thread of each call."""
+
+    def __init__(self, error_at=None):
+        self.calls, self.error_at = [], error_at
+
+    def __call__(self, first, last, *args):
+        self.calls.append((first, last, threading.get_ident()))
+        if self.error_at is not None and first <= self.error_at < last:
+            raise ArithmeticError(f"block {self.error_at}")
+        time.sleep(0.005)
+
+    def blocks(self):
+        return sorted(b for first, last, _ in self.calls for b in range(first, last))
+
+
+def test_every_block_is_done_once_by_several_threads(threads):
+    threads(3)
+    kernel = Recorder()
+    _threads.run(kernel, 50, 1 << 30)
+    assert kernel.blocks() == list(range(50))
+    assert len({thread for *_, thread in kernel.calls}) == 3
+
+
+@pytest.mark.parametrize(("n", "cost"), [(4, 1000), (1, 1 << 30)], ids=["small work", "one thread"])
+def test_what_stays_on_the_calling_thread(threads, n, cost):
+    threads(n)
+    kernel = Recorder()
+    _threads.run(kernel, 50, cost)
+    assert kernel.calls == [(0, 50, threading.get_ident())]
+
+
+@pytest.mark.parametrize("block", [0, 25, 49])
+def test_an_error_in_any_thread_reaches_the_caller(threads, block):
+    threads(3)
+    with pytest.raises(ArithmeticError, match=f"block {block}"):
+        _threads.run(Recorder(error_at=block), 50, 1 << 30)
+    kernel = Recorder()
+    _threads.run(kernel, 50, 1 << 30)
+    assert kernel.blocks() == list(range(50))
+
+
+def test_the_number_of_threads_is_torchs_unless_it_is_set(threads):
+    before = torch.get_num_threads()
+    try:
+        threads(None)
+        torch.set_num_threads(5)
+        assert _threads.num_threads() == 5
+        threads(3)
+        assert _threads.num_threads() == 3
+        with pytest.raises(ValueError, match="threads: expected at least 1, got 0"):
+            threads(0)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"OMP_NUM_THREADS": "3"}, "3"),
+        ({"OMP_NUM_THREADS": "6,2"}, "6"),
+        ({"OMP_NUM_THREADS": "3", "HW3GPU_NUM_THREADS": "2"}, "2"),
+        ({"OMP_NUM_THREADS": "many"}, "every"),
+        ({}, "every"),
+    ],
+    ids=str,
+)
+def test_the_number_of_threads_from_the_environment(variables, expected):
+    code = "import os, hw3gpu.kernels.cpu._threads as t; print(t.num_threads(), len(os.sched_getaffinity(0)))"
+    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "HW3GPU_NUM_THREADS")}
+    output = subprocess.run([sys.executable, "-c", code], env=clean | variables, capture_output=True, text=True, check=True)
+    threads, cpus = output.stdout.split()
+    assert threads == (cpus if expected == "every" else expected)
+
+
+# ---------------------------------------------------------------------------------------------- the cache
+USE = """
+import sys
+import numpy as np
+from copied.cpu import _jit, softmax
+z, y = np.array([[0.0, 1.0]], np.float32)[:, :, None], np.empty((1, 2, 1), np.float32)
+softmax.forward(z, y)
+print(_jit.cache_folder(), sum(softmax._forward_rows.stats.cache_hits.values()), y.sum())
+"""
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the kernels to change, and a way to use it in a process of its own."""
+    shutil.copytree(KERNELS, tmp_path / "copied" / "cpu", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def use(cache):
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-c", USE]
+        output = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        folder, hits, total = output.stdout.split()
+        return folder, int(hits), float(total)
+
+    return tmp_path / "copied" / "cpu", use
+
+
+def test_the_cache_is_used_by_the_next_process_and_notices_a_changed_helper(copied, tmp_path):
+    sources, use = copied
+    folder, hits, total = use(tmp_path / "cache")
+    assert hits == 0
+    assert total == pytest.approx(1)
+    assert any(Path(folder).glob("*.nbc"))
+    assert use(tmp_path / "cache") == (folder, 1, total)
+
+    helper = sources / "_rows.py"
+    changed = helper.read_text().replace("high = e.dtype.type(1.0 / total)", "high = e.dtype.type(3.0 / total)")
+    helper.write_text(changed.replace("low = e.dtype.type(1.0 / total", "low = e.dtype.type(3.0 / total"))
+    new_folder, hits, total = use(tmp_path / "cache")
+    assert (hits, total) == (0, pytest.approx(3))
+    assert new_folder != folder
+
+
+def test_a_cache_folder_that_cannot_be_written_is_no_error(copied, tmp_path):
+    (tmp_path / "a file").write_text("")
+    folder, hits, total = copied[1](tmp_path / "a file" / "cache")
+    assert (folder, hits, total) == ("None", 0, pytest.approx(1))
+
+
+def test_the_cache_folder_is_under_the_users_cache_by_default(monkeypatch, tmp_path):
+    _jit.cache_folder.cache_clear()
+    monkeypatch.setattr(_jit.config, "CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        assert Path(_jit.cache_folder()).parent == tmp_path / "hw3gpu"
+    finally:
+        _jit.cache_folder.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------- strides and memory
+def in_strides(x, layout):
+    """`x` in other strides."""
+    if layout == "transposed":
+        return np.ascontiguousarray(x.transpose(2, 0, 1)).transpose(1, 2, 0)
+    if layout == "classes adjacent":
+        return channels_last(x)
+    wide = np.zeros((x.shape[0], 2 * x.shape[1], 2 * x.shape[2]), x.dtype)
+    if layout == "sliced":
+        wide[:, ::2, 1::2] = x
+        return wide[:, ::2, 1::2]
+    wide[:, -1 : -2 * x.shape[1] : -2, : x.shape[2]] = x
+    return wide[:, -1 : -2 * x.shape[1] : -2, : x.shape[2]]
+
+
+@pytest.mark.parametrize("layout", ["transposed", "classes adjacent", "sliced", "backwards"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_strides_change_no_bit_of_softmax_and_cross_entropy(rng, layout, dtype):
+    shape = (4, 37, 5)
+    z, dy, target = random_array(rng, shape, dtype), random_array(rng, shape, dtype), rng.integers(0, 37, (4, 5))
+
+    def results(arrange):
+        out = [arrange(np.zeros(shape, z.dtype)) for _ in range(3)]
+        softmax.forward(arrange(z), out[0])
+        softmax.backward(arrange(dy), out[0], out[1])
+        loss, invalid = np.empty((4, 5), np.float32), np.full(1, 20)
+        options = {"ignore_index": 3, "label_smoothing": 0.0}
+        cross_entropy.forward_backward(arrange(z), target, None, loss, out[2], invalid, **options)
+        return [np.ascontiguousarray(v) for v in out] + [loss]
+
+    assert same_bits(results(lambda x: in_strides(x, layout)), results(lambda x: x.copy()))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "backwards"])
+def test_strides_of_batch_norm(rng, layout):
+    """Another layout may add in another order: the results agree to float32's rounding."""
+    contiguous = run_batch_norm(np.random.default_rng(3), (5, 6, 70))()
+    arranged = run_batch_norm(np.random.default_rng(3), (5, 6, 70), layout=lambda x: in_strides(x, layout))()
+    for ours, expected in zip(arranged, contiguous, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("layout", [np.ascontiguousarray, channels_last], ids=["planes", "channels-last"])
+@pytest.mark.parametrize("shape", [(6, 3, 900), (6, 40, 30), (9, 20, 400)], ids=str)
+def test_first_values_unlike_the_rest(rng, shape, layout):
+    """The shift comes from the first values: were the sums not taken again, float32's variance would have no digit left."""
+    x = rng.standard_normal(shape)
+    x[0] += 1e9
+    x[0, :, 64:] -= 1e9
+    x = layout(x.astype(np.float32))
+    C = shape[1]
+    mean, (var, rstd) = np.empty((2, C), np.float32), np.empty((2, C), np.float32)
+    batch_norm.forward(x, None, None, np.empty_like(x), mean, var, rstd, None, None, eps=1e-5, momentum=0.1)
+    exact = x.astype(np.longdouble)
+    np.testing.assert_allclose(mean[0], exact.mean((0, 2)), rtol=1e-7)
+    np.testing.assert_allclose(var, exact.var((0, 2)), rtol=2e-7)
+
+
+def test_the_first_row_without_a_class_is_noted_by_whichever_thread(rng, threads, eager_threads):
+    threads(4)
+    z, target = rng.standard_normal((500, 8, 1)).astype(np.float32), rng.integers(0, 8, (500, 1))
+    target[[77, 130, 444], 0] = 8, -1, 2**40
+    loss, dz, invalid = np.empty((500, 1), np.float32), np.empty_like(z), np.full(1, 500)
+    cross_entropy.forward_backward(z, target, None, loss, dz, invalid, ignore_index=-100, label_smoothing=0.0)
+    assert invalid[0] == 77
+    assert np.flatnonzero(np.isnan(loss)).tolist() == [77, 130, 444]
+    assert np.flatnonzero(np.isnan(dz).all((1, 2))).tolist() == [77, 130, 444]
+
+
+PEAK = """
+import re, sys
+import numpy as np
+from hw3gpu.kernels.cpu import _threads, batch_norm, cross_entropy, softmax
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+
+def run(x, y, dy, dx):
+    softmax.forward(x, y); softmax.backward(dy, y, dx)
+    N, V, S = x.shape
+    loss, stats, invalid, one = np.zeros((N, S), "f4"), np.zeros((3, N, S), "f4"), np.full(1, N * S), np.ones(1, "f4")
+    target, options = np.zeros((N, S), "i8"), dict(ignore_index=-100, label_smoothing=0.0)
+    cross_entropy.forward(x, target, None, loss, stats, invalid, **options)
+    cross_entropy.backward(x, target, None, stats, loss, one, dx, **options)
+    cross_entropy.forward_backward(x, dy, None, loss, dx, invalid, **options)
+    for last in (False, True):
+        a, b, c, d = (v.reshape(v.shape[0], -1, V).transpose(0, 2, 1) if last else v for v in (x, y, dy, dx))
+        mean, (var, rstd, dg, db) = np.zeros((2, V), "f4"), np.zeros((4, V), "f4")
+        batch_norm.forward(a, None, None, b, mean, var, rstd, None, None, eps=1e-5, momentum=0.1)
+        batch_norm.backward(c, a, mean, rstd, None, d, dg, db)
+
+_threads.set_num_threads(4)
+run(*(np.zeros((4, 64, 128), "f4") for _ in range(4)))
+big = [np.ones((64, 256, 1024), "f4") for _ in range(4)]
+before = peak()
+run(*big)
+print(peak() - before, big[0].nbytes / 2**20)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
+def test_peak_memory_above_inputs_and_outputs_is_small():
+    """64 MiB tensors, 65,536 rows, 256 channels: what a call keeps for rows, channels and threads is some MiB."""
+    output = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    above, tensor = map(float, output.stdout.split())
+    assert tensor == 64
+    assert above < 8

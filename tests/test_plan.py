@@ -1,0 +1,309 @@
+"""`kernels/gpu/plan.py`: every block size, read over a grid of shapes, with no GPU and no kernel."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields
+from itertools import product
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hw3gpu.kernels.gpu import plan as P
+
+drawn = settings(max_examples=300, derandomize=True, deadline=None)
+
+ITEMSIZES = (2, 4, 8)
+MODES = (P.STRIDED, P.ALIGNED, P.SHIFTED)
+SIZES = st.one_of(st.integers(1, 64), st.integers(1, 200_000), st.sampled_from([2**k + d for k in range(1, 31) for d in (-1, 0, 1)]))
+GRID_X = 2**31 - 1
+# what compiles with no spill: elements a thread holds of each operand, by itemsize (tests/test_evidence.py compiles them)
+REGISTERS = {2: 32, 4: 32, 8: 16}
+
+
+def power_of_2(n):
+    return n > 0 and n & (n - 1) == 0
+
+
+def lanes(V, itemsize, mode):
+    """A row that begins anywhere may need a 16-byte group more."""
+    return V + (16 // itemsize - 1 if mode == P.SHIFTED else 0)
+
+
+# ---------------------------------------------------------------------------------------------- arithmetic
+@pytest.mark.parametrize("n", [*range(-2, 70), 2**31 - 1, 2**31, 2**31 + 1, 2**40])
+def test_next_power_of_2(n):
+    p = P.next_power_of_2(n)
+    assert power_of_2(p)
+    assert p >= n
+    assert p == 1 or p // 2 < n
+
+
+@pytest.mark.parametrize(("a", "b"), [*product(range(20), range(1, 6)), (2**62 + 1, 3)])
+def test_cdiv(a, b):
+    assert P.cdiv(a, b) == -((-a) // b)
+    assert 0 <= P.cdiv(a, b) * b - a < b
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-5, 0.1, 1 / 3, 1e300, 5e-324, math.inf, -7.25])
+def test_float_and_bits(value):
+    number, bits = P.float_and_bits(value)
+    assert number == value
+    assert -(2**63) <= bits < 2**63
+    assert bits.to_bytes(8, "little", signed=True).hex() == bytes.fromhex(value_bytes(value)).hex()
+
+
+def value_bytes(value):
+    import numpy as np
+
+    return np.float64(value).tobytes().hex()
+
+
+# ---------------------------------------------------------------------------------------------- how rows are accessed
+@pytest.mark.parametrize(
+    ("mode", "arguments"),
+    [
+        (P.ALIGNED, ([0, 1024], 4, 1000, 1, [(1000,), (1000,)])),
+        (P.ALIGNED, ([16], 2, 64, 1, [(640, 64)])),
+        (P.SHIFTED, ([0], 4, 1001, 1, [(1001,)])),
+        (P.SHIFTED, ([0], 2, 50257, 1, [(50257,)])),
+        (P.SHIFTED, ([0], 4, 1000, 1, [(1002,)])),  # rows begin off 16 bytes
+        (P.SHIFTED, ([0], 4, 49, 1, [(98, 49)])),
+        (P.STRIDED, ([4], 4, 1000, 1, [(1000,)])),  # the tensor itself begins off 16 bytes
+        (P.STRIDED, ([0, 8], 4, 1000, 1, [(1000,), (1000,)])),
+        (P.STRIDED, ([0], 4, 1000, 2, [(2000,)])),
+        (P.STRIDED, ([0], 4, 1000, 0, [(1,)])),
+        (P.STRIDED, ([0, 0], 4, 1001, 1, [(1001,), (1004,)])),  # two tensors whose rows shift apart
+        (P.STRIDED, ([0], 4, 7, 1, [(7,)])),  # hardly a whole group
+        (P.ALIGNED, ([0], 8, 2, 1, [(2,)])),
+    ],
+    ids=str,
+)
+def test_row_mode(mode, arguments):
+    assert P.row_mode(*arguments) == mode
+
+
+@drawn
+@given(st.data())
+def test_no_mode_but_strided_without_alignment(data):
+    """ALIGNED means that each row begins and ends on 16 bytes; SHIFTED that all tensors' rows begin alike."""
+    itemsize = data.draw(st.sampled_from(ITEMSIZES))
+    count, stride = data.draw(st.integers(1, 64)), data.draw(st.sampled_from([0, 1, 1, 1, 2]))
+    addresses = data.draw(st.lists(st.sampled_from([0, 16, 32, 4, 8]), min_size=1, max_size=3))
+    steps = [tuple(data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=1))) for _ in addresses]
+    mode = P.row_mode(addresses, itemsize, count, stride, steps)
+    starts = [(address + i * step[0] * itemsize) % 16 for address, step in zip(addresses, steps, strict=True) for i in range(5)]
+    if mode == P.ALIGNED:
+        assert stride == 1
+        assert not any(starts)
+        assert count * itemsize % 16 == 0
+    if mode == P.SHIFTED:
+        assert stride == 1
+        assert len(set(zip(*[iter(starts)] * 5, strict=True))) == 1
+
+
+# ---------------------------------------------------------------------------------------------- rows
+ROWS = {
+    "V": SIZES, "S": SIZES, "itemsize": st.sampled_from(ITEMSIZES), "mode": st.sampled_from(MODES), "unit_s": st.booleans()
+}  # fmt: skip
+
+
+@drawn
+@given(**ROWS, heavy=st.booleans())
+@example(V=1, S=1, itemsize=4, mode=P.STRIDED, unit_s=False, heavy=False)
+@example(V=32768, S=1, itemsize=2, mode=P.ALIGNED, unit_s=False, heavy=False)
+@example(V=50257, S=1, itemsize=2, mode=P.SHIFTED, unit_s=False, heavy=True)
+@example(V=5, S=2**30, itemsize=2, mode=P.STRIDED, unit_s=True, heavy=True)
+def test_plan_rows(V, S, itemsize, mode, unit_s, heavy):
+    p = P.plan_rows(V, S, itemsize, mode, unit_s, heavy)
+    for size in (p.BLOCK_R, p.KEEP, p.BLOCK_V, p.num_warps):
+        assert power_of_2(size)
+    assert 1 <= p.num_warps <= 32
+    group = 16 // itemsize
+    if p.FITS:
+        assert p.KEEP >= lanes(V, itemsize, mode), "lanes are left out"
+        assert p.KEEP < 2 * lanes(V, itemsize, mode), "half of the lanes are idle"
+    else:
+        steps = P.cdiv(V + group - 1 - p.KEEP, p.BLOCK_V)  # as the kernels count them
+        assert steps >= 1
+        assert p.KEEP + steps * p.BLOCK_V >= lanes(V, itemsize, mode), "lanes are left out"
+        if mode != P.STRIDED:
+            assert p.KEEP % group == 0, "the tail begins within a 16-byte group"
+            assert p.BLOCK_V % group == 0
+        assert p.BLOCK_V <= p.KEEP
+    assert p.BLOCK_R * p.KEEP / (32 * p.num_warps) <= REGISTERS[itemsize], "too many elements a thread"
+    assert p.BLOCK_R < 2 * S, "rows that are not there"
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@pytest.mark.parametrize("heavy", [False, True])
+def test_rows_up_to_the_promised_length_are_read_once(itemsize, heavy):
+    """32,768 classes for plain hard targets, 16,384 with a second operand, half of it in float64."""
+    longest = (16384 if heavy else 32768) // (2 if itemsize == 8 else 1)
+    assert P.plan_rows(longest, 1, itemsize, P.ALIGNED, False, heavy).FITS
+    assert P.plan_rows(longest, 1, itemsize, P.STRIDED, False, heavy).FITS
+    assert P.plan_rows(longest - 16 // itemsize + 1, 1, itemsize, P.SHIFTED, False, heavy).FITS
+    assert not P.plan_rows(longest + 1, 1, itemsize, P.STRIDED, False, heavy).FITS
+
+
+def test_many_short_rows_share_a_program():
+    assert P.plan_rows(10, 4096, 4, P.STRIDED, False).BLOCK_R == 256
+    assert P.plan_rows(1, 10**6, 4, P.STRIDED, False).BLOCK_R == 4096
+    assert P.plan_rows(1000, 4096, 4, P.ALIGNED, False).BLOCK_R == 4
+    assert P.plan_rows(10, 3, 4, P.STRIDED, False).BLOCK_R == 4
+
+
+def test_neighbouring_rows_fill_a_line_of_128_bytes():
+    """With the class axis in the middle a program reads neighbours along S together."""
+    for itemsize in ITEMSIZES:
+        assert P.plan_rows(1000, 3136, itemsize, P.STRIDED, True).BLOCK_R * itemsize == 128
+
+
+@drawn
+@given(**ROWS)
+def test_plan_columns(V, S, itemsize, mode, unit_s):
+    p = P.plan_columns(V, S, itemsize, mode, unit_s)
+    for size in (p.BLOCK_R, p.BLOCK_V, p.num_warps):
+        assert power_of_2(size)
+    assert p.BLOCK_V * p.columns >= lanes(V, itemsize, mode), "lanes are left out"
+    assert p.BLOCK_V * (p.columns - 1) < lanes(V, itemsize, mode), "a program has nothing to do"
+    assert p.BLOCK_R * p.BLOCK_V <= 4096
+    assert p.BLOCK_R < 2 * S
+    if p.columns > 1:
+        assert p.BLOCK_V % (16 // itemsize) == 0
+
+
+@pytest.mark.parametrize("V", [1, 2, 10, 1000, 50257, 128256, 2**20])
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@pytest.mark.parametrize("heavy", [False, True])
+def test_row_grids_stay_within_cudas(V, itemsize, heavy):
+    """2³³ elements, row after row."""
+    rows = 2**33 // V
+    for mode in MODES:
+        p, c = P.plan_rows(V, rows, itemsize, mode, False, heavy), P.plan_columns(V, rows, itemsize, mode, False)
+        assert P.cdiv(rows, p.BLOCK_R) <= GRID_X
+        assert P.cdiv(rows, c.BLOCK_R) * c.columns <= GRID_X
+
+
+# ---------------------------------------------------------------------------------------------- sums
+@pytest.mark.parametrize("rows", [0, 1, 2, 1023, 1024, 1025, 8192, 8193, 10**6, 2**23, 2**23 + 1, 2**31, 2**33])
+def test_plan_reduce(rows):
+    p = P.plan_reduce(rows)
+    assert p.programs * p.per_program >= rows
+    assert p.per_program % p.BLOCK == 0
+    assert p.programs <= p.MERGE <= 1024
+    assert power_of_2(p.BLOCK)
+    assert power_of_2(p.MERGE)
+
+
+# ---------------------------------------------------------------------------------------------- batch normalisation
+CHANNELS = {
+    "N": SIZES, "C": SIZES, "S": SIZES, "itemsize": st.sampled_from(ITEMSIZES), "mode": st.sampled_from(MODES),
+    "channels_last": st.booleans(), "operands": st.sampled_from([1, 2]), "whole": st.booleans(),
+}  # fmt: skip
+
+
+@drawn
+@given(**CHANNELS)
+@example(N=2, C=300, S=4, itemsize=4, mode=0, channels_last=False, operands=1, whole=True)
+@example(N=1, C=2, S=20000, itemsize=4, mode=1, channels_last=False, operands=2, whole=False)
+@example(N=1, C=64, S=2**20, itemsize=2, mode=0, channels_last=True, operands=2, whole=True)
+@example(N=64, C=2048, S=49, itemsize=2, mode=2, channels_last=False, operands=2, whole=True)
+@example(N=1, C=1, S=1, itemsize=8, mode=0, channels_last=False, operands=1, whole=True)
+def test_plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole):
+    if channels_last:
+        mode = P.STRIDED  # a unit stride between channels leaves none between positions
+    p = P.plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole)
+    for size in (p.BLOCK_C, p.BLOCK_N, p.LANES, p.num_warps):
+        assert power_of_2(size)
+    assert 1 <= p.num_warps <= 32
+    width = lanes(S, itemsize, mode)
+    # every channel, sample and position belongs to one tile
+    assert p.channel_blocks * p.BLOCK_C >= C > (p.channel_blocks - 1) * p.BLOCK_C
+    assert p.lane_blocks * p.LANES >= width > (p.lane_blocks - 1) * p.LANES
+    assert p.tiles == P.cdiv(N, p.BLOCK_N) * p.lane_blocks
+    # and every tile to one split, none of them empty: its first value is read
+    assert p.splits * p.per_split >= p.tiles > (p.splits - 1) * p.per_split
+    assert p.split == (p.per_split, p.splits)
+    if mode != P.STRIDED and p.lane_blocks > 1:
+        assert p.LANES % (16 // itemsize) == 0
+    elements = p.BLOCK_C * p.BLOCK_N * p.LANES
+    assert elements <= 16384 // (2 if itemsize == 8 else 1), "a tile that does not fit"
+    assert elements / (32 * p.num_warps) <= REGISTERS[itemsize] / operands, "too many elements a thread"
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@pytest.mark.parametrize(("N", "S"), [(1, 16384), (4, 4096), (64, 256), (16384, 1), (32, 512)], ids=str)
+def test_channels_that_fit_are_one_tile(N, S, itemsize):
+    if itemsize == 8:
+        S = max(S // 2, 1)
+        N = N if S > 1 else N // 2
+    for operands in (1, 2):
+        p = P.plan_batch_norm(N, 256, S, itemsize, P.ALIGNED, False, operands, whole=True)
+        assert (p.tiles, p.splits) == (1, 1)
+
+
+@pytest.mark.parametrize("C", [1, 3, 64, 131])
+def test_few_long_channels_fill_the_device(C):
+    p = P.plan_batch_norm(1, C, 2**22, 4, P.ALIGNED, False, 1, whole=False)
+    assert p.channel_blocks * p.splits >= P.MULTIPROCESSORS
+    assert p.splits <= 4 * P.MULTIPROCESSORS
+
+
+def test_enough_long_channels_are_not_split():
+    assert P.plan_batch_norm(32, P.MULTIPROCESSORS, 4096, 4, P.ALIGNED, False, 1, whole=True).splits == 1
+
+
+def test_many_small_channels_share_a_program_while_the_device_stays_full():
+    for C in (1, 131, 263, 264, 1000, 4096, 10**5):
+        p = P.plan_batch_norm(2, C, 4, 4, P.STRIDED, False, 1, whole=True)
+        assert p.channel_blocks >= min(C, P.MULTIPROCESSORS)
+    assert p.BLOCK_C > 1
+
+
+@pytest.mark.parametrize("operands", [1, 2])
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@pytest.mark.parametrize(
+    ("N", "C", "S"), [(1, 1, 2**33), (2**10, 2**10, 2**13), (2**33, 1, 1), (1, 2**33, 1), (2**13, 2**20, 1), (2**20, 2**10, 8)]
+)
+def test_batch_norm_grids_stay_within_cudas(N, C, S, itemsize, operands):
+    """2³³ elements; N samples and S positions that make one run are handed over as one, as the launchers do."""
+    if S == 1:
+        N, S = 1, N
+    for mode in MODES:
+        for whole in (True, False):
+            p = P.plan_batch_norm(N, C, S, itemsize, mode, False, operands, whole)
+            assert p.channel_blocks * p.splits <= GRID_X
+            assert p.channel_blocks * p.tiles <= GRID_X
+
+
+@drawn
+@given(C=SIZES, splits=st.integers(1, 4 * P.MULTIPROCESSORS))
+def test_plan_channels(C, splits):
+    block, programs = P.plan_channels(C, splits)
+    assert power_of_2(block)
+    assert programs * block >= C > (programs - 1) * block
+    assert block * P.next_power_of_2(splits) <= 1024
+
+
+# ---------------------------------------------------------------------------------------------- as a whole
+def test_plans_are_frozen_values():
+    for make in (
+        lambda: P.plan_rows(10, 3, 4, 0, False),
+        lambda: P.plan_columns(10, 3, 4, 0, False),
+        lambda: P.plan_reduce(5),
+        lambda: P.plan_batch_norm(2, 3, 4, 4, 0, False, 1, True),
+    ):
+        first, again = make(), make()
+        assert first == again
+        assert hash(first) == hash(again)
+        with pytest.raises(FrozenInstanceError):
+            setattr(first, fields(first)[0].name, 1)
+
+
+def test_reading_a_plan_loads_no_triton():
+    code = "import sys, hw3gpu.kernels.gpu.plan; assert not {'torch', 'triton', 'numba'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
