@@ -237,3 +237,8 @@ def cast(x: Array, dtype: str) -> Array:
     if dtype_name(x) == dtype:
         return x
     return x.to(getattr(namespace(x), dtype)) if hasattr(x, "is_cpu") else x.astype(dtype)
+
+
+def contiguous(x: Array) -> Array:
+    """`x` in one run of memory; itself where it is."""
+    return x.contiguous() if hasattr(x, "is_cpu") else namespace(x).ascontiguousarray(x)

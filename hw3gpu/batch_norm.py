@@ -145,7 +145,8 @@ def _channel_vector(v: Array, name: str, x: Array, C: int, channel_axis: int | N
 
 
 def _flat(v: Array | None) -> Array | None:
-    return None if v is None else v.reshape(-1)
+    """A number a channel with unit stride, as the kernels walk it."""
+    return None if v is None else _arrays.contiguous(v.reshape(-1))
 
 
 def _dx_hat(dy: Array, gamma: Array | None, channel_axis: int | None) -> Array:

@@ -56,24 +56,34 @@ class _BatchNorm(torch.autograd.Function):
         dgamma, dbeta = torch.empty_like(rstd), torch.empty_like(rstd)
         name = "backward" if ctx.training else "inference_backward"
         _arrays.launch(
-            "batch_norm", name, x, _arrays.fold(dy, 1), _arrays.fold(x, 1), mean, rstd, weight, dx_folded, dgamma, dbeta
+            "batch_norm", name, x, _arrays.fold(dy, 1), _arrays.fold(x, 1), mean, rstd, _dense(weight), dx_folded, dgamma, dbeta
         )
         dweight = dgamma.to(weight.dtype) if ctx.needs_input_grad[1] else None
         dbias = dbeta.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None, None, None, None
 
 
+def _dense(v):
+    """A number a channel with unit stride, as the kernels walk it."""
+    return None if v is None else v.detach().contiguous() if not v.is_contiguous() else v
+
+
 def _batch_norm_forward(x, weight, bias, running_mean, running_var, training, momentum, eps):
     y, y_folded = _arrays.output_like(x, 1)
     acc = _accumulate_dtype(x)
     C = x.shape[1]
+    weight, bias = _dense(weight), _dense(bias)
     mean = torch.empty((2, C), dtype=acc, device=x.device)
     if training:
         var, rstd = torch.empty((2, C), dtype=acc, device=x.device)
+        running = _dense(running_mean), _dense(running_var)
         _arrays.launch(
             "batch_norm", "forward", x, _arrays.fold(x, 1), weight, bias, y_folded, mean, var, rstd,
-            running_mean, running_var, eps=eps, momentum=momentum,
+            *running, eps=eps, momentum=momentum,
         )  # fmt: skip
+        for given, updated in zip((running_mean, running_var), running, strict=True):
+            if updated is not given:
+                given.copy_(updated)
     else:
         mean[0] = running_mean
         mean[1] = 0

@@ -8,6 +8,8 @@ import numpy as np
 
 from hw3gpu._cli.arrays import Place, to_numpy
 
+LAYOUTS = ("contiguous", "channels-last", "sliced", "shifted", "reversed")
+
 
 class Tensors(Place):
     """torch tensors alone, with what `kit` offers: for tests of kernels, which see no difference between kinds."""
