@@ -21,6 +21,9 @@ test: $(INSTALLED)
 	$(MAKE) --no-print-directory test-gpu || gpu=1; \
 	if [ $$cpu$$gpu != 00 ]; then echo "make test: failed (cpu kernels: $$cpu, Triton kernels: $$gpu)"; exit 1; fi
 
+# The workers are the parallelism; PyTorch's and LAPACK's own threads would wait for each other.
+test-cpu test-gpu: export OMP_NUM_THREADS ?= 1
+
 test-cpu: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --kernels cpu
 

@@ -165,7 +165,7 @@ def _host_view(x: Array) -> np.ndarray:
     if not isinstance(x, np.ndarray):
         import torch
 
-        x = x.detach()
+        x = x.detach().resolve_neg()
         if x.dtype == torch.bfloat16:
             return x.view(torch.uint16).numpy()
         x = x.numpy()
@@ -180,7 +180,7 @@ def _torch_view(x: Array) -> Array:
         plain = x.flags.writeable and all(stride >= 0 for stride in x.strides)
         return torch.from_numpy(x if plain else x.copy())
     if isinstance(x, torch.Tensor):
-        return x.detach()
+        return x.detach().resolve_neg()
     return torch.from_dlpack(x)
 
 
@@ -233,10 +233,10 @@ def empty(shape: tuple[int, ...], dtype: str, like: Array) -> Array:
 
 
 def cast(x: Array, dtype: str) -> Array:
-    """`x` in another dtype; itself where it has that dtype already."""
-    if dtype_name(x) == dtype:
-        return x
-    return x.to(getattr(namespace(x), dtype)) if hasattr(x, "is_cpu") else x.astype(dtype)
+    """`x` in another dtype, without its graph; a view of it where it has that dtype already."""
+    if hasattr(x, "is_cpu"):
+        return x.detach().to(getattr(namespace(x), dtype))
+    return x if dtype_name(x) == dtype else x.astype(dtype)
 
 
 def contiguous(x: Array) -> Array:

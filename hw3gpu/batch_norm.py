@@ -151,7 +151,7 @@ def _flat(v: Array | None) -> Array | None:
 
 def _dx_hat(dy: Array, gamma: Array | None, channel_axis: int | None) -> Array:
     if gamma is None:
-        return dy + 0
+        return _arrays.cast(dy, _arrays.dtype_name(dy)) + 0
     shape = [1] * dy.ndim
     if channel_axis is not None:
         shape[channel_axis] = -1

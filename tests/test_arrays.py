@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_the_triton_kernels_are_refused_on_a_device_that_the_driver_does_not_dri
 
     import triton
 
-    monkeypatch.setattr(triton.runtime.driver, "active", Driver(), raising=False)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=Driver()))
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     assert _arrays.gpu_refusal(active) is None
     expected = f"the active Triton driver launches on '{active}' arrays and this array is on '{given}'"
@@ -238,7 +239,7 @@ def test_fold(kit, shape, axis, folded):
 
 
 @pytest.mark.parametrize(
-    ("layout", "axis"), [("channels-last", 1), ("contiguous", 2), ("shifted", 1), ("sliced", -1), ("sliced", 0)]
+    ("layout", "axis"), [("channels-last", 1), ("contiguous", 2), ("shifted", 1), ("sliced", -1)]
 )
 def test_fold_is_a_view_where_strides_allow(kit, layout, axis):
     x = in_layout(kit, np.arange(60.0).reshape(3, 4, 5), "float32", layout)
@@ -358,14 +359,13 @@ SENTINEL = -77.0
 
 
 def guarded(shape, dtype, device, layout):
-    """A view of `shape`, and the whole allocation around it, all of it SENTINEL."""
-    size = int(np.prod(shape))
+    """A view of `shape`, and views of what lies beside it in the same allocation, all of it SENTINEL."""
     if layout == "sliced":
         whole = torch.full((*shape[:-1], 2 * shape[-1]), SENTINEL, dtype=dtype, device=device)
-        return whole[..., ::2], whole, whole[..., 1::2]
+        return whole[..., ::2], whole[..., 1::2]
     pad = {"shifted": 1, "contiguous": 16}[layout]
-    whole = torch.full((size + 2 * pad,), SENTINEL, dtype=dtype, device=device)
-    return whole[pad:-pad].view(shape), whole, torch.cat([whole[:pad], whole[-pad:]])
+    whole = torch.full((int(np.prod(shape)) + 2 * pad,), SENTINEL, dtype=dtype, device=device)
+    return whole[pad:-pad].view(shape), whole[:pad], whole[-pad:]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "shifted", "sliced"])
@@ -394,14 +394,9 @@ def test_kernels_write_their_output_and_nothing_beside_it(device, rng, shape, dt
         ("batch_norm", "inference_backward", lambda out: (dy, x, pair, vector, None, out, *vectors), {}),
     ]  # fmt: skip
     for room, name, operands, options in launches:
-        out, _, around = guarded(shape, dtype, device, layout)
+        out, *around = guarded(shape, dtype, device, layout)
         _arrays.launch(room, name, x, *operands(out), **options)
-        if layout != "sliced":  # `around` is a copy there
-            out, whole, _ = guarded(shape, dtype, device, layout)
-            _arrays.launch(room, name, x, *operands(out), **options)
-            pad = (whole.numel() - out.numel()) // 2
-            around = torch.cat([whole[:pad], whole[-pad:]])
-        assert (around == SENTINEL).all(), f"{room}.{name} wrote beside its output"
+        assert all((a == SENTINEL).all() for a in around), f"{room}.{name} wrote beside its output"
         assert not (out == SENTINEL).any(), f"{room}.{name} left a part of its output unwritten"
 
 
