@@ -109,8 +109,9 @@ def test_unknown_backends(monkeypatch):
 @pytest.mark.skipif(has_gpu(), reason="about machines without a GPU")
 def test_the_triton_kernels_are_refused_without_a_driver():
     """In this leg Triton's interpreter is off; nothing falls back in silence."""
-    with use_backend("gpu"), pytest.raises(
-        BackendError, match=r"backend 'gpu' was asked for, but Triton finds no GPU driver .*TRITON_INTERPRET=1"
+    with (
+        use_backend("gpu"),
+        pytest.raises(BackendError, match=r"backend 'gpu' was asked for, but Triton finds no GPU driver .*TRITON_INTERPRET=1"),
     ):
         hw3gpu.softmax(np.ones(3))
 
@@ -238,9 +239,7 @@ def test_fold(kit, shape, axis, folded):
     assert address(view) == address(x)
 
 
-@pytest.mark.parametrize(
-    ("layout", "axis"), [("channels-last", 1), ("contiguous", 2), ("shifted", 1), ("sliced", -1)]
-)
+@pytest.mark.parametrize(("layout", "axis"), [("channels-last", 1), ("contiguous", 2), ("shifted", 1), ("sliced", -1)])
 def test_fold_is_a_view_where_strides_allow(kit, layout, axis):
     x = in_layout(kit, np.arange(60.0).reshape(3, 4, 5), "float32", layout)
     view = _arrays.fold(x, axis)

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 import hw3gpu.functional as HF
 from hw3gpu import reference
 from hw3gpu._arrays import requested_backend
+from layouts import orders
 from measure import close, max_error, ulp
 
 # the values that the kernels are asked to spoil are spoilt in the interpreter with a warning
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-drawn = settings(
-    max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+drawn = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ACC = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float32, "bfloat16": torch.float32}
 SINGLE = {torch.float64: "float64", torch.float32: "float32"}
 
@@ -93,20 +92,28 @@ def batch_norm_training(device, rng, shape, dtype, layout, offset=0.5, spread=2.
     grads = torch.autograd.grad(y, (x, weight, bias), dy)
     assert y.dtype == x.dtype
     assert y.shape == x.shape
-    theirs = F.batch_norm(x, *theirs_running, weight, bias, True, 0.25, 1e-3)
-    theirs_grads = torch.autograd.grad(theirs, (x, weight, bias), dy)
+    runs = []
+    for turn, back in orders(x):
+        leaf, own = turn(x.detach()).requires_grad_(), [v.clone() for v in theirs_running]
+        theirs = F.batch_norm(leaf, *own, weight, bias, True, 0.25, 1e-3)
+        dx, dweight, dbias = torch.autograd.grad(theirs, (leaf, weight, bias), turn(dy))
+        runs.append((back(theirs), back(dx), dweight, dbias, *own))
 
     x64, dy64, w64, b64 = map(values_of, (x, dy, weight, bias))
     sheet = reference.batch_norm(x64, w64, b64, eps=1e-3)
     m = x.numel() // C
-    back = reference.batch_norm_backward(dy64, x64, sheet.mean, sheet.var, w64, eps=1e-3)
-    hold("y", y, sheet.y, dtype, theirs)
-    hold("dx", grads[0], back.dx, dtype, theirs_grads[0])
-    hold("dweight", grads[1], back.dgamma, stats, theirs_grads[1])
-    hold("dbias", grads[2], back.dbeta, stats, theirs_grads[2])
-    start = [values_of(tensor(v, stats, device)) for v in start]
-    hold("running_mean", running[0], 0.75 * start[0] + 0.25 * sheet.mean, stats, theirs_running[0])
-    hold("running_var", running[1], 0.75 * start[1] + 0.25 * sheet.var * m / (m - 1), stats, theirs_running[1])
+    grad_sheet = reference.batch_norm_backward(dy64, x64, sheet.mean, sheet.var, w64, eps=1e-3)
+    mean, var = (values_of(v) for v in theirs_running)
+    expected = {
+        "y": (y, sheet.y, dtype),
+        "dx": (grads[0], grad_sheet.dx, dtype),
+        "dweight": (grads[1], grad_sheet.dgamma, stats),
+        "dbias": (grads[2], grad_sheet.dbeta, stats),
+        "running_mean": (running[0], 0.75 * mean + 0.25 * sheet.mean, stats),
+        "running_var": (running[1], 0.75 * var + 0.25 * sheet.var * m / (m - 1), stats),
+    }
+    for (name, (ours, value, of)), theirs in zip(expected.items(), zip(*runs, strict=True), strict=True):
+        hold(name, ours, value, of, *theirs)
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (1, 3), (2, 3, 7, 7), (1, 3, 1, 1)], ids=str)

@@ -40,7 +40,7 @@ def test_loss_and_gradient_of_hard_targets(V, dtype, bound):
     assert 2.0 <= book.passes("z", "dz") <= bound
 
 
-@pytest.mark.parametrize(("V", "bound"), [(1000, 3.02), (16384, 3.02), (40000, 5.02)])
+@pytest.mark.parametrize(("V", "bound"), [(1000, 3.02), (8192, 3.02), (40000, 5.02)])
 def test_loss_and_gradient_of_soft_targets(V, bound):
     z = logits(V, torch.float32)
     y, dz, loss, invalid = torch.rand_like(z), torch.empty_like(z), torch.empty(3, 1), torch.full((1,), 3)
@@ -60,7 +60,7 @@ def test_forward_then_backward_for_any_upstream_gradient(V):
     assert 3.0 <= book.passes("z", "dz") <= 3.02
 
 
-@pytest.mark.parametrize("V", [1000, 1001, 16384])
+@pytest.mark.parametrize("V", [1000, 1001, 8192])
 def test_softmax(V):
     z = logits(V, torch.float32)
     y, dz = torch.empty_like(z), torch.empty_like(z)
@@ -106,4 +106,4 @@ def test_the_ledger_counts_what_is_read_twice():
     z = logits(65536, torch.float32)
     with ledger(z=z) as book:
         softmax.forward(z, torch.empty_like(z))
-    assert book.asked["z", "load"] == pytest.approx(z.nbytes * (2 - 8192 / 65536), rel=1e-3)
+    assert book.asked["z", "load"] == pytest.approx(z.nbytes * (2 - 4096 / 65536), rel=1e-3)

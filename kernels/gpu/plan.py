@@ -58,7 +58,7 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, heavy: boo
     unit_s: neighbouring rows lie side by side and V does not (the class axis in the middle). heavy: more than one value a
     lane stays live (soft targets, class weights, smoothing, a second operand).
     """
-    resident = (32768 if not heavy else 16384) // (2 if itemsize == 8 else 1)
+    resident = (32768 if not heavy else 8192) // (2 if itemsize == 8 else 1)
     lanes = V + (16 // itemsize - 1 if mode == SHIFTED else 0)
     if unit_s and S > 1:
         block_r = min(next_power_of_2(S), 128 // itemsize)
@@ -68,7 +68,7 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, heavy: boo
     if lanes <= resident:
         keep = next_power_of_2(lanes)
         return RowPlan(block_r, keep, keep, True, _warps(block_r * keep * (2 if heavy else 1)))
-    keep = resident // (4 if heavy else 2 if itemsize == 2 or mode == SHIFTED else 1)
+    keep = resident // (2 if heavy or itemsize == 2 or mode == SHIFTED else 1)
     block_v = max(min(keep, 4096 // block_r), 1)
     return RowPlan(block_r, keep, block_v, False, _warps(block_r * keep))
 
