@@ -401,7 +401,7 @@ def test_kernels_write_their_output_and_nothing_beside_it(device, rng, shape, dt
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
 @pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("shape", [(3, 37), (2, 1000), (4, 64), (2, 5, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 37), (8, 37), (4, 64), (2, 5, 7)], ids=str)
 def test_nothing_is_read_past_the_end(device, shape, dtype):
     """The arrays end where a page ends, and the next one may not be read: a stray access kills the process."""
     if device != "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -93,8 +94,8 @@ def batch_norm_training(device, rng, shape, dtype, layout, offset=0.5, spread=2.
     assert y.dtype == x.dtype
     assert y.shape == x.shape
     runs = []
-    for turn, back in orders(x):
-        leaf, own = turn(x.detach()).requires_grad_(), [v.clone() for v in theirs_running]
+    for (turn, back), lay in product(orders(x), (torch.clone, torch.Tensor.contiguous)):
+        leaf, own = lay(turn(x.detach())).requires_grad_(), [v.clone() for v in theirs_running]
         theirs = F.batch_norm(leaf, *own, weight, bias, True, 0.25, 1e-3)
         dx, dweight, dbias = torch.autograd.grad(theirs, (leaf, weight, bias), turn(dy))
         runs.append((back(theirs), back(dx), dweight, dbias, *own))
