@@ -369,7 +369,7 @@ def guarded(shape, dtype, device, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "shifted", "sliced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 37, 1), (2, 5, 49), (5, 3, 7), (2, 64, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 37, 1), (2, 3, 49), (2, 64, 1)], ids=str)
 def test_kernels_write_their_output_and_nothing_beside_it(device, rng, shape, dtype, layout):
     N, C, S = shape
     acc = torch.float32

@@ -54,11 +54,14 @@ def same_state(ours, theirs):
 
 
 # ---------------------------------------------------------------------------------------------- batch normalisation
-@pytest.mark.parametrize("name", PAIRS, ids=list(PAIRS))
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"momentum": None}, {"momentum": 0.3, "eps": 0.1}, {"affine": False}, {"track_running_stats": False}],
-    ids=["default", "cumulative average", "momentum and eps", "not affine", "not tracked"],
+    ("name", "options"),
+    [(name, {}) for name in PAIRS]
+    + [
+        ("2d", o)
+        for o in ({"momentum": None}, {"momentum": 0.3, "eps": 0.1}, {"affine": False}, {"track_running_stats": False})
+    ],
+    ids=str,
 )
 def test_training_and_evaluation_are_torchs(device, name, options):
     """Three training steps, each with its gradients, then evaluation, with its own."""

@@ -195,9 +195,7 @@ HARD = {
 
 
 @pytest.mark.parametrize("case", HARD, ids=list(HARD))
-@pytest.mark.parametrize(
-    ("V", "dtype"), [(1001, "float64"), (1001, "float16"), (1001, "bfloat16"), (LONG, "float32"), (LONG, "bfloat16")]
-)
+@pytest.mark.parametrize(("V", "dtype"), [(1001, "float64"), (1001, "float16"), (1001, "bfloat16"), (LONG, "float32")])
 def test_softmax_of_hard_rows(tensors, rng, case, V, dtype):
     z = tensors.array(np.stack([HARD[case](V), rng.standard_normal(V)]), dtype)
     dy = tensors.array(rng.standard_normal((2, V)), dtype)
@@ -439,8 +437,8 @@ def test_half_precision_saturates_only_where_the_result_does(kit):
 
 @pytest.mark.parametrize(("V", "dtype"), [(10, "float16"), (1001, "float32"), (LONG, "float32")])
 def test_bitwise_repeatable(tensors, rng, V, dtype):
-    z, dy = (tensors.array(rng.standard_normal((3, V)), dtype) for _ in range(2))
-    y, t = tensors.array(probabilities(rng, (3, V)), dtype), tensors.array(rng.integers(0, V, 3), "int64")
+    z, dy = (tensors.array(rng.standard_normal((2, V)), dtype) for _ in range(2))
+    y, t = tensors.array(probabilities(rng, (2, V)), dtype), tensors.array(rng.integers(0, V, 2), "int64")
 
     def run():
         hard, soft = hw3gpu.softmax_cross_entropy(z, t), hw3gpu.softmax_cross_entropy(z, y)

@@ -1,0 +1,58 @@
+"""Results of ours beside PyTorch's own, for the tests of `hw3gpu.functional`."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, settings
+
+from hw3gpu._arrays import requested_backend
+from measure import close, max_error
+
+drawn = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ACC = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float32, "bfloat16": torch.float32}
+SINGLE = {torch.float64: "float64", torch.float32: "float32"}
+
+
+def tensor(values, dtype, device, grad=False):
+    return torch.tensor(np.asarray(values), dtype=getattr(torch, dtype), device=device).requires_grad_(grad)
+
+
+def values_of(t):
+    return None if t is None else t.detach().double().cpu().numpy()
+
+
+def hold(name, ours, expected, dtype, *theirs):
+    """`close`, with the name of the result in the message; PyTorch's error is that of the worst of `theirs`."""
+    try:
+        close(values_of(ours), expected, max(max_error(values_of(t), expected, dtype) for t in theirs), dtype)
+    except AssertionError as error:
+        raise AssertionError(f"{name}: {error}") from None
+
+
+def same(ours, theirs, rtol=1e-12):
+    """float64 results of the same function; NaN where PyTorch has NaN."""
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rtol, equal_nan=True, check_stride=False)
+
+
+def layout_of(x, layout):
+    if layout == "channels-last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "sliced":
+        return torch.stack([x, torch.full_like(x, math.nan)], -1)[..., 0]
+    return x
+
+
+def gradcheck(function, inputs):
+    """With the whole Jacobian; in the interpreter, where each call is slow, along random directions."""
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=requested_backend() == "gpu")
+
+
+def ones(*shape, dtype=torch.float32):
+    return torch.ones(shape, dtype=dtype)
+
+
+def zeros(*shape):
+    return torch.zeros(shape, dtype=torch.int64)
