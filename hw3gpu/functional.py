@@ -261,7 +261,7 @@ def _reduced(loss, target, weight, reduction, ignore_index):
 
 def _target_gradient(z, weight, stats, upstream, denominator, label_smoothing):
     """∂loss/∂y_c = -w_c (1 - ε) log p_c for soft targets."""
-    log_p = (z.to(stats.dtype) - stats[0][:, None]) - stats[1][:, None]
+    log_p = (z.to(stats.dtype) - stats[0][:, None]) - stats[1].log1p()[:, None]
     scale = upstream.to(stats.dtype)[:, None] * (label_smoothing - 1)
     if denominator is not None:
         scale = scale / denominator

@@ -18,8 +18,8 @@ from ._jit import inline, reduction
 
 @inline
 def chunk_of(acc):
-    """Elements whose sum is taken at once, fewer in float64: there the sum of the chunks has no digits to spare."""
-    return 1024 if acc.itemsize == 4 else 256
+    """Elements whose sum is taken at once, in the array's own precision."""
+    return 512
 
 
 def _ordered(x: Any) -> Any:
@@ -44,8 +44,14 @@ def row_max(z):
     return from_bits(_ordered(top))
 
 
-@reduction
+@inline
 def _exp_chunk(z, shift, e, first, last):
+    for i in range(first, last):
+        store(e, i, exp(load(z, i) - shift))
+
+
+@reduction
+def _exp_and_sum_chunk(z, shift, e, first, last):
     total = e.dtype.type(0)
     for i in range(first, last):
         value = exp(load(z, i) - shift)
@@ -55,29 +61,83 @@ def _exp_chunk(z, shift, e, first, last):
 
 
 @reduction
-def _exp_total_chunk(z, shift, acc, first, last):
+def _sum_chunk(e, first, last):
+    total = e.dtype.type(0)
+    for i in range(first, last):
+        total += load(e, i)
+    return total
+
+
+@reduction
+def _exp_sum_chunk(z, shift, acc, first, last):
     total = acc.dtype.type(0)
     for i in range(first, last):
         total += exp(load(z, i) - shift)
     return total
 
 
-@inline
-def exp_sum(z, shift, e):
-    """e = exp(z - shift), and the sum of it."""
-    total, chunk = 0.0, chunk_of(e)
-    for first in range(0, z.size, chunk):
-        total += np.float64(_exp_chunk(z, shift, e, first, min(first + chunk, z.size)))
-    return total
+@reduction
+def _sum_apart(e, first, last):
+    """(the sum of the values that are not 1, how many these are)"""
+    of = e.dtype.type
+    rest, others, one = of(0), of(0), of(1)
+    for i in range(first, last):
+        value = load(e, i)
+        other = of(value != one)  # a factor: a choice between two values would not be vectorised where NaN has to pass
+        rest += value * other
+        others += other
+    return rest, others
+
+
+@reduction
+def _exp_sum_apart(z, shift, acc, first, last):
+    of = acc.dtype.type
+    rest, others, one = of(0), of(0), of(1)
+    for i in range(first, last):
+        value = exp(load(z, i) - shift)
+        other = of(value != one)
+        rest += value * other
+        others += other
+    return rest, others
+
+
+# Sums minus 1, for shift = max z, whose exponential is that 1: where p -> 1 the rest would lose its digits beside it, so
+# that a small sum is taken again without it.
+SMALL = 2.0
 
 
 @inline
-def exp_total(z, shift, acc):
-    """The sum of exp(z - shift), in the dtype of the array `acc` within a chunk."""
-    total, chunk = 0.0, chunk_of(acc)
+def exp_and_excess(z, shift, e):
+    """e = exp(z - shift), shift = max z; returns sum e - 1."""
+    total, rest, others, chunk = 0.0, 0.0, 0.0, chunk_of(e)
+    if z.size < chunk:
+        # LLVM vectorises a loop that reads and writes only where the two arrays lie some 256 bytes apart, and the order of
+        # the additions goes with that: arrays that may be nearer are read and written first, and then summed
+        _exp_chunk(z, shift, e, 0, z.size)
+        total = np.float64(_sum_chunk(e, 0, z.size))
+    else:
+        for first in range(0, z.size, chunk):
+            total += np.float64(_exp_and_sum_chunk(z, shift, e, first, min(first + chunk, z.size)))
+    if not total < SMALL:
+        return total - 1.0
     for first in range(0, z.size, chunk):
-        total += np.float64(_exp_total_chunk(z, shift, acc, first, min(first + chunk, z.size)))
-    return total
+        sums = _sum_apart(e, first, min(first + chunk, z.size))
+        rest, others = rest + np.float64(sums[0]), others + np.float64(sums[1])
+    return rest + ((z.size - 1) - others)
+
+
+@inline
+def excess_of_logits(z, shift, acc):
+    """sum exp(z - max z) - 1, in the dtype of the array `acc` within a chunk."""
+    total, rest, others, chunk = 0.0, 0.0, 0.0, chunk_of(acc)
+    for first in range(0, z.size, chunk):
+        total += np.float64(_exp_sum_chunk(z, shift, acc, first, min(first + chunk, z.size)))
+    if not total < SMALL:
+        return total - 1.0
+    for first in range(0, z.size, chunk):
+        sums = _exp_sum_apart(z, shift, acc, first, min(first + chunk, z.size))
+        rest, others = rest + np.float64(sums[0]), others + np.float64(sums[1])
+    return rest + ((z.size - 1) - others)
 
 
 @inline

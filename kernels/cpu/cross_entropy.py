@@ -10,8 +10,8 @@ With class weights w (1 if there are none), label smoothing eps and target proba
     backward            reads z (and y), writes dz   2 passes (3)
     forward_backward    reads z (and y), writes dz   2 passes (3)
 
-A pass is one read or one write of the whole tensor. `forward` saves three numbers a row, m, log sum exp(z - m) and W: logits
-near 1e4 would lose the digits of p in a rounded m + log sum. Everything is computed in float32 (float64 for float64), sums are
+A pass is one read or one write of the whole tensor. `forward` saves three numbers a row, m, sum exp(z - m) - 1 and W: logits
+near 1e4 would lose the digits of p in a rounded m + log sum, and where p -> 1 so would 1 - p in a sum near 1. Everything is computed in float32 (float64 for float64), sums are
 merged in float64, and the result is rounded once: the 1 of a one-hot y is subtracted before that.
 
 A row whose target is `ignore_index` has loss 0 and dz 0 whatever its logits are. One whose target is no class at all has
@@ -39,7 +39,7 @@ from ._elements import (
     to_accumulate,
 )
 from ._jit import inline, kernel, reduction
-from ._rows import chunk_of, exp_sum, exp_total, fill, row_max, scale_into
+from ._rows import chunk_of, excess_of_logits, exp_and_excess, fill, row_max, scale_into
 from ._threads import run
 
 
@@ -60,9 +60,9 @@ def _uniform_chunk(z, m, weight, first, last):
 
 
 @inline
-def _hard_loss(z, m, total, t, q, uniform, W, weight):
+def _hard_loss(z, m, excess, t, q, uniform, W, weight):
     """q and `uniform` are the parts of q_t and of every q_c / w_c."""
-    loss = W * math.log(total)
+    loss = W * math.log1p(excess)
     if q != 0.0:
         loss -= q * np.float64(load(z, t) - m)
     if uniform != 0.0:
@@ -73,11 +73,17 @@ def _hard_loss(z, m, total, t, q, uniform, W, weight):
 
 
 @inline
-def _hard_gradient(e, total, t, q, uniform, W, g, weight, dz):
-    """dz from e = exp(z - m) and its sum, where `e` came from `same_dtype(dz, ...)`."""
+def _at_target(e_t, excess, q, W, g):
+    """g (W p_t - q) without the difference p_t - 1, whose digits are lost where p_t -> 1."""
+    return g * ((W - q) - W * ((excess + (1.0 - e_t)) / (1.0 + excess)))
+
+
+@inline
+def _hard_gradient(e, excess, t, q, uniform, W, g, weight, dz):
+    """dz from e = exp(z - m) and its sum - 1, where `e` came from `same_dtype(dz, ...)`."""
     of = weight.dtype.type
-    scale = of(g * W / total)
-    at_target = g * (W * (np.float64(e[t]) / total) - q)
+    scale = of(g * W / (1.0 + excess))
+    at_target = _at_target(np.float64(e[t]), excess, q, W, g)
     if uniform == 0.0:
         scale_into(e, scale, dz)
     else:
@@ -89,11 +95,11 @@ def _hard_gradient(e, total, t, q, uniform, W, g, weight, dz):
 
 
 @inline
-def _hard_gradient_of_logits(z, m, total, t, q, uniform, W, g, weight, dz):
-    """dz from the logits in one sweep, where m and total are known."""
+def _hard_gradient_of_logits(z, m, excess, t, q, uniform, W, g, weight, dz):
+    """dz from the logits in one sweep, where m and sum exp(z - m) - 1 are known."""
     of = weight.dtype.type
-    scale, shift = of(g * W / total), of(g * uniform)
-    at_target = g * (W * (np.float64(exp(load(z, t) - m)) / total) - q)
+    scale, shift = of(g * W / (1.0 + excess)), of(g * uniform)
+    at_target = _at_target(np.float64(exp(load(z, t) - m)), excess, q, W, g)
     if uniform == 0.0:
         for c in range(z.size):
             store(dz, c, exp(load(z, c) - m) * scale)
@@ -106,55 +112,49 @@ def _hard_gradient_of_logits(z, m, total, t, q, uniform, W, g, weight, dz):
 
 # ---------------------------------------------------------------------------------------------- one row, soft target
 @reduction
-def _soft_chunk(z, y, m, keep, uniform, e, first, last):
-    """e = exp(z - m); sum e, W and sum q (z - m) of a chunk without class weights."""
-    zero = e.dtype.type(0)
-    total, W, dot = zero, zero, zero
+def _soft_chunk(z, y, m, keep, uniform, first, last):
+    """W and sum q (z - m) of a chunk without class weights."""
+    of = type(m)
+    W, dot = of(0), of(0)
     for i in range(first, last):
-        q, d = keep * load(y, i) + uniform, load(z, i) - m
+        q = keep * load(y, i) + uniform
         W += q
-        dot += zero if q == zero else q * d
-        value = exp(d)
-        store(e, i, value)
-        total += value
-    return total, W, dot
+        dot += of(0) if q == of(0) else q * (load(z, i) - m)
+    return W, dot
 
 
 @reduction
-def _weighted_soft_chunk(z, y, m, keep, uniform, weight, e, first, last):
-    zero = e.dtype.type(0)
-    total, W, dot = zero, zero, zero
+def _weighted_soft_chunk(z, y, m, keep, uniform, weight, first, last):
+    of = type(m)
+    W, dot = of(0), of(0)
     for i in range(first, last):
-        q, d = weight[i] * (keep * load(y, i) + uniform), load(z, i) - m
+        q = weight[i] * (keep * load(y, i) + uniform)
         W += q
-        dot += zero if q == zero else q * d
-        value = exp(d)
-        store(e, i, value)
-        total += value
-    return total, W, dot
+        dot += of(0) if q == of(0) else q * (load(z, i) - m)
+    return W, dot
 
 
 @inline
-def _soft_sums(z, y, m, smoothing, weight, e):
-    """e = exp(z - m); sum e, W and sum q (z - m) of a row."""
-    of = e.dtype.type
+def _soft_sums(z, y, m, smoothing, weight):
+    """W and sum q (z - m) of a row."""
+    of = weight.dtype.type
     keep, uniform = of(1.0 - smoothing), of(smoothing / z.size)
-    total, W, dot, chunk = 0.0, 0.0, 0.0, chunk_of(e)
+    W, dot, chunk = 0.0, 0.0, chunk_of(weight)
     for first in range(0, z.size, chunk):
         last = min(first + chunk, z.size)
         if weight.size:
-            sums = _weighted_soft_chunk(z, y, m, keep, uniform, weight, e, first, last)
+            sums = _weighted_soft_chunk(z, y, m, keep, uniform, weight, first, last)
         else:
-            sums = _soft_chunk(z, y, m, keep, uniform, e, first, last)
-        total, W, dot = total + sums[0], W + sums[1], dot + sums[2]
-    return total, W, dot
+            sums = _soft_chunk(z, y, m, keep, uniform, first, last)
+        W, dot = W + np.float64(sums[0]), dot + np.float64(sums[1])
+    return W, dot
 
 
 @inline
-def _soft_gradient(e, total, y, W, g, smoothing, weight, dz):
-    """dz from e = exp(z - m) and its sum, where `e` came from `same_dtype(dz, ...)`."""
+def _soft_gradient(e, excess, y, W, g, smoothing, weight, dz):
+    """dz from e = exp(z - m) and its sum - 1, where `e` came from `same_dtype(dz, ...)`."""
     of = e.dtype.type
-    scale, keep, uniform = of(g * W / total), of(g * (1.0 - smoothing)), of(g * smoothing / e.size)
+    scale, keep, uniform = of(g * W / (1.0 + excess)), of(g * (1.0 - smoothing)), of(g * smoothing / e.size)
     out = same_dtype(e, dz)
     if weight.size:
         for c in range(e.size):
@@ -165,10 +165,10 @@ def _soft_gradient(e, total, y, W, g, smoothing, weight, dz):
 
 
 @inline
-def _soft_gradient_of_logits(z, m, total, y, W, g, smoothing, weight, dz):
-    """dz from the logits in one sweep, where m and total are known."""
+def _soft_gradient_of_logits(z, m, excess, y, W, g, smoothing, weight, dz):
+    """dz from the logits in one sweep, where m and sum exp(z - m) - 1 are known."""
     of = weight.dtype.type
-    scale, keep, uniform = of(g * W / total), of(g * (1.0 - smoothing)), of(g * smoothing / z.size)
+    scale, keep, uniform = of(g * W / (1.0 + excess)), of(g * (1.0 - smoothing)), of(g * smoothing / z.size)
     if weight.size:
         for c in range(z.size):
             store(dz, c, exp(load(z, c) - m) * scale - weight[c] * (keep * load(y, c) + uniform))
@@ -188,11 +188,11 @@ def _hard_forward(first, last, z, target, weight, loss, stats, invalid, ignore_i
         if 0 <= t < V and t != ignore_index:
             z_row = gather(row_of(z, n, s), z_scratch)
             m = row_max(z_row)
-            total = exp_total(z_row, m, weight)
+            excess = excess_of_logits(z_row, m, weight)
             q = (1.0 - smoothing) * _class_weight(weight, t)
             W = q + uniform * weight_sum
-            loss[n, s] = _hard_loss(z_row, m, total, t, q, uniform, W, weight)
-            stats[0, n, s], stats[1, n, s], stats[2, n, s] = m, math.log(total), W
+            loss[n, s] = _hard_loss(z_row, m, excess, t, q, uniform, W, weight)
+            stats[0, n, s], stats[1, n, s], stats[2, n, s] = m, excess, W
         else:
             stats[:, n, s] = 0.0
             loss[n, s] = 0.0
@@ -211,9 +211,9 @@ def _hard_backward(first, last, z, target, weight, stats, upstream, denominator,
         dz_row = place(row_of(dz, n, s), dz_scratch)
         if 0 <= t < V and t != ignore_index:
             z_row = gather(row_of(z, n, s), z_scratch)
-            total, W = math.exp(stats[1, n, s]), np.float64(stats[2, n, s])
+            excess, W = np.float64(stats[1, n, s]), np.float64(stats[2, n, s])
             q, g = (1.0 - smoothing) * _class_weight(weight, t), np.float64(upstream[n, s]) / denominator[0]
-            _hard_gradient_of_logits(z_row, stats[0, n, s], total, t, q, uniform, W, g, weight, dz_row)
+            _hard_gradient_of_logits(z_row, stats[0, n, s], excess, t, q, uniform, W, g, weight, dz_row)
         else:
             fill(dz_row, 0.0 if t == ignore_index else math.nan)
         scatter(row_of(dz, n, s), dz_scratch)
@@ -231,11 +231,11 @@ def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, ig
             z_row = gather(row_of(z, n, s), z_scratch)
             e = same_dtype(dz_row, exps)
             m = row_max(z_row)
-            total = exp_sum(z_row, m, e)
+            excess = exp_and_excess(z_row, m, e)
             q = (1.0 - smoothing) * _class_weight(weight, t)
             W = q + uniform * weight_sum
-            loss[n, s] = _hard_loss(z_row, m, total, t, q, uniform, W, weight)
-            _hard_gradient(e, total, t, q, uniform, W, 1.0, weight, dz_row)
+            loss[n, s] = _hard_loss(z_row, m, excess, t, q, uniform, W, weight)
+            _hard_gradient(e, excess, t, q, uniform, W, 1.0, weight, dz_row)
         elif t == ignore_index:
             loss[n, s] = 0.0
             fill(dz_row, 0.0)
@@ -250,14 +250,15 @@ def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, ig
 @kernel
 def _soft_forward(first, last, z, y, weight, loss, stats, smoothing):
     V, S = z.shape[1], z.shape[2]
-    z_scratch, y_scratch, exps = row_scratch(z), row_scratch(y), np.empty(V, weight.dtype)
+    z_scratch, y_scratch = row_scratch(z), row_scratch(y)
     for row in range(first, last):
         n, s = row // S, row % S
         z_row, y_row = gather(row_of(z, n, s), z_scratch), gather(row_of(y, n, s), y_scratch)
         m = row_max(z_row)
-        total, W, dot = _soft_sums(z_row, y_row, m, smoothing, weight, exps)
-        loss[n, s] = W * math.log(total) - dot
-        stats[0, n, s], stats[1, n, s], stats[2, n, s] = m, math.log(total), W
+        excess = excess_of_logits(z_row, m, weight)
+        W, dot = _soft_sums(z_row, y_row, m, smoothing, weight)
+        loss[n, s] = W * math.log1p(excess) - dot
+        stats[0, n, s], stats[1, n, s], stats[2, n, s] = m, excess, W
 
 
 @kernel
@@ -268,9 +269,9 @@ def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, 
         n, s = row // S, row % S
         z_row, y_row = gather(row_of(z, n, s), z_scratch), gather(row_of(y, n, s), y_scratch)
         dz_row = place(row_of(dz, n, s), dz_scratch)
-        total, W = math.exp(stats[1, n, s]), np.float64(stats[2, n, s])
+        excess, W = np.float64(stats[1, n, s]), np.float64(stats[2, n, s])
         g = np.float64(upstream[n, s]) / denominator[0]
-        _soft_gradient_of_logits(z_row, stats[0, n, s], total, y_row, W, g, smoothing, weight, dz_row)
+        _soft_gradient_of_logits(z_row, stats[0, n, s], excess, y_row, W, g, smoothing, weight, dz_row)
         scatter(row_of(dz, n, s), dz_scratch)
 
 
@@ -284,9 +285,11 @@ def _soft_forward_backward(first, last, z, y, weight, loss, dz, smoothing):
         z_row, y_row = gather(row_of(z, n, s), z_scratch), gather(row_of(y, n, s), y_scratch)
         dz_row = place(row_of(dz, n, s), dz_scratch)
         e = same_dtype(dz_row, exps)
-        total, W, dot = _soft_sums(z_row, y_row, row_max(z_row), smoothing, weight, e)
-        loss[n, s] = W * math.log(total) - dot
-        _soft_gradient(e, total, y_row, W, 1.0, smoothing, weight, dz_row)
+        m = row_max(z_row)
+        excess = exp_and_excess(z_row, m, e)
+        W, dot = _soft_sums(z_row, y_row, m, smoothing, weight)
+        loss[n, s] = W * math.log1p(excess) - dot
+        _soft_gradient(e, excess, y_row, W, 1.0, smoothing, weight, dz_row)
         scatter(row_of(dz, n, s), dz_scratch)
 
 
@@ -334,7 +337,7 @@ def forward(
     ignore_index: int,
     label_smoothing: float,
 ) -> None:
-    """The loss of every row, and what `backward` needs of it: stats (3, N, S) = m, log sum exp(z - m), W."""
+    """The loss of every row, and what `backward` needs of it: stats (3, N, S) = m, sum exp(z - m) - 1, W."""
     rows, smoothing, soft = loss.size, float(label_smoothing), target.ndim == 3
     if soft and z.size == 0:
         loss.fill(0.0)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ._elements import accumulate_dtype, gather, load, place, row_of, row_scratch, same_dtype, scatter, store
 from ._jit import kernel, reduction
-from ._rows import divide_into, exp_sum, row_max
+from ._rows import divide_into, exp_and_excess, row_max
 from ._threads import run
 
 
@@ -37,8 +37,8 @@ def _forward_rows(first, last, z, y, acc):
         z_row = gather(row_of(z, n, s), z_scratch)
         y_row = place(row_of(y, n, s), y_scratch)
         e = same_dtype(y_row, exps)
-        total = exp_sum(z_row, row_max(z_row), e)
-        divide_into(e, total, y_row)
+        excess = exp_and_excess(z_row, row_max(z_row), e)
+        divide_into(e, 1.0 + excess, y_row)
         scatter(row_of(y, n, s), y_scratch)
 
 
