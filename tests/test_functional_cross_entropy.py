@@ -21,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 # ---------------------------------------------------------------------------------------------- cross entropy
-def torch_by_hand(x, target, upstream, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
-    """The gradient with PyTorch's softmax, the classes in a few orders: one order's error is a matter of luck."""
+def torch_in_other_orders(x, target, upstream, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+    """PyTorch's loss, and the gradient with its softmax, for the classes in a few orders: one order's error is luck."""
     axis = min(x.dim() - 1, 1)
     C = x.shape[axis]
     along = [C if i == axis else 1 for i in range(x.dim())]
@@ -36,8 +36,20 @@ def torch_by_hand(x, target, upstream, weight=None, ignore_index=-100, reduction
     q = w * ((1 - label_smoothing) * y + label_smoothing / C)
     g = upstream.unsqueeze(axis) if reduction == "none" else upstream / (denominator if reduction == "mean" else 1)
     for k in (0, 1, 2, 5):
-        p = F.softmax(x.roll(k, axis), axis).roll(-k, axis)
-        yield torch.where(kept, g * (p * q.sum(axis, keepdim=True) - q), 0.0)
+        moved = x.roll(k, axis)
+        if target.is_floating_point():
+            moved_target = target.roll(k, axis)
+        else:
+            moved_target = torch.where(kept.squeeze(axis), (target + k) % C, -100)
+        loss = F.cross_entropy(
+            moved,
+            moved_target,
+            weight=None if weight is None else weight.roll(k),
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+        p = F.softmax(moved, axis).roll(-k, axis)
+        yield loss, torch.where(kept, g * (p * q.sum(axis, keepdim=True) - q), 0.0)
 
 
 def cross_entropy_and_check(device, x, target, dtype, upstream, **options):
@@ -50,15 +62,16 @@ def cross_entropy_and_check(device, x, target, dtype, upstream, **options):
     target_acc = target.to(acc) if target.is_floating_point() else target
     theirs = F.cross_entropy(x_acc, target_acc, **options)
     (theirs_dx,) = torch.autograd.grad(theirs, x_acc, upstream.to(acc))
-    by_hand = torch_by_hand(x_acc.detach(), target_acc, upstream.to(acc), **options)
+    others = torch_in_other_orders(x_acc.detach(), target_acc, upstream.to(acc), **options)
+    losses, gradients = zip((theirs, theirs_dx), *others, strict=True)
     sheet = reference.cross_entropy_with_options(
         values_of(x),
         values_of(target) if target.is_floating_point() else target.cpu().numpy(),
         **{k: values_of(v) if k == "weight" else v for k, v in options.items()},
         upstream=values_of(upstream),
     )
-    hold("loss", loss, sheet.loss, dtype, theirs.to(x.dtype))
-    hold("dx", dx, sheet.dlogits, dtype, *(v.to(x.dtype) for v in (theirs_dx, *by_hand)))
+    hold("loss", loss, sheet.loss, dtype, *(v.to(x.dtype) for v in losses))
+    hold("dx", dx, sheet.dlogits, dtype, *(v.to(x.dtype) for v in gradients))
     return loss, dx
 
 

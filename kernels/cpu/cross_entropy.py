@@ -11,8 +11,9 @@ With class weights w (1 if there are none), label smoothing eps and target proba
     forward_backward    reads z (and y), writes dz   2 passes (3)
 
 A pass is one read or one write of the whole tensor. `forward` saves three numbers a row, m, sum exp(z - m) - 1 and W: logits
-near 1e4 would lose the digits of p in a rounded m + log sum, and where p -> 1 so would 1 - p in a sum near 1. Everything is computed in float32 (float64 for float64), sums are
-merged in float64, and the result is rounded once: the 1 of a one-hot y is subtracted before that.
+near 1e4 would lose the digits of p in a rounded m + log sum, and where p -> 1 so would 1 - p in a sum near 1. Everything is
+computed in float32 (float64 for float64), sums are merged in float64, and the result is rounded once: the 1 of a one-hot y is
+subtracted before that.
 
 A row whose target is `ignore_index` has loss 0 and dz 0 whatever its logits are. One whose target is no class at all has
 loss and dz NaN, and the smallest such row number n S + s goes to `invalid`. The logits of neither are read.
@@ -249,7 +250,7 @@ def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, ig
 # ---------------------------------------------------------------------------------------------- kernels, soft targets
 @kernel
 def _soft_forward(first, last, z, y, weight, loss, stats, smoothing):
-    V, S = z.shape[1], z.shape[2]
+    S = z.shape[2]
     z_scratch, y_scratch = row_scratch(z), row_scratch(y)
     for row in range(first, last):
         n, s = row // S, row % S

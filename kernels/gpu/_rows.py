@@ -27,11 +27,37 @@ def finite_base(m):
 
 
 @triton.jit
-def online_max_sum(m, total, z):
-    """The row's maximum m and total = Σ exp(z - m) after one more tile."""
+def sum_apart(e):
+    """(the sum of the values that are not 1, how many are 1) of each row: beside the 1 of the maximum, where p -> 1, a sum
+    would lose the digits of the rest."""
+    is_one = e == 1.0
+    rest = tl.sum(tl.where(is_one, 0.0, e), axis=1)[:, None]
+    return rest, tl.sum(is_one.to(e.dtype), axis=1)[:, None]
+
+
+@triton.jit
+def online_max_sum(m, rest, ones, z):
+    """The row's maximum m and Σ exp(z - m) = rest + ones after one more tile."""
     m_new = tl.maximum(m, tl.max(z, axis=1)[:, None])
     base = finite_base(m_new)
-    return m_new, total * tl.exp(m - base) + tl.sum(tl.exp(z - base), axis=1)[:, None]
+    more, more_ones = sum_apart(tl.exp(z - base))
+    grown = m_new > m
+    rest = tl.where(grown, (rest + ones) * tl.exp(m - base), rest) + more
+    return m_new, rest, tl.where(grown, 0.0, ones) + more_ones
+
+
+@triton.jit
+def log_1_plus(x, ACC: tl.constexpr):
+    """log(1 + x) with the digits of a small x; -1 gives -inf."""
+    u = 1.0 + x
+    if tl.float64 == ACC:
+        y = tl.where(u == 1.0, x, tl.log(u) * tl.where(x == 0.0, 1.0, x / (u - 1.0)))
+    else:
+        s = x / (2.0 + x)  # log(1 + x) = 2 artanh(s), whose series to s⁹ leaves 1e-8 for x < 1/2
+        s2 = s * s
+        series = 2.0 * s * (1.0 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9)))))
+        y = tl.where((x >= 0.0) & (x < 0.5), series, tl.log(u))
+    return y
 
 
 @triton.jit

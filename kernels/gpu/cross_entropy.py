@@ -7,9 +7,10 @@
     bytes   forward: read z.  backward: read z, write dz.  forward_backward: read z, write dz; of a row that does not fit one
             program, the part beyond KEEP lanes is read twice.  Soft targets: y is read wherever z is.
 
-`forward` saves three numbers a row, m, log Σ exp(z - m) and W: logits near 1e4 would lose the digits of p in a rounded
-m + log Σ. The 1 of a one-hot y is subtracted in float32 and the result rounded once. A row whose target is `ignore_index`
-reads nothing and gives zeros; one whose target is out of range reads nothing, gives NaN and leaves its number in `invalid`.
+`forward` saves three numbers a row, m, Σ exp(z - m) - 1 and W: logits near 1e4 would lose the digits of p in a rounded
+m + log Σ, and where p -> 1 so would 1 - p in a Σ near 1. The 1 of a one-hot y is subtracted in float32 and the result rounded
+once. A row whose target is `ignore_index` reads nothing and gives zeros; one whose target is out of range reads nothing, gives
+NaN and leaves its number in `invalid`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,20 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._rows import ACC, end_of, finite_base, follower_mode, online_max_sum, program_rows, real, rows_along_s, run_mode, warps
+from ._rows import (
+    ACC,
+    end_of,
+    finite_base,
+    follower_mode,
+    log_1_plus,
+    online_max_sum,
+    program_rows,
+    real,
+    rows_along_s,
+    run_mode,
+    sum_apart,
+    warps,
+)
 from .plan import cdiv, float_and_bits, plan_columns, plan_reduce, plan_rows
 
 
@@ -35,9 +49,8 @@ def _hard_target(target_ptr, at, weight_ptr, z_ptr, z_start, stride_zv, live, V,
         w_t = tl.where(known, 1.0, 0.0).to(ACC)
     else:
         w_t = tl.load(weight_ptr + t, mask=known, other=0.0).to(ACC)
-    if z_ptr is None:
-        z_t = w_t
-    else:
+    z_t = w_t
+    if z_ptr is not None:
         z_t = tl.load(z_ptr + (z_start + t * stride_zv), mask=known, other=0.0).to(ACC)
     return t, known, bad, w_t, z_t
 
@@ -57,6 +70,13 @@ def _dense_target(
     if weight_ptr is not None:
         q *= tl.load(weight_ptr + (lane + (offset - shift)), mask=inside, other=0.0).to(ACC)
     return tl.where(inside, q, 0.0)
+
+
+@triton.jit
+def _at_target(z_t, m, excess, W, q_t, weight_t, epsilon, V):
+    """W p_t - q_t - w_t ε/V without the difference p_t - 1, whose digits are lost where p_t -> 1."""
+    e_t = tl.exp(z_t - finite_base(m))
+    return ((W - q_t) - W * ((excess + (1.0 - e_t)) / (1.0 + excess))) - weight_t * (epsilon / V)
 
 
 @triton.jit
@@ -97,14 +117,13 @@ def _forward_kernel(
     d_start = n * stride_dn + s[:, None] * stride_ds
     shift = _tile.row_shift(z_start, MODE, GROUP)
 
-    # one pass over z: m, total = Σ exp(z - m), W = Σ q, inner = Σ q (z - m)
+    # one pass over z: m, rest + ones = Σ exp(z - m), W = Σ q, inner = Σ q (z - m)
     lane = tl.arange(0, KEEP)[None, :]
     lo, hi = _tile.span(shift, 0, V, known, KEEP)
     base = _tile.lane_zero(z_start, shift, 0, stride_zv, MODE, GROUP)
     z = _tile.load(z_ptr, base, lane, lo, hi, z_end, stride_zv, NEG_INF, MODE, GROUP, ACC)
     m = tl.max(z, axis=1)[:, None]
-    e = tl.exp(z - finite_base(m))
-    total = tl.sum(e, axis=1)[:, None]
+    d = z - finite_base(m)
     W = q_t
     inner = tl.zeros([BLOCK_R, 1], ACC)
     if DENSE:
@@ -114,7 +133,9 @@ def _forward_kernel(
             SOFT, TARGET_MODE, GROUP, ACC,
         )  # fmt: skip
         W += tl.sum(q, axis=1)[:, None]
-        inner = tl.sum(_weighted(q, z - finite_base(m)), axis=1)[:, None]
+        inner = tl.sum(_weighted(q, d), axis=1)[:, None]
+    e = tl.exp(d)
+    rest, ones = sum_apart(e)
     if not FITS:
         tail = tl.arange(0, BLOCK_V)[None, :]
         steps = tl.cdiv(V + GROUP - 1 - KEEP, BLOCK_V)
@@ -124,7 +145,7 @@ def _forward_kernel(
             base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
             more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, NEG_INF, MODE, GROUP, ACC)
             before = finite_base(m)
-            m, total = online_max_sum(m, total, more)
+            m, rest, ones = online_max_sum(m, rest, ones, more)
             if DENSE:
                 base = _tile.lane_zero(t_start, shift, offset, stride_tv, TARGET_MODE, GROUP)
                 q_tail = _dense_target(
@@ -135,8 +156,8 @@ def _forward_kernel(
                 inner += tl.sum(_weighted(q_tail, more - finite_base(m)), axis=1)[:, None]
                 W += tl.sum(q_tail, axis=1)[:, None]
 
-    log_total = tl.log(total)
-    loss = W * log_total - inner
+    excess = rest + (ones - 1.0)
+    loss = W * log_1_plus(excess, ACC) - inner
     if not SOFT:
         loss -= _weighted(q_t, z_t - finite_base(m))
         loss = tl.where(known, loss, tl.where(bad, float("nan"), 0.0))
@@ -144,13 +165,13 @@ def _forward_kernel(
     tl.store(loss_ptr + row, loss, mask=live)
     if stats_ptr is not None:
         tl.store(stats_ptr + row, m, mask=live)
-        tl.store(stats_ptr + (row + rows), log_total, mask=live)
+        tl.store(stats_ptr + (row + rows), excess, mask=live)
         tl.store(stats_ptr + (row + 2 * rows), W, mask=live)
 
     if dz_ptr is not None:
-        scale = W / total
-        unknown = 0.0
+        scale = W / (rest + ones)
         if not SOFT:
+            at_target = tl.where(known, _at_target(z_t, m, excess, W, q_t, w_t, epsilon, V), 0.0)
             scale = tl.where(known, scale, 0.0)
             unknown = tl.where(bad, float("nan"), 0.0)
         if not FITS:
@@ -167,7 +188,7 @@ def _forward_kernel(
                         SOFT, TARGET_MODE, GROUP, ACC,
                     )  # fmt: skip
                 if not SOFT:
-                    d_tail = tl.where(tail + (offset - shift) == t, d_tail - q_t, d_tail) + unknown
+                    d_tail = tl.where(tail + (offset - shift) == t, at_target, d_tail) + unknown
                 base = _tile.lane_zero(d_start, shift, offset, stride_dv, DZ_MODE, GROUP)
                 t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
                 _tile.store(dz_ptr, base, tail, t_lo, t_hi, d_tail, stride_dv, DZ_MODE, GROUP)
@@ -182,7 +203,7 @@ def _forward_kernel(
                 )  # fmt: skip
             dz -= q
         if not SOFT:
-            dz = tl.where(lane - shift == t, dz - q_t, dz) + unknown
+            dz = tl.where(lane - shift == t, at_target, dz) + unknown
         base = _tile.lane_zero(d_start, shift, 0, stride_dv, DZ_MODE, GROUP)
         lo, hi = _tile.span(shift, 0, V, live, KEEP)
         _tile.store(dz_ptr, base, lane, lo, hi, dz, stride_dv, DZ_MODE, GROUP)
@@ -208,13 +229,15 @@ def _backward_kernel(
     known = in_range
     if not SOFT:
         at = n * stride_tn + s * stride_ts
-        t, known, bad, w_t, _ = _hard_target(target_ptr, at, weight_ptr, None, at, 0, in_range, V, ignore_index, ACC)
-        t, bad, w_t = t[:, None], bad[:, None], w_t[:, None]
+        t, known, bad, w_t, z_t = _hard_target(
+            target_ptr, at, weight_ptr, z_ptr, n * stride_zn + s * stride_zs, stride_zv, in_range, V, ignore_index, ACC
+        )
+        t, bad, w_t, z_t = t[:, None], bad[:, None], w_t[:, None], z_t[:, None]
     g = tl.load(upstream_ptr + (n * stride_un + s * stride_us), mask=known, other=0.0).to(ACC)[:, None]
     if denominator_ptr is not None:
         g = g / tl.load(denominator_ptr).to(ACC)
     m = tl.load(stats_ptr + row, mask=known, other=0.0)[:, None]
-    log_total = tl.load(stats_ptr + (row + rows), mask=known, other=0.0)[:, None]
+    excess = tl.load(stats_ptr + (row + rows), mask=known, other=0.0)[:, None]
     W = tl.load(stats_ptr + (row + 2 * rows), mask=known, other=0.0)[:, None]
     live = in_range[:, None]
     known = known[:, None]
@@ -227,7 +250,7 @@ def _backward_kernel(
     lo, hi = _tile.span(shift, offset, V, known, BLOCK_V)
     base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
     z = _tile.load(z_ptr, base, lane, lo, hi, z_end, stride_zv, float("-inf"), MODE, GROUP, ACC)
-    dz = W * tl.exp((z - finite_base(m)) - log_total)
+    dz = tl.exp(z - finite_base(m)) * (W / (1.0 + excess))
     if DENSE:
         base = _tile.lane_zero(t_start, shift, offset, stride_tv, TARGET_MODE, GROUP)
         dz -= _dense_target(
@@ -235,7 +258,8 @@ def _backward_kernel(
             SOFT, TARGET_MODE, GROUP, ACC,
         )  # fmt: skip
     if not SOFT:
-        dz = tl.where(lane + (offset - shift) == t, dz - w_t * (1.0 - epsilon), dz)
+        at_target = _at_target(z_t, m, excess, W, w_t * (1.0 - epsilon), w_t, epsilon, V)
+        dz = tl.where(lane + (offset - shift) == t, at_target, dz)
     dz *= g
     if not SOFT:
         dz = tl.where(known, dz, tl.where(bad, float("nan"), 0.0))
@@ -311,7 +335,7 @@ def _launch_forward(z, target, weight, loss, stats, dz, invalid, ignore_index, l
 
 
 def forward(z, target, weight, loss, stats, invalid, *, ignore_index: int, label_smoothing: float) -> None:
-    """Loss per row and stats = (m, log Σ exp(z - m), W), all (N, S) and contiguous."""
+    """Loss per row and stats = (m, Σ exp(z - m) - 1, W), all (N, S) and contiguous."""
     _launch_forward(z, target, weight, loss, stats, None, invalid, ignore_index, label_smoothing)
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._rows import ACC, end_of, finite_base, online_max_sum, program_rows, rows_along_s, run_mode, warps
+from ._rows import ACC, end_of, finite_base, online_max_sum, program_rows, rows_along_s, run_mode, sum_apart, warps
 from .plan import cdiv, plan_rows
 
 
@@ -39,7 +39,7 @@ def _forward_kernel(
     z = _tile.load(z_ptr, z_base, lane, lo, hi, z_end, stride_zv, float("-inf"), MODE, GROUP, ACC)
     m = tl.max(z, axis=1)[:, None]
     e = tl.exp(z - finite_base(m))
-    total = tl.sum(e, axis=1)[:, None]
+    rest, ones = sum_apart(e)
     if not FITS:
         tail = tl.arange(0, BLOCK_V)[None, :]
         steps = tl.cdiv(V + GROUP - 1 - KEEP, BLOCK_V)
@@ -48,7 +48,8 @@ def _forward_kernel(
             t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
             base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
             more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, float("-inf"), MODE, GROUP, ACC)
-            m, total = online_max_sum(m, total, more)
+            m, rest, ones = online_max_sum(m, rest, ones, more)
+        total = rest + ones
         for i in range(steps):
             offset = KEEP + (steps - 1 - i) * BLOCK_V
             t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
@@ -58,7 +59,7 @@ def _forward_kernel(
             base = _tile.lane_zero(y_start, shift, offset, stride_yv, MODE, GROUP)
             _tile.store(y_ptr, base, tail, t_lo, t_hi, y, stride_yv, MODE, GROUP)
         e = tl.exp(z - finite_base(m))
-    _tile.store(y_ptr, y_base, lane, lo, hi, e / total, stride_yv, MODE, GROUP)
+    _tile.store(y_ptr, y_base, lane, lo, hi, e / (rest + ones), stride_yv, MODE, GROUP)
 
 
 @triton.jit(do_not_specialize=["V", "S", "tiles", "dy_end", "y_end"])
