@@ -70,7 +70,16 @@ def _cross_entropy_case(shape: tuple[int, int, int], dtype: torch.dtype, soft: b
         cross_entropy.forward_backward(z, target, weight, loss, torch.empty_like(z), invalid, **kwargs)
         cross_entropy.forward(z, target, weight, loss, stats, invalid, **kwargs)
         cross_entropy.backward(z, target, weight, stats, one.expand(N, S), one, torch.empty_like(z), **kwargs)
-        cross_entropy.reduce(loss, target, weight, one, one, ignore_index=-100)
+
+    return run
+
+
+def _reduce_case(rows: int, dtype: torch.dtype, soft: bool) -> Callable[[], None]:
+    def run() -> None:
+        acc = _acc(dtype)
+        target = _meta((rows, 10, 1), dtype) if soft else _meta((rows, 1), torch.int64)
+        one = _meta((1,), acc)
+        cross_entropy.reduce(_meta((rows, 1), acc), target, _meta((10,), acc), one, one, ignore_index=-100)
 
     return run
 
@@ -92,19 +101,53 @@ def _batch_norm_case(shape: tuple[int, int, int], dtype: torch.dtype, channels_l
     return run
 
 
-# (shape, heavy): the widest row or channel that a plan takes is its heaviest
 ROWS = (
-    ((4096, 10, 1), False),
-    ((4096, 1000, 1), False),
-    ((4096, 1001, 1), False),
-    ((512, 8192, 1), True),
-    ((512, 16384, 1), False),
-    ((512, 32768, 1), False),
-    ((512, 50257, 1), True),
-    ((256, 131072, 1), False),
-    ((8, 21, 4096), False),
-    ((8, 1000, 512), False),
+    (4096, 10, 1),
+    (4096, 1000, 1),
+    (4096, 1001, 1),
+    (512, 8192, 1),
+    (512, 8195, 1),
+    (512, 16384, 1),
+    (512, 16387, 1),
+    (512, 16391, 1),
+    (512, 32768, 1),
+    (512, 32771, 1),
+    (512, 50257, 1),
+    (256, 65536, 1),
+    (8, 21, 4096),
+    (8, 1000, 512),
 )
+# name of a row operation -> (soft targets, class weights and smoothing)
+LOSSES = {
+    "hard": (False, False),
+    "hard, weights, smoothing": (False, True),
+    "soft": (True, False),
+    "soft, weights, smoothing": (True, True),
+}
+# the longest rows that each plan takes are its heaviest
+HEAVY_ROWS = {
+    ("softmax", 16387, torch.float32),
+    ("hard", 32768, torch.float32),
+    ("hard", 32771, torch.float32),
+    ("softmax", 32771, torch.float32),
+    ("softmax", 50257, torch.bfloat16),
+    ("hard", 50257, torch.bfloat16),
+    ("hard", 32768, torch.bfloat16),
+    ("hard", 16391, torch.bfloat16),
+    ("hard", 50257, torch.float32),
+    ("hard", 65536, torch.float32),
+    ("hard", 65536, torch.bfloat16),
+    ("hard, weights, smoothing", 16384, torch.float32),
+    ("hard, weights, smoothing", 16384, torch.bfloat16),
+    ("hard, weights, smoothing", 8195, torch.float32),
+    ("hard, weights, smoothing", 50257, torch.float32),
+    ("soft", 16384, torch.float32),
+    ("soft", 16384, torch.bfloat16),
+    ("soft, weights, smoothing", 16384, torch.float32),
+    ("soft, weights, smoothing", 8195, torch.float32),
+    ("soft, weights, smoothing", 50257, torch.float32),
+}
+# (shape, channels-last, heavy)
 CHANNELS = (
     ((16, 3000, 4), False, False),
     ((64, 2048, 49), False, False),
@@ -123,22 +166,22 @@ CHANNELS = (
 def cases() -> Iterator[Case]:
     """Every plan and dtype; of the rows, plain, with class weights and smoothing, and with soft targets."""
     for dtype in DTYPES:
-        single = dtype == torch.float32
-        for shape, heavy in ROWS:
+        for shape in ROWS:
             at = "x".join(map(str, shape))
-            heavy = heavy and single
+            heavy = ("softmax", shape[1], dtype) in HEAVY_ROWS
             yield Case(f"softmax {at}", dtype, heavy, _softmax_case(shape, dtype))
-            plain = shape[1] == 32768 and dtype in (torch.float32, torch.bfloat16)
-            yield Case(f"cross entropy, hard {at}", dtype, plain, _cross_entropy_case(shape, dtype, False, False))
-            yield Case(
-                f"cross entropy, hard, weights, smoothing {at}", dtype, heavy, _cross_entropy_case(shape, dtype, False, True)
-            )
-            yield Case(
-                f"cross entropy, soft, weights, smoothing {at}", dtype, heavy, _cross_entropy_case(shape, dtype, True, True)
-            )
+            for name, (soft, options) in LOSSES.items():
+                heavy = (name, shape[1], dtype) in HEAVY_ROWS
+                yield Case(f"cross entropy, {name} {at}", dtype, heavy, _cross_entropy_case(shape, dtype, soft, options))
+        for soft in (False, True):
+            heavy = dtype == torch.float32 and not soft
+            name = f"cross entropy, {'soft' if soft else 'hard'}, reduction"
+            yield Case(name, dtype, heavy, _reduce_case(100_000, dtype, soft))
         for shape, channels_last, heavy in CHANNELS:
             at = "x".join(map(str, shape)) + (" channels-last" if channels_last else "")
-            yield Case(f"batch norm {at}", dtype, heavy and single, _batch_norm_case(shape, dtype, channels_last))
+            yield Case(
+                f"batch norm {at}", dtype, heavy and dtype == torch.float32, _batch_norm_case(shape, dtype, channels_last)
+            )
 
 
 def compiled(case: Case, arch: int | str) -> list[Launch]:

@@ -31,8 +31,8 @@ def power_of_2(n):
 
 
 def lanes(V, itemsize, mode):
-    """A row that begins anywhere may need a 16-byte group more."""
-    return V + (16 // itemsize - 1 if mode == P.SHIFTED else 0)
+    """A row that begins anywhere has whole 16-byte groups, and ends that are not in the tile."""
+    return V // (16 // itemsize) * (16 // itemsize) if mode == P.SHIFTED else V
 
 
 # ---------------------------------------------------------------------------------------------- arithmetic
@@ -102,29 +102,30 @@ def test_no_mode_but_strided_without_alignment(data):
 
 
 # ---------------------------------------------------------------------------------------------- rows
+KEEPS = ("exp", "dy y", "exp q")
 ROWS = {
     "V": SIZES, "S": SIZES, "itemsize": st.sampled_from(ITEMSIZES), "mode": st.sampled_from(MODES), "unit_s": st.booleans()
 }  # fmt: skip
 
 
 @drawn
-@given(**ROWS, heavy=st.booleans())
-@example(V=1, S=1, itemsize=4, mode=P.STRIDED, unit_s=False, heavy=False)
-@example(V=32768, S=1, itemsize=2, mode=P.ALIGNED, unit_s=False, heavy=False)
-@example(V=50257, S=1, itemsize=2, mode=P.SHIFTED, unit_s=False, heavy=True)
-@example(V=5, S=2**30, itemsize=2, mode=P.STRIDED, unit_s=True, heavy=True)
-def test_plan_rows(V, S, itemsize, mode, unit_s, heavy):
-    p = P.plan_rows(V, S, itemsize, mode, unit_s, heavy)
+@given(**ROWS, keeps=st.sampled_from(KEEPS))
+@example(V=1, S=1, itemsize=4, mode=P.STRIDED, unit_s=False, keeps="exp")
+@example(V=32768, S=1, itemsize=2, mode=P.ALIGNED, unit_s=False, keeps="exp")
+@example(V=50257, S=1, itemsize=2, mode=P.SHIFTED, unit_s=False, keeps="exp q")
+@example(V=5, S=2**30, itemsize=2, mode=P.STRIDED, unit_s=True, keeps="exp q")
+def test_plan_rows(V, S, itemsize, mode, unit_s, keeps):
+    p = P.plan_rows(V, S, itemsize, mode, unit_s, keeps)
     for size in (p.BLOCK_R, p.KEEP, p.BLOCK_V, p.num_warps):
         assert power_of_2(size)
     assert 1 <= p.num_warps <= 32
     group = 16 // itemsize
     if p.FITS:
-        width = lanes(V, itemsize, mode)
+        width = max(lanes(V, itemsize, mode), 1)
         assert width <= p.KEEP, "lanes are left out"
         assert 2 * width > p.KEEP, "half of the lanes are idle"
     else:
-        steps = P.cdiv(V + group - 1 - p.KEEP, p.BLOCK_V)  # as the kernels count them
+        steps = P.cdiv(V - p.KEEP, p.BLOCK_V)  # as the kernels count them
         assert steps >= 1
         assert p.KEEP + steps * p.BLOCK_V >= lanes(V, itemsize, mode), "lanes are left out"
         if mode != P.STRIDED:
@@ -136,15 +137,22 @@ def test_plan_rows(V, S, itemsize, mode, unit_s, heavy):
     assert p.BLOCK_R < 2 * S, "rows that are not there"
 
 
-@pytest.mark.parametrize("itemsize", ITEMSIZES)
-@pytest.mark.parametrize("heavy", [False, True])
-def test_rows_up_to_the_promised_length_are_read_once(itemsize, heavy):
-    """32,768 classes for plain hard targets, 8,192 with a second operand, half of it in float64."""
-    longest = (8192 if heavy else 32768) // (2 if itemsize == 8 else 1)
-    assert P.plan_rows(longest, 1, itemsize, P.ALIGNED, False, heavy).FITS
-    assert P.plan_rows(longest, 1, itemsize, P.STRIDED, False, heavy).FITS
-    assert P.plan_rows(longest - 16 // itemsize + 1, 1, itemsize, P.SHIFTED, False, heavy).FITS
-    assert not P.plan_rows(longest + 1, 1, itemsize, P.STRIDED, False, heavy).FITS
+@pytest.mark.parametrize(
+    ("keeps", "mode", "itemsize", "longest"),
+    [
+        pytest.param("exp", P.ALIGNED, 4, 32768, id="hard targets, float32"),
+        pytest.param("exp", P.ALIGNED, 2, 32768, id="hard targets, halves"),
+        pytest.param("exp", P.SHIFTED, 4, 32771, id="hard targets, float32, off 16 bytes"),
+        pytest.param("exp", P.SHIFTED, 2, 16391, id="hard targets, halves, off 16 bytes"),
+        pytest.param("exp", P.ALIGNED, 8, 16384, id="hard targets, float64"),
+        pytest.param("dy y", P.SHIFTED, 4, 16387, id="softmax backward"),
+        pytest.param("exp q", P.ALIGNED, 4, 16384, id="soft targets, weights or smoothing"),
+        pytest.param("exp q", P.SHIFTED, 4, 8195, id="soft targets, weights or smoothing, off 16 bytes"),
+    ],
+)
+def test_rows_up_to_the_promised_length_are_read_once(keeps, mode, itemsize, longest):
+    assert P.plan_rows(longest, 1, itemsize, mode, False, keeps).FITS
+    assert not P.plan_rows(longest + 1, 1, itemsize, mode, False, keeps).FITS
 
 
 def test_many_short_rows_share_a_program():

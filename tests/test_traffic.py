@@ -20,8 +20,10 @@ ROWS = [
     pytest.param(32768, torch.float32, 2.02, id="V=32768 float32"),
     pytest.param(32768, torch.bfloat16, 2.02, id="V=32768 bfloat16"),
     pytest.param(65536, torch.float32, 2.52, id="V=65536 float32"),
-    pytest.param(65536, torch.bfloat16, 2.77, id="V=65536 bfloat16"),
-    pytest.param(131072, torch.bfloat16, 2.90, id="V=131072 bfloat16"),
+    pytest.param(32001, torch.float32, 2.02, id="V=32001 float32"),
+    pytest.param(65536, torch.bfloat16, 2.52, id="V=65536 bfloat16"),
+    pytest.param(131072, torch.bfloat16, 2.77, id="V=131072 bfloat16"),
+    pytest.param(128256, torch.float32, 2.77, id="V=128256 float32"),
 ]
 
 
@@ -40,7 +42,7 @@ def test_loss_and_gradient_of_hard_targets(V, dtype, bound):
     assert 2.0 <= book.passes("z", "dz") <= bound
 
 
-@pytest.mark.parametrize(("V", "bound"), [(1000, 3.02), (8192, 3.02), (40000, 5.02)])
+@pytest.mark.parametrize(("V", "bound"), [(1000, 3.02), (1001, 3.02), (16384, 3.02), (40000, 5.02)])
 def test_loss_and_gradient_of_soft_targets(V, bound):
     z = logits(V, torch.float32)
     y, dz, loss, invalid = torch.rand_like(z), torch.empty_like(z), torch.empty(3, 1), torch.full((1,), 3)
@@ -60,7 +62,7 @@ def test_forward_then_backward_for_any_upstream_gradient(V):
     assert 3.0 <= book.passes("z", "dz") <= 3.02
 
 
-@pytest.mark.parametrize("V", [1000, 1001, 8192])
+@pytest.mark.parametrize("V", [1000, 1001, 16383, 16384])
 def test_softmax(V):
     z = logits(V, torch.float32)
     y, dz = torch.empty_like(z), torch.empty_like(z)
@@ -75,8 +77,7 @@ def test_softmax(V):
 @pytest.mark.parametrize(
     ("shape", "forward", "backward"),
     [
-        # 49 floats that begin anywhere are read as up to 14 groups of four: 12.75 on average, 4 per cent a read
-        pytest.param((64, 2, 49), 2.07, 3.13, id="7x7 planes fit"),
+        pytest.param((64, 2, 49), 2.05, 3.05, id="7x7 planes fit"),
         pytest.param((16, 2, 1024), 2.05, 3.05, id="16384 values fit"),
         pytest.param((4, 2, 16384), 3.05, 5.05, id="long channels"),
     ],
@@ -106,4 +107,4 @@ def test_the_ledger_counts_what_is_read_twice():
     z = logits(65536, torch.float32)
     with ledger(z=z) as book:
         softmax.forward(z, torch.empty_like(z))
-    assert book.asked["z", "load"] == pytest.approx(z.nbytes * (2 - 4096 / 65536), rel=1e-3)
+    assert book.asked["z", "load"] == z.nbytes * (2 - 32768 / 65536)

@@ -48,6 +48,14 @@ def per_channel(x, lost):
 
 
 @triton.jit
+def joined(hi, lo, more_hi, more_lo):
+    """The sum of two sums, each hi + lo."""
+    total = hi + more_hi
+    part = total - hi
+    return total, ((hi - (total - part)) + (more_hi - part)) + (lo + more_lo)
+
+
+@triton.jit
 def over_splits(hi, lo):
     """Σ (hi + lo) over the first axis of (SPLITS, BLOCK_C), rounded once."""
     total = tl.sum(hi + lo, axis=0)

@@ -27,23 +27,34 @@ def finite_base(m):
 
 
 @triton.jit
-def sum_apart(e):
-    """(the sum of the values that are not 1, how many are 1) of each row: beside the 1 of the maximum, where p -> 1, a sum
-    would lose the digits of the rest."""
-    is_one = e == 1.0
-    rest = tl.sum(tl.where(is_one, 0.0, e), axis=1)[:, None]
-    return rest, tl.sum(is_one.to(e.dtype), axis=1)[:, None]
+def _sum_and_excess(e, e_ends):
+    """(Σ e, Σ e - 1) of each row of e = exp(z - max z), with its ends where there are any: where p -> 1, the rest is summed
+    again without its 1, beside which it would lose its digits. A row of zeros has the excess -1."""
+    total = tl.sum(e, axis=1)[:, None]
+    if e_ends is not None:
+        total += tl.sum(e_ends, axis=1)[:, None]
+    excess = total - 1.0
+    near_one = (total >= 1.0) & (total < 2.0)
+    if tl.max(tl.ravel(near_one.to(tl.int32)), axis=0) > 0:
+        rest = tl.sum(tl.where(e == 1.0, 0.0, e), axis=1)[:, None]
+        if e_ends is not None:
+            rest += tl.sum(tl.where(e_ends == 1.0, 0.0, e_ends), axis=1)[:, None]
+        excess = tl.where(near_one, rest, excess)
+    return total, excess
 
 
 @triton.jit
-def online_max_sum(m, rest, ones, z):
-    """The row's maximum m and Σ exp(z - m) = rest + ones after one more tile."""
+def excess_with(m, excess, m_new, e, e_ends):
+    """Σ exp(z - m_new) - 1 of each row after one more tile: `excess` was that about m, and e is the tile's exp(z - m_new)."""
+    total, more = _sum_and_excess(e, e_ends)
+    return tl.where(m_new > m, more + (1.0 + excess) * tl.exp(m - finite_base(m_new)), excess + total)
+
+
+@triton.jit
+def online_max_excess(m, excess, z):
+    """The row's maximum m and Σ exp(z - m) - 1 after one more tile."""
     m_new = tl.maximum(m, tl.max(z, axis=1)[:, None])
-    base = finite_base(m_new)
-    more, more_ones = sum_apart(tl.exp(z - base))
-    grown = m_new > m
-    rest = tl.where(grown, (rest + ones) * tl.exp(m - base), rest) + more
-    return m_new, rest, tl.where(grown, 0.0, ones) + more_ones
+    return m_new, excess_with(m, excess, m_new, tl.exp(z - finite_base(m_new)), None)
 
 
 @triton.jit
@@ -73,11 +84,6 @@ def real(single, bits, ACC: tl.constexpr):
 def rows_along_s(x: torch.Tensor) -> torch.Tensor:
     """(N, V, 1) seen as (1, V, N), and (N, 1) as (1, N): a program's rows are always neighbours along the last axis."""
     return x.transpose(0, -1) if x.shape[-1] == 1 else x
-
-
-def end_of(x: torch.Tensor) -> int:
-    """One past the last element that `x` reaches from its pointer."""
-    return 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def run_mode(axis: int, *tensors: torch.Tensor) -> int:

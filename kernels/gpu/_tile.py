@@ -1,13 +1,14 @@
 """Loads and stores of tiles whose rows begin anywhere, 16 bytes at a time.
 
 A tile row is a run of `count` elements that begins `start` elements after the pointer. Rows of V = 50257 halves begin off a
-16-byte boundary, where a plain load falls to one element an access. So the lanes of a row count from its beginning rounded
-down to 16 bytes, `shift` elements earlier: every group of GROUP lanes is one aligned access, a mask is constant over each
-group that is moved whole, and only the ragged ends go element by element. Lanes lo…hi-1 hold the row.
+16-byte boundary, where a plain load falls to one element an access. So a row is its body, the whole groups of GROUP
+elements that lie on 16 bytes, and its ends: the fewer than GROUP elements before the body (the head) and after it. Lanes
+count from the body's first element, `head` elements into the row; `reach` of them hold elements. The ends are a small tile
+of their own, (rows, 2 GROUP), read and written one by one.
 
-MODE  STRIDED  a stride between elements, or a pointer off 16 bytes: element by element
-      ALIGNED  every row begins and ends on 16 bytes: nothing is ragged
-      SHIFTED  unit stride, rows begin anywhere; all SHIFTED tensors of a kernel share their rows' shifts
+MODE  STRIDED  a stride between elements, or a pointer off 16 bytes: the body is the row, element by element
+      ALIGNED  every row begins and ends on 16 bytes: the body is the row
+      SHIFTED  unit stride, rows begin anywhere; all SHIFTED tensors of a kernel share their rows' heads
 """
 
 import triton
@@ -19,63 +20,67 @@ SHIFTED = tl.constexpr(2)
 
 
 @triton.jit
-def row_shift(start, MODE: tl.constexpr, GROUP: tl.constexpr):
-    """Elements between the 16-byte boundary at or below `start` and `start`."""
+def head_of(start, MODE: tl.constexpr, GROUP: tl.constexpr):
+    """Elements of each row before its body; a SHIFTED row has more than these."""
     if MODE == SHIFTED:
-        shift = start % GROUP
+        head = ((GROUP - start % GROUP) % GROUP).to(tl.int32)
     else:
-        shift = tl.zeros_like(start)
-    return shift
+        head = tl.zeros_like(start).to(tl.int32)
+    return head
 
 
 @triton.jit
-def span(shift, offset, count, live, LANES: tl.constexpr):
-    """(lo, hi): which of the lanes offset…offset+LANES-1 hold elements of each row; none where not `live`."""
-    lo = tl.minimum(tl.maximum(shift - offset, 0), LANES).to(tl.int32)
-    hi = tl.minimum(tl.maximum(tl.where(live, shift + count - offset, 0), 0), LANES).to(tl.int32)
-    return lo, hi
+def _body(head, count, MODE: tl.constexpr, GROUP: tl.constexpr):
+    body = count - head
+    if MODE == SHIFTED:
+        body = body // GROUP * GROUP
+    return body
 
 
 @triton.jit
-def lane_zero(start, shift, offset, stride, MODE: tl.constexpr, GROUP: tl.constexpr):
-    """The element at which lane `offset` of each row lies; `offset` is a multiple of GROUP."""
+def reach(head, offset, count, live, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
+    """How many of the lanes offset…offset+LANES-1 hold elements of each row's body; none where not `live`."""
+    body = _body(head, count, MODE, GROUP)
+    return tl.minimum(tl.maximum(tl.where(live, body - offset, 0), 0), LANES).to(tl.int32)
+
+
+@triton.jit
+def ends(head, count, live, GROUP: tl.constexpr):
+    """(element of the row, whether there is one) of each lane of the tile of a SHIFTED row's ends."""
+    k = tl.arange(0, 2 * GROUP)
+    for _ in tl.static_range(len(head.shape) - 1):
+        k = k[None]
+    after = head + _body(head, count, SHIFTED, GROUP) + (k - GROUP)
+    return tl.where(k < GROUP, k, after), live & tl.where(k < GROUP, k < head, after < count)
+
+
+@triton.jit
+def _pointers(ptr, start, head, offset, lane, stride, MODE: tl.constexpr, GROUP: tl.constexpr):
     if MODE == STRIDED:
-        base = start + (offset - shift) * stride
+        at = ptr + (start + (head + offset) * stride + lane.to(tl.int64) * stride)
     else:
-        base = start // GROUP * GROUP + offset  # the product shows the compiler the alignment
-    return base
+        at = ptr + ((start + head) // GROUP * GROUP + offset + lane)  # the product shows the compiler the alignment
+    return at
 
 
 @triton.jit
-def load(ptr, base, lane, lo, hi, end, stride, other, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
-    """The rows' elements in ACC, `other` in the lanes that hold none; nothing at or past element `end` is touched."""
-    inside = (lane >= lo) & (lane < hi)
-    group = lane // GROUP
+def _inside(lane, hi, MODE: tl.constexpr, GROUP: tl.constexpr):
     if MODE == STRIDED:
-        x = tl.load(ptr + (base + lane.to(tl.int64) * stride), mask=inside, other=other).to(ACC)
-    elif MODE == ALIGNED:
-        x = tl.load(ptr + (base + lane), mask=group < hi // GROUP, other=other).to(ACC)
+        inside = lane < hi
     else:
-        room = tl.minimum(end - base, 1 << 30).to(tl.int32)
-        whole = (group * GROUP < hi) & ((group + 1) * GROUP <= room)
-        x = tl.load(ptr + (base + lane), mask=whole, other=other).to(ACC)
-        if tl.max(tl.ravel(hi - room // GROUP * GROUP), axis=0) > 0:
-            last = tl.load(ptr + (base + lane), mask=inside & (whole == 0), other=other).to(ACC)
-            x = tl.where(whole, x, last)
-        x = tl.where(inside, x, other)
-    return x
+        inside = lane // GROUP < hi // GROUP  # one answer for each access
+    return inside
 
 
 @triton.jit
-def store(ptr, base, lane, lo, hi, x, stride, MODE: tl.constexpr, GROUP: tl.constexpr):
-    """Writes the rows' elements and nothing beside them."""
-    inside = (lane >= lo) & (lane < hi)
-    group = lane // GROUP
-    if MODE == STRIDED:
-        tl.store(ptr + (base + lane.to(tl.int64) * stride), x, mask=inside)
-    elif MODE == ALIGNED:
-        tl.store(ptr + (base + lane), x, mask=group < hi // GROUP)
-    else:
-        whole = (group * GROUP >= lo) & ((group + 1) * GROUP <= hi)
-        tl.store(ptr + (base + lane), x, mask=whole)
-        tl.store(ptr + (base + lane), x, mask=inside & (whole == 0))
+def load(ptr, start, head, offset, lane, hi, stride, other, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
+    """The body's elements at lanes offset + lane in ACC, `other` in the lanes from `hi` on; `offset` is a multiple of GROUP."""
+    at = _pointers(ptr, start, head, offset, lane, stride, MODE, GROUP)
+    return tl.load(at, mask=_inside(lane, hi, MODE, GROUP), other=other).to(ACC)
+
+
+@triton.jit
+def store(ptr, start, head, offset, lane, hi, x, stride, MODE: tl.constexpr, GROUP: tl.constexpr):
+    """Writes the body's elements at lanes offset + lane below offset + hi."""
+    at = _pointers(ptr, start, head, offset, lane, stride, MODE, GROUP)
+    tl.store(at, x, mask=_inside(lane, hi, MODE, GROUP))

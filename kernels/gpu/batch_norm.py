@@ -19,68 +19,10 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._moments import compensated_add, first_moments, next_moments, over_splits, per_channel
-from ._rows import ACC, end_of, follower_mode, real, run_mode, warps
+from ._channels import count_ends, count_of, ends_of, fetch, fetch_ends, inside_of, line, place, put, put_ends, vector
+from ._moments import compensated_add, first_moments, joined, next_moments, over_splits, per_channel
+from ._rows import ACC, follower_mode, real, run_mode, warps
 from .plan import float_and_bits, next_power_of_2, plan_batch_norm, plan_channels
-
-
-@triton.jit
-def _place(c, tile, N, C, S, lane_blocks, stride_n, stride_c,
-           BLOCK_N: tl.constexpr, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """(n, offset, shift, lo, hi) of one tile of the channels c: its samples, its first lane, and the lanes that hold values."""
-    n = ((tile // lane_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
-    offset = (tile % lane_blocks).to(tl.int64) * LANES
-    shift = _tile.row_shift(n * stride_n + c * stride_c, MODE, GROUP)
-    lo, hi = _tile.span(shift, offset, S, (n < N) & (c < C), LANES)
-    return n, offset, shift, lo, hi
-
-
-@triton.jit
-def _fetch(ptr, c, at, end, stride_n, stride_c, stride_s,
-           LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """The tile's values in ACC, 0 in the lanes that hold none."""
-    n, offset, shift, lo, hi = at
-    base = _tile.lane_zero(n * stride_n + c * stride_c, shift, offset, stride_s, MODE, GROUP)
-    return _tile.load(ptr, base, tl.arange(0, LANES)[None, None, :], lo, hi, end, stride_s, 0.0, MODE, GROUP, ACC)
-
-
-@triton.jit
-def _put(ptr, x, c, at, stride_n, stride_c, stride_s,
-         LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    n, offset, shift, lo, hi = at
-    base = _tile.lane_zero(n * stride_n + c * stride_c, shift, offset, stride_s, MODE, GROUP)
-    _tile.store(ptr, base, tl.arange(0, LANES)[None, None, :], lo, hi, x, stride_s, MODE, GROUP)
-
-
-@triton.jit
-def _inside(at, LANES: tl.constexpr):
-    """Which lanes of the tile hold values."""
-    _, _, _, lo, hi = at
-    lane = tl.arange(0, LANES)[None, None, :]
-    return (lane >= lo) & (lane < hi)
-
-
-@triton.jit
-def _count(at):
-    """How many values the tile has of each channel."""
-    _, _, _, lo, hi = at
-    return tl.sum(tl.sum(tl.maximum(hi - lo, 0), axis=2), axis=0)[None, :, None]
-
-
-@triton.jit
-def _line(x):
-    """(1, BLOCK_C, 1) as (BLOCK_C,)."""
-    return tl.reshape(x, [x.shape[1]])
-
-
-@triton.jit
-def _vector(ptr, channel, C, default: tl.constexpr, ACC: tl.constexpr):
-    """One number a channel, `default` where there is none, read one-dimensionally: as a tile every thread would read it."""
-    if ptr is None:
-        v = tl.full(channel.shape, default, ACC)
-    else:
-        v = tl.load(ptr + channel, mask=channel < C, other=0.0).to(ACC)
-    return v[None, :, None]
 
 
 @triton.jit
@@ -126,34 +68,55 @@ def _finish(
     return rstd
 
 
-COUNTS = ["N", "S", "lane_blocks", "tiles", "per_split", "splits", "x_end", "dy_end", "m", "eps_bits", "momentum_bits"]
+COUNTS = ["N", "S", "lane_blocks", "tiles", "per_split", "splits", "m", "eps_bits", "momentum_bits"]
+
+
+@triton.jit
+def _with_ends(
+    hi, lo, M2, count, x_ptr, c, at, N, C, S, stride_xn, stride_xc, stride_xs, alpha, GROUP: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The moments and their count after the ends of the rows that begin in the tile."""
+    ends = ends_of(c, at, N, C, S, GROUP)
+    x = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
+    more = count_ends(ends).to(ACC)
+    hi, lo, M2 = next_moments(hi, lo, M2, count, x, ends[2], more, alpha)
+    return hi, lo, M2, count + more
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _statistics_kernel(
-    x_ptr, partial_ptr, N, C, S, lane_blocks, tiles, per_split, splits, x_end, alpha, stride_xn, stride_xc, stride_xs,
+    x_ptr, partial_ptr, N, C, S, lane_blocks, tiles, per_split, splits, alpha, stride_xn, stride_xc, stride_xs,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """partial (4, splits, C): mean hi and lo, scaled M2 and count of each split of each channel."""
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
     pid = tl.program_id(0).to(tl.int64)
     split = pid % splits
     channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
     first = split * per_split
-    at = _place(c, first, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-    x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+    at = place(c, first, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+    x = fetch(x_ptr, c, at, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
     position = tl.minimum((first % lane_blocks) * LANES, S - 1)
     start = (first // lane_blocks) * BLOCK_N * stride_xn + position * stride_xs
     origin = tl.load(x_ptr + (start + channel * stride_xc), mask=channel < C, other=0.0).to(ACC)[None, :, None]
-    count = _count(at).to(ACC)
-    mean_hi, mean_lo, M2 = first_moments(x, _inside(at, LANES), count, origin, alpha)
+    count = count_of(at).to(ACC)
+    mean_hi, mean_lo, M2 = first_moments(x, inside_of(at, LANES), count, origin, alpha)
+    if ENDS:
+        mean_hi, mean_lo, M2, count = _with_ends(
+            mean_hi, mean_lo, M2, count, x_ptr, c, at, N, C, S, stride_xn, stride_xc, stride_xs, alpha, GROUP, ACC
+        )
     for tile in range(first + 1, tl.minimum(first + per_split, tiles)):
-        at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-        x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
-        more = _count(at).to(ACC)
-        mean_hi, mean_lo, M2 = next_moments(mean_hi, mean_lo, M2, count, x, _inside(at, LANES), more, alpha)
+        at = place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+        x = fetch(x_ptr, c, at, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+        more = count_of(at).to(ACC)
+        mean_hi, mean_lo, M2 = next_moments(mean_hi, mean_lo, M2, count, x, inside_of(at, LANES), more, alpha)
         count += more
+        if ENDS:
+            mean_hi, mean_lo, M2, count = _with_ends(
+                mean_hi, mean_lo, M2, count, x_ptr, c, at, N, C, S, stride_xn, stride_xc, stride_xs, alpha, GROUP, ACC
+            )
     out = partial_ptr + (split * C + c)
     tl.store(out, mean_hi, mask=c < C)
     tl.store(out + splits * C, mean_lo, mask=c < C)
@@ -190,101 +153,146 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _normalize_kernel(
-    x_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, y_ptr, N, C, S, lane_blocks, tiles, per_split, splits, x_end,
+    x_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, y_ptr, N, C, S, lane_blocks, tiles, per_split, splits,
     stride_xn, stride_xc, stride_xs, stride_yn, stride_yc, stride_ys,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
     MODE: tl.constexpr, Y_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y = (x - μ) (rstd γ) + β; the last tiles first, for the statistics have just read them."""
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
     pid = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
     first = (pid % splits) * per_split
     channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
-    mean_hi = _vector(mean_ptr, channel, C, 0.0, ACC)
-    mean_lo = _vector(mean_ptr + C, channel, C, 0.0, ACC)
-    scale = _vector(rstd_ptr, channel, C, 0.0, ACC) * _vector(gamma_ptr, channel, C, 1.0, ACC)
-    beta = _vector(beta_ptr, channel, C, 0.0, ACC)
+    mean_hi = vector(mean_ptr, channel, C, 0.0, ACC)
+    mean_lo = vector(mean_ptr + C, channel, C, 0.0, ACC)
+    scale = vector(rstd_ptr, channel, C, 0.0, ACC) * vector(gamma_ptr, channel, C, 1.0, ACC)
+    beta = vector(beta_ptr, channel, C, 0.0, ACC)
     stop = tl.minimum(first + per_split, tiles)
     for i in range(first, stop):
         tile = first + stop - 1 - i
-        at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-        x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+        at = place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+        x = fetch(x_ptr, c, at, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
         y = ((x - mean_hi) - mean_lo) * scale + beta
-        _put(y_ptr, y, c, at, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
+        put(y_ptr, y, c, at, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
+        if ENDS:
+            ends = ends_of(c, at, N, C, S, GROUP)
+            x_ends = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
+            y_ends = ((x_ends - mean_hi) - mean_lo) * scale + beta
+            put_ends(y_ptr, y_ends, c, ends, stride_yn, stride_yc, stride_ys)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
     x_ptr, gamma_ptr, beta_ptr, y_ptr, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
-    N, C, S, lane_blocks, tiles, x_end, alpha,
+    N, C, S, lane_blocks, tiles, alpha,
     m, eps, eps_bits, momentum, momentum_bits,
     stride_xn, stride_xc, stride_xs, stride_yn, stride_yc, stride_ys,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, RESIDENT: tl.constexpr,
     MODE: tl.constexpr, Y_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Statistics and normalisation of a block of channels by one program; the last tile read stays in registers."""
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
-    at = _place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-    x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+    at = place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+    x = fetch(x_ptr, c, at, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
     origin = tl.load(x_ptr + channel * stride_xc, mask=channel < C, other=0.0).to(ACC)[None, :, None]
-    count = _count(at).to(ACC)
-    mean_hi, mean_lo, M2 = first_moments(x, _inside(at, LANES), count, origin, alpha)
+    count = count_of(at).to(ACC)
+    mean_hi, mean_lo, M2 = first_moments(x, inside_of(at, LANES), count, origin, alpha)
+    if ENDS:
+        ends = ends_of(c, at, N, C, S, GROUP)
+        x_ends = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
+        more = count_ends(ends).to(ACC)
+        mean_hi, mean_lo, M2 = next_moments(mean_hi, mean_lo, M2, count, x_ends, ends[2], more, alpha)
+        count += more
     if not RESIDENT:
         for tile in range(1, tiles):
-            at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
-            more = _count(at).to(ACC)
-            mean_hi, mean_lo, M2 = next_moments(mean_hi, mean_lo, M2, count, x, _inside(at, LANES), more, alpha)
+            at = place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+            x = fetch(x_ptr, c, at, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+            more = count_of(at).to(ACC)
+            mean_hi, mean_lo, M2 = next_moments(mean_hi, mean_lo, M2, count, x, inside_of(at, LANES), more, alpha)
             count += more
+            if ENDS:
+                mean_hi, mean_lo, M2, count = _with_ends(
+                    mean_hi, mean_lo, M2, count, x_ptr, c, at, N, C, S, stride_xn, stride_xc, stride_xs, alpha, GROUP, ACC
+                )
     rstd = _finish(
-        _line(mean_hi), _line(mean_lo), _line(M2), alpha,
+        line(mean_hi), line(mean_lo), line(M2), alpha,
         mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C,
         m, eps, eps_bits, momentum, momentum_bits, ACC,
     )  # fmt: skip
-    scale = rstd[None, :, None] * _vector(gamma_ptr, channel, C, 1.0, ACC)
-    beta = _vector(beta_ptr, channel, C, 0.0, ACC)
+    scale = rstd[None, :, None] * vector(gamma_ptr, channel, C, 1.0, ACC)
+    beta = vector(beta_ptr, channel, C, 0.0, ACC)
     y = ((x - mean_hi) - mean_lo) * scale + beta
-    _put(y_ptr, y, c, at, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
+    put(y_ptr, y, c, at, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
+    if ENDS:
+        if not RESIDENT:
+            ends = ends_of(c, at, N, C, S, GROUP)
+            x_ends = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
+        y_ends = ((x_ends - mean_hi) - mean_lo) * scale + beta
+        put_ends(y_ptr, y_ends, c, ends, stride_yn, stride_yc, stride_ys)
     if not RESIDENT:
         for i in range(1, tiles):
             tile = tiles - 1 - i
-            at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+            at = place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+            x = fetch(x_ptr, c, at, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
             y = ((x - mean_hi) - mean_lo) * scale + beta
-            _put(y_ptr, y, c, at, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
+            put(y_ptr, y, c, at, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
+            if ENDS:
+                ends = ends_of(c, at, N, C, S, GROUP)
+                x_ends = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
+                y_ends = ((x_ends - mean_hi) - mean_lo) * scale + beta
+                put_ends(y_ptr, y_ends, c, ends, stride_yn, stride_yc, stride_ys)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_reduce_kernel(
-    dy_ptr, x_ptr, mean_ptr, partial_ptr, N, C, S, lane_blocks, tiles, per_split, splits, dy_end, x_end,
+    dy_ptr, x_ptr, mean_ptr, partial_ptr, N, C, S, lane_blocks, tiles, per_split, splits,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
     MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """partial (4, splits, C): hi and lo of Σ dy (x - μ) and of Σ dy, of each split of each channel."""
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
     pid = tl.program_id(0).to(tl.int64)
     split = pid % splits
     channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
-    mean_hi = _vector(mean_ptr, channel, C, 0.0, ACC)
-    mean_lo = _vector(mean_ptr + C, channel, C, 0.0, ACC)
+    mean_hi = vector(mean_ptr, channel, C, 0.0, ACC)
+    mean_lo = vector(mean_ptr + C, channel, C, 0.0, ACC)
     dgamma = tl.zeros([BLOCK_N, BLOCK_C, LANES], ACC)
     dbeta, lost_dgamma, lost_dbeta = dgamma, dgamma, dgamma
+    if ENDS:
+        dgamma_ends = tl.zeros([BLOCK_N, BLOCK_C, 2 * GROUP], ACC)
+        dbeta_ends, lost_dgamma_ends, lost_dbeta_ends = dgamma_ends, dgamma_ends, dgamma_ends
     first = split * per_split
     for tile in range(first, tl.minimum(first + per_split, tiles)):
-        at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-        x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
-        dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
+        at = place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+        x = fetch(x_ptr, c, at, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+        dy = fetch(dy_ptr, c, at, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
         dbeta, lost_dbeta = compensated_add(dbeta, lost_dbeta, dy)
-        product = tl.where(_inside(at, LANES), dy * ((x - mean_hi) - mean_lo), 0.0)
+        product = tl.where(inside_of(at, LANES), dy * ((x - mean_hi) - mean_lo), 0.0)
         dgamma, lost_dgamma = compensated_add(dgamma, lost_dgamma, product)
+        if ENDS:
+            ends = ends_of(c, at, N, C, S, GROUP)
+            x_ends = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
+            dy_ends = fetch_ends(dy_ptr, c, ends, stride_gn, stride_gc, stride_gs, ACC)
+            dbeta_ends, lost_dbeta_ends = compensated_add(dbeta_ends, lost_dbeta_ends, dy_ends)
+            product = tl.where(ends[2], dy_ends * ((x_ends - mean_hi) - mean_lo), 0.0)
+            dgamma_ends, lost_dgamma_ends = compensated_add(dgamma_ends, lost_dgamma_ends, product)
     out = partial_ptr + (split * C + c)
     step = splits.to(tl.int64) * C
     hi, lo = per_channel(dgamma, lost_dgamma)
+    if ENDS:
+        more_hi, more_lo = per_channel(dgamma_ends, lost_dgamma_ends)
+        hi, lo = joined(hi, lo, more_hi, more_lo)
     tl.store(out, hi, mask=c < C)
     tl.store(out + step, lo, mask=c < C)
     hi, lo = per_channel(dbeta, lost_dbeta)
+    if ENDS:
+        more_hi, more_lo = per_channel(dbeta_ends, lost_dbeta_ends)
+        hi, lo = joined(hi, lo, more_hi, more_lo)
     tl.store(out + 2 * step, hi, mask=c < C)
     tl.store(out + 3 * step, lo, mask=c < C)
 
@@ -309,82 +317,124 @@ def _backward_merge_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_apply_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, gamma_ptr, dgamma_ptr, dbeta_ptr, dx_ptr,
-    N, C, S, lane_blocks, tiles, per_split, splits, dy_end, x_end, m,
+    N, C, S, lane_blocks, tiles, per_split, splits, m,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_dn, stride_dc, stride_ds,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
     MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx = γ rstd (dy - dβ/m - x̂ dγ/m), or γ rstd dy where the statistics were not the batch's (no x)."""
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
     pid = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
     first = (pid % splits) * per_split
     channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
-    rstd = _vector(rstd_ptr, channel, C, 0.0, ACC)
-    a = rstd * _vector(gamma_ptr, channel, C, 1.0, ACC)
+    rstd = vector(rstd_ptr, channel, C, 0.0, ACC)
+    a = rstd * vector(gamma_ptr, channel, C, 1.0, ACC)
     if x_ptr is not None:
-        mean_hi = _vector(mean_ptr, channel, C, 0.0, ACC)
-        mean_lo = _vector(mean_ptr + C, channel, C, 0.0, ACC)
-        k = rstd * (_vector(dgamma_ptr, channel, C, 0.0, ACC) / tl.cast(m, ACC))
-        b = _vector(dbeta_ptr, channel, C, 0.0, ACC) / tl.cast(m, ACC)
+        mean_hi = vector(mean_ptr, channel, C, 0.0, ACC)
+        mean_lo = vector(mean_ptr + C, channel, C, 0.0, ACC)
+        k = rstd * (vector(dgamma_ptr, channel, C, 0.0, ACC) / tl.cast(m, ACC))
+        b = vector(dbeta_ptr, channel, C, 0.0, ACC) / tl.cast(m, ACC)
     stop = tl.minimum(first + per_split, tiles)
     for i in range(first, stop):
         tile = first + stop - 1 - i
-        at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-        dx = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
+        at = place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+        dx = fetch(dy_ptr, c, at, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
         if x_ptr is not None:
-            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+            x = fetch(x_ptr, c, at, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
             dx = (dx - b) - ((x - mean_hi) - mean_lo) * k
-        _put(dx_ptr, dx * a, c, at, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
+        put(dx_ptr, dx * a, c, at, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
+        if ENDS:
+            ends = ends_of(c, at, N, C, S, GROUP)
+            dx_ends = fetch_ends(dy_ptr, c, ends, stride_gn, stride_gc, stride_gs, ACC)
+            if x_ptr is not None:
+                x_ends = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
+                dx_ends = (dx_ends - b) - ((x_ends - mean_hi) - mean_lo) * k
+            put_ends(dx_ptr, dx_ends * a, c, ends, stride_dn, stride_dc, stride_ds)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, gamma_ptr, dx_ptr, dgamma_ptr, dbeta_ptr,
-    N, C, S, lane_blocks, tiles, dy_end, x_end, m,
+    N, C, S, lane_blocks, tiles, m,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_dn, stride_dc, stride_ds,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, RESIDENT: tl.constexpr,
     MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The whole backward of a block of channels by one program; the last tile read stays in registers."""
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
-    mean_hi = _vector(mean_ptr, channel, C, 0.0, ACC)
-    mean_lo = _vector(mean_ptr + C, channel, C, 0.0, ACC)
-    rstd = _vector(rstd_ptr, channel, C, 0.0, ACC)
-    at = _place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-    x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
-    dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
+    mean_hi = vector(mean_ptr, channel, C, 0.0, ACC)
+    mean_lo = vector(mean_ptr + C, channel, C, 0.0, ACC)
+    rstd = vector(rstd_ptr, channel, C, 0.0, ACC)
+    at = place(c, 0, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+    x = fetch(x_ptr, c, at, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+    dy = fetch(dy_ptr, c, at, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
     d = (x - mean_hi) - mean_lo
     dbeta = dy
-    dgamma = tl.where(_inside(at, LANES), dy * d, 0.0)
+    dgamma = tl.where(inside_of(at, LANES), dy * d, 0.0)
     lost_dgamma = tl.zeros_like(d)
     lost_dbeta = lost_dgamma
+    if ENDS:
+        ends = ends_of(c, at, N, C, S, GROUP)
+        x_ends = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
+        dy_ends = fetch_ends(dy_ptr, c, ends, stride_gn, stride_gc, stride_gs, ACC)
+        d_ends = (x_ends - mean_hi) - mean_lo
+        dbeta_ends = dy_ends
+        dgamma_ends = tl.where(ends[2], dy_ends * d_ends, 0.0)
+        lost_dgamma_ends = tl.zeros_like(d_ends)
+        lost_dbeta_ends = lost_dgamma_ends
     if not RESIDENT:
         for tile in range(1, tiles):
-            at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
-            dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
+            at = place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+            x = fetch(x_ptr, c, at, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+            dy = fetch(dy_ptr, c, at, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
             d = (x - mean_hi) - mean_lo
             dbeta, lost_dbeta = compensated_add(dbeta, lost_dbeta, dy)
-            dgamma, lost_dgamma = compensated_add(dgamma, lost_dgamma, tl.where(_inside(at, LANES), dy * d, 0.0))
-    total_dgamma, _ = per_channel(dgamma, lost_dgamma)
-    total_dbeta, _ = per_channel(dbeta, lost_dbeta)
+            dgamma, lost_dgamma = compensated_add(dgamma, lost_dgamma, tl.where(inside_of(at, LANES), dy * d, 0.0))
+            if ENDS:
+                ends = ends_of(c, at, N, C, S, GROUP)
+                x_ends = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
+                dy_ends = fetch_ends(dy_ptr, c, ends, stride_gn, stride_gc, stride_gs, ACC)
+                d_ends = (x_ends - mean_hi) - mean_lo
+                dbeta_ends, lost_dbeta_ends = compensated_add(dbeta_ends, lost_dbeta_ends, dy_ends)
+                product = tl.where(ends[2], dy_ends * d_ends, 0.0)
+                dgamma_ends, lost_dgamma_ends = compensated_add(dgamma_ends, lost_dgamma_ends, product)
+    total_dgamma, rest_dgamma = per_channel(dgamma, lost_dgamma)
+    total_dbeta, rest_dbeta = per_channel(dbeta, lost_dbeta)
+    if ENDS:
+        more, more_lo = per_channel(dgamma_ends, lost_dgamma_ends)
+        total_dgamma, rest_dgamma = joined(total_dgamma, rest_dgamma, more, more_lo)
+        more, more_lo = per_channel(dbeta_ends, lost_dbeta_ends)
+        total_dbeta, rest_dbeta = joined(total_dbeta, rest_dbeta, more, more_lo)
+        total_dgamma += rest_dgamma
+        total_dbeta += rest_dbeta
     total_dgamma *= rstd
     tl.store(dgamma_ptr + c, total_dgamma, mask=c < C)
     tl.store(dbeta_ptr + c, total_dbeta, mask=c < C)
-    a = rstd * _vector(gamma_ptr, channel, C, 1.0, ACC)
+    a = rstd * vector(gamma_ptr, channel, C, 1.0, ACC)
     k = rstd * (total_dgamma / tl.cast(m, ACC))
     b = total_dbeta / tl.cast(m, ACC)
     dx = ((dy - b) - d * k) * a
-    _put(dx_ptr, dx, c, at, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
+    put(dx_ptr, dx, c, at, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
+    if ENDS:
+        dx_ends = ((dy_ends - b) - d_ends * k) * a
+        put_ends(dx_ptr, dx_ends, c, ends, stride_dn, stride_dc, stride_ds)
     if not RESIDENT:
         for i in range(1, tiles):
             tile = tiles - 1 - i
-            at = _place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
-            x = _fetch(x_ptr, c, at, x_end, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
-            dy = _fetch(dy_ptr, c, at, dy_end, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
+            at = place(c, tile, N, C, S, lane_blocks, stride_xn, stride_xc, BLOCK_N, LANES, MODE, GROUP)
+            x = fetch(x_ptr, c, at, stride_xn, stride_xc, stride_xs, LANES, MODE, GROUP, ACC)
+            dy = fetch(dy_ptr, c, at, stride_gn, stride_gc, stride_gs, LANES, DY_MODE, GROUP, ACC)
             dx = ((dy - b) - ((x - mean_hi) - mean_lo) * k) * a
-            _put(dx_ptr, dx, c, at, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
+            put(dx_ptr, dx, c, at, stride_dn, stride_dc, stride_ds, LANES, DX_MODE, GROUP)
+            if ENDS:
+                ends = ends_of(c, at, N, C, S, GROUP)
+                x_ends = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
+                dy_ends = fetch_ends(dy_ptr, c, ends, stride_gn, stride_gc, stride_gs, ACC)
+                dx_ends = ((dy_ends - b) - ((x_ends - mean_hi) - mean_lo) * k) * a
+                put_ends(dx_ptr, dx_ends, c, ends, stride_dn, stride_dc, stride_ds)
 
 
 def _flatten(*tensors):
@@ -422,9 +472,7 @@ def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, mom
     C = x.shape[1]
     alpha, scalars = _moment_scalars(x.shape[0] * x.shape[2], eps, momentum)
     partial = torch.empty((4, plan.splits, C), dtype=mean.dtype, device=x.device)
-    _statistics_kernel[(plan.channel_blocks * plan.splits,)](
-        x, partial, *sizes, *plan.split, end_of(x), alpha, *x.stride(), **constants
-    )
+    _statistics_kernel[(plan.channel_blocks * plan.splits,)](x, partial, *sizes, *plan.split, alpha, *x.stride(), **constants)
     block, programs = plan_channels(C, plan.splits)
     _merge_kernel[(programs,)](
         partial, mean, var, rstd, running_mean, running_var, C, plan.splits, alpha, *scalars,
@@ -447,7 +495,6 @@ def normalize(x, mean, rstd, gamma, beta, y) -> None:
         y,
         *sizes,
         *plan.split,
-        end_of(x),
         *x.stride(),
         *y.stride(),
         Y_MODE=follower_mode(2, x, y),
@@ -465,7 +512,7 @@ def forward(x, gamma, beta, y, mean, var, rstd, running_mean, running_var, *, ep
         return
     alpha, scalars = _moment_scalars(x.shape[0] * x.shape[2], eps, momentum)
     _forward_kernel[(plan.channel_blocks,)](
-        x, gamma, beta, y, mean, var, rstd, running_mean, running_var, *sizes, end_of(x), alpha, *scalars,
+        x, gamma, beta, y, mean, var, rstd, running_mean, running_var, *sizes, alpha, *scalars,
         *x.stride(), *y.stride(), RESIDENT=plan.tiles == 1, Y_MODE=follower_mode(2, x, y), **constants,
     )  # fmt: skip
 
@@ -481,7 +528,7 @@ def backward_reduce(dy, x, mean, rstd, dgamma, dbeta) -> None:
     C = x.shape[1]
     partial = torch.empty((4, plan.splits, C), dtype=dgamma.dtype, device=x.device)
     _backward_reduce_kernel[(plan.channel_blocks * plan.splits,)](
-        dy, x, mean, partial, *sizes, *plan.split, end_of(dy), end_of(x),
+        dy, x, mean, partial, *sizes, *plan.split,
         *dy.stride(), *x.stride(), DY_MODE=follower_mode(2, x, dy), **constants,
     )  # fmt: skip
     block, programs = plan_channels(C, plan.splits)
@@ -497,7 +544,7 @@ def backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count: int, dx) -> N
     dy, x, dx = _flatten(dy, x, dx)
     plan, sizes, constants = _plan(x, operands=2)
     _backward_apply_kernel[(plan.channel_blocks * plan.splits,)](
-        dy, x, mean, rstd, gamma, dgamma, dbeta, dx, *sizes, *plan.split, end_of(dy), end_of(x), count,
+        dy, x, mean, rstd, gamma, dgamma, dbeta, dx, *sizes, *plan.split, count,
         *dy.stride(), *x.stride(), *dx.stride(), DY_MODE=follower_mode(2, x, dy), DX_MODE=follower_mode(2, x, dx), **constants,
     )  # fmt: skip
 
@@ -512,7 +559,7 @@ def backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta) -> None:
         backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx)
         return
     _backward_kernel[(plan.channel_blocks,)](
-        dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *sizes, end_of(dy), end_of(x), count,
+        dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *sizes, count,
         *dy.stride(), *x.stride(), *dx.stride(), RESIDENT=plan.tiles == 1,
         DY_MODE=follower_mode(2, x, dy), DX_MODE=follower_mode(2, x, dx), **constants,
     )  # fmt: skip
@@ -526,6 +573,6 @@ def inference_backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta) -> None:
     dy, dx = _flatten(dy, dx)
     plan, sizes, constants = _plan(dy, operands=1)
     _backward_apply_kernel[(plan.channel_blocks * plan.splits,)](
-        dy, None, None, rstd, gamma, None, None, dx, *sizes, *plan.split, end_of(dy), end_of(dy), 1,
+        dy, None, None, rstd, gamma, None, None, dx, *sizes, *plan.split, 1,
         *dy.stride(), *dy.stride(), *dx.stride(), DY_MODE=constants["MODE"], DX_MODE=follower_mode(2, dy, dx), **constants,
     )  # fmt: skip

@@ -5,7 +5,8 @@
     dz_c  = g (W p_c - q_c),   p_c = exp(z_c - m) / Σ exp(z - m),   g = upstream / denominator
     source: docs/derivations.md, section 3
     bytes   forward: read z.  backward: read z, write dz.  forward_backward: read z, write dz; of a row that does not fit one
-            program, the part beyond KEEP lanes is read twice.  Soft targets: y is read wherever z is.
+            program, the part beyond KEEP lanes is read twice, the second time from the far end back.  Soft targets: y is
+            read wherever z is.
 
 `forward` saves three numbers a row, m, Σ exp(z - m) - 1 and W: logits near 1e4 would lose the digits of p in a rounded
 m + log Σ, and where p -> 1 so would 1 - p in a Σ near 1. The 1 of a one-hot y is subtracted in float32 and the result rounded
@@ -22,16 +23,15 @@ import triton.language as tl
 from . import _tile
 from ._rows import (
     ACC,
-    end_of,
+    excess_with,
     finite_base,
     follower_mode,
     log_1_plus,
-    online_max_sum,
+    online_max_excess,
     program_rows,
     real,
     rows_along_s,
     run_mode,
-    sum_apart,
     warps,
 )
 from .plan import cdiv, float_and_bits, plan_columns, plan_reduce, plan_rows
@@ -56,20 +56,35 @@ def _hard_target(target_ptr, at, weight_ptr, z_ptr, z_start, stride_zv, live, V,
 
 
 @triton.jit
-def _dense_target(
-    target_ptr, base, weight_ptr, lane, offset, shift, lo, hi, end, stride_tv, V, epsilon,
+def _dense(y, weight_ptr, c, inside, V, epsilon, ACC: tl.constexpr):
+    """The part of q that every class c has: w_c ((1 - ε) y_c + ε/V) for soft targets, w_c ε/V for hard ones (y None)."""
+    q = epsilon / V
+    if y is not None:
+        q += y * (1.0 - epsilon)
+    if weight_ptr is not None:
+        q *= tl.load(weight_ptr + c, mask=inside, other=0.0).to(ACC)
+    return tl.where(inside, q, 0.0)
+
+
+@triton.jit
+def _dense_body(
+    target_ptr, t_start, weight_ptr, head, offset, lane, hi, stride_tv, V, epsilon,
     SOFT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The part of q that every class has: w_c ((1 - ε) y_c + ε/V) for soft targets, w_c ε/V for hard ones."""
-    inside = (lane >= lo) & (lane < hi)
+    y = None
     if SOFT:
-        y = _tile.load(target_ptr, base, lane, lo, hi, end, stride_tv, 0.0, MODE, GROUP, ACC)
-        q = y * (1.0 - epsilon) + epsilon / V
-    else:
-        q = tl.where(inside, epsilon / V, 0.0)
-    if weight_ptr is not None:
-        q *= tl.load(weight_ptr + (lane + (offset - shift)), mask=inside, other=0.0).to(ACC)
-    return tl.where(inside, q, 0.0)
+        y = _tile.load(target_ptr, t_start, head, offset, lane, hi, stride_tv, 0.0, MODE, GROUP, ACC)
+    return _dense(y, weight_ptr, head + offset + lane, lane < hi, V, epsilon, ACC)
+
+
+@triton.jit
+def _dense_ends(
+    target_ptr, t_start, weight_ptr, c, inside, stride_tv, V, epsilon, SOFT: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    y = None
+    if SOFT:
+        y = tl.load(target_ptr + (t_start + c * stride_tv), mask=inside, other=0.0).to(ACC)
+    return _dense(y, weight_ptr, c, inside, V, epsilon, ACC)
 
 
 @triton.jit
@@ -85,24 +100,38 @@ def _weighted(q, z):
     return tl.where(q == 0.0, 0.0, q * z)
 
 
-@triton.jit(do_not_specialize=["V", "S", "rows", "tiles", "z_end", "target_end", "ignore_index", "smoothing_bits"])
+@triton.jit
+def _gradient(e, scale, q, lane, first, t, at_target):
+    """scale e - q, `at_target` at the hard target's class t. The classes are first + lane; q is None where nothing is dense,
+    t for soft targets."""
+    dz = e * scale
+    if q is not None:
+        dz -= q
+    if t is not None:
+        dz = tl.where(lane == t - first, at_target, dz)
+    return dz
+
+
+@triton.jit(do_not_specialize=["V", "S", "rows", "tiles", "ignore_index", "smoothing_bits"])
 def _forward_kernel(
     z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, dz_ptr, invalid_ptr,
-    V, S, rows, tiles, z_end, target_end, ignore_index, smoothing, smoothing_bits,
+    V, S, rows, tiles, ignore_index, smoothing, smoothing_bits,
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr,
     SOFT: tl.constexpr, DENSE: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    NEG_INF: tl.constexpr = float("-inf")
     n, s = program_rows(S, tiles, BLOCK_R)
     row = n * S + s
     in_range = s < S
     epsilon = real(smoothing, smoothing_bits, ACC)
-    NEG_INF: tl.constexpr = float("-inf")
 
     # one number a row is read and written one-dimensionally: as a column of a tile, every thread of a row would do it
     live = in_range[:, None]
     known = live
+    t, q, q_ends, at_target = None, None, None, None
     q_t = tl.zeros([BLOCK_R, 1], ACC)
     if not SOFT:
         t, known, bad, w_t, z_t = _hard_target(
@@ -110,53 +139,63 @@ def _forward_kernel(
             in_range, V, ignore_index, ACC,
         )  # fmt: skip
         tl.atomic_min(invalid_ptr + s * 0, row, mask=bad, sem="relaxed")
-        t, known, bad, w_t, z_t = t[:, None], known[:, None], bad[:, None], w_t[:, None], z_t[:, None]
+        t, known, bad, w_t, z_t = t[:, None].to(tl.int32), known[:, None], bad[:, None], w_t[:, None], z_t[:, None]
         q_t = w_t * (1.0 - epsilon)
     z_start = n * stride_zn + s[:, None] * stride_zs
     t_start = n * stride_tn + s[:, None] * stride_ts
     d_start = n * stride_dn + s[:, None] * stride_ds
-    shift = _tile.row_shift(z_start, MODE, GROUP)
+    head = _tile.head_of(z_start, MODE, GROUP)
 
-    # one pass over z: m, rest + ones = Σ exp(z - m), W = Σ q, inner = Σ q (z - m)
-    lane = tl.arange(0, KEEP)[None, :]
-    lo, hi = _tile.span(shift, 0, V, known, KEEP)
-    base = _tile.lane_zero(z_start, shift, 0, stride_zv, MODE, GROUP)
-    z = _tile.load(z_ptr, base, lane, lo, hi, z_end, stride_zv, NEG_INF, MODE, GROUP, ACC)
-    m = tl.max(z, axis=1)[:, None]
-    d = z - finite_base(m)
+    # one pass over z: m, excess = Σ exp(z - m) - 1, W = Σ q, inner = Σ q (z - m). The first KEEP lanes come last and stay.
+    m = tl.full([BLOCK_R, 1], NEG_INF, ACC)
+    excess = tl.full([BLOCK_R, 1], -1.0, ACC)
     W = q_t
     inner = tl.zeros([BLOCK_R, 1], ACC)
-    if DENSE:
-        base = _tile.lane_zero(t_start, shift, 0, stride_tv, TARGET_MODE, GROUP)
-        q = _dense_target(
-            target_ptr, base, weight_ptr, lane, 0, shift, lo, hi, target_end, stride_tv, V, epsilon,
-            SOFT, TARGET_MODE, GROUP, ACC,
-        )  # fmt: skip
-        W += tl.sum(q, axis=1)[:, None]
-        inner = tl.sum(_weighted(q, d), axis=1)[:, None]
-    e = tl.exp(d)
-    rest, ones = sum_apart(e)
     if not FITS:
         tail = tl.arange(0, BLOCK_V)[None, :]
-        steps = tl.cdiv(V + GROUP - 1 - KEEP, BLOCK_V)
+        steps = tl.cdiv(V - KEEP, BLOCK_V)
         for i in range(steps):
             offset = KEEP + i * BLOCK_V
-            t_lo, t_hi = _tile.span(shift, offset, V, known, BLOCK_V)
-            base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-            more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, NEG_INF, MODE, GROUP, ACC)
+            t_hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
+            z_tail = _tile.load(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
             before = finite_base(m)
-            m, rest, ones = online_max_sum(m, rest, ones, more)
+            m, excess = online_max_excess(m, excess, z_tail)
             if DENSE:
-                base = _tile.lane_zero(t_start, shift, offset, stride_tv, TARGET_MODE, GROUP)
-                q_tail = _dense_target(
-                    target_ptr, base, weight_ptr, tail, offset, shift, t_lo, t_hi, target_end, stride_tv, V, epsilon,
+                q_tail = _dense_body(
+                    target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
                     SOFT, TARGET_MODE, GROUP, ACC,
                 )  # fmt: skip
                 inner += (W - q_t) * (before - finite_base(m))
-                inner += tl.sum(_weighted(q_tail, more - finite_base(m)), axis=1)[:, None]
+                inner += tl.sum(_weighted(q_tail, z_tail - finite_base(m)), axis=1)[:, None]
                 W += tl.sum(q_tail, axis=1)[:, None]
+    lane = tl.arange(0, KEEP)[None, :]
+    hi = _tile.reach(head, 0, V, known, KEEP, MODE, GROUP)
+    z = _tile.load(z_ptr, z_start, head, 0, lane, hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
+    before = m
+    m = tl.maximum(m, tl.max(z, axis=1)[:, None])
+    d_ends, e_ends = None, None
+    if ENDS:
+        c_ends, in_ends = _tile.ends(head, V, known, GROUP)
+        z_ends = tl.load(z_ptr + (z_start + c_ends), mask=in_ends, other=NEG_INF).to(ACC)
+        m = tl.maximum(m, tl.max(z_ends, axis=1)[:, None])
+        d_ends = z_ends - finite_base(m)
+        e_ends = tl.exp(d_ends)
+    d = z - finite_base(m)
+    if DENSE:
+        if not FITS:
+            inner += (W - q_t) * (finite_base(before) - finite_base(m))
+        q = _dense_body(
+            target_ptr, t_start, weight_ptr, head, 0, lane, hi, stride_tv, V, epsilon, SOFT, TARGET_MODE, GROUP, ACC
+        )  # fmt: skip
+        W += tl.sum(q, axis=1)[:, None]
+        inner += tl.sum(_weighted(q, d), axis=1)[:, None]
+        if ENDS:
+            q_ends = _dense_ends(target_ptr, t_start, weight_ptr, c_ends, in_ends, stride_tv, V, epsilon, SOFT, ACC)
+            W += tl.sum(q_ends, axis=1)[:, None]
+            inner += tl.sum(_weighted(q_ends, d_ends), axis=1)[:, None]
+    e = tl.exp(d)
+    excess = excess_with(before, excess, m, e, e_ends)
 
-    excess = rest + (ones - 1.0)
     loss = W * log_1_plus(excess, ACC) - inner
     if not SOFT:
         loss -= _weighted(q_t, z_t - finite_base(m))
@@ -169,56 +208,46 @@ def _forward_kernel(
         tl.store(stats_ptr + (row + 2 * rows), W, mask=live)
 
     if dz_ptr is not None:
-        scale = W / (rest + ones)
+        scale = W / (1.0 + excess)
         if not SOFT:
-            at_target = tl.where(known, _at_target(z_t, m, excess, W, q_t, w_t, epsilon, V), 0.0)
-            scale = tl.where(known, scale, 0.0)
-            unknown = tl.where(bad, float("nan"), 0.0)
+            otherwise = tl.where(bad, float("nan"), 0.0)
+            at_target = tl.where(known, _at_target(z_t, m, excess, W, q_t, w_t, epsilon, V), otherwise)
+            scale = tl.where(known, scale, otherwise)
+        if ENDS:
+            dz_ends = _gradient(e_ends, scale, q_ends, c_ends, 0, t, at_target)
+            _, in_ends = _tile.ends(head, V, live, GROUP)
+            tl.store(dz_ptr + (d_start + c_ends * stride_dv), dz_ends, mask=in_ends)
+        dz = _gradient(e, scale, q, lane, head, t, at_target)
+        hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
+        _tile.store(dz_ptr, d_start, head, 0, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
         if not FITS:
             for i in range(steps):
                 offset = KEEP + (steps - 1 - i) * BLOCK_V
-                t_lo, t_hi = _tile.span(shift, offset, V, known, BLOCK_V)
-                base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-                more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, NEG_INF, MODE, GROUP, ACC)
-                d_tail = tl.exp(more - finite_base(m)) * scale
+                t_hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
+                z_tail = _tile.load(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
+                q_tail = None
                 if DENSE:
-                    base = _tile.lane_zero(t_start, shift, offset, stride_tv, TARGET_MODE, GROUP)
-                    d_tail -= _dense_target(
-                        target_ptr, base, weight_ptr, tail, offset, shift, t_lo, t_hi, target_end, stride_tv, V, epsilon,
+                    q_tail = _dense_body(
+                        target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
                         SOFT, TARGET_MODE, GROUP, ACC,
                     )  # fmt: skip
-                if not SOFT:
-                    d_tail = tl.where(tail + (offset - shift) == t, at_target, d_tail) + unknown
-                base = _tile.lane_zero(d_start, shift, offset, stride_dv, DZ_MODE, GROUP)
-                t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
-                _tile.store(dz_ptr, base, tail, t_lo, t_hi, d_tail, stride_dv, DZ_MODE, GROUP)
-            e = tl.exp(z - finite_base(m))
-        dz = e * scale
-        if DENSE:
-            if not FITS:
-                base = _tile.lane_zero(t_start, shift, 0, stride_tv, TARGET_MODE, GROUP)
-                q = _dense_target(
-                    target_ptr, base, weight_ptr, lane, 0, shift, lo, hi, target_end, stride_tv, V, epsilon,
-                    SOFT, TARGET_MODE, GROUP, ACC,
-                )  # fmt: skip
-            dz -= q
-        if not SOFT:
-            dz = tl.where(lane - shift == t, at_target, dz) + unknown
-        base = _tile.lane_zero(d_start, shift, 0, stride_dv, DZ_MODE, GROUP)
-        lo, hi = _tile.span(shift, 0, V, live, KEEP)
-        _tile.store(dz_ptr, base, lane, lo, hi, dz, stride_dv, DZ_MODE, GROUP)
+                dz_tail = _gradient(tl.exp(z_tail - finite_base(m)), scale, q_tail, tail, head + offset, t, at_target)
+                t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+                _tile.store(dz_ptr, d_start, head, offset, tail, t_hi, dz_tail, stride_dv, DZ_MODE, GROUP)
 
 
-@triton.jit(do_not_specialize=["V", "S", "rows", "tiles", "columns", "z_end", "target_end", "ignore_index", "smoothing_bits"])
+@triton.jit(do_not_specialize=["V", "S", "rows", "tiles", "columns", "ignore_index", "smoothing_bits"])
 def _backward_kernel(
     z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr,
-    V, S, rows, tiles, columns, z_end, target_end, ignore_index, smoothing, smoothing_bits,
+    V, S, rows, tiles, columns, ignore_index, smoothing, smoothing_bits,
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds, stride_un, stride_us,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    NEG_INF: tl.constexpr = float("-inf")
     pid = tl.program_id(0).to(tl.int64)
-    offset = (pid % columns) * BLOCK_V
+    offset = (pid % columns).to(tl.int32) * BLOCK_V
     pid = pid // columns
     n = pid // tiles
     s = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -227,12 +256,13 @@ def _backward_kernel(
     epsilon = real(smoothing, smoothing_bits, ACC)
 
     known = in_range
+    t, q, at_target = None, None, None
     if not SOFT:
         at = n * stride_tn + s * stride_ts
         t, known, bad, w_t, z_t = _hard_target(
             target_ptr, at, weight_ptr, z_ptr, n * stride_zn + s * stride_zs, stride_zv, in_range, V, ignore_index, ACC
         )
-        t, bad, w_t, z_t = t[:, None], bad[:, None], w_t[:, None], z_t[:, None]
+        t, bad, w_t, z_t = t[:, None].to(tl.int32), bad[:, None], w_t[:, None], z_t[:, None]
     g = tl.load(upstream_ptr + (n * stride_un + s * stride_us), mask=known, other=0.0).to(ACC)[:, None]
     if denominator_ptr is not None:
         g = g / tl.load(denominator_ptr).to(ACC)
@@ -241,31 +271,36 @@ def _backward_kernel(
     W = tl.load(stats_ptr + (row + 2 * rows), mask=known, other=0.0)[:, None]
     live = in_range[:, None]
     known = known[:, None]
+    scale = W / (1.0 + excess)
+    if not SOFT:
+        otherwise = tl.where(bad, float("nan"), 0.0)
+        at_target = tl.where(known, _at_target(z_t, m, excess, W, w_t * (1.0 - epsilon), w_t, epsilon, V), otherwise)
+        scale = tl.where(known, scale, otherwise)
+        g = tl.where(known, g, 1.0)  # what is no class gives 0, or NaN, whatever the upstream gradient
     z_start = n * stride_zn + s[:, None] * stride_zs
     t_start = n * stride_tn + s[:, None] * stride_ts
     d_start = n * stride_dn + s[:, None] * stride_ds
-    shift = _tile.row_shift(z_start, MODE, GROUP)
+    head = _tile.head_of(z_start, MODE, GROUP)
 
     lane = tl.arange(0, BLOCK_V)[None, :]
-    lo, hi = _tile.span(shift, offset, V, known, BLOCK_V)
-    base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-    z = _tile.load(z_ptr, base, lane, lo, hi, z_end, stride_zv, float("-inf"), MODE, GROUP, ACC)
-    dz = tl.exp(z - finite_base(m)) * (W / (1.0 + excess))
+    hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
+    z = _tile.load(z_ptr, z_start, head, offset, lane, hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
     if DENSE:
-        base = _tile.lane_zero(t_start, shift, offset, stride_tv, TARGET_MODE, GROUP)
-        dz -= _dense_target(
-            target_ptr, base, weight_ptr, lane, offset, shift, lo, hi, target_end, stride_tv, V, epsilon,
-            SOFT, TARGET_MODE, GROUP, ACC,
+        q = _dense_body(
+            target_ptr, t_start, weight_ptr, head, offset, lane, hi, stride_tv, V, epsilon, SOFT, TARGET_MODE, GROUP, ACC
         )  # fmt: skip
-    if not SOFT:
-        at_target = _at_target(z_t, m, excess, W, w_t * (1.0 - epsilon), w_t, epsilon, V)
-        dz = tl.where(lane + (offset - shift) == t, at_target, dz)
-    dz *= g
-    if not SOFT:
-        dz = tl.where(known, dz, tl.where(bad, float("nan"), 0.0))
-    base = _tile.lane_zero(d_start, shift, offset, stride_dv, DZ_MODE, GROUP)
-    lo, hi = _tile.span(shift, offset, V, live, BLOCK_V)
-    _tile.store(dz_ptr, base, lane, lo, hi, dz, stride_dv, DZ_MODE, GROUP)
+    e = tl.exp(z - finite_base(m))
+    dz = g * _gradient(e, scale, q, lane, head + offset, t, at_target)
+    hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+    _tile.store(dz_ptr, d_start, head, offset, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
+    if ENDS:
+        c, inside = _tile.ends(head, V, known & (offset == 0), GROUP)
+        z = tl.load(z_ptr + (z_start + c), mask=inside, other=NEG_INF).to(ACC)
+        if DENSE:
+            q = _dense_ends(target_ptr, t_start, weight_ptr, c, inside, stride_tv, V, epsilon, SOFT, ACC)
+        dz = g * _gradient(tl.exp(z - finite_base(m)), scale, q, c, 0, t, at_target)
+        _, inside = _tile.ends(head, V, live & (offset == 0), GROUP)
+        tl.store(dz_ptr + (d_start + c * stride_dv), dz, mask=inside)
 
 
 @triton.jit(do_not_specialize=["S", "rows", "per_program", "ignore_index"])
@@ -322,13 +357,12 @@ def _launch_forward(z, target, weight, loss, stats, dz, invalid, ignore_index, l
     dz = None if dz is None else rows_along_s(dz)
     N, V, S = z.shape
     strides, smoothing, constants = _call(z, target, z if dz is None else dz, label_smoothing)
-    heavy = constants["DENSE"] or weight is not None
     unit_s = z.stride(2) == 1 and z.stride(1) != 1
-    plan = plan_rows(V, S, z.element_size(), constants["MODE"], unit_s, heavy)
+    plan = plan_rows(V, S, z.element_size(), constants["MODE"], unit_s, "exp q" if constants["DENSE"] else "exp")
     tiles = cdiv(S, plan.BLOCK_R)
     _forward_kernel[(N * tiles,)](
         z, target, weight, loss, stats, dz, invalid,
-        V, S, N * S, tiles, end_of(z), end_of(target), ignore_index, *smoothing, *strides,
+        V, S, N * S, tiles, ignore_index, *smoothing, *strides,
         BLOCK_R=plan.BLOCK_R, KEEP=plan.KEEP, BLOCK_V=plan.BLOCK_V, FITS=plan.FITS, **constants,
         num_warps=warps(plan.num_warps),
     )  # fmt: skip
@@ -355,7 +389,7 @@ def backward(z, target, weight, stats, upstream, denominator, dz, *, ignore_inde
     tiles, columns = cdiv(S, plan.BLOCK_R), plan.columns
     _backward_kernel[(N * tiles * columns,)](
         z, target, weight, stats, upstream, denominator, dz,
-        V, S, N * S, tiles, columns, end_of(z), end_of(target), ignore_index, *smoothing, *strides, *upstream.stride(),
+        V, S, N * S, tiles, columns, ignore_index, *smoothing, *strides, *upstream.stride(),
         BLOCK_R=plan.BLOCK_R, BLOCK_V=plan.BLOCK_V, **constants, num_warps=warps(plan.num_warps),
     )  # fmt: skip
 

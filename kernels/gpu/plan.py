@@ -41,6 +41,11 @@ def row_mode(addresses: list[int], itemsize: int, count: int, stride: int, row_s
     return SHIFTED if count >= 2 * group else STRIDED  # a shorter row is nothing but ragged ends
 
 
+def body_lanes(count: int, itemsize: int, mode: int) -> int:
+    """The most lanes that the body of a row of `count` elements takes (`_tile`)."""
+    return count // (16 // itemsize) * (16 // itemsize) if mode == SHIFTED else count
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """Tiles of (BLOCK_R rows, lanes): the first KEEP lanes stay in registers, the rest goes by in tiles of BLOCK_V."""
@@ -52,25 +57,39 @@ class RowPlan:
     num_warps: int
 
 
-def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, heavy: bool = False) -> RowPlan:
+def resident_lanes(keeps: str, itemsize: int, mode: int) -> int:
+    """The most lanes of a row that stay in registers, by what the kernel keeps of it: what compiles without a spill.
+
+    keeps: "exp" (softmax, cross entropy of hard targets), "dy y" (softmax backward), "exp q" (soft targets, or class weights or
+    smoothing beside hard ones).
+    """
+    if keeps == "exp":
+        lanes = 16384 if mode == STRIDED or (mode == SHIFTED and itemsize == 2) else 32768
+    elif mode == ALIGNED or (keeps == "dy y" and mode == SHIFTED and itemsize != 2):
+        lanes = 16384
+    else:
+        lanes = 4096 if mode == STRIDED else 8192
+    return lanes // (2 if itemsize == 8 else 1)
+
+
+def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, keeps: str = "exp") -> RowPlan:
     """The plan for rows of V values, S of them neighbours.
 
-    unit_s: neighbouring rows lie side by side and V does not (the class axis in the middle). heavy: more than one value a
-    lane stays live (soft targets, class weights, smoothing, a second operand).
+    unit_s: neighbouring rows lie side by side and V does not (the class axis in the middle). keeps: as `resident_lanes`.
     """
-    resident = (32768 if not heavy else 8192) // (2 if itemsize == 8 else 1)
-    lanes = V + (16 // itemsize - 1 if mode == SHIFTED else 0)
+    several = keeps != "exp"
+    lanes = body_lanes(V, itemsize, mode)
     if unit_s and S > 1:
         block_r = min(next_power_of_2(S), 128 // itemsize)
         resident = 8192 // (2 if itemsize == 8 else 1) // block_r
     else:
         block_r = max(1, min(next_power_of_2(S), 4096 // next_power_of_2(lanes)))
+        resident = resident_lanes(keeps, itemsize, mode)
     if lanes <= resident:
         keep = next_power_of_2(lanes)
-        return RowPlan(block_r, keep, keep, True, _warps(block_r * keep * (2 if heavy else 1)))
-    keep = resident // (2 if heavy or itemsize == 2 or mode == SHIFTED else 1)
-    block_v = max(min(keep, 4096 // block_r), 1)
-    return RowPlan(block_r, keep, block_v, False, _warps(block_r * keep))
+        return RowPlan(block_r, keep, keep, True, _warps(block_r * keep * (2 if several else 1)))
+    block_v = max(min(resident, 4096 // block_r), 1)
+    return RowPlan(block_r, resident, block_v, False, _warps(2 * block_r * resident))
 
 
 @dataclass(frozen=True)
@@ -85,7 +104,7 @@ class ColumnPlan:
 
 def plan_columns(V: int, S: int, itemsize: int, mode: int, unit_s: bool) -> ColumnPlan:
     """The plan for an elementwise pass over rows of V values, S of them neighbours; arguments as in `plan_rows`."""
-    lanes = V + (16 // itemsize - 1 if mode == SHIFTED else 0)
+    lanes = body_lanes(V, itemsize, mode)
     if unit_s and S > 1:
         block_r = min(next_power_of_2(S), 128 // itemsize)
     else:
@@ -142,7 +161,7 @@ def plan_batch_norm(
     """
     long = 8192 // (2 if itemsize == 8 else 1) // operands
     resident = 16384 // (2 if itemsize == 8 else 1) if whole else long
-    lanes = S + (16 // itemsize - 1 if mode == SHIFTED else 0)
+    lanes = body_lanes(S, itemsize, mode)
     sector = 32 // itemsize
     if channels_last:
         block_c = min(next_power_of_2(C), 64)

@@ -5,8 +5,8 @@
     bytes     forward: read z, write y.  backward: read dy, read y, write dz.  Of a row that does not fit one program,
               the part beyond KEEP lanes is read twice.
 
-A program owns BLOCK_R rows, neighbours along s. A row that fits stays in registers. Of a longer one the first KEEP lanes do;
-the others are read a second time from the far end back, where the cache still holds them.
+A program owns BLOCK_R rows, neighbours along s. A row that fits stays in registers. Of a longer one the first KEEP lanes do,
+which come last in the first pass; the others are read again from the far end back, where the cache still holds them.
 """
 
 import torch
@@ -14,99 +14,107 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._rows import ACC, end_of, finite_base, online_max_sum, program_rows, rows_along_s, run_mode, sum_apart, warps
+from ._rows import ACC, excess_with, finite_base, online_max_excess, program_rows, rows_along_s, run_mode, warps
 from .plan import cdiv, plan_rows
 
 
-@triton.jit(do_not_specialize=["V", "S", "tiles", "z_end"])
+@triton.jit(do_not_specialize=["V", "S", "tiles"])
 def _forward_kernel(
-    z_ptr, y_ptr, V, S, tiles, z_end,
+    z_ptr, y_ptr, V, S, tiles,
     stride_zn, stride_zv, stride_zs, stride_yn, stride_yv, stride_ys,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr,
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    NEG_INF: tl.constexpr = float("-inf")
     n, s = program_rows(S, tiles, BLOCK_R)
     s = s[:, None]
     live = s < S
     z_start = n * stride_zn + s * stride_zs
     y_start = n * stride_yn + s * stride_ys
-    shift = _tile.row_shift(z_start, MODE, GROUP)
-    z_base = _tile.lane_zero(z_start, shift, 0, stride_zv, MODE, GROUP)
-    y_base = _tile.lane_zero(y_start, shift, 0, stride_yv, MODE, GROUP)
+    head = _tile.head_of(z_start, MODE, GROUP)
 
-    lane = tl.arange(0, KEEP)[None, :]
-    lo, hi = _tile.span(shift, 0, V, live, KEEP)
-    z = _tile.load(z_ptr, z_base, lane, lo, hi, z_end, stride_zv, float("-inf"), MODE, GROUP, ACC)
-    m = tl.max(z, axis=1)[:, None]
-    e = tl.exp(z - finite_base(m))
-    rest, ones = sum_apart(e)
+    m = tl.full([BLOCK_R, 1], NEG_INF, ACC)
+    excess = tl.full([BLOCK_R, 1], -1.0, ACC)
     if not FITS:
         tail = tl.arange(0, BLOCK_V)[None, :]
-        steps = tl.cdiv(V + GROUP - 1 - KEEP, BLOCK_V)
+        steps = tl.cdiv(V - KEEP, BLOCK_V)
         for i in range(steps):
             offset = KEEP + i * BLOCK_V
-            t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
-            base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-            more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, float("-inf"), MODE, GROUP, ACC)
-            m, rest, ones = online_max_sum(m, rest, ones, more)
-        total = rest + ones
+            t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+            z_tail = _tile.load(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
+            m, excess = online_max_excess(m, excess, z_tail)
+    lane = tl.arange(0, KEEP)[None, :]
+    hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
+    z = _tile.load(z_ptr, z_start, head, 0, lane, hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
+    before = m
+    m = tl.maximum(m, tl.max(z, axis=1)[:, None])
+    e_ends = None
+    if ENDS:
+        c, inside = _tile.ends(head, V, live, GROUP)
+        z_ends = tl.load(z_ptr + (z_start + c), mask=inside, other=NEG_INF).to(ACC)
+        m = tl.maximum(m, tl.max(z_ends, axis=1)[:, None])
+        e_ends = tl.exp(z_ends - finite_base(m))
+    e = tl.exp(z - finite_base(m))
+    scale = 1.0 / (1.0 + excess_with(before, excess, m, e, e_ends))
+
+    if ENDS:
+        tl.store(y_ptr + (y_start + c), e_ends * scale, mask=inside)
+    _tile.store(y_ptr, y_start, head, 0, lane, hi, e * scale, stride_yv, MODE, GROUP)
+    if not FITS:
         for i in range(steps):
             offset = KEEP + (steps - 1 - i) * BLOCK_V
-            t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
-            base = _tile.lane_zero(z_start, shift, offset, stride_zv, MODE, GROUP)
-            more = _tile.load(z_ptr, base, tail, t_lo, t_hi, z_end, stride_zv, float("-inf"), MODE, GROUP, ACC)
-            y = tl.exp(more - finite_base(m)) / total
-            base = _tile.lane_zero(y_start, shift, offset, stride_yv, MODE, GROUP)
-            _tile.store(y_ptr, base, tail, t_lo, t_hi, y, stride_yv, MODE, GROUP)
-        e = tl.exp(z - finite_base(m))
-    _tile.store(y_ptr, y_base, lane, lo, hi, e / (rest + ones), stride_yv, MODE, GROUP)
+            t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+            z_tail = _tile.load(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
+            y = tl.exp(z_tail - finite_base(m)) * scale
+            _tile.store(y_ptr, y_start, head, offset, tail, t_hi, y, stride_yv, MODE, GROUP)
 
 
-@triton.jit(do_not_specialize=["V", "S", "tiles", "dy_end", "y_end"])
+@triton.jit(do_not_specialize=["V", "S", "tiles"])
 def _backward_kernel(
-    dy_ptr, y_ptr, dz_ptr, V, S, tiles, dy_end, y_end,
+    dy_ptr, y_ptr, dz_ptr, V, S, tiles,
     stride_gn, stride_gv, stride_gs, stride_yn, stride_yv, stride_ys, stride_dn, stride_dv, stride_ds,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr,
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
     n, s = program_rows(S, tiles, BLOCK_R)
     s = s[:, None]
     live = s < S
     g_start = n * stride_gn + s * stride_gs
     y_start = n * stride_yn + s * stride_ys
     d_start = n * stride_dn + s * stride_ds
-    shift = _tile.row_shift(y_start, MODE, GROUP)
-    g_base = _tile.lane_zero(g_start, shift, 0, stride_gv, MODE, GROUP)
-    y_base = _tile.lane_zero(y_start, shift, 0, stride_yv, MODE, GROUP)
-    d_base = _tile.lane_zero(d_start, shift, 0, stride_dv, MODE, GROUP)
+    head = _tile.head_of(y_start, MODE, GROUP)
 
-    lane = tl.arange(0, KEEP)[None, :]
-    lo, hi = _tile.span(shift, 0, V, live, KEEP)
-    dy = _tile.load(dy_ptr, g_base, lane, lo, hi, dy_end, stride_gv, 0.0, MODE, GROUP, ACC)
-    y = _tile.load(y_ptr, y_base, lane, lo, hi, y_end, stride_yv, 0.0, MODE, GROUP, ACC)
-    inner = tl.sum(dy * y, axis=1)[:, None]
+    inner = tl.zeros([BLOCK_R, 1], ACC)
     if not FITS:
         tail = tl.arange(0, BLOCK_V)[None, :]
-        steps = tl.cdiv(V + GROUP - 1 - KEEP, BLOCK_V)
+        steps = tl.cdiv(V - KEEP, BLOCK_V)
         for i in range(steps):
             offset = KEEP + i * BLOCK_V
-            t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
-            base = _tile.lane_zero(g_start, shift, offset, stride_gv, MODE, GROUP)
-            dy_t = _tile.load(dy_ptr, base, tail, t_lo, t_hi, dy_end, stride_gv, 0.0, MODE, GROUP, ACC)
-            base = _tile.lane_zero(y_start, shift, offset, stride_yv, MODE, GROUP)
-            y_t = _tile.load(y_ptr, base, tail, t_lo, t_hi, y_end, stride_yv, 0.0, MODE, GROUP, ACC)
-            inner += tl.sum(dy_t * y_t, axis=1)[:, None]
+            t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+            dy_tail = _tile.load(dy_ptr, g_start, head, offset, tail, t_hi, stride_gv, 0.0, MODE, GROUP, ACC)
+            y_tail = _tile.load(y_ptr, y_start, head, offset, tail, t_hi, stride_yv, 0.0, MODE, GROUP, ACC)
+            inner += tl.sum(dy_tail * y_tail, axis=1)[:, None]
+    lane = tl.arange(0, KEEP)[None, :]
+    hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
+    dy = _tile.load(dy_ptr, g_start, head, 0, lane, hi, stride_gv, 0.0, MODE, GROUP, ACC)
+    y = _tile.load(y_ptr, y_start, head, 0, lane, hi, stride_yv, 0.0, MODE, GROUP, ACC)
+    inner += tl.sum(dy * y, axis=1)[:, None]
+    if ENDS:
+        c, inside = _tile.ends(head, V, live, GROUP)
+        dy_ends = tl.load(dy_ptr + (g_start + c), mask=inside, other=0.0).to(ACC)
+        y_ends = tl.load(y_ptr + (y_start + c), mask=inside, other=0.0).to(ACC)
+        inner += tl.sum(dy_ends * y_ends, axis=1)[:, None]
+        tl.store(dz_ptr + (d_start + c), y_ends * (dy_ends - inner), mask=inside)
+    _tile.store(dz_ptr, d_start, head, 0, lane, hi, y * (dy - inner), stride_dv, MODE, GROUP)
+    if not FITS:
         for i in range(steps):
             offset = KEEP + (steps - 1 - i) * BLOCK_V
-            t_lo, t_hi = _tile.span(shift, offset, V, live, BLOCK_V)
-            base = _tile.lane_zero(g_start, shift, offset, stride_gv, MODE, GROUP)
-            dy_t = _tile.load(dy_ptr, base, tail, t_lo, t_hi, dy_end, stride_gv, 0.0, MODE, GROUP, ACC)
-            base = _tile.lane_zero(y_start, shift, offset, stride_yv, MODE, GROUP)
-            y_t = _tile.load(y_ptr, base, tail, t_lo, t_hi, y_end, stride_yv, 0.0, MODE, GROUP, ACC)
-            base = _tile.lane_zero(d_start, shift, offset, stride_dv, MODE, GROUP)
-            _tile.store(dz_ptr, base, tail, t_lo, t_hi, y_t * (dy_t - inner), stride_dv, MODE, GROUP)
-    dz = y * (dy - inner)
-    _tile.store(dz_ptr, d_base, lane, lo, hi, dz, stride_dv, MODE, GROUP)
+            t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+            dy_tail = _tile.load(dy_ptr, g_start, head, offset, tail, t_hi, stride_gv, 0.0, MODE, GROUP, ACC)
+            y_tail = _tile.load(y_ptr, y_start, head, offset, tail, t_hi, stride_yv, 0.0, MODE, GROUP, ACC)
+            _tile.store(dz_ptr, d_start, head, offset, tail, t_hi, y_tail * (dy_tail - inner), stride_dv, MODE, GROUP)
 
 
 def forward(z: torch.Tensor, y: torch.Tensor) -> None:
@@ -116,10 +124,10 @@ def forward(z: torch.Tensor, y: torch.Tensor) -> None:
     z, y = rows_along_s(z), rows_along_s(y)
     N, V, S = z.shape
     mode = run_mode(1, z, y)
-    plan = plan_rows(V, S, z.element_size(), mode, unit_s=z.stride(2) == 1 and z.stride(1) != 1, heavy=V > 32768)
+    plan = plan_rows(V, S, z.element_size(), mode, unit_s=z.stride(2) == 1 and z.stride(1) != 1)
     tiles = cdiv(S, plan.BLOCK_R)
     _forward_kernel[(N * tiles,)](
-        z, y, V, S, tiles, end_of(z), *z.stride(), *y.stride(),
+        z, y, V, S, tiles, *z.stride(), *y.stride(),
         BLOCK_R=plan.BLOCK_R, KEEP=plan.KEEP, BLOCK_V=plan.BLOCK_V, FITS=plan.FITS,
         MODE=mode, GROUP=16 // z.element_size(), ACC=ACC[z.dtype], num_warps=warps(plan.num_warps),
     )  # fmt: skip
@@ -132,10 +140,10 @@ def backward(dy: torch.Tensor, y: torch.Tensor, dz: torch.Tensor) -> None:
     dy, y, dz = (rows_along_s(x) for x in (dy, y, dz))
     N, V, S = y.shape
     mode = run_mode(1, y, dy, dz)
-    plan = plan_rows(V, S, y.element_size(), mode, unit_s=y.stride(2) == 1 and y.stride(1) != 1, heavy=True)
+    plan = plan_rows(V, S, y.element_size(), mode, unit_s=y.stride(2) == 1 and y.stride(1) != 1, keeps="dy y")
     tiles = cdiv(S, plan.BLOCK_R)
     _backward_kernel[(N * tiles,)](
-        dy, y, dz, V, S, tiles, end_of(dy), end_of(y), *dy.stride(), *y.stride(), *dz.stride(),
+        dy, y, dz, V, S, tiles, *dy.stride(), *y.stride(), *dz.stride(),
         BLOCK_R=plan.BLOCK_R, KEEP=plan.KEEP, BLOCK_V=plan.BLOCK_V, FITS=plan.FITS,
         MODE=mode, GROUP=16 // y.element_size(), ACC=ACC[y.dtype], num_warps=warps(plan.num_warps),
     )  # fmt: skip
