@@ -127,6 +127,7 @@ LOSSES = {
 # the longest rows that each plan takes are its heaviest
 HEAVY_ROWS = {
     ("softmax", 16387, torch.float32),
+    ("softmax", 16391, torch.bfloat16),
     ("hard", 32768, torch.float32),
     ("hard", 32771, torch.float32),
     ("softmax", 32771, torch.float32),

@@ -26,8 +26,8 @@ def _fixed_point(x, largest):
 
 @triton.jit
 def _fours(x):
-    """Sums of four neighbouring lanes."""
-    if x.shape[2] >= 4:
+    """Sums of four neighbouring lanes of a tile of many."""
+    if x.shape[2] >= 64:
         x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 4, 4]), axis=3)
     return x
 
@@ -104,8 +104,12 @@ def next_moments(hi, lo, M2, count, x, inside, more, alpha):
     d = tl.where(inside, x - hi, 0.0)
     total = count + more
     sum_hi, sum_lo = per_channel(d, tl.zeros_like(d))
-    u = (sum_hi + (count * lo + sum_lo)) / tl.maximum(total, 1.0)
+    safe = tl.maximum(total, 1.0)
+    u, u_lo = sum_hi / safe, (count * lo + sum_lo) / safe
     squares = plain_sum((alpha * d) * (alpha * d))
-    M2 += count * (alpha * lo) * (alpha * lo) + squares - total * (alpha * u) * (alpha * u)
+    away = alpha * (u + u_lo)
+    M2 += count * (alpha * lo) * (alpha * lo) + squares - total * away * away
     moved = hi + u
-    return moved, u - (moved - hi), M2
+    rest = (u - (moved - hi)) + u_lo
+    mean = moved + rest
+    return mean, rest - (mean - moved), M2

@@ -97,7 +97,7 @@ def _at_target(z_t, m, excess, W, q_t, weight_t, epsilon, V):
 @triton.jit
 def _weighted(q, z):
     """q z with 0·∞ = 0."""
-    return tl.where(q == 0.0, 0.0, q * z)
+    return q * tl.where(q == 0.0, 0.0, z)
 
 
 @triton.jit
@@ -358,7 +358,8 @@ def _launch_forward(z, target, weight, loss, stats, dz, invalid, ignore_index, l
     N, V, S = z.shape
     strides, smoothing, constants = _call(z, target, z if dz is None else dz, label_smoothing)
     unit_s = z.stride(2) == 1 and z.stride(1) != 1
-    plan = plan_rows(V, S, z.element_size(), constants["MODE"], unit_s, "exp q" if constants["DENSE"] else "exp")
+    keeps = "exp y" if constants["SOFT"] else "exp q" if constants["DENSE"] else "exp"
+    plan = plan_rows(V, S, z.element_size(), constants["MODE"], unit_s, keeps)
     tiles = cdiv(S, plan.BLOCK_R)
     _forward_kernel[(N * tiles,)](
         z, target, weight, loss, stats, dz, invalid,

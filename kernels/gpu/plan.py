@@ -60,12 +60,12 @@ class RowPlan:
 def resident_lanes(keeps: str, itemsize: int, mode: int) -> int:
     """The most lanes of a row that stay in registers, by what the kernel keeps of it: what compiles without a spill.
 
-    keeps: "exp" (softmax, cross entropy of hard targets), "dy y" (softmax backward), "exp q" (soft targets, or class weights or
-    smoothing beside hard ones).
+    keeps: "exp" (softmax, cross entropy of hard targets), "dy y" (softmax backward), "exp y" (soft targets), "exp q" (hard
+    targets with smoothing).
     """
     if keeps == "exp":
         lanes = 16384 if mode == STRIDED or (mode == SHIFTED and itemsize == 2) else 32768
-    elif mode == ALIGNED or (keeps == "dy y" and mode == SHIFTED and itemsize != 2):
+    elif mode == ALIGNED or (keeps == "dy y" and mode == SHIFTED):
         lanes = 16384
     else:
         lanes = 4096 if mode == STRIDED else 8192
@@ -77,8 +77,9 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, keeps: str
 
     unit_s: neighbouring rows lie side by side and V does not (the class axis in the middle). keeps: as `resident_lanes`.
     """
-    several = keeps != "exp"
     lanes = body_lanes(V, itemsize, mode)
+    # what a thread keeps beside a lane costs registers, as do the ends of rows that begin anywhere: fewer lanes to a thread
+    spread = (1 if keeps == "exp" else 2) * (2 if mode == SHIFTED and keeps != "exp y" else 1)
     if unit_s and S > 1:
         block_r = min(next_power_of_2(S), 128 // itemsize)
         resident = 8192 // (2 if itemsize == 8 else 1) // block_r
@@ -87,9 +88,10 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, keeps: str
         resident = resident_lanes(keeps, itemsize, mode)
     if lanes <= resident:
         keep = next_power_of_2(lanes)
-        return RowPlan(block_r, keep, keep, True, _warps(block_r * keep * (2 if several else 1)))
-    block_v = max(min(resident, 4096 // block_r), 1)
-    return RowPlan(block_r, resident, block_v, False, _warps(2 * block_r * resident))
+        return RowPlan(block_r, keep, keep, True, _warps(spread * block_r * keep))
+    keep = min(resident, {"exp": 32768, "dy y": 8192}.get(keeps, 4096))
+    block_v = max(min(keep, 4096 // block_r), 1)
+    return RowPlan(block_r, keep, block_v, False, _warps(2 * spread * block_r * keep))
 
 
 @dataclass(frozen=True)
