@@ -72,9 +72,11 @@ def count_of(at):
 
 
 @triton.jit
-def count_ends(ends):
-    _, _, inside = ends
-    return tl.sum(tl.sum(inside.to(tl.int32), axis=2), axis=0)[None, :, None]
+def count_ends(c, at, N, C, S, GROUP: tl.constexpr):
+    """How many values `ends_of` has of each channel."""
+    n, head, offset, _ = at
+    more = tl.where((n < N) & (c < C) & (offset == 0), S - _tile.body_of(head, S, _tile.SHIFTED, GROUP), 0)
+    return tl.sum(tl.sum(more.to(tl.float32), axis=2), axis=0)[None, :, None]
 
 
 @triton.jit

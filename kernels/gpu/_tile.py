@@ -30,7 +30,8 @@ def head_of(start, MODE: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _body(head, count, MODE: tl.constexpr, GROUP: tl.constexpr):
+def body_of(head, count, MODE: tl.constexpr, GROUP: tl.constexpr):
+    """Elements of each row's body."""
     body = count - head
     if MODE == SHIFTED:
         body = body // GROUP * GROUP
@@ -40,7 +41,7 @@ def _body(head, count, MODE: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def reach(head, offset, count, live, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
     """How many of the lanes offset…offset+LANES-1 hold elements of each row's body; none where not `live`."""
-    body = _body(head, count, MODE, GROUP)
+    body = body_of(head, count, MODE, GROUP)
     return tl.minimum(tl.maximum(tl.where(live, body - offset, 0), 0), LANES).to(tl.int32)
 
 
@@ -50,7 +51,7 @@ def ends(head, count, live, GROUP: tl.constexpr):
     k = tl.arange(0, 2 * GROUP)
     for _ in tl.static_range(len(head.shape) - 1):
         k = k[None]
-    after = head + _body(head, count, SHIFTED, GROUP) + (k - GROUP)
+    after = head + body_of(head, count, SHIFTED, GROUP) + (k - GROUP)
     return tl.where(k < GROUP, k, after), live & tl.where(k < GROUP, k < head, after < count)
 
 

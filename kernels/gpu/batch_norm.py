@@ -78,7 +78,7 @@ def _with_ends(
     """The moments and their count after the ends of the rows that begin in the tile."""
     ends = ends_of(c, at, N, C, S, GROUP)
     x = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
-    more = count_ends(ends).to(ACC)
+    more = count_ends(c, at, N, C, S, GROUP).to(ACC)
     hi, lo, M2 = next_moments(hi, lo, M2, count, x, ends[2], more, alpha)
     return hi, lo, M2, count + more
 
@@ -203,7 +203,7 @@ def _forward_kernel(
     if ENDS:
         ends = ends_of(c, at, N, C, S, GROUP)
         x_ends = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
-        more = count_ends(ends).to(ACC)
+        more = count_ends(c, at, N, C, S, GROUP).to(ACC)
         mean_hi, mean_lo, M2 = next_moments(mean_hi, mean_lo, M2, count, x_ends, ends[2], more, alpha)
         count += more
     if not RESIDENT:
