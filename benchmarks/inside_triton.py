@@ -171,6 +171,7 @@ class StandIn:
 
 def _driver(device: StandIn) -> Any:
     import torch
+    import triton
     from triton.backends.driver import DriverBase
 
     class Launcher:
@@ -180,7 +181,8 @@ def _driver(device: StandIn) -> Any:
         def __call__(self, x, y, z, stream, binary, *rest: Any) -> None:
             signature = {str(name): str(kind) for name, kind in self.src.signature.items()}
             metadata = self.metadata
-            device.launches.append(
+            # Triton keeps compiled kernels and their launchers: one made under an earlier stand-in records for the present
+            triton.runtime.driver.active.stand_in.launches.append(
                 Launch(self.src.fn.__name__, (x, y, z), signature, binary, metadata.num_warps, metadata.shared)
             )
 
@@ -204,7 +206,7 @@ def _driver(device: StandIn) -> Any:
 
     class Driver(DriverBase):
         def __init__(self) -> None:
-            self.utils, self.launcher_cls = Utils(), Launcher
+            self.utils, self.launcher_cls, self.stand_in = Utils(), Launcher, device
 
         @classmethod
         def is_active(cls) -> bool:
