@@ -6,6 +6,7 @@ stand-in driver. `make evidence` compiles all of them and writes evidence.json; 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -218,7 +219,7 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def run() -> int:
+def run(args: argparse.Namespace) -> int:
     """Compiles every case for every architecture, writes evidence.json, prints what is wrong; 1 if anything is."""
     from rich.console import Console
     from rich.progress import track
@@ -234,6 +235,7 @@ def run() -> int:
                 wrong_ones += len(wrong)
                 for complaint in wrong:
                     console.print(f"{case.label}, {launch.name}, {arch}: {complaint}")
-    FILE.write_text(json.dumps({"sources": source_hash(), "kernels": table}, indent=0) + "\n")
-    console.print(f"{len(table)} cases on {len(ARCHITECTURES)} architectures, {wrong_ones} complaints: {FILE.name}")
+    file = Path(args.json or FILE)
+    file.write_text(json.dumps({"sources": source_hash(), "kernels": table}, indent=0) + "\n")
+    console.print(f"{len(table)} cases on {len(ARCHITECTURES)} architectures, {wrong_ones} complaints: {file.name}")
     return 1 if wrong_ones else 0

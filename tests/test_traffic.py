@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import traffic
 from benchmarks.ledger import ledger
 from hw3gpu.kernels.gpu import batch_norm, cross_entropy, softmax
 
@@ -101,6 +102,14 @@ def test_rows_off_16_bytes_touch_few_sectors_too_many(dtype):
     with ledger(z=z) as book:
         cross_entropy.forward(z, torch.zeros(3, 1, dtype=torch.int64), None, loss, stats, invalid, **HARD)
     assert book.sector_ratio("z") <= 1.06
+
+
+def test_liger_stands_in_the_same_table():
+    """Any Triton kernel can be counted: Liger's reads twice, and twice more where the upstream gradient is not 1."""
+    pytest.importorskip("liger_kernel", reason="the `bench` extra is not installed")
+    assert traffic._liger(1000, torch.float32, 1.0) == pytest.approx(3.0, abs=0.02)
+    assert traffic._liger(1000, torch.float32, 2.0) == pytest.approx(5.0, abs=0.02)
+    assert traffic._at_once(1000, torch.float32, soft=False) == pytest.approx(2.0, abs=0.02)
 
 
 def test_the_ledger_counts_what_is_read_twice():
