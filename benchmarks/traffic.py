@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,11 +90,11 @@ def measure() -> dict[str, dict[str, float]]:
     for dtype in DTYPES:
         for V in SIZES:
             counts: tuple[Callable[[], float], ...] = (
-                lambda V=V, dtype=dtype: _at_once(V, dtype, soft=False),
-                lambda V=V, dtype=dtype: _in_two_steps(V, dtype),
-                lambda V=V, dtype=dtype: _at_once(V, dtype, soft=True),
-                lambda V=V, dtype=dtype: _liger(V, dtype, 1.0),
-                lambda V=V, dtype=dtype: _liger(V, dtype, 2.0),
+                partial(_at_once, V, dtype, soft=False),
+                partial(_in_two_steps, V, dtype),
+                partial(_at_once, V, dtype, soft=True),
+                partial(_liger, V, dtype, 1.0),
+                partial(_liger, V, dtype, 2.0),
             )
             row = f"V = {V}, {str(dtype).removeprefix('torch.')}"
             table[row] = {column: round(count(), 2) for column, count in zip(COLUMNS, counts, strict=True)}
