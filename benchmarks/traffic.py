@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from .ledger import Ledger, ledger
 ROWS = 3
 SIZES = (1000, 1001, 16384, 32000, 50257, 65536, 131072)
 DTYPES = (torch.float32, torch.bfloat16)
-HARD = {"ignore_index": -100, "label_smoothing": 0.0}
+HARD: dict[str, Any] = {"ignore_index": -100, "label_smoothing": 0.0}
 COLUMNS = (
     "hw3gpu, loss and gradient at once",
     "hw3gpu, forward, backward, any upstream",
