@@ -1,8 +1,8 @@
 """The one file that knows Triton's inside: its interpreter and its driver, as they are in 3.6, 3.7 and 3.9.
 
-`round_as_a_gpu` mends a cast of the interpreter, `patch_the_language_once` its speed. `count_accesses` reports each load and
-store that an interpreted kernel makes. `StandIn` is a driver without a device: launches are specialised and compiled as on the
-GPU named, and recorded instead of run.
+`round_as_a_gpu` mends a cast of the interpreter, `count_with_tensors` its loops and `patch_the_language_once` its speed.
+`count_accesses` reports each load and store that an interpreted kernel makes. `StandIn` is a driver without a device: launches
+are specialised and compiled as on the GPU named, and recorded instead of run.
 """
 
 from __future__ import annotations
@@ -57,6 +57,22 @@ def round_as_a_gpu() -> None:
         return original(values, source, target, rounding_mode)
 
     interpreter._convert_float = convert
+
+
+def count_with_tensors() -> None:
+    """Let a tensor of one element be a loop's bound where NumPy refuses to make an integer of it (Triton 3.6)."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
 
 
 def patch_the_language_once() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .inside_triton import round_as_a_gpu
+from .inside_triton import count_with_tensors, round_as_a_gpu
 from .ledger import Ledger, ledger
 
 ROWS = 3
@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     round_as_a_gpu()
+    count_with_tensors()
     found = measure()
     table = Table("passes", *COLUMNS, title=f"Bytes asked for / bytes of the logits, {ROWS} rows, in Triton's interpreter")
     for row, counts in found.items():
