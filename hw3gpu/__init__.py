@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 from ._arrays import BackendError, use_backend
+from ._pool import empty_cache
 from .batch_norm import BatchNorm, BatchNormGradients, batch_norm, batch_norm_backward
 from .points import MomentAccumulator, Moments, moments, points_with_moments
 from .shapes import conv2d_output_shape
@@ -37,6 +38,7 @@ __all__ = [
     "batch_norm_backward",
     "conv2d_output_shape",
     "cross_entropy",
+    "empty_cache",
     "functional",
     "minimize_trace",
     "minor_components",

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from . import _pool
 
 Array = Any
 
@@ -128,6 +132,7 @@ def gpu_refusal(device_type: str) -> str | None:
     return None
 
 
+@functools.cache
 def kernels(room: str, which: str) -> ModuleType:
     """The module `hw3gpu.kernels.<which>.<room>`, imported when first asked for."""
     return importlib.import_module(f"hw3gpu.kernels.{which}.{room}")
@@ -136,9 +141,12 @@ def kernels(room: str, which: str) -> ModuleType:
 def launch(room: str, name: str, like: Array, *operands: Array | None, **options: Any) -> None:
     """Runs the launcher `name` of `kernels(room)` where `like` lives, on views of the operands."""
     which = backend(like)
-    launcher = getattr(kernels(room, which), name)
-    with launch_scope(like):
-        launcher(*(None if x is None else kernel_view(x, which) for x in operands), **options)
+    views = [None if x is None else kernel_view(x, which) for x in operands]
+    if which == "cpu":
+        getattr(kernels(room, which), name)(*views, **options)
+    else:
+        with launch_scope(like):
+            getattr(kernels(room, which), name)(*views, **options)
 
 
 @contextlib.contextmanager
@@ -161,15 +169,18 @@ def kernel_view(x: Array, which: str) -> Array:
     return _host_view(x) if which == "cpu" else _torch_view(x)
 
 
+def viewer(which: str) -> Callable[[Array], Array]:
+    """`kernel_view` for the `which` kernels alone, None left as it is."""
+    view = _host_view if which == "cpu" else _torch_view
+    return lambda x: None if x is None else view(x)
+
+
 def _host_view(x: Array) -> np.ndarray:
     if not isinstance(x, np.ndarray):
-        import torch
-
-        x = x.detach().resolve_neg()
-        if x.dtype == torch.bfloat16:
-            return x.view(torch.uint16).numpy()
-        x = x.numpy()
-    return x.view(np.int16) if x.dtype == np.float16 else x
+        if x.dtype == sys.modules["torch"].bfloat16:
+            return x.detach().resolve_neg().view(sys.modules["torch"].uint16).numpy()
+        x = x.numpy(force=True)  # without its graph and its lazy sign; on the host no copy but for that sign
+    return x.view(np.int16) if x.dtype.char == "e" else x
 
 
 def _torch_view(x: Array) -> Array:
@@ -191,28 +202,57 @@ def fold(x: Array, axis: int | None) -> Array:
     of `axis`); otherwise a contiguous copy.
     """
     if axis is None:
-        return x.reshape(1, 1, _size(x.shape))
+        return x.reshape(1, 1, math.prod(x.shape))
     shape = tuple(x.shape)
     axis %= len(shape)
-    return x.reshape(_size(shape[:axis]), shape[axis], _size(shape[axis + 1 :]))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+    return x.reshape(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
 
 
 def output_like(x: Array, axis: int | None) -> tuple[Array, Array]:
     """An uninitialised array of `x`'s kind, dtype, device and layout, and its `fold` about `axis`, a view of it."""
-    xp = namespace(x)
-    out = xp.empty_like(x)
-    folded = fold(out, axis)
-    if _address(folded) != _address(out):
+    return output(x, axis, lambda out: out)
+
+
+def output(x: Array, axis: int | None, view: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """As `output_like`, with the `fold` of what `view`, a `viewer`, makes of the output."""
+    out = _empty_like(x)
+    seen = view(out)
+    folded = fold(seen, axis)
+    if _address(folded) != _address(seen):
         out = empty(tuple(x.shape), dtype_name(x), x)
-        folded = fold(out, axis)
+        folded = fold(view(out), axis)
     return out, folded
+
+
+def _empty_like(x: Array) -> Array:
+    xp = namespace(x)
+    if x.nbytes >= _pool.SMALLEST and on_host(x):
+        # where the array module would put the elements; neither of these touches memory
+        like = xp.empty_like(x) if xp is np else xp.empty_like(x, device="meta")
+        out = _pooled(like.shape, like.strides if xp is np else like.stride(), dtype_name(x), x)
+        if out is not None:
+            return out
+    return xp.empty_like(x)
+
+
+def _pooled(shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str, like: Array) -> Array | None:
+    """An uninitialised array of `like`'s kind in recycled memory, `strides` in the kind's own units (None: contiguous).
+
+    None where that is not to be: on a GPU, for small arrays, with the pool off, and beside a subclass of the plain array.
+    """
+    if type(like) is np.ndarray:
+        memory = _pool.empty(math.prod(shape) * np.dtype(dtype).itemsize)
+        return None if memory is None else np.ndarray(shape, dtype, memory, strides=strides)
+    torch = sys.modules.get("torch")
+    if torch is None or type(like) not in (torch.Tensor, torch.nn.Parameter) or not like.is_cpu:
+        return None
+    of = getattr(torch, dtype)
+    memory = _pool.empty(math.prod(shape) * of.itemsize)
+    if memory is None:
+        return None
+    # `set_` and no chain of views, so that the result is nobody's view to autograd
+    out = torch.empty(0, dtype=of)
+    return out.set_(torch.from_numpy(memory).untyped_storage(), 0, shape, *(() if strides is None else (strides,)))
 
 
 def namespace(x: Array) -> ModuleType:
@@ -221,11 +261,20 @@ def namespace(x: Array) -> ModuleType:
 
 
 def _address(x: Array) -> int:
-    return x.data_ptr() if hasattr(x, "data_ptr") else x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
+    return (
+        x.data_ptr()
+        if hasattr(x, "data_ptr")
+        else x.__array_interface__["data"][0]
+        if isinstance(x, np.ndarray)
+        else x.data.ptr
+    )
 
 
 def empty(shape: tuple[int, ...], dtype: str, like: Array) -> Array:
     """An uninitialised array of `like`'s kind and device."""
+    out = _pooled(shape, None, dtype, like)
+    if out is not None:
+        return out
     xp = namespace(like)
     if hasattr(like, "is_cpu"):
         return xp.empty(shape, dtype=getattr(xp, dtype), device=like.device)

@@ -32,10 +32,10 @@ def no_second_derivative(name: str) -> Callable[[Callable[..., Any]], Callable[.
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def tied(ctx: Any, *upstream: Any) -> Any:
+            if not torch.is_grad_enabled():  # the common case: nobody will differentiate again
+                return backward(ctx, *upstream)
             with torch.no_grad():
                 gradients = backward(ctx, *upstream)
-            if not torch.is_grad_enabled():
-                return gradients
             depends_on = [t for t in (*upstream, *ctx.saved_tensors) if t is not None and t.requires_grad]
             every = gradients if isinstance(gradients, tuple) else (gradients,)
             return tuple(_NoDerivative.apply(name, g, *depends_on) if g is not None and depends_on else g for g in every)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,8 +43,8 @@ def _graph_is_needed(*tensors: Tensor | None) -> bool:
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, training, momentum, eps):
-        y, mean, rstd = _batch_norm_forward(x, weight, bias, running_mean, running_var, training, momentum, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        y, stats = _batch_norm_forward(x, weight, bias, running_mean, running_var, training, momentum, eps)
+        ctx.save_for_backward(x, weight, stats)
         ctx.training = training
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -51,16 +52,24 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     @no_second_derivative("batch_norm")
     def backward(ctx, dy):
-        x, weight, mean, rstd = ctx.saved_tensors
-        dx, dx_folded = _arrays.output_like(x, 1)
-        dgamma, dbeta = torch.empty_like(rstd), torch.empty_like(rstd)
-        name = "backward" if ctx.training else "inference_backward"
-        _arrays.launch(
-            "batch_norm", name, x, _arrays.fold(dy, 1), _arrays.fold(x, 1), mean, rstd, _dense(weight), dx_folded, dgamma, dbeta
-        )
-        dweight = dgamma.to(weight.dtype) if ctx.needs_input_grad[1] else None
-        dbias = dbeta.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        x, weight, stats = ctx.saved_tensors
+        which = _arrays.backend(x)
+        see = _arrays.viewer(which)
+        dx, dx_folded = _arrays.output(x, 1, see)
+        C, acc = x.shape[1], stats.dtype
+        dgamma, dbeta = (torch.empty(C, dtype=acc, device=x.device) for _ in range(2))
+        stats = see(stats)
+        _arrays.kernels("batch_norm", which).__dict__["backward" if ctx.training else "inference_backward"](
+            _arrays.fold(see(dy), 1), _arrays.fold(see(x), 1), stats[:2], stats[2], see(_dense(weight)),
+            dx_folded, see(dgamma), see(dbeta),
+        )  # fmt: skip
+        dweight = _as(dgamma, weight.dtype) if ctx.needs_input_grad[1] else None
+        dbias = _as(dbeta, ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None, None, None, None
+
+
+def _as(x, dtype):
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _dense(v):
@@ -69,27 +78,28 @@ def _dense(v):
 
 
 def _batch_norm_forward(x, weight, bias, running_mean, running_var, training, momentum, eps):
-    y, y_folded = _arrays.output_like(x, 1)
-    acc = _accumulate_dtype(x)
-    C = x.shape[1]
-    weight, bias = _dense(weight), _dense(bias)
-    mean = torch.empty((2, C), dtype=acc, device=x.device)
+    """y, and what the backward pass needs: mean, what its rounding left, and rstd."""
+    which = _arrays.backend(x)
+    see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
+    y, y_folded = _arrays.output(x, 1, see)
+    stats = torch.empty((4, x.shape[1]), dtype=_accumulate_dtype(x), device=x.device)
+    x, weight, bias = _arrays.fold(see(x), 1), see(_dense(weight)), see(_dense(bias))
     if training:
-        var, rstd = torch.empty((2, C), dtype=acc, device=x.device)
         running = _dense(running_mean), _dense(running_var)
-        _arrays.launch(
-            "batch_norm", "forward", x, _arrays.fold(x, 1), weight, bias, y_folded, mean, var, rstd,
-            *running, eps=eps, momentum=momentum,
-        )  # fmt: skip
+        seen = see(stats)
+        kernels.forward(
+            x, weight, bias, y_folded, seen[:2], seen[3], seen[2], see(running[0]), see(running[1]), eps=eps, momentum=momentum
+        )
         for given, updated in zip((running_mean, running_var), running, strict=True):
             if updated is not given:
                 given.copy_(updated)
     else:
-        mean[0] = running_mean
-        mean[1] = 0
-        rstd = (running_var.to(acc) + eps).rsqrt()
-        _arrays.launch("batch_norm", "normalize", x, _arrays.fold(x, 1), mean, rstd, weight, bias, y_folded)
-    return y, mean, rstd
+        stats[0] = running_mean
+        stats[1] = 0
+        stats[2] = (running_var.to(stats.dtype) + eps).rsqrt()
+        seen = see(stats)
+        kernels.normalize(x, seen[:2], seen[2], weight, bias, y_folded)
+    return y, stats
 
 
 def batch_norm(
@@ -160,14 +170,18 @@ class _Softmax(torch.autograd.Function):
     @no_second_derivative("softmax")
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
-        dz, dz_folded = _arrays.output_like(y, ctx.dim)
-        _arrays.launch("softmax", "backward", y, _arrays.fold(dy, ctx.dim), _arrays.fold(y, ctx.dim), dz_folded)
+        which = _arrays.backend(y)
+        see = _arrays.viewer(which)
+        dz, dz_folded = _arrays.output(y, ctx.dim, see)
+        _arrays.kernels("softmax", which).backward(_arrays.fold(see(dy), ctx.dim), _arrays.fold(see(y), ctx.dim), dz_folded)
         return dz, None
 
 
 def _softmax_forward(z, dim):
-    y, y_folded = _arrays.output_like(z, dim)
-    _arrays.launch("softmax", "forward", z, _arrays.fold(z, dim), y_folded)
+    which = _arrays.backend(z)
+    see = _arrays.viewer(which)
+    y, y_folded = _arrays.output(z, dim, see)
+    _arrays.kernels("softmax", which).forward(_arrays.fold(see(z), dim), y_folded)
     return y
 
 
@@ -196,78 +210,130 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, weight, ignore_index, reduction, label_smoothing):
-        z, t = _rows(logits, target)
-        N, _, S = z.shape
-        acc = _accumulate_dtype(logits)
-        loss = torch.empty((N, S), dtype=acc, device=z.device)
-        stats = torch.empty((3, N, S), dtype=acc, device=z.device)
-        invalid = torch.full((1,), N * S, dtype=torch.int64, device=z.device)
-        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        _arrays.launch("cross_entropy", "forward", z, z, t, weight, loss, stats, invalid, **options)
-        if t.dim() == 2 and _arrays.on_host(z) and int(invalid) < N * S:
-            row = int(invalid)
-            raise IndexError(
-                f"target: expected classes in 0…{z.shape[1] - 1} or ignore_index {ignore_index}, "
-                f"got {int(t.reshape(-1)[row])} in row {row}"
-            )
-        result, denominator = _reduced(loss, t, weight, reduction, ignore_index)
-        if reduction == "none":
-            result = result.reshape(_loss_shape(logits))
+        ctx.reduction, ctx.options = reduction, {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        result, denominator, stats = _loss(logits, target, weight, reduction, ctx.options)
         ctx.save_for_backward(logits, target, weight, stats, denominator)
-        ctx.options, ctx.reduction = options, reduction
-        return result.to(logits.dtype)
+        return _as(result, logits.dtype)
 
     @staticmethod
     @no_second_derivative("cross_entropy")
     def backward(ctx, upstream):
         logits, target, weight, stats, denominator = ctx.saved_tensors
-        z, t = _rows(logits, target)
-        upstream = upstream.reshape(z.shape[0], z.shape[2]) if ctx.reduction == "none" else upstream.expand(stats.shape[1:])
+        rows = stats.shape[1:]
+        upstream = upstream.reshape(rows) if ctx.reduction == "none" else upstream.expand(rows)
         dlogits = dtarget = None
         if ctx.needs_input_grad[0]:
-            dlogits, dz = _arrays.output_like(logits, min(logits.dim() - 1, 1))
-            dz = dz if logits.dim() > 1 else dz.reshape(z.shape)
-            _arrays.launch(
-                "cross_entropy", "backward", z, z, t, weight, stats, upstream, denominator, dz, **ctx.options
-            )  # fmt: skip
+            which = _arrays.backend(logits)
+            see = _arrays.viewer(which)
+            z, t = _rows(see(logits), see(target))
+            dlogits, dz = _arrays.output(logits, _class_axis(logits), see)
+            kernels = _arrays.kernels("cross_entropy", which)
+            kernels.backward(z, t, see(weight), see(stats), see(upstream), see(denominator), dz, **ctx.options)
         if ctx.needs_input_grad[1]:
-            dtarget = _target_gradient(z, weight, stats, upstream, denominator, ctx.options["label_smoothing"])
-            dtarget = dtarget.reshape(target.shape).to(target.dtype)
+            dtarget = _target_gradient(logits, target, weight, stats, upstream, denominator, ctx.options)
         return dlogits, dtarget, None, None, None, None
 
 
-def _rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits as (N, V, S) and targets as (N, S) or (N, V, S)."""
-    z = _arrays.fold(logits, min(logits.dim() - 1, 1))
-    if target.dim() == logits.dim():
-        return z, _arrays.fold(target, min(logits.dim() - 1, 1))
-    return z, target.reshape(z.shape[0], z.shape[2])
+class _CrossEntropyStep(torch.autograd.Function):
+    """A reduced loss on the CPU: forward writes the gradient at once, for upstream 1, while it has the logits in cache.
+
+    Backward hands that out, and computes it anew for another upstream gradient, and for a second call: the caller may have
+    written into what it got.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, ignore_index, reduction, label_smoothing):
+        ctx.options = {"mean": reduction == "mean", "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        result, dlogits = _loss_and_gradient(logits, target, weight, 1.0, ctx.options)
+        ctx.save_for_backward(logits, target, weight, dlogits)
+        ctx.handed_out = False
+        return _as(result, logits.dtype)
+
+    @staticmethod
+    @no_second_derivative("cross_entropy")
+    def backward(ctx, upstream):
+        logits, target, weight, dlogits = ctx.saved_tensors
+        upstream = upstream.item()
+        # with a version count of its own, so that a write into it does not count as one into the saved tensor
+        dlogits = None if ctx.handed_out else dlogits.data
+        ctx.handed_out = True
+        if dlogits is None or upstream != 1:
+            _, dlogits = _loss_and_gradient(logits, target, weight, upstream, ctx.options, dlogits)
+        return dlogits, None, None, None, None, None
+
+
+def _class_axis(logits):
+    return min(logits.ndim - 1, 1)
+
+
+def _rows(logits, target):
+    """Logits as (N, V, S) and targets as (N, S) or (N, V, S), of tensors or of what the kernels see."""
+    z = _arrays.fold(logits, _class_axis(logits))
+    soft = target.ndim == logits.ndim
+    return z, _arrays.fold(target, _class_axis(logits)) if soft else target.reshape(z.shape[0], z.shape[2])
 
 
 def _loss_shape(logits: Tensor) -> tuple[int, ...]:
     return (*logits.shape[:1], *logits.shape[2:]) if logits.dim() > 1 else ()
 
 
-def _reduced(loss, target, weight, reduction, ignore_index):
-    """The loss after its reduction, and what its gradient is divided by (None for 1)."""
+def _refuse_class(row, t, V, ignore_index):
+    raise IndexError(
+        f"target: expected classes in 0…{V - 1} or ignore_index {ignore_index}, got {int(t.reshape(-1)[row])} in row {row}"
+    )
+
+
+def _loss(logits, target, weight, reduction, options):
+    """The reduced loss, what its gradient is divided by (None for 1), and three numbers a row."""
+    which = _arrays.backend(logits)
+    see, kernels, device = _arrays.viewer(which), _arrays.kernels("cross_entropy", which), logits.device
+    z, t = _rows(see(logits), see(target))
+    N, V, S = z.shape
+    acc, seen_weight = _accumulate_dtype(logits), see(weight)
+    loss = torch.empty((N, S), dtype=acc, device=device)
+    stats = torch.empty((3, N, S), dtype=acc, device=device)
+    invalid = torch.full((1,), N * S, dtype=torch.int64, device=device)
+    seen_invalid = see(invalid)
+    kernels.forward(z, t, seen_weight, see(loss), see(stats), seen_invalid, **options)
+    if t.ndim == 2 and _arrays.on_host(logits) and seen_invalid[0] < N * S:
+        _refuse_class(int(seen_invalid[0]), t, V, options["ignore_index"])
     if reduction == "none":
-        return loss, None
-    total, denominator = torch.empty((2, 1), dtype=loss.dtype, device=loss.device)
-    _arrays.launch("cross_entropy", "reduce", loss, loss, target, weight, total, denominator, ignore_index=ignore_index)
+        return loss.reshape(_loss_shape(logits)), None, stats
+    total, denominator = (torch.empty(1, dtype=acc, device=device) for _ in range(2))
+    kernels.reduce(see(loss), t, seen_weight, see(total), see(denominator), ignore_index=options["ignore_index"])
     if reduction == "sum":
-        return total[0], None
-    return (total / denominator)[0], denominator
+        return total[0], None, stats
+    return (total / denominator)[0], denominator, stats
 
 
-def _target_gradient(z, weight, stats, upstream, denominator, label_smoothing):
+def _loss_and_gradient(logits, target, weight, upstream, options, dlogits=None):
+    """On the CPU: the reduced loss, and its gradient for an upstream number, in `dlogits` where that is given."""
+    see = _arrays.viewer("cpu")
+    z, t = _rows(see(logits), see(target))
+    N, V, S = z.shape
+    if dlogits is None:
+        dlogits, dz = _arrays.output(logits, _class_axis(logits), see)
+    else:
+        dz = _arrays.fold(see(dlogits), _class_axis(logits))
+    result, invalid = torch.empty((), dtype=_accumulate_dtype(logits)), np.full(1, N * S)
+    _arrays.kernels("cross_entropy_step", "cpu").forward_backward(
+        z, t, see(weight), see(result).reshape(1), dz, invalid, upstream=upstream, **options
+    )
+    if invalid[0] < N * S:
+        _refuse_class(int(invalid[0]), t, V, options["ignore_index"])
+    return result, dlogits
+
+
+def _target_gradient(logits, target, weight, stats, upstream, denominator, options):
     """∂loss/∂y_c = -w_c (1 - ε) log p_c for soft targets."""
+    z = _arrays.fold(logits, _class_axis(logits))
     log_p = (z.to(stats.dtype) - stats[0][:, None]) - stats[1].log1p()[:, None]
-    scale = upstream.to(stats.dtype)[:, None] * (label_smoothing - 1)
+    scale = upstream.to(stats.dtype)[:, None] * (options["label_smoothing"] - 1)
     if denominator is not None:
         scale = scale / denominator
     if weight is not None:
         scale = scale * weight.to(stats.dtype)[None, :, None]
-    return scale * log_p
+    return (scale * log_p).reshape(target.shape).to(target.dtype)
 
 
 def cross_entropy(
@@ -292,7 +358,10 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     weight = _cross_entropy_arguments(input, target, weight, ignore_index, reduction, label_smoothing)
-    return _CrossEntropy.apply(input, target, weight, ignore_index, reduction, float(label_smoothing))
+    gradient = torch.is_grad_enabled() and input.requires_grad and not target.requires_grad
+    at_once = gradient and reduction != "none" and _arrays.backend(input) == "cpu"
+    function = _CrossEntropyStep if at_once else _CrossEntropy
+    return function.apply(input, target, weight, ignore_index, reduction, float(label_smoothing))
 
 
 def _cross_entropy_arguments(z, target, weight, ignore_index, reduction, label_smoothing):

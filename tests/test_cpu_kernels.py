@@ -76,7 +76,7 @@ def test_the_loop_over_a_row_is_packed(room):
         kernel(0, 2, z, np.empty_like(z), acc)
     else:
         target, invalid = np.zeros((2, 1), np.int64), np.full(1, 2)
-        kernel(0, 2, z, target, acc, np.zeros((2, 1), np.float32), np.empty_like(z), invalid, -100, 0.0, 0.0)
+        kernel(0, 2, z, target, acc, np.zeros((2, 1), np.float32), np.empty_like(z), invalid, 1.0, -100, 0.0, 0.0)
     (assembly,) = kernel.inspect_asm().values()
     assert len(re.findall(packed[platform.machine()], assembly)) >= 8
 

@@ -221,7 +221,7 @@ def _hard_backward(first, last, z, target, weight, stats, upstream, denominator,
 
 
 @kernel
-def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, ignore_index, smoothing, weight_sum):
+def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, g, ignore_index, smoothing, weight_sum):
     V, S = z.shape[1], z.shape[2]
     uniform, z_scratch, dz_scratch, exps = smoothing / V, row_scratch(z), row_scratch(dz), np.empty(V, weight.dtype)
     for row in range(first, last):
@@ -236,7 +236,7 @@ def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, ig
             q = (1.0 - smoothing) * _class_weight(weight, t)
             W = q + uniform * weight_sum
             loss[n, s] = _hard_loss(z_row, m, excess, t, q, uniform, W, weight)
-            _hard_gradient(e, excess, t, q, uniform, W, 1.0, weight, dz_row)
+            _hard_gradient(e, excess, t, q, uniform, W, g, weight, dz_row)
         elif t == ignore_index:
             loss[n, s] = 0.0
             fill(dz_row, 0.0)
@@ -277,7 +277,7 @@ def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, 
 
 
 @kernel
-def _soft_forward_backward(first, last, z, y, weight, loss, dz, smoothing):
+def _soft_forward_backward(first, last, z, y, weight, loss, dz, g, smoothing):
     V, S = z.shape[1], z.shape[2]
     z_scratch, y_scratch, dz_scratch = row_scratch(z), row_scratch(y), row_scratch(dz)
     exps = np.empty(V, weight.dtype)
@@ -290,27 +290,41 @@ def _soft_forward_backward(first, last, z, y, weight, loss, dz, smoothing):
         excess = exp_and_excess(z_row, m, e)
         W, dot = _soft_sums(z_row, y_row, m, smoothing, weight)
         loss[n, s] = W * math.log1p(excess) - dot
-        _soft_gradient(e, excess, y_row, W, 1.0, smoothing, weight, dz_row)
+        _soft_gradient(e, excess, y_row, W, g, smoothing, weight, dz_row)
         scatter(row_of(dz, n, s), dz_scratch)
 
 
 # ---------------------------------------------------------------------------------------------- reduction
-@kernel
-def _reduce(loss, target, weight, V, ignore_index, total, denominator):
-    """total = sum loss; denominator = sum w_target over the rows that have a class, or the number of rows if V < 0."""
-    rows, lost, losses, weights = np.float64(loss.size), 0.0, 0.0, 0.0
+@inline
+def compensated_sum(loss):
+    losses, lost = 0.0, 0.0
     for n in range(loss.shape[0]):
         for s in range(loss.shape[1]):
             value = np.float64(loss[n, s])
             new = losses + value
             lost += (losses - new) + value if abs(losses) >= abs(value) else (value - new) + losses
             losses = new
-            if V >= 0:
-                t = target[n, s]
-                if 0 <= t < V and t != ignore_index:
-                    weights += _class_weight(weight, t)
-    total[0] = losses + lost if math.isfinite(lost) else losses
-    denominator[0] = weights if V >= 0 else rows
+    return losses + lost if math.isfinite(lost) else losses
+
+
+@inline
+def denominator_of(rows, target, weight, V, ignore_index):
+    """sum w_target over the rows that have a class, or the number of rows if V < 0."""
+    if V < 0:
+        return np.float64(rows)
+    weights = 0.0
+    for n in range(target.shape[0]):
+        for s in range(target.shape[1]):
+            t = target[n, s]
+            if 0 <= t < V and t != ignore_index:
+                weights += _class_weight(weight, t)
+    return weights
+
+
+@kernel
+def _reduce(loss, target, weight, V, ignore_index, total, denominator):
+    total[0] = compensated_sum(loss)
+    denominator[0] = denominator_of(loss.size, target, weight, V, ignore_index)
 
 
 # ---------------------------------------------------------------------------------------------- launchers
@@ -318,9 +332,14 @@ def _weights(weight: np.ndarray | None, z: np.ndarray, dense: bool) -> tuple[np.
     """Class weights as the kernels take them, and their sum. Empty stands for ones, unless a sum over classes needs them."""
     dtype, V = accumulate_dtype(z), z.shape[1]
     if weight is None:
-        return (np.ones(V, dtype) if dense else np.empty(0, dtype)), float(V)
+        return np.ones(V, dtype) if dense else _NO_WEIGHT[dtype], float(V)
     weight = np.ascontiguousarray(weight, dtype)
     return weight, float(weight.sum(dtype=np.float64)) if dense else 0.0
+
+
+# What stands for nothing, by dtype, so that a call makes none of it.
+_NO_WEIGHT = {np.dtype(of): np.empty(0, of) for of in (np.float32, np.float64)}
+_NO_CLASSES, _ANY_CLASS = np.empty((0, 0), np.int64), np.iinfo(np.int64).max
 
 
 def _classes(target: np.ndarray) -> np.ndarray:
@@ -391,15 +410,21 @@ def forward_backward(
     label_smoothing: float,
 ) -> None:
     """The loss of every row and its gradient for upstream 1."""
+    _loss_and_gradient(z, target, weight, loss, dz, invalid, 1.0, ignore_index, label_smoothing)
+
+
+def _loss_and_gradient(z, target, weight, loss, dz, invalid, g, ignore_index, label_smoothing):
+    """`forward_backward` for the upstream gradient `g` of every row's loss."""
     rows, smoothing, soft = loss.size, float(label_smoothing), target.ndim == 3
     if soft and z.size == 0:
         loss.fill(0.0)
     elif soft:
         weight, _ = _weights(weight, z, False)
-        run(_soft_forward_backward, rows, 2 * z.nbytes + target.nbytes, z, target, weight, loss, dz, smoothing)
+        cost = 2 * z.nbytes + target.nbytes
+        run(_soft_forward_backward, rows, cost, z, target, weight, loss, dz, g, smoothing)
     else:
         weight, weight_sum = _weights(weight, z, smoothing != 0.0)
-        given = (loss, dz, invalid, int(ignore_index), smoothing, weight_sum)
+        given = (loss, dz, invalid, g, int(ignore_index), smoothing, weight_sum)
         run(_hard_forward_backward, rows, 2 * z.nbytes, z, _classes(target), weight, *given)
 
 
@@ -413,9 +438,12 @@ def reduce(
     ignore_index: int,
 ) -> None:
     """total[0] = the sum of `loss`; denominator[0] = what 'mean' divides it by."""
-    if target.ndim == 3:
-        target, V = np.empty((0, 0), np.int64), -1
-    else:
-        target, V = _classes(target), np.iinfo(np.int64).max if weight is None else weight.shape[0]
-    weight = np.empty(0, loss.dtype) if weight is None else np.ascontiguousarray(weight, loss.dtype)
-    _reduce(loss, target, weight, V, int(ignore_index), total, denominator)
+    _reduce(loss, *_counted(target, weight, loss.dtype), int(ignore_index), total, denominator)
+
+
+def _counted(target, weight, dtype):
+    """Classes, weights and the number of classes as `denominator_of` takes them."""
+    classes, V = _NO_CLASSES, -1
+    if target.ndim == 2:
+        classes, V = _classes(target), _ANY_CLASS if weight is None else weight.shape[0]
+    return classes, _NO_WEIGHT[dtype] if weight is None else np.ascontiguousarray(weight, dtype), V

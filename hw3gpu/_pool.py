@@ -1,0 +1,178 @@
+"""Memory for large outputs on the host, used again once nothing sees it any more.
+
+A fresh large array costs more than the arithmetic that fills it: the system hands out each page with a fault, and clears it.
+`empty` takes a *block* from those that came back, or makes one, and lends it to an array or tensor. Between the two stands a
+`_Lease`, which whatever sees the memory keeps alive: a NumPy array and its views by their `base`, a torch storage by the
+array that it was made from, and so every tensor on that storage (views, slices, detached and saved ones). When the
+lease dies the block is free.
+
+At most HW3GPU_CPU_CACHE_MB megabytes lie idle (by default 1024, or an eighth of the memory where that is less); what comes
+back beyond that puts out the blocks that lay idle longest. 0 turns the pool off. `empty_cache` gives all of it back.
+
+A lease may die in any thread and in the middle of anything, this file included: it takes no lock that it would have to
+wait for. A forked child starts with nothing idle.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+
+import numpy as np
+
+# Bytes below which an allocator has pages of its own at hand.
+SMALLEST = 1 << 20
+# As torch aligns its tensors: a row's first vector then lies in one cache line.
+ALIGNMENT = 64
+DEFAULT_MB = 1024
+VARIABLE = "HW3GPU_CPU_CACHE_MB"
+
+
+def limit() -> int:
+    """Bytes that may lie idle, from HW3GPU_CPU_CACHE_MB as it is now. ValueError if that is no number of at least 0."""
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return _DEFAULT
+    try:
+        megabytes = float(text)
+    except ValueError:
+        megabytes = -1.0
+    if not 0 <= megabytes < float("inf"):
+        raise ValueError(f"{VARIABLE}: expected a number of megabytes of at least 0, got {text!r}")
+    return int(megabytes * 2**20)
+
+
+def _default_limit() -> int:
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        memory = 0
+    return min(DEFAULT_MB * 2**20, memory // 8)
+
+
+_DEFAULT = _default_limit()
+
+
+class _Lease:
+    """Lends a block to one array, through NumPy's array interface, and returns it to the pool when the last view has gone."""
+
+    __slots__ = ("__array_interface__", "__weakref__", "block")
+
+    def __init__(self, block: np.ndarray, nbytes: int) -> None:
+        self.block = block
+        address = block.ctypes.data
+        start = -(-address // ALIGNMENT) * ALIGNMENT
+        self.__array_interface__ = {"data": (start, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+
+    def __del__(self) -> None:
+        if _pool is not None:  # as it is once the interpreter has cleared this module
+            _pool.give_back(self.block)
+
+
+class _Pool:
+    """Idle blocks by size. `idle[size]` holds (stamp, block) pairs, oldest first; `returned` what has yet to be put there."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.returned: deque[np.ndarray] = deque()
+        self.idle: dict[int, deque[tuple[int, np.ndarray]]] = {}
+        self.idle_bytes = 0
+        self.stamp = 0
+        self.limit = _DEFAULT
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """A block of at least `nbytes`, an idle one if there is one."""
+        size, block = _block_size(nbytes), None
+        with self.lock:
+            self._sort_in()
+            blocks = self.idle.get(size)
+            if blocks:
+                block = blocks.pop()[1]
+                self.idle_bytes -= size
+        self._settle()
+        return np.empty(size, np.uint8) if block is None else block
+
+    def give_back(self, block: np.ndarray) -> None:
+        """Never waits: whoever holds the lock sees to what was returned meanwhile."""
+        self.returned.append(block)
+        self._settle()
+
+    def set_limit(self, limit: int) -> None:
+        with self.lock:
+            self.limit = limit
+            self._sort_in()
+        self._settle()
+
+    def empty(self) -> None:
+        with self.lock:
+            self.returned.clear()
+            self.idle.clear()
+            self.idle_bytes = 0
+        self._settle()
+
+    def _settle(self) -> None:
+        while self.returned and self.lock.acquire(blocking=False):
+            try:
+                self._sort_in()
+            finally:
+                self.lock.release()
+
+    def _sort_in(self) -> None:
+        """Puts what was returned among the idle blocks, and the oldest out for it. The caller holds the lock."""
+        while self.returned:
+            block = self.returned.popleft()
+            self.stamp += 1
+            self.idle.setdefault(block.nbytes, deque()).append((self.stamp, block))
+            self.idle_bytes += block.nbytes
+        while self.idle_bytes > self.limit:
+            oldest = min((size for size, blocks in self.idle.items() if blocks), key=lambda size: self.idle[size][0][0])
+            self.idle[oldest].popleft()
+            self.idle_bytes -= oldest
+
+
+_pool = _Pool()
+
+
+def _forget() -> None:
+    """In a forked child: its copy may have been taken in the middle of a change."""
+    global _pool
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _block_size(nbytes: int) -> int:
+    """Room for `nbytes` and their alignment, in steps of an eighth of a power of two: outputs of nearly one size share."""
+    wanted = nbytes + ALIGNMENT
+    step = max(1 << (wanted.bit_length() - 4), 1)
+    return -(-wanted // step) * step
+
+
+def empty(nbytes: int) -> np.ndarray | None:
+    """`nbytes` uninitialised bytes, aligned as torch aligns; None where the pool is off or the output is small."""
+    if nbytes < SMALLEST:
+        return None
+    most = limit()
+    if most != _pool.limit:
+        _pool.set_limit(most)
+    if not most:
+        return None
+    return np.asarray(_Lease(_pool.take(nbytes), nbytes))
+
+
+def idle_bytes() -> int:
+    """Bytes that lie idle now."""
+    _pool._settle()
+    return _pool.idle_bytes
+
+
+def empty_cache() -> None:
+    """Give the memory of idle outputs back to the system. What an array or tensor still sees stays as it is.
+
+    Large results on the host use memory that earlier results have left, at most HW3GPU_CPU_CACHE_MB megabytes of it (by
+    default 1024, or an eighth of the memory where that is less; 0: none).
+    """
+    _pool.empty()

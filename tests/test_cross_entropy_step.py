@@ -1,0 +1,112 @@
+"""Cross entropy of a training step on the CPU, whose gradient is there before the upstream gradient is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch.utils.checkpoint import checkpoint
+
+import hw3gpu.functional as HF
+from hw3gpu._arrays import kernels
+
+KINDS = ["classes", "probabilities"]
+
+
+def problem(kind, dtype=torch.float32, shape=(16, 21)):
+    random = torch.Generator().manual_seed(1)
+    z = torch.randn(shape, generator=random).to(dtype).requires_grad_()
+    if kind == "classes":
+        target = torch.randint(shape[1], shape[:1], generator=random)
+        target[3] = -100
+        return z, target
+    return z, torch.randn(shape, generator=random).softmax(1).to(dtype)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The launches of the step, each by its upstream gradient; those of the two separate passes fail."""
+    step, both = kernels("cross_entropy_step", "cpu"), kernels("cross_entropy", "cpu")
+    made, launch = [], step.forward_backward
+
+    def noted(*operands, upstream, **options):
+        made.append(upstream)
+        launch(*operands, upstream=upstream, **options)
+
+    monkeypatch.setattr(step, "forward_backward", noted)
+    monkeypatch.delattr(both, "backward")
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_logits_are_read_once(calls, kind, reduction):
+    z, target = problem(kind)
+    HF.cross_entropy(z, target, reduction=reduction).backward()
+    assert calls == [1.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [0.25, 3.0, 0.0, -32768.0])
+def test_another_upstream_gradient(calls, kind, dtype, scale):
+    z, target = problem(kind, dtype)
+    (HF.cross_entropy(z, target) * scale).backward()
+    assert calls == [1.0, scale]
+    exact = z.detach().double().requires_grad_()
+    (TF.cross_entropy(exact, target.double() if kind == "probabilities" else target) * scale).backward()
+    tolerance = 2 * torch.finfo(dtype).eps * exact.grad.abs().max().item()
+    torch.testing.assert_close(z.grad.double(), exact.grad, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("upstream", [1.0, 0.3])
+def test_every_call_of_backward_gives_the_same_bits_whatever_the_caller_did_to_the_last_ones(kind, upstream):
+    z, target = problem(kind)
+    loss = HF.cross_entropy(z, target, label_smoothing=0.1)
+    gradients = []
+    for _ in range(3):
+        (gradient,) = torch.autograd.grad(loss, z, torch.tensor(upstream), retain_graph=True)
+        gradients.append(gradient.clone())
+        gradient.zero_()
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+
+
+def test_gradients_add_up_in_a_retained_graph():
+    z, target = problem("classes")
+    loss = HF.cross_entropy(z, target)
+    loss.backward(retain_graph=True)
+    once = z.grad.clone()
+    loss.backward()
+    assert torch.equal(z.grad, 2 * once)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    z, target = problem("classes")
+    HF.cross_entropy(z, target).backward()
+    expected, z.grad = z.grad, None
+    checkpoint(HF.cross_entropy, z, target, use_reentrant=reentrant).backward()
+    assert torch.equal(z.grad, expected)
+
+
+def test_a_gradient_of_the_target_takes_the_two_passes():
+    z, target = problem("probabilities", torch.float64)
+    assert torch.autograd.gradcheck(HF.cross_entropy, (z, target.requires_grad_()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_has_the_same_bits_with_and_without_a_gradient(kind):
+    for shape in ((16, 21), (5, 3000)):
+        z, target = problem(kind, shape=shape)
+        assert torch.equal(HF.cross_entropy(z, target).detach(), HF.cross_entropy(z.detach(), target))
+
+
+def test_logits_written_over_before_backward_are_noticed():
+    z, target = problem("classes")
+    loss = HF.cross_entropy(z * 1.0, target)
+    loss.grad_fn.saved_tensors[0].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
