@@ -122,8 +122,7 @@ def count_accesses(observe: Observer, launched: Callable[[str], Any]) -> Iterato
 
     def seen(kind: str, pointers: Any, mask: Any) -> None:
         itemsize = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
-        through = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)  # some masks come as integers
-        observe(running[0], kind, np.asarray(pointers.data)[through], itemsize)
+        observe(running[0], kind, np.asarray(pointers.data)[np.broadcast_to(mask.data, pointers.data.shape)], itemsize)
 
     def counted_load(self, pointers, mask, *rest):
         seen("load", pointers, mask)

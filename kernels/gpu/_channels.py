@@ -24,7 +24,7 @@ def place(c, tile, N, C, S, lane_blocks, stride_n, stride_c,
 def ends_of(c, at, N, C, S, GROUP: tl.constexpr):
     """`ends` of the rows that begin in the tile; none where none begins."""
     n, head, offset, _ = at
-    position, inside = _tile.ends(head, S, (n < N) & (c < C) & (offset == 0), GROUP)
+    position, inside = _tile.ends(head, S, (n < tl.where(offset == 0, N, 0)) & (c < C), GROUP)
     return n, position, inside
 
 
@@ -75,7 +75,7 @@ def count_of(at):
 def count_ends(c, at, N, C, S, GROUP: tl.constexpr):
     """How many values `ends_of` has of each channel."""
     n, head, offset, _ = at
-    more = tl.where((n < N) & (c < C) & (offset == 0), S - _tile.body_of(head, S, _tile.SHIFTED, GROUP), 0)
+    more = tl.where((n < tl.where(offset == 0, N, 0)) & (c < C), S - _tile.body_of(head, S, _tile.SHIFTED, GROUP), 0)
     return tl.sum(tl.sum(more.to(tl.float32), axis=2), axis=0)[None, :, None]
 
 

@@ -52,7 +52,8 @@ def ends(head, count, live, GROUP: tl.constexpr):
     for _ in tl.static_range(len(head.shape) - 1):
         k = k[None]
     after = head + body_of(head, count, SHIFTED, GROUP) + (k - GROUP)
-    return tl.where(k < GROUP, k, after), live & tl.where(k < GROUP, k < head, after < count)
+    inside = ((k < GROUP) & (k < head)) | ((k >= GROUP) & (after < count))
+    return tl.where(k < GROUP, k, after), live & inside
 
 
 @triton.jit

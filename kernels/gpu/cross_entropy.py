@@ -294,12 +294,13 @@ def _backward_kernel(
     hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
     _tile.store(dz_ptr, d_start, head, offset, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
     if ENDS:
-        c, inside = _tile.ends(head, V, known & (offset == 0), GROUP)
+        first = (s < tl.where(offset == 0, S, 0))[:, None]  # the rows' ends are the first column's
+        c, inside = _tile.ends(head, V, known & first, GROUP)
         z = tl.load(z_ptr + (z_start + c), mask=inside, other=NEG_INF).to(ACC)
         if DENSE:
             q = _dense_ends(target_ptr, t_start, weight_ptr, c, inside, stride_tv, V, epsilon, SOFT, ACC)
         dz = g * _gradient(tl.exp(z - finite_base(m)), scale, q, c, 0, t, at_target)
-        _, inside = _tile.ends(head, V, live & (offset == 0), GROUP)
+        _, inside = _tile.ends(head, V, live & first, GROUP)
         tl.store(dz_ptr + (d_start + c * stride_dv), dz, mask=inside)
 
 
