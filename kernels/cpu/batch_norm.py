@@ -36,7 +36,7 @@ BLOCK_BYTES = 1 << 14
 FEWEST_BLOCKS = 8
 SMALL_BYTES = 1 << 18
 # A group of channels is a run of so many bytes in memory, and so many bytes over all samples.
-RUN_BYTES, GROUP_BYTES = 1 << 14, 1 << 21
+RUN_BYTES, GROUP_BYTES = 1 << 16, 1 << 22
 # Elements of a line, and the largest plane that is done by lines.
 LINE, SMALL_PLANE = 512, 128
 
