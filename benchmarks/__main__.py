@@ -9,17 +9,27 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "cpu": "the CPU kernels beside PyTorch's and beside a plain copy",
     "traffic": "bytes that cross entropy moves, counted in Triton's interpreter, beside Liger's",
     "evidence": "every plan compiled for every architecture; writes evidence.json",
-    "linalg": "trace minimisation beside NumPy's and PyTorch's eigensolvers",
+    "linalg": "minimize_trace beside the eigensolvers of NumPy, torch and SciPy",
 }
+
+
+def _turns(text: str) -> int:
+    if not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 2, got {text}")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():
-        commands.add_parser(name, help=what, description=what).add_argument("--json", metavar="FILE", help="write the figures")
+        command = commands.add_parser(name, help=what, description=what)
+        command.add_argument("--json", metavar="FILE", help="write the figures there too")
+        if name == "cpu":
+            command.add_argument("--turns", type=_turns, default=15, help="how often each contestant is measured (%(default)s)")
     return top
 
 

@@ -141,7 +141,7 @@ def kernels(room: str, which: str) -> ModuleType:
 def launch(room: str, name: str, like: Array, *operands: Array | None, **options: Any) -> None:
     """Runs the launcher `name` of `kernels(room)` where `like` lives, on views of the operands."""
     which = backend(like)
-    views = [None if x is None else kernel_view(x, which) for x in operands]
+    views = map(viewer(which), operands)
     if which == "cpu":
         getattr(kernels(room, which), name)(*views, **options)
     else:
@@ -165,25 +165,28 @@ def launch_scope(x: Array) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------- views and outputs
 def kernel_view(x: Array, which: str) -> Array:
-    """`x` as the `which` kernels take it: a torch tensor ('gpu') or a NumPy array, halves as bits ('cpu')."""
+    """`x` as the `which` kernels take it: a torch tensor ('gpu') or a NumPy array, halves as bits ('cpu'); None as None."""
     return _host_view(x) if which == "cpu" else _torch_view(x)
 
 
 def viewer(which: str) -> Callable[[Array], Array]:
-    """`kernel_view` for the `which` kernels alone, None left as it is."""
-    view = _host_view if which == "cpu" else _torch_view
-    return lambda x: None if x is None else view(x)
+    """`kernel_view` for the `which` kernels alone."""
+    return _host_view if which == "cpu" else _torch_view
 
 
-def _host_view(x: Array) -> np.ndarray:
+def _host_view(x: Array) -> Array:
+    if x is None:
+        return None
     if not isinstance(x, np.ndarray):
-        if x.dtype == sys.modules["torch"].bfloat16:
+        if x.dtype is sys.modules["torch"].bfloat16:
             return x.detach().resolve_neg().view(sys.modules["torch"].uint16).numpy()
         x = x.numpy(force=True)  # without its graph and its lazy sign; on the host no copy but for that sign
     return x.view(np.int16) if x.dtype.char == "e" else x
 
 
 def _torch_view(x: Array) -> Array:
+    if x is None:
+        return None
     import torch
 
     if isinstance(x, np.ndarray):
@@ -218,7 +221,8 @@ def output(x: Array, axis: int | None, view: Callable[[Array], Array]) -> tuple[
     out = _empty_like(x)
     seen = view(out)
     folded = fold(seen, axis)
-    if _address(folded) != _address(seen):
+    contiguous = isinstance(seen, np.ndarray) and seen.flags.c_contiguous
+    if not contiguous and _address(folded) != _address(seen):
         out = empty(tuple(x.shape), dtype_name(x), x)
         folded = fold(view(out), axis)
     return out, folded

@@ -19,6 +19,7 @@ from ._trace_autograd import minimize_trace
 __all__ = ["batch_norm", "cross_entropy", "minimize_trace", "softmax"]
 
 _REDUCTIONS = ("none", "mean", "sum")
+_FLOATING = {getattr(torch, name) for name in _check.FLOATING}
 
 
 def _tensor(x: Tensor, name: str) -> None:
@@ -28,7 +29,8 @@ def _tensor(x: Tensor, name: str) -> None:
 
 def _floating_tensor(x: Tensor, name: str) -> None:
     _tensor(x, name)
-    _check.floating(x, name)
+    if x.dtype not in _FLOATING:
+        _check.floating(x, name)
 
 
 def _accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -137,7 +139,7 @@ def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, 
     C = x.shape[1]
     named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
     for name, v in named:
-        if v is not None:
+        if v is not None and not (isinstance(v, Tensor) and v.dtype in _FLOATING and v.shape == (C,)):
             _floating_tensor(v, name)
             _check.shape(v, name, (C,), "one number per channel of input")
     if not eps >= 0:
@@ -315,7 +317,7 @@ def _loss_and_gradient(logits, target, weight, upstream, options, dlogits=None):
         dlogits, dz = _arrays.output(logits, _class_axis(logits), see)
     else:
         dz = _arrays.fold(see(dlogits), _class_axis(logits))
-    result, invalid = torch.empty((), dtype=_accumulate_dtype(logits)), np.full(1, N * S)
+    result, invalid = torch.empty((), dtype=_accumulate_dtype(logits)), np.array((N * S,))
     _arrays.kernels("cross_entropy_step", "cpu").forward_backward(
         z, t, see(weight), see(result).reshape(1), dz, invalid, upstream=upstream, **options
     )

@@ -28,6 +28,10 @@ def test_info_tells_versions_devices_and_which_kernels_run(capsys: Captured) -> 
     assert choices["NumPy array"]["kernels"] == "Numba (cpu)"
     assert choices["NumPy array"]["why"] == "the array lives on the host"
     assert all(choice["why"] for choice in choices.values())
+    cpu = found["cpu_kernels"]
+    assert Path(cpu["cache"]).is_dir()
+    assert cpu["threads"] >= 1
+    assert cpu["recycled_MB"] >= 0
 
 
 def test_info_says_why_a_forced_backend_cannot_run(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -546,3 +546,37 @@ def test_peak_memory_above_inputs_and_outputs_is_small():
     above, tensor = map(float, output.stdout.split())
     assert tensor == 64
     assert above < 8
+
+
+# ---------------------------------------------------------------------------------------------- shapes
+def wrong_calls():
+    z, rows, C = np.zeros((2, 5, 3), np.float32), (2, 3), 5
+    of_rows, of_channels, invalid = np.zeros(rows, np.float32), np.zeros(C, np.float32), np.zeros(1, np.int64)
+    target, stats, mean = np.zeros(rows, np.int64), np.zeros((3, *rows), np.float32), np.zeros((2, C), np.float32)
+    short, options = np.zeros(4, np.float32), {"ignore_index": -100, "label_smoothing": 0.0}
+    moments = {"eps": 1e-5, "momentum": 0.1}
+    one = np.ones(1, np.float32)
+    return {
+        "softmax": lambda: softmax.forward(z, z[:, :4]),
+        "softmax backward": lambda: softmax.backward(z, z, z[:1]),
+        "stats": lambda: cross_entropy.forward(z, target, None, of_rows, stats[:2], invalid, **options),
+        "loss": lambda: cross_entropy.forward(z, target, None, of_rows[:1], stats, invalid, **options),
+        "target": lambda: cross_entropy.forward(z, target[:1], None, of_rows, stats, invalid, **options),
+        "class weights": lambda: cross_entropy.forward(z, target, short, of_rows, stats, invalid, **options),
+        "dz": lambda: cross_entropy.forward_backward(z, target, None, of_rows, z[:, 1:], invalid, **options),
+        "upstream": lambda: cross_entropy.backward(z, target, None, stats, of_rows[:1], None, z, **options),
+        "reduce": lambda: cross_entropy.reduce(of_rows, target[:1], None, one, one, ignore_index=0),
+        "mean": lambda: batch_norm.statistics(z, mean[:1], of_channels, of_channels, None, None, **moments),
+        "rstd": lambda: batch_norm.statistics(z, mean, of_channels, short, None, None, **moments),
+        "running": lambda: batch_norm.forward(z, None, None, z, mean, of_channels, of_channels, short, None, **moments),
+        "gamma": lambda: batch_norm.normalize(z, mean, of_channels, short, None, z),
+        "y": lambda: batch_norm.normalize(z, mean, of_channels, None, None, z[:1]),
+        "dgamma": lambda: batch_norm.backward(z, z, mean, of_channels, None, z, short, of_channels),
+        "dy": lambda: batch_norm.backward(z[:1], z, mean, of_channels, None, z, of_channels, of_channels),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_calls())
+def test_a_wrong_shape_stops_a_launcher_and_not_the_process(name):
+    with pytest.raises(AssertionError):
+        wrong_calls()[name]()

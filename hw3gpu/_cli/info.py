@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__, _arrays
+from .. import __version__, _arrays, _pool
 from .arrays import cupy_refusal
 
 PACKAGES = ("numpy", "scipy", "numba", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "scikit-learn", "matplotlib")
+SETTINGS = ("HW3GPU_BACKEND", "HW3GPU_CPU_CACHE_MB", "HW3GPU_NUM_THREADS", "TRITON_INTERPRET")
 
 
 def collect() -> dict[str, Any]:
@@ -21,9 +22,16 @@ def collect() -> dict[str, Any]:
     return {
         "versions": {"hw3gpu": __version__, "python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "devices": _devices(),
-        "settings": {name: os.environ.get(name) for name in ("HW3GPU_BACKEND", "TRITON_INTERPRET")},
+        "settings": {name: os.environ.get(name) for name in SETTINGS},
+        "cpu_kernels": _cpu_kernels(),
         "kernels": _kernels(),
     }
+
+
+def _cpu_kernels() -> dict[str, Any]:
+    """Where compiled kernels are kept (None: nowhere, they are compiled anew), threads, and the bound of recycled outputs."""
+    folder, threads = (_arrays.kernels(room, "cpu") for room in ("_jit", "_threads"))
+    return {"cache": folder.cache_folder(), "threads": threads.num_threads(), "recycled_MB": _pool.limit() // 2**20}
 
 
 def _version(package: str) -> str | None:
@@ -101,6 +109,11 @@ def main(as_json: bool) -> int:
     for device in found["devices"]:
         devices.add_row(device["device"], ", ".join(f"{k} {v}" for k, v in device.items() if k != "device"))
     console.print(devices)
+    cpu = Table("kernels on the CPU", "what")
+    cpu.add_row("compiled kernels", found["cpu_kernels"]["cache"] or "kept nowhere: no cache folder can be written")
+    cpu.add_row("threads", str(found["cpu_kernels"]["threads"]))
+    cpu.add_row("recycled outputs", f"at most {found['cpu_kernels']['recycled_MB']} MB idle")
+    console.print(cpu)
     kernels = Table("arrays", "kernels", "why", title="Which kernels run")
     for choice in found["kernels"]:
         kernels.add_row(choice["arrays"], choice["kernels"] or "[red]none[/]", choice["why"])

@@ -36,7 +36,7 @@ BLOCK_BYTES = 1 << 14
 FEWEST_BLOCKS = 8
 SMALL_BYTES = 1 << 18
 # A group of channels is a run of so many bytes in memory, and so many bytes over all samples.
-RUN_BYTES, GROUP_BYTES = 1 << 14, 1 << 21
+RUN_BYTES, GROUP_BYTES = 1 << 16, 1 << 22
 # Elements of a line, and the largest plane that is done by lines.
 LINE, SMALL_PLANE = 512, 128
 
@@ -93,6 +93,16 @@ def _copy_vector(values, out):
         store(out, i, values[i])
 
 
+def _check(x, mean, *of_channels, like=()):
+    """The kernels look at no bound: a wrong shape is a wrong address. `like`: what has x's shape."""
+    C = x.shape[1]
+    assert mean.shape == (2, C), (mean.shape, x.shape)
+    for v in of_channels:
+        assert v is None or v.shape == (C,), (v.shape, x.shape)
+    for v in like:
+        assert v.shape == x.shape, (v.shape, x.shape)
+
+
 # ---------------------------------------------------------------------------------------------- split: sums and results
 def _sum_deviations(x: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """sum (x - shift) and sum (x - shift)^2 of every channel: (2, C) float64."""
@@ -139,6 +149,7 @@ def statistics(
     momentum: float,
 ) -> None:
     """mean (2, C), var and rstd (C,) of x (N, C, S); running statistics updated in place."""
+    _check(x, mean, var, rstd, running_mean, running_var)
     C, m = x.shape[1], float(x.shape[0] * x.shape[2])
     new_mean, new_var = _running(running_mean, var.dtype), _running(running_var, var.dtype)
     if m == 0:
@@ -163,6 +174,7 @@ def normalize(
     y: np.ndarray,
 ) -> None:
     """y = (x - mean) (rstd gamma) + beta."""
+    _check(x, mean, rstd, gamma, beta, like=(y,))
     if x.size:
         C, dtype = x.shape[1], rstd.dtype
         scale = rstd if gamma is None else rstd * to_accumulate(gamma, C, dtype, 1.0)
@@ -184,6 +196,7 @@ def forward(
     momentum: float,
 ) -> None:
     """`statistics`, then `normalize`."""
+    _check(x, mean, var, rstd, gamma, beta, running_mean, running_var, like=(y,))
     small = _small_planes(x, y)
     group = _group(x, small) if x.size and (small or not _in_rows(x, y)) else 0
     if not group:
@@ -205,6 +218,7 @@ def backward_reduce(
     dy: np.ndarray, x: np.ndarray, mean: np.ndarray, rstd: np.ndarray, dgamma: np.ndarray, dbeta: np.ndarray
 ) -> None:
     """dbeta = sum dy, dgamma = sum dy x_hat."""
+    _check(x, mean, rstd, dgamma, dbeta, like=(dy,))
     sums = _sum_gradients(dy, x, mean) if x.size else np.zeros((2, x.shape[1]))
     finish_gradients(sums, rstd, dgamma, dbeta)
 
@@ -221,6 +235,7 @@ def backward_apply(
     dx: np.ndarray,
 ) -> None:
     """dx = gamma rstd (dy - dbeta / count - x_hat dgamma / count)."""
+    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx))
     if x.size == 0:
         return
     count = float(np.asarray(count).item())
@@ -245,6 +260,7 @@ def backward(
     dbeta: np.ndarray,
 ) -> None:
     """`backward_reduce`, then `backward_apply` with count = m."""
+    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx))
     small = _small_planes(x, dy, dx)
     group = _group(x, small) if x.size and (small or not _in_rows(x, dy, dx)) else 0
     if not group:
@@ -267,6 +283,7 @@ def inference_backward(
     dbeta: np.ndarray,
 ) -> None:
     """dx = dy gamma rstd, for statistics that do not depend on x; dgamma and dbeta as in `backward_reduce`."""
+    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx))
     backward_reduce(dy, x, mean, rstd, dgamma, dbeta)
     if x.size:
         scale = rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)

@@ -342,6 +342,15 @@ _NO_WEIGHT = {np.dtype(of): np.empty(0, of) for of in (np.float32, np.float64)}
 _NO_CLASSES, _ANY_CLASS = np.empty((0, 0), np.int64), np.iinfo(np.int64).max
 
 
+def _check(z, target, weight, *of_rows):
+    """The kernels look at no bound: a wrong shape is a wrong address."""
+    N, V, S = z.shape
+    assert target.shape in ((N, S), (N, V, S)), (target.shape, z.shape)
+    assert weight is None or weight.shape == (V,), (weight.shape, z.shape)
+    for values in of_rows:
+        assert values.shape == (N, S), (values.shape, z.shape)
+
+
 def _classes(target: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(target, np.int64)
 
@@ -358,6 +367,8 @@ def forward(
     label_smoothing: float,
 ) -> None:
     """The loss of every row, and what `backward` needs of it: stats (3, N, S) = m, sum exp(z - m) - 1, W."""
+    _check(z, target, weight, loss)
+    assert stats.shape == (3, *loss.shape), (stats.shape, loss.shape)
     rows, smoothing, soft = loss.size, float(label_smoothing), target.ndim == 3
     if soft and z.size == 0:
         loss.fill(0.0)
@@ -384,6 +395,9 @@ def backward(
     label_smoothing: float,
 ) -> None:
     """dz for an upstream gradient (N, S) of every row's loss, divided by `denominator`."""
+    _check(z, target, weight, upstream)
+    assert stats.shape == (3, *upstream.shape), (stats.shape, upstream.shape)
+    assert dz.shape == z.shape, (dz.shape, z.shape)
     if z.size == 0:
         return
     rows, smoothing, soft = stats[0].size, float(label_smoothing), target.ndim == 3
@@ -415,6 +429,8 @@ def forward_backward(
 
 def _loss_and_gradient(z, target, weight, loss, dz, invalid, g, ignore_index, label_smoothing):
     """`forward_backward` for the upstream gradient `g` of every row's loss."""
+    _check(z, target, weight, loss)
+    assert dz.shape == z.shape, (dz.shape, z.shape)
     rows, smoothing, soft = loss.size, float(label_smoothing), target.ndim == 3
     if soft and z.size == 0:
         loss.fill(0.0)
@@ -438,6 +454,7 @@ def reduce(
     ignore_index: int,
 ) -> None:
     """total[0] = the sum of `loss`; denominator[0] = what 'mean' divides it by."""
+    assert target.ndim == 3 or target.shape == loss.shape, (target.shape, loss.shape)
     _reduce(loss, *_counted(target, weight, loss.dtype), int(ignore_index), total, denominator)
 
 

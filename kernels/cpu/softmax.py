@@ -61,11 +61,13 @@ def _backward_rows(first, last, dy, y, dz, acc):
 
 def forward(z: np.ndarray, y: np.ndarray) -> None:
     """y = softmax(z) along axis 1. Both (N, V, S)."""
+    assert y.shape == z.shape, (y.shape, z.shape)
     if z.size:
         run(_forward_rows, z.shape[0] * z.shape[2], 3 * z.nbytes, z, y, np.empty(0, accumulate_dtype(z)))
 
 
 def backward(dy: np.ndarray, y: np.ndarray, dz: np.ndarray) -> None:
     """dz = y (dy - sum(dy y)) along axis 1. All (N, V, S)."""
+    assert dy.shape == y.shape == dz.shape, (dy.shape, y.shape, dz.shape)
     if y.size:
         run(_backward_rows, y.shape[0] * y.shape[2], 3 * y.nbytes, dy, y, dz, np.empty(0, accumulate_dtype(y)))

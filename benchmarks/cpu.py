@@ -1,0 +1,473 @@
+"""The CPU kernels against PyTorch and against memory: `python -m benchmarks cpu`.
+
+Every figure goes through `hw3gpu.functional`, autograd and the outputs' memory included, in float32 unless a row says so. The
+contestants take turns in one process, so that a busy machine slows all of them; a time is the median of its turns, a
+ratio the median and the quartiles of the ratios turn by turn. Before a row is timed its values and gradients are compared
+with PyTorch's. The limit is a plain copy, by two threads into warm memory, of as many bytes as the row has to move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import hw3gpu
+import hw3gpu.functional
+from hw3gpu import _arrays, _pool
+from hw3gpu.kernels.cpu import batch_norm as batch_norm_kernels
+from hw3gpu.kernels.cpu import cross_entropy as cross_entropy_kernels
+
+THREADS = 2
+LIMIT = 1.6  # times the plain copy, for shapes of at least LARGE bytes
+LARGE = 16 << 20
+HALF_RATE = 0.8  # of float32's elements a second
+TINY = 0.5  # of eager's speed
+FIRST_CALL = 0.5  # s, in a process that finds the kernels compiled
+
+Function = Callable[..., torch.Tensor]
+
+
+# ---------------------------------------------------------------------------------------------- rows
+@dataclass(frozen=True)
+class Work:
+    """An operation on one shape, and what is promised of it: so many times eager's and the compiled function's speed.
+
+    `passes`: reads and writes of the whole input that the operation cannot do without (kernels/README.md).
+    """
+
+    operation: str
+    shape: tuple[int, ...]
+    passes: float
+    eager: float | None = None
+    compiled: float | None = None
+    dtype: torch.dtype = torch.float32
+    soft: bool = False
+    channels_last: bool = False
+
+    @property
+    def name(self) -> str:
+        kind = {"cross_entropy": "cross entropy", "batch_norm": "batch norm", "softmax": "softmax"}[self.operation]
+        notes = [n for n, there in (("soft targets", self.soft), ("channels-last", self.channels_last)) if there]
+        if self.dtype != torch.float32:
+            notes.append(str(self.dtype).removeprefix("torch."))
+        return ", ".join([f"{kind} {self.shape}", *notes])
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def step(self, exact: bool = False) -> Step:
+        """The row's inputs; `exact`: the same values in float64."""
+        make = {"cross_entropy": _cross_entropy, "batch_norm": _batch_norm, "softmax": _softmax}[self.operation]
+        random, dtype = torch.Generator().manual_seed(0), torch.float64 if exact else self.dtype
+
+        def normal() -> torch.Tensor:
+            layout = torch.channels_last if self.channels_last else torch.contiguous_format
+            return torch.randn(self.shape, generator=random).to(self.dtype, memory_format=layout).to(dtype)
+
+        return make(self, normal)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Inputs of one row. `call(f)` is `f`'s result on them; `leaves` are what it is differentiated by, from `upstream`."""
+
+    call: Callable[[Function], torch.Tensor]
+    ours: Function
+    eager: Function
+    leaves: tuple[torch.Tensor, ...]
+    upstream: torch.Tensor | None = None
+
+    def __call__(self, f: Function) -> torch.Tensor:
+        """Forward and backward, into fresh gradients."""
+        for leaf in self.leaves:
+            leaf.grad = None
+        result = self.call(f)
+        result.backward(self.upstream)
+        return result.detach()
+
+
+def _cross_entropy(work: Work, normal: Callable[[], torch.Tensor]) -> Step:
+    rows, classes = work.shape
+    z = normal().requires_grad_()
+    target = normal().softmax(1) if work.soft else torch.arange(rows) * 7919 % classes
+    return Step(lambda f: f(z, target), hw3gpu.functional.cross_entropy, torch.nn.functional.cross_entropy, (z,))
+
+
+def _softmax(work: Work, normal: Callable[[], torch.Tensor]) -> Step:
+    z, dy = normal().requires_grad_(), normal()
+    return Step(lambda f: f(z, 1), hw3gpu.functional.softmax, torch.nn.functional.softmax, (z,), dy)
+
+
+def _batch_norm(work: Work, normal: Callable[[], torch.Tensor]) -> Step:
+    x, dy, C = normal().requires_grad_(), normal(), work.shape[1]
+    weight, bias = (torch.linspace(0.5, end, C, dtype=x.dtype).requires_grad_() for end in (1.5, 1.0))
+    running_mean, running_var = torch.zeros_like(weight), torch.ones_like(weight)
+
+    def call(f: Function) -> torch.Tensor:
+        return f(x, running_mean, running_var, weight, bias, True, 0.1, 1e-5)
+
+    ours, eager = hw3gpu.functional.batch_norm, torch.nn.functional.batch_norm
+    return Step(call, ours, eager, (x, weight, bias), dy)
+
+
+ROWS = (
+    Work("cross_entropy", (4096, 1000), 2, 3, 3),
+    Work("cross_entropy", (512, 32000), 2, 6, 5),
+    Work("cross_entropy", (256, 128256), 2, 6, 5),
+    Work("cross_entropy", (2048, 1000), 3, 4, 3, soft=True),
+    Work("batch_norm", (32, 64, 56, 56), 5, 2.5, 2),
+    Work("batch_norm", (32, 256, 28, 28), 5, 2.5, 2),
+    Work("batch_norm", (64, 512, 14, 14), 5, 2, 2),
+    Work("batch_norm", (64, 2048, 7, 7), 5, 2, 2),
+    Work("batch_norm", (32, 64, 56, 56), 8, 1.5, 1.5, channels_last=True),
+    Work("batch_norm", (8, 3, 512, 512), 8, 8, 2, channels_last=True),
+    Work("softmax", (4096, 1000), 5, 2, 2),
+)
+HALVES = tuple(
+    tuple(Work("cross_entropy", shape, 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
+    for shape in ((4096, 1000), (512, 32000), (256, 128256))
+)
+TINIES = (Work("cross_entropy", (32, 10), 2, TINY), Work("batch_norm", (16, 8, 4, 4), 5, TINY))
+
+
+# ---------------------------------------------------------------------------------------------- figures
+@dataclass(frozen=True)
+class Spread:
+    """The median of some figures, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}…{self.high:.2f})"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How one time compares with another, and the number that is promised: at least, or at most."""
+
+    row: str
+    to: str
+    spread: Spread
+    promised: float | None = None
+    at_most: bool = False
+
+    @property
+    def kept(self) -> bool:
+        if self.promised is None:
+            return True
+        return self.spread.median <= self.promised if self.at_most else self.spread.median >= self.promised
+
+    def __str__(self) -> str:
+        if self.promised is None:
+            return str(self.spread)
+        bound = f"{'≤' if self.at_most else '≥'} {self.promised:g}"
+        return f"{self.spread} [{'green' if self.kept else 'red'}]{bound}[/]"
+
+
+@dataclass
+class Result:
+    """All that one run found."""
+
+    machine: dict[str, Any]
+    milliseconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    ratios: list[Ratio] = field(default_factory=list)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    first_calls: dict[str, float] = field(default_factory=dict)
+
+    def shortfalls(self) -> list[str]:
+        short = [f"{r.row}: {r.spread} × {r.to}, promised {r.promised:g}" for r in self.ratios if not r.kept]
+        slow = [f"first call of {k}: {s:.2f} s, promised {FIRST_CALL} s" for k, s in self.first_calls.items() if s > FIRST_CALL]
+        return short + slow
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [
+            line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+        ]
+        cpu = names[0] if names else cpu
+    from numba import __version__ as numba_version
+
+    versions = {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": numba_version,
+        "torch": torch.__version__,
+    }
+    return {"cpu": cpu, "cpus": os.cpu_count(), "threads": THREADS, **versions, "hw3gpu": hw3gpu.__version__}
+
+
+# ---------------------------------------------------------------------------------------------- taking turns
+@contextmanager
+def pool(on: bool) -> Iterator[None]:
+    before = os.environ.get(_pool.VARIABLE)
+    if not on:
+        os.environ[_pool.VARIABLE] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(_pool.VARIABLE, None)
+        if before is not None:
+            os.environ[_pool.VARIABLE] = before
+
+
+def in_turn(contestants: Mapping[str, Callable[[], object]], turns: int, calls: int = 1) -> dict[str, list[float]]:
+    """Seconds a call of every turn of every contestant; those whose name ends in 'pool off' run without the pool."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(-1, turns):
+        for name, call in contestants.items():
+            with pool(on=not name.endswith("pool off")):
+                call()  # whoever came before has the caches
+                start = time.perf_counter()
+                for _ in range(calls):
+                    call()
+                if turn >= 0:
+                    seconds[name].append((time.perf_counter() - start) / calls)
+    return seconds
+
+
+def _over(numerator: list[float], denominator: list[float]) -> Spread:
+    return Spread.of([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def verify(work: Work, step: Step) -> None:
+    """AssertionError unless value and gradients lie as near to float64's as PyTorch's do: 1.5 times its error and an ulp."""
+
+    def results(of: Step, f: Function) -> list[torch.Tensor]:
+        value = of(f)
+        return [value, *(leaf.grad for leaf in of.leaves if leaf.grad is not None)]
+
+    exact = work.step(exact=True)
+    names = ("value", "gradient", "weight's gradient", "bias's gradient")
+    found = results(step, step.ours), results(step, step.eager), results(exact, exact.eager)
+    for name, ours, theirs, reference in zip(names, *found, strict=False):
+        error, pytorch_error = (float((v.double() - reference).abs().max()) for v in (ours, theirs))
+        allowed = 1.5 * pytorch_error + torch.finfo(work.dtype).eps * float(reference.abs().max())
+        assert error <= allowed, f"{work.name}: {name} has an error of {error:.3g}, PyTorch's has {pytorch_error:.3g}"
+
+
+def copier(nbytes: float) -> Callable[[], None]:
+    """A plain copy that reads and writes `nbytes` in all, by THREADS threads, from warm memory into warm memory."""
+    source = np.ones(int(nbytes / 2) // 4, np.float32)
+    pieces = list(zip(np.array_split(source, THREADS), np.array_split(np.ones_like(source), THREADS), strict=True))
+    helpers = ThreadPoolExecutor(THREADS - 1)
+
+    def copy() -> None:
+        rest = [helpers.submit(np.copyto, out, part) for part, out in pieces[1:]]
+        np.copyto(pieces[0][1], pieces[0][0])
+        for done in rest:
+            done.result()
+
+    return copy
+
+
+# ---------------------------------------------------------------------------------------------- the tables
+def measure_rows(result: Result, turns: int) -> None:
+    for work in track(ROWS, "rows"):
+        step = work.step()
+        verify(work, step)
+        compiled = torch.compile(step.eager, dynamic=False)
+        contestants: dict[str, Callable[[], object]] = {
+            "hw3gpu": partial(step, step.ours),
+            "hw3gpu, pool off": partial(step, step.ours),
+            "eager": partial(step, step.eager),
+            "compiled": partial(step, compiled),
+            "copy": copier(work.passes * work.nbytes),
+        }
+        seconds = in_turn(contestants, turns)
+        result.milliseconds[work.name] = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
+        ours, off = seconds["hw3gpu"], seconds["hw3gpu, pool off"]
+        large = work.nbytes >= LARGE
+        result.ratios += [
+            Ratio(work.name, "eager", _over(seconds["eager"], ours), work.eager),
+            Ratio(work.name, "compiled", _over(seconds["compiled"], ours), work.compiled),
+            Ratio(work.name, "eager, pool off", _over(seconds["eager"], off)),
+            Ratio(work.name, "compiled, pool off", _over(seconds["compiled"], off)),
+            Ratio(work.name, "copy", _over(ours, seconds["copy"]), LIMIT if large else None, at_most=True),
+        ]
+        torch.compiler.reset()
+
+
+def measure_halves(result: Result, turns: int) -> None:
+    for works in track(HALVES, "halves"):
+        steps = {work.name: work.step() for work in works}
+        for work in works:
+            verify(work, steps[work.name])
+        seconds = in_turn({name: partial(step, step.ours) for name, step in steps.items()}, turns)
+        float32 = seconds[works[0].name]
+        for work in works[1:]:
+            result.milliseconds[work.name] = {"hw3gpu": 1e3 * statistics.median(seconds[work.name])}
+            result.ratios.append(Ratio(work.name, "float32 rate", _over(float32, seconds[work.name]), HALF_RATE))
+
+
+def measure_tinies(result: Result, turns: int) -> None:
+    for work in TINIES:
+        step = work.step()
+        verify(work, step)
+        contestants = {"hw3gpu": partial(step, step.ours), "eager": partial(step, step.eager)}
+        seconds = in_turn(contestants, 4 * turns, calls=200)
+        result.milliseconds[work.name] = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
+        result.ratios.append(Ratio(work.name, "eager", _over(seconds["eager"], seconds["hw3gpu"]), work.eager))
+        result.layers[work.name] = layers(work, step, turns)
+
+
+# ---------------------------------------------------------------------------------------------- where a small call's time goes
+@contextmanager
+def _noting(module: Any, names: tuple[str, ...], calls: list[Callable[[], object]]) -> Iterator[None]:
+    """Inside, calls of these functions of a module are noted, so that they can be made again by themselves."""
+    before = {name: getattr(module, name) for name in names}
+
+    def noting(function: Callable[..., object]) -> Callable[..., object]:
+        def noted(*args: Any, **options: Any) -> object:
+            calls.append(lambda: function(*args, **options))
+            return function(*args, **options)
+
+        return noted
+
+    for name, function in before.items():
+        setattr(module, name, noting(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
+
+
+class _Empty(torch.autograd.Function):
+    """What autograd itself takes: forward saves its inputs, backward returns gradients, nothing is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
+        return torch.empty_like(inputs[0]) if inputs[-1] is True else torch.empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        saved = list(ctx.saved_tensors)
+        return tuple(torch.empty_like(saved.pop(0)) if needed else None for needed in ctx.needs_input_grad)
+
+
+def layers(work: Work, step: Step, turns: int) -> dict[str, float]:
+    """Microseconds of one small forward and backward, by layer."""
+    launchers: list[Callable[[], object]] = []
+    kernels: list[Callable[[], object]] = []
+    kernel_module: ModuleType
+    if work.operation == "batch_norm":
+        launching, kernel_module = _arrays.kernels("batch_norm", "cpu"), batch_norm_kernels
+        empty = Step(lambda f: f(*step.leaves, True), _Empty.apply, _Empty.apply, step.leaves, step.upstream)
+    else:
+        launching, kernel_module = _arrays.kernels("cross_entropy_step", "cpu"), cross_entropy_kernels
+        empty = Step(lambda f: f(*step.leaves, None), _Empty.apply, _Empty.apply, step.leaves)
+    names = tuple(name for name in ("forward", "backward", "forward_backward") if hasattr(launching, name))
+    with _noting(launching, names, launchers), _noting(kernel_module, ("run",), kernels):
+        step(step.ours)
+    contestants: dict[str, Callable[[], object]] = {
+        "all": partial(step, step.ours),
+        "eager": partial(step, step.eager),
+        "an empty autograd function": partial(empty, empty.ours),
+        "launchers": lambda: [call() for call in launchers],
+        "kernels": lambda: [call() for call in kernels],
+    }
+    seconds = in_turn(contestants, 4 * turns, calls=200)
+    found = {name: 1e6 * statistics.median(s) for name, s in seconds.items()}
+    found["launchers"] -= found["kernels"]
+    parts = ("an empty autograd function", "launchers", "kernels")
+    found["checks, views and outputs"] = found["all"] - sum(found[part] for part in parts)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- the first call in a process
+FIRST_CALLS = {
+    "cross entropy": "z = torch.zeros(32, 10, requires_grad=True); hw3gpu.functional.cross_entropy(z, z.argmax(1)).backward()",
+    "softmax": "z = torch.zeros(32, 10, requires_grad=True); hw3gpu.functional.softmax(z, 1).sum().backward()",
+    "batch norm": "x = torch.zeros(8, 3, 4, 4, requires_grad=True); "
+    "hw3gpu.functional.batch_norm(x, None, None, training=True).sum().backward()",
+}
+FIRST_CALL_CODE = """
+import time, torch, numba, hw3gpu.functional
+start = time.perf_counter()
+{}
+print(time.perf_counter() - start)
+"""
+
+
+def measure_first_calls(result: Result) -> None:
+    """Forward and backward in a process of its own, imports done, after another process has compiled what they need."""
+    for name, call in FIRST_CALLS.items():
+        command = [sys.executable, "-c", FIRST_CALL_CODE.format(call)]
+        times = [float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(4)]
+        result.first_calls[name] = statistics.median(times[1:])
+
+
+# ---------------------------------------------------------------------------------------------- the command
+def _print(result: Result, console: Console) -> None:
+    by_row = {(ratio.row, ratio.to): ratio for ratio in result.ratios}
+    console.print(", ".join(f"{name} {value}" for name, value in result.machine.items()))
+    table = Table(title="Times PyTorch's speed, median (quartiles) and what is promised; last, times a plain copy's time")
+    for column in ("work", "ms", "× eager", "× compiled", "× eager, pool off", "× compiled, pool off", "× copy"):
+        table.add_column(column, justify="left" if column == "work" else "right")
+    for work in ROWS:
+        to = ("eager", "compiled", "eager, pool off", "compiled, pool off", "copy")
+        cells = [str(by_row[work.name, name]) for name in to]
+        table.add_row(work.name, f"{result.milliseconds[work.name]['hw3gpu']:.2f}", *cells)
+    console.print(table)
+    rest = Table("work", "compared with", "ratio")
+    for ratio in result.ratios:
+        if all(ratio.row != work.name for work in ROWS):
+            rest.add_row(ratio.row, ratio.to, str(ratio))
+    for name, seconds in result.first_calls.items():
+        rest.add_row(f"first call in a process, {name}", "seconds", f"{seconds:.2f} ≤ {FIRST_CALL}")
+    console.print(rest)
+    small = Table("microseconds a call", *(work.name for work in TINIES))
+    for layer in result.layers[TINIES[0].name]:
+        small.add_row(layer, *(f"{result.layers[work.name][layer]:.1f}" for work in TINIES))
+    console.print(small)
+    for shortfall in result.shortfalls():
+        console.print(f"short: {shortfall}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verifies and measures everything `args.turns` times, prints the tables and what falls short; JSON to `args.json`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        result = Result(machine())
+        measure_rows(result, args.turns)
+        measure_halves(result, args.turns)
+        measure_tinies(result, args.turns)
+        measure_first_calls(result)
+    finally:
+        torch.set_num_threads(before)
+    _print(result, Console())
+    if args.json:
+        Path(args.json).write_text(json.dumps(asdict(result), indent=1) + "\n")
+    return 0
