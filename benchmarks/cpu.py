@@ -279,7 +279,7 @@ def copier(nbytes: float) -> Callable[[], None]:
     """A plain copy that reads and writes `nbytes` in all, by THREADS threads, from warm memory into warm memory."""
     source = np.ones(int(nbytes / 2) // 4, np.float32)
     pieces = list(zip(np.array_split(source, THREADS), np.array_split(np.ones_like(source), THREADS), strict=True))
-    helpers = ThreadPoolExecutor(THREADS - 1)
+    helpers = ThreadPoolExecutor(THREADS)
 
     def copy() -> None:
         rest = [helpers.submit(np.copyto, out, part) for part, out in pieces[1:]]
@@ -467,7 +467,7 @@ def run(args: argparse.Namespace) -> int:
         measure_first_calls(result)
     finally:
         torch.set_num_threads(before)
-    _print(result, Console())
+    _print(result, Console(width=None if sys.stdout.isatty() else 200))
     if args.json:
         Path(args.json).write_text(json.dumps(asdict(result), indent=1) + "\n")
     return 0

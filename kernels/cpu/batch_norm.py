@@ -37,8 +37,9 @@ FEWEST_BLOCKS = 8
 SMALL_BYTES = 1 << 18
 # A group of channels is a run of so many bytes in memory, and so many bytes over all samples.
 RUN_BYTES, GROUP_BYTES = 1 << 16, 1 << 22
-# Elements of a line, and the largest plane that is done by lines.
-LINE, SMALL_PLANE = 512, 128
+# Elements of a line, the largest plane that is done by lines, and elements of a channels-last line where sums are taken: it
+# has fewer parameters to keep in the nearest cache, and longer lines are fetched ahead.
+LINE, SMALL_PLANE, SUM_LINE = 512, 128, 2048
 
 
 # ---------------------------------------------------------------------------------------------- how a call is cut
@@ -47,11 +48,11 @@ def _in_rows(*arrays: np.ndarray) -> bool:
     return all(a.strides[1] == a.itemsize and (a.shape[2] == 1 or a.strides[2] != a.itemsize) for a in arrays)
 
 
-def _rows_per_line(*arrays: np.ndarray) -> int:
-    """Rows that make up a line: several where rows follow one another in memory, else one."""
+def _rows_per_line(line: int, *arrays: np.ndarray) -> int:
+    """Rows that make up a line of some `line` elements: several where rows follow one another in memory, else one."""
     N, C, S = arrays[0].shape
     packed = all((S == 1 or a.strides[2] == C * a.itemsize) and (N == 1 or a.strides[0] == S * C * a.itemsize) for a in arrays)
-    return max(1, min(LINE // C, N * S)) if packed else 1
+    return max(1, min(line // C, N * S)) if packed else 1
 
 
 def _small_planes(*arrays: np.ndarray) -> bool:
@@ -109,7 +110,7 @@ def _sum_deviations(x: np.ndarray, shift: np.ndarray) -> np.ndarray:
     C = x.shape[1]
     partial, sums = np.empty((_blocks(x), 2, C)), np.empty((2, C))
     if _in_rows(x):
-        run(_lines.sums, len(partial), x.nbytes, _rows_per_line(x), x, shift, partial)
+        run(_lines.sums, len(partial), x.nbytes, _rows_per_line(SUM_LINE, x), x, shift, partial)
     else:
         run(_planes.sums, len(partial), x.nbytes, x, shift, partial)
     merge(partial, sums)
@@ -121,7 +122,7 @@ def _sum_gradients(dy: np.ndarray, x: np.ndarray, mean: np.ndarray) -> np.ndarra
     C = x.shape[1]
     partial, sums = np.empty((_blocks(x), 2, C)), np.empty((2, C))
     if _in_rows(dy, x):
-        run(_lines.gradient_sums, len(partial), 2 * x.nbytes, _rows_per_line(dy, x), dy, x, mean, partial)
+        run(_lines.gradient_sums, len(partial), 2 * x.nbytes, _rows_per_line(SUM_LINE, dy, x), dy, x, mean, partial)
     else:
         run(_planes.gradient_sums, len(partial), 2 * x.nbytes, dy, x, mean, partial)
     merge(partial, sums)
@@ -131,7 +132,7 @@ def _sum_gradients(dy: np.ndarray, x: np.ndarray, mean: np.ndarray) -> np.ndarra
 def _normalize(x: np.ndarray, mean: np.ndarray, scale: np.ndarray, beta: np.ndarray, y: np.ndarray) -> None:
     blocks, cost = _blocks(x), 2 * x.nbytes
     if _in_rows(x, y):
-        run(_lines.normalize, blocks, cost, blocks, _rows_per_line(x, y), x, mean, scale, beta, y)
+        run(_lines.normalize, blocks, cost, blocks, _rows_per_line(LINE, x, y), x, mean, scale, beta, y)
     else:
         run(_planes.normalize, blocks, cost, blocks, x, mean, scale, beta, y)
 
@@ -244,7 +245,7 @@ def backward_apply(
     k = (rstd * (dgamma / count)).astype(rstd.dtype)
     blocks, cost = _blocks(x), 3 * x.nbytes
     if _in_rows(dy, x, dx):
-        run(_lines.apply, blocks, cost, blocks, _rows_per_line(dy, x, dx), dy, x, mean, scale, b, k, dx)
+        run(_lines.apply, blocks, cost, blocks, _rows_per_line(LINE, dy, x, dx), dy, x, mean, scale, b, k, dx)
     else:
         run(_planes.apply, blocks, cost, blocks, dy, x, mean, scale, b, k, dx)
 

@@ -1,0 +1,70 @@
+"""What `python -m benchmarks cpu` measures: right results only, in turn, and what falls short is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from benchmarks import cpu
+from benchmarks.__main__ import main
+
+SMALL = [
+    cpu.Work("cross_entropy", (8, 10), 2),
+    cpu.Work("cross_entropy", (8, 10), 3, soft=True),
+    cpu.Work("cross_entropy", (8, 10), 2, dtype=torch.bfloat16),
+    cpu.Work("softmax", (8, 10), 5),
+    cpu.Work("batch_norm", (8, 3, 4, 4), 5),
+    cpu.Work("batch_norm", (8, 3, 4, 4), 8, channels_last=True),
+]
+
+
+@pytest.mark.parametrize("work", SMALL, ids=lambda work: work.name)
+def test_a_row_is_verified_before_it_is_timed(work):
+    step = work.step()
+    cpu.verify(work, step)
+    for wrong in (lambda *args: step.ours(*args) * 1.02, lambda *args: step.ours(*args).detach() + 0 * step.ours(*args)):
+        with pytest.raises(AssertionError, match="has an error of"):
+            cpu.verify(work, dataclasses.replace(step, ours=wrong))
+
+
+def test_contestants_take_turns_with_and_without_the_pool(monkeypatch):
+    monkeypatch.setenv("HW3GPU_CPU_CACHE_MB", "7")
+    calls = []
+
+    def contestant(name):
+        return lambda: calls.append((name, os.environ["HW3GPU_CPU_CACHE_MB"]))
+
+    seconds = cpu.in_turn({name: contestant(name) for name in ("a", "a, pool off")}, turns=2, calls=3)
+    assert calls == 3 * (4 * [("a", "7")] + 4 * [("a, pool off", "0")])
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "a, pool off": 2}
+    assert os.environ["HW3GPU_CPU_CACHE_MB"] == "7"
+
+
+def test_what_falls_short_is_said():
+    spread = cpu.Spread.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert str(spread) == "3.00 (2.00…4.00)"
+    kept = [cpu.Ratio("row", "eager", spread, 3.0), cpu.Ratio("row", "copy", spread, 3.0, at_most=True)]
+    short = [cpu.Ratio("row", "eager", spread, 3.1), cpu.Ratio("row", "copy", spread, 2.9, at_most=True)]
+    result = cpu.Result({}, ratios=[*kept, *short, cpu.Ratio("row", "eager, pool off", spread)], first_calls={"softmax": 0.7})
+    assert result.shortfalls() == [
+        "row: 3.00 (2.00…4.00) × eager, promised 3.1",
+        "row: 3.00 (2.00…4.00) × copy, promised 2.9",
+        "first call of softmax: 0.70 s, promised 0.5 s",
+    ]
+
+
+@pytest.mark.parametrize("work", cpu.TINIES, ids=lambda work: work.name)
+def test_the_layers_of_a_small_call_add_up(work):
+    layers = cpu.layers(work, work.step(), turns=1)
+    parts = ("an empty autograd function", "launchers", "kernels", "checks, views and outputs")
+    assert sum(layers[part] for part in parts) == pytest.approx(layers["all"])
+    assert 0 < layers["kernels"] < layers["all"]
+
+
+def test_too_few_turns_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["cpu", "--turns", "1"])
+    assert "--turns: expected at least 2, got 1" in capsys.readouterr().err
