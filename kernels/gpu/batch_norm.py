@@ -151,6 +151,17 @@ def _merge_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _normalize_ends(
+    x_ptr, y_ptr, mean_hi, mean_lo, scale, beta, c, at, N, C, S,
+    stride_xn, stride_xc, stride_xs, stride_yn, stride_yc, stride_ys, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y of the ends of the rows that begin in the tile."""
+    ends = ends_of(c, at, N, C, S, GROUP)
+    x = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
+    put_ends(y_ptr, ((x - mean_hi) - mean_lo) * scale + beta, c, ends, stride_yn, stride_yc, stride_ys)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _normalize_kernel(
     x_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, y_ptr, N, C, S, lane_blocks, tiles, per_split, splits,
@@ -240,10 +251,10 @@ def _forward_kernel(
             y = ((x - mean_hi) - mean_lo) * scale + beta
             put(y_ptr, y, c, at, stride_yn, stride_yc, stride_ys, LANES, Y_MODE, GROUP)
             if ENDS:
-                ends = ends_of(c, at, N, C, S, GROUP)
-                x_ends = fetch_ends(x_ptr, c, ends, stride_xn, stride_xc, stride_xs, ACC)
-                y_ends = ((x_ends - mean_hi) - mean_lo) * scale + beta
-                put_ends(y_ptr, y_ends, c, ends, stride_yn, stride_yc, stride_ys)
+                _normalize_ends(
+                    x_ptr, y_ptr, mean_hi, mean_lo, scale, beta, c, at, N, C, S,
+                    stride_xn, stride_xc, stride_xs, stride_yn, stride_yc, stride_ys, GROUP, ACC,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
