@@ -32,13 +32,13 @@ def _sum_and_excess(e, e_ends):
     again without its 1, beside which it would lose its digits. A row of zeros has the excess -1."""
     total = tl.sum(e, axis=1)[:, None]
     if e_ends is not None:
-        total += tl.sum(e_ends, axis=1)[:, None]
+        total += _tile.sum_ends(e_ends)
     excess = total - 1.0
     near_one = (total >= 1.0) & (total < 2.0)
     if tl.max(tl.ravel(near_one.to(tl.int32)), axis=0) > 0:
         rest = tl.sum(tl.where(e == 1.0, 0.0, e), axis=1)[:, None]
         if e_ends is not None:
-            rest += tl.sum(tl.where(e_ends == 1.0, 0.0, e_ends), axis=1)[:, None]
+            rest += _tile.sum_ends(tl.where(e_ends == 1.0, 0.0, e_ends))
         excess = tl.where(near_one, rest, excess)
     return total, excess
 

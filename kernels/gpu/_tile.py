@@ -57,6 +57,41 @@ def ends(head, count, live, GROUP: tl.constexpr):
 
 
 @triton.jit
+def lone(x):
+    """A column of rows, (R, 1), as it is; that of one row as a scalar.
+
+    The ends of one row are a one-dimensional tile, one lane a thread. Tied to the body through two-dimensional columns, the
+    compiler lays them out as the body, eight lanes of them in every thread.
+    """
+    if x.shape[0] == 1:
+        if x.dtype == tl.int1:
+            x = tl.max(tl.ravel(x).to(tl.int32), axis=0) > 0
+        else:
+            x = tl.max(tl.ravel(x), axis=0)
+    return x
+
+
+@triton.jit
+def sum_ends(x):
+    """The sum of each row's ends, as `lone` of a column."""
+    if len(x.shape) == 1:
+        total = tl.sum(x, axis=0)
+    else:
+        total = tl.sum(x, axis=1)[:, None]
+    return total
+
+
+@triton.jit
+def max_ends(x):
+    """The maximum of each row's ends, as `lone` of a column."""
+    if len(x.shape) == 1:
+        top = tl.max(x, axis=0)
+    else:
+        top = tl.max(x, axis=1)[:, None]
+    return top
+
+
+@triton.jit
 def _pointers(ptr, start, head, offset, lane, stride, MODE: tl.constexpr, GROUP: tl.constexpr):
     if MODE == STRIDED:
         at = ptr + (start + (head + offset) * stride + lane.to(tl.int64) * stride)

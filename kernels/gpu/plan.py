@@ -64,11 +64,9 @@ def resident_lanes(keeps: str, itemsize: int, mode: int) -> int:
     targets with smoothing).
     """
     if keeps == "exp":
-        lanes = 16384 if mode == STRIDED or (mode == SHIFTED and itemsize == 2) else 32768
-    elif mode == ALIGNED or (keeps == "dy y" and mode == SHIFTED):
-        lanes = 16384
+        lanes = 16384 if mode == STRIDED else 32768
     else:
-        lanes = 4096 if mode == STRIDED else 8192
+        lanes = 4096 if mode == STRIDED else 16384
     return lanes // (2 if itemsize == 8 else 1)
 
 

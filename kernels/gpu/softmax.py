@@ -51,15 +51,15 @@ def _forward_kernel(
     m = tl.maximum(m, tl.max(z, axis=1)[:, None])
     e_ends = None
     if ENDS:
-        c, inside = _tile.ends(head, V, live, GROUP)
-        z_ends = tl.load(z_ptr + (z_start + c), mask=inside, other=NEG_INF).to(ACC)
-        m = tl.maximum(m, tl.max(z_ends, axis=1)[:, None])
-        e_ends = tl.exp(z_ends - finite_base(m))
+        c, inside = _tile.ends(_tile.lone(head), V, _tile.lone(live), GROUP)
+        z_ends = tl.load(z_ptr + (_tile.lone(z_start) + c), mask=inside, other=NEG_INF).to(ACC)
+        m = tl.maximum(m, _tile.max_ends(z_ends))
+        e_ends = tl.exp(z_ends - _tile.lone(finite_base(m)))
     e = tl.exp(z - finite_base(m))
     scale = 1.0 / (1.0 + excess_with(before, excess, m, e, e_ends))
 
     if ENDS:
-        tl.store(y_ptr + (y_start + c), e_ends * scale, mask=inside)
+        tl.store(y_ptr + (_tile.lone(y_start) + c), e_ends * _tile.lone(scale), mask=inside)
     _tile.store(y_ptr, y_start, head, 0, lane, hi, e * scale, stride_yv, MODE, GROUP)
     if not FITS:
         for i in range(steps):
@@ -102,11 +102,11 @@ def _backward_kernel(
     y = _tile.load(y_ptr, y_start, head, 0, lane, hi, stride_yv, 0.0, MODE, GROUP, ACC)
     inner += tl.sum(dy * y, axis=1)[:, None]
     if ENDS:
-        c, inside = _tile.ends(head, V, live, GROUP)
-        dy_ends = tl.load(dy_ptr + (g_start + c), mask=inside, other=0.0).to(ACC)
-        y_ends = tl.load(y_ptr + (y_start + c), mask=inside, other=0.0).to(ACC)
-        inner += tl.sum(dy_ends * y_ends, axis=1)[:, None]
-        tl.store(dz_ptr + (d_start + c), y_ends * (dy_ends - inner), mask=inside)
+        c, inside = _tile.ends(_tile.lone(head), V, _tile.lone(live), GROUP)
+        dy_ends = tl.load(dy_ptr + (_tile.lone(g_start) + c), mask=inside, other=0.0).to(ACC)
+        y_ends = tl.load(y_ptr + (_tile.lone(y_start) + c), mask=inside, other=0.0).to(ACC)
+        inner += _tile.sum_ends(dy_ends * y_ends)
+        tl.store(dz_ptr + (_tile.lone(d_start) + c), y_ends * (dy_ends - _tile.lone(inner)), mask=inside)
     _tile.store(dz_ptr, d_start, head, 0, lane, hi, y * (dy - inner), stride_dv, MODE, GROUP)
     if not FITS:
         for i in range(steps):

@@ -1,0 +1,199 @@
+"""What the kernels of cross entropy do to a tile of logits: targets, the sums that make the loss, the gradient.
+
+Sums of a row are a tuple (m, excess, dense, inner, spread), all (R, 1):
+
+    m = max z,  excess = Σ exp(z - m) - 1,  dense = Σ q,  inner = Σ q (z - m),  spread = Σ exp(z - m) (z - m)
+
+where q is the dense part of the target, what every class has. Which of them are taken is a matter of constants.
+"""
+
+import triton
+import triton.language as tl
+
+from . import _tile
+from ._rows import excess_with, finite_base
+
+
+@triton.jit
+def hard_target(target_ptr, at, weight_ptr, live, V, ignore_index, ACC: tl.constexpr):
+    """(t, known, bad, w_t) of each row, all one-dimensional; t and w_t are 0 where the target is not a class."""
+    t = tl.load(target_ptr + at, mask=live, other=0).to(tl.int64)
+    ignored = t == ignore_index
+    bad = live & (ignored == 0) & ((t < 0) | (t >= V))
+    known = live & (ignored == 0) & (bad == 0)
+    t = tl.where(known, t, 0)
+    if weight_ptr is None:
+        w_t = tl.where(known, 1.0, 0.0).to(ACC)
+    else:
+        w_t = tl.load(weight_ptr + t, mask=known, other=0.0).to(ACC)
+    return t, known, bad, w_t
+
+
+@triton.jit
+def soft_cap(z, cap, ACC: tl.constexpr):
+    """cap tanh(z / cap) to a few units in the last place, also near 0, where 1 - exp(-2 |x|) would lose its digits."""
+    x = z / cap
+    y = -2.0 * tl.abs(x)
+    u = tl.exp(y)
+    if tl.float64 == ACC:
+        below = tl.where(u > 0.5, tl.where(u == 1.0, y, (u - 1.0) * (y / tl.log(u))), u - 1.0)  # exp(y) - 1, after Kahan
+        t = -below / (2.0 + below)
+    else:
+        x2 = x * x
+        series = 1.0 - x2 * (1 / 3 - x2 * (2 / 15 - x2 * (17 / 315 - x2 * (62 / 2835 - x2 * (1382 / 155925)))))
+        t = tl.where(x2 < 0.0625, tl.abs(x) * series, (1.0 - u) / (1.0 + u))
+    return cap * tl.where(x < 0.0, -t, t)
+
+
+@triton.jit
+def _slope(capped, cap):
+    """∂ cap tanh(z / cap) / ∂z."""
+    t = capped / cap
+    return 1.0 - t * t
+
+
+@triton.jit
+def logits(
+    z_ptr, start, head, offset, lane, hi, stride, cap,
+    CAPPED: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A tile of a row's body, -inf in the lanes that hold none: after the cap, which would make probability mass of them."""
+    z = _tile.load(z_ptr, start, head, offset, lane, hi, stride, float("-inf"), MODE, GROUP, ACC)
+    if CAPPED:
+        z = tl.where(lane < hi, soft_cap(z, cap, ACC), float("-inf"))
+    return z
+
+
+@triton.jit
+def logits_at(z_ptr, at, inside, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
+    """The logits at these addresses, -inf where `inside` is not."""
+    z = tl.load(z_ptr + at, mask=inside, other=float("-inf")).to(ACC)
+    if CAPPED:
+        z = tl.where(inside, soft_cap(z, cap, ACC), float("-inf"))
+    return z
+
+
+@triton.jit
+def _dense(y, weight_ptr, first, lane, inside, V, epsilon, ACC: tl.constexpr):
+    """The part of q that every class c = first + lane has: w_c ((1 - ε) y_c + ε/V) for soft targets, w_c ε/V for hard ones
+    (y None)."""
+    q = epsilon / V
+    if y is not None:
+        q += y * (1.0 - epsilon)
+    if weight_ptr is not None:
+        q *= tl.load(weight_ptr + first + lane, mask=inside, other=0.0).to(ACC)
+    return tl.where(inside, q, 0.0)
+
+
+@triton.jit
+def dense(
+    target_ptr, start, weight_ptr, head, offset, lane, hi, stride, V, epsilon,
+    SOFT: tl.constexpr, DENSE: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """q of a tile of a row's body; None where nothing is dense."""
+    q = None
+    if DENSE:
+        y = None
+        if SOFT:
+            y = _tile.load(target_ptr, start, head, offset, lane, hi, stride, 0.0, MODE, GROUP, ACC)
+        q = _dense(y, weight_ptr, head + offset, lane, lane < hi, V, epsilon, ACC)
+    return q
+
+
+@triton.jit
+def dense_at(
+    target_ptr, start, weight_ptr, c, inside, stride, V, epsilon,
+    SOFT: tl.constexpr, DENSE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """q of the classes c."""
+    q = None
+    if DENSE:
+        y = None
+        if SOFT:
+            y = tl.load(target_ptr + (start + c * stride), mask=inside, other=0.0).to(ACC)
+        q = _dense(y, weight_ptr, 0, c, inside, V, epsilon, ACC)
+    return q
+
+
+@triton.jit
+def times(q, d):
+    """q d with 0·∞ = 0."""
+    return q * tl.where(q == 0.0, 0.0, d)
+
+
+@triton.jit
+def no_sums(R: tl.constexpr, ACC: tl.constexpr):
+    """The sums of nothing."""
+    zero = tl.zeros([R, 1], ACC)
+    return tl.full([R, 1], float("-inf"), ACC), zero - 1.0, zero, zero, zero
+
+
+@triton.jit
+def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr):
+    """The sums after one more tile of logits and its ends; q and the ends may be None."""
+    m, excess, dense, inner, spread = sums
+    top = tl.maximum(m, tl.max(z, axis=1)[:, None])
+    if z_ends is not None:
+        top = tl.maximum(top, _tile.max_ends(z_ends))
+    base = finite_base(top)
+    moved = finite_base(m) - base
+    d = z - base
+    e = tl.exp(d)
+    e_ends = None
+    if z_ends is not None:
+        d_ends = z_ends - _tile.lone(base)
+        e_ends = tl.exp(d_ends)
+    if q is not None:
+        inner += dense * moved + tl.sum(times(q, d), axis=1)[:, None]
+        dense += tl.sum(q, axis=1)[:, None]
+        if q_ends is not None:
+            inner += _tile.sum_ends(times(q_ends, d_ends))
+            dense += _tile.sum_ends(q_ends)
+    if SPREAD:
+        shrunk = tl.where(top > m, tl.exp(m - base), 1.0)
+        spread = shrunk * (spread + (1.0 + excess) * moved) + tl.sum(times(e, d), axis=1)[:, None]
+        if z_ends is not None:
+            spread += _tile.sum_ends(times(e_ends, d_ends))
+    return top, excess_with(m, excess, top, e, e_ends), dense, inner, spread
+
+
+@triton.jit
+def scale_of(known, bad, excess, lse, W, z_loss):
+    """What exp(z - m) is multiplied by in the gradient: 0 or NaN in rows without a class."""
+    return tl.where(known, (W + times(2.0 * z_loss, lse)) / (1.0 + excess), _otherwise(bad))
+
+
+@triton.jit
+def at_target_of(known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED: tl.constexpr):
+    """The gradient at the class of a hard target, (W + 2 ζ lse) p_t - q_t, without the difference p_t - 1, whose digits are
+    lost where p_t -> 1."""
+    e_t, total = tl.exp(z_t - finite_base(m)), 1.0 + excess
+    q_t = w_t * (1.0 - epsilon)
+    dz = ((W - q_t) - W * ((excess + (1.0 - e_t)) / total)) - w_t * (epsilon / V) + times(2.0 * z_loss, lse) * (e_t / total)
+    if CAPPED:
+        dz *= _slope(z_t, cap)
+    return tl.where(known, dz, _otherwise(bad))
+
+
+@triton.jit
+def _otherwise(bad):
+    """The gradient of a row without a class: NaN where its target is out of range."""
+    if bad is None:
+        value = 0.0
+    else:
+        value = tl.where(bad, float("nan"), 0.0)
+    return value
+
+
+@triton.jit
+def gradient(z, m, scale, q, lane, first, t, at_target, cap, CAPPED: tl.constexpr):
+    """scale exp(z - m) - q, `at_target` at the hard target's class t. The classes are first + lane; q is None where nothing is
+    dense, t for soft targets."""
+    dz = tl.exp(z - finite_base(m)) * scale
+    if q is not None:
+        dz -= q
+    if CAPPED:
+        dz *= tl.where(z == float("-inf"), 0.0, _slope(z, cap))  # a row that is not read has no logits
+    if t is not None:
+        dz = tl.where(lane == t - first, at_target, dz)
+    return dz
