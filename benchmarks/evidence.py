@@ -58,19 +58,36 @@ def _softmax_case(shape: tuple[int, int, int], dtype: torch.dtype) -> Callable[[
     return run
 
 
-def _cross_entropy_case(shape: tuple[int, int, int], dtype: torch.dtype, soft: bool, options: bool) -> Callable[[], None]:
+@dataclass(frozen=True)
+class Loss:
+    """Options of cross entropy that change what a thread keeps."""
+
+    soft: bool = False
+    smoothing: float = 0.0
+    softcap: float | None = None
+    more: bool = False  # class weights, z-loss, a denominator and all statistics of the rows
+
+
+def _cross_entropy_case(
+    shape: tuple[int, int, int], dtype: torch.dtype, loss: Loss, at_once: bool
+) -> Callable[[], None]:  # fmt: skip
     def run() -> None:
         N, V, S = shape
         acc = _acc(dtype)
-        z = _meta(shape, dtype)
-        target = _meta(shape, dtype) if soft else _meta((N, S), torch.int64)
-        weight = _meta((V,), acc) if options else None
-        loss, stats = _meta((N, S), acc), _meta((3, N, S), acc)
+        z, dz = _meta(shape, dtype), _meta(shape, dtype)
+        target = _meta(shape, dtype) if loss.soft else _meta((N, S), torch.int64)
+        weight = _meta((V,), acc) if loss.more else None
+        losses, stats = _meta((N, S), acc), _meta((5 if loss.more else 3, N, S), acc)
         one, invalid = _meta((1,), acc), _meta((1,), torch.int64)
-        kwargs: dict[str, Any] = {"ignore_index": -100, "label_smoothing": 0.1 if options else 0.0}
-        cross_entropy.forward_backward(z, target, weight, loss, torch.empty_like(z), invalid, **kwargs)
-        cross_entropy.forward(z, target, weight, loss, stats, invalid, **kwargs)
-        cross_entropy.backward(z, target, weight, stats, one.expand(N, S), one, torch.empty_like(z), **kwargs)
+        options: dict[str, Any] = {
+            "ignore_index": -100, "label_smoothing": loss.smoothing, "z_loss": 1e-4, "softcap": loss.softcap
+        }  # fmt: skip
+        if at_once:
+            extras = {"stats": stats, "denominator": one} if loss.more else {}
+            cross_entropy.forward_backward(z, target, weight, losses, dz, invalid, **extras, **options)
+        else:
+            cross_entropy.forward(z, target, weight, losses, stats, invalid, **options)
+            cross_entropy.backward(z, target, weight, stats, one.expand(N, S), one, dz, **options)
 
     return run
 
@@ -113,42 +130,45 @@ ROWS = (
     (512, 16391, 1),
     (512, 32768, 1),
     (512, 32771, 1),
+    (512, 32775, 1),
     (512, 50257, 1),
     (256, 65536, 1),
     (8, 21, 4096),
     (8, 1000, 512),
 )
-# name of a row operation -> (soft targets, class weights and smoothing)
 LOSSES = {
-    "hard": (False, False),
-    "hard, weights, smoothing": (False, True),
-    "soft": (True, False),
-    "soft, weights, smoothing": (True, True),
+    "hard": Loss(),
+    "hard, more": Loss(more=True),
+    "hard, smoothing": Loss(smoothing=0.1),
+    "hard, softcap": Loss(softcap=30.0),
+    "hard, all": Loss(smoothing=0.1, softcap=30.0, more=True),
+    "soft": Loss(soft=True),
+    "soft, all": Loss(soft=True, smoothing=0.1, softcap=30.0, more=True),
 }
-# the longest rows that each plan takes are its heaviest
+F32, BF16 = torch.float32, torch.bfloat16
+# the longest rows that each plan takes are its heaviest, with the most that its threads keep
 HEAVY_ROWS = {
-    ("softmax", 16387, torch.float32),
-    ("softmax", 16391, torch.bfloat16),
-    ("hard", 32768, torch.float32),
-    ("hard", 32771, torch.float32),
-    ("softmax", 32771, torch.float32),
-    ("softmax", 50257, torch.bfloat16),
-    ("hard", 50257, torch.bfloat16),
-    ("hard", 32768, torch.bfloat16),
-    ("hard", 16391, torch.bfloat16),
-    ("hard", 50257, torch.float32),
-    ("hard", 65536, torch.float32),
-    ("hard", 65536, torch.bfloat16),
-    ("hard, weights, smoothing", 16384, torch.float32),
-    ("hard, weights, smoothing", 16384, torch.bfloat16),
-    ("hard, weights, smoothing", 8195, torch.float32),
-    ("hard, weights, smoothing", 50257, torch.float32),
-    ("soft", 16384, torch.float32),
-    ("soft", 16384, torch.bfloat16),
-    ("soft, weights, smoothing", 16384, torch.float32),
-    ("soft, weights, smoothing", 8195, torch.float32),
-    ("soft, weights, smoothing", 50257, torch.float32),
+    ("softmax", 16387, F32),
+    ("softmax", 16391, BF16),
+    ("softmax", 32771, F32),
+    ("softmax", 50257, BF16),
+    ("hard, more", 32768, F32),
+    ("hard, more", 32771, F32),
+    ("hard, more", 32775, BF16),
+    ("hard, more", 50257, F32),
+    ("hard, more", 50257, BF16),
+    ("hard, more", 65536, BF16),
+    ("hard, softcap", 16387, F32),
+    ("hard, smoothing", 16391, BF16),
+    ("hard, smoothing", 50257, F32),
+    ("soft", 16384, BF16),
+    ("soft", 16387, F32),
+    ("soft", 50257, F32),
+    ("hard, all", 8195, F32),
+    ("soft, all", 8195, F32),
+    ("soft, all", 50257, F32),
 }
+HEAVY_STEPS = {("hard, all", 1001, F32), ("soft, all", 1001, BF16), ("hard, more", 32771, F32)}
 # (shape, channels-last, heavy)
 CHANNELS = (
     ((16, 3000, 4), False, False),
@@ -166,15 +186,17 @@ CHANNELS = (
 
 
 def cases() -> Iterator[Case]:
-    """Every plan and dtype; of the rows, plain, with class weights and smoothing, and with soft targets."""
+    """Every plan and dtype; of the rows, with each set of options, loss and gradient at once and in two steps."""
     for dtype in DTYPES:
         for shape in ROWS:
             at = "x".join(map(str, shape))
             heavy = ("softmax", shape[1], dtype) in HEAVY_ROWS
             yield Case(f"softmax {at}", dtype, heavy, _softmax_case(shape, dtype))
-            for name, (soft, options) in LOSSES.items():
-                heavy = (name, shape[1], dtype) in HEAVY_ROWS
-                yield Case(f"cross entropy, {name} {at}", dtype, heavy, _cross_entropy_case(shape, dtype, soft, options))
+            for name, loss in LOSSES.items():
+                for at_once, how, heaviest in ((True, "at once", HEAVY_ROWS), (False, "in two steps", HEAVY_STEPS)):
+                    heavy = (name, shape[1], dtype) in heaviest
+                    label = f"cross entropy {how}, {name} {at}"
+                    yield Case(label, dtype, heavy, _cross_entropy_case(shape, dtype, loss, at_once))
         for soft in (False, True):
             heavy = dtype == torch.float32 and not soft
             name = f"cross entropy, {'soft' if soft else 'hard'}, reduction"

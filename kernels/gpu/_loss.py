@@ -145,7 +145,8 @@ def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr):
         e_ends = tl.exp(d_ends)
     if q is not None:
         inner += dense * moved + tl.sum(times(q, d), axis=1)[:, None]
-        dense += tl.sum(q, axis=1)[:, None]
+        # a row with a NaN is NaN anyway; a q that comes of no load would, not tied to e, be laid out whole in every thread
+        dense += tl.sum(tl.where(e == e, q, 0.0), axis=1)[:, None]
         if q_ends is not None:
             inner += _tile.sum_ends(times(q_ends, d_ends))
             dense += _tile.sum_ends(q_ends)
@@ -158,13 +159,13 @@ def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr):
 
 
 @triton.jit
-def scale_of(known, bad, excess, lse, W, z_loss):
+def scale_of(g, known, bad, excess, lse, W, z_loss):
     """What exp(z - m) is multiplied by in the gradient: 0 or NaN in rows without a class."""
-    return tl.where(known, (W + times(2.0 * z_loss, lse)) / (1.0 + excess), _otherwise(bad))
+    return tl.where(known, g * (W + times(2.0 * z_loss, lse)) / (1.0 + excess), _otherwise(bad))
 
 
 @triton.jit
-def at_target_of(known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED: tl.constexpr):
+def at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED: tl.constexpr):
     """The gradient at the class of a hard target, (W + 2 ζ lse) p_t - q_t, without the difference p_t - 1, whose digits are
     lost where p_t -> 1."""
     e_t, total = tl.exp(z_t - finite_base(m)), 1.0 + excess
@@ -172,7 +173,7 @@ def at_target_of(known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, 
     dz = ((W - q_t) - W * ((excess + (1.0 - e_t)) / total)) - w_t * (epsilon / V) + times(2.0 * z_loss, lse) * (e_t / total)
     if CAPPED:
         dz *= _slope(z_t, cap)
-    return tl.where(known, dz, _otherwise(bad))
+    return tl.where(known, g * dz, _otherwise(bad))
 
 
 @triton.jit
@@ -187,8 +188,8 @@ def _otherwise(bad):
 
 @triton.jit
 def gradient(z, m, scale, q, lane, first, t, at_target, cap, CAPPED: tl.constexpr):
-    """scale exp(z - m) - q, `at_target` at the hard target's class t. The classes are first + lane; q is None where nothing is
-    dense, t for soft targets."""
+    """scale exp(z - m) - q, `at_target` at the hard target's class t; all three hold the factor g. The classes are
+    first + lane; q is None where nothing is dense, t for soft targets."""
     dz = tl.exp(z - finite_base(m)) * scale
     if q is not None:
         dz -= q

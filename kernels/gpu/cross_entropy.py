@@ -111,21 +111,28 @@ def _forward_kernel(
             tl.store(stats_ptr + (row + 4 * rows), tl.where(known, entropy, 0.0), mask=live)
 
     if dz_ptr is not None:
-        g = tl.full([BLOCK_R, 1], 1.0, ACC)
+        g = tl.cast(1.0, ACC)
         if denominator_ptr is not None:
-            g = tl.where(known, 1.0 / tl.load(denominator_ptr).to(ACC), 1.0)
-        scale = scale_of(known, bad, excess, lse, W, z_loss)
+            g = 1.0 / tl.load(denominator_ptr).to(ACC)
+        if DENSE:
+            g = tl.where(known, g, 0.0)
+            q *= g
+            if ENDS:
+                q_ends *= _tile.lone(g)
+        scale = scale_of(g, known, bad, excess, lse, W, z_loss)
         at_target, t_ends, at_target_ends = None, None, None
         if not SOFT:
-            at_target = at_target_of(known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED)
+            at_target = at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED)
             t_ends, at_target_ends = _tile.lone(t), _tile.lone(at_target)
-        if ENDS:
-            dz_ends = gradient(z_ends, _tile.lone(m), _tile.lone(scale), q_ends, c_ends, 0, t_ends, at_target_ends, cap, CAPPED)
-            _, in_ends = _tile.ends(_tile.lone(head), V, _tile.lone(live), GROUP)
-            tl.store(dz_ptr + (_tile.lone(d_start) + c_ends * stride_dv), _tile.lone(g) * dz_ends, mask=in_ends)
-        dz = g * gradient(z, m, scale, q, lane, head, t, at_target, cap, CAPPED)
+        dz = gradient(z, m, scale, q, lane, head, t, at_target, cap, CAPPED)
         hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
         _tile.store(dz_ptr, d_start, head, 0, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
+        if ENDS:
+            dz_ends = gradient(
+                z_ends, _tile.lone(m), _tile.lone(scale), q_ends, c_ends, 0, t_ends, at_target_ends, cap, CAPPED
+            )  # fmt: skip
+            _, in_ends = _tile.ends(_tile.lone(head), V, _tile.lone(live), GROUP)
+            tl.store(dz_ptr + (_tile.lone(d_start) + c_ends * stride_dv), dz_ends, mask=in_ends)
         if not FITS:
             for i in range(steps):
                 offset = KEEP + (steps - 1 - i) * BLOCK_V
@@ -135,7 +142,9 @@ def _forward_kernel(
                     target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
                     SOFT, DENSE, TARGET_MODE, GROUP, ACC,
                 )  # fmt: skip
-                dz_tail = g * gradient(z_tail, m, scale, q_tail, tail, head + offset, t, at_target, cap, CAPPED)
+                if DENSE:
+                    q_tail *= g
+                dz_tail = gradient(z_tail, m, scale, q_tail, tail, head + offset, t, at_target, cap, CAPPED)
                 t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
                 _tile.store(dz_ptr, d_start, head, offset, tail, t_hi, dz_tail, stride_dv, DZ_MODE, GROUP)
 
@@ -177,9 +186,9 @@ def _backward_kernel(
     live, known, g = live[:, None], known[:, None], g[:, None]
     g = tl.where(known, g, 1.0)  # what is no class gives 0, or NaN, whatever the upstream gradient
     lse = m + log_1_plus(excess, ACC)
-    scale, at_target = scale_of(known, bad, excess, lse, W, z_loss), None
+    scale, at_target = scale_of(g, known, bad, excess, lse, W, z_loss), None
     if not SOFT:
-        at_target = at_target_of(known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED)
+        at_target = at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED)
     z_start = n * stride_zn + s[:, None] * stride_zs
     t_start = n * stride_tn + s[:, None] * stride_ts
     d_start = n * stride_dn + s[:, None] * stride_ds
@@ -191,14 +200,18 @@ def _backward_kernel(
     q = dense(
         target_ptr, t_start, weight_ptr, head, offset, lane, hi, stride_tv, V, epsilon, SOFT, DENSE, TARGET_MODE, GROUP, ACC
     )  # fmt: skip
-    dz = g * gradient(z, m, scale, q, lane, head + offset, t, at_target, cap, CAPPED)
+    if DENSE:
+        q *= g
+    dz = gradient(z, m, scale, q, lane, head + offset, t, at_target, cap, CAPPED)
     hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
     _tile.store(dz_ptr, d_start, head, offset, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
     if ENDS:
         c, inside = _tile.ends(head, V, known & first, GROUP)
         z = logits_at(z_ptr, z_start + c, inside, cap, CAPPED, ACC)
         q = dense_at(target_ptr, t_start, weight_ptr, c, inside, stride_tv, V, epsilon, SOFT, DENSE, ACC)
-        dz = g * gradient(z, m, scale, q, c, 0, t, at_target, cap, CAPPED)
+        if DENSE:
+            q *= g
+        dz = gradient(z, m, scale, q, c, 0, t, at_target, cap, CAPPED)
         _, inside = _tile.ends(head, V, first, GROUP)
         tl.store(dz_ptr + (d_start + c * stride_dv), dz, mask=inside)
 
@@ -263,14 +276,15 @@ def _launch_forward(z, target, weight, loss, stats, denominator, dz, invalid, op
     N, V, S = z.shape
     strides, fixed, constants = _call(z, target, z if dz is None else dz, options)
     unit_s = z.stride(2) == 1 and z.stride(1) != 1
-    keeps = "exp y" if constants["SOFT"] else "exp q" if constants["DENSE"] or constants["CAPPED"] else "exp"
-    plan = plan_rows(V, S, z.element_size(), constants["MODE"], unit_s, keeps)
+    more = stats is not None and len(stats) > 3
+    beside = constants["DENSE"] + constants["CAPPED"]
+    plan = plan_rows(V, S, z.element_size(), constants["MODE"], unit_s, min(beside + (beside and more), 2))
     tiles = cdiv(S, plan.BLOCK_R)
     _forward_kernel[(N * tiles,)](
         z, target, weight, loss, stats, denominator, dz, invalid,
         V, S, N * S, tiles, *fixed, *strides,
         BLOCK_R=plan.BLOCK_R, KEEP=plan.KEEP, BLOCK_V=plan.BLOCK_V, FITS=plan.FITS,
-        MORE=stats is not None and len(stats) > 3, **constants, num_warps=warps(plan.num_warps),
+        MORE=more, **constants, num_warps=warps(plan.num_warps),
     )  # fmt: skip
 
 

@@ -57,39 +57,42 @@ class RowPlan:
     num_warps: int
 
 
-def resident_lanes(keeps: str, itemsize: int, mode: int) -> int:
-    """The most lanes of a row that stay in registers, by what the kernel keeps of it: what compiles without a spill.
+def resident_lanes(beside: int, itemsize: int, mode: int) -> int:
+    """The most lanes of a row that stay in registers when a kernel keeps `beside` numbers a lane beside exp(z): what compiles
+    without a spill.
 
-    keeps: "exp" (softmax, cross entropy of hard targets), "dy y" (softmax backward), "exp y" (soft targets), "exp q" (hard
-    targets with smoothing).
+    beside: 0 softmax, cross entropy of hard targets; 1 softmax backward, soft targets, smoothing or a softcap; 2 more than one
+    of these, or one with the rows' statistics.
     """
-    if keeps == "exp":
-        lanes = 16384 if mode == STRIDED else 32768
+    if mode == STRIDED:
+        lanes = 4096 if beside else 16384
     else:
-        lanes = 4096 if mode == STRIDED else 16384
+        lanes = 32768 >> beside
     return lanes // (2 if itemsize == 8 else 1)
 
 
-def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, keeps: str = "exp") -> RowPlan:
+def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, beside: int = 0) -> RowPlan:
     """The plan for rows of V values, S of them neighbours.
 
-    unit_s: neighbouring rows lie side by side and V does not (the class axis in the middle). keeps: as `resident_lanes`.
+    unit_s: neighbouring rows lie side by side and V does not (the class axis in the middle). beside: as `resident_lanes`.
     """
     lanes = body_lanes(V, itemsize, mode)
     # what a thread keeps beside a lane costs registers, as do the ends of rows that begin anywhere: fewer lanes to a thread
-    spread = (1 if keeps == "exp" else 2) * (2 if mode == SHIFTED and keeps != "exp y" else 1)
+    spread = (2 if beside else 1) * (2 if mode == SHIFTED else 1)
     if unit_s and S > 1:
         block_r = min(next_power_of_2(S), 128 // itemsize)
         resident = 8192 // (2 if itemsize == 8 else 1) // block_r
     else:
         block_r = max(1, min(next_power_of_2(S), 4096 // next_power_of_2(lanes)))
-        resident = resident_lanes(keeps, itemsize, mode)
+        resident = resident_lanes(beside, itemsize, mode)
     if lanes <= resident:
         keep = next_power_of_2(lanes)
         return RowPlan(block_r, keep, keep, True, _warps(spread * block_r * keep))
-    keep = min(resident, {"exp": 32768, "dy y": 8192}.get(keeps, 4096))
-    block_v = max(min(keep, 4096 // block_r), 1)
-    return RowPlan(block_r, keep, block_v, False, _warps(2 * spread * block_r * keep))
+    if beside:
+        keep, block_v, num_warps = min(resident, 16384 >> beside), 4096 // block_r, 16
+    else:
+        keep, block_v, num_warps = resident, 16384 // itemsize // block_r, _warps(2 * spread * block_r * resident)
+    return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def backward(dy: torch.Tensor, y: torch.Tensor, dz: torch.Tensor) -> None:
     dy, y, dz = (rows_along_s(x) for x in (dy, y, dz))
     N, V, S = y.shape
     mode = run_mode(1, y, dy, dz)
-    plan = plan_rows(V, S, y.element_size(), mode, unit_s=y.stride(2) == 1 and y.stride(1) != 1, keeps="dy y")
+    plan = plan_rows(V, S, y.element_size(), mode, unit_s=y.stride(2) == 1 and y.stride(1) != 1, beside=1)
     tiles = cdiv(S, plan.BLOCK_R)
     _backward_kernel[(N * tiles,)](
         dy, y, dz, V, S, tiles, *dy.stride(), *y.stride(), *dz.stride(),
