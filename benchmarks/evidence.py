@@ -83,7 +83,7 @@ def _cross_entropy_case(
             "ignore_index": -100, "label_smoothing": loss.smoothing, "z_loss": 1e-4, "softcap": loss.softcap
         }  # fmt: skip
         if at_once:
-            extras = {"stats": stats, "denominator": one} if loss.more else {}
+            extras: dict[str, Any] = {"stats": stats, "denominator": one} if loss.more else {}
             cross_entropy.forward_backward(z, target, weight, losses, dz, invalid, **extras, **options)
         else:
             cross_entropy.forward(z, target, weight, losses, stats, invalid, **options)
