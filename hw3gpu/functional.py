@@ -6,6 +6,7 @@ accumulates in float32 and is rounded once. Formulas: docs/derivations.md, secti
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -43,36 +44,83 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`: (N, C, …) normalised per channel, over the batch or by the running statistics.
 
     input: (N, C, …) of float16, bfloat16, float32 or float64, of any strides; the result has its layout. weight, bias,
-    running_mean, running_var: (C,) of any floating dtype (float32 beside half precision), or None. In training the running
+    running_mean, running_var: (C,) of input's dtype, or float32 beside half precision, or None. In training the running
     statistics are updated in place: r <- (1 - momentum) r + momentum · new, the new variance with m/(m - 1).
 
-    Raises TypeError for kinds and dtypes; ValueError for shapes, for a single value per channel in training, and for missing
-    running statistics in evaluation. A second derivative raises RuntimeError.
+    residual: of input's shape and dtype, added to the result. activation: "relu", applied after that. Both cost no further pass
+    over the result; for the backward pass of "relu" one bit an element is kept.
+
+    Gradients of gradients, `torch.func` transforms and forward-mode derivatives are computed by the formula in PyTorch's
+    operations, without kernels. Raises TypeError for kinds and dtypes; ValueError for shapes, for a single value per channel
+    in training, and for missing running statistics in evaluation; RuntimeError for tensors on several devices. Where PyTorch
+    refuses an argument too, the exception is also of the type that PyTorch raises.
     """
-    _batch_norm_arguments(input, running_mean, running_var, weight, bias, training, eps)
-    return _batch_norm_autograd.batch_norm(input, weight, bias, running_mean, running_var, training, momentum or 0.0, eps)
+    _batch_norm_arguments(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if residual is not None or activation is not None:
+        residual = _fused_arguments(input, residual, activation)
+    return _batch_norm_autograd.batch_norm(
+        input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation == "relu"
+    )
 
 
-def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, eps):
+def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, momentum, eps):
     _floating_tensor(x, "input")
     if x.dim() < 2:
-        raise ValueError(f"input: expected (N, C, …), at least 2 axes, got shape {_check.shape_of(x)}")
-    C = x.shape[1]
-    named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
-    for name, v in named:
-        if v is not None and not (isinstance(v, Tensor) and v.dtype in _FLOATING and v.shape == (C,)):
-            _floating_tensor(v, name)
-            _check.shape(v, name, (C,), "one number per channel of input")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+        _check.rank_at_least(x, "input", 2, "N, C, …")
+    if type(training) is not bool:
+        raise TypeError(f"training: expected a bool, got {training!r}")
+    if type(eps) is not float or type(momentum) is not float:
+        _check.real_value(eps, "eps")
+        _check.real_value(momentum, "momentum")
+    if not eps >= 0 or (training and eps == 0):
+        raise ValueError(f"eps: expected a number {'above' if training else 'of at least'} 0, got {eps}")
+    if (running_mean is None) != (running_var is None) and training:
+        raise ValueError("running_mean and running_var: expected both or neither, got one")
     if not training and (running_mean is None or running_var is None):
-        raise ValueError("running_mean and running_var: expected both in evaluation (training=False), got None")
-    if training and C and x.numel() == C:
+        raise _check.ShapeError("running_mean and running_var: expected both in evaluation (training=False), got None")
+    vector = x.shape[1:2]
+    for name, v in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
+        if v is not None:
+            _of_channels(v, name, x, vector)
+    if training and x.shape[0] * math.prod(x.shape[2:]) == 1:
         raise ValueError(f"input: expected more than 1 value per channel when training, got shape {_check.shape_of(x)}")
+
+
+def _of_channels(v, name, x, vector):
+    """One number a channel of `x`, beside it."""
+    _tensor(v, name)
+    if v.dtype is not x.dtype and v.dtype is not accumulate_dtype(x):
+        allowed = dict.fromkeys(str(of).removeprefix("torch.") for of in (x.dtype, accumulate_dtype(x)))
+        _check.floating(v, name, tuple(allowed))
+    if v.shape != vector:
+        _check.shape(v, name, tuple(vector), "one number per channel of input")
+    if v.device != x.device:
+        raise RuntimeError(f"{name}: expected a tensor on {x.device}, where input is, got one on {v.device}")
+    if v.requires_grad and name.startswith("running") and torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: expected a tensor that asks for no gradient: there is none with respect to it")
+
+
+def _fused_arguments(x, residual, activation):
+    """Checks `activation`; `residual` as the kernels take it."""
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+    if residual is None:
+        return None
+    _tensor(residual, "residual")
+    _check.same_shape(residual, "residual", x, "input")
+    if residual.device != x.device:
+        raise RuntimeError(f"residual: expected a tensor on {x.device}, where input is, got one on {residual.device}")
+    if torch.is_autocast_enabled(x.device.type):
+        return as_dtype(residual, x.dtype)
+    _check.same_dtype(residual, "residual", x, "input")
+    return residual
 
 
 # ---------------------------------------------------------------------------------------------- softmax
