@@ -1,4 +1,4 @@
-"""Backward passes that have no derivative of their own, and say so."""
+"""What the autograd functions share, and backward passes that have no derivative of their own, and say so."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def accumulate_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which the kernels accumulate for `x`: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x.to(dtype)`, at no cost where it has that dtype."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def graph_is_needed(*tensors: torch.Tensor | None) -> bool:
+    """True where autograd records, and one of the tensors asks for a gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _NoDerivative(torch.autograd.Function):

@@ -6,6 +6,7 @@ anything is allocated. `TypeError` for kinds and dtypes, `ValueError` for shapes
 
 from __future__ import annotations
 
+import numbers
 from operator import index
 from typing import Any
 
@@ -15,6 +16,19 @@ Array = Any
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 INTEGER = ("uint8", "int8", "int16", "int32", "int64")
+
+
+# Where PyTorch refuses the same argument it has an exception of its own, and whoever catches that catches ours too.
+class ShapeError(ValueError, RuntimeError):
+    """A shape, or a value, that was not expected."""
+
+
+class RankError(ValueError, IndexError):
+    """Too few axes."""
+
+
+class DtypeError(TypeError, NotImplementedError):
+    """A dtype that was not expected."""
 
 
 def _dtype(x: Array) -> str:
@@ -29,37 +43,37 @@ def shape_of(x: Array) -> str:
 def floating(x: Array, name: str, allowed: tuple[str, ...] = FLOATING) -> None:
     """TypeError unless `x` holds one of the floating dtypes `allowed`."""
     if _dtype(x) not in allowed:
-        raise TypeError(f"{name}: expected dtype {', '.join(allowed)}, got {_dtype(x)}")
+        raise DtypeError(f"{name}: expected dtype {', '.join(allowed)}, got {_dtype(x)}")
 
 
 def integer(x: Array, name: str) -> None:
     """TypeError unless `x` holds integer classes."""
     if _dtype(x) not in INTEGER:
-        raise TypeError(f"{name}: expected integer classes ({', '.join(INTEGER)}), got {_dtype(x)}")
+        raise DtypeError(f"{name}: expected integer classes ({', '.join(INTEGER)}), got {_dtype(x)}")
 
 
 def same_dtype(x: Array, name: str, other: Array, other_name: str) -> None:
     """TypeError unless both arrays have one dtype."""
     if _dtype(x) != _dtype(other):
-        raise TypeError(f"{name}: expected the dtype of {other_name}, {_dtype(other)}, got {_dtype(x)}")
+        raise DtypeError(f"{name}: expected the dtype of {other_name}, {_dtype(other)}, got {_dtype(x)}")
 
 
 def same_shape(x: Array, name: str, other: Array, other_name: str) -> None:
     """ValueError unless both arrays have one shape."""
     if tuple(x.shape) != tuple(other.shape):
-        raise ValueError(f"{name}: expected the shape of {other_name}, {shape_of(other)}, got {shape_of(x)}")
+        raise ShapeError(f"{name}: expected the shape of {other_name}, {shape_of(other)}, got {shape_of(x)}")
 
 
 def shape(x: Array, name: str, expected: tuple[int, ...], meaning: str) -> None:
     """ValueError unless `x` has exactly the shape `expected`; `meaning` says what its sizes stand for."""
     if tuple(x.shape) != tuple(expected):
-        raise ValueError(f"{name}: expected shape {tuple(expected)} ({meaning}), got {shape_of(x)}")
+        raise ShapeError(f"{name}: expected shape {tuple(expected)} ({meaning}), got {shape_of(x)}")
 
 
 def rank_at_least(x: Array, name: str, least: int, meaning: str) -> None:
     """ValueError unless `x` has `least` axes or more."""
     if x.ndim < least:
-        raise ValueError(f"{name}: expected at least {least} axes ({meaning}), got shape {shape_of(x)}")
+        raise RankError(f"{name}: expected at least {least} axes ({meaning}), got shape {shape_of(x)}")
 
 
 def integer_value(value: Any, name: str) -> int:
@@ -70,6 +84,12 @@ def integer_value(value: Any, name: str) -> int:
         return index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})") from None
+
+
+def real_value(value: Any, name: str) -> None:
+    """TypeError unless `value` is a real number."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
 
 
 def axis(value: Any, name: str, x: Array, x_name: str) -> int:

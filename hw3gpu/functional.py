@@ -6,14 +6,15 @@ accumulates in float32 and is rounded once. Formulas: docs/derivations.md, secti
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import _arrays, _check
-from ._autograd import no_second_derivative
+from . import _arrays, _batch_norm_autograd, _check
+from ._autograd import accumulate_dtype, as_dtype, graph_is_needed, no_second_derivative
 from ._trace_autograd import minimize_trace
 
 __all__ = ["batch_norm", "cross_entropy", "minimize_trace", "softmax"]
@@ -33,77 +34,7 @@ def _floating_tensor(x: Tensor, name: str) -> None:
         _check.floating(x, name)
 
 
-def _accumulate_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _graph_is_needed(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 # ---------------------------------------------------------------------------------------------- batch normalisation
-class _BatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, training, momentum, eps):
-        y, stats = _batch_norm_forward(x, weight, bias, running_mean, running_var, training, momentum, eps)
-        ctx.save_for_backward(x, weight, stats)
-        ctx.training = training
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    @no_second_derivative("batch_norm")
-    def backward(ctx, dy):
-        x, weight, stats = ctx.saved_tensors
-        which = _arrays.backend(x)
-        see = _arrays.viewer(which)
-        dx, dx_folded = _arrays.output(x, 1, see)
-        C, acc = x.shape[1], stats.dtype
-        dgamma, dbeta = (torch.empty(C, dtype=acc, device=x.device) for _ in range(2))
-        stats = see(stats)
-        _arrays.kernels("batch_norm", which).__dict__["backward" if ctx.training else "inference_backward"](
-            _arrays.fold(see(dy), 1), _arrays.fold(see(x), 1), stats[:2], stats[2], see(_dense(weight)),
-            dx_folded, see(dgamma), see(dbeta),
-        )  # fmt: skip
-        dweight = _as(dgamma, weight.dtype) if ctx.needs_input_grad[1] else None
-        dbias = _as(dbeta, ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        return dx, dweight, dbias, None, None, None, None, None
-
-
-def _as(x, dtype):
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def _dense(v):
-    """A number a channel with unit stride, as the kernels walk it."""
-    return None if v is None else v.detach().contiguous() if not v.is_contiguous() else v
-
-
-def _batch_norm_forward(x, weight, bias, running_mean, running_var, training, momentum, eps):
-    """y, and what the backward pass needs: mean, what its rounding left, and rstd."""
-    which = _arrays.backend(x)
-    see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
-    y, y_folded = _arrays.output(x, 1, see)
-    stats = torch.empty((4, x.shape[1]), dtype=_accumulate_dtype(x), device=x.device)
-    x, weight, bias = _arrays.fold(see(x), 1), see(_dense(weight)), see(_dense(bias))
-    if training:
-        running = _dense(running_mean), _dense(running_var)
-        seen = see(stats)
-        kernels.forward(
-            x, weight, bias, y_folded, seen[:2], seen[3], seen[2], see(running[0]), see(running[1]), eps=eps, momentum=momentum
-        )
-        for given, updated in zip((running_mean, running_var), running, strict=True):
-            if updated is not given:
-                given.copy_(updated)
-    else:
-        stats[0] = running_mean
-        stats[1] = 0
-        stats[2] = (running_var.to(stats.dtype) + eps).rsqrt()
-        seen = see(stats)
-        kernels.normalize(x, seen[:2], seen[2], weight, bias, y_folded)
-    return y, stats
-
-
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -113,50 +44,83 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`: (N, C, …) normalised per channel, over the batch or by the running statistics.
 
     input: (N, C, …) of float16, bfloat16, float32 or float64, of any strides; the result has its layout. weight, bias,
-    running_mean, running_var: (C,) of any floating dtype (float32 beside half precision), or None. In training the running
+    running_mean, running_var: (C,) of input's dtype, or float32 beside half precision, or None. In training the running
     statistics are updated in place: r <- (1 - momentum) r + momentum · new, the new variance with m/(m - 1).
 
-    Raises TypeError for kinds and dtypes; ValueError for shapes, for a single value per channel in training, and for missing
-    running statistics in evaluation. A second derivative raises RuntimeError.
+    residual: of input's shape and dtype, added to the result. activation: "relu", applied after that. Both cost no further pass
+    over the result; for the backward pass of "relu" one bit an element is kept.
+
+    Gradients of gradients, `torch.func` transforms and forward-mode derivatives are computed by the formula in PyTorch's
+    operations, without kernels. Raises TypeError for kinds and dtypes; ValueError for shapes, for a single value per channel
+    in training, and for missing running statistics in evaluation; RuntimeError for tensors on several devices. Where PyTorch
+    refuses an argument too, the exception is also of the type that PyTorch raises.
     """
-    _batch_norm_arguments(input, running_mean, running_var, weight, bias, training, eps)
-    if input.numel() == 0:
-        return _empty_batch_norm(input, weight, bias)
-    momentum = 0.0 if momentum is None else momentum
-    if _graph_is_needed(input, weight, bias):
-        return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps)
-    return _batch_norm_forward(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
+    _batch_norm_arguments(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if residual is not None or activation is not None:
+        residual = _fused_arguments(input, residual, activation)
+    return _batch_norm_autograd.batch_norm(
+        input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation == "relu"
+    )
 
 
-def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, eps):
+def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, momentum, eps):
     _floating_tensor(x, "input")
     if x.dim() < 2:
-        raise ValueError(f"input: expected (N, C, …), at least 2 axes, got shape {_check.shape_of(x)}")
-    C = x.shape[1]
-    named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
-    for name, v in named:
-        if v is not None and not (isinstance(v, Tensor) and v.dtype in _FLOATING and v.shape == (C,)):
-            _floating_tensor(v, name)
-            _check.shape(v, name, (C,), "one number per channel of input")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+        _check.rank_at_least(x, "input", 2, "N, C, …")
+    if type(training) is not bool:
+        raise TypeError(f"training: expected a bool, got {training!r}")
+    if type(eps) is not float or type(momentum) is not float:
+        _check.real_value(eps, "eps")
+        _check.real_value(momentum, "momentum")
+    if not eps >= 0 or (training and eps == 0):
+        raise ValueError(f"eps: expected a number {'above' if training else 'of at least'} 0, got {eps}")
+    if (running_mean is None) != (running_var is None) and training:
+        raise ValueError("running_mean and running_var: expected both or neither, got one")
     if not training and (running_mean is None or running_var is None):
-        raise ValueError("running_mean and running_var: expected both in evaluation (training=False), got None")
-    if training and C and x.numel() == C:
+        raise _check.ShapeError("running_mean and running_var: expected both in evaluation (training=False), got None")
+    vector = x.shape[1:2]
+    for name, v in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
+        if v is not None:
+            _of_channels(v, name, x, vector)
+    if training and x.shape[0] * math.prod(x.shape[2:]) == 1:
         raise ValueError(f"input: expected more than 1 value per channel when training, got shape {_check.shape_of(x)}")
 
 
-def _empty_batch_norm(x, weight, bias):
-    """The graph stays whole: gradients of an empty batch are empty or zero."""
-    y = x.clone()
-    for v in (weight, bias):
-        if v is not None:
-            y = y + 0 * v.sum().to(x.dtype)
-    return y
+def _of_channels(v, name, x, vector):
+    """One number a channel of `x`, beside it."""
+    _tensor(v, name)
+    if v.dtype is not x.dtype and v.dtype is not accumulate_dtype(x):
+        allowed = dict.fromkeys(str(of).removeprefix("torch.") for of in (x.dtype, accumulate_dtype(x)))
+        _check.floating(v, name, tuple(allowed))
+    if v.shape != vector:
+        _check.shape(v, name, tuple(vector), "one number per channel of input")
+    if v.device != x.device:
+        raise RuntimeError(f"{name}: expected a tensor on {x.device}, where input is, got one on {v.device}")
+    if v.requires_grad and name.startswith("running") and torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: expected a tensor that asks for no gradient: there is none with respect to it")
+
+
+def _fused_arguments(x, residual, activation):
+    """Checks `activation`; `residual` as the kernels take it."""
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+    if residual is None:
+        return None
+    _tensor(residual, "residual")
+    _check.same_shape(residual, "residual", x, "input")
+    if residual.device != x.device:
+        raise RuntimeError(f"residual: expected a tensor on {x.device}, where input is, got one on {residual.device}")
+    if torch.is_autocast_enabled(x.device.type):
+        return as_dtype(residual, x.dtype)
+    _check.same_dtype(residual, "residual", x, "input")
+    return residual
 
 
 # ---------------------------------------------------------------------------------------------- softmax
@@ -203,7 +167,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
         return softmax(z.reshape(1), dim).reshape(())
     if not -z.dim() <= dim < z.dim():
         raise IndexError(f"dim: expected an axis of input with shape {_check.shape_of(z)}, got {dim}")
-    return _Softmax.apply(z, dim) if _graph_is_needed(z) else _softmax_forward(z, dim)
+    return _Softmax.apply(z, dim) if graph_is_needed(z) else _softmax_forward(z, dim)
 
 
 # ---------------------------------------------------------------------------------------------- cross entropy
@@ -215,7 +179,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.reduction, ctx.options = reduction, {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
         result, denominator, stats = _loss(logits, target, weight, reduction, ctx.options)
         ctx.save_for_backward(logits, target, weight, stats, denominator)
-        return _as(result, logits.dtype)
+        return as_dtype(result, logits.dtype)
 
     @staticmethod
     @no_second_derivative("cross_entropy")
@@ -249,7 +213,7 @@ class _CrossEntropyStep(torch.autograd.Function):
         result, dlogits = _loss_and_gradient(logits, target, weight, 1.0, ctx.options)
         ctx.save_for_backward(logits, target, weight, dlogits)
         ctx.handed_out = False
-        return _as(result, logits.dtype)
+        return as_dtype(result, logits.dtype)
 
     @staticmethod
     @no_second_derivative("cross_entropy")
@@ -291,7 +255,7 @@ def _loss(logits, target, weight, reduction, options):
     see, kernels, device = _arrays.viewer(which), _arrays.kernels("cross_entropy", which), logits.device
     z, t = _rows(see(logits), see(target))
     N, V, S = z.shape
-    acc, seen_weight = _accumulate_dtype(logits), see(weight)
+    acc, seen_weight = accumulate_dtype(logits), see(weight)
     loss = torch.empty((N, S), dtype=acc, device=device)
     stats = torch.empty((3, N, S), dtype=acc, device=device)
     invalid = torch.full((1,), N * S, dtype=torch.int64, device=device)
@@ -317,7 +281,7 @@ def _loss_and_gradient(logits, target, weight, upstream, options, dlogits=None):
         dlogits, dz = _arrays.output(logits, _class_axis(logits), see)
     else:
         dz = _arrays.fold(see(dlogits), _class_axis(logits))
-    result, invalid = torch.empty((), dtype=_accumulate_dtype(logits)), np.array((N * S,))
+    result, invalid = torch.empty((), dtype=accumulate_dtype(logits)), np.array((N * S,))
     _arrays.kernels("cross_entropy_step", "cpu").forward_backward(
         z, t, see(weight), see(result).reshape(1), dz, invalid, upstream=upstream, **options
     )
@@ -386,7 +350,7 @@ def _cross_entropy_arguments(z, target, weight, ignore_index, reduction, label_s
     if weight is not None:
         _floating_tensor(weight, "weight")
         _check.shape(weight, "weight", (C,), "one weight per class")
-        weight = weight.detach().to(_accumulate_dtype(z)).contiguous()
+        weight = weight.detach().to(accumulate_dtype(z)).contiguous()
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:

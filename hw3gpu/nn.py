@@ -9,32 +9,59 @@ import torch
 from torch import Tensor
 
 from . import functional
+from ._autograd import accumulate_dtype
 from .shapes import conv2d_output_shape
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Conv2D", "CrossEntropyLoss", "convert_batch_norm"]
 
 
 class _BatchNormForward(torch.nn.modules.batchnorm._BatchNorm):
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, C, …) normalised; in training the running statistics are updated in place."""
+    """What the modules of batch normalisation share.
+
+    activation: "relu", or None. It is no part of the state: a `state_dict` is PyTorch's.
+    """
+
+    activation: str | None = None
+
+    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if activation not in (None, "relu"):
+            raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(N, C, …) normalised, plus `residual`, through `activation`; in training the running statistics are updated in place."""
         self._check_input_dim(input)
-        momentum = self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        tracked = self.training and self.track_running_stats and self.num_batches_tracked is not None
+        if tracked:
             self.num_batches_tracked.add_(1)
-            if momentum is None:  # a cumulative average
-                momentum = 1.0 / float(self.num_batches_tracked)
+        used = not self.training or self.track_running_stats
+        running = (self.running_mean, self.running_var) if used else (None, None)
+        if tracked and self.momentum is None and self.running_mean is not None and self.running_var is not None:
+            latest = tuple(torch.zeros_like(v, dtype=accumulate_dtype(input)) for v in running)
+            y = self._normalize(input, *latest, 1.0, residual)
+            _average_in(running, latest, self.num_batches_tracked)
+            return y
+        return self._normalize(input, *running, 0.0 if self.momentum is None else self.momentum, residual)
+
+    def _normalize(
+        self, input: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float, residual: Tensor | None
+    ) -> Tensor:
         by_batch = self.training or (self.running_mean is None and self.running_var is None)
-        tracked = not self.training or self.track_running_stats
         return functional.batch_norm(
-            input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.weight,
-            self.bias,
-            by_batch,
-            0.0 if momentum is None else momentum,
-            self.eps,
-        )
+            input, mean, var, self.weight, self.bias, by_batch, momentum, self.eps,
+            residual=residual, activation=self.activation,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+
+
+def _average_in(running: tuple[Tensor, Tensor], latest: tuple[Tensor, Tensor], batches: Tensor) -> None:
+    """A cumulative average: r <- r + (latest - r) / batches, whose number stays on the device."""
+    share = batches.double().reciprocal()
+    for old, new in zip(running, latest, strict=True):
+        old.copy_(old + (new - old.double()) * share)
 
 
 class BatchNorm1d(_BatchNormForward, torch.nn.BatchNorm1d):

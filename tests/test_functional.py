@@ -296,7 +296,7 @@ def call(name, x):
 FUNCTIONS = ["batch_norm", "softmax", "cross_entropy"]
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "batch_norm"])
 def test_a_second_derivative_is_refused(device, rng, name):
     x = tensor(rng.standard_normal((4, 3)), "float64", device, grad=True)
     (dx,) = torch.autograd.grad(call(name, x).pow(2).sum(), x, create_graph=True)
@@ -344,7 +344,7 @@ def test_parameters_and_subclasses_are_tensors(device, rng, name):
          {"training": True}),
         (TypeError, r"weight: expected a torch.Tensor, got builtins.list", (ones(2, 3), None, None, [1.0]), {"training": True}),
         (TypeError, r"bias: expected dtype .* got int64", (ones(2, 3), None, None, None, zeros(3)), {"training": True}),
-        (ValueError, r"input: expected \(N, C, …\), at least 2 axes, got shape \(3,\)", (ones(3), None, None),
+        (ValueError, r"input: expected at least 2 axes \(N, C, …\), got shape \(3,\)", (ones(3), None, None),
          {"training": True}),
         (ValueError, r"weight: expected shape \(3,\) \(one number per channel of input\), got \(2,\)",
          (ones(2, 3), None, None, ones(2)), {"training": True}),

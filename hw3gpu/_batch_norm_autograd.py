@@ -1,0 +1,296 @@
+"""Batch normalisation in torch's autograd: docs/derivations.md, section 2.
+
+A call takes one of three ways. Eager: `_BatchNorm`, or `run` alone where no graph is needed. Traced: the operators below, around
+the same functions. Inside `torch.func` transforms, in forward mode, and where a gradient is to be differentiated again, the
+formula in PyTorch's own operations, which has derivatives of every order.
+
+With `relu`, `mask` keeps for each element whether it passed: a buffer of the kernels' own, one bit an element.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _arrays, _ops
+from ._autograd import accumulate_dtype, as_dtype, graph_is_needed
+
+
+def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, residual=None, relu=False):
+    """y = x̂ γ + β, or relu(… + residual); the arguments are checked."""
+    args = (x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu)
+    if _ops.traced(x):
+        return _traced(*args)
+    if _ops.transformed():
+        return _formula(*args)
+    if graph_is_needed(x, weight, bias, residual):
+        return _BatchNorm.apply(*args)
+    return run(*args)[0]
+
+
+# ---------------------------------------------------------------------------------------------- forward and backward
+def run(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu):
+    """y, and what `run_backward` needs: stats (mean, what its rounding left, rstd, and var in training), and mask."""
+    which = _arrays.backend(x)
+    see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
+    y, y_folded = _arrays.output(x, 1, see)
+    stats = torch.empty((4 if training else 3, x.shape[1]), dtype=accumulate_dtype(x), device=x.device)
+    if not x.numel():
+        return y, stats.zero_(), None
+    folded, seen, weight, bias = _arrays.fold(see(x), 1), see(stats), see(_dense(weight)), see(_dense(bias))
+    mask, fused = None, {}
+    if residual is not None:
+        fused["residual"] = _arrays.fold(see(residual), 1)
+    if relu:
+        mask = torch.empty(kernels.mask_size(folded), dtype=torch.uint8, device=x.device)
+        fused["mask"] = see(mask)
+    if training:
+        running = _dense(running_mean), _dense(running_var)
+        kernels.forward(
+            folded, weight, bias, y_folded, seen[:2], seen[3], seen[2], see(running[0]), see(running[1]),
+            eps=eps, momentum=momentum, **fused,
+        )  # fmt: skip
+        for given, updated in zip((running_mean, running_var), running, strict=True):
+            if updated is not given:
+                given.copy_(updated)
+    else:
+        stats[0] = running_mean
+        stats[1] = 0
+        stats[2] = (running_var.to(stats.dtype) + eps).rsqrt()
+        kernels.normalize(folded, seen[:2], seen[2], weight, bias, y_folded, **fused)
+    return y, stats, mask
+
+
+def run_backward(dy, x, weight, stats, mask, training, relu, residual):
+    """dx, dgamma, dbeta in the accumulation dtype, and dresidual where `residual` asks for it: dy itself without `relu`."""
+    which = _arrays.backend(x)
+    see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
+    dx, dx_folded = _arrays.output(x, 1, see)
+    C, acc = x.shape[1], stats.dtype
+    dgamma, dbeta = (torch.empty(C, dtype=acc, device=x.device) for _ in range(2))
+    if not x.numel():
+        return dx, dgamma.zero_(), dbeta.zero_(), dy if residual else None
+    dresidual, fused = dy if residual else None, {}
+    if relu:
+        fused["mask"] = see(mask)
+        if residual:
+            dresidual, fused["dresidual"] = _arrays.output(x, 1, see)
+    seen = see(stats)
+    (kernels.backward if training else kernels.inference_backward)(
+        _arrays.fold(see(dy), 1), _arrays.fold(see(x), 1), seen[:2], seen[2], see(_dense(weight)), dx_folded,
+        see(dgamma), see(dbeta), **fused,
+    )  # fmt: skip
+    return dx, dgamma, dbeta, dresidual
+
+
+def _dense(v):
+    """A number a channel with unit stride, as the kernels walk it."""
+    return None if v is None else v.detach().contiguous() if not v.is_contiguous() else v
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+class _BatchNorm(torch.autograd.Function):
+    """An eager call."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        y, stats, mask = run(*args)
+        _save(ctx, args, stats, mask)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _gradients(ctx, dy, run_backward)
+
+
+class _TracedBatchNorm(torch.autograd.Function):
+    """The operators' autograd: the same, with the operators in the place of what they run."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        y, stats, mask = _ops.below_autograd(*_operator(*args))
+        _save(ctx, args, stats, mask)
+        ctx.mark_non_differentiable(stats, mask)
+        ctx.set_materialize_grads(False)
+        return y, stats, mask
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        return (None,) * 10 if dy is None else _gradients(ctx, dy, _traced_backward)
+
+
+def _save(ctx, args, stats, mask):
+    x, weight, bias, _, _, ctx.training, _, ctx.eps, residual, ctx.relu = args
+    ctx.save_for_backward(x, weight, stats, mask)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _gradients(ctx, dy, backward):
+    x, weight, stats, mask = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if torch.is_grad_enabled():  # somebody will differentiate again
+        backward = _differentiable_backward(backward, ctx.eps)
+    dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, mask, ctx.training, ctx.relu, needs[8])
+    return (
+        dx if needs[0] else None,
+        as_dtype(dgamma, weight.dtype) if needs[1] else None,
+        as_dtype(dbeta, ctx.bias_dtype) if needs[2] else None,
+        *(None,) * 5,
+        dresidual if needs[8] else None,
+        None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- operators
+_OPTIONS = "float eps, Tensor? residual, bool relu"
+_RESULTS = "(Tensor y, Tensor stats, Tensor mask)"
+
+
+def _run_training(x, weight, bias, running_mean, running_var, momentum, *options):
+    return _as_outputs(run(x, weight, bias, running_mean, running_var, True, momentum, *options))
+
+
+def _run_evaluation(x, weight, bias, running_mean, running_var, *options):
+    return _as_outputs(run(x, weight, bias, running_mean, running_var, False, 0.0, *options))
+
+
+def _as_outputs(results):
+    """An operator gives a tensor for every result."""
+    return tuple(results[0].new_empty(0, dtype=torch.uint8) if r is None else r for r in results)
+
+
+def _run_backward_operator(dy, x, weight, stats, mask, training, relu, residual):
+    return _as_outputs(run_backward(dy, x, weight, stats, mask, training, relu, residual and relu))
+
+
+def _fake_training(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu):
+    return _fake(x, 4, relu)
+
+
+def _fake_evaluation(x, weight, bias, running_mean, running_var, eps, residual, relu):
+    return _fake(x, 3, relu)
+
+
+def _fake(x, rows, relu):
+    stats = x.new_empty((rows, x.shape[1]), dtype=accumulate_dtype(x))
+    return _ops.fake_output(x, 1), stats, x.new_empty(mask_size(x) if relu else 0, dtype=torch.uint8)
+
+
+def _fake_backward(dy, x, weight, stats, mask, training, relu, residual):
+    dx, C = _ops.fake_output(x, 1), x.shape[1]
+    return dx, stats.new_empty(C), stats.new_empty(C), torch.empty_like(dx) if residual and relu else mask.new_empty(0)
+
+
+def _autograd_training(x, weight, bias, running_mean, running_var, momentum, *options):
+    return _TracedBatchNorm.apply(x, weight, bias, running_mean, running_var, True, momentum, *options)
+
+
+def _autograd_evaluation(x, weight, bias, running_mean, running_var, *options):
+    return _TracedBatchNorm.apply(x, weight, bias, running_mean, running_var, False, 0.0, *options)
+
+
+TRAINING = _ops.define(
+    "batch_norm_training(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    f"float momentum, {_OPTIONS}) -> {_RESULTS}",
+    _run_training,
+    _fake_training,
+    _autograd_training,
+)
+EVALUATION = _ops.define(
+    "batch_norm_evaluation(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+    f"{_OPTIONS}) -> {_RESULTS}",
+    _run_evaluation,
+    _fake_evaluation,
+    _autograd_evaluation,
+)
+BACKWARD = _ops.define(
+    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor mask, bool training, bool relu, "
+    "bool residual) -> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
+    _run_backward_operator,
+    _fake_backward,
+)
+
+
+def _operator(x, weight, bias, running_mean, running_var, training, momentum, *options):
+    """The operator of a call, and its arguments."""
+    if training:
+        return TRAINING, x, weight, bias, running_mean, running_var, momentum, *options
+    return EVALUATION, x, weight, bias, running_mean, running_var, *options
+
+
+def _traced(*args):
+    op, *args = _operator(*args)
+    return op(*args)[0]
+
+
+def _traced_backward(dy, x, weight, stats, mask, training, relu, residual):
+    dx, dgamma, dbeta, dresidual = BACKWARD(dy, x, weight, stats, mask, training, relu, residual)
+    return dx, dgamma, dbeta, dresidual if relu else dy
+
+
+# ---------------------------------------------------------------------------------------------- the formula
+def _formula(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu):
+    """The same function in PyTorch's operations."""
+    acc = accumulate_dtype(x)
+    values = x.to(acc)
+    if training:
+        deviations, var, rstd = _centred(values, eps)
+        if running_mean is not None and values.numel():
+            m = values.numel() / values.shape[1]
+            mean = (values - deviations).mean(_over(x))
+            running_mean.copy_((1 - momentum) * running_mean.to(acc) + momentum * mean.detach())
+            running_var.copy_((1 - momentum) * running_var.to(acc) + momentum * (m / (m - 1)) * var.detach().flatten())
+    else:
+        deviations = values - _wide(running_mean, x)
+        rstd = (_wide(running_var, x) + eps).rsqrt()
+    y = deviations * rstd
+    if weight is not None:
+        y = y * _wide(weight, x)
+    if bias is not None:
+        y = y + _wide(bias, x)
+    if residual is not None:
+        y = y + residual
+    return (y.relu() if relu else y).to(x.dtype)
+
+
+def _differentiable_backward(backward, eps):
+    """`run_backward` in PyTorch's operations; the mask is unpacked by the kernels of `backward`, as its gradient of ones."""
+
+    def formula(dy, x, weight, stats, mask, training, relu, residual):
+        if relu:
+            with torch.no_grad():
+                passed = backward(torch.ones_like(dy), x, weight, stats, mask, False, True, True)[3]
+            dy = dy * passed
+        upstream, values = dy.to(stats.dtype), x.to(stats.dtype)
+        if training:
+            deviations, _, rstd = _centred(values, eps)
+        else:
+            deviations = values - _wide(stats[0], x) - _wide(stats[1], x)
+            rstd = _wide(stats[2], x)
+        x_hat = deviations * rstd
+        dgamma, dbeta = (upstream * x_hat).sum(_over(x)), upstream.sum(_over(x))
+        scale = rstd if weight is None else rstd * _wide(weight, x)
+        dx = upstream
+        if training:
+            m = max(x.numel() // max(x.shape[1], 1), 1)
+            dx = dx - _wide(dbeta, x) / m - x_hat * (_wide(dgamma, x) / m)
+        return (dx * scale).to(x.dtype), dgamma, dbeta, dy if residual else None
+
+    return formula
+
+
+def _over(x):
+    return (0, *range(2, x.dim()))
+
+
+def _wide(v, x):
+    """A number a channel, as it broadcasts against x, in the accumulation dtype."""
+    return v.to(accumulate_dtype(x)).view(-1, *(1,) * (x.dim() - 2))
+
+
+def _centred(values, eps):
+    """x - μ, σ² and rstd. The second mean is what the rounding of the first has left."""
+    deviations = values - values.mean(_over(values), keepdim=True)
+    deviations = deviations - deviations.mean(_over(values), keepdim=True)
+    var = deviations.square().mean(_over(values), keepdim=True)
+    return deviations, var, (var + eps).rsqrt()

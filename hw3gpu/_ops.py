@@ -1,0 +1,67 @@
+"""The kernels as operators of `torch.library`, for `torch.compile`, `torch.export` and whatever else reads a graph.
+
+An eager call goes from an autograd function straight to a launcher: an operator costs several times as much. Where somebody
+traces (`traced`), the call goes through `torch.ops.hw3gpu.*` instead, which stays in the graph as one opaque node. An operator
+is made of a schema, in which what is written is marked (`Tensor(a!)`), of `run`, what an eager call does too, of `fake`, its
+outputs without their elements, and of `autograd`, which calls an autograd function. Its outputs never share memory with inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+__all__ = ["below_autograd", "define", "fake_output", "traced", "transformed"]
+
+_LIBRARY = torch.library.Library("hw3gpu", "DEF")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any] | None = None) -> Any:
+    """Registers `hw3gpu::name(…) -> …` and returns it. Without `autograd` a graph through it is refused by PyTorch."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"hw3gpu::{name}", fake, lib=_LIBRARY)
+    if autograd is not None:
+        _LIBRARY.impl(name, autograd, "Autograd")
+    return getattr(torch.ops.hw3gpu, name).default
+
+
+def below_autograd(op: Any, *args: Any) -> Any:
+    """The operator without its `autograd`: for the forward of the autograd function that `autograd` calls."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def traced(x: torch.Tensor) -> bool:
+    """True where a call for `x` is to be an operator: under the compiler, `torch.jit.trace`, a dispatch mode, for fake and meta tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or x.device.type == "meta"
+    )
+
+
+def transformed() -> bool:
+    """True inside `torch.func` transforms (vmap, grad, jvp, …) and forward-mode differentiation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def fake_output(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """What `_arrays.output` makes for `x`, without its elements: its layout, or a contiguous one where that does not fold."""
+    out = torch.empty_like(x)
+    axis %= x.dim()
+    outer, inner = x.shape[:axis], x.shape[axis + 1 :]
+    try:
+        out.view(math.prod(outer), x.shape[axis], math.prod(inner))
+    except RuntimeError:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return out
