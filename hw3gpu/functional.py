@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _batch_norm_autograd, _check, _cross_entropy_autograd, _softmax_autograd
-from ._autograd import accumulate_dtype
+from . import _batch_norm_autograd, _check, _cross_entropy, _softmax_autograd
+from ._autograd import accumulate_dtype, as_dtype
+from ._cross_entropy_formula import CrossEntropyStatistics, Options, loss_shape
+from ._targets import check_targets
 from ._trace_autograd import minimize_trace
 
-__all__ = ["batch_norm", "cross_entropy", "minimize_trace", "softmax"]
+__all__ = ["CrossEntropyStatistics", "batch_norm", "check_targets", "cross_entropy", "minimize_trace", "softmax"]
 
 _REDUCTIONS = ("none", "mean", "sum")
+_GRADIENTS = ("auto", "forward", "backward")
+_ALL_IGNORED = ("nan", "zero")
+_HALVES = (torch.float16, torch.bfloat16)
 _FLOATING = {getattr(torch, name) for name in _check.FLOATING}
 
 
@@ -152,45 +158,97 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Tensor:
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    gradient: str = "auto",
+    all_ignored: str = "nan",
+    return_stats: bool = False,
+) -> Any:
     """`torch.nn.functional.cross_entropy`: softmax cross entropy of logits with classes or class probabilities.
 
     input: logits (C,), (N, C) or (N, C, d1, …) of float16, bfloat16, float32 or float64, of any strides. target: integer
     classes (), (N,) or (N, d1, …), `ignore_index` among them, or probabilities of input's shape. weight: (C,) class weights.
-    The loss has input's dtype; it and the gradient are computed in float32 for half precision.
+    The loss has input's dtype, float32 for half precision under autocast; it and the gradient are computed in float32 for half
+    precision.
 
-    Raises TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a class out of range. On a GPU
-    nothing waits for the device: a row whose class is out of range gives NaN. A second derivative raises RuntimeError.
+    Beyond PyTorch's arguments (docs/derivations.md, section 3.6):
+
+    z_loss: ζ ≥ 0; every row's loss gains ζ (log Σ exp z)². It is reduced with the rest, and no class weight applies to it.
+    softcap: τ > 0; τ tanh(z/τ) takes the place of the logits.
+    gradient: when the gradient of input is computed. "backward": in the backward pass, from the logits read again: 3 passes
+        over input-sized memory in all, for any upstream gradient. "forward": in the forward pass for an upstream gradient of 1,
+        and anew in the backward pass for the rows that have another: 2 passes, or 4; input-sized memory is held in between.
+        "auto": "forward" on the CPU for a reduced loss, else "backward". A compiled graph takes "backward".
+    all_ignored: what the mean over no rows is: "nan", as PyTorch's, or "zero".
+    return_stats: return (loss, `CrossEntropyStatistics`): lse, log_prob, entropy and correct of every row, from the same pass.
+
+    Gradients of gradients, `torch.func` transforms and forward-mode derivatives are computed by the formula in PyTorch's
+    operations, without kernels. Raises TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a class
+    out of range; where PyTorch refuses an argument too, the exception is also of the type that PyTorch raises. On a GPU nothing
+    waits for the device: a row whose class is out of range gives NaN, and a later call, or `check_targets`, raises the
+    IndexError.
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     weight = _cross_entropy_arguments(input, target, weight, ignore_index, reduction, label_smoothing)
-    return _cross_entropy_autograd.cross_entropy(input, target, weight, ignore_index, reduction, float(label_smoothing))
+    _extra_arguments(z_loss, softcap, gradient, all_ignored)
+    options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero")
+    loss, stats = _cross_entropy.cross_entropy(input, target, weight, options, gradient, return_stats)
+    loss = as_dtype(loss, _loss_dtype(input, target))
+    return (loss, stats) if return_stats else loss
+
+
+def _loss_dtype(x, target):
+    if x.dtype in _HALVES and torch.is_autocast_enabled(x.device.type):
+        return torch.float32
+    return torch.promote_types(x.dtype, target.dtype) if target.is_floating_point() else x.dtype
 
 
 def _cross_entropy_arguments(z, target, weight, ignore_index, reduction, label_smoothing):
-    """Checks every argument; the class weights in the kernels' dtype."""
+    """Checks every argument that PyTorch's function has; the class weights in the kernels' dtype."""
     _floating_tensor(z, "input")
     _tensor(target, "target")
     if z.dim() == 0:
-        raise ValueError("input: expected (C,), (N, C) or (N, C, d1, …), got shape ()")
+        raise _check.ShapeError("input: expected (C,), (N, C) or (N, C, d1, …), got shape ()")
     C = z.shape[min(z.dim() - 1, 1)]
     if C == 0:
         raise ValueError(f"input: expected at least one class, got shape {_check.shape_of(z)}")
     if target.is_floating_point():
         if ignore_index >= 0:
-            raise ValueError(f"ignore_index: expected none with probabilities as target, got {ignore_index}")
+            raise _check.ShapeError(f"ignore_index: expected none with probabilities as target, got {ignore_index}")
         _check.floating(target, "target")
         _check.same_shape(target, "target", z, "input")
     else:
         _check.integer(target, "target")
-        _check.shape(target, "target", _cross_entropy_autograd.loss_shape(z), "one class per row of input")
+        _check.shape(target, "target", loss_shape(z), "one class per row of input")
+    if target.device != z.device:
+        raise RuntimeError(f"target: expected a tensor on {z.device}, where input is, got one on {target.device}")
     if weight is not None:
         _floating_tensor(weight, "weight")
         _check.shape(weight, "weight", (C,), "one weight per class")
-        weight = weight.detach().to(accumulate_dtype(z)).contiguous()
+        if weight.device != z.device:
+            raise RuntimeError(f"weight: expected a tensor on {z.device}, where input is, got one on {weight.device}")
+        weight = as_dtype(weight.detach(), accumulate_dtype(z)).contiguous()
+    if type(ignore_index) is not int:
+        _check.integer_value(ignore_index, "ignore_index")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    _check.real_value(label_smoothing, "label_smoothing")
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+        raise _check.ShapeError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
     return weight
+
+
+def _extra_arguments(z_loss, softcap, gradient, all_ignored):
+    """Checks the arguments that PyTorch's function does not have."""
+    _check.real_value(z_loss, "z_loss")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
+    if softcap is not None:
+        _check.real_value(softcap, "softcap")
+        _check.positive(softcap, "softcap")
+    if gradient not in _GRADIENTS:
+        raise ValueError(f"gradient: expected one of {', '.join(_GRADIENTS)}, got {gradient!r}")
+    if all_ignored not in _ALL_IGNORED:
+        raise ValueError(f"all_ignored: expected one of {', '.join(_ALL_IGNORED)}, got {all_ignored!r}")

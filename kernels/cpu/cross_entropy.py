@@ -383,8 +383,8 @@ def forward(
         loss.fill(0.0)
         stats.fill(0.0)
     elif z_loss or softcap is not None or len(stats) > 3:
-        given = (z, target, weight, loss, stats, None, invalid, None, None, False)
-        _rows_with_options(*given, ignore_index, smoothing, z_loss, softcap)
+        rows_of = (z, target, weight, loss, stats, None, invalid, None, None, False)
+        _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap)
     elif soft:
         weight, _ = _weights(weight, z, False)
         run(_soft_forward, rows, z.nbytes + target.nbytes, z, target, weight, loss, stats, smoothing)
@@ -410,8 +410,8 @@ def backward(
     rows, smoothing, soft = stats[0].size, float(label_smoothing), target.ndim == 3
     if z_loss or softcap is not None:
         invalid = np.empty(1, np.int64)  # reported by the forward pass
-        given = (z, target, weight, np.empty_like(stats[0]), None, dz, invalid, upstream, denominator, unless_one)
-        _rows_with_options(*given, ignore_index, smoothing, z_loss, softcap)
+        rows_of = (z, target, weight, np.empty_like(stats[0]), None, dz, invalid, upstream, denominator, unless_one)
+        _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap)
         return
     weight, _ = _weights(weight, z, smoothing != 0.0 and not soft)
     upstream = to_accumulate(upstream, upstream.size, weight.dtype, 1.0)
@@ -450,8 +450,8 @@ def _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_in
             stats.fill(0.0)
     elif z_loss or softcap is not None or stats is not None:
         upstream = np.full(loss.shape, g, loss.dtype)
-        given = (z, target, weight, loss, stats, dz, invalid, upstream, None, False)
-        _rows_with_options(*given, ignore_index, smoothing, z_loss, softcap)
+        rows_of = (z, target, weight, loss, stats, dz, invalid, upstream, None, False)
+        _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap)
     elif soft:
         weight, _ = _weights(weight, z, False)
         cost = 2 * z.nbytes + target.nbytes
@@ -474,11 +474,11 @@ def _rows_with_options(
     numbers = (float(smoothing), float(z_loss), 0.0 if softcap is None else float(softcap))
     cost = z.nbytes + dz.nbytes
     if target.ndim == 3:
-        given = (z, target, weight, loss, stats, dz, upstream, denominator, unless_one)
-        run(soft_rows, loss.size, cost + target.nbytes, *given, *numbers)
+        of_probabilities = (z, target, weight, loss, stats, dz, upstream, denominator, unless_one)
+        run(soft_rows, loss.size, cost + target.nbytes, *of_probabilities, *numbers)
     else:
-        given = (z, _classes(target), weight, loss, stats, dz, invalid, upstream, denominator, unless_one)
-        run(hard_rows, loss.size, cost, *given, int(ignore_index), *numbers)
+        of_classes = (z, _classes(target), weight, loss, stats, dz, invalid, upstream, denominator, unless_one)
+        run(hard_rows, loss.size, cost, *of_classes, int(ignore_index), *numbers)
 
 
 def count(target, weight, denominator, *, ignore_index: int) -> None:

@@ -23,13 +23,18 @@ def _divide(loss, denominator, result):
 
 
 def forward_backward(
-    z, target, weight, result, dz, invalid, *, stats=None, upstream: float, mean: bool,
+    z, target, weight, result, dz, invalid, *, stats=None, upstream: float, mean: bool, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """result (1,), and dz for the upstream gradient of `result`; stats and invalid as `cross_entropy.forward` leaves them."""
+    """result (1,), and dz for the upstream gradient of `result`; stats and invalid as `cross_entropy.forward` leaves them.
+
+    `zero_if_ignored`: a mean over nothing is 0, not 0/0.
+    """
     denominator = np.ones(1)
     if mean:
         count(target, weight, denominator, ignore_index=ignore_index)
+    if zero_if_ignored and denominator[0] == 0:
+        denominator[0] = np.inf
     loss = np.empty((z.shape[0], z.shape[2]), result.dtype)
     g = _quotient(upstream, denominator[0])
     _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap)
