@@ -132,10 +132,16 @@ def _fused_arguments(x, residual, activation):
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """`torch.nn.functional.softmax`: exp(z) / Σ exp(z) along `dim`.
 
-    input: float16, bfloat16, float32 or float64, of any shape and strides. dtype: cast to it first. Raises TypeError for
-    kinds and dtypes, IndexError for a `dim` that input does not have. A second derivative raises RuntimeError.
+    input: float16, bfloat16, float32 or float64, of any shape and strides. dtype: cast to it first; under autocast on a GPU,
+    where PyTorch's gives float32 for half precision, so does this.
+
+    Gradients of gradients, `torch.func` transforms and forward-mode derivatives are computed in PyTorch's operations. Raises
+    TypeError for kinds and dtypes, IndexError for a `dim` that input does not have; where PyTorch refuses an argument too, the
+    exception is also of the type that PyTorch raises.
     """
     _tensor(input, "input")
+    if dtype is None and input.is_cuda and input.dtype in _HALVES and torch.is_autocast_enabled("cuda"):
+        dtype = torch.float32
     z = input if dtype is None else input.to(dtype)
     _check.floating(z, "input")
     if dim is None:
