@@ -39,6 +39,11 @@ def _floating_tensor(x: Tensor, name: str) -> None:
         _check.floating(x, name)
 
 
+def _autocast(x: Tensor) -> bool:
+    """True inside autocast for the device of `x`."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 # ---------------------------------------------------------------------------------------------- batch normalisation
 def batch_norm(
     input: Tensor,
@@ -122,7 +127,7 @@ def _fused_arguments(x, residual, activation):
     _check.same_shape(residual, "residual", x, "input")
     if residual.device != x.device:
         raise RuntimeError(f"residual: expected a tensor on {x.device}, where input is, got one on {residual.device}")
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocast(x):
         return as_dtype(residual, x.dtype)
     _check.same_dtype(residual, "residual", x, "input")
     return residual
@@ -140,7 +145,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     exception is also of the type that PyTorch raises.
     """
     _tensor(input, "input")
-    if dtype is None and input.is_cuda and input.dtype in _HALVES and torch.is_autocast_enabled("cuda"):
+    if dtype is None and input.is_cuda and input.dtype in _HALVES and _autocast(input):
         dtype = torch.float32
     z = input if dtype is None else input.to(dtype)
     _check.floating(z, "input")
@@ -206,7 +211,7 @@ def cross_entropy(
 
 
 def _loss_dtype(x, target):
-    if x.dtype in _HALVES and torch.is_autocast_enabled(x.device.type):
+    if x.dtype in _HALVES and _autocast(x):
         return torch.float32
     return torch.promote_types(x.dtype, target.dtype) if target.is_floating_point() else x.dtype
 

@@ -389,8 +389,8 @@ def cross_entropy_statistics(
         return CrossEntropyStatistics(_float64(lse), None, _float64(entropy), None)
     kept = target != ignore_index
     z_t = np.take_along_axis(z, np.where(kept, target, 0)[..., None], -1)[..., 0]
-    found = (_float64(np.where(kept, v, 0.0)) for v in (lse, z_t - lse, entropy))
-    return CrossEntropyStatistics(*found, np.asarray(kept & (z_t == np.max(z, axis=-1))))
+    of_rows = [_float64(np.where(kept, v, 0.0)) for v in (lse, z_t - lse, entropy)]
+    return CrossEntropyStatistics(of_rows[0], of_rows[1], of_rows[2], np.asarray(kept & (z_t == np.max(z, axis=-1))))
 
 
 # Points with given moments: docs/derivations.md, section 4 ---------------------------------------------------------
