@@ -122,7 +122,7 @@ def gpu_refusal(device_type: str) -> str | None:
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     if triton.knobs.runtime.interpret:
-        return None
+        return "a meta tensor has no elements for the interpreter" if device_type == "meta" else None
     try:
         device = triton.runtime.driver.active.get_active_torch_device()
     except RuntimeError as error:

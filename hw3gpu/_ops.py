@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from . import _arrays
+
 __all__ = ["below_autograd", "define", "fake_output", "traced", "transformed"]
 
 _LIBRARY = torch.library.Library("hw3gpu", "DEF")
@@ -40,13 +42,13 @@ def below_autograd(op: Any, *args: Any) -> Any:
 
 
 def traced(x: torch.Tensor) -> bool:
-    """True where a call for `x` is to be an operator: under the compiler, `torch.jit.trace`, a dispatch mode, for fake and meta tensors."""
+    """True where a call for `x` is to be an operator: under a compiler, tracer or dispatch mode, for fake and meta tensors."""
     return (
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or x.device.type == "meta"
+        or (x.device.type == "meta" and _arrays.gpu_refusal("meta") is not None)
     )
 
 

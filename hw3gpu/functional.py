@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from . import _arrays, _batch_norm_autograd, _check
-from ._autograd import accumulate_dtype, as_dtype, graph_is_needed, no_second_derivative
+from . import _batch_norm_autograd, _check, _cross_entropy, _softmax_autograd
+from ._autograd import accumulate_dtype, as_dtype
+from ._cross_entropy_formula import CrossEntropyStatistics, Options, loss_shape
+from ._targets import check_targets
 from ._trace_autograd import minimize_trace
 
-__all__ = ["batch_norm", "cross_entropy", "minimize_trace", "softmax"]
+__all__ = ["CrossEntropyStatistics", "batch_norm", "check_targets", "cross_entropy", "minimize_trace", "softmax"]
 
 _REDUCTIONS = ("none", "mean", "sum")
+_GRADIENTS = ("auto", "forward", "backward")
+_ALL_IGNORED = ("nan", "zero")
+_HALVES = (torch.float16, torch.bfloat16)
 _FLOATING = {getattr(torch, name) for name in _check.FLOATING}
 
 
@@ -32,6 +37,11 @@ def _floating_tensor(x: Tensor, name: str) -> None:
     _tensor(x, name)
     if x.dtype not in _FLOATING:
         _check.floating(x, name)
+
+
+def _autocast(x: Tensor) -> bool:
+    """True inside autocast for the device of `x`."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 # ---------------------------------------------------------------------------------------------- batch normalisation
@@ -117,47 +127,26 @@ def _fused_arguments(x, residual, activation):
     _check.same_shape(residual, "residual", x, "input")
     if residual.device != x.device:
         raise RuntimeError(f"residual: expected a tensor on {x.device}, where input is, got one on {residual.device}")
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocast(x):
         return as_dtype(residual, x.dtype)
     _check.same_dtype(residual, "residual", x, "input")
     return residual
 
 
 # ---------------------------------------------------------------------------------------------- softmax
-class _Softmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, dim):
-        y = _softmax_forward(z, dim)
-        ctx.save_for_backward(y)
-        ctx.dim = dim
-        return y
-
-    @staticmethod
-    @no_second_derivative("softmax")
-    def backward(ctx, dy):
-        (y,) = ctx.saved_tensors
-        which = _arrays.backend(y)
-        see = _arrays.viewer(which)
-        dz, dz_folded = _arrays.output(y, ctx.dim, see)
-        _arrays.kernels("softmax", which).backward(_arrays.fold(see(dy), ctx.dim), _arrays.fold(see(y), ctx.dim), dz_folded)
-        return dz, None
-
-
-def _softmax_forward(z, dim):
-    which = _arrays.backend(z)
-    see = _arrays.viewer(which)
-    y, y_folded = _arrays.output(z, dim, see)
-    _arrays.kernels("softmax", which).forward(_arrays.fold(see(z), dim), y_folded)
-    return y
-
-
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """`torch.nn.functional.softmax`: exp(z) / Σ exp(z) along `dim`.
 
-    input: float16, bfloat16, float32 or float64, of any shape and strides. dtype: cast to it first. Raises TypeError for
-    kinds and dtypes, IndexError for a `dim` that input does not have. A second derivative raises RuntimeError.
+    input: float16, bfloat16, float32 or float64, of any shape and strides. dtype: cast to it first; under autocast on a GPU,
+    where PyTorch's gives float32 for half precision, so does this.
+
+    Gradients of gradients, `torch.func` transforms and forward-mode derivatives are computed in PyTorch's operations. Raises
+    TypeError for kinds and dtypes, IndexError for a `dim` that input does not have; where PyTorch refuses an argument too, the
+    exception is also of the type that PyTorch raises.
     """
     _tensor(input, "input")
+    if dtype is None and input.is_cuda and input.dtype in _HALVES and _autocast(input):
+        dtype = torch.float32
     z = input if dtype is None else input.to(dtype)
     _check.floating(z, "input")
     if dim is None:
@@ -167,141 +156,10 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
         return softmax(z.reshape(1), dim).reshape(())
     if not -z.dim() <= dim < z.dim():
         raise IndexError(f"dim: expected an axis of input with shape {_check.shape_of(z)}, got {dim}")
-    return _Softmax.apply(z, dim) if graph_is_needed(z) else _softmax_forward(z, dim)
+    return _softmax_autograd.softmax(z, dim)
 
 
 # ---------------------------------------------------------------------------------------------- cross entropy
-class _CrossEntropy(torch.autograd.Function):
-    """Forward reads the logits once and keeps three numbers a row; backward reads them once and writes the gradient."""
-
-    @staticmethod
-    def forward(ctx, logits, target, weight, ignore_index, reduction, label_smoothing):
-        ctx.reduction, ctx.options = reduction, {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        result, denominator, stats = _loss(logits, target, weight, reduction, ctx.options)
-        ctx.save_for_backward(logits, target, weight, stats, denominator)
-        return as_dtype(result, logits.dtype)
-
-    @staticmethod
-    @no_second_derivative("cross_entropy")
-    def backward(ctx, upstream):
-        logits, target, weight, stats, denominator = ctx.saved_tensors
-        rows = stats.shape[1:]
-        upstream = upstream.reshape(rows) if ctx.reduction == "none" else upstream.expand(rows)
-        dlogits = dtarget = None
-        if ctx.needs_input_grad[0]:
-            which = _arrays.backend(logits)
-            see = _arrays.viewer(which)
-            z, t = _rows(see(logits), see(target))
-            dlogits, dz = _arrays.output(logits, _class_axis(logits), see)
-            kernels = _arrays.kernels("cross_entropy", which)
-            kernels.backward(z, t, see(weight), see(stats), see(upstream), see(denominator), dz, **ctx.options)
-        if ctx.needs_input_grad[1]:
-            dtarget = _target_gradient(logits, target, weight, stats, upstream, denominator, ctx.options)
-        return dlogits, dtarget, None, None, None, None
-
-
-class _CrossEntropyStep(torch.autograd.Function):
-    """A reduced loss on the CPU: forward writes the gradient at once, for upstream 1, while it has the logits in cache.
-
-    Backward hands that out, and computes it anew for another upstream gradient, and for a second call: the caller may have
-    written into what it got.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, target, weight, ignore_index, reduction, label_smoothing):
-        ctx.options = {"mean": reduction == "mean", "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        result, dlogits = _loss_and_gradient(logits, target, weight, 1.0, ctx.options)
-        ctx.save_for_backward(logits, target, weight, dlogits)
-        ctx.handed_out = False
-        return as_dtype(result, logits.dtype)
-
-    @staticmethod
-    @no_second_derivative("cross_entropy")
-    def backward(ctx, upstream):
-        logits, target, weight, dlogits = ctx.saved_tensors
-        upstream = upstream.item()
-        # with a version count of its own, so that a write into it does not count as one into the saved tensor
-        dlogits = None if ctx.handed_out else dlogits.data
-        ctx.handed_out = True
-        if dlogits is None or upstream != 1:
-            _, dlogits = _loss_and_gradient(logits, target, weight, upstream, ctx.options, dlogits)
-        return dlogits, None, None, None, None, None
-
-
-def _class_axis(logits):
-    return min(logits.ndim - 1, 1)
-
-
-def _rows(logits, target):
-    """Logits as (N, V, S) and targets as (N, S) or (N, V, S), of tensors or of what the kernels see."""
-    z = _arrays.fold(logits, _class_axis(logits))
-    soft = target.ndim == logits.ndim
-    return z, _arrays.fold(target, _class_axis(logits)) if soft else target.reshape(z.shape[0], z.shape[2])
-
-
-def _loss_shape(logits: Tensor) -> tuple[int, ...]:
-    return (*logits.shape[:1], *logits.shape[2:]) if logits.dim() > 1 else ()
-
-
-def _refuse_class(row, t, V, ignore_index):
-    raise IndexError(
-        f"target: expected classes in 0…{V - 1} or ignore_index {ignore_index}, got {int(t.reshape(-1)[row])} in row {row}"
-    )
-
-
-def _loss(logits, target, weight, reduction, options):
-    """The reduced loss, what its gradient is divided by (None for 1), and three numbers a row."""
-    which = _arrays.backend(logits)
-    see, kernels, device = _arrays.viewer(which), _arrays.kernels("cross_entropy", which), logits.device
-    z, t = _rows(see(logits), see(target))
-    N, V, S = z.shape
-    acc, seen_weight = accumulate_dtype(logits), see(weight)
-    loss = torch.empty((N, S), dtype=acc, device=device)
-    stats = torch.empty((3, N, S), dtype=acc, device=device)
-    invalid = torch.full((1,), N * S, dtype=torch.int64, device=device)
-    seen_invalid = see(invalid)
-    kernels.forward(z, t, seen_weight, see(loss), see(stats), seen_invalid, **options)
-    if t.ndim == 2 and _arrays.on_host(logits) and seen_invalid[0] < N * S:
-        _refuse_class(int(seen_invalid[0]), t, V, options["ignore_index"])
-    if reduction == "none":
-        return loss.reshape(_loss_shape(logits)), None, stats
-    total, denominator = (torch.empty(1, dtype=acc, device=device) for _ in range(2))
-    kernels.reduce(see(loss), t, seen_weight, see(total), see(denominator), ignore_index=options["ignore_index"])
-    if reduction == "sum":
-        return total[0], None, stats
-    return (total / denominator)[0], denominator, stats
-
-
-def _loss_and_gradient(logits, target, weight, upstream, options, dlogits=None):
-    """On the CPU: the reduced loss, and its gradient for an upstream number, in `dlogits` where that is given."""
-    see = _arrays.viewer("cpu")
-    z, t = _rows(see(logits), see(target))
-    N, V, S = z.shape
-    if dlogits is None:
-        dlogits, dz = _arrays.output(logits, _class_axis(logits), see)
-    else:
-        dz = _arrays.fold(see(dlogits), _class_axis(logits))
-    result, invalid = torch.empty((), dtype=accumulate_dtype(logits)), np.array((N * S,))
-    _arrays.kernels("cross_entropy_step", "cpu").forward_backward(
-        z, t, see(weight), see(result).reshape(1), dz, invalid, upstream=upstream, **options
-    )
-    if invalid[0] < N * S:
-        _refuse_class(int(invalid[0]), t, V, options["ignore_index"])
-    return result, dlogits
-
-
-def _target_gradient(logits, target, weight, stats, upstream, denominator, options):
-    """∂loss/∂y_c = -w_c (1 - ε) log p_c for soft targets."""
-    z = _arrays.fold(logits, _class_axis(logits))
-    log_p = (z.to(stats.dtype) - stats[0][:, None]) - stats[1].log1p()[:, None]
-    scale = upstream.to(stats.dtype)[:, None] * (options["label_smoothing"] - 1)
-    if denominator is not None:
-        scale = scale / denominator
-    if weight is not None:
-        scale = scale * weight.to(stats.dtype)[None, :, None]
-    return (scale * log_p).reshape(target.shape).to(target.dtype)
-
-
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -311,48 +169,97 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Tensor:
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    gradient: str = "auto",
+    all_ignored: str = "nan",
+    return_stats: bool = False,
+) -> Any:
     """`torch.nn.functional.cross_entropy`: softmax cross entropy of logits with classes or class probabilities.
 
     input: logits (C,), (N, C) or (N, C, d1, …) of float16, bfloat16, float32 or float64, of any strides. target: integer
     classes (), (N,) or (N, d1, …), `ignore_index` among them, or probabilities of input's shape. weight: (C,) class weights.
-    The loss has input's dtype; it and the gradient are computed in float32 for half precision.
+    The loss has input's dtype, float32 for half precision under autocast; it and the gradient are computed in float32 for half
+    precision.
 
-    Raises TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a class out of range. On a GPU
-    nothing waits for the device: a row whose class is out of range gives NaN. A second derivative raises RuntimeError.
+    Beyond PyTorch's arguments (docs/derivations.md, section 3.6):
+
+    z_loss: ζ ≥ 0; every row's loss gains ζ (log Σ exp z)². It is reduced with the rest, and no class weight applies to it.
+    softcap: τ > 0; τ tanh(z/τ) takes the place of the logits.
+    gradient: when the gradient of input is computed. "backward": in the backward pass, from the logits read again: 3 passes
+        over input-sized memory in all, for any upstream gradient. "forward": in the forward pass for an upstream gradient of 1,
+        and anew in the backward pass for the rows that have another: 2 passes, or 4; input-sized memory is held in between.
+        "auto": "forward" on the CPU for a reduced loss, else "backward". A compiled graph takes "backward".
+    all_ignored: what the mean over no rows is: "nan", as PyTorch's, or "zero".
+    return_stats: return (loss, `CrossEntropyStatistics`): lse, log_prob, entropy and correct of every row, from the same pass.
+
+    Gradients of gradients, `torch.func` transforms and forward-mode derivatives are computed by the formula in PyTorch's
+    operations, without kernels. Raises TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a class
+    out of range; where PyTorch refuses an argument too, the exception is also of the type that PyTorch raises. On a GPU nothing
+    waits for the device: a row whose class is out of range gives NaN, and a later call, or `check_targets`, raises the
+    IndexError.
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     weight = _cross_entropy_arguments(input, target, weight, ignore_index, reduction, label_smoothing)
-    gradient = torch.is_grad_enabled() and input.requires_grad and not target.requires_grad
-    at_once = gradient and reduction != "none" and _arrays.backend(input) == "cpu"
-    function = _CrossEntropyStep if at_once else _CrossEntropy
-    return function.apply(input, target, weight, ignore_index, reduction, float(label_smoothing))
+    _extra_arguments(z_loss, softcap, gradient, all_ignored)
+    options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero")
+    loss, stats = _cross_entropy.cross_entropy(input, target, weight, options, gradient, return_stats)
+    loss = as_dtype(loss, _loss_dtype(input, target))
+    return (loss, stats) if return_stats else loss
+
+
+def _loss_dtype(x, target):
+    if x.dtype in _HALVES and _autocast(x):
+        return torch.float32
+    return torch.promote_types(x.dtype, target.dtype) if target.is_floating_point() else x.dtype
 
 
 def _cross_entropy_arguments(z, target, weight, ignore_index, reduction, label_smoothing):
-    """Checks every argument; the class weights in the kernels' dtype."""
+    """Checks every argument that PyTorch's function has; the class weights in the kernels' dtype."""
     _floating_tensor(z, "input")
     _tensor(target, "target")
     if z.dim() == 0:
-        raise ValueError("input: expected (C,), (N, C) or (N, C, d1, …), got shape ()")
+        raise _check.ShapeError("input: expected (C,), (N, C) or (N, C, d1, …), got shape ()")
     C = z.shape[min(z.dim() - 1, 1)]
     if C == 0:
         raise ValueError(f"input: expected at least one class, got shape {_check.shape_of(z)}")
     if target.is_floating_point():
         if ignore_index >= 0:
-            raise ValueError(f"ignore_index: expected none with probabilities as target, got {ignore_index}")
+            raise _check.ShapeError(f"ignore_index: expected none with probabilities as target, got {ignore_index}")
         _check.floating(target, "target")
         _check.same_shape(target, "target", z, "input")
     else:
         _check.integer(target, "target")
-        _check.shape(target, "target", _loss_shape(z), "one class per row of input")
+        _check.shape(target, "target", loss_shape(z), "one class per row of input")
+    if target.device != z.device:
+        raise RuntimeError(f"target: expected a tensor on {z.device}, where input is, got one on {target.device}")
     if weight is not None:
         _floating_tensor(weight, "weight")
         _check.shape(weight, "weight", (C,), "one weight per class")
-        weight = weight.detach().to(accumulate_dtype(z)).contiguous()
+        if weight.device != z.device:
+            raise RuntimeError(f"weight: expected a tensor on {z.device}, where input is, got one on {weight.device}")
+        weight = as_dtype(weight.detach(), accumulate_dtype(z)).contiguous()
+    if type(ignore_index) is not int:
+        _check.integer_value(ignore_index, "ignore_index")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    _check.real_value(label_smoothing, "label_smoothing")
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+        raise _check.ShapeError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
     return weight
+
+
+def _extra_arguments(z_loss, softcap, gradient, all_ignored):
+    """Checks the arguments that PyTorch's function does not have."""
+    _check.real_value(z_loss, "z_loss")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
+    if softcap is not None:
+        _check.real_value(softcap, "softcap")
+        _check.positive(softcap, "softcap")
+    if gradient not in _GRADIENTS:
+        raise ValueError(f"gradient: expected one of {', '.join(_GRADIENTS)}, got {gradient!r}")
+    if all_ignored not in _ALL_IGNORED:
+        raise ValueError(f"all_ignored: expected one of {', '.join(_ALL_IGNORED)}, got {all_ignored!r}")

@@ -20,6 +20,7 @@ __all__ = [
     "BatchNorm",
     "BatchNormGradients",
     "BatchNormInferenceGradients",
+    "CrossEntropyStatistics",
     "CrossEntropyWithOptions",
     "Moments",
     "SoftmaxCrossEntropy",
@@ -30,6 +31,7 @@ __all__ = [
     "batch_norm_inference_backward",
     "conv2d_output_shape",
     "cross_entropy",
+    "cross_entropy_statistics",
     "cross_entropy_with_options",
     "helmert",
     "log_sum_exp",
@@ -225,6 +227,15 @@ class CrossEntropyWithOptions(NamedTuple):
     dlogits: Array
 
 
+class CrossEntropyStatistics(NamedTuple):
+    """Of every row; ``log_prob`` and ``correct`` are None for probabilities. Ignored rows have zeros."""
+
+    lse: Array
+    log_prob: Array | None
+    entropy: Array
+    correct: NDArray[np.bool_] | None
+
+
 def _log_sum_exp(z: Extended, axis: int) -> Extended:
     shift = np.max(z, axis=axis, keepdims=True, initial=-np.inf)
     shift = np.where(np.isneginf(shift), 0.0, shift)
@@ -313,8 +324,10 @@ def cross_entropy_with_options(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     upstream: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> CrossEntropyWithOptions:
-    """The loss of ``torch.nn.functional.cross_entropy`` and its gradient, (3.10) to (3.14).
+    """The loss of ``torch.nn.functional.cross_entropy`` and its gradient, (3.10) to (3.14), (3.17) and (3.18).
 
     ``logits`` (V,) or (N, V, d1, …); ``target`` integer classes (…) without the class axis, or probabilities of the
     shape of ``logits``; ``weight`` (V,). A row's loss is Σ_c q_c (lse − z_c), q_c = w_c ((1 − ε) y_c + ε/V); rows whose
@@ -325,7 +338,7 @@ def cross_entropy_with_options(
     logits = _extended(logits)
     target = np.asarray(target)
     class_axis = 1 if logits.ndim > 1 else 0
-    z = np.moveaxis(logits, class_axis, -1)
+    z = _capped(np.moveaxis(logits, class_axis, -1), softcap)
     n_classes = z.shape[-1]
     w = np.ones(n_classes, np.longdouble) if weight is None else _extended(weight)
 
@@ -340,8 +353,12 @@ def cross_entropy_with_options(
         divisor = np.longdouble(kept.size)
 
     q = w * ((1.0 - label_smoothing) * y + label_smoothing / n_classes)
-    loss = np.where(kept, _weighted_loss(q, z), 0.0)
-    dz = _softmax(z, -1) * np.sum(q, axis=-1, keepdims=True) - q
+    lse = _log_sum_exp(z, -1)
+    z_losses, pull = (z_loss * lse[..., 0] ** 2, 2 * z_loss * lse) if z_loss else (0.0, 0.0)
+    loss = np.where(kept, _weighted_loss(q, z) + z_losses, 0.0)
+    dz = _softmax(z, -1) * (np.sum(q, axis=-1, keepdims=True) + pull) - q
+    if softcap is not None:
+        dz = (1 - (z / softcap) ** 2) * dz
 
     scale = _extended(1.0 if upstream is None else upstream)
     if reduction == "mean":
@@ -353,6 +370,27 @@ def cross_entropy_with_options(
     scale = np.broadcast_to(scale, kept.shape)
     dz = np.where(kept[..., None], scale[..., None] * dz, 0.0)
     return CrossEntropyWithOptions(_float64(loss), _float64(np.moveaxis(dz, -1, class_axis)))
+
+
+def _capped(z: Extended, softcap: float | None) -> Extended:
+    return z if softcap is None else softcap * np.tanh(z / np.longdouble(softcap))
+
+
+@_ieee
+def cross_entropy_statistics(
+    logits: Any, target: Any, ignore_index: int = -100, softcap: float | None = None
+) -> CrossEntropyStatistics:
+    """lse, log ŷ_t, the entropy of ŷ, and whether no logit exceeds the target's, of every row (3.19); arguments as above."""
+    logits, target = _extended(logits), np.asarray(target)
+    z = _capped(np.moveaxis(logits, 1 if logits.ndim > 1 else 0, -1), softcap)
+    lse, p = _log_sum_exp(z, -1)[..., 0], _softmax(z, -1)
+    entropy = -np.sum(np.where(p == 0.0, 0.0, p * (z - lse[..., None])), axis=-1)
+    if not np.issubdtype(target.dtype, np.integer):
+        return CrossEntropyStatistics(_float64(lse), None, _float64(entropy), None)
+    kept = target != ignore_index
+    z_t = np.take_along_axis(z, np.where(kept, target, 0)[..., None], -1)[..., 0]
+    of_rows = [_float64(np.where(kept, v, 0.0)) for v in (lse, z_t - lse, entropy)]
+    return CrossEntropyStatistics(of_rows[0], of_rows[1], of_rows[2], np.asarray(kept & (z_t == np.max(z, axis=-1))))
 
 
 # Points with given moments: docs/derivations.md, section 4 ---------------------------------------------------------

@@ -430,6 +430,69 @@ def test_3_16_the_gradient_at_the_target_is_minus_the_other_probabilities() -> N
     assert (p - 1).bfloat16() == -(2.0**-12)
 
 
+Z_LOSS = sp.Symbol("zeta", nonnegative=True)
+CAP = sp.Symbol("tau", positive=True)
+
+
+@proves("3.17")
+def test_3_17_is_the_gradient_of_the_loss_with_its_z_loss() -> None:
+    for j in range(N):
+        gradient = sp.diff(WEIGHTED_LOSS + Z_LOSS * LSE**2, Z[j])
+        assert sp.simplify(gradient - (S[j] * (sum(Q) + 2 * Z_LOSS * LSE) - Q[j])) == 0
+    rng = np.random.default_rng(6)
+    z, t, w = rng.normal(size=(4, 3)), np.array([0, -100, 2, 1]), rng.uniform(0.5, 2.0, 3)
+    with_z_loss, without = (
+        reference.cross_entropy_with_options(z, t, w, label_smoothing=0.2, reduction="none", z_loss=zeta) for zeta in (0.3, 0.0)
+    )
+    lse = reference.log_sum_exp(z)[:, 0]
+    np.testing.assert_allclose(with_z_loss.loss - without.loss, np.where(t < 0, 0.0, 0.3 * lse**2), rtol=0, atol=1e-14)
+    pull = np.where(t < 0, 0.0, 0.6 * lse)[:, None] * reference.softmax(z)
+    np.testing.assert_allclose(with_z_loss.dlogits - without.dlogits, pull, rtol=0, atol=1e-14)
+
+
+@proves("3.18")
+def test_3_18_is_the_chain_rule_through_the_softcap() -> None:
+    z, u = Z[0], CAP * sp.tanh(Z[0] / CAP)
+    assert sp.simplify(sp.diff(u, z) - (1 - u**2 / CAP**2)) == 0
+    assert sp.limit(u, z, -sp.oo) == -CAP
+    rng = np.random.default_rng(7)
+    logits, t = rng.normal(size=(4, 5)) * 3, np.array([0, 4, 2, 1])
+    x = torch.tensor(logits, requires_grad=True)
+    torch.nn.functional.cross_entropy(2.5 * torch.tanh(x / 2.5), torch.tensor(t)).backward()
+    sheet = reference.cross_entropy_with_options(logits, t, softcap=2.5)
+    np.testing.assert_allclose(sheet.dlogits, x.grad.numpy(), rtol=0, atol=1e-15)
+
+
+@proves("3.19")
+def test_3_19_are_the_log_probability_and_the_entropy() -> None:
+    s = sum(sp.exp(z - C) for z in Z)
+    r = sum(sp.exp(z - C) * (z - C) for z in Z)
+    entropy = -sum(p * (z - LSE) for p, z in zip(S, Z, strict=True))
+    log_s = LSE - C  # (3.3)
+    assert sp.simplify(log_s - r / s - entropy) == 0
+    for t in range(N):
+        assert sp.simplify(sp.exp(Z[t] - C) / s - S[t]) == 0
+    z = np.random.default_rng(8).normal(size=(6, 4))
+    z[0, :2] = z[0].max() + 1  # two classes share the first place
+    t = np.array([1, 2, 3, 0, -100, int(z[5].argmax())])
+    found = reference.cross_entropy_statistics(z, t)
+    p = torch.distributions.Categorical(logits=torch.tensor(z))
+    kept = t >= 0
+    np.testing.assert_allclose(found.entropy[kept], p.entropy().numpy()[kept], rtol=0, atol=1e-15)
+    np.testing.assert_allclose(found.log_prob[kept], p.log_prob(torch.tensor(np.maximum(t, 0))).numpy()[kept], atol=1e-14)
+    assert found.correct.tolist() == [True, *(z[i].argmax() == t[i] for i in range(1, 4)), False, True]
+
+
+@proves("3.20")
+def test_3_20_merges_the_sum_of_the_entropy() -> None:
+    c_a, c_b = sp.symbols("c_a c_b", real=True)
+    merged = 0
+    for part, c in ((Z[:1], c_a), (Z[1:], c_b)):
+        s, r = sum(sp.exp(z - c) for z in part), sum(sp.exp(z - c) * (z - c) for z in part)
+        merged += sp.exp(c - C) * (r + s * (c - C))
+    assert sp.simplify(merged - sum(sp.exp(z - C) * (z - C) for z in Z)) == 0
+
+
 # 4 Points with given mean and covariance ---------------------------------------------------------------------------
 
 

@@ -76,6 +76,7 @@ ARGUMENTS = {
     "cross_entropy": (_A**2, _A**2),
     "softmax_cross_entropy": (_A, _A),
     "cross_entropy_with_options": (_A, _A, _C),
+    "cross_entropy_statistics": (_A, _A),
     "points_with_moments": (_C, _SQUARE),
     "moments": (_A[0],),
     "minimize_trace": (_SQUARE, 2),

@@ -3,8 +3,10 @@
 With class weights w (1 if there are none), label smoothing eps and target probabilities y (one-hot for a class index):
 
     q_c    = w_c ((1 - eps) y_c + eps / V),   W = sum_c q_c
-    loss   = W log sum_c exp(z_c - m) - sum_c q_c (z_c - m),       m = max_c z_c, 0 * inf = 0
-    dz_c   = g (W p_c - q_c),   p_c = exp(z_c - m) / sum exp(z - m),   g = upstream / denominator
+    lse    = m + log sum_c exp(z_c - m),                           m = max_c z_c
+    loss   = W (lse - m) - sum_c q_c (z_c - m) + zeta lse^2,       zeta the z-loss's factor, 0 * inf = 0
+    dz_c   = g ((W + 2 zeta lse) p_c - q_c),   p_c = exp(z_c - m) / sum exp(z - m),   g = upstream / denominator
+    softcap tau: z stands for tau tanh(z / tau) everywhere, and dz_c gains the factor 1 - (z_c / tau)^2
 
     forward             reads z (and y)              1 pass  (2)
     backward            reads z (and y), writes dz   2 passes (3)
@@ -16,7 +18,8 @@ computed in float32 (float64 for float64), sums are merged in float64, and the r
 subtracted before that.
 
 A row whose target is `ignore_index` has loss 0 and dz 0 whatever its logits are. One whose target is no class at all has
-loss and dz NaN, and the smallest such row number n S + s goes to `invalid`. The logits of neither are read.
+loss and dz NaN, and the smallest such row number n S + s goes to `invalid`. The logits of neither are read. The kernels here
+know neither z-loss nor softcap, and save no more than the three numbers: `_loss` has those that do.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from ._elements import (
     to_accumulate,
 )
 from ._jit import inline, kernel, reduction
+from ._loss import hard_rows, soft_rows
 from ._rows import chunk_of, excess_of_logits, exp_and_excess, fill, row_max, scale_into
 from ._threads import run
 
@@ -203,11 +207,15 @@ def _hard_forward(first, last, z, target, weight, loss, stats, invalid, ignore_i
 
 
 @kernel
-def _hard_backward(first, last, z, target, weight, stats, upstream, denominator, dz, ignore_index, smoothing):
+def _hard_backward(
+    first, last, z, target, weight, stats, upstream, denominator, dz, unless_one, ignore_index, smoothing
+):  # fmt: skip
     V, S = z.shape[1], z.shape[2]
     uniform, z_scratch, dz_scratch = smoothing / V, row_scratch(z), row_scratch(dz)
     for row in range(first, last):
         n, s = row // S, row % S
+        if unless_one and upstream[n, s] == 1.0:
+            continue
         t = target[n, s]
         dz_row = place(row_of(dz, n, s), dz_scratch)
         if 0 <= t < V and t != ignore_index:
@@ -263,11 +271,13 @@ def _soft_forward(first, last, z, y, weight, loss, stats, smoothing):
 
 
 @kernel
-def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, smoothing):
+def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, unless_one, smoothing):
     S = z.shape[2]
     z_scratch, y_scratch, dz_scratch = row_scratch(z), row_scratch(y), row_scratch(dz)
     for row in range(first, last):
         n, s = row // S, row % S
+        if unless_one and upstream[n, s] == 1.0:
+            continue
         z_row, y_row = gather(row_of(z, n, s), z_scratch), gather(row_of(y, n, s), y_scratch)
         dz_row = place(row_of(dz, n, s), dz_scratch)
         excess, W = np.float64(stats[1, n, s]), np.float64(stats[2, n, s])
@@ -322,6 +332,11 @@ def denominator_of(rows, target, weight, V, ignore_index):
 
 
 @kernel
+def _count(rows, target, weight, V, ignore_index, denominator):
+    denominator[0] = denominator_of(rows, target, weight, V, ignore_index)
+
+
+@kernel
 def _reduce(loss, target, weight, V, ignore_index, total, denominator):
     total[0] = compensated_sum(loss)
     denominator[0] = denominator_of(loss.size, target, weight, V, ignore_index)
@@ -356,23 +371,20 @@ def _classes(target: np.ndarray) -> np.ndarray:
 
 
 def forward(
-    z: np.ndarray,
-    target: np.ndarray,
-    weight: np.ndarray | None,
-    loss: np.ndarray,
-    stats: np.ndarray,
-    invalid: np.ndarray,
-    *,
-    ignore_index: int,
-    label_smoothing: float,
-) -> None:
-    """The loss of every row, and what `backward` needs of it: stats (3, N, S) = m, sum exp(z - m) - 1, W."""
+    z, target, weight, loss, stats, invalid, *,
+    ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+) -> None:  # fmt: skip
+    """Loss per row and stats, (3, N, S) or (5, N, S): m, sum exp(z - m) - 1, W; z_target - m and entropy."""
     _check(z, target, weight, loss)
-    assert stats.shape == (3, *loss.shape), (stats.shape, loss.shape)
+    assert stats.shape[0] in (3, 5), stats.shape
+    assert stats.shape[1:] == loss.shape, (stats.shape, loss.shape)
     rows, smoothing, soft = loss.size, float(label_smoothing), target.ndim == 3
     if soft and z.size == 0:
         loss.fill(0.0)
         stats.fill(0.0)
+    elif z_loss or softcap is not None or len(stats) > 3:
+        rows_of = (z, target, weight, loss, stats, None, invalid, None, None, False)
+        _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap)
     elif soft:
         weight, _ = _weights(weight, z, False)
         run(_soft_forward, rows, z.nbytes + target.nbytes, z, target, weight, loss, stats, smoothing)
@@ -383,57 +395,63 @@ def forward(
 
 
 def backward(
-    z: np.ndarray,
-    target: np.ndarray,
-    weight: np.ndarray | None,
-    stats: np.ndarray,
-    upstream: np.ndarray,
-    denominator: np.ndarray | None,
-    dz: np.ndarray,
-    *,
-    ignore_index: int,
-    label_smoothing: float,
-) -> None:
-    """dz for an upstream gradient (N, S) of every row's loss, divided by `denominator`."""
+    z, target, weight, stats, upstream, denominator, dz, *, unless_one: bool = False,
+    ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+) -> None:  # fmt: skip
+    """dz from what `forward` saved, for any upstream gradient per row, divided by `denominator` where given.
+
+    `unless_one` leaves the rows alone whose upstream gradient is 1: dz holds theirs already.
+    """
     _check(z, target, weight, upstream)
-    assert stats.shape == (3, *upstream.shape), (stats.shape, upstream.shape)
+    assert stats.shape[1:] == upstream.shape, (stats.shape, upstream.shape)
     assert dz.shape == z.shape, (dz.shape, z.shape)
     if z.size == 0:
         return
     rows, smoothing, soft = stats[0].size, float(label_smoothing), target.ndim == 3
+    if z_loss or softcap is not None:
+        invalid = np.empty(1, np.int64)  # reported by the forward pass
+        rows_of = (z, target, weight, np.empty_like(stats[0]), None, dz, invalid, upstream, denominator, unless_one)
+        _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap)
+        return
     weight, _ = _weights(weight, z, smoothing != 0.0 and not soft)
     upstream = to_accumulate(upstream, upstream.size, weight.dtype, 1.0)
     denominator = np.ones(1, weight.dtype) if denominator is None else denominator
     if soft:
         cost = 2 * z.nbytes + target.nbytes
-        run(_soft_backward, rows, cost, z, target, weight, stats, upstream, denominator, dz, smoothing)
+        run(_soft_backward, rows, cost, z, target, weight, stats, upstream, denominator, dz, unless_one, smoothing)
     else:
-        given = (upstream, denominator, dz, int(ignore_index), smoothing)
+        given = (upstream, denominator, dz, unless_one, int(ignore_index), smoothing)
         run(_hard_backward, rows, 2 * z.nbytes, z, _classes(target), weight, stats, *given)
 
 
 def forward_backward(
-    z: np.ndarray,
-    target: np.ndarray,
-    weight: np.ndarray | None,
-    loss: np.ndarray,
-    dz: np.ndarray,
-    invalid: np.ndarray,
-    *,
-    ignore_index: int,
-    label_smoothing: float,
-) -> None:
-    """The loss of every row and its gradient for upstream 1."""
-    _loss_and_gradient(z, target, weight, loss, dz, invalid, 1.0, ignore_index, label_smoothing)
+    z, target, weight, loss, dz, invalid, *, stats=None, denominator=None,
+    ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+) -> None:  # fmt: skip
+    """Loss per row, stats where given, and the gradient for an upstream gradient of 1, over `denominator` where given."""
+    g = 1.0 if denominator is None else _quotient(1.0, denominator[0])
+    _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap)
 
 
-def _loss_and_gradient(z, target, weight, loss, dz, invalid, g, ignore_index, label_smoothing):
+def _quotient(upstream, denominator):
+    """upstream / denominator; infinite for 0, where no row has a gradient."""
+    return float(upstream) / float(denominator) if denominator else math.inf
+
+
+def _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap):
     """`forward_backward` for the upstream gradient `g` of every row's loss."""
     _check(z, target, weight, loss)
     assert dz.shape == z.shape, (dz.shape, z.shape)
+    assert stats is None or stats.shape[1:] == loss.shape, (stats.shape, loss.shape)
     rows, smoothing, soft = loss.size, float(label_smoothing), target.ndim == 3
     if soft and z.size == 0:
         loss.fill(0.0)
+        if stats is not None:
+            stats.fill(0.0)
+    elif z_loss or softcap is not None or stats is not None:
+        upstream = np.full(loss.shape, g, loss.dtype)
+        rows_of = (z, target, weight, loss, stats, dz, invalid, upstream, None, False)
+        _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap)
     elif soft:
         weight, _ = _weights(weight, z, False)
         cost = 2 * z.nbytes + target.nbytes
@@ -444,16 +462,33 @@ def _loss_and_gradient(z, target, weight, loss, dz, invalid, g, ignore_index, la
         run(_hard_forward_backward, rows, 2 * z.nbytes, z, _classes(target), weight, *given)
 
 
-def reduce(
-    loss: np.ndarray,
-    target: np.ndarray,
-    weight: np.ndarray | None,
-    total: np.ndarray,
-    denominator: np.ndarray,
-    *,
-    ignore_index: int,
-) -> None:
-    """total[0] = the sum of `loss`; denominator[0] = what 'mean' divides it by."""
+def _rows_with_options(
+    z, target, weight, loss, stats, dz, invalid, upstream, denominator, unless_one, ignore_index, smoothing, z_loss, softcap
+):  # fmt: skip
+    """Loss, stats (unless None) and dz (unless None) by the kernels of `_loss`."""
+    weight, _ = _weights(weight, z, True)
+    stats = np.empty((0, *loss.shape), loss.dtype) if stats is None else stats
+    dz = np.empty((0, 0, 0), z.dtype) if dz is None else dz
+    upstream = to_accumulate(upstream, loss.size, weight.dtype, 1.0).reshape(loss.shape)
+    denominator = np.ones(1, weight.dtype) if denominator is None else denominator
+    numbers = (float(smoothing), float(z_loss), 0.0 if softcap is None else float(softcap))
+    cost = z.nbytes + dz.nbytes
+    if target.ndim == 3:
+        of_probabilities = (z, target, weight, loss, stats, dz, upstream, denominator, unless_one)
+        run(soft_rows, loss.size, cost + target.nbytes, *of_probabilities, *numbers)
+    else:
+        of_classes = (z, _classes(target), weight, loss, stats, dz, invalid, upstream, denominator, unless_one)
+        run(hard_rows, loss.size, cost, *of_classes, int(ignore_index), *numbers)
+
+
+def count(target, weight, denominator, *, ignore_index: int) -> None:
+    """denominator = sum w_target over the rows that count (hard targets), the number of rows (soft)."""
+    rows = target.shape[0] * target.shape[-1]
+    _count(rows, *_counted(target, weight, denominator.dtype), int(ignore_index), denominator)
+
+
+def reduce(loss, target, weight, total, denominator, *, ignore_index: int) -> None:
+    """total = sum loss; denominator as of `count`."""
     assert target.ndim == 3 or target.shape == loss.shape, (target.shape, loss.shape)
     _reduce(loss, *_counted(target, weight, loss.dtype), int(ignore_index), total, denominator)
 

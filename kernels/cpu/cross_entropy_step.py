@@ -10,17 +10,10 @@ It has no twin: a GPU would have to wait for the denominator, and for the upstre
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from ._jit import kernel
-from .cross_entropy import _counted, _loss_and_gradient, compensated_sum, denominator_of
-
-
-@kernel
-def _count(rows, target, weight, V, ignore_index):
-    return denominator_of(rows, target, weight, V, ignore_index)
+from .cross_entropy import _loss_and_gradient, _quotient, compensated_sum, count
 
 
 @kernel
@@ -30,22 +23,19 @@ def _divide(loss, denominator, result):
 
 
 def forward_backward(
-    z: np.ndarray,
-    target: np.ndarray,
-    weight: np.ndarray | None,
-    result: np.ndarray,
-    dz: np.ndarray,
-    invalid: np.ndarray,
-    *,
-    upstream: float,
-    mean: bool,
-    ignore_index: int,
-    label_smoothing: float,
-) -> None:
-    """result (1,), and dz for the upstream gradient of `result`; invalid as `cross_entropy.forward` leaves it."""
-    rows, ignore_index = z.shape[0] * z.shape[2], int(ignore_index)
-    denominator = _count(rows, *_counted(target, weight, result.dtype), ignore_index) if mean else 1.0
+    z, target, weight, result, dz, invalid, *, stats=None, upstream: float, mean: bool, zero_if_ignored: bool = False,
+    ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+) -> None:  # fmt: skip
+    """result (1,), and dz for the upstream gradient of `result`; stats and invalid as `cross_entropy.forward` leaves them.
+
+    `zero_if_ignored`: a mean over nothing is 0, not 0/0.
+    """
+    denominator = np.ones(1)
+    if mean:
+        count(target, weight, denominator, ignore_index=ignore_index)
+    if zero_if_ignored and denominator[0] == 0:
+        denominator[0] = np.inf
     loss = np.empty((z.shape[0], z.shape[2]), result.dtype)
-    g = upstream / denominator if denominator else math.inf  # no row then has a gradient
-    _loss_and_gradient(z, target, weight, loss, dz, invalid, g, ignore_index, label_smoothing)
-    _divide(loss, denominator, result)
+    g = _quotient(upstream, denominator[0])
+    _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap)
+    _divide(loss, denominator[0], result)

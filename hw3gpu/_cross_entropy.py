@@ -1,0 +1,24 @@
+"""Cross entropy by one of three ways.
+
+Eager: an autograd function around kernels, or kernels alone where no graph is needed. Traced: operators around the same
+functions. Inside `torch.func` transforms and in forward mode: the formula in PyTorch's operations.
+"""
+
+from __future__ import annotations
+
+from . import _cross_entropy_autograd, _cross_entropy_formula, _cross_entropy_graphs, _ops
+from ._autograd import graph_is_needed
+from ._cross_entropy_formula import NUMBERS
+
+
+def cross_entropy(logits, target, weight, options, gradient, stats):
+    """(loss, CrossEntropyStatistics or None); the arguments are checked, weight is in the kernels' dtype."""
+    if _ops.traced(logits):
+        found = _cross_entropy_graphs.traced(logits, target, weight, options, NUMBERS if stats else 3)
+    elif _ops.transformed():
+        return _cross_entropy_formula.loss_and_statistics(logits, target, weight, options, stats)
+    elif not graph_is_needed(logits, target):
+        found = _cross_entropy_autograd.run(logits, target, weight, options, NUMBERS if stats else 3)
+    else:
+        found = _cross_entropy_autograd.with_graph(logits, target, weight, options, gradient, stats)
+    return found[0], _cross_entropy_formula.statistics(found[1], logits, target, options.ignore_index) if stats else None

@@ -1,0 +1,211 @@
+"""Softmax cross entropy in torch's autograd, eagerly: docs/derivations.md, sections 3.3, 3.4 and 3.6.
+
+Everything here gives the loss in the precision of its sums, and `NUMBERS` or three numbers of every row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from . import _arrays, _cross_entropy_formula, _targets
+from ._autograd import accumulate_dtype
+from ._cross_entropy_formula import NUMBERS, class_axis, loss_shape
+
+
+def with_graph(logits, target, weight, options, gradient, stats):
+    """The loss and, if `stats`, the numbers of every row."""
+    at_once = gradient != "backward" and logits.requires_grad and not target.requires_grad
+    if at_once and options.reduction != "none" and _arrays.backend(logits) == "cpu":
+        return _CrossEntropyStep.apply(logits, target, weight, options, stats)
+    return _CrossEntropy.apply(logits, target, weight, options, gradient == "forward" and logits.requires_grad, stats)
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+class _CrossEntropy(torch.autograd.Function):
+    """Forward reads the logits once and keeps three numbers a row; backward reads them once and writes the gradient.
+
+    `at_once` writes the gradient for an upstream gradient of 1 in the forward pass, and rewrites in backward the rows that have
+    another, from the logits: nothing is scaled that has been rounded.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, options, at_once, stats):
+        found = run(logits, target, weight, options, NUMBERS if stats else 3, at_once)
+        loss, numbers, denominator, dlogits = found
+        ctx.save_for_backward(logits, target, weight, numbers, denominator, dlogits)
+        ctx.options, ctx.handed_out = options, not at_once
+        ctx.mark_non_differentiable(numbers)
+        ctx.set_materialize_grads(False)
+        return loss, numbers
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        logits, target, weight, numbers, denominator, dlogits = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if upstream is None:
+            return (None,) * 6
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            return *_cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), *(None,) * 4
+        given = (upstream, logits, target, weight, numbers, denominator, ctx.options)
+        dtarget = target_gradient(*given) if needs[1] else None
+        if not needs[0]:
+            return None, dtarget, *(None,) * 4
+        # with a version count of its own, so that a write into it does not count as one into the saved tensor
+        dlogits = None if ctx.handed_out else dlogits.data
+        ctx.handed_out = True
+        return run_backward(*given, dlogits), dtarget, *(None,) * 4
+
+
+class _CrossEntropyStep(torch.autograd.Function):
+    """A reduced loss on the CPU: forward writes the gradient at once, for upstream 1, while it has the logits in cache.
+
+    Backward hands that out, and computes it anew for another upstream gradient, and for a second call: the caller may have
+    written into what it got.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, options, stats):
+        loss, numbers, dlogits = _run_step(logits, target, weight, 1.0, options, stats=stats)
+        ctx.save_for_backward(logits, target, weight, dlogits)
+        ctx.options, ctx.handed_out = options, False
+        if numbers is None:
+            return loss, None
+        ctx.mark_non_differentiable(numbers)
+        ctx.set_materialize_grads(False)
+        return loss, numbers
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        logits, target, weight, dlogits = ctx.saved_tensors
+        if upstream is None:
+            return (None,) * 5
+        if torch.is_grad_enabled():
+            needs = ctx.needs_input_grad[:2]
+            return *_cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), *(None,) * 3
+        upstream = upstream.item()
+        dlogits = None if ctx.handed_out else dlogits.data
+        ctx.handed_out = True
+        if dlogits is None or upstream != 1:
+            _, _, dlogits = _run_step(logits, target, weight, upstream, ctx.options, dlogits)
+        return dlogits, *(None,) * 4
+
+
+# ---------------------------------------------------------------------------------------------- forward and backward
+def rows_of(logits, target):
+    """Logits as (N, V, S) and targets as (N, S) or (N, V, S), of tensors or of what the kernels see."""
+    z = _arrays.fold(logits, class_axis(logits))
+    soft = target.ndim == logits.ndim
+    return z, _arrays.fold(target, class_axis(logits)) if soft else target.reshape(z.shape[0], z.shape[2])
+
+
+def run(logits, target, weight, options, numbers=3, at_once=False):
+    """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradient if `at_once`."""
+    which = _arrays.backend(logits)
+    see, kernels, device = _arrays.viewer(which), _arrays.kernels("cross_entropy", which), logits.device
+    z, t = rows_of(see(logits), see(target))
+    N, _, S = z.shape
+    acc, seen_weight = accumulate_dtype(logits), see(weight)
+    loss = torch.empty((N, S), dtype=acc, device=device)
+    stats = torch.empty((numbers, N, S), dtype=acc, device=device)
+    invalid = _targets.flag(logits, N * S)
+    total, denominator, dlogits = None, None, None
+    if options.reduction != "none":
+        total, denominator = (torch.empty(1, dtype=acc, device=device) for _ in range(2))
+    if at_once:
+        over = None
+        if options.reduction == "mean":
+            kernels.count(t, seen_weight, see(denominator), ignore_index=options.ignore_index)
+            over = see(_never_zero(denominator, options))
+        dlogits, dz = _arrays.output(logits, class_axis(logits), see)
+        kernels.forward_backward(
+            z, t, seen_weight, see(loss), dz, see(invalid), stats=see(stats), denominator=over, **options.of_rows
+        )
+    else:
+        kernels.forward(z, t, seen_weight, see(loss), see(stats), see(invalid), **options.of_rows)
+    if t.ndim == 2:
+        _judge_targets(logits, target, invalid, options.ignore_index)
+    if total is None:
+        return loss.reshape(loss_shape(logits)), stats, None, dlogits
+    kernels.reduce(see(loss), t, seen_weight, see(total), see(denominator), ignore_index=options.ignore_index)
+    if options.reduction == "sum":
+        return total[0], stats, None, dlogits
+    return (total / _never_zero(denominator, options))[0], stats, denominator, dlogits
+
+
+def run_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits=None):
+    """∂loss/∂logits; where `dlogits` holds it for an upstream gradient of 1, in place and for the rows that have another."""
+    which = _arrays.backend(logits)
+    see, kernels = _arrays.viewer(which), _arrays.kernels("cross_entropy", which)
+    z, t = rows_of(see(logits), see(target))
+    unless_one = dlogits is not None
+    if unless_one:
+        dz = _arrays.fold(see(dlogits), class_axis(logits))
+    else:
+        dlogits, dz = _arrays.output(logits, class_axis(logits), see)
+    upstream = see(_upstream_of_rows(upstream, numbers, options))
+    kernels.backward(z, t, see(weight), see(numbers), upstream, see(denominator), dz, unless_one=unless_one, **options.of_rows)
+    return dlogits
+
+
+def _run_step(logits, target, weight, upstream, options, dlogits=None, stats=False):
+    """On the CPU: the reduced loss, the numbers of every row if `stats`, and the gradient for an upstream number."""
+    see = _arrays.viewer("cpu")
+    z, t = rows_of(see(logits), see(target))
+    N, _, S = z.shape
+    if dlogits is None:
+        dlogits, dz = _arrays.output(logits, class_axis(logits), see)
+    else:
+        dz = _arrays.fold(see(dlogits), class_axis(logits))
+    acc = accumulate_dtype(logits)
+    result, invalid = torch.empty((), dtype=acc), np.array((N * S,))
+    numbers = torch.empty((NUMBERS, N, S), dtype=acc) if stats else None
+    _arrays.kernels("cross_entropy_step", "cpu").forward_backward(
+        z, t, see(weight), see(result).reshape(1), dz, invalid, stats=see(numbers), upstream=upstream,
+        mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored, **options.of_rows,
+    )  # fmt: skip
+    if invalid[0] < N * S:
+        _refuse_class(target, int(invalid[0]), logits, options.ignore_index)
+    return result, numbers, dlogits
+
+
+def _never_zero(denominator, options):
+    """What counts nothing makes a loss of 0/0, or of 0 where that is asked for: over an infinite number."""
+    return denominator.masked_fill_(denominator == 0, torch.inf) if options.zero_if_ignored else denominator
+
+
+def _upstream_of_rows(upstream, numbers, options):
+    rows = numbers.shape[1:]
+    return upstream.reshape(rows) if options.reduction == "none" else upstream.expand(rows)
+
+
+def _judge_targets(logits, target, invalid, ignore_index):
+    """At once on the host; on a GPU the flag sets out."""
+    if _arrays.on_host(logits):
+        row = int(invalid)
+        if row < target.numel():
+            _refuse_class(target, row, logits, ignore_index)
+    elif _targets.looks(logits.device):
+        _targets.watch(logits.device).send()
+
+
+def _refuse_class(target, row, logits, ignore_index):
+    V = logits.shape[class_axis(logits)]
+    raise IndexError(
+        f"target: expected classes in 0…{V - 1} or ignore_index {ignore_index}, got {int(target.reshape(-1)[row])} in row {row}"
+    )
+
+
+def target_gradient(upstream, logits, target, weight, numbers, denominator, options):
+    """∂loss/∂y_c = -w_c (1 - ε) log p_c for probabilities."""
+    acc = numbers.dtype
+    z = _arrays.fold(logits, class_axis(logits)).to(acc)
+    if options.softcap is not None:
+        z = options.softcap * (z / options.softcap).tanh()
+    log_p = (z - numbers[0][:, None]) - numbers[1].log1p()[:, None]
+    scale = _upstream_of_rows(upstream, numbers, options).to(acc)[:, None] * (options.label_smoothing - 1)
+    if denominator is not None:
+        scale = scale / denominator
+    if weight is not None:
+        scale = scale * weight.to(acc)[None, :, None]
+    return (scale * log_p).reshape(target.shape).to(target.dtype)

@@ -1,0 +1,76 @@
+"""Softmax in torch's autograd: docs/derivations.md, sections 3.1 and 3.2.
+
+A call takes one of three ways. Eager: `_Softmax`, or `run` alone where no graph is needed. Traced: the operators below, around
+the same functions. Inside `torch.func` transforms, in forward mode, and where a gradient is to be differentiated again: (3.1)
+and (3.5) in PyTorch's own operations.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _arrays, _ops
+from ._autograd import accumulate_dtype, graph_is_needed
+
+
+def softmax(z, dim):
+    """softmax(z) along `dim`; the arguments are checked."""
+    if _ops.traced(z):
+        return FORWARD(z, dim)
+    if _ops.transformed():
+        return torch.softmax(z, dim, dtype=accumulate_dtype(z)).to(z.dtype)
+    return _Softmax.apply(z, dim, run, run_backward) if graph_is_needed(z) else run(z, dim)
+
+
+def run(z, dim):
+    """softmax(z) along `dim`."""
+    which = _arrays.backend(z)
+    see = _arrays.viewer(which)
+    y, y_folded = _arrays.output(z, dim, see)
+    _arrays.kernels("softmax", which).forward(_arrays.fold(see(z), dim), y_folded)
+    return y
+
+
+def run_backward(dy, y, dim):
+    """∂ℓ/∂z from ∂ℓ/∂y and y."""
+    which = _arrays.backend(y)
+    see = _arrays.viewer(which)
+    dz, dz_folded = _arrays.output(y, dim, see)
+    _arrays.kernels("softmax", which).backward(_arrays.fold(see(dy), dim), _arrays.fold(see(y), dim), dz_folded)
+    return dz
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, dim, forward, backward):
+        y = forward(z, dim)
+        ctx.save_for_backward(y)
+        ctx.dim, ctx.backward = dim, backward
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            g, p = (v.to(accumulate_dtype(y)) for v in (dy, y))
+            dz = (p * (g - (g * p).sum(ctx.dim, keepdim=True))).to(y.dtype)
+        else:
+            dz = ctx.backward(dy, y, ctx.dim)
+        return dz, None, None, None
+
+
+def _below_autograd(z, dim):
+    return _ops.below_autograd(FORWARD, z, dim)
+
+
+FORWARD = _ops.define(
+    "softmax(Tensor z, int dim) -> Tensor",
+    run,
+    _ops.fake_output,
+    lambda z, dim: _Softmax.apply(z, dim, _below_autograd, torch.ops.hw3gpu.softmax_backward),
+)
+BACKWARD = _ops.define(
+    "softmax_backward(Tensor dy, Tensor y, int dim) -> Tensor",
+    run_backward,
+    lambda dy, y, dim: _ops.fake_output(y, dim),
+)
