@@ -122,7 +122,9 @@ def count_accesses(observe: Observer, launched: Callable[[str], Any]) -> Iterato
 
     def seen(kind: str, pointers: Any, mask: Any) -> None:
         itemsize = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
-        observe(running[0], kind, np.asarray(pointers.data)[np.broadcast_to(mask.data, pointers.data.shape)], itemsize)
+        observe(
+            running[0], kind, np.asarray(pointers.data)[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)], itemsize
+        )
 
     def counted_load(self, pointers, mask, *rest):
         seen("load", pointers, mask)

@@ -1,60 +1,143 @@
 """How the batch normalisation kernels walk (N, C, S): tiles of (samples, channels, lanes), and the ends of rows (`_tile`).
 
-A tile is `at` = (n, head, offset, hi): its samples, the head of each of their rows, its first lane and how many lanes hold
-values. The tile of a row's first lanes answers for the row's ends as well: `ends` = (n, position, whether there is one).
+A tensor is (pointer, stride_n, stride_c, stride_s). What a kernel's tensors share is `walk` = (N, C, S, lane_blocks, row_lanes,
+stride_xn, stride_xc, stride_xs). A tile is `at` = (n, head, offset, hi): its samples, the head of each of their rows, its first
+lane and how many lanes hold values. The tile of a row's first lanes answers for the row's ends as well: `ends` = (n, position,
+whether there is one). Of a single channel these are one-dimensional, ROWS times 2 GROUP lanes, and what belongs to the channel
+is a scalar (`lone`): tied to the body through its columns, the ends would be laid out as the body, many in every thread.
+
+A FLAT tile is one channel whose rows, padded to a power of two each, would not fit one program: of each row the lanes by
+eights, all rows' end to end; LANES is 8, BLOCK_N the eights. All tensors have the strides of x, and a channel spans less than
+2³⁰ elements: its `at` = (the channel's first element, each eight's from there in 32 bits, each eight's first lane, hi).
 """
 
 import triton
 import triton.language as tl
 
 from . import _tile
+from ._moments import plain_sum
 
 
 @triton.jit
-def place(c, tile, N, C, S, lane_blocks, stride_n, stride_c,
-          BLOCK_N: tl.constexpr, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+def place(c, tile, walk, BLOCK_N: tl.constexpr, LANES: tl.constexpr, FLAT: tl.constexpr,
+          MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """`at` of one tile of the channels c."""
-    n = ((tile // lane_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
-    offset = (tile % lane_blocks) * LANES
-    head = _tile.head_of(n * stride_n + c * stride_c, MODE, GROUP)
-    return n, head, offset, _tile.reach(head, offset, S, (n < N) & (c < C), LANES, MODE, GROUP)
+    N, C, S, lane_blocks, row_lanes, stride_n, stride_c, stride_s = walk
+    if FLAT:
+        n, offset = eights(tile, row_lanes, BLOCK_N)
+        n, offset = n[:, None, None], 8 * offset[:, None, None]
+        start, row = c * stride_c, n * stride_n
+        if MODE == _tile.SHIFTED:
+            row += (start % GROUP).to(tl.int32)
+        head = _tile.head_of(row, MODE, GROUP)
+        if MODE == _tile.STRIDED:
+            element = row + offset * stride_s
+        else:
+            start = start // GROUP * GROUP
+            element = (row + head) // GROUP * GROUP + offset
+        at = start, element, offset, _tile.reach(head, offset, S, n < N, LANES, MODE, GROUP)
+    else:
+        n = ((tile // lane_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
+        offset = (tile % lane_blocks) * LANES
+        head = _tile.head_of(n * stride_n + c * stride_c, MODE, GROUP)
+        at = n, head, offset, _tile.reach(head, offset, S, (n < N) & (c < C), LANES, MODE, GROUP)
+    return at
 
 
 @triton.jit
-def ends_of(c, at, N, C, S, GROUP: tl.constexpr):
+def eights(tile, row_lanes, BLOCK_N: tl.constexpr):
+    """(row, number in the row) of each eight of a FLAT tile, of which there is one, number 0."""
+    eight = tile + tl.arange(0, BLOCK_N)
+    n = eight // (row_lanes // 8)
+    return n, eight - n * (row_lanes // 8)
+
+
+@triton.jit
+def lone(x):
+    """A number a channel, (1, BLOCK_C, 1), as it is; that of one channel as a scalar."""
+    if x.shape[1] == 1:
+        x = tl.max(tl.ravel(x), axis=0)
+    return x
+
+
+@triton.jit
+def alone(x, c):
+    """What `lone` made a scalar in the shape of c again."""
+    if c.shape[1] == 1:
+        x = tl.zeros(c.shape, x.dtype) + x
+    return x
+
+
+@triton.jit
+def rows_of(tile, walk, ROWS: tl.constexpr, WIDTH: tl.constexpr, LONE: tl.constexpr):
+    """(n, whether it begins in the tile, lane) of WIDTH lanes for each row of the tile, one-dimensional where LONE."""
+    first = (tile // walk[3]).to(tl.int64) * ROWS
+    if LONE:
+        k = tl.arange(0, ROWS * WIDTH)
+        n, k = first + k // WIDTH, k % WIDTH
+    else:
+        n, k = (first + tl.arange(0, ROWS))[:, None, None], tl.arange(0, WIDTH)[None, None, :]
+    return n, n < tl.where(tile % walk[3] == 0, walk[0], 0), k
+
+
+@triton.jit
+def ends_of(c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
     """`ends` of the rows that begin in the tile; none where none begins."""
-    n, head, offset, _ = at
-    position, inside = _tile.ends(head, S, (n < tl.where(offset == 0, N, 0)) & (c < C), GROUP)
+    n, begins, k = rows_of(tile, walk, ROWS, 2 * GROUP, c.shape[1] == 1)
+    c = lone(c)
+    head = _tile.head_of(n * walk[5] + c * walk[6], _tile.SHIFTED, GROUP)
+    position, inside = _tile.end_of(k, head, walk[2], begins & (c < walk[1]), GROUP)
     return n, position, inside
 
 
 @triton.jit
-def fetch(ptr, c, at, stride_n, stride_c, stride_s,
-          LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def _flat(x, at, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
+    """(pointers to the values of a FLAT tile, which are there)."""
+    ptr, _, _, stride_s = x
+    start, element, _, hi = at
+    lane = tl.arange(0, LANES)[None, None, :]
+    step = lane * stride_s if MODE == _tile.STRIDED else lane
+    return ptr + start + (element + step), _tile.inside(lane, hi, MODE, GROUP)
+
+
+@triton.jit
+def fetch(x, c, at, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
     """The tile's values in ACC, 0 in the lanes that hold none."""
-    n, head, offset, hi = at
-    lane = tl.arange(0, LANES)[None, None, :]
-    return _tile.load(ptr, n * stride_n + c * stride_c, head, offset, lane, hi, stride_s, 0.0, MODE, GROUP, ACC)
+    ptr, stride_n, stride_c, stride_s = x
+    if FLAT:
+        where, inside = _flat(x, at, LANES, MODE, GROUP)
+        values = tl.load(where, mask=inside, other=0.0).to(ACC)
+    else:
+        n, head, offset, hi = at
+        lane = tl.arange(0, LANES)[None, None, :]
+        values = _tile.load(ptr, n * stride_n + c * stride_c, head, offset, lane, hi, stride_s, 0.0, MODE, GROUP, ACC)
+    return values
 
 
 @triton.jit
-def put(ptr, x, c, at, stride_n, stride_c, stride_s,
-        LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    n, head, offset, hi = at
-    lane = tl.arange(0, LANES)[None, None, :]
-    _tile.store(ptr, n * stride_n + c * stride_c, head, offset, lane, hi, x, stride_s, MODE, GROUP)
+def put(x, values, c, at, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
+    ptr, stride_n, stride_c, stride_s = x
+    if FLAT:
+        where, inside = _flat(x, at, LANES, MODE, GROUP)
+        tl.store(where, values, mask=inside)
+    else:
+        n, head, offset, hi = at
+        lane = tl.arange(0, LANES)[None, None, :]
+        _tile.store(ptr, n * stride_n + c * stride_c, head, offset, lane, hi, values, stride_s, MODE, GROUP)
 
 
 @triton.jit
-def fetch_ends(ptr, c, ends, stride_n, stride_c, stride_s, ACC: tl.constexpr):
+def fetch_ends(x, c, ends, ACC: tl.constexpr):
+    ptr, stride_n, stride_c, stride_s = x
     n, position, inside = ends
-    return tl.load(ptr + (n * stride_n + c * stride_c + position * stride_s), mask=inside, other=0.0).to(ACC)
+    return tl.load(ptr + (n * stride_n + lone(c) * stride_c + position * stride_s), mask=inside, other=0.0).to(ACC)
 
 
 @triton.jit
-def put_ends(ptr, x, c, ends, stride_n, stride_c, stride_s):
+def put_ends(x, values, c, ends):
+    ptr, stride_n, stride_c, stride_s = x
     n, position, inside = ends
-    tl.store(ptr + (n * stride_n + c * stride_c + position * stride_s), x, mask=inside)
+    tl.store(ptr + (n * stride_n + lone(c) * stride_c + position * stride_s), values, mask=inside)
 
 
 @triton.jit
@@ -72,11 +155,10 @@ def count_of(at):
 
 
 @triton.jit
-def count_ends(c, at, N, C, S, GROUP: tl.constexpr):
-    """How many values `ends_of` has of each channel."""
-    n, head, offset, _ = at
-    more = tl.where((n < tl.where(offset == 0, N, 0)) & (c < C), S - _tile.body_of(head, S, _tile.SHIFTED, GROUP), 0)
-    return tl.sum(tl.sum(more.to(tl.float32), axis=2), axis=0)[None, :, None]
+def count_ends(ends):
+    """How many values `ends` has of each channel."""
+    _, _, inside = ends
+    return plain_sum(inside.to(tl.int32))
 
 
 @triton.jit

@@ -12,8 +12,21 @@ SMALLEST_UNIT = tl.constexpr(2.0**-126)  # the unit of terms at or below 2^-80, 
 
 @triton.jit
 def plain_sum(x):
-    """Σ over samples and lanes of a tile by a tree: enough where no term cancels another."""
-    return tl.sum(tl.sum(x, axis=2), axis=0)[None, :, None]
+    """Σ over samples and lanes of a tile by a tree, a scalar of a one-dimensional one: enough where no term cancels another."""
+    if len(x.shape) == 1:
+        total = tl.sum(x, axis=0)
+    else:
+        total = tl.sum(tl.sum(x, axis=2), axis=0)[None, :, None]
+    return total
+
+
+@triton.jit
+def _largest(x):
+    if len(x.shape) == 1:
+        largest = tl.max(tl.abs(x), axis=0)
+    else:
+        largest = tl.max(tl.max(tl.abs(x), axis=2), axis=0)[None, :, None]
+    return largest
 
 
 @triton.jit
@@ -27,7 +40,8 @@ def _fixed_point(x, largest):
 @triton.jit
 def _fours(x):
     """Sums of four neighbouring lanes of a tile of many."""
-    if x.shape[2] >= 64:
+    LANES: tl.constexpr = x.shape[2] if len(x.shape) == 3 else 1
+    if LANES >= 64 or (LANES >= 8 and x.shape[0] >= 512):
         x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 4, 4]), axis=3)
     return x
 
@@ -36,14 +50,13 @@ def _fours(x):
 def per_channel(x, lost):
     """Σ (x - lost) over samples and lanes of a tile as (hi, lo), which in float32 holds what no float32 sum would."""
     hi = plain_sum(x)
-    lo = tl.zeros_like(hi)
+    lo = tl.where(hi == hi, 0.0, hi)
     if x.dtype == tl.float32:
         x, lost = _fours(x), _fours(lost)  # of neighbours, in their thread: a quarter of the integers
-        largest = tl.max(tl.max(tl.abs(x), axis=2), axis=0)[None, :, None]
+        largest = _largest(x)
         fixed, unit = _fixed_point(x, largest)
         fixed_lost, unit = _fixed_point(lost, largest)
-        total = tl.sum(tl.sum(fixed - fixed_lost, axis=2), axis=0)[None, :, None]
-        hi, lo = _two_floats(total, unit, hi)
+        hi, lo = _two_floats(plain_sum(fixed - fixed_lost), unit, hi)
     return hi, lo
 
 

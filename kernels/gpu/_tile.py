@@ -51,6 +51,12 @@ def ends(head, count, live, GROUP: tl.constexpr):
     k = tl.arange(0, 2 * GROUP)
     for _ in tl.static_range(len(head.shape) - 1):
         k = k[None]
+    return end_of(k, head, count, live, GROUP)
+
+
+@triton.jit
+def end_of(k, head, count, live, GROUP: tl.constexpr):
+    """(element of the row, whether there is one) of lane k of a SHIFTED row's ends."""
     after = head + body_of(head, count, SHIFTED, GROUP) + (k - GROUP)
     inside = ((k < GROUP) & (k < head)) | ((k >= GROUP) & (after < count))
     return tl.where(k < GROUP, k, after), live & inside
@@ -101,7 +107,7 @@ def _pointers(ptr, start, head, offset, lane, stride, MODE: tl.constexpr, GROUP:
 
 
 @triton.jit
-def _inside(lane, hi, MODE: tl.constexpr, GROUP: tl.constexpr):
+def inside(lane, hi, MODE: tl.constexpr, GROUP: tl.constexpr):
     if MODE == STRIDED:
         inside = lane < hi
     else:
@@ -113,11 +119,11 @@ def _inside(lane, hi, MODE: tl.constexpr, GROUP: tl.constexpr):
 def load(ptr, start, head, offset, lane, hi, stride, other, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
     """The body's elements at lanes offset + lane in ACC, `other` in the lanes from `hi` on; `offset` is a multiple of GROUP."""
     at = _pointers(ptr, start, head, offset, lane, stride, MODE, GROUP)
-    return tl.load(at, mask=_inside(lane, hi, MODE, GROUP), other=other).to(ACC)
+    return tl.load(at, mask=inside(lane, hi, MODE, GROUP), other=other).to(ACC)
 
 
 @triton.jit
 def store(ptr, start, head, offset, lane, hi, x, stride, MODE: tl.constexpr, GROUP: tl.constexpr):
     """Writes the body's elements at lanes offset + lane below offset + hi."""
     at = _pointers(ptr, start, head, offset, lane, stride, MODE, GROUP)
-    tl.store(at, x, mask=_inside(lane, hi, MODE, GROUP))
+    tl.store(at, x, mask=inside(lane, hi, MODE, GROUP))

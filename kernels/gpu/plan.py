@@ -140,12 +140,19 @@ class BatchNormPlan:
     BLOCK_C: int
     BLOCK_N: int
     LANES: int
+    flat: bool  # one channel's rows end to end, `row_lanes` lanes each: BLOCK_N counts eights of lanes
     lane_blocks: int  # tiles along the positions of one sample
+    row_lanes: int
     tiles: int
     per_split: int
     splits: int
     channel_blocks: int
     num_warps: int
+
+    @property
+    def rows(self) -> int:
+        """Samples of a tile, rounded up to a power of two."""
+        return next_power_of_2(8 * self.BLOCK_N // self.row_lanes) if self.flat else self.BLOCK_N
 
     @property
     def split(self) -> tuple[int, int]:
@@ -154,17 +161,20 @@ class BatchNormPlan:
 
 
 def plan_batch_norm(
-    N: int, C: int, S: int, itemsize: int, mode: int, channels_last: bool, operands: int, whole: bool
+    N: int, C: int, S: int, itemsize: int, mode: int, channels_last: bool, operands: int, whole: bool, fused: bool = False
 ) -> BatchNormPlan:
     """The plan for the statistics and sums of C channels with N runs of S values each.
 
-    operands: tensors read at each position (1 forward, 2 backward). whole: the kernel can own whole channels. Few long
-    channels are split over enough programs to fill the device; a channel that fits is one tile; of many small ones, several
-    share a program.
+    operands: tensors read at each position (1 forward, 2 backward). whole: the kernel can own whole channels. fused: tensors of
+    other strides, a residual or a mask take part. Few long channels are split over enough programs to fill the device; a
+    channel that fits is one tile; of many small ones, several share a program.
     """
     long = 8192 // (2 if itemsize == 8 else 1) // operands
-    resident = 16384 // (2 if itemsize == 8 else 1) if whole else long
+    crowded = mode == SHIFTED and (operands == 2 or fused)  # the rows' ends, beside two operands, take registers too
+    resident = (8192 if crowded else 16384) // (2 if itemsize == 8 else 1) if whole else long
     lanes = body_lanes(S, itemsize, mode)
+    row_lanes = cdiv(lanes, 8) * 8  # bits of a mask go by eight
+    flat = False
     sector = 32 // itemsize
     if channels_last:
         block_c = min(next_power_of_2(C), 64)
@@ -179,19 +189,22 @@ def plan_batch_norm(
         block_n, block_l = next_power_of_2(N), next_power_of_2(lanes)
         several = max(min(2048 // (block_n * block_l), C // MULTIPROCESSORS, next_power_of_2(C)), 1)
         block_c = next_power_of_2(several + 1) // 2
+    elif whole and not fused and N * row_lanes <= resident:
+        flat, block_c, block_n, block_l = True, 1, next_power_of_2(N * row_lanes // 8), 8
     else:
         block_c = 1
         block_l = min((2**i for i in range(9, 13) if 2**i <= long), key=lambda b: (cdiv(lanes, b) * b, -b))
         block_l = min(block_l, next_power_of_2(lanes))
         block_n = min(max(long // block_l, 1), next_power_of_2(N)) if block_l >= lanes else 1
-    lane_blocks = max(cdiv(lanes, block_l), 1)
-    tiles = max(cdiv(N, block_n), 1) * lane_blocks
+    lane_blocks = 1 if flat else max(cdiv(lanes, block_l), 1)
+    tiles = 1 if flat else max(cdiv(N, block_n), 1) * lane_blocks
     channel_blocks = max(cdiv(C, block_c), 1)
     splits = min(tiles, cdiv(4 * MULTIPROCESSORS, channel_blocks)) if channel_blocks < MULTIPROCESSORS else 1
     per_split = cdiv(tiles, splits)
+    elements = block_c * block_n * block_l
     return BatchNormPlan(
-        block_c, block_n, block_l, lane_blocks, tiles, per_split, cdiv(tiles, per_split), channel_blocks,
-        32 if block_c * block_n * block_l >= 16384 else _warps(block_c * block_n * block_l),
+        block_c, block_n, block_l, flat, lane_blocks, row_lanes, tiles, per_split, cdiv(tiles, per_split), channel_blocks,
+        32 if elements >= 16384 else _warps(elements),
     )  # fmt: skip
 
 
