@@ -38,6 +38,7 @@ __all__ = [
     "batch_norm_backward",
     "conv2d_output_shape",
     "cross_entropy",
+    "distributed",
     "empty_cache",
     "functional",
     "minimize_trace",
@@ -52,7 +53,7 @@ __all__ = [
     "use_backend",
 ]
 
-_ON_FIRST_USE = ("functional", "nn")
+_ON_FIRST_USE = ("distributed", "functional", "nn")
 
 
 def __getattr__(name: str) -> Any:

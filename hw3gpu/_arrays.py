@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import ctypes
 import functools
 import importlib
 import math
@@ -196,6 +197,21 @@ def _torch_view(x: Array) -> Array:
     if isinstance(x, torch.Tensor):
         return x.detach().resolve_neg()
     return torch.from_dlpack(x)
+
+
+_BITS = {"float16": np.int16, "bfloat16": np.uint16, "float32": np.float32, "float64": np.float64}
+
+
+def vector_view(x: Array, which: str) -> Array:
+    """`kernel_view` of a torch vector with unit stride (a copy where it has none), for as long as the caller holds `x`.
+
+    NumPy's view of a tensor makes its storage one that can no longer be resized, and FSDP resizes the storage of parameters to
+    nothing between their uses. This view leaves it as it is.
+    """
+    if x is None or which != "cpu" or not x.is_contiguous() or x.is_neg() or not x.numel():
+        return kernel_view(x if x is None or x.is_contiguous() else x.detach().contiguous(), which)
+    memory = (ctypes.c_char * (x.numel() * x.element_size())).from_address(x.data_ptr())
+    return np.frombuffer(memory, _BITS[dtype_name(x)])
 
 
 def fold(x: Array, axis: int | None) -> Array:

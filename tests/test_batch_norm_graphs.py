@@ -1,4 +1,4 @@
-"""Batch normalisation where somebody else holds the pen: the compiler, the exporter, tracers, `torch.func`, a second derivative.
+"""Batch normalisation where others hold the pen: the compiler, the exporter, tracers, `torch.func`, a second derivative.
 
 Results are held to the eager call's, which `test_functional.py` holds to the answer sheet.
 """
@@ -217,7 +217,7 @@ def test_running_statistics_under_transforms(device, rng, transform):
         "vmap": lambda f, *args: vmap(f)(*(torch.stack([v, v]) for v in args)),
     }[transform]
     for function in (HF.batch_norm, F.batch_norm):
-        with pytest.raises(RuntimeError, match="vmap|captured Tensor"):
+        with pytest.raises(RuntimeError, match=r"vmap|captured Tensor"):
             vmap(lambda x, f=function: f(x, mean, var, training=True))(torch.stack([x, x]))
 
     def updated(x, mean, var):
