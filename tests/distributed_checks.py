@@ -37,6 +37,11 @@ def check(function: Callable[[Rank], None]) -> Callable[[Rank], None]:
     return function
 
 
+def checks_of(size: int) -> list[str]:
+    """The names of the checks among `size` processes: what compiles is dear, and compiles the same for two and for four."""
+    return [name for name in CHECKS if size == 2 or "compiles" not in name]
+
+
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -489,9 +494,9 @@ def _work(rank: int, size: int, backend: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=size)
     said = {}
     with use_backend(backend):
-        for name, run in CHECKS.items():
+        for name in checks_of(size):
             try:
-                run(Rank(rank, size, backend))
+                CHECKS[name](Rank(rank, size, backend))
                 said[name] = ""
             except Exception:  # reported by the test of this check
                 said[name] = f"process {rank}: {traceback.format_exc()}"
@@ -505,4 +510,4 @@ def main(size: int, backend: str) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_work, (size, backend, folder), nprocs=size)
         said = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
-    return {name: os.linesep.join(filter(None, (s[name] for s in said))) for name in CHECKS}
+    return {name: os.linesep.join(filter(None, (s[name] for s in said))) for name in checks_of(size)}

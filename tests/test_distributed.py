@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-from distributed_checks import CHECKS, main
+from distributed_checks import checks_of, main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -19,8 +19,7 @@ pytestmark = [
 results = functools.cache(main)
 
 
-@pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(("processes", "name"), [(size, name) for size in (2, 4) for name in checks_of(size)])
 def test_among_processes(processes: int, name: str) -> None:
     said = results(processes, "cpu")[name]
     assert not said, said
