@@ -1,7 +1,8 @@
 """Training components with Triton kernels on the GPU and Numba kernels on the CPU, validated against NumPy in float64.
 
-The array functions here take NumPy, CuPy or torch arrays. `hw3gpu.functional` and `hw3gpu.nn` are the PyTorch side; they load
-on first use, and with them torch. Importing this package loads none of torch, triton, cupy and numba.
+The array functions here take NumPy, CuPy or torch arrays, and through DLPack those of every other array API namespace.
+`hw3gpu.functional`, `hw3gpu.nn` and `hw3gpu.distributed` are the PyTorch side; they load on first use, and with them torch.
+Importing this package loads none of torch, triton, cupy and numba.
 """
 
 from __future__ import annotations

@@ -40,13 +40,18 @@ def kind(x: Array, name: str) -> str:
     """'numpy', 'cupy' or 'torch'; TypeError, naming the argument, for anything else. Imports none of them."""
     if isinstance(x, np.ndarray):
         return "numpy"
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, torch.Tensor):
+    if is_torch(x):
         return "torch"
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
         return "cupy"
     raise TypeError(f"{name}: expected a NumPy, CuPy or torch array, got {type(x).__module__}.{type(x).__qualname__}")
+
+
+def is_torch(x: Any) -> bool:
+    """True for torch tensors; imports nothing."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
 
 
 def same_kind(x: Array, name: str, other: Array, other_name: str) -> None:
