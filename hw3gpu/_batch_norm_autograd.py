@@ -54,9 +54,10 @@ def run(x, weight, bias, running_mean, running_var, training, momentum, eps, res
             if updated is not given:
                 given.copy_(updated)
     else:
-        stats[0] = running_mean
-        stats[1] = 0
-        stats[2] = (running_var.to(stats.dtype) + eps).rsqrt()
+        mean, rest, rstd = stats.unbind()
+        mean.copy_(running_mean)
+        rest.zero_()
+        rstd.copy_(running_var).add_(eps).rsqrt_()
         kernels.normalize(folded, seen[:2], seen[2], scale, shift, y_folded, **fused)
     return y, stats, mask
 
