@@ -1,7 +1,8 @@
 """Training components with Triton kernels on the GPU and Numba kernels on the CPU, validated against NumPy in float64.
 
-The array functions here take NumPy, CuPy or torch arrays. `hw3gpu.functional` and `hw3gpu.nn` are the PyTorch side; they load
-on first use, and with them torch. Importing this package loads none of torch, triton, cupy and numba.
+The array functions here take NumPy, CuPy or torch arrays, and through DLPack those of every other array API namespace.
+`hw3gpu.functional`, `hw3gpu.nn` and `hw3gpu.distributed` are the PyTorch side; they load on first use, and with them torch.
+Importing this package loads none of torch, triton, cupy and numba.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ __all__ = [
     "batch_norm_backward",
     "conv2d_output_shape",
     "cross_entropy",
+    "distributed",
     "empty_cache",
     "functional",
     "minimize_trace",
@@ -52,7 +54,7 @@ __all__ = [
     "use_backend",
 ]
 
-_ON_FIRST_USE = ("functional", "nn")
+_ON_FIRST_USE = ("distributed", "functional", "nn")
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import ctypes
 import functools
 import importlib
 import math
@@ -39,13 +40,18 @@ def kind(x: Array, name: str) -> str:
     """'numpy', 'cupy' or 'torch'; TypeError, naming the argument, for anything else. Imports none of them."""
     if isinstance(x, np.ndarray):
         return "numpy"
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, torch.Tensor):
+    if is_torch(x):
         return "torch"
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
         return "cupy"
     raise TypeError(f"{name}: expected a NumPy, CuPy or torch array, got {type(x).__module__}.{type(x).__qualname__}")
+
+
+def is_torch(x: Any) -> bool:
+    """True for torch tensors; imports nothing."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
 
 
 def same_kind(x: Array, name: str, other: Array, other_name: str) -> None:
@@ -196,6 +202,21 @@ def _torch_view(x: Array) -> Array:
     if isinstance(x, torch.Tensor):
         return x.detach().resolve_neg()
     return torch.from_dlpack(x)
+
+
+_BITS = {"float16": np.int16, "bfloat16": np.uint16, "float32": np.float32, "float64": np.float64}
+
+
+def vector_view(x: Array, which: str) -> Array:
+    """`kernel_view` of a torch vector with unit stride (a copy where it has none), for as long as the caller holds `x`.
+
+    NumPy's view of a tensor makes its storage one that can no longer be resized, and FSDP resizes the storage of parameters to
+    nothing between their uses. This view leaves it as it is.
+    """
+    if x is None or which != "cpu" or not x.is_contiguous() or x.is_neg() or not x.numel():
+        return kernel_view(x if x is None or x.is_contiguous() else x.detach().contiguous(), which)
+    memory = (ctypes.c_char * (x.numel() * x.element_size())).from_address(x.data_ptr())
+    return np.frombuffer(memory, _BITS[dtype_name(x)])
 
 
 def fold(x: Array, axis: int | None) -> Array:

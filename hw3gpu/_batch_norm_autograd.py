@@ -1,8 +1,8 @@
 """Batch normalisation in torch's autograd: docs/derivations.md, section 2.
 
-A call takes one of three ways. Eager: `_BatchNorm`, or `run` alone where no graph is needed. Traced: the operators below, around
-the same functions. Inside `torch.func` transforms, in forward mode, and where a gradient is to be differentiated again, the
-formula in PyTorch's own operations, which has derivatives of every order.
+A call takes one of three ways. Eager: `_BatchNorm`, or `run` alone where no graph is needed. Traced: the operators below,
+around the same functions. Inside `torch.func` transforms, in forward mode, and where a gradient is to be differentiated again,
+the formula in PyTorch's own operations, which has derivatives of every order.
 
 With `relu`, `mask` keeps for each element whether it passed: a buffer of the kernels' own, one bit an element.
 """
@@ -36,7 +36,8 @@ def run(x, weight, bias, running_mean, running_var, training, momentum, eps, res
     stats = torch.empty((4 if training else 3, x.shape[1]), dtype=accumulate_dtype(x), device=x.device)
     if not x.numel():
         return y, stats.zero_(), None
-    folded, seen, weight, bias = _arrays.fold(see(x), 1), see(stats), see(_dense(weight)), see(_dense(bias))
+    folded, seen = _arrays.fold(see(x), 1), see(stats)
+    scale, shift = _arrays.vector_view(weight, which), _arrays.vector_view(bias, which)
     mask, fused = None, {}
     if residual is not None:
         fused["residual"] = _arrays.fold(see(residual), 1)
@@ -46,17 +47,18 @@ def run(x, weight, bias, running_mean, running_var, training, momentum, eps, res
     if training:
         running = _dense(running_mean), _dense(running_var)
         kernels.forward(
-            folded, weight, bias, y_folded, seen[:2], seen[3], seen[2], see(running[0]), see(running[1]),
+            folded, scale, shift, y_folded, seen[:2], seen[3], seen[2], see(running[0]), see(running[1]),
             eps=eps, momentum=momentum, **fused,
         )  # fmt: skip
         for given, updated in zip((running_mean, running_var), running, strict=True):
             if updated is not given:
                 given.copy_(updated)
     else:
-        stats[0] = running_mean
-        stats[1] = 0
-        stats[2] = (running_var.to(stats.dtype) + eps).rsqrt()
-        kernels.normalize(folded, seen[:2], seen[2], weight, bias, y_folded, **fused)
+        mean, rest, rstd = stats.unbind()
+        mean.copy_(running_mean)
+        rest.zero_()
+        rstd.copy_(running_var).add_(eps).rsqrt_()
+        kernels.normalize(folded, seen[:2], seen[2], scale, shift, y_folded, **fused)
     return y, stats, mask
 
 
@@ -68,7 +70,7 @@ def run_backward(dy, x, weight, stats, mask, training, relu, residual):
     C, acc = x.shape[1], stats.dtype
     dgamma, dbeta = (torch.empty(C, dtype=acc, device=x.device) for _ in range(2))
     if not x.numel():
-        return dx, dgamma.zero_(), dbeta.zero_(), dy if residual else None
+        return dx, dgamma.zero_(), dbeta.zero_(), torch.empty_like(x) if residual else None
     dresidual, fused = dy if residual else None, {}
     if relu:
         fused["mask"] = see(mask)
@@ -76,7 +78,7 @@ def run_backward(dy, x, weight, stats, mask, training, relu, residual):
             dresidual, fused["dresidual"] = _arrays.output(x, 1, see)
     seen = see(stats)
     (kernels.backward if training else kernels.inference_backward)(
-        _arrays.fold(see(dy), 1), _arrays.fold(see(x), 1), seen[:2], seen[2], see(_dense(weight)), dx_folded,
+        _arrays.fold(see(dy), 1), _arrays.fold(see(x), 1), seen[:2], seen[2], _arrays.vector_view(weight, which), dx_folded,
         see(dgamma), see(dbeta), **fused,
     )  # fmt: skip
     return dx, dgamma, dbeta, dresidual
@@ -147,20 +149,20 @@ _RESULTS = "(Tensor y, Tensor stats, Tensor mask)"
 
 
 def _run_training(x, weight, bias, running_mean, running_var, momentum, *options):
-    return _as_outputs(run(x, weight, bias, running_mean, running_var, True, momentum, *options))
+    return as_outputs(run(x, weight, bias, running_mean, running_var, True, momentum, *options), x)
 
 
 def _run_evaluation(x, weight, bias, running_mean, running_var, *options):
-    return _as_outputs(run(x, weight, bias, running_mean, running_var, False, 0.0, *options))
+    return as_outputs(run(x, weight, bias, running_mean, running_var, False, 0.0, *options), x)
 
 
-def _as_outputs(results):
+def as_outputs(results, like):
     """An operator gives a tensor for every result."""
-    return tuple(results[0].new_empty(0, dtype=torch.uint8) if r is None else r for r in results)
+    return tuple(like.new_empty(0, dtype=torch.uint8) if r is None else r for r in results)
 
 
 def _run_backward_operator(dy, x, weight, stats, mask, training, relu, residual):
-    return _as_outputs(run_backward(dy, x, weight, stats, mask, training, relu, residual and relu))
+    return as_outputs(run_backward(dy, x, weight, stats, mask, training, relu, residual and relu), x)
 
 
 def _fake_training(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu):
@@ -174,6 +176,11 @@ def _fake_evaluation(x, weight, bias, running_mean, running_var, eps, residual, 
 def _fake(x, rows, relu):
     stats = x.new_empty((rows, x.shape[1]), dtype=accumulate_dtype(x))
     return _ops.fake_output(x, 1), stats, x.new_empty(mask_size(x) if relu else 0, dtype=torch.uint8)
+
+
+def mask_size(x):
+    """Bytes of the mask for x (N, C, …)."""
+    return _arrays.kernels("batch_norm", _arrays.backend(x)).mask_size(_arrays.fold(x, 1))
 
 
 def _fake_backward(dy, x, weight, stats, mask, training, relu, residual):

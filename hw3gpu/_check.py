@@ -23,7 +23,7 @@ class ShapeError(ValueError, RuntimeError):
     """A shape, or a value, that was not expected."""
 
 
-class RankError(ValueError, IndexError):
+class RankError(ValueError, IndexError, RuntimeError):
     """Too few axes."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import _arrays, _check
+from ._interchange import interchange
 
 Array = Any
 
@@ -40,6 +41,7 @@ class BatchNormGradients:
     dx_hat: Array | None = None
 
 
+@interchange
 def batch_norm(
     x: Array,
     gamma: Array | None = None,
@@ -68,6 +70,7 @@ def batch_norm(
     return BatchNorm(y, mean[0].reshape(shape), var.reshape(shape), rstd.reshape(shape))
 
 
+@interchange
 def batch_norm_backward(
     dy: Array,
     x: Array,

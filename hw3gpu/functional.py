@@ -80,7 +80,8 @@ def batch_norm(
     )
 
 
-def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, momentum, eps):
+def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, momentum, eps, alone=True):
+    """Checks every argument. `alone`: no other process has values of the batch."""
     _floating_tensor(x, "input")
     if x.dim() < 2:
         _check.rank_at_least(x, "input", 2, "N, C, …")
@@ -99,7 +100,7 @@ def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, 
     for name, v in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
         if v is not None:
             _of_channels(v, name, x, vector)
-    if training and x.shape[0] * math.prod(x.shape[2:]) == 1:
+    if training and alone and x.shape[0] * math.prod(x.shape[2:]) == 1:
         raise ValueError(f"input: expected more than 1 value per channel when training, got shape {_check.shape_of(x)}")
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from . import functional
+from . import distributed, functional
 from ._autograd import accumulate_dtype
 from .shapes import conv2d_output_shape
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Conv2D", "CrossEntropyLoss", "convert_batch_norm"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Conv2D", "CrossEntropyLoss", "SyncBatchNorm", "convert_batch_norm"]
 
 
 class _BatchNormForward(torch.nn.modules.batchnorm._BatchNorm):
@@ -30,23 +32,23 @@ class _BatchNormForward(torch.nn.modules.batchnorm._BatchNorm):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(N, C, …) normalised, plus `residual`, through `activation`; in training the running statistics are updated in place."""
+        """(N, C, …) normalised, plus `residual`, through `activation`; in training the running statistics are updated."""
         self._check_input_dim(input)
-        tracked = self.training and self.track_running_stats and self.num_batches_tracked is not None
-        if tracked:
-            self.num_batches_tracked.add_(1)
         used = not self.training or self.track_running_stats
-        running = (self.running_mean, self.running_var) if used else (None, None)
-        if tracked and self.momentum is None and self.running_mean is not None and self.running_var is not None:
-            latest = tuple(torch.zeros_like(v, dtype=accumulate_dtype(input)) for v in running)
-            y = self._normalize(input, *latest, 1.0, residual)
-            _average_in(running, latest, self.num_batches_tracked)
-            return y
-        return self._normalize(input, *running, 0.0 if self.momentum is None else self.momentum, residual)
+        mean, var = (self.running_mean, self.running_var) if used else (None, None)
+        batches = self.num_batches_tracked if self.training and self.track_running_stats else None
+        if batches is not None:
+            batches.add_(1)
+        if batches is None or mean is None or var is None or self.momentum is not None:
+            return self._normalize(input, mean, var, self.momentum or 0.0, residual)
+        latest = [v.to(accumulate_dtype(input), copy=True) for v in (mean, var)]
+        y = self._normalize(input, latest[0], latest[1], 1.0, residual)
+        share = batches.double().reciprocal()  # of a cumulative average; the number stays on its device
+        for average, value in zip((mean, var), latest, strict=True):
+            average.copy_(average + (value - average.double()) * share)
+        return y
 
-    def _normalize(
-        self, input: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float, residual: Tensor | None
-    ) -> Tensor:
+    def _normalize(self, input: Tensor, mean: Any, var: Any, momentum: float, residual: Tensor | None) -> Tensor:
         by_batch = self.training or (self.running_mean is None and self.running_var is None)
         return functional.batch_norm(
             input, mean, var, self.weight, self.bias, by_batch, momentum, self.eps,
@@ -55,13 +57,6 @@ class _BatchNormForward(torch.nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
-
-
-def _average_in(running: tuple[Tensor, Tensor], latest: tuple[Tensor, Tensor], batches: Tensor) -> None:
-    """A cumulative average: r <- r + (latest - r) / batches, whose number stays on the device."""
-    share = batches.double().reciprocal()
-    for old, new in zip(running, latest, strict=True):
-        old.copy_(old + (new - old.double()) * share)
 
 
 class BatchNorm1d(_BatchNormForward, torch.nn.BatchNorm1d):
@@ -76,36 +71,108 @@ class BatchNorm3d(_BatchNormForward, torch.nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` on this library's kernels: (N, C, D, H, W), channels-last too."""
 
 
+class SyncBatchNorm(_BatchNormForward):
+    """`torch.nn.SyncBatchNorm` on this library's kernels, on the CPU too: (N, C, …) by the batches of all processes.
+
+    See `distributed.sync_batch_norm`. In evaluation, and where there is no process group or one process, it is the batch
+    normalisation of the others. No subclass of `torch.nn.SyncBatchNorm`, which DistributedDataParallel refuses on the CPU; its
+    arguments and `state_dict` are the same.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        without = {} if bias else {"bias": False}  # an argument that PyTorch has had since 2.13
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, activation=activation, **without
+        )
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        if input.shape[1] == 0:
+            raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+
+    def _normalize(self, input: Tensor, mean: Any, var: Any, momentum: float, residual: Tensor | None) -> Tensor:
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return super()._normalize(input, mean, var, momentum, residual)
+        return distributed.sync_batch_norm(
+            input, mean, var, self.weight, self.bias, True, momentum, self.eps, self.process_group or None,
+            residual=residual, activation=self.activation,
+        )  # fmt: skip
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
+        """`convert_batch_norm` with `sync`."""
+        return convert_batch_norm(module, sync=True if process_group is None else process_group)
+
+
 _CONVERTED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
     torch.nn.BatchNorm2d: BatchNorm2d,
     torch.nn.BatchNorm3d: BatchNorm3d,
+    torch.nn.SyncBatchNorm: SyncBatchNorm,
 }
+_log = logging.getLogger(__name__)
 
 
-def convert_batch_norm(module: torch.nn.Module) -> torch.nn.Module:
-    """Replaces every `torch.nn.BatchNorm1d/2d/3d` in `module` by ours; returns `module`, or its replacement.
+def convert_batch_norm(module: torch.nn.Module, *, sync: Any = False) -> torch.nn.Module:
+    """Replaces every `torch.nn.BatchNorm1d/2d/3d`, `SyncBatchNorm` in `module` by ours; returns `module`, or its replacement.
 
-    Parameters, buffers, hooks and the training flag stay the same objects, so that an optimizer goes on working. A module
-    used in two places stays shared. Subclasses of PyTorch's modules are left alone.
+    sync: True, or a process group, makes a `SyncBatchNorm` of each of them, our own too, over all processes or that group.
+    Parameters, buffers, hooks and the training flag stay the same objects, so that an optimizer goes on working, and device and
+    dtype are what they were. A module used in two places stays shared. Subclasses of PyTorch's modules are left alone.
+
+    What was replaced, and what was left alone, is logged to `hw3gpu.nn` at level INFO, one line a layer. Raises TypeError for
+    what is no module, and no group.
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__module__}.{type(module).__qualname__}")
-    return _convert(module, {})
+    if not (isinstance(sync, bool) or (dist.is_available() and isinstance(sync, dist.ProcessGroup))):
+        raise TypeError(f"sync: expected a bool or a process group, got {type(sync).__module__}.{type(sync).__qualname__}")
+    return _convert(module, "", sync, {})
 
 
-def _convert(module: torch.nn.Module, done: dict[int, torch.nn.Module]) -> torch.nn.Module:
-    if id(module) not in done:
-        done[id(module)] = module
-        ours = _CONVERTED.get(type(module))
-        if ours is not None:
-            done[id(module)] = converted = ours.__new__(ours)
-            converted.__dict__.update(module.__dict__)
-        else:
-            for name, child in module._modules.items():
-                if child is not None:
-                    module._modules[name] = _convert(child, done)
+def _convert(module: torch.nn.Module, name: str, sync: Any, done: dict[int, torch.nn.Module]) -> torch.nn.Module:
+    if id(module) in done:
+        return done[id(module)]
+    done[id(module)] = module
+    ours = _replacement(type(module), bool(sync))
+    if ours is not None:
+        done[id(module)] = converted = ours.__new__(ours)
+        converted.__dict__.update(module.__dict__)
+        if ours is SyncBatchNorm and type(module) is not torch.nn.SyncBatchNorm:
+            converted.__dict__["process_group"] = None if sync is True else sync
+        _log.info("%s: %s -> %s", name or "(the module)", _named(module), _named(converted))
+    else:
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not isinstance(module, _BatchNormForward):
+            _log.info("%s: %s left alone: only PyTorch's own classes are replaced", name or "(the module)", _named(module))
+        for key, child in module._modules.items():
+            if child is not None:
+                module._modules[key] = _convert(child, f"{name}.{key}" if name else key, sync, done)
     return done[id(module)]
+
+
+def _replacement(given: type[torch.nn.Module], sync: bool) -> type[torch.nn.Module] | None:
+    if sync and (given in _CONVERTED or given in (BatchNorm1d, BatchNorm2d, BatchNorm3d)):
+        return SyncBatchNorm
+    return _CONVERTED.get(given)
+
+
+def _named(module: torch.nn.Module) -> str:
+    return f"{type(module).__module__.removesuffix('.modules.batchnorm')}.{type(module).__name__}({module.num_features})"
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

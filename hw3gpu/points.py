@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _arrays, _check
+from ._interchange import interchange
 from ._linalg import REAL, Numerics, check_dtype, check_finite, check_square, eigh, eps, numerics, symmetric
 
 __all__ = ["MomentAccumulator", "Moments", "moments", "points_with_moments"]
@@ -30,6 +31,7 @@ class Moments(NamedTuple):
     covariance: Array
 
 
+@interchange
 def moments(points: Array, *, ddof: int = 0) -> Moments:
     """The mean μ and the covariance Σ = 1/(n - ddof) Σ (x_i - μ)(x_i - μ)ᵀ of points (..., n, m), one a row; (4.1).
 
@@ -60,6 +62,7 @@ def moments(points: Array, *, ddof: int = 0) -> Moments:
         return _Sums.of(ns, ns.read(points)).moments(ns, ddof, dtype)
 
 
+@interchange
 def points_with_moments(mean: Array, covariance: Array, n: int | None = None, *, ddof: int = 0, rng: Any = None) -> Array:
     """Points X (..., n, m), one a row, with mean exactly μ and 1/(n - ddof) covariance exactly Σ, up to rounding.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import _arrays, _check
+from ._interchange import interchange
 
 Array = Any
 
@@ -19,6 +20,7 @@ class SoftmaxCrossEntropy:
     dz: Array
 
 
+@interchange
 def softmax(z: Array, axis: int = -1) -> Array:
     """S_j = exp(z_j) / Σ_k exp(z_k) along `axis` (docs/derivations.md, section 3.1).
 
@@ -34,6 +36,7 @@ def softmax(z: Array, axis: int = -1) -> Array:
     return y
 
 
+@interchange
 def softmax_backward(dy: Array, y: Array, axis: int = -1) -> Array:
     """∂ℓ/∂z = y (∂ℓ/∂y - Σ_k ∂ℓ/∂y_k y_k) for y = softmax(z) along `axis` (docs/derivations.md, section 3.2).
 
@@ -49,6 +52,7 @@ def softmax_backward(dy: Array, y: Array, axis: int = -1) -> Array:
     return dz
 
 
+@interchange
 def softmax_jacobian(z: Array) -> Array:
     """∂S_i/∂z_j = S_i (δ_ij - S_j), shape (…, N, N) for z of shape (…, N) (docs/derivations.md, section 3.2).
 
@@ -63,6 +67,7 @@ def softmax_jacobian(z: Array) -> Array:
     return _arrays.cast(jacobian, _arrays.dtype_name(z))
 
 
+@interchange
 def cross_entropy(y: Array, y_hat: Array) -> Array:
     """L = -Σ_i y_i log ŷ_i along the last axis, with 0 · log 0 = 0 (docs/derivations.md, section 3.3).
 
@@ -80,6 +85,7 @@ def cross_entropy(y: Array, y_hat: Array) -> Array:
     return 0.0 - (y * xp.log(xp.where(y == 0, xp.ones_like(y), y_hat))).sum(-1)
 
 
+@interchange
 def softmax_cross_entropy(z: Array, y: Array) -> SoftmaxCrossEntropy:
     """Loss and gradient of cross entropy on softmax(z), row by row, without the probabilities ever being stored.
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from . import _check
 from ._certificate import Certificate, certificate
+from ._interchange import interchange
 from ._linalg import (
     COMPLEX,
     METHODS,
@@ -91,6 +92,7 @@ class TraceMinimum:
     method: str
 
 
+@interchange
 def minimize_trace(
     covariance: Array,
     k: int,
@@ -138,6 +140,7 @@ def minimize_trace(
         return _result(ns, found, given, (-1.0 if largest else 1.0) / scaled.scale)
 
 
+@interchange
 def minor_components(points: Array, k: int, *, largest: bool = False, ddof: int = 0) -> TraceMinimum:
     """The k directions in which points vary least: `minimize_trace` of their covariance, which is never formed.
 

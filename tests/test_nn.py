@@ -258,6 +258,68 @@ def test_conversion_leaves_alone_what_is_not_torchs_own():
     assert all(a is b for a, b in zip(HN.convert_batch_norm(net), before, strict=True))
 
 
+def test_conversion_says_what_it_replaced(caplog):
+    """One line a layer, a shared one once, with the name that it goes by in the model; and what it left alone."""
+    net = nn.Sequential(model(), OwnBatchNorm(3), HN.BatchNorm2d(2), nn.SyncBatchNorm(5))
+    with caplog.at_level("INFO", logger="hw3gpu.nn"):
+        HN.convert_batch_norm(net)
+    assert [record.getMessage() for record in caplog.records] == [
+        "0.1: torch.nn.BatchNorm2d(4) -> hw3gpu.nn.BatchNorm2d(4)",
+        "0.2.norm: torch.nn.BatchNorm2d(4) -> hw3gpu.nn.BatchNorm2d(4)",
+        "0.2.body.1: torch.nn.BatchNorm2d(4) -> hw3gpu.nn.BatchNorm2d(4)",
+        "0.4: torch.nn.BatchNorm2d(4) -> hw3gpu.nn.BatchNorm2d(4)",
+        "0.6: torch.nn.BatchNorm1d(4) -> hw3gpu.nn.BatchNorm1d(4)",
+        "1: test_nn.OwnBatchNorm(3) left alone: only PyTorch's own classes are replaced",
+        "3: torch.nn.SyncBatchNorm(5) -> hw3gpu.nn.SyncBatchNorm(5)",
+    ]
+    assert type(net[3]) is HN.SyncBatchNorm
+
+
+def test_conversion_to_synchronised(caplog):
+    """Every batch normalisation, our own too; parameters, shared modules and flags as they were."""
+    net = nn.Sequential(model(), HN.BatchNorm2d(2, activation="relu"), nn.SyncBatchNorm(5)).eval()
+    state = {name: id(v) for name, v in net.state_dict(keep_vars=True).items()}
+    with caplog.at_level("INFO", logger="hw3gpu.nn"):
+        assert HN.SyncBatchNorm.convert_sync_batchnorm(net) is net
+    assert {name: id(v) for name, v in net.state_dict(keep_vars=True).items()} == state
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert {type(m) for m in norms} == {HN.SyncBatchNorm}
+    assert len(norms) == len(caplog.records) == 7
+    assert all(m.process_group is None and not m.training for m in norms)
+    assert net[0][1] is net[0][3][0][0]
+    assert net[1].activation == "relu"
+    assert "0.1: torch.nn.BatchNorm2d(4) -> hw3gpu.nn.SyncBatchNorm(4)" in caplog.messages
+
+
+def test_conversion_to_a_group_that_is_none():
+    with pytest.raises(TypeError, match=r"sync: expected a bool or a process group, got builtins.str"):
+        HN.convert_batch_norm(model(), sync="all")
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5), (2, 3, 4, 4), (2, 3, 2, 3, 2)], ids=str)
+def test_synchronised_without_processes_is_batch_normalisation(device, shape):
+    """Training, evaluation, and a checkpoint both ways with PyTorch's module."""
+    theirs = nn.BatchNorm1d(3, momentum=0.3, eps=0.01).double().to(device)
+    theirs._check_input_dim = lambda _: None
+    ours = HN.SyncBatchNorm(3, momentum=0.3, eps=0.01).double().to(device)
+    ours.load_state_dict(nn.SyncBatchNorm(3).state_dict())
+    for training in (True, False):
+        x = batch(shape, device, int(training))
+        same(ours.train(training)(x), theirs.train(training)(x))
+    same_state(ours, theirs)
+    nn.SyncBatchNorm(3).load_state_dict(ours.state_dict())
+    same(copy.deepcopy(ours)(x), ours(x))
+
+
+def test_synchronised_checks_its_input():
+    with pytest.raises(ValueError, match=r"expected at least 2D input \(got 1D input\)"):
+        HN.SyncBatchNorm(3)(torch.ones(3))
+    with pytest.raises(ValueError, match="number of input channels should be non-zero"):
+        HN.SyncBatchNorm(0)(torch.ones(3, 0))
+    assert HN.SyncBatchNorm(3, bias=False).bias is None
+    assert HN.SyncBatchNorm(3, affine=False, track_running_stats=False).state_dict() == {}
+
+
 def test_conversion_of_something_else():
     with pytest.raises(TypeError, match=r"module: expected a torch.nn.Module, got builtins.dict"):
         HN.convert_batch_norm({})

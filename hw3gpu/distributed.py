@@ -1,0 +1,145 @@
+"""Functions over the processes of a `torch.distributed` group: gloo on the CPU, NCCL on GPUs.
+
+Each is called by every process of the group, in the same order. Nothing here waits for the device, and results are the same
+bits on every process that shares them: what processes send is merged in order of rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _check, _ops, _vocab_parallel, functional
+from ._autograd import accumulate_dtype, as_dtype
+from ._sync_batch_norm import sync_batch_norm as _sync_batch_norm
+
+__all__ = ["sync_batch_norm", "vocab_parallel_cross_entropy"]
+
+
+def _or_all(group: Any) -> Any:
+    return dist.group.WORLD if group is None else group
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    group: Any = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """`functional.batch_norm` by the mean and variance over the batches of all processes of `group` (None: all).
+
+    In training each process sends 2 C + 1 numbers forward and, where `input` needs a gradient, 2 C backward. Batches may differ
+    in size; one may be empty, and its process takes part (its loss must depend on the result, if only by a sum of nothing, for
+    backward to be called). Gradients of weight and bias are this process's own, as everywhere in data parallelism. In
+    evaluation, and in a group of one, it is `functional.batch_norm`.
+
+    Raises what `functional.batch_norm` raises; RuntimeError under `torch.func` transforms and for a second derivative.
+    """
+    group = _or_all(group)
+    if not training or dist.get_world_size(group) == 1:
+        return functional.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual, activation=activation
+        )
+    functional._batch_norm_arguments(input, running_mean, running_var, weight, bias, training, momentum, eps, alone=False)
+    residual = functional._fused_arguments(input, residual, activation)
+    relu, name = activation == "relu", group.group_name
+    return _sync_batch_norm(input, weight, bias, running_mean, running_var, momentum, eps, residual, relu, name)
+
+
+def vocab_parallel_cross_entropy(
+    logits_shard: Tensor,
+    target: Tensor,
+    group: Any = None,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    vocab_start: int | None = None,
+) -> Tensor:
+    """`functional.cross_entropy` of logits that are divided over `group` (None: all processes) along their classes.
+
+    logits_shard: this process's classes of all rows, (V_r,), (N, V_r) or (N, V_r, d1, …), in order of rank; V_r may differ
+    from process to process, and be 0. target: the classes (), (N,) or (N, d1, …) of the whole vocabulary, the same on every
+    process. weight: (V_r,), the weights of this process's classes. vocab_start: the number of the shard's first class; left
+    out, processes exchange their sizes first, in a collective of one number each. Give it on every process or on none.
+
+    One collective forward, of six numbers a row, and none backward: the loss is the same on every process, and each has the
+    gradient of its own shard. Do not divide it, or sum it, over the group.
+
+    Raises TypeError for kinds and dtypes (probabilities as target among them), ValueError for shapes and values, IndexError for
+    a class that no process has, on the CPU; on a GPU nothing waits for the device, and such a row gives NaN. RuntimeError for a
+    second derivative.
+    """
+    _vocab_parallel_arguments(logits_shard, target, weight, ignore_index, reduction, label_smoothing)
+    _vocab_parallel_numbers(z_loss, softcap, vocab_start)
+    if weight is not None:
+        weight = weight.detach().to(accumulate_dtype(logits_shard)).contiguous()
+    options = _vocab_parallel.Options(
+        -1 if vocab_start is None else vocab_start,
+        ignore_index,
+        float(label_smoothing),
+        float(z_loss),
+        None if softcap is None else float(softcap),
+        _or_all(group).group_name,
+    )
+    loss, weights, taken = _vocab_parallel.vocab_parallel_cross_entropy(logits_shard, target, weight, options)
+    shape = target.shape
+    if logits_shard.device.type == "cpu" and not _ops.traced(logits_shard):
+        _every_class_exists(taken, target, ignore_index)
+    if reduction == "none":
+        return as_dtype(loss.reshape(shape), logits_shard.dtype)
+    total = loss.sum()
+    return as_dtype(total if reduction == "sum" else total / weights.sum(), logits_shard.dtype)
+
+
+def _vocab_parallel_arguments(z, target, weight, ignore_index, reduction, label_smoothing):
+    functional._tensor(z, "logits_shard")
+    _check.floating(z, "logits_shard")
+    functional._tensor(target, "target")
+    _check.integer(target, "target")
+    _check.rank_at_least(z, "logits_shard", 1, "(V_r,), (N, V_r) or (N, V_r, d1, …)")
+    axis = min(z.dim() - 1, 1)
+    _check.shape(target, "target", (*z.shape[:axis], *z.shape[axis + 1 :]), "one class per row of logits_shard")
+    if weight is not None:
+        functional._tensor(weight, "weight")
+        _check.floating(weight, "weight")
+        _check.shape(weight, "weight", (z.shape[axis],), "one weight per class of logits_shard")
+    _check.integer_value(ignore_index, "ignore_index")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected one of none, mean, sum, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+
+
+def _vocab_parallel_numbers(z_loss, softcap, vocab_start):
+    _check.real_value(z_loss, "z_loss")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
+    if softcap is not None:
+        _check.real_value(softcap, "softcap")
+        _check.positive(softcap, "softcap")
+    if vocab_start is not None and _check.integer_value(vocab_start, "vocab_start") < 0:
+        raise ValueError(f"vocab_start: expected at least 0, got {vocab_start}")
+
+
+def _every_class_exists(taken: Tensor, target: Tensor, ignore_index: int) -> None:
+    wrong = (taken.reshape(-1) != 1).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise IndexError(
+            f"target: expected classes of the vocabulary or ignore_index {ignore_index}, got {int(target.reshape(-1)[row])} "
+            f"in row {row}"
+        )

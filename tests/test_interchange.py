@@ -1,0 +1,126 @@
+"""Arrays of a library that we do not know, through DLPack and the array API standard's namespace."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import hw3gpu
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+class Foreign:
+    """An array of some other library, on the host."""
+
+    exported = 0
+
+    def __init__(self, x):
+        self.x = x
+
+    def __dlpack__(self, **options):
+        Foreign.exported += 1
+        return self.x.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.x.__dlpack_device__()
+
+    def __array_namespace__(self, *, api_version=None):
+        return SimpleNamespace(from_dlpack=lambda x: Foreign(x))
+
+
+def values(rng, *shape):
+    return rng.standard_normal(shape)
+
+
+CALLS = {
+    "batch_norm": lambda f, a: f.batch_norm(a["x"], a["gamma"], beta=a["gamma"]),
+    "batch_norm_backward": lambda f, a: f.batch_norm_backward(a["dy"], a["x"], a["gamma"], a["var"]),
+    "softmax": lambda f, a: f.softmax(a["x"]),
+    "softmax_backward": lambda f, a: f.softmax_backward(a["dy"], a["x"]),
+    "softmax_jacobian": lambda f, a: f.softmax_jacobian(a["gamma"]),
+    "cross_entropy": lambda f, a: f.cross_entropy(a["p"], a["p"]),
+    "softmax_cross_entropy": lambda f, a: f.softmax_cross_entropy(a["x"], a["p"]),
+    "classes": lambda f, a: f.softmax_cross_entropy(a["x"], a["classes"]),
+    "points_with_moments": lambda f, a: f.points_with_moments(mean=a["gamma"], covariance=a["sigma"]),
+    "moments": lambda f, a: f.moments(a["x"]),
+    "minimize_trace": lambda f, a: f.minimize_trace(a["sigma"], 2),
+    "minor_components": lambda f, a: f.minor_components(a["x"], 2),
+}
+
+
+@pytest.fixture
+def arrays(rng):
+    x = values(rng, 5, 3)
+    p = np.abs(values(rng, 5, 3))
+    a = values(rng, 3, 3)
+    return {
+        "x": x,
+        "dy": values(rng, 5, 3),
+        "gamma": values(rng, 3),
+        "var": rng.random(3) + 0.5,
+        "p": p / p.sum(1, keepdims=True),
+        "classes": np.array([0, 2, 1, 1, 0]),
+        "sigma": a @ a.T,
+    }
+
+
+def leaves(result):
+    """The arrays and numbers of a result, in order."""
+    if dataclasses.is_dataclass(result):
+        return [v for f in dataclasses.fields(result) for v in leaves(getattr(result, f.name))]
+    return [v for part in result for v in leaves(part)] if isinstance(result, tuple) else [result]
+
+
+@pytest.mark.parametrize("of", ["numpy", "torch"])
+@pytest.mark.parametrize("name", CALLS)
+def test_what_goes_in_comes_out(arrays, name, of):
+    """The results are those for NumPy arrays, of the caller's kind, and the arguments are as they were."""
+    wrap = (lambda x: Foreign(x.copy())) if of == "numpy" else (lambda x: Foreign(torch.from_numpy(x.copy())))
+    foreign = {key: wrap(x) for key, x in arrays.items()}
+    expected = leaves(CALLS[name](hw3gpu, arrays))
+    result = CALLS[name](hw3gpu, foreign)
+    assert type(result) is type(CALLS[name](hw3gpu, arrays)) or isinstance(result, Foreign)
+    for ours, theirs in zip(leaves(result), expected, strict=True):
+        assert isinstance(ours, Foreign) == isinstance(theirs, np.ndarray)
+        if isinstance(ours, Foreign):
+            np.testing.assert_allclose(np.from_dlpack(ours.x), theirs, rtol=1e-12, atol=1e-12)
+    for key, x in arrays.items():
+        np.testing.assert_array_equal(np.from_dlpack(foreign[key].x), x)
+
+
+def test_memory_is_shared_and_not_copied(arrays, monkeypatch):
+    seen = []
+    monkeypatch.setattr(hw3gpu._arrays, "launch", lambda room, name, like, *operands, **_: seen.append(like))
+    x = Foreign(arrays["x"])
+    hw3gpu.softmax(x)
+    assert np.shares_memory(seen[0], x.x)
+
+
+def test_bfloat16_goes_through_torch(rng):
+    x = torch.from_numpy(values(rng, 4, 3)).bfloat16()
+    y = hw3gpu.softmax(Foreign(x))
+    assert torch.equal(y.x, hw3gpu.softmax(x))
+
+
+def test_numpy_and_torch_behave_the_same(arrays):
+    tensors = {key: torch.from_numpy(x) for key, x in arrays.items()}
+    for name, call in CALLS.items():
+        for a, b in zip(leaves(call(hw3gpu, arrays)), leaves(call(hw3gpu, tensors)), strict=True):
+            if isinstance(a, np.ndarray):
+                np.testing.assert_array_equal(a, b.numpy(), err_msg=name)
+
+
+def test_kinds_do_not_mix(arrays):
+    with pytest.raises(TypeError, match=r"gamma: expected a numpy array, as x is, got a torch array"):
+        hw3gpu.batch_norm(Foreign(arrays["x"]), torch.ones(3, dtype=torch.float64))
+
+
+def test_what_exports_nothing_is_refused():
+    for x in ([1.0], 1.0, None):
+        with pytest.raises(TypeError, match="expected a NumPy, CuPy or torch array"):
+            hw3gpu.softmax(x)

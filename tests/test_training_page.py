@@ -1,0 +1,59 @@
+"""docs/training.md: its diffs are run, both sides of them, and train alike."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "training.md").read_text()
+
+
+DIFFS = re.findall(r"```diff\n(.*?)```", PAGE, re.DOTALL)
+
+
+def side(diff: str, sign: str) -> str:
+    """The program before ('-') or after ('+')."""
+    return "\n".join(line[1:] for line in diff.splitlines() if line[:1] in ("", " ", sign))
+
+
+def trained(program: str) -> dict[str, object]:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(8, 3, 8, 8, generator=generator), torch.arange(8) % 10) for _ in range(3)]
+    names = {"batches": batches}
+    exec(program, names)
+    return names
+
+
+def test_the_diff_of_one_process_trains_alike(caplog):
+    """Three steps; then either checkpoint in the other's model."""
+    with caplog.at_level(logging.INFO, logger="hw3gpu.nn"):
+        before, after = (trained(side(DIFFS[0], sign)) for sign in "-+")
+    torch.testing.assert_close(after["loss"], before["loss"], rtol=1e-4, atol=1e-5)
+    assert caplog.messages == re.findall(r"^\d+: torch.*$", PAGE, re.MULTILINE)
+    ours, theirs = after["model"], before["model"]
+    for a, b in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert a[0] == b[0]
+        torch.testing.assert_close(a[1], b[1], rtol=1e-3, atol=1e-4)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_diffs_of_several_processes_name_what_there_is():
+    """They are run, among processes, by test_distributed.py."""
+    import hw3gpu.distributed
+    import hw3gpu.nn
+
+    for name in re.findall(r"hw3gpu(?:\.\w+)+", PAGE):
+        of = hw3gpu
+        for part in name.split(".")[1:]:
+            of = getattr(of, part)
+    converted = hw3gpu.nn.convert_batch_norm(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), sync=True)
+    assert type(converted[0]) is hw3gpu.nn.SyncBatchNorm
