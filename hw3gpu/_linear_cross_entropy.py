@@ -19,10 +19,10 @@ from . import _arrays, _cross_entropy_formula, _targets
 from ._autograd import accumulate_dtype, as_dtype
 from ._cross_entropy_autograd import never_zero, refuse_class, target_gradient
 
-# A part of all rows keeps the peak below a tenth of the logits; fewer bytes make slow products, more make none faster. Where
-# ∂ℓ/∂W is its own float32 sum there is room for as many numbers as W has, of which a chunk takes half at most: its products
-# are then no slower than unfused ones.
-PARTS = 11
+# A part of all rows keeps the peak below a tenth of the logits; on the host, half of it in half precision, whose products have
+# buffers of their own there. Fewer bytes make slow products, more make none faster. Where ∂ℓ/∂W is its own float32 sum there is
+# room for as many numbers as W has, of which a chunk takes half at most: its products are then no slower than unfused ones.
+PARTS, PARTS_OF_HALVES_ON_THE_HOST = 11, 22
 LEAST, MOST = 1 << 20, 1 << 29
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -59,8 +59,9 @@ class Found(NamedTuple):
 def chunk_rows(problem: Problem) -> int:
     """Rows of a chunk, unless the caller says otherwise."""
     (N, D), wide = problem.x.shape, max(problem.W.shape[0] * problem.x.element_size(), 1)
-    beside_W = 0 if problem.x.dtype in HALVES else D // 2
-    return max(1, min(max(N // PARTS, LEAST // wide, beside_W), MOST // wide))
+    half = problem.x.dtype in HALVES
+    part = N // (PARTS_OF_HALVES_ON_THE_HOST if half and _arrays.on_host(problem.x) else PARTS)
+    return max(1, min(max(part, LEAST // wide, 0 if half else D // 2), MOST // wide))
 
 
 def _chunks(problem, rows):
@@ -164,8 +165,8 @@ class _Gradients:
 
 
 def _add_product(dW, dz, x):
-    """dW += dzᵀ x of half precision: the product of a few classes at a time is as large as dz at most."""
-    step = max(dz.numel() // max(x.shape[1], 1), 1)
+    """dW += dzᵀ x of half precision, of so many classes at a time that their product is a small part of dz."""
+    step = max(dz.numel() // (8 * max(x.shape[1], 1)), 256)
     for first in range(0, dz.shape[1], step):
         dW[first : first + step] += dz[:, first : first + step].t() @ x
 

@@ -157,15 +157,15 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     _tensor(input, "input")
     if dtype is None and input.is_cuda and input.dtype in _HALVES and _autocast(input):
         dtype = torch.float32
-    z = input if dtype is None else input.to(dtype)
-    _check.floating(z, "input")
     if dim is None:
         warnings.warn("softmax: give `dim`; PyTorch's implicit choice is deprecated", stacklevel=_stacklevel - 1)
-        dim = 0 if z.dim() in (0, 1, 3) else 1
-    if z.dim() == 0:
-        return softmax(z.reshape(1), dim).reshape(())
-    if not -z.dim() <= dim < z.dim():
-        raise IndexError(f"dim: expected an axis of input with shape {_check.shape_of(z)}, got {dim}")
+        dim = 0 if input.dim() in (0, 1, 3) else 1
+    if input.dim() == 0:
+        return softmax(input.reshape(1), dim, dtype=dtype).reshape(())
+    if not -input.dim() <= dim < input.dim():
+        raise IndexError(f"dim: expected an axis of input with shape {_check.shape_of(input)}, got {dim}")
+    z = input if dtype is None else input.to(dtype)
+    _check.floating(z, "input")
     return _softmax_autograd.softmax(z, dim)
 
 

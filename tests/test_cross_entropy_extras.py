@@ -12,6 +12,7 @@ from twins import ACC, hold, layout_of, ones, same, tensor, values_of, zeros
 
 import hw3gpu.functional as HF
 from hw3gpu import _targets, reference
+from measure import close, max_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -73,7 +74,11 @@ def check(device, x, target, upstream, dtype, gradient="auto", **options):
     sheet = reference.cross_entropy_with_options(values_of(x), t, upstream=values_of(upstream), **values)
     others = list(theirs(x.to(acc), target.to(acc) if target.is_floating_point() else target, upstream.to(acc), **options))
     hold("loss", loss, sheet.loss, dtype, *(v.to(x.dtype) for v, _ in others))
-    hold("dx", dx, sheet.dlogits, dtype, *(v.to(x.dtype) for _, v in others))
+    error = max(max_error(values_of(v.to(x.dtype)), sheet.dlogits, dtype) for _, v in others)
+    if options.get("softcap") is not None:
+        # 1 - (u/τ)² is a difference from 1; the kernels keep u, PyTorch tanh: one rounding more, of a unit of 1
+        error += torch.finfo(acc).eps * float(upstream.abs().max())
+    close(values_of(dx), sheet.dlogits, error, dtype)
     check_statistics(x, t, stats, options.get("softcap"))
     plain = HF.cross_entropy(x.detach(), target, **options)
     assert torch.equal(plain, loss.detach()) or torch.allclose(plain, loss.detach(), rtol=1e-6, atol=0, equal_nan=True)

@@ -128,9 +128,8 @@ def _forward_kernel(
         hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
         _tile.store(dz_ptr, d_start, head, 0, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
         if ENDS:
-            dz_ends = gradient(
-                z_ends, _tile.lone(m), _tile.lone(scale), _tile.lone(pull), q_ends, c_ends, 0, t_ends, at_target_ends, cap, CAPPED
-            )  # fmt: skip
+            of_row = (_tile.lone(m), _tile.lone(scale), _tile.lone(pull))
+            dz_ends = gradient(z_ends, *of_row, q_ends, c_ends, 0, t_ends, at_target_ends, cap, CAPPED)
             _, in_ends = _tile.ends(_tile.lone(head), V, _tile.lone(live), GROUP)
             tl.store(dz_ptr + (_tile.lone(d_start) + c_ends * stride_dv), dz_ends, mask=in_ends)
         if not FITS:
@@ -186,7 +185,8 @@ def _backward_kernel(
     live, known, g = live[:, None], known[:, None], g[:, None]
     g = tl.where(known, g, 1.0)  # what is no class gives 0, or NaN, whatever the upstream gradient
     lse = m + log_1_plus(excess, ACC)
-    (scale, pull), at_target = scale_of(g, known, bad, excess, lse, W, z_loss), None
+    scale, pull = scale_of(g, known, bad, excess, lse, W, z_loss)
+    at_target = None
     if not SOFT:
         at_target = at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED)
     z_start = n * stride_zn + s[:, None] * stride_zs
