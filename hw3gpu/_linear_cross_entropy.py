@@ -21,7 +21,7 @@ from ._cross_entropy_autograd import never_zero, refuse_class, target_gradient
 
 # A part of all rows keeps the peak below a tenth of the logits; on the host, half of it in half precision, whose products have
 # buffers of their own there. Fewer bytes make slow products, more make none faster. Where ∂ℓ/∂W is its own float32 sum there is
-# room for as many numbers as W has, of which a chunk takes half at most: its products are then no slower than unfused ones.
+# room for as many numbers as W has, which a chunk may take: its products are then no slower than unfused ones.
 PARTS, PARTS_OF_HALVES_ON_THE_HOST = 11, 22
 LEAST, MOST = 1 << 20, 1 << 29
 HALVES = (torch.float16, torch.bfloat16)
@@ -61,7 +61,7 @@ def chunk_rows(problem: Problem) -> int:
     (N, D), wide = problem.x.shape, max(problem.W.shape[0] * problem.x.element_size(), 1)
     half = problem.x.dtype in HALVES
     part = N // (PARTS_OF_HALVES_ON_THE_HOST if half and _arrays.on_host(problem.x) else PARTS)
-    return max(1, min(max(part, LEAST // wide, 0 if half else D // 2), MOST // wide))
+    return max(1, min(max(part, LEAST // wide, 0 if half else D), MOST // wide))
 
 
 def _chunks(problem, rows):

@@ -298,7 +298,7 @@ def linear_cross_entropy(
 
     There are never more than `chunk_rows` rows of logits: by default as many as keep the peak, beyond inputs, gradients and one
     float32 ∂ℓ/∂linear_weight, below a tenth of the logits, in chunks of 1 MiB to 512 MiB. (In float32 that one is the gradient
-    itself, and a chunk may have half its size.) ∂ℓ/∂linear_weight and ∂ℓ/∂linear_bias are summed over chunks in float32. The
+    itself, and a chunk may have its size.) ∂ℓ/∂linear_weight and ∂ℓ/∂linear_bias are summed over chunks in float32. The
     products are PyTorch's (docs/derivations.md, section 3.7).
 
     input: (D,) or (N, D). linear_weight: (C, D) or (C, d1, …, D), of input's dtype; linear_bias: (C,) or (C, d1, …). target:
