@@ -12,6 +12,7 @@ COMMANDS = {
     "cpu": "the CPU kernels beside PyTorch's and beside a plain copy",
     "traffic": "bytes that cross entropy moves, counted in Triton's interpreter, beside Liger's",
     "evidence": "every plan compiled for every architecture; writes evidence.json",
+    "linear": "linear cross entropy on the CPU beside PyTorch's unfused and chunked paths",
     "linalg": "minimize_trace beside the eigensolvers of NumPy, torch and SciPy",
 }
 
@@ -28,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("--json", metavar="FILE", help="write the figures there too")
-        if name == "cpu":
+        if name in ("cpu", "linear"):
             command.add_argument("--turns", type=_turns, default=15, help="how often each contestant is measured (%(default)s)")
     return top
 

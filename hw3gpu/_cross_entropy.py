@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from . import _cross_entropy_autograd, _cross_entropy_formula, _cross_entropy_graphs, _ops
 from ._autograd import graph_is_needed
-from ._cross_entropy_formula import NUMBERS
+from ._cross_entropy_formula import NUMBERS, class_axis, loss_shape
 
 
 def cross_entropy(logits, target, weight, options, gradient, stats):
@@ -21,4 +21,7 @@ def cross_entropy(logits, target, weight, options, gradient, stats):
         found = _cross_entropy_autograd.run(logits, target, weight, options, NUMBERS if stats else 3)
     else:
         found = _cross_entropy_autograd.with_graph(logits, target, weight, options, gradient, stats)
-    return found[0], _cross_entropy_formula.statistics(found[1], logits, target, options.ignore_index) if stats else None
+    if not stats:
+        return found[0], None
+    V = logits.shape[class_axis(logits)]
+    return found[0], _cross_entropy_formula.statistics(found[1], loss_shape(logits), V, target, options.ignore_index)

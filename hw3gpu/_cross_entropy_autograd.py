@@ -116,7 +116,7 @@ def run(logits, target, weight, options, numbers=3, at_once=False):
         over = None
         if options.reduction == "mean":
             kernels.count(t, seen_weight, see(denominator), ignore_index=options.ignore_index)
-            over = see(_never_zero(denominator, options))
+            over = see(never_zero(denominator, options))
         dlogits, dz = _arrays.output(logits, class_axis(logits), see)
         kernels.forward_backward(
             z, t, seen_weight, see(loss), dz, see(invalid), stats=see(stats), denominator=over, **options.of_rows
@@ -130,7 +130,7 @@ def run(logits, target, weight, options, numbers=3, at_once=False):
     kernels.reduce(see(loss), t, seen_weight, see(total), see(denominator), ignore_index=options.ignore_index)
     if options.reduction == "sum":
         return total[0], stats, None, dlogits
-    return (total / _never_zero(denominator, options))[0], stats, denominator, dlogits
+    return (total / never_zero(denominator, options))[0], stats, denominator, dlogits
 
 
 def run_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits=None):
@@ -165,11 +165,11 @@ def _run_step(logits, target, weight, upstream, options, dlogits=None, stats=Fal
         mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored, **options.of_rows,
     )  # fmt: skip
     if invalid[0] < N * S:
-        _refuse_class(target, int(invalid[0]), logits, options.ignore_index)
+        refuse_class(target, int(invalid[0]), logits.shape[class_axis(logits)], options.ignore_index)
     return result, numbers, dlogits
 
 
-def _never_zero(denominator, options):
+def never_zero(denominator, options):
     """What counts nothing makes a loss of 0/0, or of 0 where that is asked for: over an infinite number."""
     return denominator.masked_fill_(denominator == 0, torch.inf) if options.zero_if_ignored else denominator
 
@@ -184,13 +184,13 @@ def _judge_targets(logits, target, invalid, ignore_index):
     if _arrays.on_host(logits):
         row = int(invalid)
         if row < target.numel():
-            _refuse_class(target, row, logits, ignore_index)
+            refuse_class(target, row, logits.shape[class_axis(logits)], ignore_index)
     elif _targets.looks(logits.device):
         _targets.watch(logits.device).send()
 
 
-def _refuse_class(target, row, logits, ignore_index):
-    V = logits.shape[class_axis(logits)]
+def refuse_class(target, row, V, ignore_index):
+    """IndexError: what stands in a row of `target` is no class."""
     raise IndexError(
         f"target: expected classes in 0…{V - 1} or ignore_index {ignore_index}, got {int(target.reshape(-1)[row])} in row {row}"
     )

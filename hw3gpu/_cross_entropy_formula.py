@@ -63,13 +63,13 @@ def class_axis(logits):
     return min(logits.ndim - 1, 1)
 
 
-def statistics(numbers, logits, target, ignore_index):
-    """What the `NUMBERS` of every row say."""
-    m, excess, _, below, entropy = numbers.reshape(NUMBERS, *loss_shape(logits)).unbind()
+def statistics(numbers, shape, V, target, ignore_index):
+    """What the `NUMBERS` of every row say; `shape` is that of the loss of every row."""
+    m, excess, _, below, entropy = numbers.reshape(NUMBERS, *shape).unbind()
     log_total = excess.log1p()
     if target.is_floating_point():
         return CrossEntropyStatistics(m + log_total, None, entropy, None)
-    known = (target != ignore_index) & (target >= 0) & (target < logits.shape[class_axis(logits)])
+    known = (target != ignore_index) & (target >= 0) & (target < V)
     return CrossEntropyStatistics(m + log_total, below - log_total, entropy, (below == 0) & known)
 
 

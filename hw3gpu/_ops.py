@@ -64,6 +64,6 @@ def fake_output(x: torch.Tensor, axis: int) -> torch.Tensor:
     outer, inner = x.shape[:axis], x.shape[axis + 1 :]
     try:
         out.view(math.prod(outer), x.shape[axis], math.prod(inner))
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # of tensors, of fakes
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     return out

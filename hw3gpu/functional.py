@@ -13,13 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _batch_norm_autograd, _check, _cross_entropy, _softmax_autograd
+from . import _batch_norm_autograd, _check, _cross_entropy, _linear_cross_entropy_graphs, _softmax_autograd
 from ._autograd import accumulate_dtype, as_dtype
 from ._cross_entropy_formula import CrossEntropyStatistics, Options, loss_shape
+from ._linear_cross_entropy import Problem
 from ._targets import check_targets
 from ._trace_autograd import minimize_trace
 
-__all__ = ["CrossEntropyStatistics", "batch_norm", "check_targets", "cross_entropy", "minimize_trace", "softmax"]
+__all__ = [
+    "CrossEntropyStatistics",
+    "batch_norm",
+    "check_targets",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "minimize_trace",
+    "softmax",
+]
 
 _REDUCTIONS = ("none", "mean", "sum")
 _GRADIENTS = ("auto", "forward", "backward")
@@ -148,15 +157,15 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     _tensor(input, "input")
     if dtype is None and input.is_cuda and input.dtype in _HALVES and _autocast(input):
         dtype = torch.float32
-    z = input if dtype is None else input.to(dtype)
-    _check.floating(z, "input")
     if dim is None:
         warnings.warn("softmax: give `dim`; PyTorch's implicit choice is deprecated", stacklevel=_stacklevel - 1)
-        dim = 0 if z.dim() in (0, 1, 3) else 1
-    if z.dim() == 0:
-        return softmax(z.reshape(1), dim).reshape(())
-    if not -z.dim() <= dim < z.dim():
-        raise IndexError(f"dim: expected an axis of input with shape {_check.shape_of(z)}, got {dim}")
+        dim = 0 if input.dim() in (0, 1, 3) else 1
+    if input.dim() == 0:
+        return softmax(input.reshape(1), dim, dtype=dtype).reshape(())
+    if not -input.dim() <= dim < input.dim():
+        raise IndexError(f"dim: expected an axis of input with shape {_check.shape_of(input)}, got {dim}")
+    z = input if dtype is None else input.to(dtype)
+    _check.floating(z, "input")
     return _softmax_autograd.softmax(z, dim)
 
 
@@ -264,3 +273,98 @@ def _extra_arguments(z_loss, softcap, gradient, all_ignored):
         raise ValueError(f"gradient: expected one of {', '.join(_GRADIENTS)}, got {gradient!r}")
     if all_ignored not in _ALL_IGNORED:
         raise ValueError(f"all_ignored: expected one of {', '.join(_ALL_IGNORED)}, got {all_ignored!r}")
+
+
+# ---------------------------------------------------------------------------------------------- linear cross entropy
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    gradient: str = "auto",
+    all_ignored: str = "nan",
+    return_stats: bool = False,
+    chunk_rows: int | None = None,
+) -> Any:
+    """`torch.nn.functional.linear_cross_entropy`: cross entropy of the logits input · linear_weightᵀ + linear_bias.
+
+    There are never more than `chunk_rows` rows of logits: by default as many as keep the peak, beyond inputs, gradients and one
+    float32 ∂ℓ/∂linear_weight, below a tenth of the logits, in chunks of 1 MiB to 512 MiB. (In float32 that one is the gradient
+    itself, and a chunk may have its size.) ∂ℓ/∂linear_weight and ∂ℓ/∂linear_bias are summed over chunks in float32. The
+    products are PyTorch's (docs/derivations.md, section 3.7).
+
+    input: (D,) or (N, D). linear_weight: (C, D) or (C, d1, …, D), of input's dtype; linear_bias: (C,) or (C, d1, …). target:
+    classes (), (N,) or (N, d1, …), or probabilities (C,), (N, C) or (N, C, d1, …). ignore_index: -100 for None. options:
+    `torch.nn.LinearCrossEntropyOptions`, of which `batch_chunk_size` counts, as `chunk_rows`.
+
+    gradient: "forward" makes the gradients in the forward pass: three products, one of them for the logits; the gradients are
+    held until backward. "backward" makes the logits twice: four products. "auto": "forward" for a reduced loss. The other
+    arguments, the loss, what raises, second derivatives, transforms and compiled graphs are as of `cross_entropy`, where those
+    that need the formula in PyTorch's operations hold all logits.
+    """
+    if ignore_index is not None and isinstance(target, Tensor) and target.is_floating_point():
+        raise _check.ShapeError(f"ignore_index: expected None with probabilities as target, got {ignore_index}")
+    asked = Options(
+        reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero"
+    )
+    weight = _linear_arguments(input, linear_weight, target, linear_bias, weight, asked)
+    _extra_arguments(z_loss, softcap, gradient, all_ignored)
+    if gradient == "forward" and reduction == "none":
+        raise ValueError("gradient: expected 'auto' or 'backward' with reduction 'none', got 'forward'")
+    rows = getattr(options, "batch_chunk_size", None) if chunk_rows is None else chunk_rows
+    if rows is not None and _check.integer_value(rows, "chunk_rows") < 1:
+        raise ValueError(f"chunk_rows: expected at least 1, got {rows}")
+    problem = _linear_problem(input, linear_weight, target, linear_bias, weight)
+    loss, stats = _linear_cross_entropy_graphs.linear_cross_entropy(problem, asked, gradient, return_stats, rows)
+    of_rows = (*input.shape[:-1], *linear_weight.shape[1:-1])
+    loss = as_dtype(loss.reshape(of_rows) if reduction == "none" else loss, _loss_dtype(input, target))
+    if not return_stats:
+        return loss
+    return loss, type(stats)._make(None if v is None else v.reshape(of_rows) for v in stats)
+
+
+def _linear_arguments(x, W, target, b, weight, asked):
+    """Checks every argument that PyTorch's function has; the class weights in the kernels' dtype."""
+    _floating_tensor(x, "input")
+    _floating_tensor(W, "linear_weight")
+    if x.dim() not in (1, 2):
+        raise _check.ShapeError(f"input: expected (D,) or (N, D), got shape {_check.shape_of(x)}")
+    if W.dim() < 2:
+        raise _check.ShapeError(f"linear_weight: expected (C, D) or (C, d1, …, D), got shape {_check.shape_of(W)}")
+    if W.dim() > 2 and x.dim() == 1:
+        raise _check.ShapeError(f"input: expected (N, D) with linear_weight (C, d1, …, D), got shape {_check.shape_of(x)}")
+    _check.shape(W, "linear_weight", (*W.shape[:-1], x.shape[-1]), "last, the features of input")
+    beside = [("linear_weight", W)]
+    if b is not None:
+        _floating_tensor(b, "linear_bias")
+        _check.shape(b, "linear_bias", tuple(W.shape[:-1]), "one number per row of linear_weight")
+        beside.append(("linear_bias", b))
+    for name, v in beside:
+        if not _autocast(x):
+            _check.same_dtype(v, name, x, "input")
+        if v.device != x.device:
+            raise RuntimeError(f"{name}: expected a tensor on {x.device}, where input is, got one on {v.device}")
+    logits = x.detach().new_empty(()).expand(*x.shape[:-1], *W.shape[:-1])
+    return _cross_entropy_arguments(logits, target, weight, asked.ignore_index, asked.reduction, asked.label_smoothing)
+
+
+def _linear_problem(x, W, target, b, weight):
+    if _autocast(x):  # as PyTorch's `linear`
+        of = torch.get_autocast_dtype(x.device.type)
+        x, W, b = (v if v is None or v.dtype == torch.float64 else as_dtype(v, of) for v in (x, W, b))
+    C, S, N = W.shape[0], math.prod(W.shape[1:-1]), 1 if x.dim() == 1 else x.shape[0]
+    return Problem(
+        x.reshape(N, x.shape[-1]),
+        W.reshape(C * S, W.shape[-1]),
+        None if b is None else b.reshape(C * S),
+        target.reshape((N, C, S) if target.is_floating_point() else (N, S)),
+        weight,
+    )

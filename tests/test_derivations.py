@@ -493,6 +493,23 @@ def test_3_20_merges_the_sum_of_the_entropy() -> None:
     assert sp.simplify(merged - sum(sp.exp(z - C) * (z - C) for z in Z)) == 0
 
 
+@proves("3.21")
+def test_3_21_sums_the_gradients_of_chunks() -> None:
+    rng = np.random.default_rng(9)
+    x, w, b, t = rng.normal(size=(7, 3)), rng.normal(size=(5, 3)), rng.normal(size=5), np.array([0, 4, -100, 2, 1, 1, 3])
+    leaves = [torch.tensor(v, requires_grad=True) for v in (x, w, b)]
+    torch.nn.functional.cross_entropy(torch.nn.functional.linear(*leaves), torch.tensor(t)).backward()
+    dx, dw, db = np.zeros_like(x), np.zeros_like(w), np.zeros_like(b)
+    for chunk in (slice(0, 3), slice(3, 7)):
+        z = x[chunk] @ w.T + b
+        g = reference.cross_entropy_with_options(z, t[chunk], reduction="sum").dlogits / np.count_nonzero(t >= 0)
+        dx[chunk] = g @ w
+        dw += g.T @ x[chunk]
+        db += g.sum(axis=0)
+    for ours, leaf in zip((dx, dw, db), leaves, strict=True):
+        np.testing.assert_allclose(ours, leaf.grad.numpy(), rtol=0, atol=1e-15)
+
+
 # 4 Points with given mean and covariance ---------------------------------------------------------------------------
 
 

@@ -24,11 +24,20 @@ def meta(*shape, dtype=torch.float32, grad=False):
     return torch.empty(shape, dtype=dtype, device="meta").requires_grad_(grad)
 
 
-def losses(N, V, *positions, soft=False):
+def losses(N, V, *positions, soft=False, **options):
     def call():
         z = meta(N, V, *positions, dtype=BF16, grad=True)
         target = meta(N, V, *positions, dtype=BF16) if soft else meta(N, *positions, dtype=torch.int64)
-        HF.cross_entropy(z, target, ignore_index=-100, label_smoothing=0.1).backward()
+        loss = HF.cross_entropy(z, target, ignore_index=-100, label_smoothing=0.1, **options)
+        (loss[0] if isinstance(loss, tuple) else loss).backward()
+
+    return call
+
+
+def linear(N, D, V):
+    def call():
+        x, W = meta(N, D, dtype=BF16, grad=True), meta(V, D, dtype=BF16, grad=True)
+        HF.linear_cross_entropy(x, W, meta(N, dtype=torch.int64)).backward()
 
     return call
 
@@ -58,6 +67,9 @@ CALLS = {
     "cross entropy, 2**33 logits, V = 2": losses(2**32, 2),
     "cross entropy, 2**33 logits, pixels": losses(2**9, 2**4, 2**10, 2**10),
     "cross entropy, 2**33 soft targets": losses(2**18, 2**15, soft=True),
+    "cross entropy in the forward pass": losses(2**10, 50257, gradient="forward", all_ignored="zero"),
+    "cross entropy with every extra": losses(2**10, 32000, z_loss=0.1, softcap=30.0, return_stats=True),
+    "linear cross entropy": linear(2**8, 2**6, 2**15),
     "softmax, one row": softmaxes(1, 3),
     "softmax, 2**33 numbers": softmaxes(2**20, 2**13),
     "softmax, one row of 2**27": softmaxes(64, 2**27),

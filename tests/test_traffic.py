@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import hw3gpu.functional as HF
 from benchmarks import traffic
+from benchmarks.inside_triton import count_accesses
 from benchmarks.ledger import ledger
+from hw3gpu._arrays import use_backend
 from hw3gpu.kernels.gpu import batch_norm, cross_entropy, softmax
 
 pytestmark = pytest.mark.interpreter
@@ -61,6 +65,37 @@ def test_forward_then_backward_for_any_upstream_gradient(V):
         cross_entropy.forward(z, target, None, loss, stats, invalid, **HARD)
         cross_entropy.backward(z, target, None, stats, upstream, denominator, dz, **HARD)
     assert 3.0 <= book.passes("z", "dz") <= 3.02
+
+
+def bytes_asked(call):
+    """What all launches of a call ask to load and store, of any tensor."""
+    asked = []
+    with count_accesses(lambda kernel, kind, addresses, itemsize: asked.append(addresses.size * itemsize), lambda kernel: None):
+        call()
+    return sum(asked)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "upstream", "bound"),
+    [("backward", 1.0, 3.02), ("backward", 0.3, 3.02), ("auto", 0.3, 3.02), ("forward", 1.0, 2.02), ("forward", 0.3, 4.04)],
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_and_backward_of_the_public_function(dtype, reduction, gradient, upstream, bound):
+    """Classes, one number a row and the reduction's partial sums included."""
+    z, target = logits(16384, dtype)[..., 0].requires_grad_(), torch.randint(16384, (3,))
+
+    def step():
+        loss = HF.cross_entropy(z, target, reduction=reduction, gradient=gradient)
+        loss.backward(torch.full_like(loss, upstream))
+
+    with use_backend("gpu"):
+        passes = bytes_asked(step) / (z.numel() * z.element_size())
+    assert bound - 0.05 <= passes <= bound
+    exact = z.detach().double().requires_grad_()
+    loss = F.cross_entropy(exact, target, reduction=reduction)
+    loss.backward(torch.full_like(loss, upstream))
+    torch.testing.assert_close(z.grad.double(), exact.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("V", [1000, 1001, 16383, 16384])

@@ -22,7 +22,7 @@ from ._jit import inline, kernel, reduction
 from ._rows import chunk_of, exp_and_excess, fill, row_max
 
 _SERIES = tuple(np.float32(c) for c in (1 / 3, 2 / 15, 17 / 315, 62 / 2835, 1382 / 155925))
-_ONE, _MINUS_TWO, _SMALL = np.float32(1.0), np.float32(-2.0), np.float32(0.0625)
+_ONE, _ZERO, _MINUS_TWO, _FAR, _SMALL = (np.float32(c) for c in (1.0, 0.0, -2.0, 0.25, 0.0625))
 
 
 def tanh(x: Any) -> Any:
@@ -41,7 +41,9 @@ def _tanh(x):
         u = exp(_MINUS_TWO * abs(x))
         tail = _SERIES[2] - x2 * (_SERIES[3] - x2 * _SERIES[4])
         series = abs(x) * (_ONE - x2 * (_SERIES[0] - x2 * (_SERIES[1] - x2 * tail)))
-        t = series if x2 < _SMALL else (_ONE - u) / (_ONE + u)
+        far = u < _FAR  # 1 less a little has one rounding
+        t = (_ONE if far else _ZERO) + (_MINUS_TWO * u if far else _ONE - u) / (_ONE + u)
+        t = series if x2 < _SMALL else t
         return -t if x < 0 else t
 
     return of_float32
@@ -101,24 +103,23 @@ def _sums(u, m, q, e):
 
 @inline
 def _slope(u, cap):
-    """The derivative of tau tanh(z / tau) by z, from what it is."""
-    t = u / cap
-    return 1 - t * t
+    """The derivative of tau tanh(z / tau) by z, from u; the difference is taken before anything else is rounded."""
+    return (cap - u) * (cap + u) / (cap * cap)
 
 
 @inline
-def _gradient(u, q, e, scale, g, cap, dz):
-    """dz = (scale e - g q) (1 - (u / tau)^2)."""
+def _gradient(u, q, e, scale, pull, g, cap, dz):
+    """dz = ((scale e - g q) + pull e) (1 - u^2 / tau^2): where scale e and g q cancel, pull e keeps its digits."""
     of = u.dtype.type
-    scale, g = of(scale), of(g)
+    scale, pull, g = of(scale), of(pull), of(g)
     if cap == 0.0:
         for c in range(u.size):
-            store(dz, c, e[c] * scale - g * q[c])
+            store(dz, c, (e[c] * scale - g * q[c]) + e[c] * pull)
     else:
-        tau, one = of(cap), of(1)
+        tau, over = of(cap), of(1 / (cap * cap))
         for c in range(u.size):
-            t = u[c] / tau
-            store(dz, c, (e[c] * scale - g * q[c]) * (one - t * t))
+            slope = (tau - u[c]) * (tau + u[c]) * over
+            store(dz, c, ((e[c] * scale - g * q[c]) + e[c] * pull) * slope)
 
 
 @inline
@@ -142,7 +143,7 @@ def _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz, row_stats):
     row_stats[4] = log_total - spread / total
     if dz.size:
         pull = 2.0 * z_loss * lse if z_loss != 0.0 else 0.0
-        _gradient(u, q, e, g * (W + pull) / total, g, cap, dz)
+        _gradient(u, q, e, g * W / total, g * pull / total, g, cap, dz)
         if t >= 0:  # without the difference p_t - 1, whose digits are lost where p_t -> 1
             e_t = np.float64(e[t])
             at_target = (W - q_t) - W * ((excess + (1.0 - e_t)) / total) - np.float64(q[t]) + pull * (e_t / total)

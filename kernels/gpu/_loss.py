@@ -36,20 +36,21 @@ def soft_cap(z, cap, ACC: tl.constexpr):
     y = -2.0 * tl.abs(x)
     u = tl.exp(y)
     if tl.float64 == ACC:
-        below = tl.where(u > 0.5, tl.where(u == 1.0, y, (u - 1.0) * (y / tl.log(u))), u - 1.0)  # exp(y) - 1, after Kahan
-        t = -below / (2.0 + below)
+        below = tl.where(u == 1.0, y, (u - 1.0) * (y / tl.log(u)))  # exp(y) - 1, after Kahan
+        t = tl.where(u > 0.5, -below / (2.0 + below), 1.0 - 2.0 * u / (1.0 + u))
     else:
         x2 = x * x
         series = 1.0 - x2 * (1 / 3 - x2 * (2 / 15 - x2 * (17 / 315 - x2 * (62 / 2835 - x2 * (1382 / 155925)))))
-        t = tl.where(x2 < 0.0625, tl.abs(x) * series, (1.0 - u) / (1.0 + u))
+        far = u < 0.25  # 1 less a little has one rounding
+        t = tl.where(far, 1.0, 0.0) + tl.where(far, -2.0 * u, 1.0 - u) / (1.0 + u)
+        t = tl.where(x2 < 0.0625, tl.abs(x) * series, t)
     return cap * tl.where(x < 0.0, -t, t)
 
 
 @triton.jit
 def _slope(capped, cap):
-    """∂ cap tanh(z / cap) / ∂z."""
-    t = capped / cap
-    return 1.0 - t * t
+    """∂ cap tanh(z / cap) / ∂z = 1 - (capped / cap)²; the difference is taken before anything else is rounded."""
+    return (cap - capped) * (cap + capped) / (cap * cap)
 
 
 @triton.jit
@@ -160,8 +161,9 @@ def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr):
 
 @triton.jit
 def scale_of(g, known, bad, excess, lse, W, z_loss):
-    """What exp(z - m) is multiplied by in the gradient: 0 or NaN in rows without a class."""
-    return tl.where(known, g * (W + times(2.0 * z_loss, lse)) / (1.0 + excess), _otherwise(bad))
+    """What exp(z - m) is multiplied by in the gradient, for the loss (0 or NaN in rows without a class) and for the z-loss."""
+    total = 1.0 + excess
+    return tl.where(known, g * W / total, _otherwise(bad)), tl.where(known, g * times(2.0 * z_loss, lse) / total, 0.0)
 
 
 @triton.jit
@@ -187,12 +189,15 @@ def _otherwise(bad):
 
 
 @triton.jit
-def gradient(z, m, scale, q, lane, first, t, at_target, cap, CAPPED: tl.constexpr):
-    """scale exp(z - m) - q, `at_target` at the hard target's class t; all three hold the factor g. The classes are
-    first + lane; q is None where nothing is dense, t for soft targets."""
-    dz = tl.exp(z - finite_base(m)) * scale
-    if q is not None:
-        dz -= q
+def gradient(z, m, scale, pull, q, lane, first, t, at_target, cap, CAPPED: tl.constexpr):
+    """(scale + pull) exp(z - m) - q, `at_target` at the hard target's class t; all hold the factor g. The classes are
+    first + lane; q is None where nothing is dense, t for soft targets. Where scale exp(z - m) and q cancel, the z-loss's pull
+    keeps its digits."""
+    e = tl.exp(z - finite_base(m))
+    if q is None:
+        dz = e * (scale + pull)
+    else:
+        dz = (e * scale - q) + e * pull
     if CAPPED:
         dz *= tl.where(z == float("-inf"), 0.0, _slope(z, cap))  # a row that is not read has no logits
     if t is not None:

@@ -119,18 +119,17 @@ def _forward_kernel(
             q *= g
             if ENDS:
                 q_ends *= _tile.lone(g)
-        scale = scale_of(g, known, bad, excess, lse, W, z_loss)
+        scale, pull = scale_of(g, known, bad, excess, lse, W, z_loss)
         at_target, t_ends, at_target_ends = None, None, None
         if not SOFT:
             at_target = at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED)
             t_ends, at_target_ends = _tile.lone(t), _tile.lone(at_target)
-        dz = gradient(z, m, scale, q, lane, head, t, at_target, cap, CAPPED)
+        dz = gradient(z, m, scale, pull, q, lane, head, t, at_target, cap, CAPPED)
         hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
         _tile.store(dz_ptr, d_start, head, 0, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
         if ENDS:
-            dz_ends = gradient(
-                z_ends, _tile.lone(m), _tile.lone(scale), q_ends, c_ends, 0, t_ends, at_target_ends, cap, CAPPED
-            )  # fmt: skip
+            of_row = (_tile.lone(m), _tile.lone(scale), _tile.lone(pull))
+            dz_ends = gradient(z_ends, *of_row, q_ends, c_ends, 0, t_ends, at_target_ends, cap, CAPPED)
             _, in_ends = _tile.ends(_tile.lone(head), V, _tile.lone(live), GROUP)
             tl.store(dz_ptr + (_tile.lone(d_start) + c_ends * stride_dv), dz_ends, mask=in_ends)
         if not FITS:
@@ -144,7 +143,7 @@ def _forward_kernel(
                 )  # fmt: skip
                 if DENSE:
                     q_tail *= g
-                dz_tail = gradient(z_tail, m, scale, q_tail, tail, head + offset, t, at_target, cap, CAPPED)
+                dz_tail = gradient(z_tail, m, scale, pull, q_tail, tail, head + offset, t, at_target, cap, CAPPED)
                 t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
                 _tile.store(dz_ptr, d_start, head, offset, tail, t_hi, dz_tail, stride_dv, DZ_MODE, GROUP)
 
@@ -186,7 +185,8 @@ def _backward_kernel(
     live, known, g = live[:, None], known[:, None], g[:, None]
     g = tl.where(known, g, 1.0)  # what is no class gives 0, or NaN, whatever the upstream gradient
     lse = m + log_1_plus(excess, ACC)
-    scale, at_target = scale_of(g, known, bad, excess, lse, W, z_loss), None
+    scale, pull = scale_of(g, known, bad, excess, lse, W, z_loss)
+    at_target = None
     if not SOFT:
         at_target = at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED)
     z_start = n * stride_zn + s[:, None] * stride_zs
@@ -202,7 +202,7 @@ def _backward_kernel(
     )  # fmt: skip
     if DENSE:
         q *= g
-    dz = gradient(z, m, scale, q, lane, head + offset, t, at_target, cap, CAPPED)
+    dz = gradient(z, m, scale, pull, q, lane, head + offset, t, at_target, cap, CAPPED)
     hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
     _tile.store(dz_ptr, d_start, head, offset, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
     if ENDS:
@@ -211,7 +211,7 @@ def _backward_kernel(
         q = dense_at(target_ptr, t_start, weight_ptr, c, inside, stride_tv, V, epsilon, SOFT, DENSE, ACC)
         if DENSE:
             q *= g
-        dz = gradient(z, m, scale, q, c, 0, t, at_target, cap, CAPPED)
+        dz = gradient(z, m, scale, pull, q, c, 0, t, at_target, cap, CAPPED)
         _, inside = _tile.ends(head, V, first, GROUP)
         tl.store(dz_ptr + (d_start + c * stride_dv), dz, mask=inside)
 

@@ -1,0 +1,385 @@
+"""What `hw3gpu.functional.cross_entropy` has beyond PyTorch's arguments, on both kinds of kernels, against the answer sheet."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from twins import ACC, hold, layout_of, ones, same, tensor, values_of, zeros
+
+import hw3gpu.functional as HF
+from hw3gpu import _targets, reference
+from measure import close, max_error
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+EXTRAS = {
+    "z-loss": {"z_loss": 1e-2},
+    "softcap": {"softcap": 3.0},
+    "both": {"z_loss": 1e-3, "softcap": 20.0},
+}
+
+
+def loss_shape(shape):
+    return (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+
+
+def soft(rng, shape):
+    y = rng.random(shape) + 0.01
+    return y / y.sum(min(len(shape) - 1, 1), keepdims=True)
+
+
+def theirs(x, target, upstream, z_loss=0.0, softcap=None, reduction="mean", weight=None, label_smoothing=0.0):
+    """The loss in PyTorch's operations, and two gradients: autograd's, and that of (3.17) and (3.18) with its softmax.
+
+    Each for the classes in a few orders: one order's error is luck.
+    """
+    axis = min(x.dim() - 1, 1)
+    V, hard = x.shape[axis], not target.is_floating_point()
+    along = [V if i == axis else 1 for i in range(x.dim())]
+    for k in (0, 1, 2, 5):
+        moved = x.detach().roll(k, axis).requires_grad_()
+        z = moved if softcap is None else softcap * torch.tanh(moved / softcap)
+        t = torch.where(target == -100, -100, (target + k) % V) if hard else target.roll(k, axis)
+        w = torch.ones_like(x).reshape(-1)[:V] if weight is None else weight.roll(k)
+        kept = t != -100 if hard else torch.ones(loss_shape(x.shape), dtype=torch.bool, device=x.device)
+        losses = F.cross_entropy(z, t, weight=w, reduction="none", label_smoothing=label_smoothing)
+        lse = torch.logsumexp(z, axis, keepdim=True)
+        losses = losses + torch.where(kept, z_loss * lse.squeeze(axis) ** 2, 0.0)
+        counted = torch.where(kept, w[torch.where(kept, t, 0)], 0.0) if hard else kept.to(x.dtype)
+        over = counted.sum() if reduction == "mean" else 1.0
+        loss = losses if reduction == "none" else losses.sum() / over
+        (dx,) = torch.autograd.grad(loss, moved, upstream)
+        yield loss.detach(), dx.roll(-k, axis)
+        with torch.no_grad():
+            y = torch.zeros_like(x).scatter(axis, torch.where(kept, t, 0).unsqueeze(axis), 1.0) if hard else t
+            q = w.reshape(along) * ((1 - label_smoothing) * y + label_smoothing / V)
+            dx = F.softmax(z, axis) * (q.sum(axis, keepdim=True) + 2 * z_loss * lse) - q
+            if softcap is not None:
+                dx = dx * (1 - (z / softcap) ** 2)
+            g = upstream.unsqueeze(axis) if reduction == "none" else upstream / over
+            yield loss, torch.where(kept.unsqueeze(axis), g * dx, 0.0).roll(-k, axis)
+
+
+def check(device, x, target, upstream, dtype, gradient="auto", **options):
+    """Loss, gradient and statistics, each held to the answer sheet and to PyTorch in the precision of the sums."""
+    acc = ACC[dtype]
+    loss, stats = HF.cross_entropy(x, target, gradient=gradient, return_stats=True, **options)
+    (dx,) = torch.autograd.grad(loss, x, upstream)
+    values = {k: values_of(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    t = values_of(target) if target.is_floating_point() else target.cpu().numpy()
+    sheet = reference.cross_entropy_with_options(values_of(x), t, upstream=values_of(upstream), **values)
+    others = list(theirs(x.to(acc), target.to(acc) if target.is_floating_point() else target, upstream.to(acc), **options))
+    hold("loss", loss, sheet.loss, dtype, *(v.to(x.dtype) for v, _ in others))
+    error = max(max_error(values_of(v.to(x.dtype)), sheet.dlogits, dtype) for _, v in others)
+    if options.get("softcap") is not None:
+        # 1 - (u/τ)² is a difference from 1; the kernels keep u, PyTorch tanh: one rounding more, of a unit of 1
+        error += torch.finfo(acc).eps * float(upstream.abs().max())
+    close(values_of(dx), sheet.dlogits, error, dtype)
+    check_statistics(x, t, stats, options.get("softcap"))
+    plain = HF.cross_entropy(x.detach(), target, **options)
+    assert torch.equal(plain, loss.detach()) or torch.allclose(plain, loss.detach(), rtol=1e-6, atol=0, equal_nan=True)
+    return dx
+
+
+def check_statistics(x, t, stats, softcap=None):
+    """Errors of a few units of the largest lse: what the maximum and the logarithm make together."""
+    sheet = reference.cross_entropy_statistics(values_of(x), t, softcap=softcap)
+    acc = ACC[str(x.dtype).removeprefix("torch.")]
+    bound = 8 * torch.finfo(acc).eps
+    for name in ("lse", "entropy", "log_prob"):
+        ours, expected = getattr(stats, name), getattr(sheet, name)
+        if expected is None:
+            assert ours is None
+        else:
+            assert ours.dtype == acc
+            assert not ours.requires_grad
+            np.testing.assert_allclose(
+                values_of(ours), expected, rtol=bound, atol=bound * (1 + np.abs(sheet.lse).max(initial=0))
+            )
+    if sheet.correct is None:
+        assert stats.correct is None
+    else:
+        assert stats.correct.dtype == torch.bool
+        correct = stats.correct.cpu().numpy()
+        if softcap is None:
+            np.testing.assert_array_equal(correct, sheet.correct)
+        else:  # logits whose difference the cap takes away tie
+            z = softcap * np.tanh(np.moveaxis(values_of(x), min(x.dim() - 1, 1), -1) / softcap)
+            nearly = np.take_along_axis(z, np.where(t < 0, 0, t)[..., None], -1)[..., 0] >= z.max(-1) - bound * softcap
+            assert (correct >= sheet.correct).all()
+            assert (correct <= nearly).all()
+
+
+SHAPES = {
+    "(C,)": (6,),
+    "(N, C)": (6, 21),
+    "(N, C, H, W)": (2, 5, 3, 2),
+    "V = 1": (3, 1),
+    "V = 1001": (2, 1001),
+    "beyond one program": (2, 33333),
+}
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=list(EXTRAS))
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_loss_gradient_and_statistics_of_every_shape(device, rng, shape, kind, extras):
+    x = tensor(2 * rng.standard_normal(shape), "float32", device, grad=True)
+    if kind == "classes":
+        target = torch.tensor(rng.integers(0, shape[min(len(shape) - 1, 1)], loss_shape(shape)), device=device)
+    else:
+        target = tensor(soft(rng, shape), "float32", device)
+    upstream = tensor(rng.standard_normal(loss_shape(shape)), "float32", device)
+    check(device, x, target, upstream, "float32", reduction="none", **extras)
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=list(EXTRAS))
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_with_weights_smoothing_and_ignored_rows(device, rng, kind, dtype, extras, gradient):
+    N, C, L = 5, 17, 3
+    x = layout_of(tensor(3 * rng.standard_normal((N, C, L)), dtype, device), "channels-last").requires_grad_()
+    if kind == "classes":
+        target = torch.tensor(rng.integers(0, C, (N, L)), device=device)
+        target[1, 2] = target[4, 0] = -100
+    else:
+        target = tensor(soft(rng, (N, C, L)), dtype, device)
+    options = {"weight": tensor(rng.random(C) + 0.25, str(ACC[dtype]).removeprefix("torch."), device), "label_smoothing": 0.2}
+    upstream = tensor(1.0 + rng.random((N, L)), dtype, device)
+    upstream[0] = 1.0
+    check(device, x, target, upstream, dtype, gradient, reduction="none", **options, **extras)
+    for reduction in ("mean", "sum"):
+        for one in (1.0, 0.75):
+            check(device, x, target, tensor(one, dtype, device), dtype, gradient, reduction=reduction, **options, **extras)
+
+
+def first_tile_minus_infinity(rng, V):
+    z = rng.standard_normal((2, V))
+    z[:, : V - 300] = -np.inf
+    return z
+
+
+HARD = {
+    "first tile all -inf": first_tile_minus_infinity,
+    "near -200": lambda rng, V: -200 + rng.standard_normal((2, V)),
+    "near +1e4": lambda rng, V: 1e4 + 8 * rng.standard_normal((2, V)),
+    "certain": lambda rng, V: np.where(np.arange(V) == V - 1, 90.0, rng.standard_normal((2, V))),
+    "all equal": lambda rng, V: np.full((2, V), 0.25),
+}
+
+
+@pytest.mark.parametrize("softcap", [None, 15.0], ids=["uncapped", "capped"])
+@pytest.mark.parametrize("case", HARD, ids=list(HARD))
+@pytest.mark.parametrize(("V", "dtype"), [(1001, "float32"), (1001, "bfloat16"), (33333, "float32")])
+def test_hard_rows(device, rng, case, V, dtype, softcap):
+    """-inf is -τ under a cap, which takes part in the sums; a row's end must not."""
+    x = tensor(HARD[case](rng, V), dtype, device, grad=True)
+    target = torch.tensor([V - 1, V - 2], device=device)
+    upstream = tensor(rng.standard_normal(2), dtype, device)
+    z_loss = 0.0 if case == "near +1e4" else 1e-3
+    check(device, x, target, upstream, dtype, reduction="none", z_loss=z_loss, softcap=softcap)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_the_cap_keeps_its_digits_near_0_and_far_out(device, softcap, dtype):
+    z = np.concatenate([[0.0, -0.0], np.logspace(-30, 4, 200), -np.logspace(-30, 4, 200)])[None]
+    x = tensor(z, dtype, device, grad=True)
+    for t in (5, 150, 390):
+        target = torch.tensor([t], device=device)
+        check(device, x, target, tensor([1.0], dtype, device), dtype, reduction="none", softcap=softcap)
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+def test_correct_means_that_no_class_is_above_the_target(device):
+    """As `torch.argmax` may choose any of the largest, a tie counts."""
+    x = torch.tensor([[1.0, 3.0, 3.0], [3.0, 3.0, 3.0], [0.0, 1.0, 2.0], [5.0, 0.0, 0.0]], device=device)
+    target = torch.tensor([2, 0, 1, -100], device=device)
+    _, stats = HF.cross_entropy(x, target, return_stats=True)
+    assert stats.correct.tolist() == [True, True, False, False]
+    assert stats.lse[3] == stats.entropy[3] == stats.log_prob[3] == 0
+
+
+def test_the_log_probability_of_a_certain_class_keeps_its_digits(device):
+    x = tensor([[12.0, 0.0, 0.0]], "float32", device)
+    _, stats = HF.cross_entropy(x, torch.tensor([0], device=device), return_stats=True)
+    assert float(stats.log_prob) == pytest.approx(-math.log1p(2 * math.exp(-12.0)), rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+def test_statistics_change_no_loss_and_no_gradient(device, rng, reduction, kind):
+    x = tensor(rng.standard_normal((4, 9)), "float64", device, grad=True)
+    target = torch.tensor([0, 8, -100, 2], device=device) if kind == "classes" else tensor(soft(rng, (4, 9)), "float64", device)
+    alone = HF.cross_entropy(x, target, reduction=reduction)
+    loss, _ = HF.cross_entropy(x, target, reduction=reduction, return_stats=True)
+    same(loss, alone)
+    same(*(torch.autograd.grad(v.sum() * 0.5, x)[0] for v in (loss, alone)))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 5, 0)], ids=str)
+def test_statistics_of_no_rows(device, shape):
+    x, target = torch.zeros(shape, device=device), torch.zeros(loss_shape(shape), dtype=torch.int64, device=device)
+    _, stats = HF.cross_entropy(x, target, return_stats=True, z_loss=0.1)
+    assert all(tuple(v.shape) == loss_shape(shape) for v in stats)
+
+
+# ---------------------------------------------------------------------------------------------- when the gradient is computed
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_every_mode_gives_the_same_gradient_every_time(device, rng, reduction, kind):
+    """Whatever the caller did to the last one: the gradient that was handed out is computed anew."""
+    x = tensor(rng.standard_normal((6, 33)), "float32", device, grad=True)
+    target = (
+        torch.tensor(rng.integers(0, 33, 6), device=device)
+        if kind == "classes"
+        else tensor(soft(rng, (6, 33)), "float32", device)
+    )
+    upstream = (
+        torch.tensor([1.0, 0.5, 1.0, -2.0, 0.0, 1.0], device=device)
+        if reduction == "none"
+        else torch.tensor(0.5, device=device)
+    )
+    found = []
+    for gradient in ("forward", "backward", "auto"):
+        loss = HF.cross_entropy(x, target, reduction=reduction, gradient=gradient)
+        for _ in range(3):
+            (dx,) = torch.autograd.grad(loss, x, upstream, retain_graph=True)
+            found.append(dx.clone())
+            dx.fill_(7.0)
+    for dx in found[1:]:
+        torch.testing.assert_close(dx, found[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward", "auto"])
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+def test_float16_under_a_loss_scale_of_65536(device, rng, kind, gradient):
+    """What autocast and a gradient scaler make: a float32 loss of float16 logits. Each element of dx is rounded once."""
+    N, V = 64, 64
+    x = tensor(rng.standard_normal((N, V)), "float16", device, grad=True)
+    target = (
+        torch.tensor(rng.integers(0, V, N), device=device)
+        if kind == "classes"
+        else tensor(soft(rng, (N, V)), "float16", device)
+    )
+    with torch.autocast(device, torch.float16 if device == "cuda" else torch.bfloat16):
+        loss = HF.cross_entropy(x, target, gradient=gradient)
+    assert loss.dtype == torch.float32
+    (dx,) = torch.autograd.grad(loss * 65536.0, x)
+    t = target.cpu().numpy() if kind == "classes" else values_of(target)
+    expected = reference.cross_entropy_with_options(values_of(x), t, upstream=65536.0).dlogits
+    bound = np.abs(expected) * 2.0**-11 + 2.0**-25 + 4 * 65536.0 / N * 2.0**-24
+    assert (np.abs(values_of(dx) - expected) <= bound).all()
+    assert (dx != 0).all()
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward", "auto"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_mean_of_nothing_can_be_zero(device, rng, gradient, weighted):
+    x = tensor(rng.standard_normal((3, 4)), "float32", device, grad=True)
+    weight = torch.tensor([1.0, 0.0, 0.0, 0.0], device=device) if weighted else None
+    target = torch.tensor([1, 2, -100] if weighted else [-100] * 3, device=device)
+    assert HF.cross_entropy(x, target, weight, gradient=gradient).isnan()
+    loss = HF.cross_entropy(x, target, weight, gradient=gradient, all_ignored="zero", z_loss=0.1)
+    assert loss == 0
+    assert (torch.autograd.grad(loss * 3.0, x)[0] == 0).all()
+    assert HF.cross_entropy(x.detach(), target, weight, all_ignored="zero") == 0
+    some = torch.tensor([0, 1, 2], device=device)
+    assert torch.equal(HF.cross_entropy(x, some, weight, all_ignored="zero"), HF.cross_entropy(x, some, weight))
+
+
+# ---------------------------------------------------------------------------------------------- classes out of range
+class Event:
+    """A stand-in for a CUDA event, which says when the copy before it has arrived."""
+
+    done = False
+
+    def record(self):
+        pass
+
+    def query(self):
+        return Event.done
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """A watch whose flag is on the host, and whose copies arrive when `Event.done` says so."""
+    full = torch.full
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "full", lambda *args, pin_memory=False, **options: full(*args, **options))
+    monkeypatch.setattr(Event, "done", False)
+    return _targets.Watch(torch.device("cpu"))
+
+
+def test_a_wrong_class_is_reported_by_a_later_call_that_does_not_wait(watch, monkeypatch):
+    watch.look()
+    watch.flag.fill_(17)  # as the kernels do
+    watch.send()
+    watch.look()  # still on its way
+    monkeypatch.setattr(Event, "done", True)
+    with pytest.raises(IndexError, match=r"got another in row 17 of an earlier call"):
+        watch.look()
+    watch.send()
+    watch.look()  # once
+
+
+def test_a_copy_on_its_way_is_not_overwritten(watch, monkeypatch):
+    watch.send()
+    watch.flag.fill_(3)
+    watch.send()
+    monkeypatch.setattr(Event, "done", True)
+    watch.look()  # what was sent first was in order
+    watch.send()
+    with pytest.raises(IndexError, match="row 3 "):
+        watch.look()
+
+
+def test_whoever_asks_waits(watch):
+    watch.wait()
+    watch.flag.fill_(5)
+    with pytest.raises(IndexError, match="row 5 "):
+        watch.wait()
+    watch.wait()
+
+
+@pytest.mark.gpu
+def test_a_wrong_class_is_reported_on_a_gpu():
+    x, target = torch.zeros(3, 5, device="cuda"), torch.tensor([0, 5, 1], device="cuda")
+    HF.check_targets()
+    assert HF.cross_entropy(x, target).isnan()
+    with pytest.raises(IndexError, match="row 1 "):
+        HF.check_targets()
+    HF.cross_entropy(x, target)
+    torch.cuda.synchronize()
+    with pytest.raises(IndexError, match="row 1 "):
+        HF.cross_entropy(x, target)
+
+
+def test_on_the_host_there_is_nothing_to_ask_for():
+    HF.check_targets("cpu")
+    HF.check_targets()
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ValueError, r"z_loss: expected a finite number of at least 0, got -0.1", {"z_loss": -0.1}),
+        (ValueError, r"z_loss: expected a finite number of at least 0, got inf", {"z_loss": math.inf}),
+        (ValueError, r"z_loss: expected a finite number of at least 0, got nan", {"z_loss": math.nan}),
+        (TypeError, r"z_loss: expected a number, got None", {"z_loss": None}),
+        (ValueError, r"softcap: expected a finite number above 0, got 0", {"softcap": 0}),
+        (ValueError, r"softcap: expected a finite number above 0, got inf", {"softcap": math.inf}),
+        (TypeError, r"softcap: expected a number, got '30'", {"softcap": "30"}),
+        (ValueError, r"gradient: expected one of auto, forward, backward, got 'now'", {"gradient": "now"}),
+        (ValueError, r"all_ignored: expected one of nan, zero, got 0", {"all_ignored": 0}),
+    ],
+)
+def test_bad_input(error, message, options):
+    with pytest.raises(error, match=message):
+        HF.cross_entropy(ones(2, 3), zeros(2), **options)
