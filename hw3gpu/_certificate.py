@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ._linalg import Numerics, deflated_is_definite, eps, frobenius
+from ._linalg import Numerics, deflated_is_definite, eps, frobenius, matmul
 
 Array = Any
 
@@ -58,7 +58,7 @@ def certificate(ns: Numerics, sigma: Array, values: Array, vectors: Array, k: in
         yes = xp.ones(trace.shape, dtype=bool)
         return Certificate(yes, yes, trace - rounding, _gamma(3 * m, u, sigma) * frobenius(xp, sigma))
     others, largest = vectors[..., :, : k - 1 - m : -1], values[..., : k - 1 - m : -1]
-    others_residual = frobenius(xp, sigma @ others - others * largest[..., None, :])
+    others_residual = frobenius(xp, matmul(xp, sigma, others) - others * largest[..., None, :])
     dual = _certify_smallest(ns, -sigma, -largest, others, -values[..., k - 1], others_residual)
     return Certificate(dual.proved, dual.separated, trace + dual.dual_value - rounding, dual.margin)
 

@@ -31,8 +31,10 @@ SYMMETRY_TOLERANCE = 1000.0
 _GPU_BATCH_ELEMENTS = 2**26
 # Batches of so many m³ in all are worth the CPU kernels' threads, and their compilation the first time.
 _WORTH_THREADS = 2**23
-# From this size on, divide and conquer that turns back the eigenvectors asked for alone is worth the same.
-_WORTH_PARTS = 256
+# One matrix from this size on too.
+_LARGE = 256
+# From this size on BLAS uses threads.
+_THREADED = 64
 _TILE = 128
 
 
@@ -168,10 +170,32 @@ def symmetric(ns: Numerics, x: Array, name: str, dtype: str) -> Symmetric:
     """
     xp = ns.xp
     a = ns.read(x)
-    largest = _largest(xp, a)
-    if not bool(xp.isfinite(largest).all()):
+    m = a.shape[-1]
+    if xp is np and a.ndim == 2 and a.dtype.kind == "f" and a.flags.f_contiguous:
+        a = a.T  # a column-major matrix is no other row by row, up to the asymmetry that is averaged out
+    in_kernel = a.dtype.kind == "f" and xp is np and a.flags.c_contiguous and (in_threads(a) or (a.ndim == 2 and m >= _LARGE))
+    if in_kernel:
+        kernels, stack = _arrays.kernels("eigh", "cpu"), a.reshape(-1, m, m)
+        largest, asymmetry = (array.reshape(a.shape[:-2]) for array in kernels.extents(stack))
+    else:
+        largest, asymmetry = _largest(xp, a), _asymmetry(xp, a)
+    _check_symmetric(ns, a, name, largest, asymmetry)
+    scale = power_of_two(xp, largest, dtype)
+    # in recycled memory where it is large: fresh pages cost more than the product
+    s = _arrays.empty(a.shape, dtype, a) if type(a) is np.ndarray else xp.empty(a.shape, dtype)
+    if in_kernel:
+        kernels.scaled(stack, scale.reshape(-1), (asymmetry > 0).reshape(-1), s.reshape(-1, m, m))
+        return Symmetric(s, scale)
+    xp.multiply(a, scale.astype(real_dtype(dtype))[..., None, None], out=s, casting="same_kind")
+    if bool(xp.any(asymmetry > 0)):
+        s = (s + adjoint(s)) / 2
+    return Symmetric(s, scale)
+
+
+def _check_symmetric(ns: Numerics, a: Array, name: str, largest: Array, asymmetry: Array) -> None:
+    """ValueError unless max |a_ij|, `largest`, is finite and max |a_ij - a_ji| small beside it, for each matrix."""
+    if not bool(ns.xp.isfinite(largest).all()):
         check_finite(ns, a, name)
-    asymmetry = _asymmetry(xp, a)
     tolerance = SYMMETRY_TOLERANCE * eps(str(a.dtype))
     excess = ns.host(asymmetry > largest * tolerance)
     if excess.any():
@@ -182,13 +206,6 @@ def symmetric(ns: Numerics, x: Array, name: str, dtype: str) -> Symmetric:
             f"{name}: expected {kind} matrix, got max |A - A^T| = {found:.3g} where max |A| = {size:.3g}: "
             f"{found / size:.3g} of it, and {tolerance:.3g} is allowed"
         )
-    scale = power_of_two(xp, largest, dtype)
-    # in recycled memory where it is large: fresh pages cost more than the product
-    s = _arrays.empty(a.shape, dtype, a) if type(a) is np.ndarray else xp.empty(a.shape, dtype)
-    xp.multiply(a, scale.astype(real_dtype(dtype))[..., None, None], out=s, casting="same_kind")
-    if bool(xp.any(asymmetry > 0)):
-        s = (s + adjoint(s)) / 2
-    return Symmetric(s, scale)
 
 
 def power_of_two(xp: ModuleType, largest: Array, dtype: str) -> Array:
@@ -232,7 +249,7 @@ def smallest(ns: Numerics, s: Array, k: int, method: str) -> tuple[Array, Array,
         values, vectors = eigh_range(s, min(k + 1, m))
     elif method == "syevdx":
         values, vectors = _smallest_by_cusolver(ns.xp, s, min(k + 1, m))
-    elif ns.xp is np and s.dtype.kind == "f" and (in_threads(s) or (s.ndim == 2 and m >= _WORTH_PARTS and 2 * k <= m)):
+    elif ns.xp is np and s.dtype.kind == "f" and (in_threads(s) or (s.ndim == 2 and m >= _LARGE)):
         values, vectors = _in_kernel("smallest_of_all", s, min(k + 1, m) if 2 * k <= m else m)
     else:
         values, vectors = eigh(ns, s, method)
@@ -271,7 +288,14 @@ def eigh(ns: Numerics, s: Array, method: str = "syevd") -> tuple[Array, Array]:
     A zero matrix gives 0 and unit vectors, whatever the solver makes of it. LinAlgError when it does not converge.
     """
     xp = ns.xp
-    values, vectors = xp.linalg.eigh(s) if xp is np else _eigh_on_gpu(xp, s, method)
+    if xp is not np:
+        values, vectors = _eigh_on_gpu(xp, s, method)
+    elif s.ndim == 2 and s.shape[-1] >= _THREADED:
+        from scipy.linalg import eigh as scipy_eigh
+
+        values, vectors = scipy_eigh(_by_columns(s), lower=True, driver="evd", check_finite=False)
+    else:
+        values, vectors = xp.linalg.eigh(s)
     if not bool(xp.isfinite(values).all()):
         raise np.linalg.LinAlgError("the eigensolver returned values that are not finite")
     return values, vectors
@@ -338,7 +362,8 @@ def eigh_range(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         for i in np.ndindex(s.shape[:-2]):
             values[i], vectors[i] = _eigh_range(s[i], count)
     # in clusters its vectors are orthogonal to some 1e3 eps: a Newton-Schulz step towards the polar factor squares that
-    return values, vectors @ (1.5 * np.eye(count, dtype=s.dtype) - 0.5 * (adjoint(vectors) @ vectors))
+    correction = 1.5 * np.eye(count, dtype=s.dtype) - 0.5 * matmul(np, adjoint(vectors), vectors)
+    return values, matmul(np, vectors, correction)
 
 
 def _in_kernel(name: str, s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -353,9 +378,37 @@ def _in_kernel(name: str, s: np.ndarray, count: int) -> tuple[np.ndarray, np.nda
 def _eigh_range(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     from scipy.linalg import eigh as scipy_eigh
 
-    # LAPACK wants columns: a row-major symmetric matrix is its own transpose, a Hermitian one its conjugate's
-    columns = s if s.flags.f_contiguous else adjoint(s)
-    return scipy_eigh(columns, lower=True, subset_by_index=(0, count - 1), driver="evr", check_finite=False)
+    return scipy_eigh(_by_columns(s), lower=True, subset_by_index=(0, count - 1), driver="evr", check_finite=False)
+
+
+def _by_columns(s: np.ndarray) -> np.ndarray:
+    """A row-major symmetric matrix as LAPACK wants it: it is its own transpose, a Hermitian one its conjugate's."""
+    return s if s.flags.f_contiguous else adjoint(s)
+
+
+def matmul(xp: ModuleType, a: Array, b: Array) -> Array:
+    """a @ b. Large matrices on the host go to the BLAS of SciPy's LAPACK: the idle threads of NumPy's would spin beside it."""
+    if xp is not np or a.ndim > 2 or max(*a.shape, *b.shape) < _THREADED:
+        return a @ b
+    from scipy.linalg import get_blas_funcs
+
+    columns = [x if x.flags.f_contiguous else x.T for x in (a, b)]
+    across = [column is not x for column, x in zip(columns, (a, b), strict=True)]
+    return get_blas_funcs("gemm", columns)(1.0, *columns, trans_a=across[0], trans_b=across[1])
+
+
+def departure(xp: ModuleType, phi: Array) -> Array:
+    """‖ΦᴴΦ - I‖_F of each of a stack, in float64."""
+    k = phi.shape[-1]
+    if xp is np and phi.ndim == 2 and k >= _THREADED and phi.dtype.kind == "f":
+        from scipy.linalg import get_blas_funcs
+
+        a, trans = (phi, True) if phi.flags.f_contiguous else (phi.T, False)
+        lower = get_blas_funcs("syrk", (a,))(1.0, a, trans=trans, lower=True)  # half the work; zeros above the diagonal
+        diagonal = lower.diagonal() - 1
+        lower[np.diag_indices(k)] = 0
+        return np.sqrt(2 * inner(np, lower, lower) + np.sum(diagonal.astype("float64") ** 2))
+    return frobenius(xp, matmul(xp, adjoint(phi), phi) - xp.eye(k, dtype=phi.dtype))
 
 
 def in_threads(s: Array) -> bool:

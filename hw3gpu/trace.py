@@ -20,15 +20,16 @@ from ._linalg import (
     COMPLEX,
     REAL,
     Numerics,
-    adjoint,
     check_dtype,
     check_finite,
     check_method,
     check_square,
+    departure,
     eps,
     fix_signs,
     frobenius,
     inner,
+    matmul,
     numerics,
     power_of_two,
     real_dtype,
@@ -235,10 +236,10 @@ def _from_eigenpairs(ns: Numerics, sigma: Array, k: int, method: str, certify: b
         return _Findings(
             phi, kept, gap, unique, kept.sum(axis=-1), nothing, nothing, nothing, unproved, no, ran
         )  # fmt: skip
-    image = sigma @ phi
+    image = matmul(xp, sigma, phi)
     value, image_size = inner(xp, phi, image), frobenius(xp, image)
     image -= phi * values[..., None, :k]
-    residual, orthogonality = frobenius(xp, image), _departure(xp, phi)
+    residual, orthogonality = frobenius(xp, image), departure(xp, phi)
     proof = certificate(ns, sigma, values, vectors, k, residual)  # which overwrites sigma
     agrees = _agree(value, kept.sum(axis=-1), proof, k, orthogonality * image_size)
     return _Findings(
@@ -257,7 +258,7 @@ def _from_singular_values(ns: Numerics, x: Array, k: int, largest: bool) -> _Fin
         sigma, u = xp.concatenate([sigma, none], axis=-1), xp.concatenate([u, xp.zeros((*x.shape[:-1], m - n))], axis=-1)
     # X = UΣVᵀ + E: each singular value of X lies within ‖E‖ and the departures from orthogonality of one of Σ
     u_rounding, v_rounding, product_rounding = (eps("float64") * size_ for size_ in (n * m, m * m, m + 2))
-    skew = _departure(xp, u[..., : min(n, m)]) + u_rounding + _departure(xp, vt.swapaxes(-1, -2)) + v_rounding
+    skew = departure(xp, u[..., : min(n, m)]) + u_rounding + departure(xp, vt.swapaxes(-1, -2)) + v_rounding
     error = frobenius(xp, x - (u * sigma[..., None, :]) @ vt) + product_rounding * (m**0.5 + 1) * size
     error = error[..., None] + sigma * skew[..., None] + 1e-300
     order = slice(None) if largest else slice(None, None, -1)
@@ -275,18 +276,13 @@ def _from_singular_values(ns: Numerics, x: Array, k: int, largest: bool) -> _Fin
         frobenius(xp, image - left * kept[..., None, :]) ** 2
         + frobenius(xp, x.swapaxes(-1, -2) @ left - phi * kept[..., None, :]) ** 2
     )
-    value, orthogonality = sign * frobenius(xp, image) ** 2, _departure(xp, phi)
+    value, orthogonality = sign * frobenius(xp, image) ** 2, departure(xp, phi)
     gap = distance * (sigma[..., k] + kept[..., -1]) if k < m else distance
     agrees = _agree(value, sign * (kept**2).sum(axis=-1), proof, k, orthogonality * abs(value))
     return _Findings(
         phi, sign * kept**2, gap, distance > max(n, m) * eps("float64") * size, value, _ratio(xp, residual, size, 0.0),
         orthogonality, _ratio(xp, residual, distance, np.inf), proof, agrees, "gesdd",
     )  # fmt: skip
-
-
-def _departure(xp: ModuleType, phi: Array) -> Array:
-    """‖ΦᵀΦ - I‖."""
-    return frobenius(xp, adjoint(phi) @ phi - xp.eye(phi.shape[-1], dtype=phi.dtype))
 
 
 def _ratio(xp: ModuleType, a: Array, b: Array, otherwise: float) -> Array:

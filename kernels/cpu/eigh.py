@@ -1,6 +1,7 @@
 """LAPACK on stacks of symmetric matrices, on the CPU: one matrix at a time, several threads at once.
 
-    smallest               syevr, heevr (jobz='V', range='I')  eigenpairs 1…k of each matrix
+    extents, scaled                                            max |a_ij|, max |a_ij - a_ji|; the symmetric part, scaled
+    smallest               syevr, heevr (jobz='V', range='I')  eigenpairs 1…k of each matrix; of small ones stevr
     smallest_of_all        sytrd, stedc, ormtr                 all eigenvalues, by divide and conquer, and eigenvectors 1…k
     deflated_is_definite   syrk, potrf                         whether Σ + B Bᵀ - s I has a Cholesky factorisation
 
@@ -13,6 +14,7 @@ conjugate's): no copy is reordered.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numba
@@ -21,13 +23,18 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import get_cython_function_address, intrinsic
 
-from ._jit import kernel
+from ._jit import inline, kernel, reduction
 from ._threads import run
 
 _PREFIX = {"float32": "s", "float64": "d", "complex64": "c", "complex128": "z"}
 # the arguments of BLAS and LAPACK that are characters, one byte each
 _LETTERS = np.frombuffer(b"VILN", np.uint8)
 _V, _I, _L, _N = range(4)
+_BITS = {"float32": np.int32, "float64": np.int64}
+# Rows and columns of the tiles in which a matrix is read beside its transpose.
+_TILE = 32
+# Matrices up to this size are made tridiagonal here: in LAPACK the calls of BLAS cost more than the arithmetic.
+_SMALL = 96
 
 
 @functools.cache
@@ -61,6 +68,152 @@ _call: Any = intrinsic(_call_routine)
 def _at(array, i):
     """The address of element i of a contiguous array."""
     return array.ctypes.data + i * array.itemsize
+
+
+# ---------------------------------------------------------------------------------------------- checks and scaling
+@inline
+def _band(unit, bands, m):
+    """(matrix, first row, end row) of a unit of work: a band of rows, whole tiles."""
+    tiles = (m + _TILE - 1) // _TILE
+    q = unit % bands
+    return unit // bands, tiles * q // bands * _TILE, min(tiles * (q + 1) // bands * _TILE, m)
+
+
+@kernel
+def _extents(first, last, a, bits, bands, found):
+    """Of each band, the bits of max |a_ij| and max |a_ij - a_ji|. As integers these vectorise, and NaN lies above infinity."""
+    m = a.shape[-1]
+    apart = np.empty(_TILE, a.dtype)
+    apart_bits = apart.view(bits.dtype)
+    mask = bits.dtype.type((1 << (8 * a.itemsize - 1)) - 1)
+    for unit in range(first, last):
+        b, top, end = _band(unit, bands, m)
+        largest, asymmetry = mask & 0, mask & 0
+        for i in range(top, end):
+            row = bits[b, i]
+            for j in range(m):
+                size = row[j] & mask
+                largest = size if size > largest else largest
+        for corner in range(top, end, _TILE):
+            for left in range(0, corner + 1, _TILE):
+                for i in range(corner, min(corner + _TILE, end)):
+                    row, column = a[b, i, left : min(left + _TILE, i)], a[b, left : min(left + _TILE, i), i]
+                    for j in range(row.size):
+                        apart[j] = row[j] - column[j]
+                    for j in range(row.size):
+                        size = apart_bits[j] & mask
+                        asymmetry = size if size > asymmetry else asymmetry
+        found[0, unit], found[1, unit] = largest, asymmetry
+
+
+@kernel
+def _scaled(first, last, a, bands, scale, halve, s):
+    m = a.shape[-1]
+    of = s.dtype.type
+    for unit in range(first, last):
+        b, top, end = _band(unit, bands, m)
+        factor = of(scale[b])
+        for i in range(top, end):
+            row = a[b, i]
+            if halve[b]:
+                for j in range(m):
+                    s[b, i, j] = (of(row[j]) * factor + of(a[b, j, i]) * factor) / of(2)
+            else:
+                for j in range(m):
+                    s[b, i, j] = of(row[j]) * factor
+
+
+# ---------------------------------------------------------------------------------------------- tridiagonal form
+@reduction
+def _dot(x, y):
+    total = x.dtype.type(0)
+    for i in range(x.size):
+        total += x[i] * y[i]
+    return total
+
+
+@inline
+def _subtract_two(row, x, y, y_times, x_times):
+    for j in range(row.size):
+        row[j] -= y_times * y[j] + x_times * x[j]
+
+
+@inline
+def _tridiagonal(a, d, e, tau, work):
+    """Qᵀ a Q with diagonal d and off-diagonal e, as LAPACK's sytd2 (uplo='L') has it: Householder vectors stay in rows of `a`.
+
+    Row i of `a` (m, m) is its column i to LAPACK. Both triangles are kept up to date, so that every loop runs along a row.
+    (Loops begin at 0, over slices: of an index that may be negative Numba makes a loop that does not vectorise.)
+    """
+    m = a.shape[0]
+    of = a.dtype.type
+    for i in range(m - 1):
+        d[i] = a[i, i]
+        row = a[i, i + 1 :]
+        alpha = row[0]
+        row[0] = of(0)
+        norm2 = _dot(row, row)
+        if norm2 == 0:
+            tau[i], e[i] = of(0), alpha
+            continue
+        beta = -math.copysign(math.sqrt(alpha * alpha + norm2), alpha)
+        tau[i], e[i] = (beta - alpha) / beta, beta
+        inverse = of(1) / (alpha - beta)
+        v, w = work[0, i + 1 :], work[1, i + 1 :]
+        for j in range(row.size):
+            row[j] *= inverse
+        row[0] = of(1)
+        v[:] = row
+        for j in range(row.size):
+            w[j] = tau[i] * _dot(a[i + 1 + j, i + 1 :], v)
+        half = of(0.5) * tau[i] * _dot(w, v)
+        for j in range(row.size):
+            w[j] -= half * v[j]
+        for r in range(row.size):
+            _subtract_two(a[i + 1 + r, i + 1 :], v, w, v[r], w[r])
+    d[m - 1] = a[m - 1, m - 1]
+
+
+@inline
+def _turn_back(a, tau, z):
+    """Q z for each row z of (k, m), with Q as `_tridiagonal` left it in `a` and `tau`."""
+    m = a.shape[0]
+    for i in range(m - 2, -1, -1):
+        if tau[i] != 0:
+            v = a[i, i + 1 :]
+            for c in range(z.shape[0]):
+                x = z[c, i + 1 :]
+                share = tau[i] * _dot(v, x)
+                for j in range(x.size):
+                    x[j] -= share * v[j]
+
+
+# ---------------------------------------------------------------------------------------------- solvers
+@kernel
+def _smallest_of_small(first, last, routines, letters, a, values, vectors, info):
+    m, k = a.shape[-1], values.shape[-1]
+    size = 20 * m
+    matrix, pair, work = np.zeros((m, m), a.dtype), np.zeros((2, m), a.dtype), np.zeros(size, a.dtype)
+    reals = np.zeros(4 * m + 1, a.dtype)
+    ints = np.zeros(12 * m + 8, np.int32)
+    d, e, tau, w, zero = 0, m, 2 * m, 3 * m, 4 * m
+    support, iwork, n, one, count, found, lwork, liwork, status = (
+        8, 8 + 2 * m, 0, 1, 2, 3, 4, 5, 6,
+    )  # fmt: skip
+    ints[n], ints[one], ints[count], ints[lwork], ints[liwork] = m, 1, k, size, 10 * m
+    for i in range(first, last):
+        matrix[:] = a[i]
+        _tridiagonal(matrix, reals[d:e], reals[e:tau], reals[tau:w], pair)
+        _call(routines[0], (
+            _at(letters, _V), _at(letters, _I), _at(ints, n), _at(reals, d), _at(reals, e), _at(reals, zero), _at(reals, zero),
+            _at(ints, one), _at(ints, count), _at(reals, zero), _at(ints, found), _at(reals, w), _at(vectors, i * k * m),
+            _at(ints, n), _at(ints, support), _at(work, 0), _at(ints, lwork), _at(ints, iwork), _at(ints, liwork),
+            _at(ints, status),
+        ))  # fmt: skip
+        values[i] = reals[w : w + k]
+        _turn_back(matrix, reals[tau:w], vectors[i])
+        # read after the call: keeps the workspaces alive through it
+        info[i] = ints[status] if ints[found] == k and work.size and reals.size else -1
 
 
 @kernel
@@ -171,15 +324,38 @@ def _outputs(a: np.ndarray, k: int, values: int) -> tuple[np.ndarray, np.ndarray
     return np.empty((B, values), np.empty(0, a.dtype).real.dtype), np.empty((B, k, m), a.dtype), np.empty(B, np.int32)
 
 
+def _bands(a: np.ndarray) -> int:
+    """Parts of each of a (B, m, m) that are units of work: several where there are few large matrices."""
+    return max(1, a.shape[-1] // (4 * _TILE)) if a.shape[0] < 8 else 1
+
+
+def extents(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """max |a_ij|, NaN where there is one, and max |a_ij - a_ji| of each of a (B, m, m); C-contiguous, float32 or float64."""
+    B, bands = a.shape[0], _bands(a)
+    found, bits = np.empty((2, B * bands), a.dtype), _BITS[str(a.dtype)]
+    run(_extents, B * bands, a.nbytes, a, a.view(bits), bands, found.view(bits))
+    largest, asymmetry = found.reshape(2, B, bands).max(axis=-1)
+    return largest, asymmetry
+
+
+def scaled(a: np.ndarray, scale: np.ndarray, halve: np.ndarray, s: np.ndarray) -> None:
+    """s (B, m, m) = scale (B,) · a, of (a + aᵀ) / 2 where `halve` (B,) is set."""
+    bands = _bands(a)
+    run(_scaled, a.shape[0] * bands, 2 * s.nbytes, a, bands, scale, halve, s)
+
+
 def smallest(a: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The k smallest eigenvalues (B, k) of a (B, m, m), eigenvectors (B, m, k), and LAPACK's info (B,), 0 for success.
 
     `a` is C-contiguous, float32, float64, complex64 or complex128.
     """
     values, vectors, info = _outputs(a, k, k)
-    hermitian = a.dtype.kind == "c"
-    routines = _routines(a, "-heevr" if hermitian else "-syevr")
-    body = _smallest_hermitian if hermitian else _smallest
+    if a.dtype.kind == "c":
+        body, routines = _smallest_hermitian, _routines(a, "-heevr")
+    elif 1 < a.shape[-1] <= _SMALL:
+        body, routines = _smallest_of_small, _routines(a, "-stevr")
+    else:
+        body, routines = _smallest, _routines(a, "-syevr")
     run(body, a.shape[0], 16 * a.nbytes, routines, _LETTERS, a, values, vectors, info)
     return values, vectors.swapaxes(-1, -2), info
 
