@@ -65,7 +65,7 @@ class Case:
     k: int
     promises: tuple[Promise, ...]
     batch: int | None = None
-    turns: int = 7
+    turns: int = 11
 
     def describe(self) -> str:
         matrix = f"{self.m} x {self.m}"
@@ -80,7 +80,7 @@ class Case:
 
 CASES = (
     Case(1024, 8, (*FEW, CERTIFICATE)),
-    Case(2048, 8, (*FEW, CERTIFICATE), turns=3),
+    Case(2048, 8, (*FEW, CERTIFICATE), turns=5),
     Case(256, 8, (CERTIFICATE,), turns=15),
     Case(256, 64, (*MANY, CERTIFICATE), turns=15),
     Case(1024, 256, (*MANY, CERTIFICATE)),
