@@ -14,7 +14,7 @@ from ._arrays import BackendError, use_backend
 from ._pool import empty_cache
 from .batch_norm import BatchNorm, BatchNormGradients, batch_norm, batch_norm_backward
 from .points import MomentAccumulator, Moments, moments, points_with_moments
-from .shapes import conv2d_output_shape
+from .shapes import conv2d_output_shape, conv2d_padding_for, conv_transpose2d_output_shape
 from .softmax import (
     SoftmaxCrossEntropy,
     cross_entropy,
@@ -38,6 +38,8 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "conv2d_output_shape",
+    "conv2d_padding_for",
+    "conv_transpose2d_output_shape",
     "cross_entropy",
     "distributed",
     "empty_cache",

@@ -9,8 +9,8 @@ Neither needs Φ to be right: a wrong Φ makes the Cholesky factorisation fail o
 d_i = t + τ - λ_i (5.12) the dual value is Σ λ_i - k τ and meets the primal one within k τ. A Cholesky factorisation of
 M = Σ + S - (t + c) I that succeeds in floating point proves Σ + S - t I ≥ 0 if c covers
 
-    γ_{m+1} / (1 - γ_{m+1}) · Trace M      the backward error of the factorisation (Higham 2002, Theorem 10.5), and
-    γ_{k+3} (‖Σ‖_F + Trace S + |t|)        what forming M rounds,          γ_n = n u / (1 - n u),  u = eps / 2.
+    γ_{m+2} / (1 - γ_{m+2}) · (Trace M + m f)     the backward error of the factorisation (Higham 2002, Theorem 10.3), and
+    f = γ_{k+8} (‖Σ‖_F + Trace S + |t|)           what forming M rounds,        γ_n = n u / (1 - n u),  u = eps / 2.
 
 τ = 4 c + 2 ‖ΣΦ - ΦΛ‖_F leaves room for Φ's own error; it is the margin that a result states.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ._linalg import Numerics, adjoint, eps, frobenius, is_definite
+from ._linalg import Numerics, deflated_is_definite, eps, frobenius, matmul
 
 Array = Any
 
@@ -44,10 +44,11 @@ class Certificate:
 def certificate(ns: Numerics, sigma: Array, values: Array, vectors: Array, k: int, residual: Array) -> Certificate:
     """Certify the first `k` of the eigenpairs `values` (..., c) and `vectors` (..., m, c) of `sigma` (..., m, m).
 
-    c is m or min(k + 1, m), and `residual` (...) is ‖ΣΦ - ΦΛ‖_F of the k. With all m eigenpairs and k > m / 2 the m - k
-    others are certified to be the largest, which is the same statement about -Σ and costs less.
+    There are at least min(k + 1, m) eigenvalues, and k eigenvectors or all m; `residual` (...) is ‖ΣΦ - ΦΛ‖_F of the k.
+    Overwrites `sigma`. With all m eigenvectors and k > m / 2 the m - k others are certified to be the largest, which is the
+    same statement about -Σ and costs less.
     """
-    xp, m, computed = ns.xp, sigma.shape[-1], values.shape[-1]
+    xp, m, computed = ns.xp, sigma.shape[-1], vectors.shape[-1]
     if computed < m or 2 * k <= m:
         return _certify_smallest(ns, sigma, values[..., :k], vectors[..., :k], values[..., k], residual)
     diagonal = sigma.diagonal(axis1=-2, axis2=-1).real.astype("float64")
@@ -57,7 +58,7 @@ def certificate(ns: Numerics, sigma: Array, values: Array, vectors: Array, k: in
         yes = xp.ones(trace.shape, dtype=bool)
         return Certificate(yes, yes, trace - rounding, _gamma(3 * m, u, sigma) * frobenius(xp, sigma))
     others, largest = vectors[..., :, : k - 1 - m : -1], values[..., : k - 1 - m : -1]
-    others_residual = frobenius(xp, sigma @ others - others * largest[..., None, :])
+    others_residual = frobenius(xp, matmul(xp, sigma, others) - others * largest[..., None, :])
     dual = _certify_smallest(ns, -sigma, -largest, others, -values[..., k - 1], others_residual)
     return Certificate(dual.proved, dual.separated, trace + dual.dual_value - rounding, dual.margin)
 
@@ -70,17 +71,18 @@ def _certify_smallest(ns: Numerics, sigma: Array, values: Array, phi: Array, fol
     residual, size = residual.astype("float64"), frobenius(xp, sigma)
     trace = sigma.diagonal(axis1=-2, axis2=-1).real.astype("float64").sum(axis=-1)
     column_sizes = (abs(phi) ** 2).sum(axis=-2).astype("float64")
-    tiny = float(np.finfo(phi.real.dtype).tiny)
-    cholesky, forming = _gamma(m + 1, u, sigma) / (1 - _gamma(m + 1, u, sigma)), _gamma(k + 3, u, sigma)
+    tiny = m * float(np.finfo(phi.real.dtype).tiny)
+    cholesky, forming = _gamma(m + 2, u, sigma) / (1 - _gamma(m + 2, u, sigma)), _gamma(k + 8, u, sigma)
 
     def deflation(level: Array) -> tuple[Array, Array]:
         d = xp.maximum(level[..., None] - values, 0)
         return d, (d * column_sizes).sum(axis=-1)
 
     def rounding(t: Array, trace_s: Array) -> Array:
-        trace_m = xp.maximum(trace + trace_s - m * t, 0)
+        formed = forming * (size + trace_s + abs(t))
+        trace_m = xp.maximum(trace + trace_s - m * t, 0) + m * formed
         # 1.01 covers what these few sums round themselves, the last term underflow
-        return 1.01 * (cholesky * trace_m + forming * (size + trace_s + abs(t))) + tiny
+        return 1.01 * (cholesky * trace_m + formed) + tiny
 
     def margin(t: Array) -> Array:
         return 4 * rounding(t, deflation(t)[1]) + 2 * residual
@@ -92,12 +94,7 @@ def _certify_smallest(ns: Numerics, sigma: Array, values: Array, phi: Array, fol
     t = xp.where(separated, middle, last - margin(last))
     tau = xp.where(separated, margin(middle), margin(last))
     d, trace_s = deflation(t + tau)
-    shift = t + rounding(t, trace_s)
-    deflated = (phi * d[..., None, :].astype(phi.real.dtype)) @ adjoint(phi)
-    deflated += sigma
-    i = xp.arange(m)
-    deflated[..., i, i] -= shift[..., None].astype(phi.real.dtype)
-    proved = is_definite(ns, deflated)
+    proved = deflated_is_definite(ns, sigma, phi, d, t + rounding(t, trace_s))
     dual_value = k * t - trace_s - _gamma(m + k + 4, u, sigma) * (k * abs(t) + trace_s)
     return Certificate(proved, separated & proved, dual_value, tau)
 

@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from . import _arrays, _check
+from . import _arrays, _check, _cusolver
 
 Array = Any
 
 REAL = ("float32", "float64")
 COMPLEX = ("complex64", "complex128")
-METHODS = ("auto", "syevr", "syevd")
+# the solvers, by where they run; "auto" chooses among them
+_ON_HOST, _ON_GPU = ("syevr", "syevd"), ("syevd", "syevdx", "syev_batched")
+METHODS = ("auto", "syevr", "syevd", "syevdx", "syev_batched")
 _REAL_OF = {"complex64": "float32", "complex128": "float64"}
 # Σ may differ from its (conjugate) transpose by this many units of its dtype's eps, times its largest entry.
 SYMMETRY_TOLERANCE = 1000.0
@@ -29,6 +31,10 @@ SYMMETRY_TOLERANCE = 1000.0
 _GPU_BATCH_ELEMENTS = 2**26
 # Batches of so many m³ in all are worth the CPU kernels' threads, and their compilation the first time.
 _WORTH_THREADS = 2**23
+# One matrix from this size on too.
+_LARGE = 256
+# From this size on BLAS uses threads.
+_THREADED = 64
 _TILE = 128
 
 
@@ -164,10 +170,32 @@ def symmetric(ns: Numerics, x: Array, name: str, dtype: str) -> Symmetric:
     """
     xp = ns.xp
     a = ns.read(x)
-    largest = _largest(xp, a)
-    if not bool(xp.isfinite(largest).all()):
+    m = a.shape[-1]
+    if xp is np and a.ndim == 2 and a.dtype.kind == "f" and a.flags.f_contiguous:
+        a = a.T  # a column-major matrix is no other row by row, up to the asymmetry that is averaged out
+    in_kernel = a.dtype.kind == "f" and xp is np and a.flags.c_contiguous and (in_threads(a) or (a.ndim == 2 and m >= _LARGE))
+    if in_kernel:
+        kernels, stack = _arrays.kernels("eigh", "cpu"), a.reshape(-1, m, m)
+        largest, asymmetry = (array.reshape(a.shape[:-2]) for array in kernels.extents(stack))
+    else:
+        largest, asymmetry = _largest(xp, a), _asymmetry(xp, a)
+    _check_symmetric(ns, a, name, largest, asymmetry)
+    scale = power_of_two(xp, largest, dtype)
+    # in recycled memory where it is large: fresh pages cost more than the product
+    s = _arrays.empty(a.shape, dtype, a) if type(a) is np.ndarray else xp.empty(a.shape, dtype)
+    if in_kernel:
+        kernels.scaled(stack, scale.reshape(-1), (asymmetry > 0).reshape(-1), s.reshape(-1, m, m))
+        return Symmetric(s, scale)
+    xp.multiply(a, scale.astype(real_dtype(dtype))[..., None, None], out=s, casting="same_kind")
+    if bool(xp.any(asymmetry > 0)):
+        s = (s + adjoint(s)) / 2
+    return Symmetric(s, scale)
+
+
+def _check_symmetric(ns: Numerics, a: Array, name: str, largest: Array, asymmetry: Array) -> None:
+    """ValueError unless max |a_ij|, `largest`, is finite and max |a_ij - a_ji| small beside it, for each matrix."""
+    if not bool(ns.xp.isfinite(largest).all()):
         check_finite(ns, a, name)
-    asymmetry = _asymmetry(xp, a)
     tolerance = SYMMETRY_TOLERANCE * eps(str(a.dtype))
     excess = ns.host(asymmetry > largest * tolerance)
     if excess.any():
@@ -178,11 +206,6 @@ def symmetric(ns: Numerics, x: Array, name: str, dtype: str) -> Symmetric:
             f"{name}: expected {kind} matrix, got max |A - A^T| = {found:.3g} where max |A| = {size:.3g}: "
             f"{found / size:.3g} of it, and {tolerance:.3g} is allowed"
         )
-    scale = power_of_two(xp, largest, dtype)
-    s = a.astype(dtype, copy=False) * scale.astype(real_dtype(dtype))[..., None, None]
-    if bool(xp.any(asymmetry > 0)):
-        s = (s + adjoint(s)) / 2
-    return Symmetric(s, scale)
 
 
 def power_of_two(xp: ModuleType, largest: Array, dtype: str) -> Array:
@@ -212,41 +235,106 @@ def _asymmetry(xp: ModuleType, a: Array) -> Array:
 
 # --------------------------------------------------------------------------------------------------------- solvers
 def smallest(ns: Numerics, s: Array, k: int, method: str) -> tuple[Array, Array, str]:
-    """Eigenpairs 1…c of each matrix of `s`, ascending, c = m or min(k + 1, m), and the name of the solver that ran.
+    """Eigenvalues 1…c of each matrix of `s`, ascending, at least as many eigenvectors as a certificate for k needs, and the
+    name of the solver that ran.
 
-    "auto" takes the range-limited solver on the host for few eigenpairs: of one matrix k ≲ m / 16 for 64 ≤ m < 256, m / 8
-    below 1024 and m / 4 from there on, where it was measured to be as fast; of each of a stack in threads k ≲ m / 2.
+    There are min(k + 1, m) vectors at least, and all m where k > m / 2. "auto" takes the range-limited solver on the host for
+    few eigenpairs: of one matrix k ≲ m / 16 for 64 ≤ m < 256 and m / 8 from there on, where it was measured to be as fast; of
+    each of a stack in threads k ≲ m / 8.
     """
     m = s.shape[-1]
-    count = min(k + 1, m)
     if method == "auto":
-        part = 2 if in_threads(s) else 4 if m >= 1024 else 8 if m >= 256 else 16
-        few = part * k <= m and m >= 64 and (s.ndim == 2 or in_threads(s))
-        method = "syevr" if ns.xp is np and few else "syevd"
-    values, vectors = eigh(ns, s) if method == "syevd" else eigh_range(s, count)
+        method = (_auto_on_host if ns.xp is np else _auto_on_gpu)(s, k)
+    if method == "syevr":
+        values, vectors = eigh_range(s, min(k + 1, m))
+    elif method == "syevdx":
+        values, vectors = _smallest_by_cusolver(ns.xp, s, min(k + 1, m))
+    elif ns.xp is np and s.dtype.kind == "f" and (in_threads(s) or (s.ndim == 2 and m >= _LARGE)):
+        values, vectors = _in_kernel("smallest_of_all", s, min(k + 1, m) if 2 * k <= m else m)
+    else:
+        values, vectors = eigh(ns, s, method)
     return values, vectors, method.replace("sy", "he") if s.dtype.kind == "c" else method
 
 
-def eigh(ns: Numerics, s: Array) -> tuple[Array, Array]:
+def _auto_on_host(s: Array, k: int) -> str:
+    m = s.shape[-1]
+    part = 16 if s.ndim == 2 and m < 256 else 8
+    return "syevr" if part * k <= m and m >= 64 and (s.ndim == 2 or in_threads(s)) else "syevd"
+
+
+def _auto_on_gpu(s: Array, k: int) -> str:
+    if _cusolver.refusal():
+        return "syevd"
+    return "syev_batched" if s.ndim > 2 else "syevdx" if 4 * k <= s.shape[-1] else "syevd"
+
+
+def check_method(method: Any, on_host: bool) -> None:
+    """ValueError for a method that is unknown or runs elsewhere; `BackendError` for one whose library is missing."""
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    here, lives, runs = (_ON_HOST, "on the host", "on a GPU") if on_host else (_ON_GPU, "on a GPU", "on the host")
+    if method != "auto" and method not in here:
+        raise ValueError(
+            f"method: {method!r} runs {runs} alone, and covariance lives {lives}; use one of auto, {', '.join(here)}"
+        )
+    why = _cusolver.refusal() if method in ("syevdx", "syev_batched") else None
+    if why:
+        raise _arrays.BackendError(f"method: {method!r} needs nvmath-python ({why}): pip install 'hw3gpu[nvmath]'")
+
+
+def eigh(ns: Numerics, s: Array, method: str = "syevd") -> tuple[Array, Array]:
     """All eigenvalues (..., m), ascending, and eigenvectors (..., m, m), in columns, by `xp.linalg.eigh` (syevd).
 
     A zero matrix gives 0 and unit vectors, whatever the solver makes of it. LinAlgError when it does not converge.
     """
     xp = ns.xp
-    values, vectors = xp.linalg.eigh(s) if xp is np else _eigh_on_gpu(xp, s)
+    if xp is not np:
+        values, vectors = _eigh_on_gpu(xp, s, method)
+    elif s.ndim == 2 and s.shape[-1] >= _THREADED:
+        from scipy.linalg import eigh as scipy_eigh
+
+        values, vectors = scipy_eigh(_by_columns(s), lower=True, driver="evd", check_finite=False)
+    else:
+        values, vectors = xp.linalg.eigh(s)
     if not bool(xp.isfinite(values).all()):
         raise np.linalg.LinAlgError("the eigensolver returned values that are not finite")
     return values, vectors
 
 
-def _eigh_on_gpu(xp: ModuleType, s: Array) -> tuple[Array, Array]:
-    """`xp.linalg.eigh` where cuSOLVER may make NaN of a zero matrix: those are solved as diag(0, 1, …) and set to 0."""
+def _without_zeros(xp: ModuleType, s: Array) -> tuple[Array, Array]:
+    """`s` with diag(0, 1, …) for each zero matrix, of which cuSOLVER may make NaN, and which ones these are."""
     zero = ~xp.any(s != 0, axis=(-2, -1))
     numbers = xp.arange(s.shape[-1], dtype=real_dtype(str(s.dtype)))
-    s = xp.where(zero[..., None, None], xp.diag(numbers), s)
-    values, vectors = xp.linalg.eigh(s) if s.ndim == 2 else _eigh_chunked(xp, s)
+    return xp.where(zero[..., None, None], xp.diag(numbers).astype(s.dtype), s), zero
+
+
+def _with_zeros(xp: ModuleType, values: Array, vectors: Array, zero: Array) -> Array:
+    """The eigenvalues, 0 for the matrices that are zero and NaN where there is no eigenvector."""
     values = xp.where(zero[..., None], xp.zeros_like(values), values)
-    return xp.where(xp.isfinite(vectors).all(axis=-2), values, np.nan), vectors
+    return xp.where(xp.isfinite(vectors).all(axis=-2)[..., : values.shape[-1]], values, np.nan)
+
+
+def _eigh_on_gpu(xp: ModuleType, s: Array, method: str = "syevd") -> tuple[Array, Array]:
+    s, zero = _without_zeros(xp, s)
+    if method == "syev_batched":
+        m = s.shape[-1]
+        values, vectors = _cusolver.all_of_stack(xp, s.reshape(-1, m, m))
+        values, vectors = values.reshape(s.shape[:-1]), vectors.reshape(s.shape)
+    else:
+        values, vectors = xp.linalg.eigh(s) if s.ndim == 2 else _eigh_chunked(xp, s)
+    return _with_zeros(xp, values, vectors, zero), vectors
+
+
+def _smallest_by_cusolver(xp: ModuleType, s: Array, count: int) -> tuple[Array, Array]:
+    """Eigenpairs 1…count of each matrix by cuSOLVER's solver for a range, one matrix after another."""
+    s, zero = _without_zeros(xp, s)
+    values, vectors = xp.empty((*s.shape[:-2], count), real_dtype(str(s.dtype))), xp.empty((*s.shape[:-1], count), s.dtype)
+    for i in np.ndindex(s.shape[:-2]):
+        values[i], vectors[i] = _cusolver.smallest(xp, s[i], count)
+    values = _with_zeros(xp, values, vectors, zero)
+    if not bool(xp.isfinite(values).all()):
+        raise np.linalg.LinAlgError("the eigensolver returned values that are not finite")
+    return values, vectors
 
 
 def _eigh_chunked(xp: ModuleType, s: Array) -> tuple[Array, Array]:
@@ -267,54 +355,108 @@ def eigh_range(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     if s.ndim == 2:
         values, vectors = _eigh_range(s, count)
     elif in_threads(s):
-        *batch, m, _ = s.shape
-        values, vectors, info = _arrays.kernels("eigh", "cpu").smallest(s.reshape(-1, m, m), count)
-        if info.any():
-            raise np.linalg.LinAlgError(f"syevr did not converge for {np.count_nonzero(info)} of {info.size} matrices")
-        values, vectors = values.reshape(*batch, count), vectors.reshape(*batch, m, count)
+        values, vectors = _in_kernel("smallest", s, count)
     else:
         values = np.empty((*s.shape[:-2], count), real_dtype(str(s.dtype)))
         vectors = np.empty((*s.shape[:-1], count), s.dtype)
         for i in np.ndindex(s.shape[:-2]):
             values[i], vectors[i] = _eigh_range(s[i], count)
     # in clusters its vectors are orthogonal to some 1e3 eps: a Newton-Schulz step towards the polar factor squares that
-    return values, vectors @ (1.5 * np.eye(count, dtype=s.dtype) - 0.5 * (adjoint(vectors) @ vectors))
+    correction = 1.5 * np.eye(count, dtype=s.dtype) - 0.5 * matmul(np, adjoint(vectors), vectors)
+    return values, matmul(np, vectors, correction)
+
+
+def _in_kernel(name: str, s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    *batch, m, _ = s.shape
+    solve = getattr(_arrays.kernels("eigh", "cpu"), name)
+    values, vectors, info = solve(np.ascontiguousarray(s).reshape(-1, m, m), count)
+    if info.any():
+        raise np.linalg.LinAlgError(f"LAPACK did not converge for {np.count_nonzero(info)} of {info.size} matrices")
+    return values.reshape(*batch, values.shape[-1]), vectors.reshape(*batch, m, count)
 
 
 def _eigh_range(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     from scipy.linalg import eigh as scipy_eigh
 
-    # LAPACK wants columns: a row-major symmetric matrix is its own transpose, a Hermitian one its conjugate's
-    columns = s if s.flags.f_contiguous else adjoint(s)
-    return scipy_eigh(columns, lower=True, subset_by_index=(0, count - 1), driver="evr", check_finite=False)
+    return scipy_eigh(_by_columns(s), lower=True, subset_by_index=(0, count - 1), driver="evr", check_finite=False)
+
+
+def _by_columns(s: np.ndarray) -> np.ndarray:
+    """A row-major symmetric matrix as LAPACK wants it: it is its own transpose, a Hermitian one its conjugate's."""
+    return s if s.flags.f_contiguous else adjoint(s)
+
+
+def matmul(xp: ModuleType, a: Array, b: Array) -> Array:
+    """a @ b. Large matrices on the host go to the BLAS of SciPy's LAPACK: the idle threads of NumPy's would spin beside it."""
+    if xp is not np or a.ndim > 2 or max(*a.shape, *b.shape) < _THREADED:
+        return a @ b
+    from scipy.linalg import get_blas_funcs
+
+    columns = [x if x.flags.f_contiguous else x.T for x in (a, b)]
+    across = [column is not x for column, x in zip(columns, (a, b), strict=True)]
+    return get_blas_funcs("gemm", columns)(1.0, *columns, trans_a=across[0], trans_b=across[1])
+
+
+def departure(xp: ModuleType, phi: Array) -> Array:
+    """‖ΦᴴΦ - I‖_F of each of a stack, in float64."""
+    k = phi.shape[-1]
+    if xp is np and phi.ndim == 2 and k >= _THREADED and phi.dtype.kind == "f":
+        from scipy.linalg import get_blas_funcs
+
+        a, trans = (phi, True) if phi.flags.f_contiguous else (phi.T, False)
+        lower = get_blas_funcs("syrk", (a,))(1.0, a, trans=trans, lower=True)  # half the work; zeros above the diagonal
+        diagonal = lower.diagonal() - 1
+        lower[np.diag_indices(k)] = 0
+        return np.sqrt(2 * inner(np, lower, lower) + np.sum(diagonal.astype("float64") ** 2))
+    return frobenius(xp, matmul(xp, adjoint(phi), phi) - xp.eye(k, dtype=phi.dtype))
 
 
 def in_threads(s: Array) -> bool:
     """Whether a stack on the host goes to the CPU kernels, which are compiled once and share it out over threads."""
-    return isinstance(s, np.ndarray) and s.ndim > 2 and s.dtype.kind == "f" and s.size * s.shape[-1] >= _WORTH_THREADS
+    return isinstance(s, np.ndarray) and s.ndim > 2 and s.size * s.shape[-1] >= _WORTH_THREADS
 
 
-def is_definite(ns: Numerics, a: Array) -> Array:
-    """Whether each of the library's own matrices a (..., m, m) has a Cholesky factorisation; overwrites `a`."""
-    xp, m = ns.xp, a.shape[-1]
-    if in_threads(a):
-        return _arrays.kernels("eigh", "cpu").definite(a.reshape(-1, m, m)).reshape(a.shape[:-2])
-    if xp is np and a.ndim == 2:
-        from scipy.linalg import get_lapack_funcs
+def deflated_is_definite(ns: Numerics, a: Array, phi: Array, d: Array, shift: Array) -> Array:
+    """Whether each of the library's own matrices a (..., m, m) + Φ diag(d) Φᴴ - shift I, formed as B Bᴴ with the columns
+    B = Φ √d, has a Cholesky factorisation; overwrites `a`."""
+    xp, m, k = ns.xp, a.shape[-1], phi.shape[-1]
+    b = phi * xp.sqrt(d).astype(phi.real.dtype)[..., None, :]
+    shift = shift.astype(phi.real.dtype)
+    if in_threads(a) and a.dtype.kind == "f":
+        rows = np.ascontiguousarray(b.swapaxes(-1, -2)).reshape(-1, k, m)
+        definite = _arrays.kernels("eigh", "cpu").deflated_is_definite
+        return definite(np.ascontiguousarray(a).reshape(-1, m, m), rows, shift.reshape(-1)).reshape(a.shape[:-2])
+    if xp is np and a.ndim == 2 and a.dtype.kind == "f":
+        from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
         # the transpose is column-major, so that nothing is copied, and definite if a is
-        return np.asarray(get_lapack_funcs("potrf", (a,))(a.T, lower=True, clean=False, overwrite_a=True)[1] == 0)
+        a = get_blas_funcs("syrk", (a,))(1.0, b.T, beta=1.0, c=a.T, trans=True, lower=True, overwrite_c=True)
+        a[np.diag_indices(m)] -= shift
+        return np.asarray(get_lapack_funcs("potrf", (a,))(a, lower=True, clean=False, overwrite_a=True)[1] == 0)
+    a += b @ adjoint(b)
+    i = xp.arange(m)
+    a[..., i, i] -= shift[..., None]
+    return _is_definite(ns, a)
+
+
+def _is_definite(ns: Numerics, a: Array) -> Array:
+    xp = ns.xp
     try:
         factor = xp.linalg.cholesky(a)
     except np.linalg.LinAlgError:
-        return xp.zeros((), dtype=bool) if a.ndim == 2 else xp.stack([is_definite(ns, matrix) for matrix in a])
+        return xp.zeros((), dtype=bool) if a.ndim == 2 else xp.stack([_is_definite(ns, matrix) for matrix in a])
     return xp.isfinite(factor.diagonal(axis1=-2, axis2=-1)).all(axis=-1)
+
+
+def inner(xp: ModuleType, a: Array, b: Array) -> Array:
+    """Re Trace(Aᴴ B) of each matrix of a stack, in float64."""
+    parts = ((a.real, b.real), (a.imag, b.imag)) if a.dtype.kind == "c" else ((a, b),)
+    return sum(xp.einsum("...ij,...ij->...", *part) for part in parts).astype("float64")
 
 
 def frobenius(xp: ModuleType, a: Array) -> Array:
     """‖A‖_F of each matrix of a stack, in float64."""
-    parts = (a.real, a.imag) if a.dtype.kind == "c" else (a,)
-    return xp.sqrt(sum(xp.einsum("...ij,...ij->...", part, part) for part in parts).astype("float64"))
+    return xp.sqrt(inner(xp, a, a))
 
 
 def fix_signs(ns: Numerics, vectors: Array) -> Array:

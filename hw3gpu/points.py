@@ -7,7 +7,7 @@ Such points x_1…x_n exist just when Σ is positive semidefinite and n ≥ rank
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +19,6 @@ from ._linalg import REAL, Numerics, check_dtype, check_finite, check_square, ei
 __all__ = ["MomentAccumulator", "Moments", "moments", "points_with_moments"]
 
 Array = Any
-
-# Points of one block of `moments`: so many float64 of m = 64 variables stay in a core's cache.
-_BLOCK = 1024
 
 
 class Moments(NamedTuple):
@@ -35,9 +32,10 @@ class Moments(NamedTuple):
 def moments(points: Array, *, ddof: int = 0) -> Moments:
     """The mean μ and the covariance Σ = 1/(n - ddof) Σ (x_i - μ)(x_i - μ)ᵀ of points (..., n, m), one a row; (4.1).
 
-    In float64 whatever the dtype: blocks of points, each centred twice while it is in cache, merged pairwise. The
-    covariance therefore keeps its digits however far away the mean lies: for |μ| = 1e9 σ in float64 its error stays
-    within 1e-14 of max Σ. It is exactly symmetric. NaN and infinities pass.
+    One pass in float64 whatever the dtype, by a kernel (Numba, Triton): blocks of points, each centred twice while it is in
+    cache, merged in order with compensated sums (section 4.5). The covariance therefore keeps its digits however far away
+    the mean lies: for |μ| = 1e9 σ in float64 its error stays within 1e-14 of max Σ. It is exactly symmetric. NaN and
+    infinities pass.
 
     Args:
         points: float32 or float64, n ≥ 1.
@@ -50,16 +48,18 @@ def moments(points: Array, *, ddof: int = 0) -> Moments:
     Raises:
         TypeError: `points` is no array or has another dtype (float16 and bfloat16 are refused), `ddof` is no integer.
         ValueError: fewer than two axes, or n - ddof < 1.
-        BackendError: the points live on a GPU and CuPy cannot be used there.
+        BackendError: the kernels that were asked for cannot run on `points`.
     """
-    with numerics(points, "points") as ns:
-        dtype = check_dtype(points, "points", REAL)
-        _check.rank_at_least(points, "points", 2, "..., n, m")
-        ddof = _ddof(ddof)
-        n = int(points.shape[-2])
-        if n - ddof < 1:
-            raise ValueError(f"points: expected at least {ddof + 1} points (n, m) for ddof = {ddof}, got n = {n}")
-        return _Sums.of(ns, ns.read(points)).moments(ns, ddof, dtype)
+    _arrays.kind(points, "points")
+    check_dtype(points, "points", REAL)
+    _check.rank_at_least(points, "points", 2, "..., n, m")
+    ddof = _ddof(ddof)
+    *batch, n, m = (int(size) for size in points.shape)
+    if n - ddof < 1:
+        raise ValueError(f"points: expected at least {ddof + 1} points (n, m) for ddof = {ddof}, got n = {n}")
+    state = _State(math.prod(batch), m, points)
+    state.update(points.reshape((math.prod(batch), n, m)))
+    return state.moments(ddof, tuple(batch))
 
 
 @interchange
@@ -176,57 +176,59 @@ def _random_directions(ns: Numerics, rng: Any, batch: tuple[int, ...], size: int
     return ns.xp.asarray(q * np.where(diagonal < 0, -1.0, 1.0)[..., None, :])
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """`count` points with mean μ = shift + rest (..., m) and `scatter` = Σ (x_i - μ)(x_i - μ)ᵀ (..., m, m), in float64.
+class _State:
+    """The moments of `count` points of m variables, B sets of them, in float64, as `kernels/cpu/moments.py` keeps them.
 
-    `shift` is a mean as float64 holds it. Its rounding, u |μ|, is small against μ and not against the points' spread: the
-    rest takes it up, so that differences of means, and with them the scatter, keep their digits.
+    shift (B, m) is a mean that float64 holds, total (2, B, m) the sum of the points less it, scatter (2, B, m, m) the lower
+    triangle of Σ (x_i - μ)(x_i - μ)ᵀ; index 1 has what additions to index 0 rounded off.
     """
 
-    count: int
-    shift: Array
-    rest: Array
-    scatter: Array
+    def __init__(self, sets: int, m: int, like: Array) -> None:
+        self.count, self.m, self.like = 0, m, like
+        sizes = (sets, m), (2, sets, m), (2, sets, m, m)
+        self.arrays = tuple(_arrays.empty(size, "float64", like) for size in sizes)
+
+    def update(self, points: Array) -> None:
+        """Add the points (B, n, m), n ≥ 1."""
+        _arrays.launch("moments", "update", self.like, points, *self.arrays, count=self.count)
+        self.count += int(points.shape[1])
+
+    def merge(self, other: _State) -> None:
+        """Add all points of `other`, at least one, which lies where this one does."""
+        _arrays.launch("moments", "merge", self.like, *other.arrays, *self.arrays, more=other.count, count=self.count)
+        self.count += other.count
+
+    def moments(self, ddof: int, batch: tuple[int, ...]) -> Moments:
+        """μ (*batch, m) and Σ (*batch, m, m), in the dtype of `like`."""
+        shift = self.arrays[0]
+        mean, covariance = (
+            _arrays.empty((*shift.shape, *more), _arrays.dtype_name(self.like), self.like) for more in ((), shift.shape[1:])
+        )
+        options = {"count": self.count, "divisor": self.count - ddof}
+        _arrays.launch("moments", "finish", self.like, *self.arrays, mean, covariance, **options)
+        return Moments(mean.reshape((*batch, self.m)), covariance.reshape((*batch, self.m, self.m)))
+
+    def packed(self) -> Any:
+        """count and the arrays as one torch tensor (1 + 3 m + 2 m²) of float64, for B = 1, where the arrays live."""
+        import torch
+
+        parts = [_arrays.kernel_view(a, "gpu").reshape(-1) for a in self.arrays]
+        return torch.cat([torch.tensor([float(self.count)], dtype=torch.float64, device=parts[0].device), *parts])
 
     @classmethod
-    def of(cls, ns: Numerics, x: Array) -> _Sums:
-        """The sums of points (..., n, m), n ≥ 1: blocks that stay in cache, merged pairwise."""
-        merged: list[_Sums] = []
-        for i, start in enumerate(range(0, x.shape[-2], _BLOCK)):
-            merged.append(cls._of_block(ns, x[..., start : start + _BLOCK, :]))
-            # after an odd block there are two of one size to merge, then perhaps two of twice that size, …
-            while i & 1:
-                i >>= 1
-                last = merged.pop()
-                merged[-1] = merged[-1].merged(last)
-        while len(merged) > 1:
-            last = merged.pop()
-            merged[-1] = merged[-1].merged(last)
-        return merged[0]
-
-    @classmethod
-    def _of_block(cls, ns: Numerics, block: Array) -> _Sums:
-        # variables contiguous along the points: NumPy then sums pairwise
-        d = ns.xp.array(block.swapaxes(-1, -2), dtype="float64", order="C")
-        shift = d.mean(axis=-1)
-        d -= shift[..., None]
-        rest = d.mean(axis=-1)
-        d -= rest[..., None]
-        scatter = d @ d.swapaxes(-1, -2)
-        return cls(d.shape[-1], shift, rest, (scatter + scatter.swapaxes(-1, -2)) / 2)
-
-    def moments(self, ns: Numerics, ddof: int, dtype: str) -> Moments:
-        """μ and Σ as the caller's arrays of `dtype`."""
-        return Moments(ns.give(self.shift + self.rest, dtype), ns.give(self.scatter / (self.count - ddof), dtype))
-
-    def merged(self, other: _Sums) -> _Sums:
-        """The sums of both sets of points (Chan, Golub and LeVeque): docs/derivations.md, section 2.5."""
-        count = self.count + other.count
-        delta = (other.shift - self.shift) + (other.rest - self.rest)
-        between = delta[..., :, None] * delta[..., None, :] * (self.count * other.count / count)
-        rest = self.rest + delta * (other.count / count)
-        return _Sums(count, self.shift, rest, (self.scatter + other.scatter) + between)
+    def unpacked(cls, packed: Any, m: int, like: Array) -> _State:
+        """The state that `packed` was made from, where `like` lives."""
+        state = cls.__new__(cls)
+        state.count, state.m, state.like = int(packed[0]), m, like
+        kind = _arrays.kind(like, "like")
+        values = packed[1:].to(like.device) if kind == "torch" else packed[1:]
+        values = values.cpu().numpy() if kind == "numpy" else values
+        if kind == "cupy":
+            with like.device:
+                values = _arrays.namespace(like).asarray(values.cpu().numpy())
+        shift, total, scatter = values[:m], values[m : 3 * m], values[3 * m :]
+        state.arrays = shift.reshape(1, m), total.reshape(2, 1, m), scatter.reshape(2, 1, m, m)
+        return state
 
 
 class MomentAccumulator:
@@ -238,9 +240,9 @@ class MomentAccumulator:
         total.all_reduce()                    # over the ranks of torch.distributed, if there are any
         mean, covariance = total.moments()
 
-    Batches and accumulators are merged by the formula of Chan, Golub and LeVeque (docs/derivations.md, section 2.5, with
-    an outer product in place of the square), in float64. The mean is kept as a constant, close to it, plus a rest, so
-    that the covariance keeps its digits where the mean is large, as `moments` does.
+    A batch is read once, by the kernel of `moments`, which adds it to what it has (Chan, Golub and LeVeque; section 4.5) in
+    float64. The mean is kept as a constant, close to it, plus a rest, and every sum with what its additions have rounded
+    off: the covariance keeps its digits where the mean is large, and however many batches come.
 
     Args:
         m: number of variables; None takes it from the first batch. A rank that may see no batch needs it.
@@ -250,24 +252,27 @@ class MomentAccumulator:
         self.m = None if m is None else _check.integer_value(m, "m")
         if self.m is not None and self.m < 1:
             raise ValueError(f"m: expected at least 1, got {self.m}")
-        self.count = 0
-        self._like: Array = None  # a batch's first points: the kind, dtype and device of results
-        self._state: _Sums | None = None
+        self._state: _State | None = None  # once there are points; `like` in it, a batch's first, has their kind and dtype
+
+    @property
+    def count(self) -> int:
+        """The number of points seen."""
+        return 0 if self._state is None else self._state.count
 
     def update(self, points: Array) -> MomentAccumulator:
         """Add a batch of points (n, m), float32 or float64, n ≥ 0, of the kind, dtype and device of the first one.
 
         Raises TypeError for another kind or dtype, ValueError for another shape. Returns the accumulator.
         """
-        with numerics(points, "points") as ns:
-            check_dtype(points, "points", REAL)
-            if points.ndim != 2 or self.m not in (None, int(points.shape[1])) or points.shape[1] < 1:
-                raise ValueError(f"points: expected shape (n, {self.m or 'm'}), got {_check.shape_of(points)}")
-            if self._like is not None:
-                _check_same_place(points, "points", self._like, "the first batch")
-            self.m = int(points.shape[1])
-            if points.shape[0]:
-                self._add(_Sums.of(ns, ns.read(points)), points[:1])
+        _arrays.kind(points, "points")
+        check_dtype(points, "points", REAL)
+        if points.ndim != 2 or self.m not in (None, int(points.shape[1])) or points.shape[1] < 1:
+            raise ValueError(f"points: expected shape (n, {self.m or 'm'}), got {_check.shape_of(points)}")
+        if self._state is not None:
+            _check_same_place(points, "points", self._state.like, "the first batch")
+        self.m = int(points.shape[1])
+        if points.shape[0]:
+            self._own(points).update(points[None])
         return self
 
     def merge(self, other: MomentAccumulator) -> MomentAccumulator:
@@ -278,15 +283,23 @@ class MomentAccumulator:
             raise ValueError(f"other: expected m = {self.m} variables, got {other.m}")
         self.m = self.m if other.m is None else other.m
         if other._state is not None:
-            if self._like is not None:
-                _check_same_place(other._like, "other", self._like, "this accumulator's batches")
-            self._add(other._state, other._like)
+            if self._state is not None:
+                _check_same_place(other._state.like, "other", self._state.like, "this accumulator's batches")
+            self._own(other._state.like).merge(other._state)
         return self
+
+    def _own(self, like: Array) -> _State:
+        """The state, an empty one where `like` lives if there was none."""
+        if self._state is None:
+            assert self.m is not None
+            # no more than one point: the batch itself may be large, and is not this object's to keep
+            self._state = _State(1, self.m, _arrays.empty((1, self.m), _arrays.dtype_name(like), like))
+        return self._state
 
     def all_reduce(self, group: Any = None) -> MomentAccumulator:
         """Every rank of a `torch.distributed` group (None: the default one) gets the sum over all ranks.
 
-        One collective, an all-gather of 2 m + m² + 1 float64 a rank, merged in the order of ranks, so that all get the
+        One collective, an all-gather of 1 + 3 m + 2 m² float64 a rank, merged in the order of ranks, so that all get the
         same bits. Ranks may hold different numbers of points, also none. Returns the accumulator.
         """
         import torch
@@ -295,14 +308,17 @@ class MomentAccumulator:
         if self.m is None:
             raise ValueError("m: a rank that has seen no batch needs MomentAccumulator(m) before all_reduce")
         device = torch.device("cuda" if distributed.get_backend(group) == "nccl" else "cpu")
-        like = torch.empty((1, self.m), dtype=torch.float64, device=device) if self._like is None else self._like
-        with numerics(like, "points") as ns:
-            packed = torch.from_numpy(self._packed(ns)).to(device)
-            everyone = [torch.empty_like(packed) for _ in range(distributed.get_world_size(group))]
-            distributed.all_gather(everyone, packed, group=group)
-            self.count, self._state = 0, None
-            for part in everyone:
-                self._add_packed(ns, part.cpu().numpy(), like)
+        if self._state is None:
+            like: Array = torch.empty((1, self.m), dtype=torch.float64, device=device)
+            packed = torch.zeros(1 + 3 * self.m + 2 * self.m**2, dtype=torch.float64, device=device)
+        else:
+            like, packed = self._state.like, self._state.packed().to(device)
+        everyone = [torch.empty_like(packed) for _ in range(distributed.get_world_size(group))]
+        distributed.all_gather(everyone, packed, group=group)
+        self._state = None
+        for part in everyone:
+            if part[0] > 0:
+                self._own(like).merge(_State.unpacked(part, self.m, like))
         return self
 
     def moments(self, *, ddof: int = 0) -> Moments:
@@ -310,25 +326,4 @@ class MomentAccumulator:
         ddof = _ddof(ddof)
         if self._state is None or self.count - ddof < 1:
             raise ValueError(f"moments: expected at least {ddof + 1} points for ddof = {ddof}, got {self.count}")
-        with numerics(self._like, "points") as ns:
-            return self._state.moments(ns, ddof, _arrays.dtype_name(self._like))
-
-    def _packed(self, ns: Numerics) -> np.ndarray:
-        """count, shift, rest and scatter in one float64 array on the host; zeros for no points."""
-        assert self.m is not None
-        if self._state is None:
-            return np.zeros(1 + 2 * self.m + self.m**2)
-        parts = (self._state.shift, self._state.rest, self._state.scatter)
-        return np.concatenate([[self.count], *(ns.host(part).ravel() for part in parts)])
-
-    def _add_packed(self, ns: Numerics, packed: np.ndarray, like: Array) -> None:
-        assert self.m is not None
-        if packed[0]:
-            shift, rest, scatter = np.split(packed[1:], [self.m, 2 * self.m])
-            arrays = (ns.xp.asarray(a) for a in (shift, rest, scatter.reshape(self.m, self.m)))
-            self._add(_Sums(int(packed[0]), *arrays), like)
-
-    def _add(self, sums: _Sums, like: Array) -> None:
-        self._state = sums if self._state is None else self._state.merged(sums)
-        self._like = like if self._like is None else self._like
-        self.count = self._state.count
+        return self._state.moments(ddof, ())

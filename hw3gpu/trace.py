@@ -19,16 +19,18 @@ from ._certificate import Certificate, certificate
 from ._interchange import interchange
 from ._linalg import (
     COMPLEX,
-    METHODS,
     REAL,
     Numerics,
-    adjoint,
     check_dtype,
     check_finite,
+    check_method,
     check_square,
+    departure,
     eps,
     fix_signs,
     frobenius,
+    inner,
+    matmul,
     numerics,
     power_of_two,
     real_dtype,
@@ -71,8 +73,8 @@ class TraceMinimum:
         value_certified: the value is proved to be the minimum: `dual_value` holds and lies within 6 · k · margin of it.
         certified: beyond that, λ_k < λ_{k+1} is proved, so that the subspace is the minimiser.
         reason: why not `certified`; empty when it is.
-        method: the solver that ran: "syevr", LAPACK's for a range of eigenpairs, or "syevd", all of them by divide and
-            conquer ("heevr", "heevd" for complex Σ).
+        method: the solver that ran: "syevr", LAPACK's for a range of eigenpairs, "syevd", all eigenvalues by divide and
+            conquer, "syevdx" and "syev_batched", cuSOLVER's ("heevr", … for complex Σ); "gesdd" from `minor_components`.
     """
 
     phi: Array
@@ -104,8 +106,8 @@ def minimize_trace(
 ) -> TraceMinimum:
     """Minimise Trace(Φᵀ Σ Φ) over all Φ (m, k) with orthonormal columns; docs/derivations.md, section 5.
 
-    Runs where `covariance` lives: LAPACK for NumPy arrays and torch CPU tensors, cuSOLVER through CuPy for CuPy arrays
-    and torch CUDA tensors. Σ may be indefinite; it is scaled by a power of two first, so that its size does not matter.
+    Runs where `covariance` lives: LAPACK for NumPy arrays and torch CPU tensors, cuSOLVER through CuPy and nvmath-python for
+    CuPy arrays and torch CUDA tensors. Σ may be indefinite; a power of two scales it first, so that its size does not matter.
 
     Args:
         covariance: Σ (..., m, m), symmetric, float32 or float64, or complex Hermitian (then Φᵀ is Φᴴ throughout). The
@@ -114,7 +116,9 @@ def minimize_trace(
         largest: maximise instead.
         dtype: the dtype computed in, "float64" (None) or "float32". In float32 LAPACK loses the smallest eigenspace of
             an ill-conditioned Σ while ΦᵀΦ still looks perfect: float32 input too is solved in float64.
-        method: "syevr" (a range of eigenpairs), "syevd" (all of them) or "auto": by m, k and device.
+        method: "auto": by m, k, batch and device. Or one of these: on the host "syevr" (a range of eigenpairs) and "syevd" (all
+            eigenvalues, by divide and conquer); on a GPU "syevd" (CuPy's `eigh`; of a stack, Jacobi's method) and, with the
+            extra `nvmath`, "syevdx" (a range) and "syev_batched" (all, of a stack at once).
         certify: fill in the residual, the orthogonality and the certificate; `False` saves their cost.
 
     Returns:
@@ -124,16 +128,13 @@ def minimize_trace(
         TypeError: `covariance` is no array or has another dtype (float16 and bfloat16 are refused), `k` is no integer.
         ValueError: Σ is not square, not symmetric, or not finite; k lies outside 1…m; unknown `method` or `dtype`.
         numpy.linalg.LinAlgError: the eigensolver did not converge.
-        BackendError: Σ lives on a GPU and CuPy cannot be used there.
+        BackendError: Σ lives on a GPU and CuPy cannot be used there, or `method` needs nvmath-python and it is not there.
     """
     with numerics(covariance, "covariance") as ns:
         given = check_dtype(covariance, "covariance", REAL + COMPLEX)
         m = check_square(covariance, "covariance")
         k = _check_k(k, m)
-        if method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        if method == "syevr" and ns.xp is not np:
-            raise ValueError("method: 'syevr' runs on the host alone, and covariance lives on a GPU; use 'syevd'")
+        check_method(method, ns.xp is np)
         scaled = symmetric(ns, covariance, "covariance", _compute_dtype(dtype, given))
         s = -scaled.s if largest else scaled.s
         found = _from_eigenpairs(ns, s, k, method, certify)
@@ -238,12 +239,12 @@ def _from_eigenpairs(ns: Numerics, sigma: Array, k: int, method: str, certify: b
         return _Findings(
             phi, kept, gap, unique, kept.sum(axis=-1), nothing, nothing, nothing, unproved, no, ran
         )  # fmt: skip
-    image = sigma @ phi
-    value = (phi.conj() * image).real.astype("float64").sum(axis=(-2, -1))
-    residual = frobenius(xp, image - phi * values[..., None, :k])
-    orthogonality = _departure(xp, phi)
-    proof = certificate(ns, sigma, values, vectors, k, residual)
-    agrees = _agree(value, kept.sum(axis=-1), proof, k, orthogonality * frobenius(xp, image))
+    image = matmul(xp, sigma, phi)
+    value, image_size = inner(xp, phi, image), frobenius(xp, image)
+    image -= phi * values[..., None, :k]
+    residual, orthogonality = frobenius(xp, image), departure(xp, phi)
+    proof = certificate(ns, sigma, values, vectors, k, residual)  # which overwrites sigma
+    agrees = _agree(value, kept.sum(axis=-1), proof, k, orthogonality * image_size)
     return _Findings(
         phi, kept, gap, unique, value, _ratio(xp, residual, size, 0.0), orthogonality, _ratio(xp, residual, gap, np.inf),
         proof, agrees, ran,
@@ -260,7 +261,7 @@ def _from_singular_values(ns: Numerics, x: Array, k: int, largest: bool) -> _Fin
         sigma, u = xp.concatenate([sigma, none], axis=-1), xp.concatenate([u, xp.zeros((*x.shape[:-1], m - n))], axis=-1)
     # X = UΣVᵀ + E: each singular value of X lies within ‖E‖ and the departures from orthogonality of one of Σ
     u_rounding, v_rounding, product_rounding = (eps("float64") * size_ for size_ in (n * m, m * m, m + 2))
-    skew = _departure(xp, u[..., : min(n, m)]) + u_rounding + _departure(xp, vt.swapaxes(-1, -2)) + v_rounding
+    skew = departure(xp, u[..., : min(n, m)]) + u_rounding + departure(xp, vt.swapaxes(-1, -2)) + v_rounding
     error = frobenius(xp, x - (u * sigma[..., None, :]) @ vt) + product_rounding * (m**0.5 + 1) * size
     error = error[..., None] + sigma * skew[..., None] + 1e-300
     order = slice(None) if largest else slice(None, None, -1)
@@ -278,18 +279,13 @@ def _from_singular_values(ns: Numerics, x: Array, k: int, largest: bool) -> _Fin
         frobenius(xp, image - left * kept[..., None, :]) ** 2
         + frobenius(xp, x.swapaxes(-1, -2) @ left - phi * kept[..., None, :]) ** 2
     )
-    value, orthogonality = sign * frobenius(xp, image) ** 2, _departure(xp, phi)
+    value, orthogonality = sign * frobenius(xp, image) ** 2, departure(xp, phi)
     gap = distance * (sigma[..., k] + kept[..., -1]) if k < m else distance
     agrees = _agree(value, sign * (kept**2).sum(axis=-1), proof, k, orthogonality * abs(value))
     return _Findings(
         phi, sign * kept**2, gap, distance > max(n, m) * eps("float64") * size, value, _ratio(xp, residual, size, 0.0),
         orthogonality, _ratio(xp, residual, distance, np.inf), proof, agrees, "gesdd",
     )  # fmt: skip
-
-
-def _departure(xp: ModuleType, phi: Array) -> Array:
-    """‖ΦᵀΦ - I‖."""
-    return frobenius(xp, adjoint(phi) @ phi - xp.eye(phi.shape[-1], dtype=phi.dtype))
 
 
 def _ratio(xp: ModuleType, a: Array, b: Array, otherwise: float) -> Array:

@@ -18,7 +18,7 @@ import scipy.linalg
 import sympy as sp
 import torch
 
-from hw3gpu import reference
+from hw3gpu import minimize_trace, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = (ROOT / "docs" / "derivations.md").read_text(encoding="utf-8")
@@ -132,6 +132,47 @@ def test_1_2_is_the_shape_a_direct_convolution_has() -> None:
             channels_first, torch.tensor(weight).transpose(2, 3), stride=(s2, s1), padding=(p2, p1)
         )
         np.testing.assert_allclose(in_torch.permute(0, 3, 2, 1).numpy(), y, rtol=1e-12, atol=1e-12)
+
+
+GEOMETRIES = list(product(range(1, 10), range(1, 5), range(1, 4), range(1, 5)))  # size, kernel, stride, dilation
+
+
+def positions(size: int, padding: int, k: int, s: int, d: int) -> int:
+    """Where a kernel may start on the padded axis, counted."""
+    return sum(1 for j in range(0, size + 2 * padding, s) if j + d * (k - 1) <= size + 2 * padding - 1)
+
+
+@proves("1.3")
+def test_1_3_is_every_padding_that_gives_the_size() -> None:
+    empty = 0
+    for size, k, s, d in GEOMETRIES:
+        a = d * (k - 1) + 1
+        for wanted in range(1, 8):
+            low, high = -(-((wanted - 1) * s + a - size) // 2), (wanted * s - 1 + a - size) // 2
+            paddings = [p for p in range(40) if positions(size, p, k, s, d) == wanted]
+            assert paddings == list(range(max(low, 0), high + 1))
+            if not paddings:
+                empty += 1
+                assert wanted * s - 1 + a - size < 0 or (s == 1 and (wanted - 1 + a - size) % 2)
+    assert empty > 100
+
+
+@proves("1.4")
+def test_1_4_is_the_least_padding_of_both_sides_that_gives_the_size_over_the_stride_rounded_up() -> None:
+    for size, k, s, d in GEOMETRIES:
+        wanted = -(-size // s)
+        total = max((wanted - 1) * s + d * (k - 1) + 1 - size, 0)
+        assert positions(size + total, 0, k, s, d) == wanted
+        assert total == 0 or positions(size + total - 1, 0, k, s, d) == wanted - 1
+
+
+@proves("1.5")
+def test_1_5_is_every_size_that_a_convolution_takes_to_the_given_one() -> None:
+    for size, k, s, d in GEOMETRIES:
+        for p in range(3):
+            found = [(size - 1) * s - 2 * p + d * (k - 1) + 1 + o for o in range(s)]
+            counted = [n for n in range(1, 60) if n + 2 * p >= d * (k - 1) + 1 and positions(n, p, k, s, d) == size]
+            assert [n for n in found if n >= 1] == counted
 
 
 # 2 Batch normalisation ---------------------------------------------------------------------------------------------
@@ -599,6 +640,28 @@ def test_4_7_every_solution_has_the_form_and_every_rotation_of_h_is_one() -> Non
     np.testing.assert_allclose(reference.moments(others).covariance, covariance, atol=1e-13)
 
 
+@proves("4.8", "4.9")
+def test_4_8_and_4_9_merge_scatters_of_parts_about_any_rounded_mean() -> None:
+    a, b, shift = 2, 3, sp.Matrix(sp.symbols("c1:3", real=True))
+    points = sp.Matrix(a + b, 2, sp.symbols("p1:11", real=True))
+
+    def mean_and_scatter(rows: sp.Matrix) -> tuple[sp.Matrix, sp.Matrix]:
+        mean, covariance = exact_moments(rows)
+        return mean, covariance * rows.shape[0]
+
+    (mean_a, scatter_a), (mean_b, scatter_b) = mean_and_scatter(points[:a, :]), mean_and_scatter(points[a:, :])
+    delta = mean_b - mean_a
+    mean, scatter = mean_and_scatter(points)
+    assert (mean_a + sp.Rational(b, a + b) * delta - mean).expand() == sp.zeros(2, 1)
+    merged = scatter_a + scatter_b + sp.Rational(a * b, a + b) * delta * delta.T
+    assert (merged - scatter).expand() == sp.zeros(2, 2)
+    deviations = [points[i, :].T - shift for i in range(a + b)]
+    rest = sum(deviations, sp.zeros(2, 1)) / (a + b)
+    assert (shift + rest - mean).expand() == sp.zeros(2, 1)
+    centred = sum(((d - rest) * (d - rest).T for d in deviations), sp.zeros(2, 2))
+    assert (centred - scatter).expand() == sp.zeros(2, 2)
+
+
 # 5 The trace problem -----------------------------------------------------------------------------------------------
 
 
@@ -818,3 +881,107 @@ def test_5_16_is_the_derivative_of_the_projector(perturbed: tuple[np.ndarray, ..
         by_formula += weight * (np.outer(q[:, i], q[:, j]) + np.outer(q[:, j], q[:, i]))
     assert np.abs(by_formula).max() > 0.1
     np.testing.assert_allclose(by_formula, central_difference(projector, sigma, direction), rtol=0, atol=1e-8)
+
+
+@proves("5.17", "5.18")
+def test_5_17_and_5_18_are_the_gradient_of_a_function_of_the_projector(perturbed: tuple[np.ndarray, ...]) -> None:
+    sigma, eigenvalues, q, direction = perturbed
+    weight = np.random.default_rng(15).normal(size=(5, 5))
+    weight += weight.T
+
+    def loss(s: np.ndarray) -> np.ndarray:
+        phi = reference.minimize_trace(s, 2).phi
+        projector = phi @ phi.T
+        return np.sum(weight * projector) + np.trace(projector @ weight @ projector @ weight)
+
+    phi, others = q[:, :2], q[:, 2:]
+    gradient = weight + 2 * weight @ phi @ phi.T @ weight  # of the loss, at P
+    differences = eigenvalues[None, :2] - eigenvalues[2:, None]
+    z = (others.T @ gradient @ phi) / differences
+    by_formula = others @ z @ phi.T + phi @ z.T @ others.T
+    numeric = central_difference(loss, sigma, direction)
+    assert abs(float(numeric)) > 0.1
+    assert np.sum(by_formula * direction) == pytest.approx(float(numeric), abs=1e-7)
+    assert np.linalg.norm(by_formula) <= 2**0.5 * np.linalg.norm(gradient) / (eigenvalues[2] - eigenvalues[1])
+
+    columns = 2 * gradient @ phi + phi @ np.array([[3.0, -1], [2, 5]])  # what turns the basis does not matter
+    v = (others.T @ columns) / differences
+    through_columns = others @ v @ phi.T
+    np.testing.assert_allclose((through_columns + through_columns.T) / 2, by_formula, atol=1e-12)
+
+
+def exactly(a: np.ndarray) -> sp.Matrix:
+    return sp.Matrix(a.shape[0], a.shape[1], lambda i, j: sp.Rational(float(a[i, j])))
+
+
+def deflated_case(seed: int, m: int = 6, k: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A matrix of condition 1e8, k of its computed eigenvectors with an error of 1e-9, and lifts of very different size."""
+    rng = np.random.default_rng(seed)
+    q = np.linalg.qr(rng.normal(size=(m, m)))[0]
+    sigma = (q * np.logspace(-8, 0, m)) @ q.T
+    return (sigma + sigma.T) / 2, q[:, :k] + 1e-9 * rng.normal(size=(m, k)), rng.uniform(0, 1, k) * np.array([1.0, 1e-6])
+
+
+def gamma(n: int) -> float:
+    return n * 2.0**-53 / (1 - n * 2.0**-53)
+
+
+@proves("5.20")
+def test_5_20_bounds_what_forming_the_deflated_matrix_rounds() -> None:
+    for seed in range(6):
+        sigma, phi, d = deflated_case(seed)
+        b = phi * np.sqrt(d)
+        shift = 0.1234567
+        formed = sigma + b @ b.T
+        formed[np.diag_indices(6)] -= shift
+        exact = exactly(sigma) + exactly(phi) * sp.diag(*map(sp.Rational, map(float, d))) * exactly(phi).T
+        exact -= sp.Rational(shift) * sp.eye(6)
+        error = np.array((exactly(formed) - exact).evalf(40), dtype=float)
+        trace_s = float(np.sum(d * (phi**2).sum(axis=0)))
+        bound = gamma(2 + 7) * (np.linalg.norm(sigma) + trace_s + shift)
+        assert 0 < np.linalg.norm(error, 2) <= bound
+        magnitudes = sum(di * np.linalg.norm(np.outer(abs(f), abs(f))) for di, f in zip(d, phi.T, strict=True))
+        assert magnitudes == pytest.approx(trace_s, rel=1e-14)
+
+
+@proves("5.21")
+def test_5_21_bounds_the_backward_error_of_a_factorisation() -> None:
+    for seed in range(6):
+        sigma, _, _ = deflated_case(seed)
+        lower = np.linalg.cholesky(sigma)
+        backward = np.array((exactly(lower) * exactly(lower).T - exactly(sigma)).evalf(40), dtype=float)
+        bound = gamma(8) / (1 - gamma(8)) * np.trace(sigma)
+        assert np.linalg.norm(backward, 2) <= bound
+        assert gamma(8) * np.sum(lower**2) <= bound * (1 + 1e-14)
+        assert np.all(abs(backward) <= gamma(8) * abs(lower) @ abs(lower).T)
+
+
+@proves("5.19", "5.22")
+def test_5_19_and_5_22_what_is_factorised_in_floating_point_is_positive_semidefinite_exactly() -> None:
+    proved = refused = 0
+    for seed in range(4):
+        sigma, phi, d = deflated_case(seed)
+        exact = exactly(sigma) + exactly(phi) * sp.diag(*map(sp.Rational, map(float, d))) * exactly(phi).T
+        least = float(np.linalg.eigvalsh(np.array(exact.evalf(30), dtype=float))[0])
+        for away in (-1e-3, -1e-12, -1e-15, 0.0, 1e-16, 1e-15, 1e-12):  # t up to a little above what can be true
+            t = least + away
+            f = gamma(2 + 8) * (np.linalg.norm(sigma) + float(np.sum(d * (phi**2).sum(axis=0))) + abs(t))
+            trace = np.trace(sigma) + float(np.sum(d * (phi**2).sum(axis=0))) - 6 * t
+            c = gamma(8) / (1 - gamma(8)) * (trace + 6 * f) + f
+            b = phi * np.sqrt(d)
+            try:
+                np.linalg.cholesky(sigma + b @ b.T - (t + c) * np.eye(6))
+            except np.linalg.LinAlgError:
+                refused += 1
+                continue
+            proved += 1
+            assert away < 0
+            pivots = (exact - sp.Rational(float(t)) * sp.eye(6)).LDLdecomposition()[1]
+            assert all(pivots[i, i] > 0 for i in range(6))
+    assert proved >= 4
+    assert refused >= 12
+    # (5.22): with this much room a good Φ is certified, and the value to within k τ
+    sigma = np.diag([1.0, 1.0, 2.0, 3.0])
+    result = minimize_trace(sigma, 2)
+    assert result.certified
+    assert 0 <= result.value - result.dual_value <= 2 * result.margin + gamma(4 + 2 + 4) * 8

@@ -202,14 +202,98 @@ def test_moments_of_strided_and_special_points():
     assert np.isfinite(got.covariance[:2, :2]).all()
 
 
-def test_many_blocks_are_merged_pairwise():
-    """Eleven blocks and a bit, against extended precision; the mean is far enough that one pass would lose all."""
-    x = np.random.default_rng(0).standard_normal((11 * 1024 + 100, 3)) + np.array([1e9, -1e6, 0])
+def test_many_blocks_are_merged_in_order():
+    """Ninety blocks and a bit, against extended precision; the mean is far enough that one pass would lose all."""
+    x = np.random.default_rng(0).standard_normal((90 * 128 + 100, 3)) + np.array([1e9, -1e6, 0])
     wide = x.astype(np.longdouble)
     centred = wide - wide.mean(axis=0)
     got = moments(x)
     assert np.abs(got.covariance - centred.T @ centred / len(x)).max() <= 1e-14
     assert np.all(np.abs(got.mean - wide.mean(axis=0)) <= np.spacing(np.abs(got.mean) + 1))
+
+
+# n below, at and beyond a block and a run; m below, at and beyond a tile of either kernel
+SHAPES = [(1, 1, 1), (1, 129, 2), (3, 5, 4), (1, 64, 5), (2, 70, 17), (1, 40, 33), (1, 530, 3), (0, 4, 2), (2, 3, 0)]
+
+
+@pytest.mark.parametrize(("sets", "n", "m"), SHAPES, ids=str)
+def test_every_plan_of_the_kernels(kit, sets, n, m):
+    x = np.random.default_rng(0).standard_normal((sets, n, m)) + 1e6
+    got = moments(kit.array(x, "float64"), ddof=min(n - 1, 1))
+    assert tuple(got.mean.shape) == (sets, m)
+    assert tuple(got.covariance.shape) == (sets, m, m)
+    wide = x.astype(np.longdouble)
+    centred = wide - wide.mean(axis=1, keepdims=True)
+    expected = centred.swapaxes(1, 2) @ centred / (n - min(n - 1, 1))
+    covariance = kit.numpy(got.covariance)
+    np.testing.assert_allclose(covariance, expected.astype(np.float64), atol=1e-14, rtol=0)
+    np.testing.assert_allclose(kit.numpy(got.mean), wide.mean(axis=1).astype(np.float64), rtol=2.3e-16)
+    assert np.array_equal(covariance, covariance.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize(("n", "m"), [(1300, 3), (700, 600), (2100, 520)], ids=["runs", "bands", "runs and bands"])
+def test_any_number_of_threads_gives_the_same_bits(n, m):
+    from hw3gpu.kernels.cpu._threads import set_num_threads
+
+    x = np.random.default_rng(0).standard_normal((n, m)) + 1e6
+    found = []
+    for threads in (1, 2, 5):
+        set_num_threads(threads)
+        try:
+            found.append(moments(x))
+        finally:
+            set_num_threads(None)
+    for other in found[1:]:
+        assert np.array_equal(found[0].mean, other.mean)
+        assert np.array_equal(found[0].covariance, other.covariance)
+    centred = (x - 1e6) - (x - 1e6).mean(axis=0)
+    np.testing.assert_allclose(found[0].covariance, centred.T @ centred / n, atol=1e-14)
+
+
+def test_infinite_points_have_an_infinite_mean_and_touch_no_other_variable(kit):
+    x = np.random.default_rng(0).standard_normal((150, 4))
+    expected = reference.moments(x)
+    x[140, 1], x[3, 2] = np.inf, -np.inf
+    got = moments(kit.array(x, "float64"))
+    mean, covariance = kit.numpy(got.mean), kit.numpy(got.covariance)
+    assert mean[1:3].tolist() == [np.inf, -np.inf]
+    assert np.isnan(covariance[1:3]).all()
+    np.testing.assert_allclose(mean[[0, 3]], expected.mean[[0, 3]], atol=1e-15)
+    np.testing.assert_allclose(covariance[::3, ::3], expected.covariance[::3, ::3], atol=1e-15)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120, "gfx942"], ids=str)
+@pytest.mark.parametrize(("n", "m"), [(10_000, 3), (10_000, 16), (10_000, 40), (500, 1000)], ids=str)
+def test_the_triton_kernels_compile_without_a_spill(arch, n, m):
+    torch = pytest.importorskip("torch")
+    from benchmarks import evidence
+    from benchmarks.inside_triton import StandIn
+    from hw3gpu.kernels.gpu import moments as kernels
+
+    def meta(*shape, dtype=torch.float64):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    state, more = ((meta(1, m), meta(2, 1, m), meta(2, 1, m, m)) for _ in range(2))
+    with StandIn(arch) as device:
+        kernels.update(meta(1, n, m, dtype=torch.float32), *state, count=7)
+        kernels.merge(*more, *state, more=3, count=7)
+        kernels.finish(*state, meta(1, m), meta(1, m, m), count=10, divisor=9)
+    assert {launch.name for launch in device.launches} == {"_add_runs_kernel", "_merge_kernel", "_finish_kernel"}
+    for launch in device.launches:
+        assert launch.grid[0] < 2**31
+        assert evidence.findings(launch, arch, torch.float64)[1] == []
+
+
+def test_the_plan_fills_the_device_and_its_runs_hold_no_more_than_the_points():
+    from hw3gpu.kernels.gpu.plan import cdiv, plan_moments
+
+    for sets, n, m in [(1, 1, 1), (1, 10**9, 3), (1, 10**6, 64), (1000, 10**5, 8), (1, 3000, 2048), (1, 10**5, 10**4)]:
+        plan = plan_moments(sets, n, m)
+        tiles = cdiv(m, plan.BLOCK_M)
+        assert plan.BLOCK_N % plan.GROUP == 0
+        assert plan.runs == 1 or plan.runs * m <= n
+        assert plan.runs == 1 or sets * plan.runs * tiles * (tiles + 1) // 2 <= 2 * 4 * 132
+        assert sets * plan.runs * tiles**2 < 2**31
 
 
 # ------------------------------------------------------------------------------------------------- the accumulator
@@ -240,6 +324,30 @@ def test_accumulators_merge_in_any_grouping(kit):
     for total in (left, right):
         assert str(total.moments().mean.dtype).removeprefix("torch.") == "float32"
         np.testing.assert_allclose(kit.numpy(total.moments().covariance), rounded.covariance, rtol=1e-6, atol=1e-4)
+
+
+def test_ten_thousand_batches_cost_no_digits():
+    """What each addition rounds off is kept: without it the covariance of these is off by 1e-13, the mean by more."""
+    x = np.random.default_rng(0).standard_normal((20_000, 2)) + np.array([1e8, 3.0])
+    total = MomentAccumulator()
+    for batch in x.reshape(10_000, 2, 2):
+        total.update(batch)
+    wide = x.astype(np.longdouble)
+    centred = wide - wide.mean(axis=0)
+    got = total.moments()
+    assert np.abs(got.covariance - centred.T @ centred / len(x)).max() <= 1e-15
+    assert np.all(np.abs(got.mean - wide.mean(axis=0)) <= np.spacing(np.abs(got.mean)))
+
+
+def test_an_accumulator_keeps_no_batch_alive():
+    import weakref
+
+    batch = np.ones((5, 2))
+    alive = weakref.ref(batch)
+    total = MomentAccumulator().update(batch)
+    del batch
+    assert alive() is None
+    assert total.count == 5
 
 
 RANKS_OF_POINTS = (5, 0, 12)

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hw3gpu import reference, shapes
-from hw3gpu.shapes import conv2d_output_shape
+from hw3gpu.shapes import conv2d_output_shape, conv2d_padding_for, conv_transpose2d_output_shape
 
 SHAPE = (2, 17, 29, 3)
 
@@ -67,6 +67,128 @@ def test_agrees_with_pytorch_and_the_answer_sheet_or_raises_where_pytorch_does(g
         assert reference.conv2d_output_shape(**geometry) == expected
 
 
+def torch_same_shape(geometry: dict[str, Any]) -> tuple[int, ...]:
+    """PyTorch's shape with padding made by hand: for ceil(W / s) outputs, those of an odd number on the far side."""
+    b, w, h, c = geometry["input_shape"]
+    sides = []
+    for size, k, s, d in zip((w, h), geometry["kernel_size"], geometry["stride"], geometry["dilation"], strict=True):
+        total = max((-(-size // s) - 1) * s + d * (k - 1) + 1 - size, 0)
+        sides += [total // 2, total - total // 2]
+    x = torch.nn.functional.pad(torch.empty(b, c, h, w, device="meta"), sides)  # the last axis, W, comes first
+    padded = (b, x.shape[3], x.shape[2], c)
+    return torch_shape(
+        padded, *[geometry[name] for name in ("output_channels", "kernel_size", "stride")], (0, 0), geometry["dilation"]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(geometries())
+def test_same_and_valid_agree_with_pytorch(geometry: dict[str, Any]) -> None:
+    assert conv2d_output_shape(**geometry | {"padding": "same"}) == torch_same_shape(geometry)
+    one = geometry | {"stride": 1}
+    b, w, h, c = geometry["input_shape"]
+    (k1, k2), (d1, d2) = geometry["kernel_size"], geometry["dilation"]
+    x, weight = torch.empty(b, c, h, w, device="meta"), torch.empty(5, c, k2, k1, device="meta")
+    theirs = torch.nn.functional.conv2d(x, weight, padding="same", dilation=(d2, d1))
+    ours = conv2d_output_shape(**one | {"padding": "same", "output_channels": 5})
+    assert ours == (b, theirs.shape[3], theirs.shape[2], 5)
+    fits = all(d * (k - 1) < size for size, k, d in zip((w, h), (k1, k2), (d1, d2), strict=True))
+    if fits:
+        assert conv2d_output_shape(**geometry | {"padding": "valid"}) == torch_shape(*(geometry | {"padding": (0, 0)}).values())
+    else:
+        with pytest.raises(ValueError, match="the output would have size"):
+            conv2d_output_shape(**geometry | {"padding": "valid"})
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(geometries(), st.integers(1, 70), st.integers(1, 70))
+def test_padding_for_finds_all_paddings_or_says_why_there_is_none(geometry: dict[str, Any], width: int, height: int) -> None:
+    _, w, h, _ = geometry["input_shape"]
+    law = {name: geometry[name] for name in ("kernel_size", "stride", "dilation")}
+
+    def reached(size: int, axis: int, p: int) -> int:
+        """Where a kernel may start, counted."""
+        k, s, d = (law[name][axis] for name in ("kernel_size", "stride", "dilation"))
+        return len(range(0, size + 2 * p - d * (k - 1), s))
+
+    wanted = [
+        [p for p in range(400) if reached(size, axis, p) == target]
+        for axis, (size, target) in enumerate(((w, width), (h, height)))
+    ]
+    if all(wanted):
+        found = conv2d_padding_for((w, h), (width, height), **law)
+        assert [list(ps) for ps in found] == wanted
+        ks, ss, ds = law.values()
+        for end in (0, -1):
+            assert torch_shape((1, w, h, 1), 1, ks, ss, (found[0][end], found[1][end]), ds) == (1, width, height, 1)
+    else:
+        axis = "W" if not wanted[0] else "H"
+        with pytest.raises(ValueError, match=rf"no padding gives the output size \d+ along {axis}: (without|the two sides)"):
+            conv2d_padding_for((w, h), (width, height), **law)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (((17, 29), (17, 29), (3, 5)), ([1], [2])),
+        ((28, 14, 4, 2), ([1], [1])),
+        ((28, 14, 3, 2), ([1], [1])),
+        ((29, 8, 4, 4), ([2, 3], [2, 3])),
+        (((7, 9), (1, 1), (3, 5), 9), ([0, 1, 2], [0, 1, 2])),
+    ],
+)
+def test_paddings_of_common_layers(arguments: tuple[Any, ...], expected: tuple[list[int], list[int]]) -> None:
+    assert tuple(list(paddings) for paddings in conv2d_padding_for(*arguments)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((8, 8, 2), r"size 8 along W: the two sides would need 1 pixels together, which is odd.*kernel_size 2, stride 1"),
+        (((8, 9), (8, 4), (3, 3)), r"size 4 along H: without padding it is 7 already \(H = 9"),
+        ((8, 0, 3), r"output_size must be at least 1, got 0 along W in 0"),
+        ((8, 8, 3, (1, 0)), "stride must be at least 1, got 0 along H"),
+    ],
+)
+def test_no_padding_and_why(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        conv2d_padding_for(*arguments)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(geometries(), st.integers(0, 9), st.integers(0, 9))
+def test_transposed_shape_agrees_with_pytorch(geometry: dict[str, Any], o1: int, o2: int) -> None:
+    b, w, h, c = geometry["input_shape"]
+    (k1, k2), (s1, s2), (p1, p2), (d1, d2) = (geometry[n] for n in ("kernel_size", "stride", "padding", "dilation"))
+    x, weight = (
+        torch.empty(max(b, 1), c, h, w, device="meta"),
+        torch.empty(c, geometry["output_channels"], k2, k1, device="meta"),
+    )
+    options = {"stride": (s2, s1), "padding": (p2, p1), "output_padding": (o2, o1), "dilation": (d2, d1)}
+    if o1 >= max(s1, d1) or o2 >= max(s2, d2):  # the meta device does not look
+        with pytest.raises(RuntimeError, match="output padding must be smaller than either stride or dilation"):
+            torch.nn.functional.conv_transpose2d(
+                torch.zeros_like(x, device="cpu"), torch.zeros_like(weight, device="cpu"), **options
+            )
+        with pytest.raises(ValueError, match="output_padding must be less than stride or dilation"):
+            conv_transpose2d_output_shape(**geometry, output_padding=(o1, o2))
+        return
+    try:
+        theirs = torch.nn.functional.conv_transpose2d(x, weight, **options).shape
+    except RuntimeError:
+        theirs = torch.Size((0, 0, 0, 0))
+    if min(theirs[2:]) < 1:  # the meta device lets a single size of 0 through
+        with pytest.raises(ValueError, match="the output would have size"):
+            conv_transpose2d_output_shape(**geometry, output_padding=(o1, o2))
+        return
+    shape = conv_transpose2d_output_shape(**geometry, output_padding=(o1, o2))
+    assert shape == (b, theirs[3], theirs[2], theirs[1])
+    if o1 < s1 and o2 < s2:
+        back = conv2d_output_shape(shape, c, (k1, k2), (s1, s2), (p1, p2), (d1, d2))
+        assert back == geometry["input_shape"]
+
+
 def test_first_entry_belongs_to_w_and_second_to_h() -> None:
     assert conv2d_output_shape((2, 7, 11, 3), 5, (3, 4), (1, 2), (6, 0)) == (2, 17, 4, 5)
 
@@ -117,6 +239,7 @@ def test_an_empty_batch_keeps_its_size() -> None:
         ({"kernel_size": np.float64(3)}, "kernel_size must be an integer or a pair"),
         ({"stride": (1, 2.5)}, r"stride\[1\] must be an integer, got 2.5 of type float"),
         ({"padding": (False, 1)}, r"padding\[0\] must be an integer, got False of type bool"),
+        ({"padding": ("same", "same")}, r"padding\[0\] must be an integer, got 'same' of type str"),
         ({"padding": np.array([0.0, 1.0])}, r"padding\[0\] must be an integer"),
         ({"dilation": None}, "dilation must be an integer or a pair .* got None of type NoneType"),
     ],
@@ -138,6 +261,7 @@ def test_what_is_no_integer_is_a_type_error(change: dict[str, Any], message: str
         ({"input_shape": (2, 17, -29, 3)}, r"H, input_shape\[2\], must be at least 1, got -29"),
         ({"input_shape": (2, 17, 29, 0)}, r"C_in, input_shape\[3\], must be at least 1, got 0"),
         ({"output_channels": 0}, "output_channels must be at least 1, got 0"),
+        ({"padding": "full"}, "padding must be an integer, a pair of integers, 'same' or 'valid', got 'full'"),
         ({"kernel_size": (3,)}, r"kernel_size must be an integer or a pair .* got 1 entries: \(3,\)"),
         ({"kernel_size": (1, 2, 3)}, "kernel_size must be an integer or a pair .* got 3 entries"),
         ({"kernel_size": (0, 3)}, r"kernel_size must be at least 1, got 0 along W in \(0, 3\)"),

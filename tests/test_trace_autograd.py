@@ -117,7 +117,7 @@ def test_a_second_derivative_is_refused(device):
         (torch.ones(2, 3), 1, {}, ValueError, "covariance: expected square matrices"),
         (torch.eye(3).cumsum(0), 1, {}, ValueError, "covariance: expected a symmetric matrix"),
         (torch.eye(3) / 0, 1, {}, ValueError, "covariance: expected finite values"),
-        (torch.eye(3), 1, {"method": "jacobi"}, ValueError, "method: expected one of auto, syevr, syevd, got 'jacobi'"),
+        (torch.eye(3), 1, {"method": "jacobi"}, ValueError, "method: expected one of auto, .*, got 'jacobi'"),
     ],
 )
 def test_errors(sigma, k, options, error, message):

@@ -214,6 +214,32 @@ def plan_channels(C: int, splits: int) -> tuple[int, int]:
     return block, cdiv(C, block)
 
 
+@dataclass(frozen=True)
+class MomentsPlan:
+    """Tiles of (BLOCK_M, BLOCK_M) of the scatter, from BLOCK_N points at a time, GROUP of them multiplied at once.
+
+    The points are in `runs`, which are summed apart.
+    """
+
+    BLOCK_N: int
+    GROUP: int
+    BLOCK_M: int
+    runs: int
+    num_warps: int
+
+
+def plan_moments(B: int, n: int, m: int) -> MomentsPlan:
+    """The plan for the mean and scatter of B sets of n points of m variables, in float64.
+
+    There are runs enough to fill the device, each of at least 256 points and m, so that their scatters hold no more than x.
+    """
+    block_m = 4 if m <= 4 else 16 if m <= 16 else 32
+    tiles = cdiv(m, block_m)
+    programs = max(B * tiles * (tiles + 1) // 2, 1)
+    runs = max(1, min(cdiv(4 * MULTIPROCESSORS, programs), n // max(m, 256)))
+    return MomentsPlan(*{4: (128, 128), 16: (64, 8), 32: (64, 4)}[block_m], block_m, runs, 8 if block_m == 32 else 4)
+
+
 def _warps(elements: int) -> int:
     """About sixteen elements a thread, up to 16 warps, and 32 warps for the largest tiles."""
     return 32 if elements >= 32768 else min(next_power_of_2(elements // 512), 16)

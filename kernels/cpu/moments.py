@@ -1,0 +1,222 @@
+"""Mean and scatter of points (B, n, m), one pass over them, added to those of points seen before.
+
+    μ = 1/n Σ x_i,    scatter = Σ (x_i - μ)(x_i - μ)ᵀ                            docs/derivations.md, sections 2.5 and 4.5
+    update   read x once, read and write the state; n > 1024 and n > 2 m: up to 16 partial scatters, together no more than x.
+             From m = 512 on, a few bands of rows of the scatter read x each
+    merge    the states of two sets of points
+    finish   mean, covariance = scatter / divisor
+
+The state of `count` points, in float64: shift (B, m), a mean of some of them; total (2, B, m), Σ (x - shift); scatter
+(2, B, m, m), its lower triangle. Index 1 holds what the additions to index 0 have rounded off, so that neither their number nor
+the size of μ costs digits. BLOCK_N points at a time are copied to the cache, one variable after another, and centred there
+twice: about their rounded mean, then about what that rounding left. Blocks are merged in order (Chan, Golub and LeVeque).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ._jit import inline, kernel, reduction
+from ._moments import two_sum, with_low
+from ._threads import run
+
+# Points centred at once. A variable's lie BLOCK_N + PAD apart, so that a column of them does not share one cache set.
+BLOCK_N = 128
+PAD = 8
+# Runs of points whose scatters are summed apart, at most; each run has at least this many points, and m.
+MOST_RUNS = 16
+RUN_POINTS = 512
+# Rows of the scatter that one thread fills, at least, where there are few runs.
+BAND_ROWS = 256
+
+
+# ---------------------------------------------------------------------------------------------- one block, in the cache
+@reduction
+def _total(d, j, count):
+    total = 0.0
+    for p in range(count):
+        total += d[j, p]
+    return total
+
+
+@inline
+def _centre(x, first, count, d, shift, rest):
+    """d (m, BLOCK_N + PAD) = the deviations of `count` points of x (n, m) from their mean, shift + rest (m)."""
+    m = x.shape[1]
+    for p in range(count):
+        for j in range(m):
+            d[j, p] = np.float64(x[first + p, j])
+    for j in range(m):
+        shift[j] = _total(d, j, count) / count
+        for p in range(count):
+            d[j, p] -= shift[j]
+        rest[j] = _total(d, j, count) / count
+        for p in range(count):
+            d[j, p] -= rest[j]
+        if not math.isfinite(shift[j]):
+            rest[j] = 0.0  # an infinite mean has nothing left; the deviations are NaN
+
+
+@reduction
+def _dots(d, i, j, count):
+    """The products of variables i…i+3 and j, j+1."""
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = 0.0
+    for p in range(count):
+        y, z = d[j, p], d[j + 1, p]
+        a0 += d[i, p] * y
+        a1 += d[i + 1, p] * y
+        a2 += d[i + 2, p] * y
+        a3 += d[i + 3, p] * y
+        b0 += d[i, p] * z
+        b1 += d[i + 1, p] * z
+        b2 += d[i + 2, p] * z
+        b3 += d[i + 3, p] * z
+    return a0, a1, a2, a3, b0, b1, b2, b3
+
+
+@inline
+def _four_rows(d, i, count, rows):
+    """rows (4, ≥ i + 4) = rows i…i+3 of the scatter of the deviations `d`, up to the diagonal."""
+    for j in range(0, i + 4, 2):
+        (
+            rows[0, j], rows[1, j], rows[2, j], rows[3, j], rows[0, j + 1], rows[1, j + 1], rows[2, j + 1], rows[3, j + 1]
+        ) = _dots(d, i, j, count)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- merging
+@inline
+def _difference(count, shift, total, low, more, more_shift, more_rest, delta):
+    """delta (m) = the mean of `more` points less that of `count`; adds theirs to total + low = Σ (x - shift)."""
+    for j in range(shift.size):
+        if count == 0:
+            shift[j] = more_shift[j] if math.isfinite(more_shift[j]) else 0.0
+            total[j], low[j] = 0.0, 0.0
+        away = (more_shift[j] - shift[j]) + more_rest[j]
+        delta[j] = away - (total[j] + low[j]) / count if count else 0.0
+        total[j], lost = two_sum(total[j], more * away)
+        low[j] += lost
+
+
+@inline
+def _add_row(scatter, low, i, count, more, weight, delta):
+    """Row i of scatter + low, up to the diagonal, grows by `more` and by that of weight · delta deltaᵀ; 0 points have none."""
+    scaled = weight * delta[i]
+    if count == 0:
+        for j in range(i + 1):
+            scatter[i, j], low[i, j] = more[j], 0.0
+        return
+    for j in range(i + 1):
+        scatter[i, j], lost = two_sum(scatter[i, j], more[j] + scaled * delta[j])
+        low[i, j] += lost
+
+
+@inline
+def _band_row(band, bands, m):
+    """The first row of a band of the lower triangle, a multiple of 4; the bands are of about one area."""
+    return m if band == bands else int(m * math.sqrt(band / bands)) // 4 * 4
+
+
+@inline
+def _run_of(r, n, runs):
+    """The points start…stop of run r: the first n % runs runs have one more than n // runs."""
+    start = r * (n // runs) + min(r, n % runs)
+    return start, start + n // runs + (1 if r < n % runs else 0)
+
+
+@kernel
+def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, shift, total, scatter):
+    """runs = 1: add x to the state of `seen` points. Else a state of index b · runs + r for each run, rounded to index 0."""
+    n, m = x.shape[1], x.shape[2]
+    tiled = (m + 3) // 4 * 4
+    d = np.zeros((tiled, BLOCK_N + PAD))  # rows beyond m stay 0
+    rows, scratch = np.empty((4, tiled)), np.empty((m if runs > 1 else 1, m))
+    block_shift, block_rest, delta = np.empty(m), np.empty(m), np.empty(m)
+    mean, sums, lows = np.empty(m), np.empty(m), np.empty(m)
+    for unit in range(first, last):
+        t, band = unit // bands, unit % bands
+        b, (start, stop) = t // runs, _run_of(t % runs, n, runs)
+        top, end = _band_row(band, bands, m), _band_row(band + 1, bands, m)
+        # variables beyond the band's last row are nothing to it; all bands find the same means of the others
+        points = x[b, :, :end]
+        if runs == 1:
+            mean[:], sums[:], lows[:] = old_shift[b], old_total[0, b], old_total[1, b]
+        low = scratch if runs > 1 else scatter[1, b]
+        for begin in range(start, stop, BLOCK_N):
+            before, count = seen + begin - start, min(BLOCK_N, stop - begin)
+            _centre(points, begin, count, d, block_shift, block_rest)
+            _difference(before, mean[:end], sums, lows, count, block_shift, block_rest, delta)
+            weight = before * (count / (before + count))
+            for i in range(top, end, 4):
+                _four_rows(d, i, count, rows)
+                for r in range(min(4, end - i)):
+                    _add_row(scatter[0, t], low, i + r, before, rows[r], weight, delta)
+        if band == bands - 1:
+            shift[t], total[0, t], total[1, t] = mean, sums, lows
+        if runs > 1:
+            for i in range(top, end):
+                for j in range(i + 1):
+                    scatter[0, t, i, j] = with_low(scatter[0, t, i, j], low[i, j])
+
+
+@kernel
+def _merge(first, last, n, runs, seen, more_shift, more_total, more_scatter, shift, total, scatter):
+    """Add the states of `runs` runs, n points in all, to the state of `seen` points."""
+    m, whole = shift.shape[1], more_scatter.shape[0] == 1
+    delta, rest, row = np.empty(m), np.empty(m), np.empty(m)
+    for b in range(first, last):
+        for r in range(runs):
+            t, (start, stop) = b * runs + r, _run_of(r, n, runs)
+            count, before = stop - start, seen + start
+            for j in range(m):
+                rest[j] = with_low(more_total[0, t, j], more_total[1, t, j]) / count
+            _difference(before, shift[b], total[0, b], total[1, b], count, more_shift[t], rest, delta)
+            weight = before * (count / (before + count))
+            for i in range(m):
+                for j in range(i + 1):
+                    row[j] = more_scatter[0, t, i, j] if whole else with_low(more_scatter[0, t, i, j], more_scatter[1, t, i, j])
+                _add_row(scatter[0, b], scatter[1, b], i, before, row, weight, delta)
+
+
+@kernel
+def _finish(first, last, count, divisor, shift, total, scatter, mean, covariance):
+    of = mean.dtype.type
+    for b in range(first, last):
+        for i in range(shift.shape[1]):
+            mean[b, i] = of(shift[b, i] + with_low(total[0, b, i], total[1, b, i]) / count)
+            for j in range(i + 1):
+                covariance[b, i, j] = of(with_low(scatter[0, b, i, j], scatter[1, b, i, j]) / divisor)
+                covariance[b, j, i] = covariance[b, i, j]
+
+
+# ---------------------------------------------------------------------------------------------- launchers
+def update(x: np.ndarray, shift: np.ndarray, total: np.ndarray, scatter: np.ndarray, *, count: int) -> None:
+    """Add the points x (B, n, m), n ≥ 1, to the state of `count` points; at 0 what the state holds is not read."""
+    B, n, m = x.shape
+    assert (n >= 1, shift.shape, total.shape, scatter.shape) == (True, (B, m), (2, B, m), (2, B, m, m)), x.shape
+    runs = max(1, min(MOST_RUNS, n // max(m, RUN_POINTS)))
+    bands = max(1, m // BAND_ROWS) if B * runs < 8 else 1
+    cost = x.nbytes * (1 + m // 16)
+    if runs == 1:
+        run(_add_runs, B * bands, cost, x, 1, bands, count, shift.copy(), total.copy(), shift, total, scatter)
+        return
+    parts = np.empty((B * runs, m)), np.empty((2, B * runs, m)), np.empty((1, B * runs, m, m))
+    run(_add_runs, B * runs * bands, cost, x, runs, bands, 0, shift, total, *parts)
+    run(_merge, B, parts[2].nbytes, n, runs, count, *parts, shift, total, scatter)
+
+
+def merge(
+    more_shift: np.ndarray, more_total: np.ndarray, more_scatter: np.ndarray,
+    shift: np.ndarray, total: np.ndarray, scatter: np.ndarray, *, more: int, count: int,
+) -> None:  # fmt: skip
+    """Add the state of `more` ≥ 1 points to that of `count` points."""
+    run(_merge, shift.shape[0], scatter.nbytes, more, 1, count, more_shift, more_total, more_scatter, shift, total, scatter)
+
+
+def finish(
+    shift: np.ndarray, total: np.ndarray, scatter: np.ndarray, mean: np.ndarray, covariance: np.ndarray,
+    *, count: int, divisor: int,
+) -> None:  # fmt: skip
+    """mean (B, m) and covariance (B, m, m), exactly symmetric, of the state of `count` points."""
+    run(_finish, shift.shape[0], scatter.nbytes, count, divisor, shift, total, scatter, mean, covariance)

@@ -1,0 +1,269 @@
+"""Mean and scatter of points (B, n, m), one pass over them, added to those of points seen before.
+
+    μ = 1/n Σ x_i,    scatter = Σ (x_i - μ)(x_i - μ)ᵀ                            docs/derivations.md, sections 2.5 and 4.5
+    update   m ≤ BLOCK_M: read x once, read and write the state. Wider points: each tile of the scatter reads its variables of
+             x, from the cache where a run of points stays there. Several runs: their scatters too, together no more than x
+    merge    the states of two sets of points
+    finish   mean, covariance = scatter / divisor
+
+The state of `count` points, in float64: shift (B, m), a mean of some of them; total (2, B, m), Σ (x - shift); scatter
+(2, B, m, m), its lower triangle. Index 1 holds what the additions to index 0 have rounded off, so that neither their number nor
+the size of μ costs digits. A program owns a run of points and a tile of the scatter. It takes BLOCK_N points at a time, finds
+their mean twice (the second time what the rounding of the first left), and multiplies GROUP deviations at a time. (`tl.dot` of
+float64 does not compile for sm_100.) Blocks are merged in order (Chan, Golub and LeVeque).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .plan import cdiv, plan_moments
+
+
+@triton.jit
+def _two_sum(a, b):
+    """a + b in two parts: the rounded sum, and what the rounding left (Knuth)."""
+    high = a + b
+    part = high - a
+    return high, (a - (high - part)) + (b - part)
+
+
+@triton.jit
+def _finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def _with_low(total, low):
+    """A sum and what its roundings left; an infinite sum has left NaN."""
+    return tl.where(_finite(low), total + low, total)
+
+
+@triton.jit
+def _block_mean(x_columns, p, stop, stride_xn, inside, count):
+    """The mean of the points p < stop, a block (BLOCK_N, BLOCK_M), as (shift, rest)."""
+    live = (p < stop)[:, None]
+    x = tl.load(x_columns + p[:, None] * stride_xn, mask=live & inside, other=0.0).to(tl.float64)
+    shift = tl.sum(x, axis=0) / count
+    rest = tl.sum(tl.where(live, x - shift[None, :], 0.0), axis=0) / count
+    return shift, tl.where(_finite(shift), rest, 0.0)  # an infinite mean has nothing left; the deviations are NaN
+
+
+@triton.jit
+def _deviations(x_columns, p, stop, stride_xn, inside, shift, rest):
+    """The points p < stop (GROUP, BLOCK_M) less their block's mean; 0 for the others."""
+    live = (p < stop)[:, None]
+    x = tl.load(x_columns + p[:, None] * stride_xn, mask=live & inside, other=0.0).to(tl.float64)
+    return tl.where(live, (x - shift[None, :]) - rest[None, :], 0.0)
+
+
+@triton.jit
+def _moved(seen, shift, total, low, more, more_shift, more_rest):
+    """(shift, total, low, delta) after `more` points: delta is how far their mean lies from that of the `seen`."""
+    shift = tl.where(seen > 0, shift, tl.where(_finite(more_shift), more_shift, 0.0))
+    away = (more_shift - shift) + more_rest
+    delta = tl.where(seen > 0, away - (total + low) / tl.maximum(seen, 1.0), 0.0)
+    total, lost = _two_sum(total, more * away)
+    return shift, total, low + lost, delta
+
+
+@triton.jit
+def _grown(scatter, low, product, seen, more, delta_i, delta_j):
+    """scatter + low of `seen` points after `more`, whose scatter about their own mean is `product`."""
+    between = tl.where(seen > 0, ((seen * (more / (seen + more))) * delta_i)[:, None] * delta_j[None, :], 0.0)
+    scatter, lost = _two_sum(scatter, product + between)
+    return scatter, low + lost
+
+
+@triton.jit
+def _place(program, tiles, m, BLOCK_M: tl.constexpr):
+    """(first index, rows, columns, whether these are a tile of the lower triangle) of a program."""
+    pair = program % (tiles * tiles)
+    i, j = pair // tiles, pair % tiles
+    lane = tl.arange(0, BLOCK_M).to(tl.int64)
+    return program // (tiles * tiles), i * BLOCK_M + lane, j * BLOCK_M + lane, j <= i
+
+
+@triton.jit
+def _run_of(r, per_run, longer):
+    """The points start…stop of run r: the first `longer` runs have one more than `per_run`."""
+    start = tl.cast(r, tl.int64) * per_run + tl.minimum(r, longer)
+    return start, start + per_run + (r < longer).to(tl.int64)
+
+
+@triton.jit
+def _lower(t, rows, columns, m):
+    """(offsets, mask) of a tile of the lower triangle of matrix t."""
+    row, column = rows[:, None], columns[None, :]
+    return (t * m + row) * m + column, (row < m) & (column <= row)
+
+
+@triton.jit
+def _vector(ptr, t, index, m, live):
+    return tl.load(ptr + t * m + index, mask=(index < m) & live, other=0.0)
+
+
+@triton.jit
+def _two_parts(ptr, plane, offsets, mask):
+    """A sum and what its roundings left, as one number."""
+    return _with_low(tl.load(ptr + offsets, mask=mask, other=0.0), tl.load(ptr + plane + offsets, mask=mask, other=0.0))
+
+
+@triton.jit
+def _store(shift_ptr, total_ptr, scatter_ptr, B, t, m, rows, columns, shift, total, total_low, scatter, low):
+    """The state of a tile; tiles on the diagonal store that of the mean."""
+    offsets, mask = _lower(t, rows, columns, m)
+    tl.store(scatter_ptr + offsets, scatter, mask=mask)
+    tl.store(scatter_ptr + B * m * m + offsets, low, mask=mask)
+    diagonal = (rows < m) & (rows == columns)
+    tl.store(shift_ptr + t * m + rows, shift, mask=diagonal)
+    tl.store(total_ptr + t * m + rows, total, mask=diagonal)
+    tl.store(total_ptr + (B + t) * m + rows, total_low, mask=diagonal)
+
+
+@triton.jit(do_not_specialize=["per_run", "longer", "m", "runs", "tiles", "count", "B"])
+def _add_runs_kernel(
+    x_ptr, old_shift_ptr, old_total_ptr, shift_ptr, total_ptr, scatter_ptr,
+    per_run, longer, m, runs, tiles, count, B, stride_xb, stride_xn, stride_xm,
+    BLOCK_N: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One run of each set: add it to the state of `count` points. Else a state of index b · runs + r for each run."""
+    m, B = tl.cast(m, tl.int64), tl.cast(B, tl.int64)
+    run, rows, columns, is_lower = _place(tl.program_id(0), tiles, m, BLOCK_M)
+    if is_lower:
+        start, stop = _run_of(run % runs, per_run, longer)
+        b, t = (run // runs).to(tl.int64), run.to(tl.int64)
+        x_i, x_j = x_ptr + b * stride_xb + rows[None, :] * stride_xm, x_ptr + b * stride_xb + columns[None, :] * stride_xm
+        inside_i, inside_j, live = (rows < m)[None, :], (columns < m)[None, :], count > 0
+        shift_i, shift_j = _vector(old_shift_ptr, b, rows, m, live), _vector(old_shift_ptr, b, columns, m, live)
+        total_i, total_j = _vector(old_total_ptr, b, rows, m, live), _vector(old_total_ptr, b, columns, m, live)
+        low_i, low_j = _vector(old_total_ptr, B + b, rows, m, live), _vector(old_total_ptr, B + b, columns, m, live)
+        offsets, mask = _lower(b, rows, columns, m)
+        scatter = tl.load(scatter_ptr + offsets, mask=mask & live, other=0.0)
+        low = tl.load(scatter_ptr + B * m * m + offsets, mask=mask & live, other=0.0)
+        for begin in range(start, stop, BLOCK_N):
+            p = begin + tl.arange(0, BLOCK_N).to(tl.int64)
+            more = tl.minimum(stop - begin, BLOCK_N).to(tl.float64)
+            seen = (begin - start + count).to(tl.float64)
+            mean_i, rest_i = _block_mean(x_i, p, stop, stride_xn, inside_i, more)
+            mean_j, rest_j = _block_mean(x_j, p, stop, stride_xn, inside_j, more)
+            shift_i, total_i, low_i, delta_i = _moved(seen, shift_i, total_i, low_i, more, mean_i, rest_i)
+            shift_j, total_j, low_j, delta_j = _moved(seen, shift_j, total_j, low_j, more, mean_j, rest_j)
+            product = tl.zeros([BLOCK_M, BLOCK_M], tl.float64)
+            for group in range(0, BLOCK_N, GROUP):
+                q = begin + group + tl.arange(0, GROUP).to(tl.int64)
+                d_i = _deviations(x_i, q, stop, stride_xn, inside_i, mean_i, rest_i)
+                d_j = _deviations(x_j, q, stop, stride_xn, inside_j, mean_j, rest_j)
+                product += tl.sum(d_i[:, :, None] * d_j[:, None, :], axis=0)
+            scatter, low = _grown(scatter, low, product, seen, more, delta_i, delta_j)
+        _store(
+            shift_ptr, total_ptr, scatter_ptr, B * runs, t, m, rows, columns, shift_i, total_i, low_i, scatter, low
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["per_run", "longer", "m", "runs", "tiles", "count", "B"])
+def _merge_kernel(
+    more_shift_ptr, more_total_ptr, more_scatter_ptr, old_shift_ptr, old_total_ptr, shift_ptr, total_ptr, scatter_ptr,
+    per_run, longer, m, runs, tiles, count, B, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Add the states of `runs` runs to the state of `count` points."""
+    m, B = tl.cast(m, tl.int64), tl.cast(B, tl.int64)
+    index, rows, columns, is_lower = _place(tl.program_id(0), tiles, m, BLOCK_M)
+    if is_lower:
+        b, live = index.to(tl.int64), count > 0
+        shift_i, shift_j = _vector(old_shift_ptr, b, rows, m, live), _vector(old_shift_ptr, b, columns, m, live)
+        total_i, total_j = _vector(old_total_ptr, b, rows, m, live), _vector(old_total_ptr, b, columns, m, live)
+        low_i, low_j = _vector(old_total_ptr, B + b, rows, m, live), _vector(old_total_ptr, B + b, columns, m, live)
+        offsets, mask = _lower(b, rows, columns, m)
+        scatter = tl.load(scatter_ptr + offsets, mask=mask & live, other=0.0)
+        low = tl.load(scatter_ptr + B * m * m + offsets, mask=mask & live, other=0.0)
+        for r in range(runs):
+            t = b * runs + r
+            begin, end = _run_of(r, per_run, longer)
+            more, seen = (end - begin).to(tl.float64), (begin + count).to(tl.float64)
+            rest_i = _two_parts(more_total_ptr, B * runs * m, t * m + rows, rows < m) / more
+            rest_j = _two_parts(more_total_ptr, B * runs * m, t * m + columns, columns < m) / more
+            mean_i, mean_j = _vector(more_shift_ptr, t, rows, m, True), _vector(more_shift_ptr, t, columns, m, True)
+            shift_i, total_i, low_i, delta_i = _moved(seen, shift_i, total_i, low_i, more, mean_i, rest_i)
+            shift_j, total_j, low_j, delta_j = _moved(seen, shift_j, total_j, low_j, more, mean_j, rest_j)
+            offsets, mask = _lower(t, rows, columns, m)
+            product = _two_parts(more_scatter_ptr, B * runs * m * m, offsets, mask)
+            scatter, low = _grown(scatter, low, product, seen, more, delta_i, delta_j)
+        _store(shift_ptr, total_ptr, scatter_ptr, B, b, m, rows, columns, shift_i, total_i, low_i, scatter, low)
+
+
+@triton.jit(do_not_specialize=["m", "tiles", "count", "divisor", "B"])
+def _finish_kernel(
+    shift_ptr, total_ptr, scatter_ptr, mean_ptr, covariance_ptr, m, tiles, count, divisor, B, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    m, B = tl.cast(m, tl.int64), tl.cast(B, tl.int64)
+    index, rows, columns, is_lower = _place(tl.program_id(0), tiles, m, BLOCK_M)
+    if is_lower:
+        b = index.to(tl.int64)
+        offsets, mask = _lower(b, rows, columns, m)
+        covariance = _two_parts(scatter_ptr, B * m * m, offsets, mask) / tl.cast(divisor, tl.float64)
+        covariance = covariance.to(covariance_ptr.dtype.element_ty)
+        tl.store(covariance_ptr + offsets, covariance, mask=mask)
+        tl.store(covariance_ptr + (b * m + columns[None, :]) * m + rows[:, None], covariance, mask=mask)
+        rest = _two_parts(total_ptr, B * m, b * m + rows, rows < m) / tl.cast(count, tl.float64)
+        mean = _vector(shift_ptr, b, rows, m, True) + rest
+        tl.store(mean_ptr + b * m + rows, mean.to(mean_ptr.dtype.element_ty), mask=(rows < m) & (rows == columns))
+
+
+# ---------------------------------------------------------------------------------------------- launchers
+def update(x: torch.Tensor, shift: torch.Tensor, total: torch.Tensor, scatter: torch.Tensor, *, count: int) -> None:
+    """Add the points x (B, n, m), n ≥ 1, to the state of `count` points; at 0 what the state holds is not read."""
+    B, n, m = x.shape
+    assert (n >= 1, shift.shape, total.shape, scatter.shape) == (True, (B, m), (2, B, m), (2, B, m, m)), x.shape
+    if not B * m:
+        return
+    plan = plan_moments(B, n, m)
+    tiles = cdiv(m, plan.BLOCK_M)
+    before = count
+    state: tuple[torch.Tensor, ...] = (shift, total, scatter)
+    if plan.runs > 1:
+        before, sizes = 0, ((B * plan.runs, m), (2, B * plan.runs, m), (2, B * plan.runs, m, m))
+        state = tuple(torch.empty(size, dtype=shift.dtype, device=shift.device) for size in sizes)
+    # every tile of a set reads the state of its mean, and one of them writes it
+    old = (shift.clone(), total.clone())
+    _add_runs_kernel[(B * plan.runs * tiles * tiles,)](
+        x, *old, *state, *divmod(n, plan.runs), m, plan.runs, tiles, before, B, *x.stride(),
+        BLOCK_N=plan.BLOCK_N, GROUP=plan.GROUP, BLOCK_M=plan.BLOCK_M, num_warps=plan.num_warps,
+    )  # fmt: skip
+    if plan.runs > 1:
+        _merge_kernel[(B * tiles * tiles,)](
+            *state, *old, shift, total, scatter, *divmod(n, plan.runs), m, plan.runs, tiles, count, B,
+            BLOCK_M=plan.BLOCK_M, num_warps=plan.num_warps,
+        )  # fmt: skip
+
+
+def merge(
+    more_shift: torch.Tensor, more_total: torch.Tensor, more_scatter: torch.Tensor,
+    shift: torch.Tensor, total: torch.Tensor, scatter: torch.Tensor, *, more: int, count: int,
+) -> None:  # fmt: skip
+    """Add the state of `more` ≥ 1 points to that of `count` points."""
+    B, m = shift.shape
+    plan = plan_moments(B, 1, m)
+    tiles = cdiv(m, plan.BLOCK_M)
+    _merge_kernel[(B * tiles * tiles,)](
+        more_shift, more_total, more_scatter, shift.clone(), total.clone(), shift, total, scatter,
+        more, 0, m, 1, tiles, count, B,
+        BLOCK_M=plan.BLOCK_M, num_warps=plan.num_warps,
+    )  # fmt: skip
+
+
+def finish(
+    shift: torch.Tensor, total: torch.Tensor, scatter: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor,
+    *, count: int, divisor: int,
+) -> None:  # fmt: skip
+    """mean (B, m) and covariance (B, m, m), exactly symmetric, of the state of `count` points."""
+    B, m = shift.shape
+    if not B * m:
+        return
+    plan = plan_moments(B, 1, m)
+    tiles = cdiv(m, plan.BLOCK_M)
+    _finish_kernel[(B * tiles * tiles,)](
+        shift, total, scatter, mean, covariance, m, tiles, count, divisor, B, BLOCK_M=plan.BLOCK_M, num_warps=plan.num_warps
+    )  # fmt: skip
