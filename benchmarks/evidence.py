@@ -80,7 +80,7 @@ def _cross_entropy_case(
         losses, stats = _meta((N, S), acc), _meta((5 if loss.more else 3, N, S), acc)
         one, invalid = _meta((1,), acc), _meta((1,), torch.int64)
         options: dict[str, Any] = {
-            "ignore_index": -100, "label_smoothing": loss.smoothing, "z_loss": 1e-4, "softcap": loss.softcap
+            "ignore_index": -100, "label_smoothing": loss.smoothing, "z_loss": 1e-4 * loss.more, "softcap": loss.softcap
         }  # fmt: skip
         if at_once:
             extras: dict[str, Any] = {"stats": stats, "denominator": one} if loss.more else {}

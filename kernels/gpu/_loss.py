@@ -130,8 +130,8 @@ def no_sums(R: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr):
-    """The sums after one more tile of logits and its ends; q and the ends may be None."""
+def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr, LOADED: tl.constexpr):
+    """The sums after one more tile of logits and its ends; q and the ends may be None. LOADED: q comes of a load."""
     m, excess, dense, inner, spread = sums
     top = tl.maximum(m, tl.max(z, axis=1)[:, None])
     if z_ends is not None:
@@ -139,18 +139,20 @@ def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr):
     base = finite_base(top)
     moved = finite_base(m) - base
     d = z - base
-    e = tl.exp(d)
-    e_ends = None
     if z_ends is not None:
         d_ends = z_ends - _tile.lone(base)
-        e_ends = tl.exp(d_ends)
     if q is not None:
         inner += dense * moved + tl.sum(times(q, d), axis=1)[:, None]
-        # a row with a NaN is NaN anyway; a q that comes of no load would, not tied to e, be laid out whole in every thread
-        dense += tl.sum(tl.where(e == e, q, 0.0), axis=1)[:, None]
+        if LOADED:
+            dense += tl.sum(q, axis=1)[:, None]
+        else:  # tied to d, lest q be laid out whole in every thread; a row with a NaN is NaN anyway
+            dense += tl.sum(tl.where(d == d, q, 0.0), axis=1)[:, None]
         if q_ends is not None:
             inner += _tile.sum_ends(times(q_ends, d_ends))
             dense += _tile.sum_ends(q_ends)
+    e, e_ends = tl.exp(d), None
+    if z_ends is not None:
+        e_ends = tl.exp(d_ends)
     if SPREAD:
         shrunk = tl.where(top > m, tl.exp(m - base), 1.0)
         spread = shrunk * (spread + (1.0 + excess) * moved) + tl.sum(times(e, d), axis=1)[:, None]
@@ -160,10 +162,15 @@ def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr):
 
 
 @triton.jit
-def scale_of(g, known, bad, excess, lse, W, z_loss):
-    """What exp(z - m) is multiplied by in the gradient, for the loss (0 or NaN in rows without a class) and for the z-loss."""
-    total = 1.0 + excess
-    return tl.where(known, g * W / total, _otherwise(bad)), tl.where(known, g * times(2.0 * z_loss, lse) / total, 0.0)
+def scale_of(g, known, bad, excess, W):
+    """What exp(z - m) is multiplied by in the loss's gradient: 0 or NaN in rows without a class."""
+    return tl.where(known, g * W / (1.0 + excess), _otherwise(bad))
+
+
+@triton.jit
+def pull_of(g, known, excess, lse, z_loss):
+    """What exp(z - m) is multiplied by in the z-loss's gradient."""
+    return tl.where(known, g * times(2.0 * z_loss, lse) / (1.0 + excess), 0.0)
 
 
 @triton.jit
@@ -172,7 +179,9 @@ def at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, ca
     lost where p_t -> 1."""
     e_t, total = tl.exp(z_t - finite_base(m)), 1.0 + excess
     q_t = w_t * (1.0 - epsilon)
-    dz = ((W - q_t) - W * ((excess + (1.0 - e_t)) / total)) - w_t * (epsilon / V) + times(2.0 * z_loss, lse) * (e_t / total)
+    dz = ((W - q_t) - W * ((excess + (1.0 - e_t)) / total)) - w_t * (epsilon / V)
+    if z_loss is not None:
+        dz += times(2.0 * z_loss, lse) * (e_t / total)
     if CAPPED:
         dz *= _slope(z_t, cap)
     return tl.where(known, g * dz, _otherwise(bad))
@@ -191,13 +200,14 @@ def _otherwise(bad):
 @triton.jit
 def gradient(z, m, scale, pull, q, lane, first, t, at_target, cap, CAPPED: tl.constexpr):
     """(scale + pull) exp(z - m) - q, `at_target` at the hard target's class t; all hold the factor g. The classes are
-    first + lane; q is None where nothing is dense, t for soft targets. Where scale exp(z - m) and q cancel, the z-loss's pull
-    keeps its digits."""
+    first + lane; pull is None without a z-loss, q where nothing is dense, t for soft targets. Where scale exp(z - m) and q
+    cancel, the z-loss's pull keeps its digits."""
     e = tl.exp(z - finite_base(m))
-    if q is None:
-        dz = e * (scale + pull)
-    else:
-        dz = (e * scale - q) + e * pull
+    dz = e * scale
+    if q is not None:
+        dz -= q
+    if pull is not None:
+        dz += e * pull
     if CAPPED:
         dz *= tl.where(z == float("-inf"), 0.0, _slope(z, cap))  # a row that is not read has no logits
     if t is not None:

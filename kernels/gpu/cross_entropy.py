@@ -23,7 +23,20 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._loss import at_target_of, dense, dense_at, gradient, hard_target, logits, logits_at, no_sums, scale_of, take, times
+from ._loss import (
+    at_target_of,
+    dense,
+    dense_at,
+    gradient,
+    hard_target,
+    logits,
+    logits_at,
+    no_sums,
+    pull_of,
+    scale_of,
+    take,
+    times,
+)
 from ._rows import ACC, finite_base, follower_mode, log_1_plus, program_rows, real, rows_along_s, run_mode, warps
 from .plan import cdiv, float_and_bits, plan_columns, plan_reduce, plan_rows
 
@@ -36,14 +49,15 @@ def _forward_kernel(
     V, S, rows, tiles, ignore_index, smoothing, smoothing_bits, z_loss, z_loss_bits, cap, cap_bits,
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr,
-    SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr, MORE: tl.constexpr,
+    SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr, Z_LOSS: tl.constexpr, MORE: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    LOADED: tl.constexpr = SOFT or weight_ptr is not None
     n, s = program_rows(S, tiles, BLOCK_R)
     row = n * S + s
     epsilon = real(smoothing, smoothing_bits, ACC)
-    z_loss, cap = real(z_loss, z_loss_bits, ACC), real(cap, cap_bits, ACC)
+    zeta, cap = real(z_loss, z_loss_bits, ACC) if Z_LOSS else None, real(cap, cap_bits, ACC)
 
     # one number a row is read and written one-dimensionally: as a column of a tile, every thread of a row would do it
     live = (s < S)[:, None]
@@ -73,7 +87,7 @@ def _forward_kernel(
                 target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
                 SOFT, DENSE, TARGET_MODE, GROUP, ACC,
             )  # fmt: skip
-            sums = take(sums, z_tail, q_tail, None, None, MORE)
+            sums = take(sums, z_tail, q_tail, None, None, MORE, LOADED)
     lane = tl.arange(0, KEEP)[None, :]
     hi = _tile.reach(head, 0, V, known, KEEP, MODE, GROUP)
     z = logits(z_ptr, z_start, head, 0, lane, hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
@@ -87,12 +101,14 @@ def _forward_kernel(
         q_ends = dense_at(
             target_ptr, _tile.lone(t_start), weight_ptr, c_ends, in_ends, stride_tv, V, epsilon, SOFT, DENSE, ACC
         )  # fmt: skip
-    m, excess, in_dense, inner, spread = take(sums, z, q, z_ends, q_ends, MORE)
+    m, excess, in_dense, inner, spread = take(sums, z, q, z_ends, q_ends, MORE, LOADED)
 
     W = q_t + in_dense
     log_total = log_1_plus(excess, ACC)
     lse = m + log_total
-    loss = W * log_total - inner + times(z_loss, lse * lse)
+    loss = W * log_total - inner
+    if Z_LOSS:
+        loss += times(zeta, lse * lse)
     if not SOFT:
         loss -= times(q_t, z_t - finite_base(m))
         loss = tl.where(known, loss, tl.where(bad, float("nan"), 0.0))
@@ -119,16 +135,17 @@ def _forward_kernel(
             q *= g
             if ENDS:
                 q_ends *= _tile.lone(g)
-        scale, pull = scale_of(g, known, bad, excess, lse, W, z_loss)
+        scale = scale_of(g, known, bad, excess, W)
+        pull = pull_of(g, known, excess, lse, zeta) if Z_LOSS else None
         at_target, t_ends, at_target_ends = None, None, None
         if not SOFT:
-            at_target = at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED)
+            at_target = at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, zeta, cap, V, CAPPED)
             t_ends, at_target_ends = _tile.lone(t), _tile.lone(at_target)
         dz = gradient(z, m, scale, pull, q, lane, head, t, at_target, cap, CAPPED)
         hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
         _tile.store(dz_ptr, d_start, head, 0, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
         if ENDS:
-            of_row = (_tile.lone(m), _tile.lone(scale), _tile.lone(pull))
+            of_row = _tile.lone(m), _tile.lone(scale), _tile.lone(pull) if Z_LOSS else None
             dz_ends = gradient(z_ends, *of_row, q_ends, c_ends, 0, t_ends, at_target_ends, cap, CAPPED)
             _, in_ends = _tile.ends(_tile.lone(head), V, _tile.lone(live), GROUP)
             tl.store(dz_ptr + (_tile.lone(d_start) + c_ends * stride_dv), dz_ends, mask=in_ends)
@@ -154,7 +171,7 @@ def _backward_kernel(
     V, S, rows, tiles, columns, ignore_index, smoothing, smoothing_bits, z_loss, z_loss_bits, cap, cap_bits,
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds, stride_un, stride_us,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr,
-    UNLESS_ONE: tl.constexpr,
+    Z_LOSS: tl.constexpr, UNLESS_ONE: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
@@ -166,7 +183,7 @@ def _backward_kernel(
     row = n * S + s
     live = s < S
     epsilon = real(smoothing, smoothing_bits, ACC)
-    z_loss, cap = real(z_loss, z_loss_bits, ACC), real(cap, cap_bits, ACC)
+    zeta, cap = real(z_loss, z_loss_bits, ACC) if Z_LOSS else None, real(cap, cap_bits, ACC)
 
     g = tl.load(upstream_ptr + (n * stride_un + s * stride_us), mask=live, other=1.0).to(ACC)
     if UNLESS_ONE:
@@ -185,10 +202,11 @@ def _backward_kernel(
     live, known, g = live[:, None], known[:, None], g[:, None]
     g = tl.where(known, g, 1.0)  # what is no class gives 0, or NaN, whatever the upstream gradient
     lse = m + log_1_plus(excess, ACC)
-    scale, pull = scale_of(g, known, bad, excess, lse, W, z_loss)
+    scale = scale_of(g, known, bad, excess, W)
+    pull = pull_of(g, known, excess, lse, zeta) if Z_LOSS else None
     at_target = None
     if not SOFT:
-        at_target = at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED)
+        at_target = at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, zeta, cap, V, CAPPED)
     z_start = n * stride_zn + s[:, None] * stride_zs
     t_start = n * stride_tn + s[:, None] * stride_ts
     d_start = n * stride_dn + s[:, None] * stride_ds
@@ -256,6 +274,7 @@ def _call(z, target, dz, options):
         "SOFT": soft,
         "DENSE": soft or smoothing != 0.0,
         "CAPPED": cap is not None,
+        "Z_LOSS": options["z_loss"] != 0.0,
         "MODE": mode,
         "TARGET_MODE": follower_mode(1, z, target) if soft else _tile.STRIDED.value,
         "DZ_MODE": follower_mode(1, z, dz),
