@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import evidence
+from benchmarks import evidence, evidence_cases
 from benchmarks.inside_triton import machine_code
 
-HEAVY = [case for case in evidence.cases() if case.heavy]
+HEAVY = [case for case in evidence_cases.cases() if case.heavy]
 
 
 @pytest.mark.parametrize("arch", evidence.ARCHITECTURES, ids=str)
@@ -26,7 +26,7 @@ def test_machine_code(case, arch):
 @pytest.mark.parametrize("V", [1000, 1001], ids=["rows on 16 bytes", "rows off 16 bytes"])
 def test_accesses_are_16_bytes_wide(V):
     """The main tile moves in 128-bit accesses whatever the row's length; on 16 bytes nothing narrower than a number a row."""
-    case = evidence.Case("softmax", torch.bfloat16, False, evidence._softmax_case((4096, V, 1), torch.bfloat16))
+    case = evidence_cases.Case("softmax", torch.bfloat16, False, evidence_cases._softmax_case((4096, V, 1), torch.bfloat16))
     for launch in evidence.compiled(case, 90):
         code = machine_code(launch.binary)
         assert code.wide > 0
@@ -44,6 +44,6 @@ def test_a_spill_would_be_seen():
             patch.setattr(softmax, "plan_rows", lambda *a, **k: plan.RowPlan(1, 65536, 65536, True, 32))
             softmax.forward(z, torch.empty_like(z))
 
-    case = evidence.Case("softmax", torch.float32, True, run)
+    case = evidence_cases.Case("softmax", torch.float32, True, run)
     (launch,) = evidence.compiled(case, 90)
     assert any("spills" in complaint for complaint in evidence.findings(launch, 90, torch.float32)[1])

@@ -52,17 +52,20 @@ def _flatten(x, *others, mask=None):
     return (x, *others)
 
 
-def _plan(x, operands, alike=None):
+def _plan(x, operands, extra=(), alike=None):
     """(plan, sizes as the kernels take them, constants) for a pass over `x` and its other operands.
 
-    alike: given where a program may own whole channels; tensors to walk with x as it is, None for a residual or a mask.
+    extra: a residual and a mask, or None. alike: the tensors beside x where a program may own whole channels.
     """
     N, C, S = x.shape
     mode = run_mode(2, x)
+    busy = any(t is not None for t in extra)
     far = (N - 1) * x.stride(0) + (S - 1) * x.stride(2) >= 1 << 30
-    fused = far or any(t is None or t.stride() != x.stride() or follower_mode(2, x, t) != mode for t in alike or ())
+    flat = not (alike is None or busy or far) and all(
+        t.stride() == x.stride() and follower_mode(2, x, t) == mode for t in alike
+    )
     plan = plan_batch_norm(N, C, S, x.element_size(), mode, channels_last=x.stride(1) == 1 and C > 1 and x.stride(2) != 1,
-                           operands=operands, whole=alike is not None, fused=fused)  # fmt: skip
+                           operands=operands, whole=alike is not None, may_be_flat=flat, busy=busy)  # fmt: skip
     constants = {
         "BLOCK_C": plan.BLOCK_C, "BLOCK_N": plan.BLOCK_N, "LANES": plan.LANES, "ROWS": plan.rows, "FLAT": plan.flat,
         "MODE": mode, "GROUP": 16 // x.element_size(), "ACC": ACC[x.dtype], "num_warps": warps(plan.num_warps),
@@ -98,7 +101,7 @@ def _moment_scalars(m, eps, momentum):
 def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float) -> None:
     """mean (2, C), var and rstd (C,) of x (N, C, S); running_mean and running_var, where given, are updated."""
     (x,) = _flatten(x)
-    plan, sizes, constants = _plan(x, operands=1)
+    plan, sizes, constants = _plan(x, 1)
     C = x.shape[1]
     alpha, scalars = _moment_scalars(x.shape[0] * x.shape[2], eps, momentum)
     partial = torch.empty((4, plan.splits, C), dtype=mean.dtype, device=x.device)
@@ -115,7 +118,7 @@ def normalize(x, mean, rstd, gamma, beta, y, *, residual=None, mask=None) -> Non
     if not x.numel():
         return
     x, y, residual = _flatten(x, y, residual, mask=mask)
-    plan, sizes, constants = _plan(x, operands=1)
+    plan, sizes, constants = _plan(x, 1, (residual, mask))
     stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
     _normalize_kernel[(plan.channel_blocks * plan.splits,)](
         x, mean, rstd, gamma, beta, residual, y, mask, *sizes, *plan.split,
@@ -129,7 +132,7 @@ def forward(
     """`statistics` and `normalize`, in one launch where a program can own whole channels."""
     given = x, y, residual
     x, y, residual = _flatten(x, y, residual, mask=mask)
-    plan, sizes, constants = _plan(x, operands=1, alike=(y,) if residual is None and mask is None else (None,))
+    plan, sizes, constants = _plan(x, 1, (residual, mask), alike=(y,))
     if plan.splits > 1:
         x, y, residual = given
         statistics(x, mean, var, rstd, running_mean, running_var, eps=eps, momentum=momentum)
@@ -151,7 +154,7 @@ def backward_reduce(dy, x, mean, rstd, dgamma, dbeta, *, mask=None) -> None:
         dbeta.zero_()
         return
     x, dy = _flatten(x, dy, mask=mask)
-    plan, sizes, constants = _plan(x, operands=2)
+    plan, sizes, constants = _plan(x, 2, (mask,))
     C = x.shape[1]
     partial = torch.empty((4, plan.splits, C), dtype=dgamma.dtype, device=x.device)
     _backward_reduce_kernel[(plan.channel_blocks * plan.splits,)](
@@ -173,7 +176,7 @@ def _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, 
     if not x.numel():
         return
     x, dy, dx, dresidual = _flatten(x, dy, dx, dresidual, mask=mask)
-    plan, sizes, constants = _plan(x, operands=2 if trained else 1)
+    plan, sizes, constants = _plan(x, 2 if trained else 1, (mask, dresidual))
     stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
     _backward_apply_kernel[(plan.channel_blocks * plan.splits,)](
         dy, x, mask, mean, rstd, gamma, dgamma, dbeta, dx, dresidual, *sizes, *plan.split, count,
@@ -186,7 +189,7 @@ def backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidua
     """`backward_reduce` and `backward_apply`, in one launch where a program can own whole channels."""
     given = dy, x, dx, dresidual
     x, dy, dx, dresidual = _flatten(x, dy, dx, dresidual, mask=mask)
-    plan, sizes, constants = _plan(x, operands=2, alike=(dy, dx) if mask is None and dresidual is None else (None,))
+    plan, sizes, constants = _plan(x, 2, (mask, dresidual), alike=(dy, dx))
     count = x.shape[0] * x.shape[2]
     if plan.splits > 1 or not x.numel():
         dy, x, dx, dresidual = given

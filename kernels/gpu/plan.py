@@ -161,16 +161,25 @@ class BatchNormPlan:
 
 
 def plan_batch_norm(
-    N: int, C: int, S: int, itemsize: int, mode: int, channels_last: bool, operands: int, whole: bool, fused: bool = False
+    N: int,
+    C: int,
+    S: int,
+    itemsize: int,
+    mode: int,
+    channels_last: bool,
+    operands: int,
+    whole: bool,
+    may_be_flat: bool = True,
+    busy: bool = False,
 ) -> BatchNormPlan:
     """The plan for the statistics and sums of C channels with N runs of S values each.
 
-    operands: tensors read at each position (1 forward, 2 backward). whole: the kernel can own whole channels. fused: tensors of
-    other strides, a residual or a mask take part. Few long channels are split over enough programs to fill the device; a
-    channel that fits is one tile; of many small ones, several share a program.
+    operands: tensors read at each position (1 forward, 2 backward). whole: the kernel can own whole channels. may_be_flat: all
+    tensors have the strides of x. busy: a residual or a mask takes part. Few long channels are split over enough programs to
+    fill the device; a channel that fits is one tile; of many small ones, several share a program.
     """
     long = 8192 // (2 if itemsize == 8 else 1) // operands
-    crowded = mode == SHIFTED and (operands == 2 or fused)  # the rows' ends, beside two operands, take registers too
+    crowded = mode == SHIFTED and (operands == 2 or busy)  # the rows' ends, beside two operands, take registers too
     resident = (8192 if crowded else 16384) // (2 if itemsize == 8 else 1) if whole else long
     lanes = body_lanes(S, itemsize, mode)
     row_lanes = cdiv(lanes, 8) * 8  # bits of a mask go by eight
@@ -189,7 +198,7 @@ def plan_batch_norm(
         block_n, block_l = next_power_of_2(N), next_power_of_2(lanes)
         several = max(min(2048 // (block_n * block_l), C // MULTIPROCESSORS, next_power_of_2(C)), 1)
         block_c = next_power_of_2(several + 1) // 2
-    elif whole and not fused and N * row_lanes <= resident:
+    elif whole and may_be_flat and N * row_lanes <= resident:
         flat, block_c, block_n, block_l = True, 1, next_power_of_2(N * row_lanes // 8), 8
     else:
         block_c = 1
@@ -204,7 +213,7 @@ def plan_batch_norm(
     elements = block_c * block_n * block_l
     return BatchNormPlan(
         block_c, block_n, block_l, flat, lane_blocks, row_lanes, tiles, per_split, cdiv(tiles, per_split), channel_blocks,
-        32 if elements >= 16384 else _warps(elements),
+        32 if elements >= 16384 else _warps(elements * (2 if busy else 1)),
     )  # fmt: skip
 
 
