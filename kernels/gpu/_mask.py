@@ -27,9 +27,8 @@ def _bytes_at(mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr):
 
 
 @triton.jit
-def _packed(on):
-    """Bits along the last axis as bytes."""
-    WIDTH: tl.constexpr = 8 if on.shape[-1] >= 8 else on.shape[-1]
+def _packed(on, WIDTH: tl.constexpr):
+    """WIDTH bits along the last axis as a byte."""
     if len(on.shape) == 1:
         bits = tl.reshape(on.to(tl.int32), [on.shape[0] // WIDTH, WIDTH])
         packed = tl.sum(bits << tl.arange(0, WIDTH)[None, :], axis=1)
@@ -55,7 +54,7 @@ def _unpacked(packed, WIDTH: tl.constexpr):
 @triton.jit
 def put_bits(mask, on, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr):
     where, there = _bytes_at(mask, c, at, walk, LANES, FLAT)
-    tl.store(where, _packed(on), mask=there)
+    tl.store(where, _packed(on, 8 if LANES >= 8 else LANES), mask=there)
 
 
 @triton.jit
@@ -76,7 +75,7 @@ def _end_bytes_at(mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def put_end_bits(mask, on, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
     where, there = _end_bytes_at(mask, c, tile, walk, ROWS, GROUP)
-    tl.store(where, _packed(on), mask=there)
+    tl.store(where, _packed(on, 8 if GROUP >= 4 else 2 * GROUP), mask=there)
 
 
 @triton.jit
