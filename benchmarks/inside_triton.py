@@ -275,7 +275,7 @@ def machine_code(cubin: bytes) -> MachineCode:
         file.flush()
         usage, sass = (
             subprocess.run([_tool(name), *flags, file.name], capture_output=True, text=True, check=True).stdout
-            for name, flags in (("cuobjdump", ("-res-usage",)), ("nvdisasm", ()))
+            for name, flags in (("cuobjdump", ("-res-usage",)), ("nvdisasm", ("-ndf",)))  # without an analysis of data flow
         )
     found = _USAGE.search(usage)
     assert found, "cuobjdump printed no resource usage"

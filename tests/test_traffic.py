@@ -26,6 +26,8 @@ ROWS = [
     pytest.param(32768, torch.bfloat16, 2.02, id="V=32768 bfloat16"),
     pytest.param(65536, torch.float32, 2.52, id="V=65536 float32"),
     pytest.param(32001, torch.float32, 2.02, id="V=32001 float32"),
+    pytest.param(50257, torch.float32, 2.36, id="V=50257 float32"),
+    pytest.param(50257, torch.bfloat16, 2.36, id="V=50257 bfloat16"),
     pytest.param(65536, torch.bfloat16, 2.52, id="V=65536 bfloat16"),
     pytest.param(131072, torch.bfloat16, 2.77, id="V=131072 bfloat16"),
     pytest.param(128256, torch.float32, 2.77, id="V=128256 float32"),
@@ -110,17 +112,20 @@ def test_softmax(V):
     assert 3.0 <= book.passes("y", "z", "dz") <= 3.02
 
 
-@pytest.mark.parametrize(
-    ("shape", "forward", "backward"),
-    [
-        pytest.param((64, 2, 49), 2.05, 3.05, id="7x7 planes fit"),
-        pytest.param((16, 2, 1024), 2.05, 3.05, id="16384 values fit"),
-        pytest.param((4, 2, 16384), 3.05, 5.05, id="long channels"),
-    ],
-)
-def test_batch_norm(shape, forward, backward):
-    x = torch.randn(shape)
-    y, dy, dx, C = torch.empty_like(x), torch.randn(shape), torch.empty_like(x), shape[1]
+CHANNELS = [
+    pytest.param((64, 2, 49), 2.05, 3.05, id="7x7 planes fit"),
+    pytest.param((16, 2, 1024), 2.05, 3.05, id="16384 values fit"),
+    pytest.param((20, 2, 784), 2.05, 3.05, id="20 planes of 28x28 end to end"),
+    pytest.param((16, 2, 1023), 2.05, 5.05, id="odd planes, 16368 values"),
+    pytest.param((4, 2, 16384), 3.05, 5.05, id="long channels"),
+]
+
+
+@pytest.mark.parametrize(("shape", "forward", "backward"), CHANNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_batch_norm(shape, forward, backward, dtype):
+    x = torch.randn(shape).to(dtype)
+    y, dy, dx, C = torch.empty_like(x), torch.randn(shape).to(dtype), torch.empty_like(x), shape[1]
     mean, var, rstd, dgamma, dbeta = torch.empty(2, C), *torch.empty(4, C)
     with ledger(x=x, y=y) as book:
         batch_norm.forward(x, None, None, y, mean, var, rstd, None, None, eps=1e-5, momentum=0.0)
@@ -128,6 +133,32 @@ def test_batch_norm(shape, forward, backward):
     with ledger(x=x, dy=dy, dx=dx) as book:
         batch_norm.backward(dy, x, mean, rstd, None, dx, dgamma, dbeta)
     assert 3.0 <= book.passes("x", "dy", "dx") <= backward
+
+
+@pytest.mark.parametrize(
+    ("shape", "forward", "backward"),
+    [
+        pytest.param((64, 2, 49), 3.05, 4.05, id="7x7 planes fit"),
+        pytest.param((16, 2, 1024), 3.05, 4.05, id="16384 values fit"),
+        pytest.param((4, 2, 16384), 4.05, 6.05, id="long channels"),
+    ],
+)
+def test_batch_norm_with_residual_and_relu(shape, forward, backward):
+    """One pass more for the residual or its gradient, and a bit a value for the mask: y and the addend are not saved."""
+    x, residual = torch.randn(shape), torch.randn(shape)
+    y, dy, dx, dresidual, C = torch.empty_like(x), torch.randn(shape), torch.empty_like(x), torch.empty_like(x), shape[1]
+    mean, var, rstd, dgamma, dbeta = torch.empty(2, C), *torch.empty(4, C)
+    mask = torch.empty(batch_norm.mask_size(x), dtype=torch.uint8)
+    with ledger(x=x, y=y, residual=residual, mask=mask) as book:
+        batch_norm.forward(
+            x, None, None, y, mean, var, rstd, None, None, eps=1e-5, momentum=0.0, residual=residual, mask=mask
+        )  # fmt: skip
+    assert 3.0 <= book.passes("x", "y", "residual") <= forward
+    bits = book.passes("x", "mask") - book.passes("x")
+    assert 1 / 32 <= bits <= 1 / 16, "of the bytes of float32"
+    with ledger(x=x, dy=dy, dx=dx, dresidual=dresidual, mask=mask) as book:
+        batch_norm.backward(dy, x, mean, rstd, None, dx, dgamma, dbeta, mask=mask, dresidual=dresidual)
+    assert 4.0 <= book.passes("x", "dy", "dx", "dresidual") <= backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
