@@ -5,6 +5,10 @@ A pass is one read or write of the whole tensor. The bounds leave two per cent f
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,8 @@ from hw3gpu._arrays import use_backend
 from hw3gpu.kernels.gpu import batch_norm, cross_entropy, softmax
 
 pytestmark = pytest.mark.interpreter
+
+README = Path(__file__).resolve().parent.parent / "kernels" / "README.md"
 
 HARD = {"ignore_index": -100, "label_smoothing": 0.0}
 ROWS = [
@@ -159,6 +165,77 @@ def test_batch_norm_with_residual_and_relu(shape, forward, backward):
     with ledger(x=x, dy=dy, dx=dx, dresidual=dresidual, mask=mask) as book:
         batch_norm.backward(dy, x, mean, rstd, None, dx, dgamma, dbeta, mask=mask, dresidual=dresidual)
     assert 4.0 <= book.passes("x", "dy", "dx", "dresidual") <= backward
+
+
+# ---------------------------------------------------------------------------------------------- kernels/README.md
+def stated(launcher, fits):
+    """Passes by tensor, as the table's last column has them: "x + y where a channel fits one tile, else 2x + y"."""
+    row = re.search(rf"^\| `{re.escape(launcher)}` .*\| ([^|]*) \|$", README.read_text(), re.MULTILINE)
+    short, _, long = re.sub(r"\(.*?\)", "", row[1]).partition(" where a channel fits one tile, else ")
+    return {
+        name: int(times or 1)
+        for times, name in re.findall(r"\b(\d?)(d?[xyz]|loss|targets)\b", short if fits else long or short)
+    }
+
+
+def rows():
+    """The arguments of launchers of rows, by name."""
+    z = logits(1000, torch.float32)
+    tensors = {name: torch.rand_like(z) for name in ("y", "dy", "dz")} | {"z": z, "loss": torch.rand(3, 1)}
+    others = {"weight": torch.ones(1000), "stats": torch.empty(3, 3, 1), "invalid": torch.full((1,), 3), "one": torch.ones(1)}
+    return tensors | {"targets": torch.randint(1000, (3, 1)), "upstream": torch.ones(3, 1)} | others
+
+
+def channels(shape):
+    """The arguments of launchers of channels, by name."""
+    tensors = {name: torch.randn(shape) for name in ("x", "y", "dy", "dx")}
+    vectors = {name: torch.ones(shape[1]) for name in ("var", "rstd", "dgamma", "dbeta")}
+    return tensors | vectors | {"mean": torch.zeros(2, shape[1])}
+
+
+SET = {"eps": 1e-5, "momentum": 0.0}
+LAUNCHERS = {
+    "softmax.forward": lambda t: softmax.forward(t.z, t.y),
+    "softmax.backward": lambda t: softmax.backward(t.dy, t.y, t.dz),
+    "cross_entropy.forward": lambda t: cross_entropy.forward(t.z, t.targets, None, t.loss, t.stats, t.invalid, **HARD),
+    "cross_entropy.backward": lambda t: cross_entropy.backward(t.z, t.targets, None, t.stats, t.upstream, None, t.dz, **HARD),
+    "cross_entropy.forward_backward": lambda t: cross_entropy.forward_backward(
+        t.z, t.targets, None, t.loss, t.dz, t.invalid, **HARD
+    ),
+    "cross_entropy.count": lambda t: cross_entropy.count(t.targets, t.weight, t.one, ignore_index=-100),
+    "cross_entropy.reduce": lambda t: cross_entropy.reduce(t.loss, t.targets, t.weight, t.one, t.one, ignore_index=-100),
+    "batch_norm.statistics": lambda t: batch_norm.statistics(t.x, t.mean, t.var, t.rstd, None, None, **SET),
+    "batch_norm.normalize": lambda t: batch_norm.normalize(t.x, t.mean, t.rstd, None, None, t.y),
+    "batch_norm.forward": lambda t: batch_norm.forward(t.x, None, None, t.y, t.mean, t.var, t.rstd, None, None, **SET),
+    "batch_norm.backward_reduce": lambda t: batch_norm.backward_reduce(t.dy, t.x, t.mean, t.rstd, t.dgamma, t.dbeta),
+    "batch_norm.backward_apply": lambda t: batch_norm.backward_apply(
+        t.dy, t.x, t.mean, t.rstd, None, t.dgamma, t.dbeta, 16384, t.dx
+    ),
+    "batch_norm.backward": lambda t: batch_norm.backward(t.dy, t.x, t.mean, t.rstd, None, t.dx, t.dgamma, t.dbeta),
+    "batch_norm.inference_backward": lambda t: batch_norm.inference_backward(
+        t.dy, t.x, t.mean, t.rstd, None, t.dx, t.dgamma, t.dbeta
+    ),
+}
+SIZES = [("channels that fit one tile", (16, 2, 1024)), ("long channels", (4, 2, 16384))]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "shape"),
+    [
+        pytest.param(launcher, shape, id=f"{launcher}-{size}" if shape else launcher)
+        for launcher in LAUNCHERS
+        for size, shape in (SIZES if launcher.startswith("batch_norm") else [("", None)])
+    ],
+)
+def test_the_readme_says_what_is_moved(launcher, shape):
+    arguments = rows() if shape is None else channels(shape)
+    of_a_row = {"loss", "targets"} if launcher in ("cross_entropy.count", "cross_entropy.reduce") else set()
+    with ledger(**arguments) as book:
+        LAUNCHERS[launcher](SimpleNamespace(**arguments))
+    moved = {name: book.passes(name) for name in {"x", "y", "z", "dx", "dy", "dz"} & {*arguments} | of_a_row}
+    says = stated(launcher, shape != (4, 2, 16384))
+    assert moved == pytest.approx({name: says.get(name, 0) for name in moved}, abs=0.02)
+    assert {*says} <= {*moved}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
