@@ -43,4 +43,6 @@ def let_through(dy, bits, out):
     for j in range(8):
         bit, start = np.uint8(1 << j), j * B
         for i in range(min(B, dy.size - start)):
-            out[start + i] = dy[start + i] if bits[i] & bit else none
+            p = np.uintp(start + i)  # unsigned: a signed one is asked each time whether it counts from the end
+            value = dy[p]
+            out[p] = value if bits[i] & bit != 0 else none
