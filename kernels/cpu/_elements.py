@@ -224,9 +224,15 @@ def row_scratch(x):
 
 
 @outline
-def _copy(source, destination):
+def copy(source, destination):
     for i in range(source.size):
         destination[i] = source[i]
+
+
+@inline
+def prefix(scratch, size):
+    """The first `size` elements of a one-dimensional array whose elements are adjacent."""
+    return _as_contiguous(scratch[:size])
 
 
 @inline
@@ -239,8 +245,8 @@ def gather(row, scratch):
     """`row` with adjacent elements: itself where that is so already, else a copy in `scratch`."""
     if _is_adjacent(row):
         return _as_contiguous(row)
-    _copy(row, scratch)
-    return _as_contiguous(scratch[: row.size])
+    copy(row, scratch)
+    return prefix(scratch, row.size)
 
 
 @inline
@@ -248,13 +254,13 @@ def place(row, scratch):
     """Where to write what shall stand in `row`: itself or `scratch`, which `scatter` then copies out."""
     if _is_adjacent(row):
         return _as_contiguous(row)
-    return _as_contiguous(scratch[: row.size])
+    return prefix(scratch, row.size)
 
 
 @inline
 def scatter(row, scratch):
     if not _is_adjacent(row):
-        _copy(scratch[: row.size], row)
+        copy(scratch[: row.size], row)
 
 
 def same_dtype(row, scratch):

@@ -112,33 +112,43 @@ def _tile_sums(first, second, count, S, sums):
             add_to(sums, j, first[p], second[p])
 
 
+@inline
+def _statistics(x, c0, c1, shift, sums, shift_at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum):
+    """Statistics of the channels c0…c1-1 of a tile, and room for them."""
+    S = x.shape[2]
+    m = np.float64(x.shape[0] * S)
+    for c in range(c0, c1):
+        shift[c - c0] = first_mean(x, c)
+    far = True
+    for _ in range(2):
+        if far:
+            for p in range((c1 - c0) * S):
+                shift_at[p] = shift[p // S]
+            _tile_deviations(x, c0, c1, shift_at, total, square)
+            _tile_sums(total, square, c1 - c0, S, sums)
+            far = False
+            for j in range(c1 - c0):
+                d, d2 = sums_of(sums, j)
+                better = better_shift(shift[j], d, d2, m)
+                if better == better:
+                    shift[j], far = better, True
+    for c in range(c0, c1):
+        d, d2 = sums_of(sums, c - c0)
+        finish(c, shift_at[(c - c0) * S], d, d2, m, eps, momentum, mean, var, rstd, running_mean, running_var)
+
+
 @kernel
 def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum):
     """Statistics and y of the tiles first…last-1."""
     N, C, S = x.shape
-    P, m = group * S, np.float64(N * S)
+    P = group * S
     shift, sums, at = np.empty(group), np.empty((2, 2, group)), np.empty((5, P), var.dtype)
     shift_at, total, square = np.empty(P), np.empty(P), np.empty(P)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
-        for c in range(c0, c1):
-            shift[c - c0] = first_mean(x, c)
-        far = True
-        for _ in range(2):
-            if far:
-                for p in range((c1 - c0) * S):
-                    shift_at[p] = shift[p // S]
-                _tile_deviations(x, c0, c1, shift_at, total, square)
-                _tile_sums(total, square, c1 - c0, S, sums)
-                far = False
-                for j in range(c1 - c0):
-                    d, d2 = sums_of(sums, j)
-                    better = better_shift(shift[j], d, d2, m)
-                    if better == better:
-                        shift[j], far = better, True
-        for c in range(c0, c1):
-            d, d2 = sums_of(sums, c - c0)
-            finish(c, shift_at[(c - c0) * S], d, d2, m, eps, momentum, mean, var, rstd, running_mean, running_var)
+        _statistics(
+            x, c0, c1, shift, sums, shift_at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum
+        )  # fmt: skip
         for p in range((c1 - c0) * S):
             c = c0 + p // S
             at[MEAN, p], at[REST, p], at[SCALE, p], at[SHIFT_1, p] = mean[0, c], mean[1, c], rstd[c] * gamma[c], beta[c]

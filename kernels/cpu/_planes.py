@@ -149,33 +149,40 @@ def _apply(dy, x, n, c, s0, s1, mean, scale, b, k, dx, dy_scratch, x_scratch, dx
 
 
 # ---------------------------------------------------------------------------------------------- whole channels
+@inline
+def _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_var, eps, momentum, x_scratch):
+    """Statistics of the channels c0…c1-1; shift (c1 - c0) and sums (2, 2, c1 - c0) are room for them."""
+    N, S = x.shape[0], x.shape[2]
+    m = np.float64(N * S)
+    sums[:] = 0.0
+    for c in range(c0, c1):
+        shift[c - c0] = first_mean(x, c)
+    for n in range(N):
+        for c in range(c0, c1):
+            _add_deviations(x, n, c, START, S, shift[c - c0], sums, c - c0, x_scratch)
+    for c in range(c0, c1):
+        j = c - c0
+        total, square = sums_of(sums, j)
+        better = better_shift(shift[j], total, square, m)
+        if better == better:
+            shift[j] = better
+            sums[:, :, j] = 0.0
+            for n in range(N):
+                _add_deviations(x, n, c, START, S, better, sums, j, x_scratch)
+            total, square = sums_of(sums, j)
+        finish(c, shift[j], total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var)
+
+
 # A block is `group` channels, done from first to last while they are in cache.
 @kernel
 def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum):
     """Statistics and y of the blocks first…last-1."""
     N, C, S = x.shape
-    m = np.float64(N * S)
     x_scratch, y_scratch = _scratch(x), _scratch(y)
     shift, sums = np.empty(group), np.empty((2, 2, group))
     for block in range(first, last):
         c0, c1 = block * group, min(block * group + group, C)
-        sums[:] = 0.0
-        for c in range(c0, c1):
-            shift[c - c0] = first_mean(x, c)
-        for n in range(N):
-            for c in range(c0, c1):
-                _add_deviations(x, n, c, START, S, shift[c - c0], sums, c - c0, x_scratch)
-        for c in range(c0, c1):
-            j = c - c0
-            total, square = sums_of(sums, j)
-            better = better_shift(shift[j], total, square, m)
-            if better == better:
-                shift[j] = better
-                sums[:, :, j] = 0.0
-                for n in range(N):
-                    _add_deviations(x, n, c, START, S, better, sums, j, x_scratch)
-                total, square = sums_of(sums, j)
-            finish(c, shift[j], total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var)
+        _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_var, eps, momentum, x_scratch)
         for n in range(N):
             for c in range(c0, c1):
                 _normalize(x, n, c, START, S, mean, rstd[c] * gamma[c], beta[c], y, x_scratch, y_scratch)

@@ -4,10 +4,12 @@
     x_hat = (x - mean) rstd,      y = (x - mean) (rstd gamma) + beta
     dbeta = sum dy,   dgamma = sum dy x_hat
     dx = gamma rstd (dy - dbeta / m - x_hat dgamma / m)
+    fused: y = relu(x_hat gamma + beta + residual), one bit a value kept of where it is above 0; dy is 0 where it is not
 
     statistics, backward_reduce      read x (and dy)                    1 pass  (2)
     normalize, backward_apply        read x (and dy), write y or dx     2 passes (3)
     forward, backward                channels done whole, in cache      2 passes (3); 3 (5) where they are split
+    a residual or its gradient                                          1 pass more; the mask: an eighth of a byte a value
 
 A pass is one read or one write of the whole tensor. `mean` is kept as two numbers, mean[0] the rounded mean and mean[1] what
 the rounding left, so that x - mean is right where the mean is large; y is never folded to a x + b. Sums are float64:
@@ -16,14 +18,19 @@ the rounding left, so that x - mean is right where the mean is large; y is never
     planes    S adjacent (NCHW); any other strides too, copied a piece at a time
     lines     C adjacent (channels-last), and planes too small to be a loop of their own
 
+and `_fused_planes.py` and `_fused_lines.py` those with a residual or a mask (`_mask.py`), whose layout that of x decides.
+
 How work is cut into blocks depends on shapes and strides alone; blocks are merged in order.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 
-from . import _lines, _planes
+from . import _fused_lines, _fused_planes, _lines, _planes
 from ._elements import store, to_accumulate
 from ._jit import kernel
 from ._moments import better_shifts, finish_all, finish_gradients, first_means, merge
@@ -72,6 +79,12 @@ def _group(x: np.ndarray, small: bool) -> int:
     return group if -(-C // group) >= FEWEST_BLOCKS or x.nbytes <= SMALL_BYTES else 0
 
 
+def _whole(x: np.ndarray, *others: np.ndarray) -> tuple[int, bool]:
+    """Channels in a block where they are done whole, or 0, and whether by their small planes. `others` are walked as x is."""
+    small = _small_planes(x, *others) and not _in_rows(x, *others)
+    return (_group(x, small), small) if x.size and not _in_rows(x, *others) else (0, small)
+
+
 def _blocks(x: np.ndarray) -> int:
     """Blocks of a split."""
     return max(1, min(MOST_BLOCKS, x.nbytes // BLOCK_BYTES, x.shape[0] * x.shape[2]))
@@ -94,14 +107,15 @@ def _copy_vector(values, out):
         store(out, i, values[i])
 
 
-def _check(x, mean, *of_channels, like=()):
-    """The kernels look at no bound: a wrong shape is a wrong address. `like`: what has x's shape."""
+def _check(x, mean, *of_channels, like=(), mask=None):
+    """The kernels look at no bound: a wrong shape is a wrong address. `like`: what has x's shape, or is None."""
     C = x.shape[1]
     assert mean.shape == (2, C), (mean.shape, x.shape)
     for v in of_channels:
         assert v is None or v.shape == (C,), (v.shape, x.shape)
     for v in like:
-        assert v.shape == x.shape, (v.shape, x.shape)
+        assert v is None or v.shape == x.shape, (v.shape, x.shape)
+    assert mask is None or mask.nbytes == mask.size >= mask_size(x), (mask.nbytes, x.shape)
 
 
 # ---------------------------------------------------------------------------------------------- split: sums and results
@@ -135,6 +149,107 @@ def _normalize(x: np.ndarray, mean: np.ndarray, scale: np.ndarray, beta: np.ndar
         run(_lines.normalize, blocks, cost, blocks, _rows_per_line(LINE, x, y), x, mean, scale, beta, y)
     else:
         run(_planes.normalize, blocks, cost, blocks, x, mean, scale, beta, y)
+
+
+# ---------------------------------------------------------------------------------------------- with a residual or a mask
+def _rows(C: int) -> int:
+    """Rows of a line of `_fused_lines`."""
+    return max(1, LINE // max(C, 1))
+
+
+def _bytes(bits: int) -> int:
+    return (bits + 7) // 8
+
+
+def _bytes_of_lines(rows: int, rows_per_line: int, size: int) -> int:
+    """Bytes for the bits of rows of `size` values; a line, perhaps the last one a shorter one, has bytes of its own."""
+    return rows // rows_per_line * _bytes(rows_per_line * size) + _bytes(rows % rows_per_line * size)
+
+
+def mask_size(x: np.ndarray) -> int:
+    """Bytes of the mask of x (N, C, …), by its shape alone: an eighth of a byte a value, and what fills up bytes."""
+    N, C, *positions = x.shape
+    S = math.prod(positions)
+    N, S = (1, N) if S == 1 else (N, S)
+    return max(N * C * _bytes(S), _bytes_of_lines(N * S, _rows(C), C))
+
+
+def _turned(*arrays: Any) -> tuple[Any, ...]:
+    """(N, C, 1) as (1, C, N), so that there are eight neighbours to share a byte."""
+    return arrays if arrays[0].shape[2] != 1 else tuple(None if a is None else a.transpose(2, 1, 0) for a in arrays)
+
+
+def _given(x: np.ndarray, other: np.ndarray | None) -> np.ndarray:
+    """An operand that may be None, as the kernels take it."""
+    return np.empty((0, 0, 0), x.dtype) if other is None else other
+
+
+def _given_mask(mask: np.ndarray | None) -> np.ndarray:
+    return np.empty((0, 0, 0), np.uint8) if mask is None else mask.reshape(1, 1, -1)
+
+
+def _new_mask(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """`mask` to be written, what the layout of x does not need of it set to 0."""
+    if mask is not None:
+        N, C, S = x.shape
+        if _in_rows(x):
+            used = _bytes_of_lines(N * S, _rows(C), C)
+        else:
+            used = N * _bytes_of_lines(C, _tile(x) or 1, S)
+        mask[used:] = 0
+    return _given_mask(mask)
+
+
+def _tile(x: np.ndarray) -> int:
+    """Channels whose small planes are gone through at once; 0 where x has another layout."""
+    return _group(x, True) if not _in_rows(x) and _small_planes(x) else 0
+
+
+def _pieces(x: np.ndarray) -> int:
+    """Blocks of a split into whole pieces of the mask."""
+    N, C, S = x.shape
+    pieces = -(-(N * S) // _rows(C)) if _in_rows(x) else N * -(-S // _planes.RUN)
+    return max(1, min(MOST_BLOCKS, x.nbytes // BLOCK_BYTES, pieces))
+
+
+def _fused_normalize(x, mean, scale, beta, y, residual, mask):
+    x, y, residual = _turned(x, y, residual)
+    operands, blocks, cost = (x, mean, scale, beta, _given(x, residual), y, _new_mask(x, mask)), _pieces(x), 3 * x.nbytes
+    if _in_rows(x):
+        run(_fused_lines.rows_normalize, blocks, cost, blocks, _rows(x.shape[1]), *operands)
+    elif group := _tile(x):
+        run(_fused_lines.tile_normalize, -(-x.shape[1] // group), cost, group, *operands)
+    else:
+        run(_fused_planes.normalize, blocks, cost, blocks, *operands)
+
+
+def _fused_gradient_sums(dy, x, mean, mask):
+    """sum dy and sum dy (x - mean) of every channel, of the dy that passes: (2, C) float64."""
+    dy, x = _turned(dy, x)
+    C, cost = x.shape[1], 2 * x.nbytes
+    sums, operands = np.empty((2, C)), (dy, x, _given_mask(mask), mean)
+    if group := _tile(x):
+        run(_fused_lines.tile_gradient_sums, -(-C // group), cost, group, *operands, sums)
+        return sums
+    partial = np.empty((_pieces(x), 2, C))
+    if _in_rows(x):
+        run(_fused_lines.rows_gradient_sums, len(partial), cost, _rows(C), *operands, partial)
+    else:
+        run(_fused_planes.gradient_sums, len(partial), cost, *operands, partial)
+    merge(partial, sums)
+    return sums
+
+
+def _fused_apply(dy, x, mean, scale, b, k, trained, dx, mask, dresidual):
+    dy, x, dx, dresidual = _turned(dy, x, dx, dresidual)
+    operands = dy, x, _given_mask(mask), mean, scale, b, k, trained, dx, _given(x, dresidual)
+    blocks, cost = _pieces(x), 4 * x.nbytes
+    if _in_rows(x):
+        run(_fused_lines.rows_apply, blocks, cost, blocks, _rows(x.shape[1]), *operands)
+    elif group := _tile(x):
+        run(_fused_lines.tile_apply, -(-x.shape[1] // group), cost, group, *operands)
+    else:
+        run(_fused_planes.apply, blocks, cost, blocks, *operands)
 
 
 # ---------------------------------------------------------------------------------------------- launchers
@@ -173,13 +288,21 @@ def normalize(
     gamma: np.ndarray | None,
     beta: np.ndarray | None,
     y: np.ndarray,
+    *,
+    residual: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
 ) -> None:
-    """y = (x - mean) (rstd gamma) + beta."""
-    _check(x, mean, rstd, gamma, beta, like=(y,))
-    if x.size:
-        C, dtype = x.shape[1], rstd.dtype
-        scale = rstd if gamma is None else rstd * to_accumulate(gamma, C, dtype, 1.0)
-        _normalize(x, mean, np.ascontiguousarray(scale), to_accumulate(beta, C, dtype, 0.0), y)
+    """y = (x - mean) (rstd gamma) + beta + residual, what is below 0 as 0 where a mask is given to be written."""
+    _check(x, mean, rstd, gamma, beta, like=(y, residual), mask=mask)
+    if x.size == 0:
+        return
+    C, dtype = x.shape[1], rstd.dtype
+    scale = np.ascontiguousarray(rstd if gamma is None else rstd * to_accumulate(gamma, C, dtype, 1.0))
+    beta = to_accumulate(beta, C, dtype, 0.0)
+    if residual is None and mask is None:
+        _normalize(x, mean, scale, beta, y)
+    else:
+        _fused_normalize(x, mean, scale, beta, y, residual, mask)
 
 
 def forward(
@@ -195,32 +318,50 @@ def forward(
     *,
     eps: float,
     momentum: float,
+    residual: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
 ) -> None:
     """`statistics`, then `normalize`."""
-    _check(x, mean, var, rstd, gamma, beta, running_mean, running_var, like=(y,))
-    small = _small_planes(x, y)
-    group = _group(x, small) if x.size and (small or not _in_rows(x, y)) else 0
+    _check(x, mean, var, rstd, gamma, beta, running_mean, running_var, like=(y, residual), mask=mask)
+    fused = residual is not None or mask is not None
+    if fused:
+        x, y, residual = _turned(x, y, residual)
+    group, small = _whole(x, *(() if fused else (y,)))
     if not group:
         statistics(x, mean, var, rstd, running_mean, running_var, eps=eps, momentum=momentum)
-        normalize(x, mean, rstd, gamma, beta, y)
+        normalize(x, mean, rstd, gamma, beta, y, residual=residual, mask=mask)
         return
     C, dtype = x.shape[1], var.dtype
     new_mean, new_var = _running(running_mean, dtype), _running(running_var, dtype)
     gamma, beta = to_accumulate(gamma, C, dtype, 1.0), to_accumulate(beta, C, dtype, 0.0)
-    run(
-        _lines.forward if small else _planes.forward, -(-C // group), 3 * x.nbytes,
-        group, x, gamma, beta, y, mean, var, rstd, new_mean, new_var, float(eps), float(momentum),
-    )  # fmt: skip
+    results = mean, var, rstd, new_mean, new_var, float(eps), float(momentum)
+    if fused:
+        kernel = _fused_lines.tile_forward if small else _fused_planes.forward
+        operands: tuple[Any, ...] = x, gamma, beta, _given(x, residual), y, _new_mask(x, mask)
+    else:
+        kernel = _lines.forward if small else _planes.forward
+        operands = x, gamma, beta, y
+    run(kernel, -(-C // group), 3 * x.nbytes, group, *operands, *results)
     _store_running(running_mean, new_mean)
     _store_running(running_var, new_var)
 
 
 def backward_reduce(
-    dy: np.ndarray, x: np.ndarray, mean: np.ndarray, rstd: np.ndarray, dgamma: np.ndarray, dbeta: np.ndarray
+    dy: np.ndarray,
+    x: np.ndarray,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    dgamma: np.ndarray,
+    dbeta: np.ndarray,
+    *,
+    mask: np.ndarray | None = None,
 ) -> None:
-    """dbeta = sum dy, dgamma = sum dy x_hat."""
-    _check(x, mean, rstd, dgamma, dbeta, like=(dy,))
-    sums = _sum_gradients(dy, x, mean) if x.size else np.zeros((2, x.shape[1]))
+    """dbeta = sum dy, dgamma = sum dy x_hat; dy counts where the mask, if given, is set."""
+    _check(x, mean, rstd, dgamma, dbeta, like=(dy,), mask=mask)
+    if x.size == 0:
+        sums = np.zeros((2, x.shape[1]))
+    else:
+        sums = _sum_gradients(dy, x, mean) if mask is None else _fused_gradient_sums(dy, x, mean, mask)
     finish_gradients(sums, rstd, dgamma, dbeta)
 
 
@@ -234,15 +375,21 @@ def backward_apply(
     dbeta: np.ndarray,
     count: float,
     dx: np.ndarray,
+    *,
+    mask: np.ndarray | None = None,
+    dresidual: np.ndarray | None = None,
 ) -> None:
-    """dx = gamma rstd (dy - dbeta / count - x_hat dgamma / count)."""
-    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx))
+    """dx = gamma rstd (dy - dbeta / count - x_hat dgamma / count); dresidual, where given, is the dy that passes."""
+    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
     if x.size == 0:
         return
     count = float(np.asarray(count).item())
     scale = rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
     b = (dbeta / count).astype(rstd.dtype)
     k = (rstd * (dgamma / count)).astype(rstd.dtype)
+    if mask is not None or dresidual is not None:
+        _fused_apply(dy, x, mean, scale, b, k, True, dx, mask, dresidual)
+        return
     blocks, cost = _blocks(x), 3 * x.nbytes
     if _in_rows(dy, x, dx):
         run(_lines.apply, blocks, cost, blocks, _rows_per_line(LINE, dy, x, dx), dy, x, mean, scale, b, k, dx)
@@ -259,18 +406,29 @@ def backward(
     dx: np.ndarray,
     dgamma: np.ndarray,
     dbeta: np.ndarray,
+    *,
+    mask: np.ndarray | None = None,
+    dresidual: np.ndarray | None = None,
 ) -> None:
     """`backward_reduce`, then `backward_apply` with count = m."""
-    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx))
-    small = _small_planes(x, dy, dx)
-    group = _group(x, small) if x.size and (small or not _in_rows(x, dy, dx)) else 0
+    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
+    fused = mask is not None or dresidual is not None
+    if fused:
+        x, dy, dx, dresidual = _turned(x, dy, dx, dresidual)
+    group, small = _whole(x, *(() if fused else (dy, dx)))
     if not group:
-        backward_reduce(dy, x, mean, rstd, dgamma, dbeta)
-        backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, x.shape[0] * x.shape[2], dx)
+        backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask)
+        count = x.shape[0] * x.shape[2]
+        backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask=mask, dresidual=dresidual)
         return
     gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-    kernel = _lines.backward if small else _planes.backward
-    run(kernel, -(-rstd.size // group), 5 * x.nbytes, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
+    if fused:
+        kernel = _fused_lines.tile_backward if small else _fused_planes.backward
+        operands: tuple[Any, ...] = dy, x, _given_mask(mask), mean, rstd, gamma, dx, _given(x, dresidual)
+    else:
+        kernel = _lines.backward if small else _planes.backward
+        operands = dy, x, mean, rstd, gamma, dx
+    run(kernel, -(-rstd.size // group), 5 * x.nbytes, group, *operands, dgamma, dbeta)
 
 
 def inference_backward(
@@ -282,10 +440,18 @@ def inference_backward(
     dx: np.ndarray,
     dgamma: np.ndarray,
     dbeta: np.ndarray,
+    *,
+    mask: np.ndarray | None = None,
+    dresidual: np.ndarray | None = None,
 ) -> None:
     """dx = dy gamma rstd, for statistics that do not depend on x; dgamma and dbeta as in `backward_reduce`."""
-    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx))
-    backward_reduce(dy, x, mean, rstd, dgamma, dbeta)
-    if x.size:
-        scale = rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-        _normalize(dy, np.zeros_like(mean), scale, np.zeros_like(rstd), dx)
+    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
+    backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask)
+    if x.size == 0:
+        return
+    scale = rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
+    none = np.zeros_like(rstd)
+    if mask is None and dresidual is None:
+        _normalize(dy, np.zeros_like(mean), scale, none, dx)
+    else:
+        _fused_apply(dy, x, mean, scale, none, none, False, dx, mask, dresidual)
