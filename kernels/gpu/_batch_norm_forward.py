@@ -52,7 +52,8 @@ def _finish(
 ):  # fmt: skip
     """Writes the statistics of the channels c (one-dimensional), updates the running ones, and returns rstd."""
     count = tl.cast(m, ACC)
-    var = _quotient(tl.where(M2 < 0.0, 0.0, M2), alpha * alpha * count, ACC)
+    M2 = tl.where(M2 < 0.0, 0.0, M2)
+    var = _quotient(M2, alpha * alpha * count, ACC)
     rstd = _reciprocal_std(var, real(eps, eps_bits, ACC), ACC)
     tl.store(mean_ptr + c, hi, mask=c < C)
     tl.store(mean_ptr + (C + c), lo, mask=c < C)
@@ -64,7 +65,7 @@ def _finish(
         tl.store(running_mean_ptr + c, old * (1.0 - weight) + weight * hi, mask=c < C)
     if running_var_ptr is not None:
         old = tl.load(running_var_ptr + c, mask=c < C, other=0.0).to(ACC)
-        new = var * (count / tl.maximum(count - 1.0, 1.0))
+        new = _quotient(M2, alpha * alpha * tl.maximum(count - 1.0, 1.0), ACC)
         tl.store(running_var_ptr + c, old * (1.0 - weight) + weight * new, mask=c < C)
     return rstd
 
