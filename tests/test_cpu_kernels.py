@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from hw3gpu.kernels.cpu import _elements, _jit, _threads, batch_norm, cross_entropy, softmax
+from hw3gpu.kernels.cpu import _elements, _jit, _team, _threads, batch_norm, cross_entropy, softmax
 
 KERNELS = Path(_jit.__file__).parent
 
@@ -209,9 +209,18 @@ def eager_threads(monkeypatch):
     monkeypatch.setattr(_threads, "BYTES_PER_THREAD", 1)
 
 
+@pytest.fixture(params=["OpenMP", "own"])
+def helpers(request, monkeypatch):
+    """Whose threads help: those of torch's OpenMP, or of the pool that stands in where there is none."""
+    if request.param == "own":
+        monkeypatch.setattr(_threads, "openmp", lambda: 0)
+    elif not _team.openmp():
+        pytest.skip("torch has brought no OpenMP runtime with GOMP_parallel")
+
+
 # ---------------------------------------------------------------------------------------------- threads
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_the_number_of_threads_changes_no_bit(rng, threads, eager_threads, name):
+def test_the_number_of_threads_changes_no_bit(rng, threads, eager_threads, helpers, name):
     call = OPERATIONS[name](rng)
     threads(1)
     expected = call()
@@ -220,8 +229,8 @@ def test_the_number_of_threads_changes_no_bit(rng, threads, eager_threads, name)
         assert same_bits(call(), expected), f"{n} threads"
 
 
-def test_calls_from_many_python_threads_give_the_serial_bits(rng, threads, eager_threads):
-    """8 threads of 200 calls each, all of them using the pool."""
+def test_calls_from_many_python_threads_give_the_serial_bits(rng, threads, eager_threads, helpers):
+    """8 threads of 200 calls each, all of them with helpers."""
     makers = [
         lambda: run_softmax(rng, (20, 33, 1)),
         lambda: run_softmax(rng, (9, 100, 1), "bfloat16"),
@@ -284,6 +293,50 @@ def test_child_processes_compute_what_the_parent_does(threads, eager_threads, me
     for process in processes:
         process.join(30)
         assert process.exitcode == 0
+
+
+@_jit.kernel
+def count_blocks(first, last, times, size):
+    """Counts the blocks, in no hurry, with `size` bytes of memory."""
+    memory = np.zeros(size, np.uint8)
+    for block in range(first, last):
+        times[block] += 1
+        for i in range(200_000):
+            memory[i & 7] += i & 1
+
+
+def test_openmp_does_every_block_once(threads, eager_threads):
+    if not _team.openmp():
+        pytest.skip("torch has brought no OpenMP runtime with GOMP_parallel")
+    for n in (2, 3, 5):
+        threads(n)
+        done = np.zeros(50, np.int64)
+        _threads.run(count_blocks, 50, 1 << 30, done, 8)
+        assert done.tolist() == [1] * 50
+
+
+def test_a_kernel_that_finds_no_memory_raises_from_any_thread(threads, eager_threads, helpers):
+    threads(2)
+    done = np.zeros(50, np.int64)
+    with pytest.raises(MemoryError):
+        _threads.run(count_blocks, 50, 1 << 30, done, 1 << 60)
+    _threads.run(count_blocks, 50, 1 << 30, done, 8)
+    assert done.min() == 1
+
+
+def test_openmp_is_left_alone_without_torch_and_in_a_forked_child():
+    code = """
+import os, sys, numpy
+from hw3gpu.kernels.cpu import _team
+assert _team.openmp() == 0 and "torch" not in sys.modules
+import torch
+assert _team.openmp() != 0 or sys.platform != "linux"
+child = os.fork()
+if child == 0:
+    os._exit(_team.openmp() != 0)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class Softmaxes(torch.utils.data.Dataset):
@@ -531,6 +584,7 @@ def run(x, y, dy, dx):
         batch_norm.backward(c, a, mean, rstd, None, d, dg, db)
 
 _threads.set_num_threads(4)
+_threads.BYTES_PER_THREAD = 1  # the small call compiles what the large one uses
 run(*(np.zeros((4, 64, 128), "f4") for _ in range(4)))
 big = [np.ones((64, 256, 1024), "f4") for _ in range(4)]
 before = peak()

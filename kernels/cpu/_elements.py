@@ -18,9 +18,12 @@ from numba.extending import intrinsic, overload
 from numba.np.arrayobj import load_item, make_array, store_item
 
 from ._jit import inline, outline
+from ._lanes import LARGE, LINE, Lanes, larger
 
 BFLOAT16 = np.dtype(np.uint16)
 FLOAT16 = np.dtype(np.int16)
+# Rows of at most so many bytes are fetched while the row before them is computed.
+AHEAD = 1 << 14
 _FLOATING = (types.float32, types.float64, types.uint16, types.int16)
 
 
@@ -217,10 +220,63 @@ def _as_contiguous(typingctx: Any, row: Any) -> Any:
     return result(row), codegen
 
 
+@intrinsic
+def room(typingctx: Any, size: Any, like: Any) -> Any:
+    """`size` elements of `like`'s dtype, at the start of a line, to be given to `release` at the end.
+
+    Not np.empty, whose references are counted: a count is an atomic operation, which waits for every store before it, and the
+    loop over the rows would have some.
+    """
+    result = types.Array(like.dtype, 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        view = make_array(result)(context, builder)
+        elements = context.cast(builder, args[0], size, types.intp)
+        itemsize = context.get_constant(types.intp, like.dtype.bitwidth // 8)
+        nbytes = builder.add(builder.mul(elements, itemsize), context.get_constant(types.intp, 2 * LINE))
+        block = _libc(builder, "malloc", ir.IntType(8).as_pointer(), nbytes)
+        with cgutils.if_unlikely(builder, cgutils.is_null(builder, block)):
+            context.call_conv.return_user_exc(builder, MemoryError, ("a kernel found no memory",))
+        address = builder.ptrtoint(block, nbytes.type)
+        start = builder.and_(builder.add(address, nbytes.type(2 * LINE - 1)), nbytes.type(-LINE))
+        builder.store(block, _before(builder, start, block.type))
+        view.data = builder.inttoptr(start, view.data.type)
+        view.shape = cgutils.pack_array(builder, [elements])
+        view.strides = cgutils.pack_array(builder, [itemsize])
+        view.itemsize, view.nitems = itemsize, elements
+        view.meminfo = cgutils.get_null_value(view.meminfo.type)
+        view.parent = cgutils.get_null_value(view.parent.type)
+        return view._getvalue()
+
+    return result(size, like), codegen
+
+
+def _libc(builder: Any, name: str, result: Any, argument: Any) -> Any:
+    function = ir.FunctionType(result, [argument.type])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), [argument])
+
+
+def _before(builder: Any, start: Any, kind: Any) -> Any:
+    """Where the line before a room keeps the address of its block."""
+    return builder.inttoptr(builder.sub(start, start.type(LINE)), kind.as_pointer())
+
+
+@intrinsic
+def release(typingctx: Any, scratch: Any) -> Any:
+    """Gives the memory of a `room` back."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        start = builder.ptrtoint(make_array(scratch)(context, builder, args[0]).data, ir.IntType(64))
+        _libc(builder, "free", ir.VoidType(), builder.load(_before(builder, start, ir.IntType(8).as_pointer())))
+        return context.get_dummy_value()
+
+    return types.void(scratch), codegen
+
+
 @inline
 def row_scratch(x):
-    """Room for one row x[n, :, s] where rows are not adjacent in memory; empty where they are."""
-    return np.empty(0 if x.strides[1] == x.itemsize else x.shape[1], x.dtype)
+    """`room` for one row x[n, :, s] where rows are not adjacent in memory; empty where they are."""
+    return room(0 if x.strides[1] == x.itemsize else x.shape[1], x)
 
 
 @outline
@@ -263,16 +319,18 @@ def scatter(row, scratch):
         copy(scratch[: row.size], row)
 
 
-def same_dtype(row, scratch):
-    """`row` if it can hold intermediate results without rounding, that is if its dtype is `scratch`'s; else `scratch`."""
-    return row if row.dtype == scratch.dtype else scratch
+@inline
+def goes_around(y):
+    """True where the rows y[n, :, s] of a result are to be written around the caches."""
+    return y.size * y.itemsize >= LARGE and y.strides[1] == y.itemsize
 
 
-@overload(same_dtype, inline="always")
-def _same_dtype(row, scratch):
-    if row.dtype == scratch.dtype:
-        return lambda row, scratch: row
-    return lambda row, scratch: scratch
+@inline
+def row_ahead(x, row, last, z_row):
+    """The row after `row`, below `last`, to fetch meanwhile: `z_row`, the row itself, where that would not help."""
+    if row + 1 < last and x.strides[1] == x.itemsize and x.shape[1] * x.itemsize <= AHEAD:
+        return line_of(x, (row + 1) // x.shape[2], 0, (row + 1) % x.shape[2], x.shape[1])
+    return z_row
 
 
 # ---------------------------------------------------------------------------------------------- exp
@@ -302,22 +360,38 @@ _P64 = (
 )
 
 
+@intrinsic
+def _power(typingctx: Any, shifted: Any) -> Any:
+    """2^(n + bias) from what has n + bias in its last bits: a number, or `Lanes` of them."""
+    exponent = 52 if getattr(shifted, "dtype", shifted) == types.float64 else 23
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        integer: Any = ir.IntType(64 if exponent == 52 else 32)
+        places: Any = exponent
+        if isinstance(shifted, Lanes):
+            integer, places = ir.VectorType(integer, shifted.count), [exponent] * shifted.count
+        power = builder.shl(builder.bitcast(args[0], integer), ir.Constant(integer, places))
+        return builder.bitcast(power, args[0].type)
+
+    return shifted(shifted), codegen
+
+
 @inline
 def _exp32(x):
-    x = _LOWEST32 if x < _LOWEST32 else x
+    x = larger(_LOWEST32, x)
     shifted = x * _INV_LN2_32 + _MAGIC32
     n = shifted - _MAGIC32
     high = x - n * _LN2_HIGH32
     r = high - n * _LN2_LOW32
     r2 = r * r
     p = (_P32[4] * r2 + (_P32[3] * r + _P32[2])) * r2 + (_P32[1] * r + _P32[0])
-    scale = from_bits(np.int32(bits(shifted) << 23))
+    scale = _power(shifted)
     return ((high + (p * r2 - n * _LN2_LOW32)) * scale + scale) * _TINY32
 
 
 @inline
 def _exp64(x):
-    x = _LOWEST64 if x < _LOWEST64 else x
+    x = larger(_LOWEST64, x)
     shifted = x * _INV_LN2_64 + _MAGIC64
     n = shifted - _MAGIC64
     high = x - n * _LN2_HIGH64
@@ -327,17 +401,17 @@ def _exp64(x):
     p0 = (_P64[3] * r + _P64[2]) * r2 + (_P64[1] * r + _P64[0])
     p4 = (_P64[7] * r + _P64[6]) * r2 + (_P64[5] * r + _P64[4])
     p = ((_P64[9] * r + _P64[8]) * r4 + p4) * r4 + p0
-    scale = from_bits(bits(shifted) << 52)
+    scale = _power(shifted)
     return ((high + (p * r2 - n * _LN2_LOW64)) * scale + scale) * _TINY64
 
 
 def exp(x: Any) -> Any:
-    """e^x for x <= 1, to 1 ulp, subnormal results included; NaN gives NaN and -inf gives 0."""
+    """e^x for x <= 1, to 1 ulp, subnormal results included; NaN gives NaN and -inf gives 0. A number, or `Lanes`."""
     return np.exp(x)
 
 
 @overload(exp)
 def _exp(x):
-    if x == types.float64:
+    if getattr(x, "dtype", x) == types.float64:
         return lambda x: _exp64(x)
     return lambda x: _exp32(x)

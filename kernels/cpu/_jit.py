@@ -104,6 +104,9 @@ class _KernelCacheImpl(FunctionCache._impl_class):
 class _KernelCache(FunctionCache):
     _impl_class = _KernelCacheImpl
 
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return sig, codegen.magic_tuple()  # the folder stands for the code, a kernel within a closure included
+
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         with contextlib.suppress(OSError, EOFError):
             return super().load_overload(sig, target_context)

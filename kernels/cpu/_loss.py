@@ -17,9 +17,9 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from ._elements import atomic_min, exp, gather, load, place, row_of, row_scratch, scatter, store
+from ._elements import atomic_min, exp, gather, load, place, release, row_of, row_scratch, scatter, store
 from ._jit import inline, kernel, reduction
-from ._rows import chunk_of, exp_and_excess, fill, row_max
+from ._rows import CHUNK, exp_and_excess, fill, room_for_exps, row_max
 
 _SERIES = tuple(np.float32(c) for c in (1 / 3, 2 / 15, 17 / 315, 62 / 2835, 1382 / 155925))
 _ONE, _ZERO, _MINUS_TWO, _FAR, _SMALL = (np.float32(c) for c in (1.0, 0.0, -2.0, 0.25, 0.0625))
@@ -93,7 +93,7 @@ def _sums_of_chunk(u, m, q, e, first, last):
 
 @inline
 def _sums(u, m, q, e):
-    dense, inner, spread, chunk = 0.0, 0.0, 0.0, chunk_of(u)
+    dense, inner, spread, chunk = 0.0, 0.0, 0.0, CHUNK
     for first in range(0, u.size, chunk):
         sums = _sums_of_chunk(u, m, q, e, first, min(first + chunk, u.size))
         dense, inner = dense + np.float64(sums[0]), inner + np.float64(sums[1])
@@ -126,7 +126,7 @@ def _gradient(u, q, e, scale, pull, g, cap, dz):
 def _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz, row_stats):
     """The loss of a row, its statistics, and dz where that is not empty. t is a class, or -1 where q is all there is."""
     m = row_max(u)
-    excess = exp_and_excess(u, m, e)
+    excess = exp_and_excess(u, m, e, u)
     dense, inner, spread = _sums(u, m, q, e)
     log_total, total = math.log1p(excess), 1.0 + excess
     lse = np.float64(m) + log_total
@@ -167,7 +167,8 @@ def hard_rows(
 ):  # fmt: skip
     """Loss, statistics (as many rows of them as `stats` has) and gradient (unless `dz` is empty) of classes."""
     V, S = z.shape[1], z.shape[2]
-    u, q, e, row_stats = np.empty(V, weight.dtype), np.empty(V, weight.dtype), np.empty(V, weight.dtype), np.empty(5)
+    u, q, e = np.empty(V, weight.dtype), np.empty(V, weight.dtype), room_for_exps(V, weight)
+    row_stats = np.empty(5)
     z_scratch, dz_scratch = row_scratch(z), row_scratch(dz)
     _of_a_class(smoothing, weight, q)
     for row in range(first, last):
@@ -189,6 +190,9 @@ def hard_rows(
             stats[k, n, s] = row_stats[k]
         if dz.size:
             scatter(row_of(dz, n, s), dz_scratch)
+    release(z_scratch)
+    release(dz_scratch)
+    release(e)
 
 
 @kernel
@@ -197,7 +201,8 @@ def soft_rows(
 ):  # fmt: skip
     """As `hard_rows`, of probabilities."""
     V, S = z.shape[1], z.shape[2]
-    u, q, e, row_stats = np.empty(V, weight.dtype), np.empty(V, weight.dtype), np.empty(V, weight.dtype), np.empty(5)
+    u, q, e = np.empty(V, weight.dtype), np.empty(V, weight.dtype), room_for_exps(V, weight)
+    row_stats = np.empty(5)
     z_scratch, y_scratch, dz_scratch = row_scratch(z), row_scratch(y), row_scratch(dz)
     for row in range(first, last):
         n, s = row // S, row % S
@@ -212,3 +217,7 @@ def soft_rows(
             stats[k, n, s] = row_stats[k]
         if dz.size:
             scatter(row_of(dz, n, s), dz_scratch)
+    release(z_scratch)
+    release(y_scratch)
+    release(dz_scratch)
+    release(e)

@@ -6,99 +6,32 @@ in the row's own precision over chunks, several lanes at a time, and the chunks 
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
-from ._elements import bits, exp, from_bits, load, same_dtype, store
-from ._jit import inline, reduction
+from ._elements import exp, room, store
+from ._jit import inline
+from ._lanes import larger, largest_of, load_lanes, prefetch, store_lanes, sum_of, unequal, width, write, zeros_like
 
-
-@inline
-def chunk_of(acc):
-    """Elements whose sum is taken at once, in the array's own precision."""
-    return 512
-
-
-def _ordered(x: Any) -> Any:
-    """Integers in the order of the floats, its own inverse on bits; NaN with a clear sign bit lies above infinity."""
-    return x
-
-
-@overload(_ordered)
-def _ordered_bits(i):
-    if i == types.int64:
-        return lambda i: i ^ ((i >> 63) & 0x7FFFFFFFFFFFFFFF)
-    return lambda i: np.int32(i ^ ((i >> 31) & 0x7FFFFFFF))  # Numba would make it an int64
+# Elements whose sum is taken at once, in the row's own precision.
+CHUNK = 512
 
 
 @inline
 def row_max(z):
-    """The maximum of a row, taken on integers so that it vectorises and keeps NaN."""
-    top = _ordered(bits(load(z, 0)))
-    for i in range(1, z.size):
-        key = _ordered(bits(load(z, i)))
-        top = key if key > top else top
-    return from_bits(_ordered(top))
-
-
-@inline
-def _exp_chunk(z, shift, e, first, last):
-    for i in range(first, last):
-        store(e, i, exp(load(z, i) - shift))
-
-
-@reduction
-def _exp_and_sum_chunk(z, shift, e, first, last):
-    total = e.dtype.type(0)
-    for i in range(first, last):
-        value = exp(load(z, i) - shift)
-        store(e, i, value)
-        total += value
-    return total
-
-
-@reduction
-def _sum_chunk(e, first, last):
-    total = e.dtype.type(0)
-    for i in range(first, last):
-        total += load(e, i)
-    return total
-
-
-@reduction
-def _exp_sum_chunk(z, shift, acc, first, last):
-    total = acc.dtype.type(0)
-    for i in range(first, last):
-        total += exp(load(z, i) - shift)
-    return total
-
-
-@reduction
-def _sum_apart(e, first, last):
-    """(the sum of the values that are not 1, how many these are)"""
-    of = e.dtype.type
-    rest, others, one = of(0), of(0), of(1)
-    for i in range(first, last):
-        value = load(e, i)
-        other = of(value != one)  # a factor: a choice between two values would not be vectorised where NaN has to pass
-        rest += value * other
-        others += other
-    return rest, others
-
-
-@reduction
-def _exp_sum_apart(z, shift, acc, first, last):
-    of = acc.dtype.type
-    rest, others, one = of(0), of(0), of(1)
-    for i in range(first, last):
-        value = exp(load(z, i) - shift)
-        other = of(value != one)
-        rest += value * other
-        others += other
-    return rest, others
+    """The maximum of a row. A NaN in it may be passed over: the sum of exponentials is NaN then."""
+    i, size, count = 0, z.size, width(z)
+    a = load_lanes(z, 0, min(size, count), -math.inf)
+    b = a
+    while i + 2 * count <= size:
+        a = larger(a, load_lanes(z, i, width(z), 0.0))
+        b = larger(b, load_lanes(z, i + count, width(z), 0.0))
+        i += 2 * count
+    while i < size:
+        a = larger(a, load_lanes(z, i, min(count, size - i), -math.inf))
+        i += count
+    return largest_of(larger(a, b))
 
 
 # Sums minus 1, for shift = max z, whose exponential is that 1: where p -> 1 the rest would lose its digits beside it, so
@@ -107,55 +40,94 @@ SMALL = 2.0
 
 
 @inline
-def exp_and_excess(z, shift, e):
-    """e = exp(z - shift), shift = max z; returns sum e - 1."""
-    total, rest, others, chunk = 0.0, 0.0, 0.0, chunk_of(e)
-    if z.size < chunk:
-        # LLVM vectorises a loop that reads and writes only where the two arrays lie some 256 bytes apart, and the order of
-        # the additions goes with that: arrays that may be nearer are read and written first, and then summed
-        _exp_chunk(z, shift, e, 0, z.size)
-        total = np.float64(_sum_chunk(e, 0, z.size))
-    else:
-        for first in range(0, z.size, chunk):
-            total += np.float64(_exp_and_sum_chunk(z, shift, e, first, min(first + chunk, z.size)))
-    if not total < SMALL:
-        return total - 1.0
-    for first in range(0, z.size, chunk):
-        sums = _sum_apart(e, first, min(first + chunk, z.size))
-        rest, others = rest + np.float64(sums[0]), others + np.float64(sums[1])
-    return rest + ((z.size - 1) - others)
+def room_for_exps(V, acc):
+    """For the exponentials of a row: the last vector is written whole."""
+    return room(V + width(acc), acc)
 
 
 @inline
-def excess_of_logits(z, shift, acc):
-    """sum exp(z - max z) - 1, in the dtype of the array `acc` within a chunk."""
-    total, rest, others, chunk = 0.0, 0.0, 0.0, chunk_of(acc)
-    for first in range(0, z.size, chunk):
-        total += np.float64(_exp_sum_chunk(z, shift, acc, first, min(first + chunk, z.size)))
-    if not total < SMALL:
-        return total - 1.0
-    for first in range(0, z.size, chunk):
-        sums = _exp_sum_apart(z, shift, acc, first, min(first + chunk, z.size))
-        rest, others = rest + np.float64(sums[0]), others + np.float64(sums[1])
-    return rest + ((z.size - 1) - others)
+def exp_and_excess(z, shift, e, ahead):
+    """e = exp(z - shift), shift = max z, in `room_for_exps`; returns sum e - 1. Meanwhile fetches the row `ahead`."""
+    total, size, count = 0.0, z.size, width(z)
+    for first in range(0, size, CHUNK):
+        i, last = first, min(first + CHUNK, size)
+        a = zeros_like(load_lanes(z, i, 0, 0.0))
+        while i + count <= last:
+            prefetch(ahead, i)
+            x = exp(load_lanes(z, i, width(z), 0.0) - shift)
+            store_lanes(e, i, width(z), x)
+            a = a + x
+            i += count
+        if i < last:
+            x = exp(load_lanes(z, i, last - i, -math.inf) - shift)
+            store_lanes(e, i, width(z), x)
+            a = a + x
+        total += np.float64(sum_of(a))
+    return total - 1.0 if not total < SMALL else _small_excess(z, _stored, (e,))
 
 
 @inline
-def scale_into(e, scale, out):
-    """out = scale * e, where `e` came from `same_dtype(out, ...)`."""
-    out = same_dtype(e, out)  # names one row once, so that LLVM need not ask whether two overlap
-    for i in range(e.size):
-        store(out, i, e[i] * scale)
+def excess_of_logits(z, shift, ahead):
+    """sum exp(z - max z) - 1, as `exp_and_excess` has it. Meanwhile fetches the row `ahead`."""
+    total, size, count = 0.0, z.size, width(z)
+    for first in range(0, size, CHUNK):
+        i, last = first, min(first + CHUNK, size)
+        a = zeros_like(load_lanes(z, i, 0, 0.0))
+        while i + count <= last:
+            prefetch(ahead, i)
+            a = a + exp(load_lanes(z, i, width(z), 0.0) - shift)
+            i += count
+        if i < last:
+            a = a + exp(load_lanes(z, i, last - i, -math.inf) - shift)
+        total += np.float64(sum_of(a))
+    return total - 1.0 if not total < SMALL else _small_excess(z, _computed, (z, shift))
 
 
 @inline
-def divide_into(e, total, out):
-    """out = e / total with one rounding to speak of, where `e` came from `same_dtype(out, ...)`."""
+def _stored(i, exist, args):
+    return load_lanes(args[0], i, exist, 0.0)
+
+
+@inline
+def _computed(i, exist, args):
+    return exp(load_lanes(args[0], i, exist, -math.inf) - args[1])
+
+
+@inline
+def _small_excess(z, lanes, args):
+    """sum e - 1 without the exponentials that are 1, e = lanes(i, exist, args)."""
+    rest, others, size, count = 0.0, 0.0, z.size, width(z)
+    for first in range(0, size, CHUNK):
+        i, last = first, min(first + CHUNK, size)
+        a = zeros_like(load_lanes(z, i, 0, 0.0))
+        b = a
+        while i + count <= last:
+            x = lanes(i, width(z), args)
+            other = unequal(x, 1.0)  # a factor, which lets NaN pass
+            a, b = a + x * other, b + other
+            i += count
+        if i < last:
+            x = lanes(i, last - i, args)
+            other = unequal(x, 1.0)
+            a, b = a + x * other, b + other
+        rest, others = rest + np.float64(sum_of(a)), others + np.float64(sum_of(b))
+    return rest + ((-(-size // count) * count - 1) - others)  # lanes that do not exist are 0, and counted
+
+
+# ---------------------------------------------------------------------------------------------- results
+@inline
+def _divided(i, exist, args):
+    e, high, low = args
+    x = load_lanes(e, i, exist, 0.0)
+    return x * high + x * low
+
+
+@inline
+def divide_into(e, total, out, around):
+    """out = e / total with one rounding to speak of."""
     high = e.dtype.type(1.0 / total)
     low = e.dtype.type(1.0 / total - np.float64(high))
-    out = same_dtype(e, out)
-    for i in range(e.size):
-        store(out, i, e[i] * high + e[i] * low)
+    write(out, around, _divided, (e, high, low))
 
 
 @inline

@@ -1,9 +1,10 @@
 """Threads for kernels that run without the GIL.
 
 `run(kernel, blocks, cost, *args)` calls `kernel(first, last, *args)` until every block in range(blocks) is done, on the
-calling thread and, when there is enough to do, on helpers from a pool made in this process. What a block holds depends
-on shapes alone, never on the number of threads, so that every thread count gives the same bits. Any number of Python
-threads may call at once; a forked child starts with an empty pool of its own.
+calling thread and, when there is enough to do, on helpers: torch's OpenMP threads where torch is loaded (`_team.py`), else
+those of a pool made in this process. What a block holds depends on shapes alone, never on the number of threads, so that every
+thread count gives the same bits. Any number of Python threads may call at once; a forked child starts with an empty pool of
+its own, and leaves OpenMP alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ import sys
 import threading
 from collections.abc import Callable
 from typing import Any
+
+from numba.core.dispatcher import Dispatcher
+
+from ._team import openmp, team_of
 
 # Bytes moved below which a second thread costs more than it saves: waking one takes some 30 µs.
 BYTES_PER_THREAD = 1 << 18
@@ -58,7 +63,11 @@ def run(kernel: Callable[..., Any], blocks: int, cost: int, *args: Any) -> None:
     if threads < 2:
         kernel(0, blocks, *args)
         return
-    _Job(kernel, blocks, min(blocks, threads * PIECES_PER_THREAD), args).run(threads)
+    pieces, entry = min(blocks, threads * PIECES_PER_THREAD), openmp()
+    if entry and isinstance(kernel, Dispatcher):
+        team_of(kernel)(entry, threads, pieces, blocks, *args)
+    else:
+        _Job(kernel, blocks, pieces, args).run(threads)
 
 
 class _Job:

@@ -31,155 +31,30 @@ import numpy as np
 from ._elements import (
     accumulate_dtype,
     atomic_min,
-    exp,
     gather,
-    load,
+    goes_around,
     place,
+    release,
+    row_ahead,
     row_of,
     row_scratch,
-    same_dtype,
     scatter,
-    store,
     to_accumulate,
 )
-from ._jit import inline, kernel, reduction
+from ._jit import inline, kernel
+from ._lanes import streamed
 from ._loss import hard_rows, soft_rows
-from ._rows import chunk_of, excess_of_logits, exp_and_excess, fill, row_max, scale_into
+from ._rows import excess_of_logits, exp_and_excess, fill, room_for_exps, row_max
+from ._targets import (
+    class_weight,
+    hard_gradient,
+    hard_gradient_of_logits,
+    hard_loss,
+    soft_gradient,
+    soft_gradient_of_logits,
+    soft_sums,
+)
 from ._threads import run
-
-
-# ---------------------------------------------------------------------------------------------- one row, hard target
-@inline
-def _class_weight(weight, t):
-    return np.float64(weight[t]) if weight.size else 1.0
-
-
-@reduction
-def _uniform_chunk(z, m, weight, first, last):
-    zero = weight.dtype.type(0)
-    total = zero
-    for i in range(first, last):
-        w = weight[i]
-        total += zero if w == zero else w * (load(z, i) - m)
-    return total
-
-
-@inline
-def _hard_loss(z, m, excess, t, q, uniform, W, weight):
-    """q and `uniform` are the parts of q_t and of every q_c / w_c."""
-    loss = W * math.log1p(excess)
-    if q != 0.0:
-        loss -= q * np.float64(load(z, t) - m)
-    if uniform != 0.0:
-        chunk = chunk_of(weight)
-        for first in range(0, z.size, chunk):
-            loss -= uniform * _uniform_chunk(z, m, weight, first, min(first + chunk, z.size))
-    return loss
-
-
-@inline
-def _at_target(e_t, excess, q, W, g):
-    """g (W p_t - q) without the difference p_t - 1, whose digits are lost where p_t -> 1."""
-    return g * ((W - q) - W * ((excess + (1.0 - e_t)) / (1.0 + excess)))
-
-
-@inline
-def _hard_gradient(e, excess, t, q, uniform, W, g, weight, dz):
-    """dz from e = exp(z - m) and its sum - 1, where `e` came from `same_dtype(dz, ...)`."""
-    of = weight.dtype.type
-    scale = of(g * W / (1.0 + excess))
-    at_target = _at_target(np.float64(e[t]), excess, q, W, g)
-    if uniform == 0.0:
-        scale_into(e, scale, dz)
-    else:
-        at_target -= g * uniform * weight[t]
-        shift, out = of(g * uniform), same_dtype(e, dz)
-        for c in range(e.size):
-            store(out, c, e[c] * scale - shift * weight[c])
-    store(dz, t, of(at_target))
-
-
-@inline
-def _hard_gradient_of_logits(z, m, excess, t, q, uniform, W, g, weight, dz):
-    """dz from the logits in one sweep, where m and sum exp(z - m) - 1 are known."""
-    of = weight.dtype.type
-    scale, shift = of(g * W / (1.0 + excess)), of(g * uniform)
-    at_target = _at_target(np.float64(exp(load(z, t) - m)), excess, q, W, g)
-    if uniform == 0.0:
-        for c in range(z.size):
-            store(dz, c, exp(load(z, c) - m) * scale)
-    else:
-        at_target -= g * uniform * weight[t]
-        for c in range(z.size):
-            store(dz, c, exp(load(z, c) - m) * scale - shift * weight[c])
-    store(dz, t, of(at_target))
-
-
-# ---------------------------------------------------------------------------------------------- one row, soft target
-@reduction
-def _soft_chunk(z, y, m, keep, uniform, first, last):
-    """W and sum q (z - m) of a chunk without class weights."""
-    of = type(m)
-    W, dot = of(0), of(0)
-    for i in range(first, last):
-        q = keep * load(y, i) + uniform
-        W += q
-        dot += of(0) if q == of(0) else q * (load(z, i) - m)
-    return W, dot
-
-
-@reduction
-def _weighted_soft_chunk(z, y, m, keep, uniform, weight, first, last):
-    of = type(m)
-    W, dot = of(0), of(0)
-    for i in range(first, last):
-        q = weight[i] * (keep * load(y, i) + uniform)
-        W += q
-        dot += of(0) if q == of(0) else q * (load(z, i) - m)
-    return W, dot
-
-
-@inline
-def _soft_sums(z, y, m, smoothing, weight):
-    """W and sum q (z - m) of a row."""
-    of = weight.dtype.type
-    keep, uniform = of(1.0 - smoothing), of(smoothing / z.size)
-    W, dot, chunk = 0.0, 0.0, chunk_of(weight)
-    for first in range(0, z.size, chunk):
-        last = min(first + chunk, z.size)
-        if weight.size:
-            sums = _weighted_soft_chunk(z, y, m, keep, uniform, weight, first, last)
-        else:
-            sums = _soft_chunk(z, y, m, keep, uniform, first, last)
-        W, dot = W + np.float64(sums[0]), dot + np.float64(sums[1])
-    return W, dot
-
-
-@inline
-def _soft_gradient(e, excess, y, W, g, smoothing, weight, dz):
-    """dz from e = exp(z - m) and its sum - 1, where `e` came from `same_dtype(dz, ...)`."""
-    of = e.dtype.type
-    scale, keep, uniform = of(g * W / (1.0 + excess)), of(g * (1.0 - smoothing)), of(g * smoothing / e.size)
-    out = same_dtype(e, dz)
-    if weight.size:
-        for c in range(e.size):
-            store(out, c, e[c] * scale - weight[c] * (keep * load(y, c) + uniform))
-    else:
-        for c in range(e.size):
-            store(out, c, e[c] * scale - (keep * load(y, c) + uniform))
-
-
-@inline
-def _soft_gradient_of_logits(z, m, excess, y, W, g, smoothing, weight, dz):
-    """dz from the logits in one sweep, where m and sum exp(z - m) - 1 are known."""
-    of = weight.dtype.type
-    scale, keep, uniform = of(g * W / (1.0 + excess)), of(g * (1.0 - smoothing)), of(g * smoothing / z.size)
-    if weight.size:
-        for c in range(z.size):
-            store(dz, c, exp(load(z, c) - m) * scale - weight[c] * (keep * load(y, c) + uniform))
-    else:
-        for c in range(z.size):
-            store(dz, c, exp(load(z, c) - m) * scale - (keep * load(y, c) + uniform))
 
 
 # ---------------------------------------------------------------------------------------------- kernels, hard targets
@@ -193,10 +68,10 @@ def _hard_forward(first, last, z, target, weight, loss, stats, invalid, ignore_i
         if 0 <= t < V and t != ignore_index:
             z_row = gather(row_of(z, n, s), z_scratch)
             m = row_max(z_row)
-            excess = excess_of_logits(z_row, m, weight)
-            q = (1.0 - smoothing) * _class_weight(weight, t)
+            excess = excess_of_logits(z_row, m, row_ahead(z, row, last, z_row))
+            q = (1.0 - smoothing) * class_weight(weight, t)
             W = q + uniform * weight_sum
-            loss[n, s] = _hard_loss(z_row, m, excess, t, q, uniform, W, weight)
+            loss[n, s] = hard_loss(z_row, m, excess, t, q, uniform, W, weight)
             stats[0, n, s], stats[1, n, s], stats[2, n, s] = m, excess, W
         else:
             stats[:, n, s] = 0.0
@@ -204,6 +79,7 @@ def _hard_forward(first, last, z, target, weight, loss, stats, invalid, ignore_i
             if t != ignore_index:
                 loss[n, s] = math.nan
                 atomic_min(invalid, row)
+    release(z_scratch)
 
 
 @kernel
@@ -211,7 +87,7 @@ def _hard_backward(
     first, last, z, target, weight, stats, upstream, denominator, dz, unless_one, ignore_index, smoothing
 ):  # fmt: skip
     V, S = z.shape[1], z.shape[2]
-    uniform, z_scratch, dz_scratch = smoothing / V, row_scratch(z), row_scratch(dz)
+    uniform, z_scratch, dz_scratch, around = smoothing / V, row_scratch(z), row_scratch(dz), goes_around(dz)
     for row in range(first, last):
         n, s = row // S, row % S
         if unless_one and upstream[n, s] == 1.0:
@@ -221,30 +97,34 @@ def _hard_backward(
         if 0 <= t < V and t != ignore_index:
             z_row = gather(row_of(z, n, s), z_scratch)
             excess, W = np.float64(stats[1, n, s]), np.float64(stats[2, n, s])
-            q, g = (1.0 - smoothing) * _class_weight(weight, t), np.float64(upstream[n, s]) / denominator[0]
-            _hard_gradient_of_logits(z_row, stats[0, n, s], excess, t, q, uniform, W, g, weight, dz_row)
+            q, g = (1.0 - smoothing) * class_weight(weight, t), np.float64(upstream[n, s]) / denominator[0]
+            ahead = row_ahead(z, row, last, z_row)
+            hard_gradient_of_logits(z_row, stats[0, n, s], excess, t, q, uniform, W, g, weight, dz_row, around, ahead)
         else:
             fill(dz_row, 0.0 if t == ignore_index else math.nan)
         scatter(row_of(dz, n, s), dz_scratch)
+    streamed()
+    release(z_scratch)
+    release(dz_scratch)
 
 
 @kernel
 def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, g, ignore_index, smoothing, weight_sum):
     V, S = z.shape[1], z.shape[2]
-    uniform, z_scratch, dz_scratch, exps = smoothing / V, row_scratch(z), row_scratch(dz), np.empty(V, weight.dtype)
+    uniform, z_scratch, dz_scratch, around = smoothing / V, row_scratch(z), row_scratch(dz), goes_around(dz)
+    exps = room_for_exps(V, weight)
     for row in range(first, last):
         n, s = row // S, row % S
         t = target[n, s]
         dz_row = place(row_of(dz, n, s), dz_scratch)
         if 0 <= t < V and t != ignore_index:
             z_row = gather(row_of(z, n, s), z_scratch)
-            e = same_dtype(dz_row, exps)
             m = row_max(z_row)
-            excess = exp_and_excess(z_row, m, e)
-            q = (1.0 - smoothing) * _class_weight(weight, t)
+            excess = exp_and_excess(z_row, m, exps, row_ahead(z, row, last, z_row))
+            q = (1.0 - smoothing) * class_weight(weight, t)
             W = q + uniform * weight_sum
-            loss[n, s] = _hard_loss(z_row, m, excess, t, q, uniform, W, weight)
-            _hard_gradient(e, excess, t, q, uniform, W, g, weight, dz_row)
+            loss[n, s] = hard_loss(z_row, m, excess, t, q, uniform, W, weight)
+            hard_gradient(exps, excess, t, q, uniform, W, g, weight, dz_row, around)
         elif t == ignore_index:
             loss[n, s] = 0.0
             fill(dz_row, 0.0)
@@ -253,6 +133,10 @@ def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, g,
             fill(dz_row, math.nan)
             atomic_min(invalid, row)
         scatter(row_of(dz, n, s), dz_scratch)
+    streamed()
+    release(z_scratch)
+    release(dz_scratch)
+    release(exps)
 
 
 # ---------------------------------------------------------------------------------------------- kernels, soft targets
@@ -264,16 +148,18 @@ def _soft_forward(first, last, z, y, weight, loss, stats, smoothing):
         n, s = row // S, row % S
         z_row, y_row = gather(row_of(z, n, s), z_scratch), gather(row_of(y, n, s), y_scratch)
         m = row_max(z_row)
-        excess = excess_of_logits(z_row, m, weight)
-        W, dot = _soft_sums(z_row, y_row, m, smoothing, weight)
+        excess = excess_of_logits(z_row, m, row_ahead(z, row, last, z_row))
+        W, dot = soft_sums(z_row, y_row, m, smoothing, weight, row_ahead(y, row, last, y_row))
         loss[n, s] = W * math.log1p(excess) - dot
         stats[0, n, s], stats[1, n, s], stats[2, n, s] = m, excess, W
+    release(z_scratch)
+    release(y_scratch)
 
 
 @kernel
 def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, unless_one, smoothing):
     S = z.shape[2]
-    z_scratch, y_scratch, dz_scratch = row_scratch(z), row_scratch(y), row_scratch(dz)
+    z_scratch, y_scratch, dz_scratch, around = row_scratch(z), row_scratch(y), row_scratch(dz), goes_around(dz)
     for row in range(first, last):
         n, s = row // S, row % S
         if unless_one and upstream[n, s] == 1.0:
@@ -282,26 +168,35 @@ def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, 
         dz_row = place(row_of(dz, n, s), dz_scratch)
         excess, W = np.float64(stats[1, n, s]), np.float64(stats[2, n, s])
         g = np.float64(upstream[n, s]) / denominator[0]
-        _soft_gradient_of_logits(z_row, stats[0, n, s], excess, y_row, W, g, smoothing, weight, dz_row)
+        ahead = row_ahead(z, row, last, z_row)
+        soft_gradient_of_logits(z_row, stats[0, n, s], excess, y_row, W, g, smoothing, weight, dz_row, around, ahead)
         scatter(row_of(dz, n, s), dz_scratch)
+    streamed()
+    release(z_scratch)
+    release(y_scratch)
+    release(dz_scratch)
 
 
 @kernel
 def _soft_forward_backward(first, last, z, y, weight, loss, dz, g, smoothing):
     V, S = z.shape[1], z.shape[2]
-    z_scratch, y_scratch, dz_scratch = row_scratch(z), row_scratch(y), row_scratch(dz)
-    exps = np.empty(V, weight.dtype)
+    z_scratch, y_scratch, dz_scratch, around = row_scratch(z), row_scratch(y), row_scratch(dz), goes_around(dz)
+    exps = room_for_exps(V, weight)
     for row in range(first, last):
         n, s = row // S, row % S
         z_row, y_row = gather(row_of(z, n, s), z_scratch), gather(row_of(y, n, s), y_scratch)
         dz_row = place(row_of(dz, n, s), dz_scratch)
-        e = same_dtype(dz_row, exps)
         m = row_max(z_row)
-        excess = exp_and_excess(z_row, m, e)
-        W, dot = _soft_sums(z_row, y_row, m, smoothing, weight)
+        excess = exp_and_excess(z_row, m, exps, row_ahead(z, row, last, z_row))
+        W, dot = soft_sums(z_row, y_row, m, smoothing, weight, row_ahead(y, row, last, y_row))
         loss[n, s] = W * math.log1p(excess) - dot
-        _soft_gradient(e, excess, y_row, W, g, smoothing, weight, dz_row)
+        soft_gradient(exps, excess, y_row, W, g, smoothing, weight, dz_row, around)
         scatter(row_of(dz, n, s), dz_scratch)
+    streamed()
+    release(z_scratch)
+    release(y_scratch)
+    release(dz_scratch)
+    release(exps)
 
 
 # ---------------------------------------------------------------------------------------------- reduction
@@ -327,7 +222,7 @@ def denominator_of(rows, target, weight, V, ignore_index):
         for s in range(target.shape[1]):
             t = target[n, s]
             if 0 <= t < V and t != ignore_index:
-                weights += _class_weight(weight, t)
+                weights += class_weight(weight, t)
     return weights
 
 

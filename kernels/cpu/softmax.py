@@ -13,40 +13,57 @@ import math
 
 import numpy as np
 
-from ._elements import accumulate_dtype, gather, load, place, row_of, row_scratch, same_dtype, scatter, store
-from ._jit import kernel, reduction
-from ._rows import divide_into, exp_and_excess, row_max
+from ._elements import accumulate_dtype, gather, goes_around, place, release, row_ahead, row_of, row_scratch, scatter
+from ._jit import inline, kernel
+from ._lanes import load_lanes, prefetch, streamed, sum_of, wide, width, write, zeros_like
+from ._rows import divide_into, exp_and_excess, room_for_exps, row_max
 from ._threads import run
 
 
-@reduction
+@inline
 def _dot(a, b):
-    total = 0.0
-    for i in range(a.size):
-        total += np.float64(load(a, i)) * np.float64(load(b, i))
-    return total
+    """sum a b in float64."""
+    i, size, count = 0, a.size, width(a)
+    total = zeros_like(wide(load_lanes(a, 0, 0, 0.0)))
+    while i + count <= size:
+        total = total + wide(load_lanes(a, i, width(a), 0.0)) * wide(load_lanes(b, i, width(b), 0.0))
+        i += count
+    if i < size:
+        total = total + wide(load_lanes(a, i, size - i, 0.0)) * wide(load_lanes(b, i, size - i, 0.0))
+    return sum_of(total)
 
 
 @kernel
 def _forward_rows(first, last, z, y, acc):
     V, S = z.shape[1], z.shape[2]
     z_scratch, y_scratch = row_scratch(z), row_scratch(y)
-    exps = np.empty(V, acc.dtype)
+    exps, around = room_for_exps(V, acc), goes_around(y)
     for row in range(first, last):
         n, s = row // S, row % S
         z_row = gather(row_of(z, n, s), z_scratch)
         y_row = place(row_of(y, n, s), y_scratch)
-        e = same_dtype(y_row, exps)
-        excess = exp_and_excess(z_row, row_max(z_row), e)
-        divide_into(e, 1.0 + excess, y_row)
+        excess = exp_and_excess(z_row, row_max(z_row), exps, row_ahead(z, row, last, z_row))
+        divide_into(exps, 1.0 + excess, y_row, around)
         scatter(row_of(y, n, s), y_scratch)
+    streamed()
+    release(z_scratch)
+    release(y_scratch)
+    release(exps)
+
+
+@inline
+def _gradient(i, exist, args):
+    dy, y, high, low, dy_ahead, y_ahead = args
+    prefetch(dy_ahead, i)
+    prefetch(y_ahead, i)
+    return load_lanes(y, i, exist, 0.0) * ((load_lanes(dy, i, exist, 0.0) - high) - low)
 
 
 @kernel
 def _backward_rows(first, last, dy, y, dz, acc):
-    V, S = y.shape[1], y.shape[2]
+    S = y.shape[2]
     dy_scratch, y_scratch = row_scratch(dy), row_scratch(y)
-    dz_scratch = row_scratch(dz)
+    dz_scratch, around = row_scratch(dz), goes_around(dz)
     for row in range(first, last):
         n, s = row // S, row % S
         dy_row, y_row = gather(row_of(dy, n, s), dy_scratch), gather(row_of(y, n, s), y_scratch)
@@ -54,9 +71,13 @@ def _backward_rows(first, last, dy, y, dz, acc):
         high = acc.dtype.type(total)
         low = acc.dtype.type(total - np.float64(high) if math.isfinite(total) else 0.0)
         dz_row = place(row_of(dz, n, s), dz_scratch)
-        for v in range(V):
-            store(dz_row, v, load(y_row, v) * ((load(dy_row, v) - high) - low))
+        following = row_ahead(dy, row, last, dy_row), row_ahead(y, row, last, y_row)
+        write(dz_row, around, _gradient, (dy_row, y_row, high, low, *following))
         scatter(row_of(dz, n, s), dz_scratch)
+    streamed()
+    release(y_scratch)
+    release(dy_scratch)
+    release(dz_scratch)
 
 
 def forward(z: np.ndarray, y: np.ndarray) -> None:
