@@ -5,7 +5,7 @@ of the precision of the sums, which stay in the nearest caches:
 
     u_c = z_c, or tau tanh(z_c / tau),   q_c = what every class has of the target,   e_c = exp(u_c - m)
 
-so that class targets and probabilities share what follows, and the backward pass is the forward pass again.
+so that class targets and probabilities share what follows. The backward pass takes m, sum e - 1 and W from `stats`.
 """
 
 from __future__ import annotations
@@ -123,24 +123,31 @@ def _gradient(u, q, e, scale, pull, g, cap, dz):
 
 
 @inline
-def _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz, row_stats):
-    """The loss of a row, its statistics, and dz where that is not empty. t is a class, or -1 where q is all there is."""
-    m = row_max(u)
+def _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz, row_stats, known):
+    """The loss of a row, its statistics, and dz where that is not empty. t is a class, or -1 where q is all there is.
+
+    `known` statistics are taken as they are given, and the loss is not asked for: u may be a part of the row they are of.
+    """
+    q_t, loss = (1.0 - smoothing) * w_t if t >= 0 else 0.0, 0.0
+    m = u.dtype.type(row_stats[0]) if known else row_max(u)
     excess = exp_and_excess(u, m, e, u)
-    dense, inner, spread = _sums(u, m, q, e)
-    log_total, total = math.log1p(excess), 1.0 + excess
-    lse = np.float64(m) + log_total
-    q_t, below = 0.0, 0.0
-    if t >= 0:
-        q_t, below = (1.0 - smoothing) * w_t, np.float64(u[t] - m)
-    W = q_t + dense
-    loss = W * log_total - inner
-    if q_t != 0.0:
-        loss -= q_t * below
-    if z_loss != 0.0:
-        loss += z_loss * lse * lse
-    row_stats[0], row_stats[1], row_stats[2], row_stats[3] = m, excess, W, below
-    row_stats[4] = log_total - spread / total
+    if known:
+        excess, W = row_stats[1], row_stats[2]
+        log_total, total = math.log1p(excess), 1.0 + excess
+        lse = np.float64(m) + log_total
+    else:
+        dense, inner, spread = _sums(u, m, q, e)
+        log_total, total = math.log1p(excess), 1.0 + excess
+        lse = np.float64(m) + log_total
+        below = np.float64(u[t] - m) if t >= 0 else 0.0
+        W = q_t + dense
+        loss = W * log_total - inner
+        if q_t != 0.0:
+            loss -= q_t * below
+        if z_loss != 0.0:
+            loss += z_loss * lse * lse
+        row_stats[0], row_stats[1], row_stats[2], row_stats[3] = m, excess, W, below
+        row_stats[4] = log_total - spread / total
     if dz.size:
         pull = 2.0 * z_loss * lse if z_loss != 0.0 else 0.0
         _gradient(u, q, e, g * W / total, g * pull / total, g, cap, dz)
@@ -154,6 +161,15 @@ def _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz, row_stats):
 
 
 @inline
+def _exchange(stats, n, s, row_stats, get, put):
+    for k in range(stats.shape[0]):
+        if get:
+            row_stats[k] = stats[k, n, s]
+        if put:
+            stats[k, n, s] = row_stats[k]
+
+
+@inline
 def _row_without_a_class(value, dz, row_stats):
     row_stats[:] = 0.0
     fill(dz, value)
@@ -162,10 +178,10 @@ def _row_without_a_class(value, dz, row_stats):
 
 @kernel
 def hard_rows(
-    first, last, z, target, weight, loss, stats, dz, invalid, upstream, denominator, unless_one,
+    first, last, z, target, weight, loss, stats, known, dz, invalid, upstream, denominator, unless_one,
     ignore_index, smoothing, z_loss, cap,
 ):  # fmt: skip
-    """Loss, statistics (as many rows of them as `stats` has) and gradient (unless `dz` is empty) of classes."""
+    """Loss and statistics (as many rows of them as `stats` has) unless `known`, and dz unless that is empty, of classes."""
     V, S = z.shape[1], z.shape[2]
     u, q, e = np.empty(V, weight.dtype), np.empty(V, weight.dtype), room_for_exps(V, weight)
     row_stats = np.empty(5)
@@ -178,16 +194,16 @@ def hard_rows(
         t = target[n, s]
         dz_row = place(row_of(dz, n, s), dz_scratch) if dz.size else place(dz_scratch[:0], dz_scratch)
         if 0 <= t < V and t != ignore_index:
+            _exchange(stats, n, s, row_stats, known, False)
             _logits(gather(row_of(z, n, s), z_scratch), cap, u)
             g, w_t = np.float64(upstream[n, s]) / denominator[0], np.float64(weight[t])
-            loss[n, s] = _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz_row, row_stats)
+            loss[n, s] = _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz_row, row_stats, known)
         elif t == ignore_index:
             loss[n, s] = _row_without_a_class(0.0, dz_row, row_stats)
         else:
             loss[n, s] = _row_without_a_class(math.nan, dz_row, row_stats)
             atomic_min(invalid, row)
-        for k in range(stats.shape[0]):
-            stats[k, n, s] = row_stats[k]
+        _exchange(stats, n, s, row_stats, False, not known)
         if dz.size:
             scatter(row_of(dz, n, s), dz_scratch)
     release(z_scratch)
@@ -197,7 +213,7 @@ def hard_rows(
 
 @kernel
 def soft_rows(
-    first, last, z, y, weight, loss, stats, dz, upstream, denominator, unless_one, smoothing, z_loss, cap
+    first, last, z, y, weight, loss, stats, known, dz, upstream, denominator, unless_one, smoothing, z_loss, cap
 ):  # fmt: skip
     """As `hard_rows`, of probabilities."""
     V, S = z.shape[1], z.shape[2]
@@ -209,12 +225,12 @@ def soft_rows(
         if unless_one and upstream[n, s] == 1.0:
             continue
         dz_row = place(row_of(dz, n, s), dz_scratch) if dz.size else place(dz_scratch[:0], dz_scratch)
+        _exchange(stats, n, s, row_stats, known, False)
         _logits(gather(row_of(z, n, s), z_scratch), cap, u)
         _of_probabilities(gather(row_of(y, n, s), y_scratch), smoothing, weight, q)
         g = np.float64(upstream[n, s]) / denominator[0]
-        loss[n, s] = _row(u, q, e, -1, 0.0, smoothing, z_loss, cap, g, dz_row, row_stats)
-        for k in range(stats.shape[0]):
-            stats[k, n, s] = row_stats[k]
+        loss[n, s] = _row(u, q, e, -1, 0.0, smoothing, z_loss, cap, g, dz_row, row_stats, known)
+        _exchange(stats, n, s, row_stats, False, not known)
         if dz.size:
             scatter(row_of(dz, n, s), dz_scratch)
     release(z_scratch)

@@ -278,7 +278,7 @@ def forward(
         loss.fill(0.0)
         stats.fill(0.0)
     elif z_loss or softcap is not None or len(stats) > 3:
-        rows_of = (z, target, weight, loss, stats, None, invalid, None, None, False)
+        rows_of = (z, target, weight, loss, stats, False, None, invalid, None, None, False)
         _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap)
     elif soft:
         weight, _ = _weights(weight, z, False)
@@ -305,7 +305,7 @@ def backward(
     rows, smoothing, soft = stats[0].size, float(label_smoothing), target.ndim == 3
     if z_loss or softcap is not None:
         invalid = np.empty(1, np.int64)  # reported by the forward pass
-        rows_of = (z, target, weight, np.empty_like(stats[0]), None, dz, invalid, upstream, denominator, unless_one)
+        rows_of = (z, target, weight, np.empty_like(stats[0]), stats, True, dz, invalid, upstream, denominator, unless_one)
         _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap)
         return
     weight, _ = _weights(weight, z, smoothing != 0.0 and not soft)
@@ -345,7 +345,7 @@ def _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_in
             stats.fill(0.0)
     elif z_loss or softcap is not None or stats is not None:
         upstream = np.full(loss.shape, g, loss.dtype)
-        rows_of = (z, target, weight, loss, stats, dz, invalid, upstream, None, False)
+        rows_of = (z, target, weight, loss, stats, False, dz, invalid, upstream, None, False)
         _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap)
     elif soft:
         weight, _ = _weights(weight, z, False)
@@ -358,9 +358,10 @@ def _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_in
 
 
 def _rows_with_options(
-    z, target, weight, loss, stats, dz, invalid, upstream, denominator, unless_one, ignore_index, smoothing, z_loss, softcap
+    z, target, weight, loss, stats, known, dz, invalid, upstream, denominator, unless_one,
+    ignore_index, smoothing, z_loss, softcap,
 ):  # fmt: skip
-    """Loss, stats (unless None) and dz (unless None) by the kernels of `_loss`."""
+    """Loss and stats (unless None, or known), and dz (unless None) by the kernels of `_loss`."""
     weight, _ = _weights(weight, z, True)
     stats = np.empty((0, *loss.shape), loss.dtype) if stats is None else stats
     dz = np.empty((0, 0, 0), z.dtype) if dz is None else dz
@@ -369,10 +370,10 @@ def _rows_with_options(
     numbers = (float(smoothing), float(z_loss), 0.0 if softcap is None else float(softcap))
     cost = z.nbytes + dz.nbytes
     if target.ndim == 3:
-        of_probabilities = (z, target, weight, loss, stats, dz, upstream, denominator, unless_one)
+        of_probabilities = (z, target, weight, loss, stats, known, dz, upstream, denominator, unless_one)
         run(soft_rows, loss.size, cost + target.nbytes, *of_probabilities, *numbers)
     else:
-        of_classes = (z, _classes(target), weight, loss, stats, dz, invalid, upstream, denominator, unless_one)
+        of_classes = (z, _classes(target), weight, loss, stats, known, dz, invalid, upstream, denominator, unless_one)
         run(hard_rows, loss.size, cost, *of_classes, int(ignore_index), *numbers)
 
 
