@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import platform
@@ -475,6 +476,16 @@ def test_the_cache_is_used_by_the_next_process_and_notices_a_changed_helper(copi
     new_folder, hits, total = use(tmp_path / "cache")
     assert (hits, total) == (0, pytest.approx(3))
     assert new_folder != folder
+
+
+def test_no_two_kernels_share_a_cache_file():
+    """Rooms have kernels of the same name, and all that run on OpenMP's threads have `_team.py` as their file."""
+    names = [p.stem for p in KERNELS.glob("*.py") if p.stem not in ("__init__", "_threads", "_team", "_jit")]
+    rooms = [importlib.import_module(f"hw3gpu.kernels.cpu.{name}") for name in names]
+    found = {v for room in rooms for v in vars(room).values() if isinstance(getattr(v, "_cache", None), _jit._KernelCache)}
+    files = [k._cache._impl.filename_base for kernel in found for k in (kernel, _team.team_of(kernel))]
+    assert len(found) > 30
+    assert len(set(files)) == len(files)
 
 
 def test_a_cache_folder_that_cannot_be_written_is_no_error(copied, tmp_path):
