@@ -157,8 +157,8 @@ def test_rows_up_to_the_promised_length_are_read_once(beside, mode, itemsize, lo
 
 
 def test_many_short_rows_share_a_program():
-    assert P.plan_rows(10, 4096, 4, P.STRIDED, False).BLOCK_R == 256
-    assert P.plan_rows(1, 10**6, 4, P.STRIDED, False).BLOCK_R == 4096
+    assert P.plan_rows(10, 4096, 4, P.STRIDED, False).BLOCK_R == 128
+    assert P.plan_rows(1, 10**6, 4, P.STRIDED, False).BLOCK_R == 2048
     assert P.plan_rows(1000, 4096, 4, P.ALIGNED, False).BLOCK_R == 4
     assert P.plan_rows(10, 3, 4, P.STRIDED, False).BLOCK_R == 4
 

@@ -68,7 +68,9 @@ def resident_lanes(beside: int, itemsize: int, mode: int) -> int:
         lanes = 4096 if beside else 16384
     else:
         lanes = 32768 >> beside
-    return lanes // (2 if itemsize == 8 else 1)
+    if itemsize == 8:
+        lanes //= 4 if mode == SHIFTED else 2
+    return lanes
 
 
 def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, beside: int = 0) -> RowPlan:
@@ -77,13 +79,13 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, beside: in
     unit_s: neighbouring rows lie side by side and V does not (the class axis in the middle). beside: as `resident_lanes`.
     """
     lanes = body_lanes(V, itemsize, mode)
-    # what a thread keeps beside a lane costs registers, as do the ends of rows that begin anywhere: fewer lanes to a thread
-    spread = (2 if beside else 1) * (2 if mode == SHIFTED else 1)
+    # what a thread keeps beside a lane costs registers, as do ends of rows and strides: fewer lanes to a thread
+    spread = (2 if beside else 1) * (1 if mode == ALIGNED else 2)
     if unit_s and S > 1:
         block_r = min(next_power_of_2(S), 128 // itemsize)
         resident = 8192 // (2 if itemsize == 8 else 1) // block_r
     else:
-        block_r = max(1, min(next_power_of_2(S), 4096 // next_power_of_2(lanes)))
+        block_r = max(1, min(next_power_of_2(S), (2048 if beside > 1 or mode == STRIDED else 4096) // next_power_of_2(lanes)))
         resident = resident_lanes(beside, itemsize, mode)
     if lanes <= resident:
         keep = next_power_of_2(lanes)
@@ -91,7 +93,8 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, beside: in
     if beside:
         keep, block_v, num_warps = min(resident, 16384 >> beside), 4096 // block_r, 16
     else:
-        keep, block_v, num_warps = resident, 16384 // itemsize // block_r, _warps(2 * spread * block_r * resident)
+        keep, block_v = resident, 16384 // itemsize // block_r
+        num_warps = _warps((1 if itemsize == 8 and mode == SHIFTED else 2) * spread * block_r * resident)
     return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps)
 
 
