@@ -163,10 +163,19 @@ def test_many_short_rows_share_a_program():
     assert P.plan_rows(10, 3, 4, P.STRIDED, False).BLOCK_R == 4
 
 
-def test_neighbouring_rows_fill_a_line_of_128_bytes():
-    """With the class axis in the middle a program reads neighbours along S together."""
-    for itemsize in ITEMSIZES:
-        assert P.plan_rows(1000, 3136, itemsize, P.STRIDED, True).BLOCK_R * itemsize == 128
+@pytest.mark.parametrize(
+    ("V", "widths", "fits"),
+    [
+        pytest.param(19, (128, 128, 128), True, id="19 classes of segmentation"),
+        pytest.param(128, (32, 64, 64), True, id="128 classes"),
+        pytest.param(1000, (64, 128, 128), False, id="1000 classes"),
+    ],
+)
+def test_neighbouring_rows_fill_a_line_or_at_least_a_sector(V, widths, fits):
+    """With the class axis in the middle a program reads neighbours along S together: sectors of 32 bytes, lines of 128."""
+    for itemsize, width in zip(ITEMSIZES, widths, strict=True):
+        p = P.plan_rows(V, 3136, itemsize, P.STRIDED, True)
+        assert (p.BLOCK_R * itemsize, p.FITS) == (width, fits)
 
 
 @drawn

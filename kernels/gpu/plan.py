@@ -82,19 +82,26 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, beside: in
     # what a thread keeps beside a lane costs registers, as do ends of rows and strides: fewer lanes to a thread
     spread = (2 if beside else 1) * (1 if mode == ALIGNED else 2)
     if unit_s and S > 1:
-        block_r = min(next_power_of_2(S), 128 // itemsize)
-        resident = 8192 // (2 if itemsize == 8 else 1) // block_r
+        # neighbours fill a line of 128 bytes where that leaves room for their rows, and at least a sector of 32
+        resident = 2048 // (2 if itemsize == 8 else 1)
+        room = resident // next_power_of_2(lanes) * itemsize
+        width = min(room, 128) if room >= 32 else min(32 * itemsize, 128)
+        block_r = min(next_power_of_2(S), width // itemsize)
+        resident, spread = resident // block_r, 4
     else:
         block_r = max(1, min(next_power_of_2(S), (2048 if beside > 1 or mode == STRIDED else 4096) // next_power_of_2(lanes)))
         resident = resident_lanes(beside, itemsize, mode)
     if lanes <= resident:
         keep = next_power_of_2(lanes)
         return RowPlan(block_r, keep, keep, True, _warps(spread * block_r * keep))
-    if beside:
+    # the loop over the rest keeps strides, or the ends of float64, beside the lanes: more registers a thread
+    if unit_s and S > 1:
+        keep, block_v, num_warps = max(resident // 2, 1), max(resident // 2, 1), 8
+    elif beside:
         keep, block_v, num_warps = min(resident, 16384 >> beside), 4096 // block_r, 16
     else:
         keep, block_v = resident, 16384 // itemsize // block_r
-        num_warps = _warps((1 if itemsize == 8 and mode == SHIFTED else 2) * spread * block_r * resident)
+        num_warps = 16 if itemsize == 8 and mode == SHIFTED else _warps(2 * spread * block_r * resident)
     return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps)
 
 
