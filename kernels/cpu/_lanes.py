@@ -1,6 +1,6 @@
 """A vector of adjacent elements as one value, for the loops that LLVM's own vectoriser would leave slower than memory.
 
-A value of `Lanes` holds what one cache line of accumulators holds, 16 float32 or 8 float64; LLVM maps it to the machine's
+A value of `Lanes` holds two cache lines of accumulators, 32 float32 or 16 float64; LLVM maps it to the machine's
 registers. +, - and * work on it, lane by lane, with numbers too. `load_lanes` and `store_lanes` convert as `load` and `store`
 of `_elements.py` do; both take the number of lanes that exist, of which a constant costs nothing: the last elements of a row
 are one more vector and no other loop.
@@ -49,7 +49,7 @@ class _LanesModel(models.PrimitiveModel):
 
 
 def _lanes_of(dtype: Any) -> Lanes:
-    return Lanes(types.float64, 8) if dtype == types.float64 else Lanes(types.float32, 16)
+    return Lanes(types.float64, 16) if dtype == types.float64 else Lanes(types.float32, 32)
 
 
 def width(row: Any) -> Any:
@@ -343,7 +343,7 @@ def stream_lanes(typingctx: Any, row: Any, i: Any, v: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = _memory_type(row, v)
         pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), vector)
-        align = v.count * row.dtype.bitwidth // 8
+        align = min(LINE, v.count * row.dtype.bitwidth // 8)
         store = builder.store(_to_memory(builder, args[2], row, vector), pointer, align=align)
         store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_WORD, 1)]))
         return context.get_dummy_value()
@@ -359,7 +359,9 @@ def prefetch(typingctx: Any, row: Any, i: Any) -> Any:
         pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), _BYTE)
         of = ir.FunctionType(ir.VoidType(), [pointer.type, _WORD, _WORD, _WORD])
         function = cgutils.get_or_insert_function(builder.module, of, "llvm.prefetch.p0i8")
-        builder.call(function, [pointer, *(ir.Constant(_WORD, k) for k in (0, 3, 1))])
+        for line in range(0, _lanes_of(row.dtype).count * row.dtype.bitwidth // 8, LINE):
+            there = builder.gep(pointer, [ir.Constant(_INT, line)])
+            builder.call(function, [there, *(ir.Constant(_WORD, k) for k in (0, 3, 1))])
         return context.get_dummy_value()
 
     return types.void(row, i), codegen
