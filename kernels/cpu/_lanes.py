@@ -19,7 +19,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
-from numba.extending import intrinsic, overload
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.core.typing.templates import signature as typed
+from numba.extending import intrinsic, lower_builtin
 from numba.np.arrayobj import make_array
 
 from ._jit import inline
@@ -52,14 +54,11 @@ def _lanes_of(dtype: Any) -> Lanes:
     return Lanes(types.float64, 16) if dtype == types.float64 else Lanes(types.float32, 32)
 
 
-def width(row: Any) -> Any:
+@intrinsic
+def width(typingctx: Any, row: Any) -> Any:
     """Lanes of a vector of `row`."""
-
-
-@overload(width, inline="always")
-def _width(row):
     count = _lanes_of(row.dtype).count
-    return lambda row: count
+    return types.intp(row), lambda context, builder, signature, args: context.get_constant(types.intp, count)
 
 
 def _splat(builder: Any, value: Any, vector: Any) -> Any:
@@ -74,18 +73,23 @@ def _operand(context: Any, builder: Any, value: Any, of: Any, lanes: Any) -> Any
     return _splat(builder, context.cast(builder, value, of, lanes.dtype), context.get_value_type(lanes))
 
 
+def _lane_by_lane(result: Callable[..., Any], a: Any, b: Any) -> Callable[..., Any]:
+    """The code of `result(builder, a, b)` for types of which one at least is `Lanes`, or neither and both the same."""
+    lanes = a if isinstance(a, Lanes) else b
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        left, right = (_operand(context, builder, v, of, lanes) for v, of in zip(args, (a, b), strict=True))
+        return result(builder, left, right)
+
+    return codegen
+
+
 def _of_lanes(result: Callable[..., Any]) -> Any:
-    """An intrinsic of two operands, of which one at least is `Lanes`: `result(builder, a, b)` lane by lane."""
+    """An intrinsic of two operands: `result(builder, a, b)` lane by lane."""
 
     @intrinsic
     def operation(typingctx: Any, a: Any, b: Any) -> Any:
-        lanes = a if isinstance(a, Lanes) else b
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            left, right = (_operand(context, builder, v, of, lanes) for v, of in zip(args, (a, b), strict=True))
-            return result(builder, left, right)
-
-        return lanes(a, b), codegen
+        return (a if isinstance(a, Lanes) else b)(a, b), _lane_by_lane(result, a, b)
 
     return operation
 
@@ -103,50 +107,35 @@ def _choice(comparison: str, then: str) -> Callable[..., Any]:
     return result
 
 
-_add = _of_lanes(lambda builder, a, b: builder.fadd(a, b, flags=_CONTRACT))
-_sub = _of_lanes(lambda builder, a, b: builder.fsub(a, b, flags=_CONTRACT))
-_mul = _of_lanes(lambda builder, a, b: builder.fmul(a, b, flags=_CONTRACT))
-_larger = _of_lanes(_choice(">", "a"))
-unequal = _of_lanes(_choice("!=", "1"))
-_not_zero_times = _of_lanes(
-    lambda builder, a, b: builder.select(
-        builder.fcmp_ordered("==", a, ir.Constant(a.type, None)), ir.Constant(a.type, None), builder.fmul(a, b)
-    )
-)
+def _product_or_zero(builder: Any, q: Any, d: Any) -> Any:
+    zero = ir.Constant(q.type, None)
+    return builder.select(builder.fcmp_ordered("==", q, zero), zero, builder.fmul(q, d))
 
 
-def _overload(operation: Callable[..., Any], of_lanes: Any) -> None:
-    @overload(operation, inline="always")
-    def chosen(a, b):
-        if isinstance(a, Lanes) or isinstance(b, Lanes):
-            return lambda a, b: of_lanes(a, b)
-        return None
+larger = _of_lanes(_choice(">", "a"))  # a where a > b, else b: of a NaN and a number the second; of two numbers too
+unequal = _of_lanes(_choice("!=", "1"))  # 1 where a differs from b, else 0
+times = _of_lanes(_product_or_zero)  # q d, and 0 where q is 0 whatever d is
 
 
-for _operation, _for_lanes in ((operator.add, _add), (operator.sub, _sub), (operator.mul, _mul)):
-    _overload(_operation, _for_lanes)
+def _operator(operation: Callable[..., Any], instruction: str) -> None:
+    """`operation` of two `Lanes`, or of `Lanes` and a number, as one instruction: an overload would take longer to compile."""
+
+    @infer_global(operation)
+    class Typing(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            lanes = [a for a in args if isinstance(a, Lanes)]
+            return typed(lanes[0], *args) if lanes and len(args) == 2 else None
+
+    def lowered(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code = _lane_by_lane(lambda builder, a, b: getattr(builder, instruction)(a, b, flags=_CONTRACT), *signature.args)
+        return code(context, builder, signature, args)
+
+    for kinds in ((Lanes, Lanes), (Lanes, types.Number), (types.Number, Lanes)):
+        lower_builtin(operation, *kinds)(lowered)
 
 
-def larger(a: Any, b: Any) -> Any:
-    """a where a > b, else b: of a NaN and a number the second."""
-    return a if a > b else b
-
-
-def times(q: Any, d: Any) -> Any:
-    """q d, and 0 where q is 0 whatever d is."""
-    return q * d if q != 0 else q
-
-
-@overload(larger, inline="always")
-def _choose_larger(a, b):
-    if isinstance(a, Lanes) or isinstance(b, Lanes):
-        return lambda a, b: _larger(a, b)
-    return lambda a, b: a if a > b else b
-
-
-@overload(times, inline="always")
-def _choose_times(q, d):
-    return lambda q, d: _not_zero_times(q, d)
+for _operation, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    _operator(_operation, _instruction)
 
 
 # ---------------------------------------------------------------------------------------------- within a vector
