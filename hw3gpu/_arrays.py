@@ -186,7 +186,9 @@ def _host_view(x: Array) -> Array:
     if not isinstance(x, np.ndarray):
         if x.dtype is sys.modules["torch"].bfloat16:
             return x.detach().resolve_neg().view(sys.modules["torch"].uint16).numpy()
-        x = x.numpy(force=True)  # without its graph and its lazy sign; on the host no copy but for that sign
+        if x.requires_grad:
+            x = x.detach()
+        x = x.resolve_neg().numpy() if x.is_neg() else x.numpy()  # on the host no copy but for that lazy sign
     return x.view(np.int16) if x.dtype.char == "e" else x
 
 
@@ -227,7 +229,9 @@ def fold(x: Array, axis: int | None) -> Array:
     """
     if axis is None:
         return x.reshape(1, 1, math.prod(x.shape))
-    shape = tuple(x.shape)
+    shape = x.shape
+    if len(shape) == 2 and axis == 1:
+        return x[:, :, None]
     axis %= len(shape)
     return x.reshape(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
 

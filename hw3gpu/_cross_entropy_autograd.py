@@ -158,15 +158,16 @@ def _run_step(logits, target, weight, upstream, options, dlogits=None, stats=Fal
     else:
         dz = _arrays.fold(see(dlogits), class_axis(logits))
     acc = accumulate_dtype(logits)
-    result, invalid = torch.empty((), dtype=acc), np.array((N * S,))
+    # a tensor on NumPy's memory: sooner made than NumPy's view of a tensor
+    result, invalid = np.empty(1, np.float64 if acc is torch.float64 else np.float32), np.array((N * S,))
     numbers = torch.empty((NUMBERS, N, S), dtype=acc) if stats else None
     _arrays.kernels("cross_entropy_step", "cpu").forward_backward(
-        z, t, see(weight), see(result).reshape(1), dz, invalid, stats=see(numbers), upstream=upstream,
+        z, t, see(weight), result, dz, invalid, stats=see(numbers), upstream=upstream,
         mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored, **options.of_rows,
     )  # fmt: skip
     if invalid[0] < N * S:
         refuse_class(target, int(invalid[0]), logits.shape[class_axis(logits)], options.ignore_index)
-    return result, numbers, dlogits
+    return torch.from_numpy(result.reshape(())), numbers, dlogits
 
 
 def never_zero(denominator, options):

@@ -221,6 +221,8 @@ def cross_entropy(
 
 
 def _loss_dtype(x, target):
+    if x.dtype is torch.float32 and target.dtype is torch.int64:
+        return x.dtype
     if x.dtype in _HALVES and _autocast(x):
         return torch.float32
     return torch.promote_types(x.dtype, target.dtype) if target.is_floating_point() else x.dtype
@@ -241,8 +243,11 @@ def _cross_entropy_arguments(z, target, weight, ignore_index, reduction, label_s
         _check.floating(target, "target")
         _check.same_shape(target, "target", z, "input")
     else:
-        _check.integer(target, "target")
-        _check.shape(target, "target", loss_shape(z), "one class per row of input")
+        if target.dtype is not torch.int64:
+            _check.integer(target, "target")
+        rows = loss_shape(z)
+        if target.shape != rows:
+            _check.shape(target, "target", rows, "one class per row of input")
     if target.device != z.device:
         raise RuntimeError(f"target: expected a tensor on {z.device}, where input is, got one on {target.device}")
     if weight is not None:
@@ -255,7 +260,8 @@ def _cross_entropy_arguments(z, target, weight, ignore_index, reduction, label_s
         _check.integer_value(ignore_index, "ignore_index")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-    _check.real_value(label_smoothing, "label_smoothing")
+    if type(label_smoothing) is not float:
+        _check.real_value(label_smoothing, "label_smoothing")
     if not 0.0 <= label_smoothing <= 1.0:
         raise _check.ShapeError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
     return weight
@@ -263,7 +269,8 @@ def _cross_entropy_arguments(z, target, weight, ignore_index, reduction, label_s
 
 def _extra_arguments(z_loss, softcap, gradient, all_ignored):
     """Checks the arguments that PyTorch's function does not have."""
-    _check.real_value(z_loss, "z_loss")
+    if type(z_loss) is not float:
+        _check.real_value(z_loss, "z_loss")
     if not 0.0 <= z_loss < math.inf:
         raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
     if softcap is not None:

@@ -1,6 +1,6 @@
 """A vector of adjacent elements as one value, for the loops that LLVM's own vectoriser would leave slower than memory.
 
-A value of `Lanes` holds what one cache line of accumulators holds, 16 float32 or 8 float64; LLVM maps it to the machine's
+A value of `Lanes` holds two cache lines of accumulators, 32 float32 or 16 float64; LLVM maps it to the machine's
 registers. +, - and * work on it, lane by lane, with numbers too. `load_lanes` and `store_lanes` convert as `load` and `store`
 of `_elements.py` do; both take the number of lanes that exist, of which a constant costs nothing: the last elements of a row
 are one more vector and no other loop.
@@ -19,7 +19,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
-from numba.extending import intrinsic, overload
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.core.typing.templates import signature as typed
+from numba.extending import intrinsic, lower_builtin
 from numba.np.arrayobj import make_array
 
 from ._jit import inline
@@ -49,17 +51,14 @@ class _LanesModel(models.PrimitiveModel):
 
 
 def _lanes_of(dtype: Any) -> Lanes:
-    return Lanes(types.float64, 8) if dtype == types.float64 else Lanes(types.float32, 16)
+    return Lanes(types.float64, 16) if dtype == types.float64 else Lanes(types.float32, 32)
 
 
-def width(row: Any) -> Any:
+@intrinsic
+def width(typingctx: Any, row: Any) -> Any:
     """Lanes of a vector of `row`."""
-
-
-@overload(width, inline="always")
-def _width(row):
     count = _lanes_of(row.dtype).count
-    return lambda row: count
+    return types.intp(row), lambda context, builder, signature, args: context.get_constant(types.intp, count)
 
 
 def _splat(builder: Any, value: Any, vector: Any) -> Any:
@@ -74,18 +73,23 @@ def _operand(context: Any, builder: Any, value: Any, of: Any, lanes: Any) -> Any
     return _splat(builder, context.cast(builder, value, of, lanes.dtype), context.get_value_type(lanes))
 
 
+def _lane_by_lane(result: Callable[..., Any], a: Any, b: Any) -> Callable[..., Any]:
+    """The code of `result(builder, a, b)` for types of which one at least is `Lanes`, or neither and both the same."""
+    lanes = a if isinstance(a, Lanes) else b
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        left, right = (_operand(context, builder, v, of, lanes) for v, of in zip(args, (a, b), strict=True))
+        return result(builder, left, right)
+
+    return codegen
+
+
 def _of_lanes(result: Callable[..., Any]) -> Any:
-    """An intrinsic of two operands, of which one at least is `Lanes`: `result(builder, a, b)` lane by lane."""
+    """An intrinsic of two operands: `result(builder, a, b)` lane by lane."""
 
     @intrinsic
     def operation(typingctx: Any, a: Any, b: Any) -> Any:
-        lanes = a if isinstance(a, Lanes) else b
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            left, right = (_operand(context, builder, v, of, lanes) for v, of in zip(args, (a, b), strict=True))
-            return result(builder, left, right)
-
-        return lanes(a, b), codegen
+        return (a if isinstance(a, Lanes) else b)(a, b), _lane_by_lane(result, a, b)
 
     return operation
 
@@ -103,50 +107,35 @@ def _choice(comparison: str, then: str) -> Callable[..., Any]:
     return result
 
 
-_add = _of_lanes(lambda builder, a, b: builder.fadd(a, b, flags=_CONTRACT))
-_sub = _of_lanes(lambda builder, a, b: builder.fsub(a, b, flags=_CONTRACT))
-_mul = _of_lanes(lambda builder, a, b: builder.fmul(a, b, flags=_CONTRACT))
-_larger = _of_lanes(_choice(">", "a"))
-unequal = _of_lanes(_choice("!=", "1"))
-_not_zero_times = _of_lanes(
-    lambda builder, a, b: builder.select(
-        builder.fcmp_ordered("==", a, ir.Constant(a.type, None)), ir.Constant(a.type, None), builder.fmul(a, b)
-    )
-)
+def _product_or_zero(builder: Any, q: Any, d: Any) -> Any:
+    zero = ir.Constant(q.type, None)
+    return builder.select(builder.fcmp_ordered("==", q, zero), zero, builder.fmul(q, d))
 
 
-def _overload(operation: Callable[..., Any], of_lanes: Any) -> None:
-    @overload(operation, inline="always")
-    def chosen(a, b):
-        if isinstance(a, Lanes) or isinstance(b, Lanes):
-            return lambda a, b: of_lanes(a, b)
-        return None
+larger = _of_lanes(_choice(">", "a"))  # a where a > b, else b: of a NaN and a number the second; of two numbers too
+unequal = _of_lanes(_choice("!=", "1"))  # 1 where a differs from b, else 0
+times = _of_lanes(_product_or_zero)  # q d, and 0 where q is 0 whatever d is
 
 
-for _operation, _for_lanes in ((operator.add, _add), (operator.sub, _sub), (operator.mul, _mul)):
-    _overload(_operation, _for_lanes)
+def _operator(operation: Callable[..., Any], instruction: str) -> None:
+    """`operation` of two `Lanes`, or of `Lanes` and a number, as one instruction: an overload would take longer to compile."""
+
+    @infer_global(operation)
+    class Typing(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            lanes = [a for a in args if isinstance(a, Lanes)]
+            return typed(lanes[0], *args) if lanes and len(args) == 2 else None
+
+    def lowered(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code = _lane_by_lane(lambda builder, a, b: getattr(builder, instruction)(a, b, flags=_CONTRACT), *signature.args)
+        return code(context, builder, signature, args)
+
+    for kinds in ((Lanes, Lanes), (Lanes, types.Number), (types.Number, Lanes)):
+        lower_builtin(operation, *kinds)(lowered)
 
 
-def larger(a: Any, b: Any) -> Any:
-    """a where a > b, else b: of a NaN and a number the second."""
-    return a if a > b else b
-
-
-def times(q: Any, d: Any) -> Any:
-    """q d, and 0 where q is 0 whatever d is."""
-    return q * d if q != 0 else q
-
-
-@overload(larger, inline="always")
-def _choose_larger(a, b):
-    if isinstance(a, Lanes) or isinstance(b, Lanes):
-        return lambda a, b: _larger(a, b)
-    return lambda a, b: a if a > b else b
-
-
-@overload(times, inline="always")
-def _choose_times(q, d):
-    return lambda q, d: _not_zero_times(q, d)
+for _operation, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    _operator(_operation, _instruction)
 
 
 # ---------------------------------------------------------------------------------------------- within a vector
@@ -343,7 +332,7 @@ def stream_lanes(typingctx: Any, row: Any, i: Any, v: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = _memory_type(row, v)
         pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), vector)
-        align = v.count * row.dtype.bitwidth // 8
+        align = min(LINE, v.count * row.dtype.bitwidth // 8)
         store = builder.store(_to_memory(builder, args[2], row, vector), pointer, align=align)
         store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_WORD, 1)]))
         return context.get_dummy_value()
@@ -359,7 +348,9 @@ def prefetch(typingctx: Any, row: Any, i: Any) -> Any:
         pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), _BYTE)
         of = ir.FunctionType(ir.VoidType(), [pointer.type, _WORD, _WORD, _WORD])
         function = cgutils.get_or_insert_function(builder.module, of, "llvm.prefetch.p0i8")
-        builder.call(function, [pointer, *(ir.Constant(_WORD, k) for k in (0, 3, 1))])
+        for line in range(0, _lanes_of(row.dtype).count * row.dtype.bitwidth // 8, LINE):
+            there = builder.gep(pointer, [ir.Constant(_INT, line)])
+            builder.call(function, [there, *(ir.Constant(_WORD, k) for k in (0, 3, 1))])
         return context.get_dummy_value()
 
     return types.void(row, i), codegen
