@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 
 from ._jit import kernel as compiled
 
@@ -78,7 +79,8 @@ def _share(typingctx: Any, kernel: Any, entry: Any, threads: Any, pieces: Any, b
         _, entry, threads, pieces, blocks, packed = values
         # the data: next piece, pieces, blocks, whether one failed, the kernel's arguments
         head = ir.Constant(_INT, 0), pieces, blocks, ir.Constant(_FLAG, 0)
-        data = cgutils.pack_struct(builder, [*head, *cgutils.unpack_tuple(builder, packed, len(args))])
+        given = (_borrowed(context, builder, *pair) for pair in zip(args, cgutils.unpack_tuple(builder, packed, len(args))))
+        data = cgutils.pack_struct(builder, [*head, *given])
         place = cgutils.alloca_once_value(builder, data)
         work = _worker(context, builder.module, called, arguments, data.type)
         start = ir.FunctionType(ir.VoidType(), [work.type, place.type, _FLAG, _FLAG])
@@ -90,6 +92,15 @@ def _share(typingctx: Any, kernel: Any, entry: Any, threads: Any, pieces: Any, b
         return context.get_dummy_value()
 
     return types.void(kernel, types.intp, types.intp, types.intp, types.intp, args), codegen
+
+
+def _borrowed(context: Any, builder: Any, of: Any, value: Any) -> Any:
+    """An array that counts no references: all threads would count on one line of the cache. The caller holds them."""
+    if not isinstance(of, types.Array):
+        return value
+    array = make_array(of)(context, builder, value)
+    array.meminfo = cgutils.get_null_value(array.meminfo.type)
+    return array._getvalue()
 
 
 def _worker(context: Any, module: Any, called: Any, arguments: Any, layout: Any) -> Any:
