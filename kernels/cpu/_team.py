@@ -79,7 +79,10 @@ def _share(typingctx: Any, kernel: Any, entry: Any, threads: Any, pieces: Any, b
         _, entry, threads, pieces, blocks, packed = values
         # the data: next piece, pieces, blocks, whether one failed, the kernel's arguments
         head = ir.Constant(_INT, 0), pieces, blocks, ir.Constant(_FLAG, 0)
-        given = (_borrowed(context, builder, *pair) for pair in zip(args, cgutils.unpack_tuple(builder, packed, len(args))))
+        given = (
+            _borrowed(context, builder, *pair)
+            for pair in zip(args, cgutils.unpack_tuple(builder, packed, len(args)), strict=True)
+        )
         data = cgutils.pack_struct(builder, [*head, *given])
         place = cgutils.alloca_once_value(builder, data)
         work = _worker(context, builder.module, called, arguments, data.type)
