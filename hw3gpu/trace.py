@@ -307,22 +307,26 @@ def _result(ns: Numerics, found: _Findings, given: str, unit: Array) -> TraceMin
     """The findings as the caller's `TraceMinimum`; `unit` (...) takes scaled values to the caller's, sign included."""
     m, k = found.phi.shape[-2:]
     host, width, real, proof = _Report(ns), abs(unit), real_dtype(given), found.proof
-    certified, value_certified = proof.separated & found.agrees, proof.proved & found.agrees
+    with np.errstate(over="ignore"):  # a sum beyond the caller's numbers is infinite, and said to be
+        value, total, dual_value = found.value * unit, found.total * unit, proof.dual_value * unit
+        given_value = ns.give(value, real)
+    held = abs(value) <= np.finfo(real).max
+    certified, value_certified = proof.separated & found.agrees & held, proof.proved & found.agrees & held
     return TraceMinimum(
         phi=ns.give(fix_signs(ns, found.phi), given),
-        value=ns.give(found.value * unit, real),
+        value=given_value,
         eigenvalues=ns.give(found.kept * unit[..., None], real),
         gap=host(found.gap * width),
         unique=host(found.unique),
         residual=host(found.residual),
         orthogonality=host(found.orthogonality),
         certified=host(certified),
-        eigenvalue_sum=host(found.total * unit),
+        eigenvalue_sum=host(total),
         subspace_error=host(ns.xp.minimum(found.sine, min(k, m - k) ** 0.5)),
-        dual_value=host(proof.dual_value * unit),
+        dual_value=host(dual_value),
         margin=host(proof.margin * width),
         value_certified=host(value_certified),
-        reason=host.reasons(certified, value_certified, proof, found.gap * width, proof.margin * width),
+        reason=host.reasons(certified, value_certified, held, proof, found.gap * width, proof.margin * width),
         method=found.method,
     )
 
@@ -337,20 +341,24 @@ class _Report:
         a = self.ns.host(a)
         return a.item() if a.ndim == 0 else a
 
-    def reasons(self, certified: Array, value_certified: Array, proof: Certificate, gap: Array, margin: Array) -> Any:
+    def reasons(
+        self, certified: Array, value_certified: Array, held: Array, proof: Certificate, gap: Array, margin: Array
+    ) -> Any:
         """Why each matrix is not certified: a string, or an array of strings."""
-        columns: list[Any] = [self.ns.host(a) for a in (certified, value_certified, proof.proved, gap, margin)]
+        columns: list[Any] = [self.ns.host(a) for a in (certified, value_certified, held, proof.proved, gap, margin)]
         texts = np.empty(columns[0].shape, dtype=object)
         for i in np.ndindex(texts.shape):
             texts[i] = _reason(*(column[i] for column in columns))
         return texts.item() if texts.ndim == 0 else texts
 
 
-def _reason(certified: bool, value_certified: bool, proved: bool, gap: float, margin: float) -> str:
+def _reason(certified: bool, value_certified: bool, held: bool, proved: bool, gap: float, margin: float) -> str:
     if certified:
         return ""
     if np.isnan(margin):
         return "not asked for (certify=False)"
+    if not held:
+        return "the value is beyond the largest number of its dtype"
     if value_certified:
         return (
             f"the gap {gap:.3g} is within the rounding margin 2 * {margin:.3g}: the value is certified, the subspace "

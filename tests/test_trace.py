@@ -784,3 +784,14 @@ def test_arrays_on_a_gpu_without_cupy_say_what_is_missing(monkeypatch):
         minimize_trace(sigma, 1)
     with pytest.raises(TypeError, match="covariance: expected a tensor on a CPU or CUDA device, got meta"):
         minimize_trace(torch.empty(3, 3, device="meta"), 1)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("dtype", "unit"), [("float64", 1e308), ("float32", 2e38)])
+def test_a_value_beyond_its_dtype_is_infinite_and_not_certified(dtype, unit):
+    found = minimize_trace((np.diag([1.0, 1.1, 1.7]) * unit).astype(dtype), 2)
+    assert found.value == np.inf
+    assert not found.certified
+    assert not found.value_certified
+    assert "beyond the largest number" in found.reason
+    assert minimize_trace((np.diag([1.0, 1.1, 1.7]) * unit / 3).astype(dtype), 2).certified
