@@ -14,7 +14,8 @@ import numpy as np
 
 from ._elements import copy, line_of, load, prefix, store
 from ._jit import inline, kernel, outline
-from ._lines import MEAN, REST, SCALE, SHIFT_1, SHIFT_2, _add_gradients, _apply, _fold, _statistics, _tile_sums
+from ._lanes import streamed
+from ._lines import MEAN, REST, SCALE, SHIFT_1, SHIFT_2, _add_gradients, _apply, _fold, _goes_around, _statistics, _tile_sums
 from ._mask import bits_at, bytes_for, let_through, put_bits
 from ._moments import sums_of
 
@@ -89,7 +90,7 @@ def _scatter(line, a, n, c, s, of_rows, scratch):
 @inline
 def _add_line(x, at, residual, y):
     for p in range(x.size):
-        value = ((load(x, p) - at[MEAN, p]) - at[REST, p]) * at[SCALE, p] + at[SHIFT_1, p]
+        value = ((load(x, p) - at[0, MEAN, p]) - at[0, REST, p]) * at[0, SCALE, p] + at[0, SHIFT_1, p]
         store(y, p, value + load(residual, p))
 
 
@@ -97,7 +98,7 @@ def _add_line(x, at, residual, y):
 def _add_relu_line(x, at, residual, y, zero, on):
     """NaN passes, as in PyTorch."""
     for p in range(x.size):
-        value = ((load(x, p) - at[MEAN, p]) - at[REST, p]) * at[SCALE, p] + at[SHIFT_1, p]
+        value = ((load(x, p) - at[0, MEAN, p]) - at[0, REST, p]) * at[0, SCALE, p] + at[0, SHIFT_1, p]
         value += load(residual, p)
         passes = not value <= zero
         on[p] = passes
@@ -107,7 +108,7 @@ def _add_relu_line(x, at, residual, y, zero, on):
 @inline
 def _scale_line(dy, at, dx):
     for p in range(dy.size):
-        store(dx, p, load(dy, p) * at[SCALE, p])
+        store(dx, p, load(dy, p) * at[0, SCALE, p])
 
 
 @inline
@@ -168,7 +169,7 @@ def _apply_line(dy, x, n, c, s, size, of_rows, mask, byte, at, trained, dx, dres
     _passed(dy, n, c, s, size, of_rows, mask, byte, passed, dy_scratch)
     dx_line = _place(dx, n, c, s, size, dx_scratch)
     if trained:
-        _apply(passed, _gather(x, n, c, s, size, of_rows, x_scratch), at, dx_line)
+        _apply(passed, _gather(x, n, c, s, size, of_rows, x_scratch), at, dx_line, _goes_around(dx))
     else:
         _scale_line(passed, at, dx_line)
     _scatter(dx_line, dx, n, c, s, of_rows, dx_scratch)
@@ -215,7 +216,7 @@ def tile_forward(
 ):  # fmt: skip
     C, S = x.shape[1], x.shape[2]
     P = group * S
-    shift, sums, at = np.empty(group), np.empty((2, 2, group)), np.empty((5, P), var.dtype)
+    shift, sums, at = np.empty(group), np.empty((2, 2, group)), np.empty((1, 5, P), var.dtype)
     shift_at, total, square = np.empty(P), np.empty(P), np.empty(P)
     scratch = _forward_scratch(x, residual, y, P, 0)
     for tile in range(first, last):
@@ -225,20 +226,25 @@ def tile_forward(
         )  # fmt: skip
         for p in range((c1 - c0) * S):
             c = c0 + p // S
-            at[MEAN, p], at[REST, p], at[SCALE, p], at[SHIFT_1, p] = mean[0, c], mean[1, c], rstd[c] * gamma[c], beta[c]
+            at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p] = (
+                mean[0, c],
+                mean[1, c],
+                rstd[c] * gamma[c],
+                beta[c],
+            )
         _normalize_tile(x, c0, (c1 - c0) * S, group, at, residual, y, mask, scratch)
 
 
 @kernel
 def tile_normalize(first, last, group, x, mean, scale, beta, residual, y, mask):
     C, S = x.shape[1], x.shape[2]
-    at = np.empty((5, group * S), mean.dtype)
+    at = np.empty((1, 5, group * S), mean.dtype)
     scratch = _forward_scratch(x, residual, y, group * S, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
         for p in range((c1 - c0) * S):
             c = c0 + p // S
-            at[MEAN, p], at[REST, p], at[SCALE, p], at[SHIFT_1, p] = mean[0, c], mean[1, c], scale[c], beta[c]
+            at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p] = mean[0, c], mean[1, c], scale[c], beta[c]
         _normalize_tile(x, c0, (c1 - c0) * S, group, at, residual, y, mask, scratch)
 
 
@@ -246,22 +252,23 @@ def tile_normalize(first, last, group, x, mean, scale, beta, residual, y, mask):
 def tile_backward(first, last, group, dy, x, mask, mean, rstd, gamma, dx, dresidual, dgamma, dbeta):
     N, C, S = x.shape
     P, m, of = group * S, np.float64(N * S), rstd.dtype.type
-    sums, at = np.empty((2, 2, group)), np.empty((5, P), rstd.dtype)
+    sums, at = np.empty((2, 2, group)), np.empty((1, 5, P), rstd.dtype)
     total, product = np.empty(P), np.empty(P)
     scratch = _backward_scratch(dy, x, dx, dresidual, P, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
         size = (c1 - c0) * S
         for p in range(size):
-            at[MEAN, p], at[REST, p] = mean[0, c0 + p // S], mean[1, c0 + p // S]
+            at[0, MEAN, p], at[0, REST, p] = mean[0, c0 + p // S], mean[1, c0 + p // S]
         _tile_gradients(dy, x, c0, size, group, mask, at, total, product, sums, scratch)
         for c in range(c0, c1):
             db, dg = sums_of(sums, c - c0)
             dg *= rstd[c]
             dbeta[c], dgamma[c] = of(db), of(dg)
             for p in range((c - c0) * S, (c - c0 + 1) * S):
-                at[SCALE, p], at[SHIFT_1, p], at[SHIFT_2, p] = rstd[c] * gamma[c], of(db / m), of(dg * rstd[c] / m)
+                at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = rstd[c] * gamma[c], of(db / m), of(dg * rstd[c] / m)
         _apply_tile(dy, x, c0, size, group, mask, at, True, dx, dresidual, scratch)
+    streamed()
 
 
 @kernel
@@ -269,12 +276,12 @@ def tile_gradient_sums(first, last, group, dy, x, mask, mean, of_channel):
     """of_channel (2, C): sum dy and sum dy (x - mean), of the dy that passes."""
     C, S = x.shape[1], x.shape[2]
     P = group * S
-    sums, at, total, product = np.empty((2, 2, group)), np.empty((5, P), mean.dtype), np.empty(P), np.empty(P)
+    sums, at, total, product = np.empty((2, 2, group)), np.empty((1, 5, P), mean.dtype), np.empty(P), np.empty(P)
     scratch = _backward_scratch(dy, x, x, dy, P, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
         for p in range((c1 - c0) * S):
-            at[MEAN, p], at[REST, p] = mean[0, c0 + p // S], mean[1, c0 + p // S]
+            at[0, MEAN, p], at[0, REST, p] = mean[0, c0 + p // S], mean[1, c0 + p // S]
         _tile_gradients(dy, x, c0, (c1 - c0) * S, group, mask, at, total, product, sums, scratch)
         for c in range(c0, c1):
             of_channel[0, c], of_channel[1, c] = sums_of(sums, c - c0)
@@ -284,20 +291,16 @@ def tile_gradient_sums(first, last, group, dy, x, mask, mean, of_channel):
 def tile_apply(first, last, group, dy, x, mask, mean, scale, b, k, trained, dx, dresidual):
     """dx = scale (dy - b - (x - mean) k), or scale dy, of the dy that passes."""
     C, S = x.shape[1], x.shape[2]
-    at = np.empty((5, group * S), mean.dtype)
+    at = np.empty((1, 5, group * S), mean.dtype)
     scratch = _backward_scratch(dy, x, dx, dresidual, group * S, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
         for p in range((c1 - c0) * S):
             c = c0 + p // S
-            at[MEAN, p], at[REST, p], at[SCALE, p], at[SHIFT_1, p], at[SHIFT_2, p] = (
-                mean[0, c],
-                mean[1, c],
-                scale[c],
-                b[c],
-                k[c],
-            )
+            at[0, MEAN, p], at[0, REST, p] = mean[0, c], mean[1, c]
+            at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = scale[c], b[c], k[c]
         _apply_tile(dy, x, c0, (c1 - c0) * S, group, mask, at, trained, dx, dresidual, scratch)
+    streamed()
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -305,10 +308,10 @@ def tile_apply(first, last, group, dy, x, mask, mean, scale, b, k, trained, dx, 
 @kernel
 def rows_normalize(first, last, blocks, rows, x, mean, scale, beta, residual, y, mask):
     N, C, S = x.shape
-    m, lines, at = N * S, -(-(N * S) // rows), np.empty((5, rows * C), mean.dtype)
+    m, lines, at = N * S, -(-(N * S) // rows), np.empty((1, 5, rows * C), mean.dtype)
     for p in range(rows * C):
         c = p % C
-        at[MEAN, p], at[REST, p], at[SCALE, p], at[SHIFT_1, p] = mean[0, c], mean[1, c], scale[c], beta[c]
+        at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p] = mean[0, c], mean[1, c], scale[c], beta[c]
     scratch = _forward_scratch(x, residual, y, rows * C, rows)
     for line in range(lines * first // blocks, lines * last // blocks):
         v, byte = line * rows, line * bytes_for(rows * C)
@@ -321,9 +324,9 @@ def rows_gradient_sums(first, last, rows, dy, x, mask, mean, partial):
     """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block, of the dy that passes."""
     N, C, S = x.shape
     blocks, m, lines, P = partial.shape[0], N * S, -(-(N * S) // rows), rows * C
-    at, total, product = np.empty((5, P), mean.dtype), np.empty(P), np.empty(P)
+    at, total, product = np.empty((1, 5, P), mean.dtype), np.empty(P), np.empty(P)
     for p in range(P):
-        at[MEAN, p], at[REST, p] = mean[0, p % C], mean[1, p % C]
+        at[0, MEAN, p], at[0, REST, p] = mean[0, p % C], mean[1, p % C]
     scratch = _backward_scratch(dy, x, x, dy, P, rows)
     for block in range(first, last):
         total[:] = 0.0
@@ -339,12 +342,19 @@ def rows_gradient_sums(first, last, rows, dy, x, mask, mean, partial):
 def rows_apply(first, last, blocks, rows, dy, x, mask, mean, scale, b, k, trained, dx, dresidual):
     """dx = scale (dy - b - (x - mean) k), or scale dy, of the dy that passes."""
     N, C, S = x.shape
-    m, lines, at = N * S, -(-(N * S) // rows), np.empty((5, rows * C), mean.dtype)
+    m, lines, at = N * S, -(-(N * S) // rows), np.empty((1, 5, rows * C), mean.dtype)
     for p in range(rows * C):
         c = p % C
-        at[MEAN, p], at[REST, p], at[SCALE, p], at[SHIFT_1, p], at[SHIFT_2, p] = mean[0, c], mean[1, c], scale[c], b[c], k[c]
+        at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = (
+            mean[0, c],
+            mean[1, c],
+            scale[c],
+            b[c],
+            k[c],
+        )
     scratch = _backward_scratch(dy, x, dx, dresidual, rows * C, rows)
     for line in range(lines * first // blocks, lines * last // blocks):
         v, byte = line * rows, line * bytes_for(rows * C)
         size = min(rows, m - v) * C
         _apply_line(dy, x, v // S, 0, v % S, size, True, mask, byte, at, trained, dx, dresidual, scratch)
+    streamed()

@@ -11,9 +11,10 @@ import numpy as np
 
 from ._elements import copy, gather, load, place, plane_of, prefix, scatter, store
 from ._jit import inline, kernel
+from ._lanes import streamed
 from ._mask import bits_at, bytes_for, let_through, put_bits
 from ._moments import add_to, sums_of
-from ._planes import RUN, START, _apply_run, _gradient_sums, _scratch, _statistics
+from ._planes import RUN, START, _apply_run, _goes_around, _gradient_sums, _scratch, _statistics
 
 
 # ---------------------------------------------------------------------------------------------- one piece
@@ -101,6 +102,7 @@ def _add_gradients(dy, x, n, c, s0, s1, mask, mean, sums, j, scratch):
 @inline
 def _apply(dy, x, n, c, s0, s1, mask, mean, scale, b, k, trained, dx, dresidual, scratch):
     dy_scratch, x_scratch, dx_scratch, passed_scratch = scratch
+    around = _goes_around(dx)
     for s in range(s0, s1, RUN):
         end = min(s + RUN, s1)
         if dresidual.size:
@@ -110,7 +112,8 @@ def _apply(dy, x, n, c, s0, s1, mask, mean, scale, b, k, trained, dx, dresidual,
         _passed(dy, x, n, c, s, end, mask, passed, dy_scratch)
         dx_run = place(plane_of(dx, n, c, s, end), dx_scratch)
         if trained:
-            _apply_run(passed, gather(plane_of(x, n, c, s, end), x_scratch), mean[0, c], mean[1, c], scale, b, k, dx_run)
+            x_run = gather(plane_of(x, n, c, s, end), x_scratch)
+            _apply_run(passed, x_run, mean[0, c], mean[1, c], scale, b, k, dx_run, around)
         else:
             _scale_run(passed, scale, dx_run)
         scatter(plane_of(dx, n, c, s, end), dx_scratch)
@@ -157,6 +160,7 @@ def backward(first, last, group, dy, x, mask, mean, rstd, gamma, dx, dresidual, 
             for c in range(c0, c1):
                 j, scale = c - c0, rstd[c] * gamma[c]
                 _apply(dy, x, n, c, START, S, mask, mean, scale, b[j], k[j], True, dx, dresidual, scratch)
+    streamed()
 
 
 # ---------------------------------------------------------------------------------------------- split
@@ -208,3 +212,4 @@ def apply(first, last, blocks, dy, x, mask, mean, scale, b, k, trained, dx, dres
                 stop = min(S, s + count * RUN)
                 _apply(dy, x, n, c, s, stop, mask, mean, scale[c], b[c], k[c], trained, dx, dresidual, scratch)
             u += count
+    streamed()

@@ -356,6 +356,13 @@ def prefetch(typingctx: Any, row: Any, i: Any) -> Any:
     return types.void(row, i), codegen
 
 
+@inline
+def fetch(row):
+    """Asks for the lines of a row."""
+    for i in range(0, row.size, LINE // row.itemsize):
+        prefetch(row, i)
+
+
 @intrinsic
 def _address(typingctx: Any, row: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._elements import line_of, load, store
+from ._elements import line_of, load
 from ._jit import inline, kernel
+from ._lanes import LARGE, fetch, load_lanes, streamed, write
 from ._moments import add_to, better_shift, finish, first_mean, sums_of
 
 # ---------------------------------------------------------------------------------------------- one line
-# Parameters of a position: at (rows, positions), whose rows are named here. One array, so that LLVM need not ask of five
-# whether they overlap with the output.
+# Parameters of a position: at (1, rows, positions), three axes for `line_of`; its rows are named here.
 MEAN, REST, SCALE, SHIFT_1, SHIFT_2 = range(5)
+
+
+@inline
+def _of(at, row):
+    return line_of(at, 0, row, 0, at.shape[2])
 
 
 @inline
@@ -43,32 +48,51 @@ def _add_gradients(dy, x, at, total, product):
     for p in range(x.size):
         g = np.float64(load(dy, p))
         total[p] += g
-        product[p] += g * np.float64((load(x, p) - at[MEAN, p]) - at[REST, p])
+        product[p] += g * np.float64((load(x, p) - at[0, MEAN, p]) - at[0, REST, p])
 
 
 @inline
 def _add_two_gradients(dy0, dy1, x0, x1, at, total, product):
     for p in range(x0.size):
         g0, g1 = np.float64(load(dy0, p)), np.float64(load(dy1, p))
-        d0 = np.float64((load(x0, p) - at[MEAN, p]) - at[REST, p])
-        d1 = np.float64((load(x1, p) - at[MEAN, p]) - at[REST, p])
+        d0 = np.float64((load(x0, p) - at[0, MEAN, p]) - at[0, REST, p])
+        d1 = np.float64((load(x1, p) - at[0, MEAN, p]) - at[0, REST, p])
         total[p] += g0 + g1
         product[p] += g0 * d0 + g1 * d1
 
 
 @inline
-def _normalize(x, at, y):
-    """at[SHIFT_1] is beta."""
-    for p in range(x.size):
-        store(y, p, ((load(x, p) - at[MEAN, p]) - at[REST, p]) * at[SCALE, p] + at[SHIFT_1, p])
+def _normalized(i, exist, args):
+    x, mean, rest, scale, beta = args
+    d = (load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, exist, 0.0)) - load_lanes(rest, i, exist, 0.0)
+    return d * load_lanes(scale, i, exist, 0.0) + load_lanes(beta, i, exist, 0.0)
 
 
 @inline
-def _apply(dy, x, at, dx):
+def _normalize(x, at, y, around):
+    """at[SHIFT_1] is beta."""
+    write(y, around, _normalized, (x, _of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1)))
+
+
+@inline
+def _applied(i, exist, args):
+    dy, x, mean, rest, scale, b, k = args
+    d = (load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, exist, 0.0)) - load_lanes(rest, i, exist, 0.0)
+    g = load_lanes(dy, i, exist, 0.0) - load_lanes(b, i, exist, 0.0)
+    return (g - d * load_lanes(k, i, exist, 0.0)) * load_lanes(scale, i, exist, 0.0)
+
+
+@inline
+def _apply(dy, x, at, dx, around):
     """at[SHIFT_1] is dbeta / m, at[SHIFT_2] is rstd dgamma / m."""
-    for p in range(x.size):
-        d = (load(x, p) - at[MEAN, p]) - at[REST, p]
-        store(dx, p, at[SCALE, p] * ((load(dy, p) - at[SHIFT_1, p]) - d * at[SHIFT_2, p]))
+    of = (_of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1), _of(at, SHIFT_2))
+    write(dx, around, _applied, (dy, x, *of))
+
+
+@inline
+def _goes_around(y):
+    """True where the lines of a result are to be written around the caches."""
+    return y.size * y.itemsize >= LARGE
 
 
 # ---------------------------------------------------------------------------------------------- small planes, fused
@@ -80,6 +104,8 @@ def _tile_deviations(x, c0, c1, shift, total, square):
     for p in range(size):
         total[p], square[p] = 0.0, 0.0
     while n + 4 <= N:
+        for ahead in range(n + 4, min(n + 8, N)):
+            fetch(line_of(x, ahead, c0, 0, size))
         x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
         x2, x3 = line_of(x, n + 2, c0, 0, size), line_of(x, n + 3, c0, 0, size)
         _add_four_deviations(x0, x1, x2, x3, shift, total, square)
@@ -96,6 +122,9 @@ def _tile_gradients(dy, x, c0, c1, at, total, product):
     for p in range(size):
         total[p], product[p] = 0.0, 0.0
     while n + 2 <= N:
+        for ahead in range(n + 2, min(n + 4, N)):
+            fetch(line_of(x, ahead, c0, 0, size))
+            fetch(line_of(dy, ahead, c0, 0, size))
         dy0, dy1 = line_of(dy, n, c0, 0, size), line_of(dy, n + 1, c0, 0, size)
         _add_two_gradients(dy0, dy1, line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size), at, total, product)
         n += 2
@@ -142,7 +171,7 @@ def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean
     """Statistics and y of the tiles first…last-1."""
     N, C, S = x.shape
     P = group * S
-    shift, sums, at = np.empty(group), np.empty((2, 2, group)), np.empty((5, P), var.dtype)
+    shift, sums, at = np.empty(group), np.empty((2, 2, group)), np.empty((1, 5, P), var.dtype)
     shift_at, total, square = np.empty(P), np.empty(P), np.empty(P)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
@@ -151,9 +180,15 @@ def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean
         )  # fmt: skip
         for p in range((c1 - c0) * S):
             c = c0 + p // S
-            at[MEAN, p], at[REST, p], at[SCALE, p], at[SHIFT_1, p] = mean[0, c], mean[1, c], rstd[c] * gamma[c], beta[c]
+            at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p] = (
+                mean[0, c],
+                mean[1, c],
+                rstd[c] * gamma[c],
+                beta[c],
+            )
         for n in range(N):
-            _normalize(line_of(x, n, c0, 0, (c1 - c0) * S), at, line_of(y, n, c0, 0, (c1 - c0) * S))
+            _normalize(line_of(x, n, c0, 0, (c1 - c0) * S), at, line_of(y, n, c0, 0, (c1 - c0) * S), _goes_around(y))
+    streamed()
 
 
 @kernel
@@ -161,13 +196,13 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
     """dgamma, dbeta and dx of the tiles first…last-1."""
     N, C, S = x.shape
     P, m, of = group * S, np.float64(N * S), rstd.dtype.type
-    sums, at = np.empty((2, 2, group)), np.empty((5, P), rstd.dtype)
+    sums, at = np.empty((2, 2, group)), np.empty((1, 5, P), rstd.dtype)
     total, product = np.empty(P), np.empty(P)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
         size = (c1 - c0) * S
         for p in range(size):
-            at[MEAN, p], at[REST, p] = mean[0, c0 + p // S], mean[1, c0 + p // S]
+            at[0, MEAN, p], at[0, REST, p] = mean[0, c0 + p // S], mean[1, c0 + p // S]
         _tile_gradients(dy, x, c0, c1, at, total, product)
         _tile_sums(total, product, c1 - c0, S, sums)
         for c in range(c0, c1):
@@ -175,9 +210,10 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
             dg *= rstd[c]
             dbeta[c], dgamma[c] = of(db), of(dg)
             for p in range((c - c0) * S, (c - c0 + 1) * S):
-                at[SCALE, p], at[SHIFT_1, p], at[SHIFT_2, p] = rstd[c] * gamma[c], of(db / m), of(dg * rstd[c] / m)
+                at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = rstd[c] * gamma[c], of(db / m), of(dg * rstd[c] / m)
         for n in range(N):
-            _apply(line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size), at, line_of(dx, n, c0, 0, size))
+            _apply(line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size), at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+    streamed()
 
 
 # ---------------------------------------------------------------------------------------------- channels-last, split
@@ -227,9 +263,9 @@ def gradient_sums(first, last, rows, dy, x, mean, partial):
     """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block."""
     N, C, S = x.shape
     blocks, m, P = partial.shape[0], N * S, rows * C
-    at, total, product = np.empty((5, P), mean.dtype), np.empty(P), np.empty(P)
+    at, total, product = np.empty((1, 5, P), mean.dtype), np.empty(P), np.empty(P)
     for p in range(P):
-        at[MEAN, p], at[REST, p] = mean[0, p % C], mean[1, p % C]
+        at[0, MEAN, p], at[0, REST, p] = mean[0, p % C], mean[1, p % C]
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         total[:] = 0.0
@@ -248,29 +284,37 @@ def gradient_sums(first, last, rows, dy, x, mean, partial):
 @kernel
 def normalize(first, last, blocks, rows, x, mean, scale, beta, y):
     N, C, S = x.shape
-    m, at = N * S, np.empty((5, rows * C), mean.dtype)
+    m, at = N * S, np.empty((1, 5, rows * C), mean.dtype)
     for p in range(rows * C):
         c = p % C
-        at[MEAN, p], at[REST, p], at[SCALE, p], at[SHIFT_1, p] = mean[0, c], mean[1, c], scale[c], beta[c]
+        at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p] = mean[0, c], mean[1, c], scale[c], beta[c]
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         while v < end:
             size = min(rows, end - v) * C
-            _normalize(_rows_of(x, v, size), at, _rows_of(y, v, size))
+            _normalize(_rows_of(x, v, size), at, _rows_of(y, v, size), _goes_around(y))
             v += rows
+    streamed()
 
 
 @kernel
 def apply(first, last, blocks, rows, dy, x, mean, scale, b, k, dx):
     """dx = scale (dy - b - (x - mean) k)."""
     N, C, S = x.shape
-    m, at = N * S, np.empty((5, rows * C), mean.dtype)
+    m, at = N * S, np.empty((1, 5, rows * C), mean.dtype)
     for p in range(rows * C):
         c = p % C
-        at[MEAN, p], at[REST, p], at[SCALE, p], at[SHIFT_1, p], at[SHIFT_2, p] = mean[0, c], mean[1, c], scale[c], b[c], k[c]
+        at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = (
+            mean[0, c],
+            mean[1, c],
+            scale[c],
+            b[c],
+            k[c],
+        )
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         while v < end:
             size = min(rows, end - v) * C
-            _apply(_rows_of(dy, v, size), _rows_of(x, v, size), at, _rows_of(dx, v, size))
+            _apply(_rows_of(dy, v, size), _rows_of(x, v, size), at, _rows_of(dx, v, size), _goes_around(dx))
             v += rows
+    streamed()

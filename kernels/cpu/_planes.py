@@ -12,8 +12,9 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from ._elements import gather, load, place, plane_of, scatter, store
+from ._elements import gather, line_of, load, place, plane_of, scatter
 from ._jit import inline, kernel, reduction
+from ._lanes import LARGE, fetch, load_lanes, streamed, write
 from ._moments import add_to, better_shift, finish, first_mean, sums_of, two_sum, with_low
 
 # Values whose sum is taken at once, and values copied at once.
@@ -93,15 +94,25 @@ def _choose_gradient_sums(dy, x, mean, rest):
 
 
 @inline
-def _normalize_run(x, mean, rest, scale, beta, y):
-    for i in range(x.size):
-        store(y, i, ((load(x, i) - mean) - rest) * scale + beta)
+def _normalized(i, exist, args):
+    x, mean, rest, scale, beta = args
+    return ((load_lanes(x, i, exist, 0.0) - mean) - rest) * scale + beta
 
 
 @inline
-def _apply_run(dy, x, mean, rest, scale, b, k, dx):
-    for i in range(x.size):
-        store(dx, i, scale * ((load(dy, i) - b) - ((load(x, i) - mean) - rest) * k))
+def _applied(i, exist, args):
+    dy, x, mean, rest, scale, b, k = args
+    return ((load_lanes(dy, i, exist, 0.0) - b) - ((load_lanes(x, i, exist, 0.0) - mean) - rest) * k) * scale
+
+
+@inline
+def _normalize_run(x, mean, rest, scale, beta, y, around):
+    write(y, around, _normalized, (x, mean, rest, scale, beta))
+
+
+@inline
+def _apply_run(dy, x, mean, rest, scale, b, k, dx, around):
+    write(dx, around, _applied, (dy, x, mean, rest, scale, b, k))
 
 
 # ---------------------------------------------------------------------------------------------- values s0…s1-1 of a plane
@@ -112,8 +123,22 @@ def _scratch(x):
 
 
 @inline
+def _goes_around(y):
+    """True where the planes of a result are to be written around the caches."""
+    return y.size * y.itemsize >= LARGE and y.strides[2] == y.itemsize
+
+
+@inline
+def _fetch_next(x, n, c, s, end):
+    """Asks for the same values of the next sample."""
+    if n + 1 < x.shape[0] and x.strides[2] == x.itemsize:
+        fetch(line_of(x, n + 1, c, s, end - s))
+
+
+@inline
 def _add_deviations(x, n, c, s0, s1, shift, sums, j, scratch):
     for s in range(s0, s1, RUN):
+        _fetch_next(x, n, c, s, min(s + RUN, s1))
         pair = _deviation_sums(gather(plane_of(x, n, c, s, min(s + RUN, s1)), scratch), shift)
         add_to(sums, j, pair[0], pair[1])
 
@@ -122,29 +147,31 @@ def _add_deviations(x, n, c, s0, s1, shift, sums, j, scratch):
 def _add_gradients(dy, x, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch):
     for s in range(s0, s1, RUN):
         end = min(s + RUN, s1)
+        _fetch_next(x, n, c, s, end)
+        _fetch_next(dy, n, c, s, end)
         dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
         pair = _gradient_sums(dy_run, x_run, mean[0, c], mean[1, c])
         add_to(sums, j, pair[0], pair[1])
 
 
 @inline
-def _normalize(x, n, c, s0, s1, mean, scale, beta, y, x_scratch, y_scratch):
+def _normalize(x, n, c, s0, s1, mean, scale, beta, y, around, x_scratch, y_scratch):
     step = RUN if x_scratch.size or y_scratch.size else max(s1 - s0, 1)
     for s in range(s0, s1, step):
         end = min(s + step, s1)
         y_run = place(plane_of(y, n, c, s, end), y_scratch)
-        _normalize_run(gather(plane_of(x, n, c, s, end), x_scratch), mean[0, c], mean[1, c], scale, beta, y_run)
+        _normalize_run(gather(plane_of(x, n, c, s, end), x_scratch), mean[0, c], mean[1, c], scale, beta, y_run, around)
         scatter(plane_of(y, n, c, s, end), y_scratch)
 
 
 @inline
-def _apply(dy, x, n, c, s0, s1, mean, scale, b, k, dx, dy_scratch, x_scratch, dx_scratch):
+def _apply(dy, x, n, c, s0, s1, mean, scale, b, k, dx, around, dy_scratch, x_scratch, dx_scratch):
     step = RUN if dy_scratch.size or x_scratch.size or dx_scratch.size else max(s1 - s0, 1)
     for s in range(s0, s1, step):
         end = min(s + step, s1)
         dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
         dx_run = place(plane_of(dx, n, c, s, end), dx_scratch)
-        _apply_run(dy_run, x_run, mean[0, c], mean[1, c], scale, b, k, dx_run)
+        _apply_run(dy_run, x_run, mean[0, c], mean[1, c], scale, b, k, dx_run, around)
         scatter(plane_of(dx, n, c, s, end), dx_scratch)
 
 
@@ -178,14 +205,15 @@ def _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_v
 def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum):
     """Statistics and y of the blocks first…last-1."""
     N, C, S = x.shape
-    x_scratch, y_scratch = _scratch(x), _scratch(y)
+    x_scratch, y_scratch, around = _scratch(x), _scratch(y), _goes_around(y)
     shift, sums = np.empty(group), np.empty((2, 2, group))
     for block in range(first, last):
         c0, c1 = block * group, min(block * group + group, C)
         _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_var, eps, momentum, x_scratch)
         for n in range(N):
             for c in range(c0, c1):
-                _normalize(x, n, c, START, S, mean, rstd[c] * gamma[c], beta[c], y, x_scratch, y_scratch)
+                _normalize(x, n, c, START, S, mean, rstd[c] * gamma[c], beta[c], y, around, x_scratch, y_scratch)
+    streamed()
 
 
 @kernel
@@ -194,7 +222,7 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
     N, C, S = x.shape
     m = np.float64(N * S)
     of = rstd.dtype.type
-    dy_scratch, x_scratch, dx_scratch = _scratch(dy), _scratch(x), _scratch(dx)
+    dy_scratch, x_scratch, dx_scratch, around = _scratch(dy), _scratch(x), _scratch(dx), _goes_around(dx)
     sums, b, k = np.empty((2, 2, group)), np.empty(group, rstd.dtype), np.empty(group, rstd.dtype)
     for block in range(first, last):
         c0, c1 = block * group, min(block * group + group, C)
@@ -211,7 +239,8 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
         for n in range(N):
             for c in range(c0, c1):
                 j, scale = c - c0, rstd[c] * gamma[c]
-                _apply(dy, x, n, c, START, S, mean, scale, b[j], k[j], dx, dy_scratch, x_scratch, dx_scratch)
+                _apply(dy, x, n, c, START, S, mean, scale, b[j], k[j], dx, around, dy_scratch, x_scratch, dx_scratch)
+    streamed()
 
 
 # ---------------------------------------------------------------------------------------------- split
@@ -260,15 +289,16 @@ def gradient_sums(first, last, dy, x, mean, partial):
 def normalize(first, last, blocks, x, mean, scale, beta, y):
     N, C, S = x.shape
     m = N * S
-    x_scratch, y_scratch = _scratch(x), _scratch(y)
+    x_scratch, y_scratch, around = _scratch(x), _scratch(y), _goes_around(y)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         while v < end:
             n, s = v // S, v % S
             stop = min(S, s + end - v)
             for c in range(C):
-                _normalize(x, n, c, s, stop, mean, scale[c], beta[c], y, x_scratch, y_scratch)
+                _normalize(x, n, c, s, stop, mean, scale[c], beta[c], y, around, x_scratch, y_scratch)
             v += stop - s
+    streamed()
 
 
 @kernel
@@ -276,12 +306,13 @@ def apply(first, last, blocks, dy, x, mean, scale, b, k, dx):
     """dx = scale (dy - b - (x - mean) k)."""
     N, C, S = x.shape
     m = N * S
-    dy_scratch, x_scratch, dx_scratch = _scratch(dy), _scratch(x), _scratch(dx)
+    dy_scratch, x_scratch, dx_scratch, around = _scratch(dy), _scratch(x), _scratch(dx), _goes_around(dx)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         while v < end:
             n, s = v // S, v % S
             stop = min(S, s + end - v)
             for c in range(C):
-                _apply(dy, x, n, c, s, stop, mean, scale[c], b[c], k[c], dx, dy_scratch, x_scratch, dx_scratch)
+                _apply(dy, x, n, c, s, stop, mean, scale[c], b[c], k[c], dx, around, dy_scratch, x_scratch, dx_scratch)
             v += stop - s
+    streamed()

@@ -33,6 +33,7 @@ import numpy as np
 from . import _fused_lines, _fused_planes, _lines, _planes
 from ._elements import store, to_accumulate
 from ._jit import kernel
+from ._lanes import LINE as CACHE_LINE
 from ._moments import better_shifts, finish_all, finish_gradients, first_means, merge
 from ._threads import run
 
@@ -43,10 +44,10 @@ BLOCK_BYTES = 1 << 14
 FEWEST_BLOCKS = 8
 SMALL_BYTES = 1 << 18
 # A group of channels is a run of so many bytes in memory, and so many bytes over all samples.
-RUN_BYTES, GROUP_BYTES = 1 << 16, 1 << 22
+RUN_BYTES, GROUP_BYTES = 1 << 13, 1 << 22
 # Elements of a line, the largest plane that is done by lines, and elements of a channels-last line where sums are taken: it
 # has fewer parameters to keep in the nearest cache, and longer lines are fetched ahead.
-LINE, SMALL_PLANE, SUM_LINE = 512, 128, 2048
+LINE, SMALL_PLANE, SUM_LINE = 512, 256, 2048
 
 
 # ---------------------------------------------------------------------------------------------- how a call is cut
@@ -70,11 +71,20 @@ def _small_planes(*arrays: np.ndarray) -> bool:
     )
 
 
+def _channels_per_tile(S: int, itemsize: int) -> int:
+    """Channels whose planes make up some LINE elements, and whole lines of the cache where twice as many suffice."""
+    group = max(1, LINE // S)
+    whole = CACHE_LINE // math.gcd(S * itemsize, CACHE_LINE)
+    return -(-group // whole) * whole if whole * S <= 2 * LINE else group
+
+
 def _group(x: np.ndarray, small: bool) -> int:
     """Channels in a block where they are done whole; 0 where they are to be split."""
     N, C, S = x.shape
     run_bytes = S * x.itemsize
-    group = max(1, LINE // S) if small else max(1, min(-(-RUN_BYTES // run_bytes), GROUP_BYTES // (N * run_bytes)))
+    group = (
+        _channels_per_tile(S, x.itemsize) if small else max(1, min(-(-RUN_BYTES // run_bytes), GROUP_BYTES // (N * run_bytes)))
+    )
     group = min(group, C)
     return group if -(-C // group) >= FEWEST_BLOCKS or x.nbytes <= SMALL_BYTES else 0
 
