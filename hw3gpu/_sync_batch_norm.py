@@ -31,7 +31,7 @@ def sync_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, r
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def _run(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu, group):
+def _run(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu, group, new=torch.empty):
     """y, and what the backward pass needs: stats (mean, what its rounding left, rstd), the number of values, the mask."""
     which = _arrays.backend(x)
     see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
@@ -45,7 +45,7 @@ def _run(x, weight, bias, running_mean, running_var, momentum, eps, residual, re
     if residual is not None:
         fused["residual"] = _arrays.fold(see(residual), 1)
     if relu:
-        mask = torch.empty(kernels.mask_size(folded), dtype=torch.uint8, device=x.device)
+        mask = new(kernels.mask_size(folded), dtype=torch.uint8, device=x.device)
         fused["mask"] = see(mask)
     if x.numel():
         seen = see(stats)
@@ -91,35 +91,22 @@ def _run_backward(dy, x, weight, stats, total, mask, relu, residual, dx_needed, 
     see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
     seen, scale = see(stats), _arrays.vector_view(weight, which)
     dgamma, dbeta = (torch.zeros(x.shape[1], dtype=stats.dtype, device=x.device) for _ in range(2))
-    folded, upstream, dresidual = _arrays.fold(see(x), 1), _arrays.fold(see(dy), 1), dy if residual else None
-    if relu:
-        passed, seen_passed = _arrays.output(x, 1, see)
-        dresidual = passed if residual else None
-        if x.numel():
-            unused = _arrays.output(x, 1, see)[1]
-            kernels.inference_backward(
-                upstream,
-                folded,
-                seen[:2],
-                seen[2],
-                scale,
-                unused,
-                see(dgamma),
-                see(dbeta),
-                mask=see(mask),
-                dresidual=seen_passed,
-            )
-        upstream = seen_passed
-    elif x.numel():
-        kernels.backward_reduce(upstream, folded, seen[:2], seen[2], see(dgamma), see(dbeta))
-    if not dx_needed:
+    folded, upstream, fused = _arrays.fold(see(x), 1), _arrays.fold(see(dy), 1), {"mask": see(mask)} if relu else {}
+    if x.numel():
+        kernels.backward_reduce(upstream, folded, seen[:2], seen[2], see(dgamma), see(dbeta), **fused)
+    dresidual = dy if residual else None
+    if residual and relu:
+        dresidual, fused["dresidual"] = _arrays.output(x, 1, see)
+    elif not dx_needed:
         return None, dgamma, dbeta, dresidual
-    sums = summed(torch.stack([dgamma, dbeta]).double(), group)
-    means = see((sums / total.clamp(min=1)).to(stats.dtype))
+    means = torch.stack([dgamma, dbeta]).double()
+    if dx_needed:
+        means = summed(means, group) / total.clamp(min=1)
+    means = see(means.to(stats.dtype))
     dx, dx_folded = _arrays.output(x, 1, see)
     if x.numel():
-        kernels.backward_apply(upstream, folded, seen[:2], seen[2], scale, means[0], means[1], 1, dx_folded)
-    return dx, dgamma, dbeta, dresidual
+        kernels.backward_apply(upstream, folded, seen[:2], seen[2], scale, means[0], means[1], 1, dx_folded, **fused)
+    return dx if dx_needed else None, dgamma, dbeta, dresidual
 
 
 # ---------------------------------------------------------------------------------------------- autograd
@@ -194,7 +181,7 @@ def _run_backward_operator(dy, x, weight, stats, total, mask, relu, residual, dx
 FORWARD = _ops.define(
     "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "float momentum, float eps, Tensor? residual, bool relu, str group) -> (Tensor y, Tensor stats, Tensor total, Tensor mask)",
-    lambda *args: as_outputs(_run(*args), args[0]),
+    lambda *args: as_outputs(_run(*args, new=torch.zeros), args[0]),  # of a mask some bytes are left unwritten
     _fake,
     lambda *args: _TracedSyncBatchNorm.apply(*args),
 )

@@ -116,6 +116,38 @@ def sync_batch_norm_of_channels_last(rank):
 
 
 @check
+def sync_batch_norm_with_residual_and_relu(rank):
+    from hw3gpu.distributed import sync_batch_norm
+
+    for channels_last, with_residual, x_needed in (
+        (False, True, True),
+        (True, True, True),
+        (False, False, True),
+        (False, True, False),
+    ):
+        x, mine = batches(rank, uneven(rank), channels_last, torch.float64)
+        r, dy, weight, bias = normal(*x.shape, seed=8), normal(*x.shape, seed=9), normal(3, seed=1), normal(3, seed=2)
+        x, r, weight, bias = (v.requires_grad_() for v in (x, r, weight, bias))
+        part, part_r = (v[mine].detach().clone().requires_grad_() for v in (x, r))
+        part.requires_grad_(x_needed)
+        own, own_bias = (v.detach().clone().requires_grad_() for v in (weight, bias))
+        residual = {"residual": part_r} if with_residual else {}
+        y = sync_batch_norm(part, None, None, own, own_bias, training=True, activation="relu", **residual)
+        y.backward(dy[mine])
+        normed = F.batch_norm(x, None, None, weight, bias, training=True)
+        expected = (normed + r if with_residual else normed).relu()
+        expected.backward(dy)
+        same(y, expected[mine], 1e-10, "y")
+        if x_needed:
+            same(part.grad, x.grad[mine], 1e-10, "dx")
+        if with_residual:
+            same(part_r.grad, r.grad[mine], 1e-10, "dresidual")
+        for ours, theirs in ((own, weight), (own_bias, bias)):
+            dist.all_reduce(ours.grad)
+            same(ours.grad, theirs.grad, 1e-9, "dgamma, dbeta")
+
+
+@check
 def sync_batch_norm_of_other_dtypes(rank):
     for dtype in (torch.float32, torch.bfloat16):
         batch_norm_of_all(rank, uneven(rank), dtype)
