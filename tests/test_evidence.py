@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -47,3 +51,48 @@ def test_a_spill_would_be_seen():
     case = evidence_cases.Case("softmax", torch.float32, True, run)
     (launch,) = evidence.compiled(case, 90)
     assert any("spills" in complaint for complaint in evidence.findings(launch, 90, torch.float32)[1])
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    """What `make evidence` found last."""
+    return json.loads(evidence.FILE.read_text())
+
+
+@pytest.mark.parametrize("room", evidence_cases.ROOMS)
+def test_the_sweep_is_of_these_sources(sweep, room):
+    labels = evidence.labels_of_rooms()[room]
+    assert not evidence.stale(room, labels, sweep), "evidence.json is of other sources: run `make evidence`"
+
+
+def test_a_change_of_any_source_is_noticed(monkeypatch, tmp_path):
+    """`_tile` is imported by all but moments, `plan` by each of them."""
+    rooms = evidence_cases.ROOMS
+    for path in Path(evidence.batch_norm.__file__).parent.glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(evidence.batch_norm, "__file__", str(tmp_path / "batch_norm.py"))
+    before = {room: evidence.source_hash(room) for room in rooms}
+    for changed, of in (("_tile", {*rooms} - {"moments"}), ("plan", {*rooms}), ("_mask", {"batch_norm"})):
+        source = tmp_path / f"{changed}.py"
+        text = source.read_text()
+        source.write_text(text + "\n")
+        assert {room for room in rooms if evidence.source_hash(room) != before[room]} == of
+        source.write_text(text)
+
+
+def test_the_sweep_found_nothing_wrong(sweep):
+    assert [complaint for room in sweep.values() for complaint in room["complaints"]] == []
+
+
+@pytest.mark.parametrize("room", ["softmax", "cross_entropy"])
+def test_long_rows_of_any_length_move_16_bytes_at_a_time(sweep, room):
+    """Every option and dtype, V from 1000 to 65536 on 16 bytes or off them."""
+    rows = {label: of for label, of in sweep[room]["kernels"].items() if re.search(r"\d+x\d{4,}x1 ", label)}
+    assert len(rows) > 20
+    narrow = [(label, name) for label, of in rows.items() for name, code in of["90"].items() if not code["wide"]]
+    assert narrow == []
+
+
+def test_the_table_of_the_readme_is_the_sweeps(sweep):
+    text = evidence.README.read_text()
+    assert evidence.readme_with(text, evidence.kernels_of(sweep)) == text

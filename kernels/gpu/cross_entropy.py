@@ -296,8 +296,8 @@ def _launch_forward(z, target, weight, loss, stats, denominator, dz, invalid, op
     strides, fixed, constants = _call(z, target, z if dz is None else dz, options)
     unit_s = z.stride(2) == 1 and z.stride(1) != 1
     more = stats is not None and len(stats) > 3
-    beside = constants["DENSE"] + constants["CAPPED"]
-    plan = plan_rows(V, S, z.element_size(), constants["MODE"], unit_s, min(beside + (beside and more), 2))
+    beside = 2 if constants["CAPPED"] else constants["DENSE"] * (1 + more)
+    plan = plan_rows(V, S, z.element_size(), constants["MODE"], unit_s, beside)
     tiles = cdiv(S, plan.BLOCK_R)
     _forward_kernel[(N * tiles,)](
         z, target, weight, loss, stats, denominator, dz, invalid,

@@ -61,8 +61,8 @@ def resident_lanes(beside: int, itemsize: int, mode: int) -> int:
     """The most lanes of a row that stay in registers when a kernel keeps `beside` numbers a lane beside exp(z): what compiles
     without a spill.
 
-    beside: 0 softmax, cross entropy of hard targets; 1 softmax backward, soft targets, smoothing or a softcap; 2 more than one
-    of these, or one with the rows' statistics.
+    beside: 0 softmax, cross entropy of hard targets; 1 softmax backward, soft targets or smoothing; 2 these with the rows'
+    statistics, or a softcap.
     """
     if mode == STRIDED:
         lanes = 4096 if beside else 16384
@@ -80,7 +80,7 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, beside: in
     """
     lanes = body_lanes(V, itemsize, mode)
     # what a thread keeps beside a lane costs registers, as do ends of rows and strides: fewer lanes to a thread
-    spread = (2 if beside else 1) * (1 if mode == ALIGNED else 2)
+    spread = 1 if mode == ALIGNED and not beside else 4 if mode != ALIGNED and beside > 1 else 2
     if unit_s and S > 1:
         # neighbours fill a line of 128 bytes where that leaves room for their rows, and at least a sector of 32
         resident = 2048 // (2 if itemsize == 8 else 1)
@@ -89,19 +89,21 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, beside: in
         block_r = min(next_power_of_2(S), width // itemsize)
         resident, spread = resident // block_r, 4
     else:
-        block_r = max(1, min(next_power_of_2(S), (2048 if beside > 1 or mode == STRIDED else 4096) // next_power_of_2(lanes)))
+        tile = 4096 >> ((beside > 1) + (mode == STRIDED or itemsize == 8))
+        block_r = max(1, min(next_power_of_2(S), tile // next_power_of_2(lanes)))
         resident = resident_lanes(beside, itemsize, mode)
     if lanes <= resident:
         keep = next_power_of_2(lanes)
         return RowPlan(block_r, keep, keep, True, _warps(spread * block_r * keep))
     # the loop over the rest keeps strides, or the ends of float64, beside the lanes: more registers a thread
     if unit_s and S > 1:
-        keep, block_v, num_warps = max(resident // 2, 1), max(resident // 2, 1), 8
+        keep, block_v, num_warps = max(resident // 4, 1), max(resident // 4, 1), 8
     elif beside:
-        keep, block_v, num_warps = min(resident, 16384 >> beside), 4096 // block_r, 16
+        keep, block_v, num_warps = min(resident, 16384 >> beside), 16384 >> 2 * beside, 16
+    elif itemsize == 8 and mode == SHIFTED:
+        keep, block_v, num_warps = resident // 2, 1024, 16
     else:
-        keep, block_v = resident, 16384 // itemsize // block_r
-        num_warps = 16 if itemsize == 8 and mode == SHIFTED else _warps(2 * spread * block_r * resident)
+        keep, block_v, num_warps = resident, 16384 // itemsize, _warps(2 * spread * resident)
     return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps)
 
 
@@ -118,12 +120,14 @@ class ColumnPlan:
 def plan_columns(V: int, S: int, itemsize: int, mode: int, unit_s: bool) -> ColumnPlan:
     """The plan for an elementwise pass over rows of V values, S of them neighbours; arguments as in `plan_rows`."""
     lanes = body_lanes(V, itemsize, mode)
+    crowded = mode == STRIDED or itemsize == 8
+    tile = 2048 if crowded else 4096
     if unit_s and S > 1:
         block_r = min(next_power_of_2(S), 128 // itemsize)
     else:
-        block_r = max(1, min(next_power_of_2(S), 4096 // next_power_of_2(lanes)))
-    block_v = min(next_power_of_2(lanes), 4096 // block_r)
-    return ColumnPlan(block_r, block_v, cdiv(lanes, block_v), _warps(block_r * block_v))
+        block_r = max(1, min(next_power_of_2(S), tile // next_power_of_2(lanes)))
+    block_v = min(next_power_of_2(lanes), tile // block_r)
+    return ColumnPlan(block_r, block_v, cdiv(lanes, block_v), _warps((2 if crowded else 1) * block_r * block_v))
 
 
 @dataclass(frozen=True)
