@@ -225,9 +225,10 @@ def plan_batch_norm(
     splits = min(tiles, cdiv(4 * MULTIPROCESSORS, channel_blocks)) if channel_blocks < MULTIPROCESSORS else 1
     per_split = cdiv(tiles, splits)
     elements = block_c * block_n * block_l
+    spread = (2 if busy else 1) * (2 if itemsize == 8 or (channels_last and itemsize == 2) else 1)
     return BatchNormPlan(
         block_c, block_n, block_l, flat, lane_blocks, row_lanes, tiles, per_split, cdiv(tiles, per_split), channel_blocks,
-        32 if elements >= 16384 else _warps(elements * (2 if busy else 1)),
+        32 if elements >= 16384 else min(_warps(elements * spread), 16),
     )  # fmt: skip
 
 
