@@ -1,7 +1,7 @@
 """Evidence step 3: every plan compiled ahead of time, for parts that need not be there, and what the machine code says.
 
-`make evidence` compiles all of `evidence_cases`, writes evidence.json and the table of kernels/README.md; the tests compile the
-heaviest cases and hold both files to the sources.
+`make evidence` compiles all of `evidence_cases` whose sources have changed since, writes evidence.json and the table of
+kernels/README.md; the tests compile the heaviest cases and hold both files to the sources.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,6 @@ import torch
 
 from hw3gpu.kernels.gpu import batch_norm
 
-from . import evidence_cases
 from .evidence_cases import Case, cases
 from .inside_triton import Launch, MachineCode, StandIn, machine_code
 
@@ -29,6 +29,7 @@ SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376, "gfx942": 6553
 REGISTER_FILE = 65536
 FILE = Path(__file__).with_name("evidence.json")
 README = Path(__file__).resolve().parent.parent / "kernels" / "README.md"
+Findings = dict[str, dict[str, dict[str, Any]]]  # by label, architecture and kernel
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 
 
@@ -61,18 +62,43 @@ def findings(launch: Launch, arch: int | str, dtype: torch.dtype) -> tuple[dict[
     return {"warps": launch.num_warps, "shared": launch.shared, **asdict(code)}, wrong
 
 
-def source_hash() -> str:
-    """The hash of the kernels' sources and of the list of cases: evidence of other sources is stale."""
+def source_hash(room: str) -> str:
+    """The hash of the sources of a room of kernels and of what they import: evidence of other sources is stale."""
     folder = Path(batch_norm.__file__).parent
+    pending, seen = [room], set()
+    while pending:
+        name = pending.pop()
+        if name not in seen:
+            seen.add(name)
+            for found in re.finditer(r"^from \.(\w*) import (\w+)", (folder / f"{name}.py").read_text(), re.MULTILINE):
+                pending.append(found[1] or found[2])
     digest = hashlib.sha256()
-    for path in [*sorted(folder.glob("*.py")), Path(evidence_cases.__file__)]:
-        digest.update(path.name.encode() + path.read_bytes())
+    for name in sorted(seen):
+        digest.update(name.encode() + (folder / f"{name}.py").read_bytes())
     return digest.hexdigest()
 
 
-def _examine(number: int) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
-    """(label, findings by architecture and kernel, complaints) of one case, by its number in the list."""
-    case = list(cases())[number]
+def stale(room: str, labels: list[str], evidence: dict[str, Any]) -> bool:
+    """True if the evidence is not of these sources and these cases."""
+    of = evidence.get(room, {})
+    return of.get("sources") != source_hash(room) or list(of["kernels"]) != labels
+
+
+def labels_of_rooms() -> dict[str, list[str]]:
+    rooms: dict[str, list[str]] = {}
+    for case in cases():
+        rooms.setdefault(case.room, []).append(case.label)
+    return rooms
+
+
+def kernels_of(evidence: dict[str, Any]) -> Findings:
+    """The findings of all rooms by label."""
+    return {label: found for room in evidence.values() for label, found in room["kernels"].items()}
+
+
+def _examine(label: str) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
+    """(label, findings by architecture and kernel, complaints) of one case."""
+    case = next(case for case in cases() if case.label == label)
     found: dict[str, dict[str, Any]] = {}
     complaints = []
     for arch in ARCHITECTURES:
@@ -111,7 +137,7 @@ PLANS = {
 }
 
 
-def table(kernels: dict[str, dict[str, dict[str, Any]]]) -> str:
+def table(kernels: Findings) -> str:
     """Registers a thread of each plan's kernels, as Markdown."""
     lines = [
         "| plan, float32 | shape | kernel | warps | registers on sm_80 | 90 | 100 | 120 | spilled |",
@@ -130,7 +156,7 @@ def table(kernels: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def readme_with(text: str, kernels: dict[str, dict[str, dict[str, Any]]]) -> str:
+def readme_with(text: str, kernels: Findings) -> str:
     """The text of kernels/README.md with the table of these findings between its marks."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
@@ -138,23 +164,26 @@ def readme_with(text: str, kernels: dict[str, dict[str, dict[str, Any]]]) -> str
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compiles every case for every architecture, writes evidence.json and the table; 1 if anything is wrong."""
+    """Compiles the cases of every room that changed, writes evidence.json and the table; 1 if anything is wrong."""
     from rich.console import Console
     from rich.progress import track
 
-    console = Console()
-    kernels: dict[str, dict[str, dict[str, Any]]] = {}
-    wrong = 0
-    numbers = range(len(list(cases())))
+    console, file = Console(), Path(args.json or FILE)
+    evidence: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    rooms = labels_of_rooms()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for label, found, complaints in track(pool.map(_examine, numbers), description="compiling", total=len(numbers)):
-            kernels[label] = found
-            wrong += len(complaints)
-            for complaint in complaints:
-                console.print(complaint)
-    file = Path(args.json or FILE)
-    file.write_text(json.dumps({"sources": source_hash(), "kernels": kernels}, indent=0) + "\n")
+        for room, labels in rooms.items():
+            if not stale(room, labels, evidence):
+                continue
+            examined = list(track(pool.map(_examine, labels), description=room, total=len(labels), console=console))
+            evidence[room] = {
+                "sources": source_hash(room),
+                "complaints": [complaint for _, _, complaints in examined for complaint in complaints],
+                "kernels": {label: found for label, found, _ in examined},
+            }
+            file.write_text(json.dumps({name: evidence[name] for name in rooms if name in evidence}, indent=0) + "\n")
     if not args.json:
-        README.write_text(readme_with(README.read_text(), kernels))
-    console.print(f"{len(kernels)} cases on {len(ARCHITECTURES)} architectures, {wrong} complaints: {file.name}")
+        README.write_text(readme_with(README.read_text(), kernels_of(evidence)))
+    wrong = [complaint for room in rooms for complaint in evidence[room]["complaints"]]
+    console.print(*wrong, f"{sum(map(len, rooms.values()))} cases on {len(ARCHITECTURES)} architectures: {file.name}", sep="\n")
     return 1 if wrong else 0
