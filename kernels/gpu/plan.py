@@ -225,7 +225,7 @@ def plan_batch_norm(
     splits = min(tiles, cdiv(4 * MULTIPROCESSORS, channel_blocks)) if channel_blocks < MULTIPROCESSORS else 1
     per_split = cdiv(tiles, splits)
     elements = block_c * block_n * block_l
-    spread = (2 if busy else 1) * (2 if itemsize == 8 or (channels_last and itemsize == 2) else 1)
+    spread = (2 if busy else 1) * (2 if itemsize == (2 if channels_last else 8) else 1)
     return BatchNormPlan(
         block_c, block_n, block_l, flat, lane_blocks, row_lanes, tiles, per_split, cdiv(tiles, per_split), channel_blocks,
         32 if elements >= 16384 else min(_warps(elements * spread), 16),
