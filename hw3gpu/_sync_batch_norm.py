@@ -31,7 +31,7 @@ def sync_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, r
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def _run(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu, group, new=torch.empty):
+def _run(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu, group, *, new=torch.empty):
     """y, and what the backward pass needs: stats (mean, what its rounding left, rstd), the number of values, the mask."""
     which = _arrays.backend(x)
     see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
