@@ -56,3 +56,18 @@ def ones(*shape, dtype=torch.float32):
 
 def zeros(*shape):
     return torch.zeros(shape, dtype=torch.int64)
+
+
+def first_tile_minus_infinity(rng, V):
+    z = rng.standard_normal((2, V))
+    z[:, : V - 300] = -np.inf
+    return z
+
+
+# (2, V) logits on which a loss loses its digits, by what they are
+HARD = {
+    "first tile all -inf": first_tile_minus_infinity,
+    "near -200": lambda rng, V: -200 + rng.standard_normal((2, V)),
+    "near +1e4": lambda rng, V: 1e4 + 8 * rng.standard_normal((2, V)),
+    "certain": lambda rng, V: np.where(np.arange(V) == V - 1, 90.0, rng.standard_normal((2, V))),
+}
