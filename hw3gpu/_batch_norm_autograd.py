@@ -38,12 +38,7 @@ def run(x, weight, bias, running_mean, running_var, training, momentum, eps, res
         return y, stats.zero_(), None
     folded, seen = _arrays.fold(see(x), 1), see(stats)
     scale, shift = _arrays.vector_view(weight, which), _arrays.vector_view(bias, which)
-    mask, fused = None, {}
-    if residual is not None:
-        fused["residual"] = _arrays.fold(see(residual), 1)
-    if relu:
-        mask = new(kernels.mask_size(folded), dtype=torch.uint8, device=x.device)
-        fused["mask"] = see(mask)
+    mask, fused = fused_operands(folded, residual, relu, x.device, see, kernels, new)
     if training:
         running = _dense(running_mean), _dense(running_var)
         kernels.forward(
@@ -60,6 +55,17 @@ def run(x, weight, bias, running_mean, running_var, training, momentum, eps, res
         rstd.copy_(running_var).add_(eps).rsqrt_()
         kernels.normalize(folded, seen[:2], seen[2], scale, shift, y_folded, **fused)
     return y, stats, mask
+
+
+def fused_operands(folded, residual, relu, device, see, kernels, new):
+    """The mask to be written, by `new`, or None; and what a launcher is given of residual and mask."""
+    mask, fused = None, {}
+    if residual is not None:
+        fused["residual"] = _arrays.fold(see(residual), 1)
+    if relu:
+        mask = new(kernels.mask_size(folded), dtype=torch.uint8, device=device)
+        fused["mask"] = see(mask)
+    return mask, fused
 
 
 def run_backward(dy, x, weight, stats, mask, training, relu, residual):

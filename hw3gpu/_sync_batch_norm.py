@@ -14,7 +14,7 @@ import torch
 
 from . import _arrays, _ops
 from ._autograd import accumulate_dtype, as_dtype, graph_is_needed, no_second_derivative
-from ._batch_norm_autograd import as_outputs, mask_size
+from ._batch_norm_autograd import as_outputs, fused_operands, mask_size
 from ._collectives import gathered, summed
 
 
@@ -41,12 +41,7 @@ def _run(x, weight, bias, running_mean, running_var, momentum, eps, residual, re
     if running_mean is not None:
         _update(running_mean, stats[0].double() + stats[1].double(), momentum, total)
         _update(running_var, var * (total / (total - 1).clamp(min=1)), momentum, total)
-    mask, fused = None, {}
-    if residual is not None:
-        fused["residual"] = _arrays.fold(see(residual), 1)
-    if relu:
-        mask = new(kernels.mask_size(folded), dtype=torch.uint8, device=x.device)
-        fused["mask"] = see(mask)
+    mask, fused = fused_operands(folded, residual, relu, x.device, see, kernels, new)
     if x.numel():
         seen = see(stats)
         scale, shift = _arrays.vector_view(weight, which), _arrays.vector_view(bias, which)

@@ -15,7 +15,25 @@ import numpy as np
 from ._elements import copy, line_of, load, prefix, store
 from ._jit import inline, kernel, outline
 from ._lanes import streamed
-from ._lines import MEAN, REST, SCALE, SHIFT_1, SHIFT_2, _add_gradients, _apply, _fold, _goes_around, _statistics, _tile_sums
+from ._lines import (
+    MEAN,
+    REST,
+    SCALE,
+    SHIFT_1,
+    SHIFT_2,
+    _add_gradients,
+    _apply,
+    _fold,
+    _goes_around,
+    _gradients_of_tile,
+    _means_of_rows,
+    _means_of_tile,
+    _normalization_of_rows,
+    _normalization_of_tile,
+    _slopes_of_rows,
+    _statistics,
+    _tile_sums,
+)
 from ._mask import bits_at, bytes_for, let_through, put_bits
 from ._moments import sums_of
 
@@ -224,14 +242,7 @@ def tile_forward(
         _statistics(
             x, c0, c1, shift, sums, shift_at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum
         )  # fmt: skip
-        for p in range((c1 - c0) * S):
-            c = c0 + p // S
-            at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p] = (
-                mean[0, c],
-                mean[1, c],
-                rstd[c] * gamma[c],
-                beta[c],
-            )
+        _normalization_of_tile(at, c0, c1, S, mean, rstd, gamma, beta)
         _normalize_tile(x, c0, (c1 - c0) * S, group, at, residual, y, mask, scratch)
 
 
@@ -242,31 +253,26 @@ def tile_normalize(first, last, group, x, mean, scale, beta, residual, y, mask):
     scratch = _forward_scratch(x, residual, y, group * S, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
+        _means_of_tile(at, c0, c1, S, mean)
         for p in range((c1 - c0) * S):
             c = c0 + p // S
-            at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p] = mean[0, c], mean[1, c], scale[c], beta[c]
+            at[0, SCALE, p], at[0, SHIFT_1, p] = scale[c], beta[c]
         _normalize_tile(x, c0, (c1 - c0) * S, group, at, residual, y, mask, scratch)
 
 
 @kernel
 def tile_backward(first, last, group, dy, x, mask, mean, rstd, gamma, dx, dresidual, dgamma, dbeta):
     N, C, S = x.shape
-    P, m, of = group * S, np.float64(N * S), rstd.dtype.type
+    P, m = group * S, np.float64(N * S)
     sums, at = np.empty((2, 2, group)), np.empty((1, 5, P), rstd.dtype)
     total, product = np.empty(P), np.empty(P)
     scratch = _backward_scratch(dy, x, dx, dresidual, P, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
         size = (c1 - c0) * S
-        for p in range(size):
-            at[0, MEAN, p], at[0, REST, p] = mean[0, c0 + p // S], mean[1, c0 + p // S]
+        _means_of_tile(at, c0, c1, S, mean)
         _tile_gradients(dy, x, c0, size, group, mask, at, total, product, sums, scratch)
-        for c in range(c0, c1):
-            db, dg = sums_of(sums, c - c0)
-            dg *= rstd[c]
-            dbeta[c], dgamma[c] = of(db), of(dg)
-            for p in range((c - c0) * S, (c - c0 + 1) * S):
-                at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = rstd[c] * gamma[c], of(db / m), of(dg * rstd[c] / m)
+        _gradients_of_tile(at, sums, c0, c1, S, m, rstd, gamma, dgamma, dbeta)
         _apply_tile(dy, x, c0, size, group, mask, at, True, dx, dresidual, scratch)
     streamed()
 
@@ -280,8 +286,7 @@ def tile_gradient_sums(first, last, group, dy, x, mask, mean, of_channel):
     scratch = _backward_scratch(dy, x, x, dy, P, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
-        for p in range((c1 - c0) * S):
-            at[0, MEAN, p], at[0, REST, p] = mean[0, c0 + p // S], mean[1, c0 + p // S]
+        _means_of_tile(at, c0, c1, S, mean)
         _tile_gradients(dy, x, c0, (c1 - c0) * S, group, mask, at, total, product, sums, scratch)
         for c in range(c0, c1):
             of_channel[0, c], of_channel[1, c] = sums_of(sums, c - c0)
@@ -295,9 +300,9 @@ def tile_apply(first, last, group, dy, x, mask, mean, scale, b, k, trained, dx, 
     scratch = _backward_scratch(dy, x, dx, dresidual, group * S, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
+        _means_of_tile(at, c0, c1, S, mean)
         for p in range((c1 - c0) * S):
             c = c0 + p // S
-            at[0, MEAN, p], at[0, REST, p] = mean[0, c], mean[1, c]
             at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = scale[c], b[c], k[c]
         _apply_tile(dy, x, c0, (c1 - c0) * S, group, mask, at, trained, dx, dresidual, scratch)
     streamed()
@@ -309,9 +314,7 @@ def tile_apply(first, last, group, dy, x, mask, mean, scale, b, k, trained, dx, 
 def rows_normalize(first, last, blocks, rows, x, mean, scale, beta, residual, y, mask):
     N, C, S = x.shape
     m, lines, at = N * S, -(-(N * S) // rows), np.empty((1, 5, rows * C), mean.dtype)
-    for p in range(rows * C):
-        c = p % C
-        at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p] = mean[0, c], mean[1, c], scale[c], beta[c]
+    _normalization_of_rows(at, C, mean, scale, beta)
     scratch = _forward_scratch(x, residual, y, rows * C, rows)
     for line in range(lines * first // blocks, lines * last // blocks):
         v, byte = line * rows, line * bytes_for(rows * C)
@@ -325,8 +328,7 @@ def rows_gradient_sums(first, last, rows, dy, x, mask, mean, partial):
     N, C, S = x.shape
     blocks, m, lines, P = partial.shape[0], N * S, -(-(N * S) // rows), rows * C
     at, total, product = np.empty((1, 5, P), mean.dtype), np.empty(P), np.empty(P)
-    for p in range(P):
-        at[0, MEAN, p], at[0, REST, p] = mean[0, p % C], mean[1, p % C]
+    _means_of_rows(at, C, mean)
     scratch = _backward_scratch(dy, x, x, dy, P, rows)
     for block in range(first, last):
         total[:] = 0.0
@@ -343,15 +345,7 @@ def rows_apply(first, last, blocks, rows, dy, x, mask, mean, scale, b, k, traine
     """dx = scale (dy - b - (x - mean) k), or scale dy, of the dy that passes."""
     N, C, S = x.shape
     m, lines, at = N * S, -(-(N * S) // rows), np.empty((1, 5, rows * C), mean.dtype)
-    for p in range(rows * C):
-        c = p % C
-        at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = (
-            mean[0, c],
-            mean[1, c],
-            scale[c],
-            b[c],
-            k[c],
-        )
+    _slopes_of_rows(at, C, mean, scale, b, k)
     scratch = _backward_scratch(dy, x, dx, dresidual, rows * C, rows)
     for line in range(lines * first // blocks, lines * last // blocks):
         v, byte = line * rows, line * bytes_for(rows * C)

@@ -14,7 +14,7 @@ from ._jit import inline, kernel
 from ._lanes import streamed
 from ._mask import bits_at, bytes_for, let_through, put_bits
 from ._moments import add_to, sums_of
-from ._planes import RUN, START, _apply_run, _goes_around, _gradient_sums, _scratch, _statistics
+from ._planes import RUN, START, _apply_run, _goes_around, _gradient_sums, _gradients_of_channels, _scratch, _statistics
 
 
 # ---------------------------------------------------------------------------------------------- one piece
@@ -141,7 +141,6 @@ def forward(
 def backward(first, last, group, dy, x, mask, mean, rstd, gamma, dx, dresidual, dgamma, dbeta):
     N, C, S = x.shape
     m = np.float64(N * S)
-    of = rstd.dtype.type
     scratch = _backward_scratch(dy, x, dx, dresidual)
     sums, b, k = np.empty((2, 2, group)), np.empty(group, rstd.dtype), np.empty(group, rstd.dtype)
     for block in range(first, last):
@@ -150,12 +149,7 @@ def backward(first, last, group, dy, x, mask, mean, rstd, gamma, dx, dresidual, 
         for n in range(N):
             for c in range(c0, c1):
                 _add_gradients(dy, x, n, c, START, S, mask, mean, sums, c - c0, scratch)
-        for c in range(c0, c1):
-            j = c - c0
-            total, product = sums_of(sums, j)
-            product *= rstd[c]
-            dbeta[c], dgamma[c] = of(total), of(product)
-            b[j], k[j] = of(total / m), of(product * rstd[c] / m)
+        _gradients_of_channels(sums, c0, c1, m, rstd, dgamma, dbeta, b, k)
         for n in range(N):
             for c in range(c0, c1):
                 j, scale = c - c0, rstd[c] * gamma[c]

@@ -166,6 +166,33 @@ def _statistics(x, c0, c1, shift, sums, shift_at, total, square, mean, var, rstd
         finish(c, shift_at[(c - c0) * S], d, d2, m, eps, momentum, mean, var, rstd, running_mean, running_var)
 
 
+@inline
+def _means_of_tile(at, c0, c1, S, mean):
+    for p in range((c1 - c0) * S):
+        c = c0 + p // S
+        at[0, MEAN, p], at[0, REST, p] = mean[0, c], mean[1, c]
+
+
+@inline
+def _normalization_of_tile(at, c0, c1, S, mean, rstd, gamma, beta):
+    _means_of_tile(at, c0, c1, S, mean)
+    for p in range((c1 - c0) * S):
+        c = c0 + p // S
+        at[0, SCALE, p], at[0, SHIFT_1, p] = rstd[c] * gamma[c], beta[c]
+
+
+@inline
+def _gradients_of_tile(at, sums, c0, c1, S, m, rstd, gamma, dgamma, dbeta):
+    """dgamma and dbeta of the tile's channels from their sums, and what dx needs of them."""
+    of = rstd.dtype.type
+    for c in range(c0, c1):
+        db, dg = sums_of(sums, c - c0)
+        dg *= rstd[c]
+        dbeta[c], dgamma[c] = of(db), of(dg)
+        for p in range((c - c0) * S, (c - c0 + 1) * S):
+            at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = rstd[c] * gamma[c], of(db / m), of(dg * rstd[c] / m)
+
+
 @kernel
 def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum):
     """Statistics and y of the tiles first…last-1."""
@@ -178,14 +205,7 @@ def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean
         _statistics(
             x, c0, c1, shift, sums, shift_at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum
         )  # fmt: skip
-        for p in range((c1 - c0) * S):
-            c = c0 + p // S
-            at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p] = (
-                mean[0, c],
-                mean[1, c],
-                rstd[c] * gamma[c],
-                beta[c],
-            )
+        _normalization_of_tile(at, c0, c1, S, mean, rstd, gamma, beta)
         for n in range(N):
             _normalize(line_of(x, n, c0, 0, (c1 - c0) * S), at, line_of(y, n, c0, 0, (c1 - c0) * S), _goes_around(y))
     streamed()
@@ -195,22 +215,16 @@ def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean
 def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
     """dgamma, dbeta and dx of the tiles first…last-1."""
     N, C, S = x.shape
-    P, m, of = group * S, np.float64(N * S), rstd.dtype.type
+    P, m = group * S, np.float64(N * S)
     sums, at = np.empty((2, 2, group)), np.empty((1, 5, P), rstd.dtype)
     total, product = np.empty(P), np.empty(P)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
         size = (c1 - c0) * S
-        for p in range(size):
-            at[0, MEAN, p], at[0, REST, p] = mean[0, c0 + p // S], mean[1, c0 + p // S]
+        _means_of_tile(at, c0, c1, S, mean)
         _tile_gradients(dy, x, c0, c1, at, total, product)
         _tile_sums(total, product, c1 - c0, S, sums)
-        for c in range(c0, c1):
-            db, dg = sums_of(sums, c - c0)
-            dg *= rstd[c]
-            dbeta[c], dgamma[c] = of(db), of(dg)
-            for p in range((c - c0) * S, (c - c0 + 1) * S):
-                at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = rstd[c] * gamma[c], of(db / m), of(dg * rstd[c] / m)
+        _gradients_of_tile(at, sums, c0, c1, S, m, rstd, gamma, dgamma, dbeta)
         for n in range(N):
             _apply(line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size), at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()
@@ -223,6 +237,27 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
 def _rows_of(x, v, size):
     S = x.shape[2]
     return line_of(x, v // S, 0, v % S, size)
+
+
+@inline
+def _means_of_rows(at, C, mean):
+    for p in range(at.shape[2]):
+        at[0, MEAN, p], at[0, REST, p] = mean[0, p % C], mean[1, p % C]
+
+
+@inline
+def _normalization_of_rows(at, C, mean, scale, beta):
+    _means_of_rows(at, C, mean)
+    for p in range(at.shape[2]):
+        at[0, SCALE, p], at[0, SHIFT_1, p] = scale[p % C], beta[p % C]
+
+
+@inline
+def _slopes_of_rows(at, C, mean, scale, b, k):
+    _means_of_rows(at, C, mean)
+    for p in range(at.shape[2]):
+        c = p % C
+        at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = scale[c], b[c], k[c]
 
 
 @inline
@@ -264,8 +299,7 @@ def gradient_sums(first, last, rows, dy, x, mean, partial):
     N, C, S = x.shape
     blocks, m, P = partial.shape[0], N * S, rows * C
     at, total, product = np.empty((1, 5, P), mean.dtype), np.empty(P), np.empty(P)
-    for p in range(P):
-        at[0, MEAN, p], at[0, REST, p] = mean[0, p % C], mean[1, p % C]
+    _means_of_rows(at, C, mean)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         total[:] = 0.0
@@ -285,9 +319,7 @@ def gradient_sums(first, last, rows, dy, x, mean, partial):
 def normalize(first, last, blocks, rows, x, mean, scale, beta, y):
     N, C, S = x.shape
     m, at = N * S, np.empty((1, 5, rows * C), mean.dtype)
-    for p in range(rows * C):
-        c = p % C
-        at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p] = mean[0, c], mean[1, c], scale[c], beta[c]
+    _normalization_of_rows(at, C, mean, scale, beta)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         while v < end:
@@ -302,15 +334,7 @@ def apply(first, last, blocks, rows, dy, x, mean, scale, b, k, dx):
     """dx = scale (dy - b - (x - mean) k)."""
     N, C, S = x.shape
     m, at = N * S, np.empty((1, 5, rows * C), mean.dtype)
-    for p in range(rows * C):
-        c = p % C
-        at[0, MEAN, p], at[0, REST, p], at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = (
-            mean[0, c],
-            mean[1, c],
-            scale[c],
-            b[c],
-            k[c],
-        )
+    _slopes_of_rows(at, C, mean, scale, b, k)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         while v < end:

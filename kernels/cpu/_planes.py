@@ -200,6 +200,18 @@ def _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_v
         finish(c, shift[j], total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var)
 
 
+@inline
+def _gradients_of_channels(sums, c0, c1, m, rstd, dgamma, dbeta, b, k):
+    """dgamma and dbeta of the channels c0…c1-1 from their sums, and what dx needs of them in b and k."""
+    of = rstd.dtype.type
+    for c in range(c0, c1):
+        j = c - c0
+        total, product = sums_of(sums, j)
+        product *= rstd[c]
+        dbeta[c], dgamma[c] = of(total), of(product)
+        b[j], k[j] = of(total / m), of(product * rstd[c] / m)
+
+
 # A block is `group` channels, done from first to last while they are in cache.
 @kernel
 def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum):
@@ -221,7 +233,6 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
     """dgamma, dbeta and dx of the blocks first…last-1."""
     N, C, S = x.shape
     m = np.float64(N * S)
-    of = rstd.dtype.type
     dy_scratch, x_scratch, dx_scratch, around = _scratch(dy), _scratch(x), _scratch(dx), _goes_around(dx)
     sums, b, k = np.empty((2, 2, group)), np.empty(group, rstd.dtype), np.empty(group, rstd.dtype)
     for block in range(first, last):
@@ -230,12 +241,7 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
         for n in range(N):
             for c in range(c0, c1):
                 _add_gradients(dy, x, n, c, START, S, mean, sums, c - c0, dy_scratch, x_scratch)
-        for c in range(c0, c1):
-            j = c - c0
-            total, product = sums_of(sums, j)
-            product *= rstd[c]
-            dbeta[c], dgamma[c] = of(total), of(product)
-            b[j], k[j] = of(total / m), of(product * rstd[c] / m)
+        _gradients_of_channels(sums, c0, c1, m, rstd, dgamma, dbeta, b, k)
         for n in range(N):
             for c in range(c0, c1):
                 j, scale = c - c0, rstd[c] * gamma[c]
