@@ -23,6 +23,7 @@ import pytest
 
 from hw3gpu._arrays import use_backend
 from hw3gpu._cli.arrays import DTYPES, Place, cupy_refusal, to_numpy
+from layouts import Tensors
 
 BACKEND_FIXTURES = {"kit", "device"}
 
@@ -96,6 +97,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     leg = request.config.stash[LEG]
     with use_backend(leg.backend):
         yield leg.device
+
+
+@pytest.fixture
+def tensors(device: str) -> Tensors:
+    """Torch tensors alone, with what `kit` has: for what is dear."""
+    return Tensors(device)
 
 
 @pytest.fixture(params=DTYPES)

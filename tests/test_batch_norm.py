@@ -13,7 +13,7 @@ import hw3gpu
 from hw3gpu import reference
 from hw3gpu._arrays import accumulate_dtype, requested_backend
 from hw3gpu._cli.measure import PYTORCH_FACTOR
-from layouts import Tensors, in_layout, orders, to_torch
+from layouts import in_layout, orders, to_torch
 from measure import close, max_error, ulp
 
 # the values that the kernels are asked to spoil are spoilt in the interpreter with a warning
@@ -40,11 +40,6 @@ CASES = {
     "long channels": ((1, 1, 20470), 1, "contiguous"),
     "long channels, channels-last": ((1, 50, 50, 16), -1, "contiguous"),
 }
-
-
-@pytest.fixture
-def tensors(device):
-    return Tensors(device)
 
 
 @pytest.fixture(params=[1, 2, 132], ids=["looped", "two splits", "split"])
