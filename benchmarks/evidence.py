@@ -96,6 +96,16 @@ def kernels_of(evidence: dict[str, Any]) -> Findings:
     return {label: found for room in evidence.values() for label, found in room["kernels"].items()}
 
 
+def as_text(evidence: dict[str, Any]) -> str:
+    """JSON with a case a line: what changed is seen in a diff."""
+    rooms = []
+    for room, of in evidence.items():
+        head = json.dumps({"sources": of["sources"], "complaints": of["complaints"]})[:-1]
+        lines = ",\n".join(f"{json.dumps(label)}: {json.dumps(found)}" for label, found in of["kernels"].items())
+        rooms.append(f'{json.dumps(room)}: {head}, "kernels": {{\n{lines}\n}}}}')
+    return "{\n" + ",\n".join(rooms) + "\n}\n"
+
+
 def _examine(label: str) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
     """(label, findings by architecture and kernel, complaints) of one case."""
     case = next(case for case in cases() if case.label == label)
@@ -181,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
                 "complaints": [complaint for _, _, complaints in examined for complaint in complaints],
                 "kernels": {label: found for label, found, _ in examined},
             }
-            file.write_text(json.dumps({name: evidence[name] for name in rooms if name in evidence}, indent=0) + "\n")
+            file.write_text(as_text({name: evidence[name] for name in rooms if name in evidence}))
     if not args.json:
         README.write_text(readme_with(README.read_text(), kernels_of(evidence)))
     wrong = [complaint for room in rooms for complaint in evidence[room]["complaints"]]
