@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,9 +32,8 @@ from rich.table import Table
 
 import hw3gpu
 import hw3gpu.functional
-from hw3gpu import _arrays, _pool
-from hw3gpu.kernels.cpu import batch_norm as batch_norm_kernels
-from hw3gpu.kernels.cpu import cross_entropy as cross_entropy_kernels
+from hw3gpu import _pool, _small
+from hw3gpu.kernels.cpu import small
 
 THREADS = 2
 LIMIT = 1.6  # times the plain copy, for shapes of at least LARGE bytes
@@ -341,15 +339,29 @@ def measure_tinies(result: Result, turns: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- where a small call's time goes
+@dataclass
+class _Call:
+    """A call to be made again. It keeps the result too: calls below it may have taken its address."""
+
+    function: Callable[..., object]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    result: object
+
+    def __call__(self) -> object:
+        return self.function(*self.args, **self.options)
+
+
 @contextmanager
-def _noting(module: Any, names: tuple[str, ...], calls: list[Callable[[], object]]) -> Iterator[None]:
-    """Inside, calls of these functions of a module are noted, so that they can be made again by themselves."""
+def _noting(module: Any, names: tuple[str, ...], calls: list[_Call]) -> Iterator[None]:
+    """Inside, calls of these functions of a module are noted."""
     before = {name: getattr(module, name) for name in names}
 
     def noting(function: Callable[..., object]) -> Callable[..., object]:
         def noted(*args: Any, **options: Any) -> object:
-            calls.append(lambda: function(*args, **options))
-            return function(*args, **options)
+            result = function(*args, **options)
+            calls.append(_Call(function, args, options, result))
+            return result
 
         return noted
 
@@ -378,30 +390,29 @@ class _Empty(torch.autograd.Function):
 
 def layers(work: Work, step: Step, turns: int) -> dict[str, float]:
     """Microseconds of one small forward and backward, by layer."""
-    launchers: list[Callable[[], object]] = []
-    kernels: list[Callable[[], object]] = []
-    kernel_module: ModuleType
     if work.operation == "batch_norm":
-        launching, kernel_module = _arrays.kernels("batch_norm", "cpu"), batch_norm_kernels
+        names: tuple[str, ...] = ("batch_norm_forward", "batch_norm_backward")
+        kernel_names = tuple(f"_{name}" for name in names)
         empty = Step(lambda f: f(*step.leaves, True), _Empty.apply, _Empty.apply, step.leaves, step.upstream)
     else:
-        launching, kernel_module = _arrays.kernels("cross_entropy_step", "cpu"), cross_entropy_kernels
+        names, kernel_names = ("cross_entropy_step",), ("_cross_entropy",)
         empty = Step(lambda f: f(*step.leaves, None), _Empty.apply, _Empty.apply, step.leaves)
-    names = tuple(name for name in ("forward", "backward", "forward_backward") if hasattr(launching, name))
-    with _noting(launching, names, launchers), _noting(kernel_module, ("run",), kernels):
+    with_outputs: list[_Call] = []
+    kernels: list[_Call] = []
+    with _noting(_small, names, with_outputs), _noting(small, kernel_names, kernels):
         step(step.ours)
     contestants: dict[str, Callable[[], object]] = {
         "all": partial(step, step.ours),
         "eager": partial(step, step.eager),
         "an empty autograd function": partial(empty, empty.ours),
-        "launchers": lambda: [call() for call in launchers],
+        "outputs and addresses": lambda: [call() for call in with_outputs],
         "kernels": lambda: [call() for call in kernels],
     }
     seconds = in_turn(contestants, 4 * turns, calls=200)
     found = {name: 1e6 * statistics.median(s) for name, s in seconds.items()}
-    found["launchers"] -= found["kernels"]
-    parts = ("an empty autograd function", "launchers", "kernels")
-    found["checks, views and outputs"] = found["all"] - sum(found[part] for part in parts)
+    found["outputs and addresses"] -= found["kernels"]
+    parts = ("an empty autograd function", "outputs and addresses", "kernels")
+    found["checks and choices"] = found["all"] - sum(found[part] for part in parts)
     return found
 
 
@@ -447,10 +458,10 @@ def _print(result: Result, console: Console) -> None:
     for name, seconds in result.first_calls.items():
         rest.add_row(f"first call in a process, {name}", "seconds", f"{seconds:.2f} ≤ {FIRST_CALL}")
     console.print(rest)
-    small = Table("microseconds a call", *(work.name for work in TINIES))
+    parts = Table("microseconds a call", *(work.name for work in TINIES))
     for layer in result.layers[TINIES[0].name]:
-        small.add_row(layer, *(f"{result.layers[work.name][layer]:.1f}" for work in TINIES))
-    console.print(small)
+        parts.add_row(layer, *(f"{result.layers[work.name][layer]:.1f}" for work in TINIES))
+    console.print(parts)
     for shortfall in result.shortfalls():
         console.print(f"short: {shortfall}")
 

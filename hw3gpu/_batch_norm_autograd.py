@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from . import _arrays, _ops
+from . import _arrays, _ops, _small
 from ._autograd import accumulate_dtype, as_dtype, graph_is_needed
 
 
@@ -31,6 +31,10 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, e
 def run(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu, *, new=torch.empty):
     """y, and what `run_backward` needs: stats (mean, what its rounding left, rstd, var in training) and the mask."""
     which = _arrays.backend(x)
+    if training and which == "cpu" and residual is None and not relu:
+        found = _small.batch_norm_forward(x, weight, bias, running_mean, running_var, momentum, eps)
+        if found:
+            return *found, None
     see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
     y, y_folded = _arrays.output(x, 1, see)
     stats = torch.empty((4 if training else 3, x.shape[1]), dtype=accumulate_dtype(x), device=x.device)
@@ -71,6 +75,10 @@ def fused_operands(folded, residual, relu, device, see, kernels, new):
 def run_backward(dy, x, weight, stats, mask, training, relu, residual):
     """dx, dgamma, dbeta in the accumulation dtype, and dresidual where `residual` asks for it: dy itself without `relu`."""
     which = _arrays.backend(x)
+    if training and which == "cpu" and not relu:
+        found = _small.batch_norm_backward(dy, x, weight, stats)
+        if found:
+            return *found, dy if residual else None
     see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
     dx, dx_folded = _arrays.output(x, 1, see)
     C, acc = x.shape[1], stats.dtype

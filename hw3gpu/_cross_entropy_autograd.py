@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from . import _arrays, _cross_entropy_formula, _targets
+from . import _arrays, _cross_entropy_formula, _small, _targets
 from ._autograd import accumulate_dtype
 from ._cross_entropy_formula import NUMBERS, class_axis, loss_shape
 
@@ -150,6 +150,12 @@ def run_backward(upstream, logits, target, weight, numbers, denominator, options
 
 def _run_step(logits, target, weight, upstream, options, dlogits=None, stats=False):
     """On the CPU: the reduced loss, the numbers of every row if `stats`, and the gradient for an upstream number."""
+    found = None if stats else _small.cross_entropy_step(logits, target, weight, upstream, options, dlogits)
+    if found:
+        loss, dlogits, row = found
+        if row < target.numel():
+            refuse_class(target, row, logits.shape[class_axis(logits)], options.ignore_index)
+        return loss, None, dlogits
     see = _arrays.viewer("cpu")
     z, t = rows_of(see(logits), see(target))
     N, _, S = z.shape

@@ -59,7 +59,7 @@ def test_what_falls_short_is_said():
 @pytest.mark.parametrize("work", cpu.TINIES, ids=lambda work: work.name)
 def test_the_layers_of_a_small_call_add_up(work):
     layers = cpu.layers(work, work.step(), turns=1)
-    parts = ("an empty autograd function", "launchers", "kernels", "checks, views and outputs")
+    parts = ("an empty autograd function", "outputs and addresses", "kernels", "checks and choices")
     assert sum(layers[part] for part in parts) == pytest.approx(layers["all"])
     assert 0 < layers["kernels"] < layers["all"]
 

@@ -1,0 +1,74 @@
+"""Small calls on the host in float32, the way of least overhead: `kernels/cpu/small.py` takes addresses, and no views are made.
+
+Each function gives what the general way gives, to the bit, or None where the call is not one of these.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _arrays
+
+# Bytes of a tensor up to which a kernel runs on the calling thread alone, counting what it reads and writes.
+MOST_BYTES = 1 << 16
+
+
+def _plain(x: torch.Tensor) -> bool:
+    return x.dtype is torch.float32 and x.is_contiguous() and not x.is_neg()
+
+
+def _fit(x: torch.Tensor, *beside: torch.Tensor | None) -> bool:
+    return 0 < x.nbytes <= MOST_BYTES and _plain(x) and all(v is None or _plain(v) for v in beside)
+
+
+def _address(v: torch.Tensor | None) -> int:
+    return 0 if v is None else v.data_ptr()
+
+
+def cross_entropy_step(logits, target, weight, upstream, options, dlogits=None):
+    """The reduced loss, its gradient for an upstream number (into `dlogits` where given), and the first wrong row."""
+    if weight is not None or options.z_loss or options.softcap is not None or not _fit(logits):
+        return None
+    if target.dtype is not torch.int64 or not target.is_contiguous():
+        return None
+    shape = logits.shape
+    N, V = shape[:2] if len(shape) > 1 else (1, shape[0])
+    loss = logits.new_empty(())
+    dlogits = torch.empty_like(logits) if dlogits is None else dlogits
+    row = _arrays.kernels("small", "cpu").cross_entropy(
+        logits.data_ptr(), target.data_ptr(), dlogits.data_ptr(), loss.data_ptr(), N, V, logits.numel() // (N * V),
+        upstream=upstream, mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored,
+        ignore_index=options.ignore_index, label_smoothing=options.label_smoothing,
+    )  # fmt: skip
+    return loss, dlogits, row
+
+
+def _planes(x):
+    """(N, C, S) of planes that the kernels take, else None."""
+    N, C = x.shape[:2]
+    S = x.numel() // (N * C)
+    return (N, C, S) if 1 < S <= _arrays.kernels("small", "cpu").SMALL_PLANE else None
+
+
+def batch_norm_forward(x, weight, bias, running_mean, running_var, momentum, eps):
+    """y and stats (mean (2, C), rstd, var)."""
+    if not _fit(x, weight, bias, running_mean, running_var) or not (sizes := _planes(x)):
+        return None
+    y, stats = torch.empty_like(x), x.new_empty((4, sizes[1]))
+    _arrays.kernels("small", "cpu").batch_norm_forward(
+        x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), stats.data_ptr(), _address(running_mean),
+        _address(running_var), *sizes, eps=eps, momentum=momentum,
+    )  # fmt: skip
+    return y, stats
+
+
+def batch_norm_backward(dy, x, weight, stats):
+    """dx, dgamma and dbeta."""
+    if not _fit(x, dy, weight) or not (sizes := _planes(x)):
+        return None
+    dx, dgamma, dbeta = torch.empty_like(x), x.new_empty(sizes[1]), x.new_empty(sizes[1])
+    _arrays.kernels("small", "cpu").batch_norm_backward(
+        dy.data_ptr(), x.data_ptr(), stats.data_ptr(), _address(weight), dx.data_ptr(), dgamma.data_ptr(), dbeta.data_ptr(),
+        *sizes,
+    )  # fmt: skip
+    return dx, dgamma, dbeta

@@ -1,0 +1,161 @@
+"""Small float32 calls by address: to the bit what the general way gives, and taken for what it is made for alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as TF
+
+import hw3gpu.functional as HF
+from hw3gpu import _small
+from hw3gpu._arrays import kernels
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The names of the launches by address."""
+    small, names = kernels("small", "cpu"), []
+
+    def note(name):
+        launch = getattr(small, name)
+
+        def noted(*args, **options):
+            names.append(name)
+            return launch(*args, **options)
+
+        monkeypatch.setattr(small, name, noted)
+
+    for name in ("cross_entropy", "batch_norm_forward", "batch_norm_backward"):
+        note(name)
+    return names
+
+
+def both_ways(monkeypatch, call):
+    """The results of `call` by address and in the general way."""
+    by_address = call()
+    with monkeypatch.context() as patch:
+        patch.setattr(_small, "MOST_BYTES", 0)
+        return by_address, call()
+
+
+def assert_same_bits(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def step_of(z, target, scale=1.0, **options):
+    def call():
+        leaf = z.clone().requires_grad_()
+        loss = HF.cross_entropy(leaf, target, **options)
+        (loss * scale).backward()
+        return loss.detach(), leaf.grad
+
+    return call
+
+
+CLASSES = {
+    "one row": ((7,), {}),
+    "rows": ((32, 10), {}),
+    "the sum": ((32, 10), {"reduction": "sum"}),
+    "smoothing": ((33, 17), {"label_smoothing": 0.1}),
+    "class axis in the middle": ((3, 5, 2, 4), {"ignore_index": 2}),
+    "one class": ((4, 1), {}),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize(("shape", "options"), CLASSES.values(), ids=CLASSES)
+def test_cross_entropy(monkeypatch, taken, shape, options, scale):
+    random = torch.Generator().manual_seed(0)
+    z = 10 * torch.randn(shape, generator=random)
+    target = torch.randint(shape[min(len(shape) - 1, 1)], (*shape[:1], *shape[2:]) if len(shape) > 1 else (), generator=random)
+    found, expected = both_ways(monkeypatch, step_of(z, target, scale, **options))
+    assert taken == ["cross_entropy"] * (1 if scale == 1 else 2)
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("all_ignored", ["nan", "zero"])
+def test_cross_entropy_of_nothing_but_ignored_rows(monkeypatch, taken, all_ignored):
+    call = step_of(torch.randn(4, 3), torch.full((4,), -100), all_ignored=all_ignored)
+    found, expected = both_ways(monkeypatch, call)
+    assert taken
+    assert_same_bits(found, expected)
+    assert found[0].isnan() if all_ignored == "nan" else found[0] == 0
+
+
+def test_a_wrong_class_is_refused(taken):
+    with pytest.raises(IndexError, match="got 3 in row 1"):
+        HF.cross_entropy(torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 3]))
+    assert taken
+
+
+def normalization_of(x, dy, *, affine=True, running=True):
+    C = x.shape[1]
+
+    def call():
+        leaf = x.clone().requires_grad_()
+        weight, bias = (torch.linspace(0.5, 2, C) + i for i in range(2)) if affine else (None, None)
+        leaves = [leaf, *(v.requires_grad_() for v in (weight, bias) if v is not None)]
+        kept = [torch.zeros(C), torch.ones(C)] if running else [None, None]
+        y = HF.batch_norm(leaf, *kept, weight, bias, training=True)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy), *(v for v in kept if v is not None)
+
+    return call
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("running", [True, False], ids=["running", "batch alone"])
+@pytest.mark.parametrize("shape", [(16, 8, 4, 4), (2, 3, 2), (5, 1, 16, 16), (3, 40, 7, 7)], ids=str)
+def test_batch_norm(monkeypatch, taken, shape, affine, running):
+    random = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(shape, generator=random) for _ in range(2))
+    found, expected = both_ways(monkeypatch, normalization_of(1e4 + x, dy, affine=affine, running=running))
+    assert taken == ["batch_norm_forward", "batch_norm_backward"]
+    assert_same_bits(found, expected)
+
+
+def test_a_strided_upstream_gradient_takes_the_general_way_back(monkeypatch, taken):
+    x, dy = torch.randn(4, 3, 2, 5), torch.randn(4, 3, 5, 2).transpose(2, 3)
+    found, expected = both_ways(monkeypatch, normalization_of(x, dy))
+    assert taken == ["batch_norm_forward"]
+    assert_same_bits(found, expected)
+
+
+def test_the_default_dtype_changes_nothing(taken):
+    """New tensors have the dtype of the arguments, whatever is set as the default."""
+    x, z = torch.randn(4, 3, 2, 5, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        y, loss = HF.batch_norm(x, None, None, training=True), HF.cross_entropy(z, torch.arange(4) % 3)
+        (y.square().sum() + loss).backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert taken == ["batch_norm_forward", "cross_entropy", "batch_norm_backward"]
+    assert {v.dtype for v in (y, loss, x.grad, z.grad)} == {torch.float32}
+    torch.testing.assert_close(y, TF.batch_norm(x, None, None, training=True))
+    torch.testing.assert_close(loss, TF.cross_entropy(z, torch.arange(4) % 3))
+
+
+OTHERS = {
+    "another dtype": lambda: HF.cross_entropy(torch.zeros(4, 3, dtype=torch.float64, requires_grad=True), torch.arange(4) % 3),
+    "class weights": lambda: HF.cross_entropy(torch.zeros(4, 3, requires_grad=True), torch.arange(4) % 3, torch.ones(3)),
+    "strided logits": lambda: HF.cross_entropy(torch.zeros(3, 4, requires_grad=True).t(), torch.arange(4) % 3),
+    "strided classes": lambda: HF.cross_entropy(torch.zeros(4, 3, requires_grad=True), (torch.arange(8) % 3)[::2]),
+    "probabilities": lambda: HF.cross_entropy(torch.zeros(4, 3, requires_grad=True), torch.full((4, 3), 1 / 3)),
+    "a softcap": lambda: HF.cross_entropy(torch.zeros(4, 3, requires_grad=True), torch.arange(4) % 3, softcap=3.0),
+    "large logits": lambda: HF.cross_entropy(torch.zeros(512, 64, requires_grad=True), torch.arange(512) % 3),
+    "evaluation": lambda: HF.batch_norm(torch.zeros(4, 3, 2), torch.zeros(3), torch.ones(3)),
+    "no planes": lambda: HF.batch_norm(torch.randn(4, 3), None, None, training=True),
+    "channels-last": lambda: HF.batch_norm(
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), None, None, training=True
+    ),
+    "large planes": lambda: HF.batch_norm(torch.randn(2, 3, 17, 17), None, None, training=True),
+    "a residual": lambda: HF.batch_norm(torch.randn(2, 3, 4), None, None, training=True, residual=torch.randn(2, 3, 4)),
+    "an activation": lambda: HF.batch_norm(torch.randn(2, 3, 4), None, None, training=True, activation="relu"),
+}
+
+
+@pytest.mark.parametrize("call", OTHERS.values(), ids=OTHERS)
+def test_others_take_the_general_way(taken, call):
+    call()
+    assert taken == []
