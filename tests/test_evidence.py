@@ -80,22 +80,14 @@ def test_a_change_of_any_source_is_noticed(monkeypatch, tmp_path):
         source.write_text(text)
 
 
-def test_the_sweep_found_nothing_but_small_spills(sweep):
-    """The heaviest cases have none; elsewhere cross entropy with a softcap or all options still spills up to 6 registers."""
-    complaints = [complaint for room in sweep.values() for complaint in room["complaints"]]
-    spilled = [
-        int(found[1]) for found in (re.search(r"spills: (\d+) bytes of stack, 0 of local", c) for c in complaints) if found
-    ]
-    assert len(spilled) == len(complaints), "something else than a spill"
-    assert max(spilled, default=0) <= 32
-    assert all(complaint.startswith("cross entropy") for complaint in complaints)
+def test_the_sweep_found_nothing_wrong(sweep):
+    assert [complaint for room in sweep.values() for complaint in room["complaints"]] == []
 
 
 @pytest.mark.parametrize("room", ["softmax", "cross_entropy"])
 def test_long_rows_of_any_length_move_16_bytes_at_a_time(sweep, room):
-    """V from 1000 to 65536 on 16 bytes or off them; short rows of halves with a softcap or all options move 8."""
+    """V from 1000 to 65536, on 16 bytes or off them."""
     rows = {label: of for label, of in sweep[room]["kernels"].items() if re.search(r"\d+x\d{4,}x1 ", label)}
-    rows = {label: of for label, of in rows.items() if not re.search(r"(softcap|all) \d+x100[01]x1 \w*float16", label)}
     assert len(rows) > 20
     narrow = [(label, name) for label, of in rows.items() for name, code in of["90"].items() if not code["wide"]]
     assert narrow == []

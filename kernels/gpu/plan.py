@@ -81,6 +81,7 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, beside: in
     lanes = body_lanes(V, itemsize, mode)
     # what a thread keeps beside a lane costs registers, as do ends of rows and strides: fewer lanes to a thread
     spread = 1 if mode == ALIGNED and not beside else 4 if mode != ALIGNED and beside > 1 else 2
+    spread = min(spread, itemsize)  # and at least 16 bytes a thread
     if unit_s and S > 1:
         # neighbours fill a line of 128 bytes where that leaves room for their rows, and at least a sector of 32
         resident = 2048 // (2 if itemsize == 8 else 1)
@@ -97,9 +98,11 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, beside: in
         return RowPlan(block_r, keep, keep, True, _warps(spread * block_r * keep))
     # the loop over the rest keeps strides, or the ends of float64, beside the lanes: more registers a thread
     if unit_s and S > 1:
-        keep, block_v, num_warps = max(resident // 4, 1), max(resident // 4, 1), 8
+        keep, block_v, num_warps = max(resident // 4, 1), max(resident // 4, 1), 16 if beside > 1 else 8
+    elif beside > 1:
+        keep, block_v, num_warps = min(resident, 4096), 8192 // max(itemsize, 4), 16 if itemsize >= 4 else 8
     elif beside:
-        keep, block_v, num_warps = min(resident, 16384 >> beside), 16384 >> 2 * beside, 16
+        keep, block_v, num_warps = min(resident, 8192), 4096, 16
     elif itemsize == 8 and mode == SHIFTED:
         keep, block_v, num_warps = resident // 2, 1024, 16
     else:
