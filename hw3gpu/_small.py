@@ -1,4 +1,4 @@
-"""Small calls on the host in float32, the way of least overhead: `kernels/cpu/small.py` takes addresses, and no views are made.
+"""Small calls on the host in float32, the way of least overhead: kernels take addresses, and no views are made.
 
 Each function gives what the general way gives, to the bit, or None where the call is not one of these.
 """
@@ -35,7 +35,7 @@ def cross_entropy_step(logits, target, weight, upstream, options, dlogits=None):
     N, V = shape[:2] if len(shape) > 1 else (1, shape[0])
     loss = logits.new_empty(())
     dlogits = torch.empty_like(logits) if dlogits is None else dlogits
-    row = _arrays.kernels("small", "cpu").cross_entropy(
+    row = _arrays.kernels("cross_entropy_step", "cpu").at_addresses(
         logits.data_ptr(), target.data_ptr(), dlogits.data_ptr(), loss.data_ptr(), N, V, logits.numel() // (N * V),
         upstream=upstream, mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored,
         ignore_index=options.ignore_index, label_smoothing=options.label_smoothing,
@@ -47,7 +47,7 @@ def _planes(x):
     """(N, C, S) of planes that the kernels take, else None."""
     N, C = x.shape[:2]
     S = x.numel() // (N * C)
-    return (N, C, S) if 1 < S <= _arrays.kernels("small", "cpu").SMALL_PLANE else None
+    return (N, C, S) if 1 < S <= _arrays.kernels("batch_norm_small", "cpu").SMALL_PLANE else None
 
 
 def batch_norm_forward(x, weight, bias, running_mean, running_var, momentum, eps):
@@ -55,7 +55,7 @@ def batch_norm_forward(x, weight, bias, running_mean, running_var, momentum, eps
     if not _fit(x, weight, bias, running_mean, running_var) or not (sizes := _planes(x)):
         return None
     y, stats = torch.empty_like(x), x.new_empty((4, sizes[1]))
-    _arrays.kernels("small", "cpu").batch_norm_forward(
+    _arrays.kernels("batch_norm_small", "cpu").forward(
         x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), stats.data_ptr(), _address(running_mean),
         _address(running_var), *sizes, eps=eps, momentum=momentum,
     )  # fmt: skip
@@ -67,7 +67,7 @@ def batch_norm_backward(dy, x, weight, stats):
     if not _fit(x, dy, weight) or not (sizes := _planes(x)):
         return None
     dx, dgamma, dbeta = torch.empty_like(x), x.new_empty(sizes[1]), x.new_empty(sizes[1])
-    _arrays.kernels("small", "cpu").batch_norm_backward(
+    _arrays.kernels("batch_norm_small", "cpu").backward(
         dy.data_ptr(), x.data_ptr(), stats.data_ptr(), _address(weight), dx.data_ptr(), dgamma.data_ptr(), dbeta.data_ptr(),
         *sizes,
     )  # fmt: skip

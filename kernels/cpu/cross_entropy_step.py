@@ -10,16 +10,45 @@ It has no twin: a GPU would have to wait for the denominator, and for the upstre
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
+import numpy as np
+from numba import carray
+
+from ._by_address import floats, pointer
 from ._jit import kernel
-from .cross_entropy import _loss_and_gradient, _quotient, compensated_sum, count
+from .cross_entropy import (
+    _ANY_CLASS,
+    _hard_forward_backward,
+    _loss_and_gradient,
+    _quotient,
+    compensated_sum,
+    count,
+    denominator_of,
+)
 
 
 @kernel
 def _divide(loss, denominator, result):
     of = result.dtype.type  # two roundings, as of a loss that is reduced without its gradient
     result[0] = of(compensated_sum(loss)) / of(denominator)
+
+
+@kernel
+def _at_addresses(
+    z_at, target_at, dz_at, result_at, N, V, S, upstream, mean, zero_if_ignored, ignore_index, smoothing
+):  # fmt: skip
+    z, dz, result = floats(z_at, (N, V, S)), floats(dz_at, (N, V, S)), floats(result_at, 1)
+    target = carray(pointer(target_at), (N, S), np.int64)
+    no_weight, loss, invalid = np.empty(0, np.float32), np.empty((N, S), np.float32), np.full(1, N * S)
+    denominator = denominator_of(N * S, target, no_weight, _ANY_CLASS, ignore_index) if mean else 1.0
+    if zero_if_ignored and denominator == 0.0:
+        denominator = math.inf
+    g = upstream / denominator if denominator != 0.0 else math.inf
+    weight = np.ones(V if smoothing else 0, np.float32)
+    _hard_forward_backward(0, N * S, z, target, weight, loss, dz, invalid, g, ignore_index, smoothing, np.float64(V))
+    result[0] = np.float32(compensated_sum(loss)) / np.float32(denominator)
+    return invalid[0]
 
 
 def forward_backward(
@@ -39,3 +68,13 @@ def forward_backward(
     g = _quotient(upstream, denominator[0])
     _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap)
     _divide(loss, denominator[0], result)
+
+
+def at_addresses(
+    z: int, target: int, dz: int, result: int, N: int, V: int, S: int, *, upstream: float, mean: bool,
+    zero_if_ignored: bool, ignore_index: int, label_smoothing: float,
+) -> int:  # fmt: skip
+    """`forward_backward` of a small float32 call, of classes without weights, on one thread; the first wrong row, or N S."""
+    return _at_addresses(
+        z, target, dz, result, N, V, S, upstream, mean, zero_if_ignored, ignore_index, label_smoothing
+    )  # fmt: skip

@@ -1,0 +1,34 @@
+"""Arrays by address, for small calls: a NumPy view of every tensor costs several times their arithmetic.
+
+They are contiguous, which the caller has seen to (`hw3gpu/_small.py`); address 0 stands for a vector that is not given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import carray, types
+from numba.extending import intrinsic
+
+from ._jit import inline
+
+
+@intrinsic
+def pointer(typingctx: Any, address: Any) -> Any:
+    """An address as a `void *`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.intp), codegen
+
+
+@inline
+def floats(address, shape):
+    return carray(pointer(address), shape, np.float32)
+
+
+@inline
+def vector_or(address, size, default):
+    return floats(address, size) if address else np.full(size, np.float32(default), np.float32)
