@@ -260,7 +260,7 @@ def run(x, y, dy, dx):
 
 _threads.set_num_threads(4)
 _threads.BYTES_PER_THREAD = 1  # the small call compiles what the large one uses
-run(*(np.zeros((4, 64, 128), "f4") for _ in range(4)))
+run(*(np.zeros((4, 64, 1024), "f4") for _ in range(4)))
 big = [np.ones((64, 256, 1024), "f4") for _ in range(4)]
 before = peak()
 run(*big)

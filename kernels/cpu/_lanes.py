@@ -166,11 +166,12 @@ def with_lane(typingctx: Any, v: Any, k: Any, value: Any) -> Any:
     """`v` with `value` in lane k, or as it is where it has no such lane."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        numbers = ir.Constant(ir.VectorType(_WORD, v.count), [*range(v.count)])
-        chosen = _splat(builder, builder.trunc(context.cast(builder, args[1], k, types.intp), _WORD), numbers.type)
-        return builder.select(
-            builder.icmp_signed("==", numbers, chosen), _operand(context, builder, args[2], value, v), args[0]
-        )
+        lane = context.cast(builder, args[1], k, types.intp)
+        result = cgutils.alloca_once_value(builder, args[0])
+        with cgutils.if_unlikely(builder, builder.icmp_unsigned("<", lane, ir.Constant(_INT, v.count))):
+            number = context.cast(builder, args[2], value, v.dtype)
+            builder.store(builder.insert_element(args[0], number, lane), result)
+        return builder.load(result)
 
     return v(v, k, value), codegen
 
