@@ -186,6 +186,9 @@ CHANNELS = (
     ((64, 2048, 49), False),
     ((128, 2048, 49), False),
     ((256, 2048, 49), False),
+    ((300, 256, 49), False),
+    ((512, 256, 25), False),
+    ((1024, 256, 9), False),
     ((64, 512, 196), False),
     ((16, 256, 1023), False),
     ((16, 256, 1024), False),
@@ -204,6 +207,7 @@ FEW_CHANNELS = {((64, 2048, 49), False), ((20, 256, 784), False), ((32, 256, 313
 # of these, (shape, channels-last, dtype, fused): the largest tiles that a program owns, and a split channel
 HEAVY_CHANNELS = {
     ((128, 2048, 49), False, BF16, True),
+    ((256, 2048, 49), False, F32, False),
     ((16, 256, 1023), False, F32, False),
     ((16, 256, 1024), False, F32, True),
     ((20, 256, 784), False, F32, False),

@@ -1,6 +1,6 @@
 """The one file that knows Triton's inside: its interpreter and its driver, as they are in 3.6, 3.7 and 3.9.
 
-`round_as_a_gpu` mends a cast of the interpreter, `count_with_tensors` its loops and `patch_the_language_once` its speed.
+`mend_the_interpreter` mends its casts, loops and masks, `patch_the_language_once` its speed.
 `count_accesses` reports each load and store that an interpreted kernel makes. `StandIn` is a driver without a device: launches
 are specialised and compiled as on the GPU named, and recorded instead of run.
 """
@@ -37,8 +37,15 @@ def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def round_as_a_gpu() -> None:
-    """Replace the interpreter's casts between float32 and bfloat16, which truncate and spoil subnormals, in this process."""
+def mend_the_interpreter() -> None:
+    """Let it compute what a GPU does, in this process."""
+    _round_as_a_gpu()
+    _count_with_tensors()
+    _splat_booleans()
+
+
+def _round_as_a_gpu() -> None:
+    """Replace the casts between float32 and bfloat16, which truncate and spoil subnormals."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -59,7 +66,7 @@ def round_as_a_gpu() -> None:
     interpreter._convert_float = convert
 
 
-def count_with_tensors() -> None:
+def _count_with_tensors() -> None:
     """Let a tensor of one element be a loop's bound where NumPy refuses to make an integer of it (Triton 3.6)."""
     from triton.runtime import interpreter
 
@@ -73,6 +80,24 @@ def count_with_tensors() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch
+
+
+def _splat_booleans() -> None:
+    """Let a comparison of numbers, spread over a block, be a mask still (Triton 3.9 refuses the integers that it becomes)."""
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_splat
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def splat(self: Any, of: Any, value: Any) -> Any:
+        result = original(self, of, value)
+        if value.data.dtype == np.bool_:
+            result.data = result.data.astype(np.bool_)
+        return result
+
+    interpreter.InterpreterBuilder.create_splat = splat
 
 
 def patch_the_language_once() -> None:

@@ -23,7 +23,7 @@ NEAR_POWERS_OF_2 = [2**k + d for k in range(1, 31) for d in (-1, 0, 1)]
 SIZES = st.one_of(st.integers(1, 64), st.integers(1, 200_000), st.sampled_from(NEAR_POWERS_OF_2))
 GRID_X = 2**31 - 1
 # elements of a tile that a thread holds; tests/test_evidence.py compiles what this allows and finds no spill
-ROW_ELEMENTS, CHANNEL_ELEMENTS = 32, 16
+ROW_ELEMENTS, CHANNEL_ELEMENTS = 32, 64
 
 
 def power_of_2(n):
@@ -230,8 +230,8 @@ CHANNELS = {
 @example(N=64, C=2048, S=49, itemsize=2, mode=2, channels_last=False, operands=2, whole=True)
 @example(N=1, C=1, S=1, itemsize=8, mode=0, channels_last=False, operands=1, whole=True)
 def test_plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole):
-    if channels_last:
-        mode = P.STRIDED  # a unit stride between channels leaves none between positions
+    if channels_last or S < 2 * (16 // itemsize):
+        mode = P.STRIDED  # a unit stride between channels leaves none between positions; so short a row is nothing but ends
     p = P.plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole)
     for size in (p.BLOCK_C, p.BLOCK_N, p.LANES, p.num_warps):
         assert power_of_2(size)
@@ -239,8 +239,15 @@ def test_plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole
     width = lanes(S, itemsize, mode)
     # every channel, sample and position belongs to one tile
     assert p.channel_blocks * p.BLOCK_C >= C > (p.channel_blocks - 1) * p.BLOCK_C
-    assert p.lane_blocks * p.LANES >= width > (p.lane_blocks - 1) * p.LANES
-    assert p.tiles == P.cdiv(N, p.BLOCK_N) * p.lane_blocks
+    if p.flat:
+        assert p.LANES == 8
+        assert p.row_lanes >= width
+        assert 8 * p.BLOCK_N >= N * p.row_lanes
+        assert p.tiles == 1
+    else:
+        assert p.lane_blocks * p.LANES >= width > (p.lane_blocks - 1) * p.LANES
+        assert p.tiles == P.cdiv(N, p.BLOCK_N) * p.lane_blocks
+    assert p.tiles > 1 or p.ROWS >= N, "the rows' ends are of other rows than the body"
     # and every tile to one split, none of them empty: its first value is read
     assert p.splits * p.per_split >= p.tiles > (p.splits - 1) * p.per_split
     assert p.split == (p.per_split, p.splits)

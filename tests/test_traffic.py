@@ -122,7 +122,8 @@ CHANNELS = [
     pytest.param((64, 2, 49), 2.05, 3.05, id="7x7 planes fit"),
     pytest.param((16, 2, 1024), 2.05, 3.05, id="16384 values fit"),
     pytest.param((20, 2, 784), 2.05, 3.05, id="20 planes of 28x28 end to end"),
-    pytest.param((16, 2, 1023), 2.05, 5.05, id="odd planes, 16368 values"),
+    pytest.param((16, 2, 1023), 2.05, 3.05, id="odd planes, 16368 values"),
+    pytest.param((256, 2, 49), 2.05, 3.05, id="7x7 planes, 12544 values"),
     pytest.param((4, 2, 16384), 3.05, 5.05, id="long channels"),
 ]
 

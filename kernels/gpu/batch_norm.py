@@ -67,7 +67,7 @@ def _plan(x, operands, extra=(), alike=None):
     plan = plan_batch_norm(N, C, S, x.element_size(), mode, channels_last=x.stride(1) == 1 and C > 1 and x.stride(2) != 1,
                            operands=operands, whole=alike is not None, may_be_flat=flat, busy=busy)  # fmt: skip
     constants = {
-        "BLOCK_C": plan.BLOCK_C, "BLOCK_N": plan.BLOCK_N, "LANES": plan.LANES, "ROWS": plan.rows, "FLAT": plan.flat,
+        "BLOCK_C": plan.BLOCK_C, "BLOCK_N": plan.BLOCK_N, "LANES": plan.LANES, "ROWS": plan.ROWS, "FLAT": plan.flat,
         "MODE": mode, "GROUP": 16 // x.element_size(), "ACC": ACC[x.dtype], "num_warps": warps(plan.num_warps),
     }  # fmt: skip
     return plan, (N, C, S, plan.lane_blocks, plan.row_lanes, plan.tiles), constants
