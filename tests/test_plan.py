@@ -230,7 +230,7 @@ CHANNELS = {
 @example(N=64, C=2048, S=49, itemsize=2, mode=2, channels_last=False, operands=2, whole=True)
 @example(N=1, C=1, S=1, itemsize=8, mode=0, channels_last=False, operands=1, whole=True)
 def test_plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole):
-    if channels_last or S < 2 * (16 // itemsize):
+    if channels_last or 2 * (16 // itemsize) > S:
         mode = P.STRIDED  # a unit stride between channels leaves none between positions; so short a row is nothing but ends
     p = P.plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole)
     for size in (p.BLOCK_C, p.BLOCK_N, p.LANES, p.num_warps):
@@ -242,7 +242,7 @@ def test_plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole
     if p.flat:
         assert p.LANES == 8
         assert p.row_lanes >= width
-        assert 8 * p.BLOCK_N >= N * p.row_lanes
+        assert N * p.row_lanes <= 8 * p.BLOCK_N
         assert p.tiles == 1
     else:
         assert p.lane_blocks * p.LANES >= width > (p.lane_blocks - 1) * p.LANES

@@ -214,7 +214,7 @@ def plan_batch_norm(
         block_c = 1
         block_l = min((2**i for i in range(9, 13) if 2**i <= long), key=lambda b: (cdiv(lanes, b) * b, -b))
         block_l = min(block_l, next_power_of_2(lanes))
-        block_n = min(max(long // block_l, 1), next_power_of_2(N), most_rows, most // 8 // max(ends, 1)) if block_l >= lanes else 1
+        block_n = min(max(long // block_l, 1), next_power_of_2(N), most // 8 // max(ends, 1)) if block_l >= lanes else 1
     lane_blocks = 1 if flat else max(cdiv(lanes, block_l), 1)
     tiles = 1 if flat else max(cdiv(N, block_n), 1) * lane_blocks
     channel_blocks = max(cdiv(C, block_c), 1)
