@@ -27,7 +27,7 @@ def _address(v: torch.Tensor | None) -> int:
 
 def cross_entropy_step(logits, target, weight, upstream, options, dlogits=None):
     """The reduced loss, its gradient for an upstream number (into `dlogits` where given), and the first wrong row."""
-    if weight is not None or options.z_loss or options.softcap is not None or not _fit(logits):
+    if weight is not None or options.z_loss or options.softcap is not None or not _fit(logits, dlogits):
         return None
     if target.dtype is not torch.int64 or not target.is_contiguous():
         return None
@@ -64,7 +64,7 @@ def batch_norm_forward(x, weight, bias, running_mean, running_var, momentum, eps
 
 def batch_norm_backward(dy, x, weight, stats):
     """dx, dgamma and dbeta."""
-    if not _fit(x, dy, weight) or not (sizes := _planes(x)):
+    if not _fit(x, dy, weight, stats) or not (sizes := _planes(x)):
         return None
     dx, dgamma, dbeta = torch.empty_like(x), x.new_empty(sizes[1]), x.new_empty(sizes[1])
     _arrays.kernels("batch_norm_small", "cpu").backward(

@@ -160,3 +160,14 @@ OTHERS = {
 def test_others_take_the_general_way(taken, call):
     call()
     assert taken == []
+
+
+def test_whole_numbers_are_no_other_kernel(taken):
+    """Momentum 1 and momentum 1.0 are one compiled function."""
+    from hw3gpu.kernels.cpu import batch_norm_small
+
+    x = torch.randn(2, 3, 4)
+    y = [HF.batch_norm(x, None, None, training=True, momentum=momentum) for momentum in (1.0, 1)]
+    assert taken == ["forward", "forward"]
+    assert len(batch_norm_small._forward.signatures) == 1
+    assert_same_bits(y[:1], y[1:])

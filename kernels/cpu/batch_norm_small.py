@@ -39,7 +39,7 @@ def forward(
 ) -> None:  # fmt: skip
     """`batch_norm.forward` of planes of 2 to SMALL_PLANE values; stats (4, C): mean (2, C), rstd, var."""
     group = min(_channels_per_tile(S, 4), C)
-    _forward(x, gamma, beta, y, stats, running_mean, running_var, N, C, S, group, eps, momentum)
+    _forward(x, gamma, beta, y, stats, running_mean, running_var, N, C, S, group, float(eps), float(momentum))
 
 
 def backward(dy: int, x: int, stats: int, gamma: int, dx: int, dgamma: int, dbeta: int, N: int, C: int, S: int) -> None:
