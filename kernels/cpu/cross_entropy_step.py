@@ -47,7 +47,7 @@ def _at_addresses(
     g = upstream / denominator if denominator != 0.0 else math.inf
     weight = np.ones(V if smoothing else 0, np.float32)
     _hard_forward_backward(0, N * S, z, target, weight, loss, dz, invalid, g, ignore_index, smoothing, np.float64(V))
-    result[0] = np.float32(compensated_sum(loss)) / np.float32(denominator)
+    _divide(loss, denominator, result)
     return invalid[0]
 
 
