@@ -56,7 +56,7 @@ def cross_entropy_and_check(device, x, target, dtype, upstream, **options):
     """Our loss and gradient, each held to the answer sheet and to PyTorch in the precision of the sums, rounded once."""
     acc = ACC[dtype]
     loss = HF.cross_entropy(x, target, **options)
-    assert loss.dtype == x.dtype
+    assert loss.dtype == (torch.promote_types(x.dtype, target.dtype) if target.is_floating_point() else x.dtype)
     (dx,) = torch.autograd.grad(loss, x, upstream)
     x_acc = x.detach().to(acc).requires_grad_()
     target_acc = target.to(acc) if target.is_floating_point() else target
@@ -70,7 +70,7 @@ def cross_entropy_and_check(device, x, target, dtype, upstream, **options):
         **{k: values_of(v) if k == "weight" else v for k, v in options.items()},
         upstream=values_of(upstream),
     )
-    hold("loss", loss, sheet.loss, dtype, *(v.to(x.dtype) for v in losses))
+    hold("loss", loss, sheet.loss, str(loss.dtype).removeprefix("torch."), *(v.to(loss.dtype) for v in losses))
     hold("dx", dx, sheet.dlogits, dtype, *(v.to(x.dtype) for v in gradients))
     return loss, dx
 
@@ -310,6 +310,16 @@ def test_strided_logits_and_targets(device, rng, layout):
     cross_entropy_and_check(device, x, target, "float32", upstream, reduction="none")
     expanded = tensor(1.5, "float32", device).expand(3, 4)
     cross_entropy_and_check(device, x, target, "float32", expanded, reduction="none")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("C", [4, 12, 20, 1004])
+def test_probabilities_wider_than_the_logits(device, rng, C, layout):
+    """16 bytes are eight logits and four probabilities: where rows of these end on 16 bytes, half a group of logits may end."""
+    x = layout_of(tensor(rng.standard_normal((3, C)), "bfloat16", device), layout).requires_grad_()
+    target = tensor(soft(rng, (3, C)), "float32", device)
+    upstream = tensor(rng.standard_normal(3), "float32", device)
+    cross_entropy_and_check(device, x, target, "bfloat16", upstream, reduction="none")
 
 
 def test_cross_entropy_needs_no_gradient(device, rng):

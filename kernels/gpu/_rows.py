@@ -100,7 +100,8 @@ def follower_mode(axis: int, lead: torch.Tensor, x: torch.Tensor) -> int:
     """MODE of `x` in a kernel whose lanes count from the shift of `lead`."""
     if run_mode(axis, lead) == _tile.SHIFTED.value:
         return run_mode(axis, lead, x)
-    return _tile.ALIGNED.value if run_mode(axis, x) == _tile.ALIGNED.value else _tile.STRIDED.value
+    whole_groups = x.shape[axis] % (16 // lead.element_size()) == 0  # of the lead's lanes, by which x is masked too
+    return _tile.ALIGNED.value if whole_groups and run_mode(axis, x) == _tile.ALIGNED.value else _tile.STRIDED.value
 
 
 @functools.cache
