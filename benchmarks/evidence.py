@@ -124,7 +124,7 @@ PLANS = {
     "softmax 4096x10x1": "many rows a program",
     "softmax 4096x1001x1": "a row off 16 bytes",
     "softmax 512x32768x1": "the longest row that stays (backward: 16384 lanes, the rest read twice)",
-    "softmax 256x65536x1": "32768 lanes stay (backward: 8192)",
+    "softmax 256x65536x1": "32768 lanes stay (backward: 16384)",
     "softmax 8x1000x512": "class axis in the middle",
     "cross entropy at once, hard 4096x1000x1": "hard targets, several rows a program",
     "cross entropy at once, hard 512x32771x1": "hard targets, the longest row that stays",

@@ -45,11 +45,17 @@ def _acc(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _softmax_case(shape: tuple[int, int, int], dtype: torch.dtype) -> Callable[[], None]:
+def _rows(shape: tuple[int, int, int], dtype: torch.dtype, strided: bool) -> torch.Tensor:
+    """(N, V, S), every second number along V where strided."""
+    N, V, S = shape
+    return _meta((N, 2 * V, S), dtype)[:, ::2] if strided else _meta(shape, dtype)
+
+
+def _softmax_case(shape: tuple[int, int, int], dtype: torch.dtype, strided: bool = False) -> Callable[[], None]:
     def run() -> None:
-        z = _meta(shape, dtype)
-        softmax.forward(z, torch.empty_like(z))
-        softmax.backward(z, z, torch.empty_like(z))
+        z, y = _rows(shape, dtype, strided), _rows(shape, dtype, strided)
+        softmax.forward(z, y)
+        softmax.backward(z, z, y)
 
     return run
 
@@ -65,13 +71,13 @@ class Loss:
 
 
 def _cross_entropy_case(
-    shape: tuple[int, int, int], dtype: torch.dtype, loss: Loss, at_once: bool
+    shape: tuple[int, int, int], dtype: torch.dtype, loss: Loss, at_once: bool, strided: bool = False
 ) -> Callable[[], None]:  # fmt: skip
     def run() -> None:
         N, V, S = shape
         acc = _acc(dtype)
-        z, dz = _meta(shape, dtype), _meta(shape, dtype)
-        target = _meta(shape, dtype) if loss.soft else _meta((N, S), torch.int64)
+        z, dz = _rows(shape, dtype, strided), _rows(shape, dtype, strided)
+        target = _rows(shape, dtype, strided) if loss.soft else _meta((N, S), torch.int64)
         weight = _meta((V,), acc) if loss.more else None
         losses, stats = _meta((N, S), acc), _meta((5 if loss.more else 3, N, S), acc)
         one, invalid = _meta((1,), acc), _meta((1,), torch.int64)
@@ -180,6 +186,13 @@ HEAVY_ROWS = {
     ("soft, all", 50257, F32),
 }
 HEAVY_STEPS = {("hard, all", 1001, F32), ("soft, all", 1001, BF16), ("hard, more", 32771, F32)}
+# (loss or softmax, V, dtype) of rows with a stride between their numbers
+STRIDED = [
+    (name, V, dtype)
+    for dtype in (F32, BF16, F64)
+    for name in ("softmax", "hard, more", "soft, all")
+    for V in (4096, 8192, 50257)
+]
 # (shape, channels-last)
 CHANNELS = (
     ((16, 3000, 4), False),
@@ -218,10 +231,10 @@ POINTS = ((1, 100_000, 4), (1, 10_000, 64), (1, 10_000, 256), (256, 1000, 16))
 # the longest rows off 16 bytes are not the same for 4 bytes and for 2; a smaller list for dtypes that differ from float32 and
 # bfloat16 in their conversions, or in how many lanes fit
 LEFT_OUT = {F32: {16391, 32775}, BF16: {8195, 16387, 32771}}
-FEW_ROWS = {1001, 16391, 50257}
+FEW_ROWS = {1001, 16391, 50257, 65536}
 # the backward kernel keeps nothing of a row: one plan for rows on 16 bytes, one for rows off them, one for neighbours along S
 STEP_ROWS = {(4096, 10, 1), (4096, 1000, 1), (4096, 1001, 1), (512, 16391, 1), (512, 32771, 1), (512, 50257, 1), (8, 1000, 512)}
-FEW_LOSSES = {"hard", "soft, all"}
+FEW_LOSSES = {"hard", "hard, more", "soft, all"}
 
 
 def cases() -> Iterator[Case]:
@@ -254,5 +267,12 @@ def cases() -> Iterator[Case]:
                     run = _batch_norm_case(shape, dtype, channels_last, fused, training)
                     if (training and not few) or ((training or not few) and (shape, channels_last) in FEW_CHANNELS):
                         yield Case(f"batch norm {how} {at}", dtype, heavy and training, run)
+    for name, V, dtype in STRIDED:
+        shape, at, heavy = (512, V, 1), f"512x{V}x1", V == 50257 and name == "hard, more"
+        if name == "softmax":
+            yield Case(f"softmax, strided {at}", dtype, heavy, _softmax_case(shape, dtype, strided=True))
+        else:
+            run = _cross_entropy_case(shape, dtype, LOSSES[name], at_once=True, strided=True)
+            yield Case(f"cross entropy at once, {name}, strided {at}", dtype, heavy, run)
     for shape in POINTS:
         yield Case(f"moments {'x'.join(map(str, shape))}", F64, False, _moments_case(shape))

@@ -8,15 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 from benchmarks import evidence, evidence_cases
 from benchmarks.inside_triton import machine_code
 
 HEAVY = [case for case in evidence_cases.cases() if case.heavy]
-# plans are chosen by what the compiler of Triton 3.7 makes of them; that of another release may keep two registers in memory
-OTHER_COMPILER = not triton.__version__.startswith("3.7.")
-TWO_REGISTERS = "spills: 8 bytes of stack, 0 of local memory"
 
 
 @pytest.mark.parametrize("arch", evidence.ARCHITECTURES, ids=str)
@@ -25,12 +21,7 @@ def test_machine_code(case, arch):
     """No spills, no local memory, registers and shared memory within the part's, no float64 below float64."""
     launches = evidence.compiled(case, arch)
     assert launches
-    wrong = [
-        f"{launch.name}: {complaint}"
-        for launch in launches
-        for complaint in evidence.findings(launch, arch, case.dtype)[1]
-        if not (OTHER_COMPILER and complaint == TWO_REGISTERS)
-    ]
+    wrong = [(launch.name, complaint) for launch in launches for complaint in evidence.findings(launch, arch, case.dtype)[1]]
     assert wrong == []
 
 
@@ -93,8 +84,8 @@ def test_the_sweep_found_nothing_wrong(sweep):
 
 @pytest.mark.parametrize("room", ["softmax", "cross_entropy"])
 def test_long_rows_of_any_length_move_16_bytes_at_a_time(sweep, room):
-    """V from 1000 to 65536, on 16 bytes or off them."""
-    rows = {label: of for label, of in sweep[room]["kernels"].items() if re.search(r"\d+x\d{4,}x1 ", label)}
+    """V from 1000 to 65536, on 16 bytes or off them, but not with a stride between their numbers."""
+    rows = {label: of for label, of in sweep[room]["kernels"].items() if re.search(r"(?<!strided) \d+x\d{4,}x1 ", label)}
     assert len(rows) > 20
     narrow = [(label, name) for label, of in rows.items() for name, code in of["90"].items() if not code["wide"]]
     assert narrow == []

@@ -61,7 +61,7 @@ def logits(
     """A tile of a row's body, -inf in the lanes that hold none: after the cap, which would make probability mass of them."""
     z = _tile.load(z_ptr, start, head, offset, lane, hi, stride, float("-inf"), MODE, GROUP, ACC)
     if CAPPED:
-        z = tl.where(lane < hi, soft_cap(z, cap, ACC), float("-inf"))
+        z = tl.where(_tile.inside(lane, hi, MODE, GROUP), soft_cap(z, cap, ACC), float("-inf"))
     return z
 
 
@@ -89,15 +89,16 @@ def _dense(y, weight_ptr, first, lane, inside, V, epsilon, ACC: tl.constexpr):
 @triton.jit
 def dense(
     target_ptr, start, weight_ptr, head, offset, lane, hi, stride, V, epsilon,
-    SOFT: tl.constexpr, DENSE: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+    SOFT: tl.constexpr, DENSE: tl.constexpr, MODE: tl.constexpr, TARGET_MODE: tl.constexpr, GROUP: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """q of a tile of a row's body; None where nothing is dense."""
+    """q of a tile of a row's body, whose logits are accessed by MODE; None where nothing is dense."""
     q = None
     if DENSE:
         y = None
         if SOFT:
-            y = _tile.load(target_ptr, start, head, offset, lane, hi, stride, 0.0, MODE, GROUP, ACC)
-        q = _dense(y, weight_ptr, head + offset, lane, lane < hi, V, epsilon, ACC)
+            y = _tile.load(target_ptr, start, head, offset, lane, hi, stride, 0.0, TARGET_MODE, GROUP, ACC)
+        q = _dense(y, weight_ptr, head + offset, lane, _tile.inside(lane, hi, MODE, GROUP), V, epsilon, ACC)
     return q
 
 

@@ -85,14 +85,14 @@ def _forward_kernel(
             z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
             q_tail = dense(
                 target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
-                SOFT, DENSE, TARGET_MODE, GROUP, ACC,
+                SOFT, DENSE, MODE, TARGET_MODE, GROUP, ACC,
             )  # fmt: skip
             sums = take(sums, z_tail, q_tail, None, None, MORE, LOADED)
     lane = tl.arange(0, KEEP)[None, :]
     hi = _tile.reach(head, 0, V, known, KEEP, MODE, GROUP)
     z = logits(z_ptr, z_start, head, 0, lane, hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
     q = dense(
-        target_ptr, t_start, weight_ptr, head, 0, lane, hi, stride_tv, V, epsilon, SOFT, DENSE, TARGET_MODE, GROUP, ACC
+        target_ptr, t_start, weight_ptr, head, 0, lane, hi, stride_tv, V, epsilon, SOFT, DENSE, MODE, TARGET_MODE, GROUP, ACC
     )  # fmt: skip
     z_ends, q_ends = None, None
     if ENDS:
@@ -156,7 +156,7 @@ def _forward_kernel(
                 z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
                 q_tail = dense(
                     target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
-                    SOFT, DENSE, TARGET_MODE, GROUP, ACC,
+                    SOFT, DENSE, MODE, TARGET_MODE, GROUP, ACC,
                 )  # fmt: skip
                 if DENSE:
                     q_tail *= g
@@ -216,7 +216,8 @@ def _backward_kernel(
     hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
     z = logits(z_ptr, z_start, head, offset, lane, hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
     q = dense(
-        target_ptr, t_start, weight_ptr, head, offset, lane, hi, stride_tv, V, epsilon, SOFT, DENSE, TARGET_MODE, GROUP, ACC
+        target_ptr, t_start, weight_ptr, head, offset, lane, hi, stride_tv, V, epsilon,
+        SOFT, DENSE, MODE, TARGET_MODE, GROUP, ACC,
     )  # fmt: skip
     if DENSE:
         q *= g
@@ -296,8 +297,8 @@ def _launch_forward(z, target, weight, loss, stats, denominator, dz, invalid, op
     strides, fixed, constants = _call(z, target, z if dz is None else dz, options)
     unit_s = z.stride(2) == 1 and z.stride(1) != 1
     more = stats is not None and len(stats) > 3
-    beside = 2 if constants["CAPPED"] else constants["DENSE"] * (1 + more)
-    plan = plan_rows(V, S, z.element_size(), constants["MODE"], unit_s, beside)
+    beside = constants["DENSE"] + (constants["CAPPED"] or (constants["DENSE"] and more))
+    plan = plan_rows(V, S, z.element_size(), constants["MODE"], unit_s, beside, constants["DENSE"])
     tiles = cdiv(S, plan.BLOCK_R)
     _forward_kernel[(N * tiles,)](
         z, target, weight, loss, stats, denominator, dz, invalid,

@@ -61,28 +61,25 @@ def resident_lanes(beside: int, itemsize: int, mode: int) -> int:
     """The most lanes of a row that stay in registers when a kernel keeps `beside` numbers a lane beside exp(z): what compiles
     without a spill.
 
-    beside: 0 softmax, cross entropy of hard targets; 1 softmax backward, soft targets or smoothing; 2 these with the rows'
-    statistics, or a softcap.
+    beside: 0 softmax, cross entropy of hard targets; 1 softmax backward, soft targets or smoothing, a softcap alone; 2 soft
+    targets or smoothing with the rows' statistics or a softcap.
     """
     if mode == STRIDED:
-        lanes = 4096 if beside else 16384
-    else:
-        lanes = 32768 >> beside
-    if itemsize == 8:
-        lanes //= 4 if mode == SHIFTED else 2
-    return lanes
+        return 8192 if not beside else 2048 if itemsize == 8 else 4096
+    return (32768 >> beside) // (4 if itemsize == 8 else 1)
 
 
-def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, beside: int = 0) -> RowPlan:
+def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, beside: int = 0, dense: bool = False) -> RowPlan:
     """The plan for rows of V values, S of them neighbours.
 
     unit_s: neighbouring rows lie side by side and V does not (the class axis in the middle). beside: as `resident_lanes`.
+    dense: soft targets or smoothing, a q for every lane.
     """
-    lanes = body_lanes(V, itemsize, mode)
+    lanes, neighbours = body_lanes(V, itemsize, mode), unit_s and S > 1
     # what a thread keeps beside a lane costs registers, as do ends of rows and strides: fewer lanes to a thread
     spread = 1 if mode == ALIGNED and not beside else 4 if mode != ALIGNED and beside > 1 else 2
     spread = min(spread, itemsize)  # and at least 16 bytes a thread
-    if unit_s and S > 1:
+    if neighbours:
         # neighbours fill a line of 128 bytes where that leaves room for their rows, and at least a sector of 32
         resident = 2048 // (2 if itemsize == 8 else 1)
         room = resident // next_power_of_2(lanes) * itemsize
@@ -95,18 +92,19 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, beside: in
         resident = resident_lanes(beside, itemsize, mode)
     if lanes <= resident:
         keep = next_power_of_2(lanes)
-        return RowPlan(block_r, keep, keep, True, _warps(spread * block_r * keep))
+        most = 8 if mode == STRIDED and not neighbours else 16
+        return RowPlan(block_r, keep, keep, True, min(_warps(spread * block_r * keep), most))
     # the loop over the rest keeps strides, or the ends of float64, beside the lanes: more registers a thread
-    if unit_s and S > 1:
+    if neighbours:
         keep, block_v, num_warps = max(resident // 4, 1), max(resident // 4, 1), 16 if beside > 1 else 8
+    elif itemsize == 8:
+        keep, block_v, num_warps = resident // 2, 1024 if mode == ALIGNED else 2048, 16 if beside or mode == STRIDED else 8
     elif beside > 1:
-        keep, block_v, num_warps = min(resident, 4096), 8192 // max(itemsize, 4), 16 if itemsize >= 4 else 8
-    elif beside:
-        keep, block_v, num_warps = min(resident, 8192), 4096, 16
-    elif itemsize == 8 and mode == SHIFTED:
-        keep, block_v, num_warps = resident // 2, 1024, 16
+        keep, block_v, num_warps = min(resident, 4096), 1024 * itemsize, 16 if mode == ALIGNED and itemsize == 4 else 8
+    elif dense:
+        keep, block_v, num_warps = min(resident, 8192), 16384 // itemsize, 16
     else:
-        keep, block_v, num_warps = resident, 16384 // itemsize, _warps(2 * spread * resident)
+        keep, block_v, num_warps = resident, 4096 if mode == STRIDED else 32768 // itemsize, 16
     return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps)
 
 
@@ -130,7 +128,8 @@ def plan_columns(V: int, S: int, itemsize: int, mode: int, unit_s: bool) -> Colu
     else:
         block_r = max(1, min(next_power_of_2(S), tile // next_power_of_2(lanes)))
     block_v = min(next_power_of_2(lanes), tile // block_r)
-    return ColumnPlan(block_r, block_v, cdiv(lanes, block_v), _warps((2 if crowded else 1) * block_r * block_v))
+    spread = 2 if crowded or (mode == ALIGNED and itemsize == 4) else 1
+    return ColumnPlan(block_r, block_v, cdiv(lanes, block_v), _warps(spread * block_r * block_v))
 
 
 @dataclass(frozen=True)
@@ -224,9 +223,10 @@ def plan_batch_norm(
     spread = (2 if busy else 1) * (2 if itemsize == (2 if channels_last else 8) else 1)
     if 2 * ends * block_n >= elements:
         spread *= 2
+    largest = most // 2 if busy and mode == SHIFTED and itemsize == 2 and tiles == 1 else most
     return BatchNormPlan(
         block_c, block_n, block_l, next_power_of_2(N) if flat else block_n, flat, lane_blocks, row_lanes, tiles, per_split,
-        cdiv(tiles, per_split), channel_blocks, 8 if elements >= most else min(_warps(elements * spread), 16),
+        cdiv(tiles, per_split), channel_blocks, 8 if elements >= largest else _warps(elements * spread),
     )  # fmt: skip
 
 
@@ -274,5 +274,5 @@ def plan_moments(B: int, n: int, m: int) -> MomentsPlan:
 
 
 def _warps(elements: int) -> int:
-    """About sixteen elements a thread, up to 16 warps, and 32 warps for the largest tiles."""
-    return 32 if elements >= 32768 else min(next_power_of_2(elements // 512), 16)
+    """About sixteen elements a thread, up to 16 warps: 32 leave a thread 64 registers."""
+    return min(next_power_of_2(elements // 512), 16)
