@@ -150,6 +150,9 @@ def test_plan_rows(V, S, itemsize, mode, unit_s, beside, dense):
         pytest.param(1, P.SHIFTED, 4, 16387, id="soft targets, weights or smoothing, off 16 bytes"),
         pytest.param(1, P.SHIFTED, 2, 16391, id="softcap, halves, off 16 bytes"),
         pytest.param(2, P.ALIGNED, 4, 8192, id="smoothing and softcap"),
+        pytest.param(0, P.STRIDED, 4, 8192, id="hard targets, with a stride"),
+        pytest.param(1, P.STRIDED, 4, 4096, id="soft targets, with a stride"),
+        pytest.param(1, P.STRIDED, 8, 2048, id="soft targets, float64, with a stride"),
     ],
 )
 def test_rows_up_to_the_promised_length_are_read_once(beside, mode, itemsize, longest):
