@@ -8,7 +8,7 @@ EXTRAS ?= dev$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-cpu test-gpu evidence lint clean
+.PHONY: demo test test-all test-cpu test-gpu evidence lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/hw3gpu verify
@@ -21,15 +21,19 @@ test: $(INSTALLED)
 	$(MAKE) --no-print-directory test-gpu || gpu=1; \
 	if [ $$cpu$$gpu != 00 ]; then echo "make test: failed (cpu kernels: $$cpu, Triton kernels: $$gpu)"; exit 1; fi
 
+# With the tests marked `slow` too.
+test-all:
+	$(MAKE) --no-print-directory test PYTEST_OPTIONS=--slow
+
 # The workers are the parallelism; PyTorch's and LAPACK's own threads would wait for each other.
 test-cpu test-gpu: export OMP_NUM_THREADS ?= 1
 
 test-cpu: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --kernels cpu
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --kernels cpu $(PYTEST_OPTIONS)
 
 # On a GPU where there is one, else in Triton's interpreter.
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --kernels gpu
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --kernels gpu $(PYTEST_OPTIONS)
 
 # Every plan compiled for every architecture: the best part of an hour on two cores. Writes evidence.json and a table.
 evidence: $(INSTALLED)

@@ -1,7 +1,8 @@
 """Evidence step 3: every plan compiled ahead of time, for parts that need not be there, and what the machine code says.
 
-`make evidence` compiles all of `evidence_cases` whose sources have changed since, writes evidence.json and the table of
-kernels/README.md; the tests compile the heaviest cases and hold both files to the sources.
+`make evidence` compiles all of `evidence_cases` whose sources or compiler have changed since, writes evidence.json and the
+table of kernels/README.md. `make test` holds both files to the sources and compiles a few of the heaviest cases again,
+`make test-all` all of these.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from hw3gpu.kernels.gpu import batch_norm
 
@@ -79,7 +81,7 @@ def source_hash(room: str) -> str:
 
 
 def stale(room: str, labels: list[str], evidence: dict[str, Any]) -> bool:
-    """True if the evidence is not of these sources and these cases."""
+    """True if the evidence is not of these sources and these cases, whatever compiler it is of."""
     of = evidence.get(room, {})
     return of.get("sources") != source_hash(room) or list(of["kernels"]) != labels
 
@@ -100,7 +102,7 @@ def as_text(evidence: dict[str, Any]) -> str:
     """JSON with a case a line: what changed is seen in a diff."""
     rooms = []
     for room, of in evidence.items():
-        head = json.dumps({"sources": of["sources"], "complaints": of["complaints"]})[:-1]
+        head = json.dumps({key: value for key, value in of.items() if key != "kernels"})[:-1]
         lines = ",\n".join(f"{json.dumps(label)}: {json.dumps(found)}" for label, found in of["kernels"].items())
         rooms.append(f'{json.dumps(room)}: {head}, "kernels": {{\n{lines}\n}}}}')
     return "{\n" + ",\n".join(rooms) + "\n}\n"
@@ -183,11 +185,12 @@ def run(args: argparse.Namespace) -> int:
     rooms = labels_of_rooms()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for room, labels in rooms.items():
-            if not stale(room, labels, evidence):
+            if not stale(room, labels, evidence) and evidence[room]["triton"] == triton.__version__:
                 continue
             examined = list(track(pool.map(_examine, labels), description=room, total=len(labels), console=console))
             evidence[room] = {
                 "sources": source_hash(room),
+                "triton": triton.__version__,
                 "complaints": [complaint for _, _, complaints in examined for complaint in complaints],
                 "kernels": {label: found for label, found, _ in examined},
             }

@@ -123,6 +123,7 @@ LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kernels", choices=("cpu", "gpu"), default="cpu", help="which kernels the tests of this run use")
+    parser.addoption("--slow", action="store_true", help="also the tests marked 'slow', which take long for what they add")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -140,7 +141,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def why_left_out(item: pytest.Item, leg: Leg) -> str | None:
-    """The reason for which `item` does not belong to this leg, or None."""
+    """The reason for which `item` does not belong to this run, or None."""
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        return "slow: run by '--slow', as `make test-all` does"
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     uses_kernels = bool(BACKEND_FIXTURES & set(getattr(item, "fixturenames", ())))
     if parameters.get("dtype") == "bfloat16" and parameters.get("kit", "torch") != "torch":

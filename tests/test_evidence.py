@@ -1,4 +1,4 @@
-"""Evidence step 3: the heaviest options of each plan, compiled for parts that need not be there."""
+"""Evidence step 3: what `make evidence` found is of these sources, and some of it is compiled again."""
 
 from __future__ import annotations
 
@@ -8,21 +8,60 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from benchmarks import evidence, evidence_cases
 from benchmarks.inside_triton import machine_code
 
-HEAVY = [case for case in evidence_cases.cases() if case.heavy]
+HEAVY = {case.label: case for case in evidence_cases.cases() if case.heavy}
+# Compiled in every run: every kind of kernel and every architecture, and the plans that leave a thread the fewest registers.
+CONTROLS = (
+    ("softmax 512x32771x1 float32", 90),
+    ("softmax 512x16391x1 bfloat16", "gfx942"),
+    ("cross entropy at once, hard, more 512x32771x1 float32", 100),
+    ("cross entropy at once, soft, all 512x8195x1 float32", 80),
+    ("cross entropy at once, hard, smoothing 512x50257x1 float32", 120),
+    ("cross entropy in two steps, soft, all 4096x1001x1 bfloat16", 90),
+    ("batch norm training, fused 16x256x1024 float32", 90),
+    ("batch norm training, fused 32x256x3136 float32", 80),
+    ("batch norm training, fused 128x2048x49 bfloat16", 120),
+    ("batch norm training, fused 32x64x3136 channels-last float32", 100),
+)
 
 
-@pytest.mark.parametrize("arch", evidence.ARCHITECTURES, ids=str)
-@pytest.mark.parametrize("case", HEAVY, ids=lambda case: case.label)
-def test_machine_code(case, arch):
-    """No spills, no local memory, registers and shared memory within the part's, no float64 below float64."""
-    launches = evidence.compiled(case, arch)
-    assert launches
-    wrong = [(launch.name, complaint) for launch in launches for complaint in evidence.findings(launch, arch, case.dtype)[1]]
+def examined(label, arch):
+    """What the machine code of a case says by kernel, held to the part: no spills, no local memory, registers and shared memory
+    that are there, no float64 instruction below float64."""
+    case = HEAVY[label]
+    found, wrong = {}, []
+    for launch in evidence.compiled(case, arch):
+        found[launch.name], complaints = evidence.findings(launch, arch, case.dtype)
+        wrong += [(launch.name, complaint) for complaint in complaints]
+    assert found
     assert wrong == []
+    return found
+
+
+@pytest.mark.parametrize(("label", "arch"), CONTROLS, ids=str)
+def test_machine_code(sweep, label, arch):
+    """Nothing is wrong, and as Triton's version is the sweep's, the code is what the sweep says it is."""
+    found, of = examined(label, arch), sweep[HEAVY[label].room]
+    if of["triton"] == triton.__version__:
+        assert found == of["kernels"][label][str(arch)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", evidence.ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("label", HEAVY)
+def test_machine_code_of_every_heavy_case(label, arch):
+    """By the compiler that is installed: where its version is not the sweep's, this stands for the sweep."""
+    if (label, arch) not in CONTROLS:
+        examined(label, arch)
+
+
+def test_the_controls_are_of_every_kind():
+    assert {HEAVY[label].room for label, _ in CONTROLS} == {case.room for case in HEAVY.values()}
+    assert {arch for _, arch in CONTROLS} == {*evidence.ARCHITECTURES}
 
 
 @pytest.mark.parametrize("V", [1000, 1001], ids=["rows on 16 bytes", "rows off 16 bytes"])
