@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
+
+from ._torch_internals import process_group
 
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 def gathered(sent: torch.Tensor, group: Any) -> torch.Tensor:
     """(processes, n): what every process has sent, (n,) each, in order of rank."""
-    of = _resolve_process_group(group)
+    of = process_group(group)
     received = sent.new_empty(dist.get_world_size(of) * sent.numel())
     _gather(received, sent, group=of)
     return received.view(-1, sent.numel())
@@ -24,11 +25,11 @@ def gathered(sent: torch.Tensor, group: Any) -> torch.Tensor:
 
 def summed(own: torch.Tensor, group: Any) -> torch.Tensor:
     """`own`, overwritten by its sum over all processes."""
-    dist.all_reduce(own, group=_resolve_process_group(group))
+    dist.all_reduce(own, group=process_group(group))
     return own
 
 
 def before(own: int, group: Any, device: torch.device) -> torch.Tensor:
     """The sum of what processes of lower rank have given as `own`: a number on the device."""
     numbers = gathered(torch.full((1,), own, dtype=torch.int64, device=device), group)
-    return numbers[: dist.get_rank(_resolve_process_group(group))].sum()
+    return numbers[: dist.get_rank(process_group(group))].sum()

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from . import _arrays
+from ._torch_internals import BelowAutograd, dispatch_modes, in_a_dual_level, in_a_functorch_transform, tracing_state
 
 __all__ = ["below_autograd", "define", "fake_output", "traced", "transformed"]
 
@@ -37,7 +37,7 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], autog
 
 def below_autograd(op: Any, *args: Any) -> Any:
     """The operator without its `autograd`: for the forward of the autograd function that `autograd` calls."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with BelowAutograd():
         return op(*args)
 
 
@@ -46,15 +46,15 @@ def traced(x: torch.Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        or dispatch_modes() > 0
+        or tracing_state() is not None
         or (x.device.type == "meta" and _arrays.gpu_refusal("meta") is not None)
     )
 
 
 def transformed() -> bool:
     """True inside `torch.func` transforms (vmap, grad, jvp, …) and forward-mode differentiation."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return in_a_functorch_transform() or in_a_dual_level()
 
 
 def fake_output(x: torch.Tensor, axis: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ._autograd import accumulate_dtype, as_dtype
 from ._cross_entropy_formula import CrossEntropyStatistics, Options, loss_shape
 from ._linear_cross_entropy import Problem
 from ._targets import check_targets
+from ._torch_internals import legacy_reduction
 from ._trace_autograd import minimize_trace
 
 __all__ = [
@@ -211,7 +212,7 @@ def cross_entropy(
     IndexError.
     """
     if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     weight = _cross_entropy_arguments(input, target, weight, ignore_index, reduction, label_smoothing)
     _extra_arguments(z_loss, softcap, gradient, all_ignored)
     options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero")

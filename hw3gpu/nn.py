@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import distributed, functional
 from ._autograd import accumulate_dtype
+from ._torch_internals import BatchNormBase
 from .shapes import conv2d_output_shape
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 
-class _BatchNormForward(torch.nn.modules.batchnorm._BatchNorm):
+class _BatchNormForward(BatchNormBase):
     """What the modules of batch normalisation share.
 
     activation: "relu", or None. It is no part of the state: a `state_dict` is PyTorch's.
@@ -166,7 +167,7 @@ def _convert(module: torch.nn.Module, name: str, sync: Any, done: dict[int, torc
             converted.__dict__["process_group"] = None if sync is True else sync
         _log.info("%s: %s -> %s", name or "(the module)", _named(module), _named(converted))
     else:
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not isinstance(module, _BatchNormForward):
+        if isinstance(module, BatchNormBase) and not isinstance(module, _BatchNormForward):
             _log.info("%s: %s left alone: only PyTorch's own classes are replaced", name or "(the module)", _named(module))
         for key, child in module._modules.items():
             if child is not None:

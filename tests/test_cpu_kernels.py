@@ -23,7 +23,7 @@ from cpu_operations import (
     same_bits,
 )
 
-from hw3gpu.kernels.cpu import _elements, _jit, _team, batch_norm, cross_entropy, softmax
+from hw3gpu.kernels.cpu import _elements, _half, _jit, _team, batch_norm, cross_entropy, softmax
 
 KERNELS = Path(_jit.__file__).parent
 
@@ -35,13 +35,11 @@ def exp_of(x, y):
         _elements.store(y, i, _elements.exp(_elements.load(x, i)))
 
 
-@numba.njit
 def loaded(x, y):
     for i in range(x.size):
         y[i] = _elements.load(x, i)
 
 
-@numba.njit
 def stored(x, y):
     for i in range(x.size):
         _elements.store(y, i, x[i])
@@ -69,8 +67,11 @@ def test_exp_of_what_is_no_ordinary_number(dtype):
 
 @pytest.mark.parametrize("room", ["softmax", "cross entropy"])
 def test_the_loop_over_a_row_is_packed(room):
-    """The fused multiply-adds of the exponential work on whole vectors, in the kernel as it is compiled for this machine."""
-    packed = {"x86_64": r"vfmadd\w+ps[^\n]*[yz]mm", "AMD64": r"vfmadd\w+ps[^\n]*[yz]mm", "aarch64": r"fml[as]\s+v\d+\.4s"}
+    """The multiplications of the exponential work on whole vectors, in the kernel as it is compiled for this machine."""
+    fused = numba.njit(fastmath={"contract"})(lambda a, b, c: a * b + c)
+    fused(1.0, 1.0, 1.0)
+    x86 = r"vfmadd\w+ps[^\n]*[yz]mm" if "vfmadd" in str(fused.inspect_asm()) else r"mulps[^\n]*[xy]mm"
+    packed = {"x86_64": x86, "AMD64": x86, "aarch64": r"fml[as]\s+v\d+\.4s"}
     if platform.machine() not in packed:
         pytest.skip(f"no pattern for the instructions of {platform.machine()}")
     original = softmax._forward_rows if room == "softmax" else cross_entropy._hard_forward_backward
@@ -85,17 +86,25 @@ def test_the_loop_over_a_row_is_packed(room):
     assert len(re.findall(packed[platform.machine()], assembly)) >= 8
 
 
+@pytest.fixture(params=["as compiled here", "by arithmetic on bits"])
+def conversions(request, monkeypatch):
+    """`loaded` and `stored`, and once more as on a processor that has no instructions for float16."""
+    if request.param != "as compiled here":
+        monkeypatch.setattr(_half, "has_instruction", lambda *processor: False)
+    return numba.njit(loaded), numba.njit(stored)
+
+
 @pytest.mark.parametrize("half", HALVES)
-def test_every_half_is_loaded_as_pytorch_reads_it(half):
+def test_every_half_is_loaded_as_pytorch_reads_it(half, conversions):
     torch_dtype, bits_dtype = HALVES[half]
     bits = np.arange(1 << 16, dtype=np.uint16).view(bits_dtype)
     values = np.empty(bits.size, np.float32)
-    loaded(bits, values)
+    conversions[0](bits, values)
     np.testing.assert_array_equal(values, torch.from_numpy(bits.view(np.int16)).view(torch_dtype).float().numpy())
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_halves_are_stored_as_pytorch_rounds(rng, half):
+def test_halves_are_stored_as_pytorch_rounds(rng, half, conversions):
     """Random bits, and the midpoints between neighbours, where rounding to even decides."""
     torch_dtype, bits_dtype = HALVES[half]
     every = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(torch_dtype).double()
@@ -103,12 +112,29 @@ def test_halves_are_stored_as_pytorch_rounds(rng, half):
     random = rng.integers(0, 1 << 32, 200_000, dtype=np.uint32).view(np.float32)
     x = np.concatenate([random, midpoints, -midpoints, np.float32([np.inf, -np.inf, 0.0, -0.0])])
     bits = np.empty(x.size, bits_dtype)
-    stored(x, bits)
+    conversions[1](x, bits)
     expected = torch.from_numpy(x).to(torch_dtype).float().numpy()
     ours = torch.from_numpy(bits.view(np.int16)).view(torch_dtype).float().numpy()
     np.testing.assert_array_equal(ours, expected)
     same_sign = np.signbit(ours) == np.signbit(expected)
     assert same_sign[~np.isnan(expected)].all()
+
+
+def test_halves_do_not_follow_the_processors_flush_to_zero(conversions):
+    """Subnormal halves are ordinary float32: `torch.set_flush_denormal` is for those of float32."""
+    bits = np.arange(1 << 10, dtype=np.int16)
+    values, back = np.empty(bits.size, np.float32), np.empty_like(bits)
+    for convert, arguments in zip(conversions, ((bits, values), (values, back)), strict=True):
+        convert(*arguments)  # compiled before the mode is set
+    values[:], back[:] = 0, 0
+    torch.set_flush_denormal(True)
+    try:
+        conversions[0](bits, values)
+        conversions[1](values, back)
+    finally:
+        torch.set_flush_denormal(False)
+    np.testing.assert_array_equal(values, np.arange(1 << 10) * np.float32(2.0**-24))
+    np.testing.assert_array_equal(back, bits)
 
 
 # ---------------------------------------------------------------------------------------------- the cache

@@ -245,6 +245,7 @@ def softmax(place: Place, dtype: str) -> Iterator[Output]:
     import torch
 
     from .. import softmax, softmax_backward
+    from .._torch_internals import softmax_backward as torch_softmax_backward
 
     for what, values in _logits(dtype):
         z = place.array(values, dtype)
@@ -254,7 +255,7 @@ def softmax(place: Place, dtype: str) -> Iterator[Output]:
             y, theirs = softmax(z, axis), torch.softmax(to_torch(z), axis)
             yield Output(f"{name} {what}", y, reference.softmax(to_numpy(z), axis), theirs)
         y, dy = softmax(z), place.array(np.sin(np.arange(values.size)).reshape(values.shape), dtype)
-        theirs = torch._softmax_backward_data(to_torch(dy), to_torch(y), -1, to_torch(y).dtype)
+        theirs = torch_softmax_backward(to_torch(dy), to_torch(y), -1, to_torch(y).dtype)
         yield Output(f"dz {what}", softmax_backward(dy, y), reference.softmax_backward(to_numpy(dy), to_numpy(y)), theirs)
 
 

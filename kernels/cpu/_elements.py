@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, overload
-from numba.np.arrayobj import load_item, make_array, store_item
 
+from . import _half
 from ._jit import inline, outline
 from ._lanes import LARGE, LINE, Lanes, larger
+from ._numba import cgutils, load_item, make_array, raise_error, store_item
 
 BFLOAT16 = np.dtype(np.uint16)
 FLOAT16 = np.dtype(np.int16)
@@ -93,7 +93,7 @@ def load(typingctx: Any, row: Any, i: Any) -> Any:
             wide = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
             return builder.bitcast(wide, ir.FloatType())
         if row.dtype == types.int16:
-            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
+            return _half.to_float(context, builder, value)
         return value
 
     return result(row, i), codegen
@@ -114,7 +114,7 @@ def store(typingctx: Any, row: Any, i: Any, value: Any) -> Any:
         if row.dtype == types.uint16:
             result = _round_to_bfloat16(builder, result)
         elif row.dtype == types.int16:
-            result = builder.bitcast(builder.fptrunc(result, ir.HalfType()), ir.IntType(16))
+            result = builder.bitcast(_half.from_float(context, builder, result), ir.IntType(16))
         store_item(context, builder, row, result, pointer)
         return context.get_dummy_value()
 
@@ -236,7 +236,7 @@ def room(typingctx: Any, size: Any, like: Any) -> Any:
         nbytes = builder.add(builder.mul(elements, itemsize), context.get_constant(types.intp, 2 * LINE))
         block = _libc(builder, "malloc", ir.IntType(8).as_pointer(), nbytes)
         with cgutils.if_unlikely(builder, cgutils.is_null(builder, block)):
-            context.call_conv.return_user_exc(builder, MemoryError, ("a kernel found no memory",))
+            raise_error(context, builder, MemoryError, "a kernel found no memory")
         address = builder.ptrtoint(block, nbytes.type)
         start = builder.and_(builder.add(address, nbytes.type(2 * LINE - 1)), nbytes.type(-LINE))
         builder.store(block, _before(builder, start, block.type))

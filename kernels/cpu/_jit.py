@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core import config
-from numba.core.caching import FunctionCache, _CacheLocator
+
+from ._numba import CacheImpl, CacheLocator, FunctionCache, cached_in, config, processor
 
 # `contract` lets a multiply and an add become one fused operation. Flags that reorder sums go with the few helpers that
 # want it; `nnan` and `ninf` with none, since inputs carry NaN and infinities.
@@ -48,7 +48,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     """Compile on the first call for each set of types, without the GIL, cached on disk where that is possible."""
     dispatcher = numba.njit(**_OPTIONS)(function)
     if cache_folder() is not None:
-        dispatcher._cache = _KernelCache(function)
+        cached_in(_KernelCache(function), dispatcher)
     return dispatcher
 
 
@@ -77,7 +77,7 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-class _Locator(_CacheLocator):
+class _Locator(CacheLocator):
     """Tells Numba's cache the folder above. The folder's name is the stamp, so that no entry can be stale."""
 
     def __init__(self, function: Callable[..., Any], source: str) -> None:
@@ -98,7 +98,7 @@ class _Locator(_CacheLocator):
         return f"{self._room}-hw3gpu"
 
 
-class _KernelCacheImpl(FunctionCache._impl_class):
+class _KernelCacheImpl(CacheImpl):
     _locator_classes = (_Locator,)
 
 
@@ -106,7 +106,7 @@ class _KernelCache(FunctionCache):
     _impl_class = _KernelCacheImpl
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return sig, codegen.magic_tuple()  # the folder stands for the code, a kernel within a closure included
+        return sig, processor(codegen)  # the folder stands for the code, a kernel within a closure included
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         with contextlib.suppress(OSError, EOFError):

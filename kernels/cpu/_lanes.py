@@ -17,14 +17,12 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.core.datamodel import models, register_default
-from numba.core.typing.templates import AbstractTemplate, infer_global
-from numba.core.typing.templates import signature as typed
 from numba.extending import intrinsic, lower_builtin
-from numba.np.arrayobj import make_array
 
+from . import _half
 from ._jit import inline
+from ._numba import AbstractTemplate, cgutils, infer_global, make_array, models, register_default
+from ._numba import signature as typed
 
 # Bytes of a line, and of the smallest result that goes around the caches.
 LINE = 64
@@ -265,6 +263,8 @@ def load_lanes_like(typingctx: Any, row: Any, i: Any, exist: Any, rest: Any, lik
             words = ir.VectorType(_WORD, lanes.count)
             value = builder.shl(builder.zext(value, words), ir.Constant(words, [16] * lanes.count))
             value = builder.bitcast(value, ir.VectorType(ir.FloatType(), lanes.count))
+        elif row.dtype == types.int16:
+            value = _half.to_float(context, builder, value)
         if value.type.element != wanted.element:
             narrow = wanted.element == ir.FloatType() and row.dtype == types.float64
             value = (builder.fptrunc if narrow else builder.fpext)(value, wanted)
@@ -279,10 +279,10 @@ def load_lanes(row, i, exist, rest):
     return load_lanes_like(row, i, exist, rest, row)
 
 
-def _to_memory(builder: Any, value: Any, row: Any, vector: Any) -> Any:
+def _to_memory(context: Any, builder: Any, value: Any, row: Any, vector: Any) -> Any:
     """Rounded to nearest even to the dtype that `row` stands for, as `store` does."""
     if row.dtype == types.int16:
-        return builder.fptrunc(value, vector)
+        return _half.from_float(context, builder, value)
     if row.dtype != types.uint16:
         return value
     words = ir.VectorType(_WORD, vector.count)
@@ -306,7 +306,7 @@ def store_lanes(typingctx: Any, row: Any, i: Any, exist: Any, v: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = _memory_type(row, v)
         pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), vector)
-        value, align = _to_memory(builder, args[3], row, vector), row.dtype.bitwidth // 8
+        value, align = _to_memory(context, builder, args[3], row, vector), row.dtype.bitwidth // 8
         exists = context.cast(builder, args[2], exist, types.intp)
         whole = builder.icmp_signed("==", exists, ir.Constant(_INT, vector.count))
         with builder.if_else(whole) as (then, otherwise):
@@ -334,7 +334,7 @@ def stream_lanes(typingctx: Any, row: Any, i: Any, v: Any) -> Any:
         vector = _memory_type(row, v)
         pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), vector)
         align = min(LINE, v.count * row.dtype.bitwidth // 8)
-        store = builder.store(_to_memory(builder, args[2], row, vector), pointer, align=align)
+        store = builder.store(_to_memory(context, builder, args[2], row, vector), pointer, align=align)
         store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_WORD, 1)]))
         return context.get_dummy_value()
 

@@ -18,11 +18,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
 
 from ._jit import kernel as compiled
+from ._numba import call, cgutils, compiled_for, make_array, raise_error
 
 _INT, _FLAG = ir.IntType(64), ir.IntType(32)
 
@@ -72,10 +71,9 @@ def team_of(kernel: Any) -> Any:
 def _share(typingctx: Any, kernel: Any, entry: Any, threads: Any, pieces: Any, blocks: Any, args: Any) -> Any:
     """Lets `threads` OpenMP threads call the pieces of range(blocks); MemoryError where one of them found no memory."""
     arguments = types.intp, types.intp, *args
-    called = kernel.dispatcher.get_compile_result(kernel.get_call_type(typingctx, arguments, {}))
+    called = compiled_for(typingctx, kernel, arguments)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        context.add_linking_libs([called.library])
         _, entry, threads, pieces, blocks, packed = values
         # the data: next piece, pieces, blocks, whether one failed, the kernel's arguments
         head = ir.Constant(_INT, 0), pieces, blocks, ir.Constant(_FLAG, 0)
@@ -91,7 +89,7 @@ def _share(typingctx: Any, kernel: Any, entry: Any, threads: Any, pieces: Any, b
         builder.call(start, [work, place, builder.trunc(threads, _FLAG), ir.Constant(_FLAG, 0)])
         failed = builder.load(cgutils.gep_inbounds(builder, place, 0, 3))
         with cgutils.if_unlikely(builder, cgutils.is_not_null(builder, failed)):
-            context.call_conv.return_user_exc(builder, MemoryError, ("a kernel found no memory",))
+            raise_error(context, builder, MemoryError, "a kernel found no memory")
         return context.get_dummy_value()
 
     return types.void(kernel, types.intp, types.intp, types.intp, types.intp, args), codegen
@@ -125,8 +123,7 @@ def _worker(context: Any, module: Any, called: Any, arguments: Any, layout: Any)
     builder.cbranch(builder.icmp_signed("<", piece, pieces), do, done)
     builder.position_at_end(do)
     first, last = (builder.sdiv(builder.mul(blocks, p), pieces) for p in (piece, builder.add(piece, one)))
-    status, _ = context.call_internal_no_propagate(builder, called.fndesc, called.signature, (first, last, *given))
-    with cgutils.if_unlikely(builder, status.is_error):
+    with cgutils.if_unlikely(builder, call(context, builder, called, (first, last, *given))):
         builder.store(ir.Constant(_FLAG, 1), cgutils.gep_inbounds(builder, place, 0, 3))
     builder.branch(take)
     builder.position_at_end(done)

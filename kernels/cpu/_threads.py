@@ -17,8 +17,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from numba.core.dispatcher import Dispatcher
-
+from ._numba import Dispatcher
 from ._team import openmp, team_of
 
 # Bytes moved below which a second thread costs more than it saves: waking one takes some 30 µs.
@@ -51,7 +50,12 @@ def num_threads() -> int:
     get_num_threads = getattr(torch, "get_num_threads", None)
     if get_num_threads is not None:
         return int(get_num_threads())
-    return _environment("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+    return _environment("OMP_NUM_THREADS") or _processors()
+
+
+def _processors() -> int:
+    """Those that this process may run on, where the system tells (Linux), else those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(kernel: Callable[..., Any], blocks: int, cost: int, *args: Any) -> None:
@@ -147,4 +151,5 @@ def _forget_pool() -> None:
     _pool = _Pool()
 
 
-os.register_at_fork(after_in_child=_forget_pool)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)

@@ -20,7 +20,7 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba import types
 from numba.extending import get_cython_function_address, intrinsic
 
 from ._jit import inline, kernel, reduction
@@ -58,7 +58,7 @@ def _call_routine(typing_context: Any, address: Any, pointers: Any) -> Any:
         builder.call(builder.inttoptr(args[0], routine), values)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.containers.UniTuple(types.intp, pointers.count)), generate
+    return types.void(types.int64, types.UniTuple(types.intp, pointers.count)), generate
 
 
 _call: Any = intrinsic(_call_routine)

@@ -1,0 +1,51 @@
+"""What the library uses of PyTorch beyond its documented interface: all of it stands here, since any release may move it.
+
+`tests/test_internals.py` names each thing that a release has moved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+KNOWN = "2.11 to 2.14"
+
+try:
+    BatchNormBase = torch.nn.modules.batchnorm._BatchNorm
+    BelowAutograd: Any = torch._C._AutoDispatchBelowAutograd
+    dispatch_modes: Any = torch._C._len_torch_dispatch_stack
+    in_a_functorch_transform: Any = torch._C._are_functorch_transforms_active
+    legacy_reduction: Any = torch.nn._reduction.legacy_get_string
+    softmax_backward: Any = torch._softmax_backward_data
+    tracing_state: Any = torch._C._get_tracing_state
+    getattr(forward_ad, "_current_level")  # noqa: B009
+except (ImportError, AttributeError) as error:
+    raise ImportError(
+        f"hw3gpu was made for PyTorch {KNOWN}, and PyTorch {torch.__version__} lacks what it uses of it: {error}"
+    ) from error
+
+__all__ = [
+    "BatchNormBase",
+    "BelowAutograd",
+    "dispatch_modes",
+    "in_a_dual_level",
+    "in_a_functorch_transform",
+    "legacy_reduction",
+    "process_group",
+    "softmax_backward",
+    "tracing_state",
+]
+
+
+def in_a_dual_level() -> bool:
+    """True inside `torch.autograd.forward_ad.dual_level`."""
+    return forward_ad._current_level >= 0
+
+
+def process_group(name: Any) -> Any:
+    """The process group of that name; a process group is given back."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)
