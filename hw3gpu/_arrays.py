@@ -42,8 +42,7 @@ def kind(x: Array, name: str) -> str:
         return "numpy"
     if is_torch(x):
         return "torch"
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(x, cupy.ndarray):
+    if is_cupy(x):
         return "cupy"
     raise TypeError(f"{name}: expected a NumPy, CuPy or torch array, got {type(x).__module__}.{type(x).__qualname__}")
 
@@ -54,11 +53,19 @@ def is_torch(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def is_cupy(x: Any) -> bool:
+    """True for CuPy arrays; imports nothing."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(x, cupy.ndarray)
+
+
 def same_kind(x: Array, name: str, other: Array, other_name: str) -> None:
-    """TypeError unless both are NumPy, both CuPy or both torch arrays."""
+    """TypeError unless both are NumPy, both CuPy or both torch arrays; ValueError unless they are on one device."""
     got, expected = kind(x, name), kind(other, other_name)
     if got != expected:
         raise TypeError(f"{name}: expected a {expected} array, as {other_name} is, got a {got} array")
+    if got != "numpy" and x.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
 
 
 def dtype_name(x: Array) -> str:
@@ -164,9 +171,14 @@ def launch_scope(x: Array) -> Iterator[None]:
     import cupy
     import torch
 
-    stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr, device=x.device.id)
+    stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream(x.device.id).ptr, device=x.device.id)
     with torch.cuda.stream(stream):
         yield
+
+
+def device_scope(x: Array) -> contextlib.AbstractContextManager[Any]:
+    """Inside it the device of a CuPy array is CuPy's current one, which its functions need; nothing else changes."""
+    return x.device if is_cupy(x) else contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------- views and outputs
@@ -203,7 +215,8 @@ def _torch_view(x: Array) -> Array:
         return torch.from_numpy(x if plain else x.copy())
     if isinstance(x, torch.Tensor):
         return x.detach().resolve_neg()
-    return torch.from_dlpack(x)
+    # with a negative stride torch ends the process
+    return torch.from_dlpack(x if all(stride >= 0 for stride in x.strides) else x.copy())
 
 
 _BITS = {"float16": np.int16, "bfloat16": np.uint16, "float32": np.float32, "float64": np.float64}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,30 +22,38 @@ _HOST = 1  # kDLCPU
 
 
 def interchange(function: Function) -> Function:
-    """The array function, for arrays of every namespace that exchanges them; NumPy, CuPy and torch arrays pass unchanged."""
+    """The array function, for arrays of every namespace that exchanges them; NumPy, CuPy and torch arrays pass unchanged.
+
+    The device of CuPy arrays is the current one while the function runs.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        first: Any = args[0] if args else next(iter(kwargs.values()), None)
-        if not _is_foreign(first):
-            return function(*args, **kwargs)
-        result = function(*map(_taken, args), **{name: _taken(value) for name, value in kwargs.items()})
-        return _given_back(result, first.__array_namespace__())
+        first: Any = next(filter(_is_array, (*args, *kwargs.values())), None)
+        if not is_foreign(first):
+            with _arrays.device_scope(first):
+                return function(*args, **kwargs)
+        result = function(*map(taken, args), **{name: taken(value) for name, value in kwargs.items()})
+        return given_back(result, first.__array_namespace__())
 
     return call  # type: ignore[return-value]
 
 
-def _is_foreign(x: Any) -> bool:
+def _is_array(x: Any) -> bool:
+    return isinstance(x, np.ndarray) or _arrays.is_torch(x) or _arrays.is_cupy(x) or is_foreign(x)
+
+
+def is_foreign(x: Any) -> bool:
+    """True for arrays of libraries other than NumPy, CuPy and torch, which DLPack can exchange."""
     of = type(x)
     if of is np.ndarray or not hasattr(of, "__array_namespace__") or not hasattr(of, "__dlpack__"):
         return False
-    cupy = sys.modules.get("cupy")
-    return not (isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray)))
+    return not (isinstance(x, np.ndarray) or _arrays.is_cupy(x))
 
 
-def _taken(x: Any) -> Any:
+def taken(x: Any) -> Any:
     """`x` as a NumPy array (host) or torch tensor (GPUs; dtypes that NumPy has not); itself where it is no foreign array."""
-    if not _is_foreign(x):
+    if not is_foreign(x):
         return x
     if x.__dlpack_device__()[0] == _HOST:
         try:
@@ -58,13 +65,13 @@ def _taken(x: Any) -> Any:
     return torch.from_dlpack(x)
 
 
-def _given_back(result: Any, xp: Any) -> Any:
+def given_back(result: Any, xp: Any) -> Any:
     """The arrays of a result, as arrays of the namespace `xp`; what is no array stays as it is."""
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        fields = {field.name: _given_back(getattr(result, field.name), xp) for field in dataclasses.fields(result)}
+        fields = {field.name: given_back(getattr(result, field.name), xp) for field in dataclasses.fields(result)}
         return dataclasses.replace(result, **fields)
     if isinstance(result, tuple):
-        values = [_given_back(value, xp) for value in result]
+        values = [given_back(value, xp) for value in result]
         return type(result)(*values) if hasattr(result, "_fields") else tuple(values)
     if isinstance(result, np.ndarray):
         return xp.from_dlpack(result) if result.dtype.kind in "biufc" else result

@@ -71,7 +71,8 @@ class Numerics:
 def numerics(x: Array, name: str) -> Iterator[Numerics]:
     """The `Numerics` for the array `x`; inside the block CuPy uses its device and the caller's stream.
 
-    Raises `BackendError` when `x` lives on a GPU and CuPy, or a library that it loads, cannot be used there.
+    Raises `BackendError` when `x` lives on a GPU and CuPy, or a library that it loads, cannot be imported, or finds no device.
+    What CUDA raises inside the block passes.
     """
     kind = _arrays.kind(x, name)
     if _arrays.on_host(x):
@@ -79,28 +80,47 @@ def numerics(x: Array, name: str) -> Iterator[Numerics]:
         return
     if kind == "torch" and x.device.type != "cuda":
         raise TypeError(f"{name}: expected a tensor on a CPU or CUDA device, got {x.device}")
-    unusable: tuple[type[Exception], ...] = (ImportError,)
+    cupy = _cupy(name)
+    import cupyx
+
+    with contextlib.ExitStack() as stack:
+        if kind == "torch":
+            stack.enter_context(cupy.cuda.Device(x.device.index))
+            stack.enter_context(_stream_of(cupy, x))
+        else:
+            stack.enter_context(x.device)
+        stack.enter_context(cupyx.errstate(linalg="raise"))  # the default, "ignore", never looks at devInfo
+        try:
+            yield Numerics(cupy, x)
+        except ImportError as error:  # of cuSOLVER, say, which CuPy loads when it is first asked for
+            raise _unusable(name, error) from error
+
+
+def _cupy(name: str) -> ModuleType:
     try:
         import cupy
-        import cupyx
 
-        unusable = (ImportError, cupy.cuda.runtime.CUDARuntimeError)
-        with contextlib.ExitStack() as stack:
-            if kind == "torch":
-                import torch
+        cupy.cuda.runtime.getDeviceCount()
+    except (ImportError, RuntimeError) as error:  # CUDARuntimeError, where there is no driver or no device
+        raise _unusable(name, error) from error
+    return cupy
 
-                stack.enter_context(cupy.cuda.Device(x.device.index))
-                stream = torch.cuda.current_stream(x.device)
-                stack.enter_context(cupy.cuda.ExternalStream(stream.cuda_stream, x.device.index))
-            else:
-                stack.enter_context(x.device)
-            stack.enter_context(cupyx.errstate(linalg="raise"))  # the default, "ignore", never looks at devInfo
-            yield Numerics(cupy, x)
-    except unusable as error:
-        raise _arrays.BackendError(
-            f"{name}: arrays on a GPU are solved by CuPy, which cannot be used here ({type(error).__name__}: {error}); "
-            "pip install 'hw3gpu[cuda12]' or 'hw3gpu[cuda13]' brings it, the NVIDIA driver is the machine's"
-        ) from error
+
+def _stream_of(cupy: ModuleType, x: Array) -> Any:
+    """CuPy's name for the stream on which the caller of a CUDA tensor queues work."""
+    import torch
+
+    stream = torch.cuda.current_stream(x.device)
+    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14
+        return cupy.cuda.Stream.from_external(stream)
+    return cupy.cuda.ExternalStream(stream.cuda_stream, x.device.index)
+
+
+def _unusable(name: str, error: Exception) -> _arrays.BackendError:
+    return _arrays.BackendError(
+        f"{name}: arrays on a GPU are solved by CuPy, which cannot be used here ({type(error).__name__}: {error}); "
+        "pip install 'hw3gpu[cuda12]' or 'hw3gpu[cuda13]' brings it, the NVIDIA driver is the machine's"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- checks

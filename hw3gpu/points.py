@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _arrays, _check
-from ._interchange import interchange
+from ._interchange import given_back, interchange, is_foreign, taken
 from ._linalg import REAL, Numerics, check_dtype, check_finite, check_square, eigh, eps, numerics, symmetric
 
 __all__ = ["MomentAccumulator", "Moments", "moments", "points_with_moments"]
@@ -124,12 +124,8 @@ def _ddof(ddof: Any) -> int:
 
 
 def _check_same_place(x: Array, name: str, other: Array, other_name: str) -> None:
-    kind, expected = _arrays.kind(x, name), _arrays.kind(other, other_name)
-    if kind != expected:
-        raise TypeError(f"{name}: expected the kind of array of {other_name}, {expected}, got {kind}")
+    _arrays.same_kind(x, name, other, other_name)
     _check.same_dtype(x, name, other, other_name)
-    if x.device != other.device:
-        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
 
 
 def _factor(ns: Numerics, covariance: Array, dtype: str) -> tuple[Array, int]:
@@ -253,6 +249,7 @@ class MomentAccumulator:
         if self.m is not None and self.m < 1:
             raise ValueError(f"m: expected at least 1, got {self.m}")
         self._state: _State | None = None  # once there are points; `like` in it, a batch's first, has their kind and dtype
+        self._namespace: Any = None  # that of the first batch, where it is neither NumPy's, CuPy's nor torch's
 
     @property
     def count(self) -> int:
@@ -264,6 +261,9 @@ class MomentAccumulator:
 
         Raises TypeError for another kind or dtype, ValueError for another shape. Returns the accumulator.
         """
+        if is_foreign(points) and self._namespace is None:
+            self._namespace = points.__array_namespace__()
+        points = taken(points)
         _arrays.kind(points, "points")
         check_dtype(points, "points", REAL)
         if points.ndim != 2 or self.m not in (None, int(points.shape[1])) or points.shape[1] < 1:
@@ -272,7 +272,8 @@ class MomentAccumulator:
             _check_same_place(points, "points", self._state.like, "the first batch")
         self.m = int(points.shape[1])
         if points.shape[0]:
-            self._own(points).update(points[None])
+            with _arrays.device_scope(points):
+                self._own(points).update(points[None])
         return self
 
     def merge(self, other: MomentAccumulator) -> MomentAccumulator:
@@ -285,7 +286,9 @@ class MomentAccumulator:
         if other._state is not None:
             if self._state is not None:
                 _check_same_place(other._state.like, "other", self._state.like, "this accumulator's batches")
-            self._own(other._state.like).merge(other._state)
+            with _arrays.device_scope(other._state.like):
+                self._own(other._state.like).merge(other._state)
+            self._namespace = self._namespace or other._namespace
         return self
 
     def _own(self, like: Array) -> _State:
@@ -326,4 +329,6 @@ class MomentAccumulator:
         ddof = _ddof(ddof)
         if self._state is None or self.count - ddof < 1:
             raise ValueError(f"moments: expected at least {ddof + 1} points for ddof = {ddof}, got {self.count}")
-        return self._state.moments(ddof, ())
+        with _arrays.device_scope(self._state.like):
+            result = self._state.moments(ddof, ())
+        return result if self._namespace is None else given_back(result, self._namespace)

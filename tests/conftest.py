@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import fake_cupy
 import numpy as np
 import pytest
 
@@ -25,7 +26,7 @@ from hw3gpu._arrays import use_backend
 from hw3gpu._cli.arrays import DTYPES, Place, cupy_refusal, to_numpy
 from layouts import Tensors
 
-BACKEND_FIXTURES = {"kit", "device"}
+BACKEND_FIXTURES = {"kit", "device", "stand_in"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,18 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 def tensors(device: str) -> Tensors:
     """Torch tensors alone, with what `kit` has: for what is dear."""
     return Tensors(device)
+
+
+@pytest.fixture
+def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_cupy.Log]:
+    """The log of two devices that have the stand-in's CuPy, and kernels on the host: Triton's interpreter, or Numba's."""
+    from host_launches import launch_on_the_host  # which imports torch
+
+    leg = request.config.stash[LEG]
+    log = fake_cupy.install(monkeypatch, devices=2)
+    launch_on_the_host(monkeypatch, log, "gpu" if leg.interpreted else "cpu")
+    with use_backend("auto"):
+        yield log
 
 
 @pytest.fixture(params=DTYPES)

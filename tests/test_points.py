@@ -392,7 +392,7 @@ def test_errors_of_the_accumulator():
         (lambda: total.update(np.ones((2, 4))), ValueError, r"points: expected shape \(n, 3\), got \(2, 4\)"),
         (lambda: total.update(np.ones(3)), ValueError, r"points: expected shape \(n, 3\), got \(3,\)"),
         (lambda: total.update(np.ones((2, 3), np.float32)), TypeError, "points: expected the dtype of the first batch"),
-        (lambda: total.update(torch.ones(2, 3)), TypeError, "points: expected the kind of array of the first batch, numpy"),
+        (lambda: total.update(torch.ones(2, 3)), TypeError, "points: expected a numpy array, as the first batch"),
         (lambda: total.update(np.ones((2, 3), np.float16)), TypeError, "points: .*got float16, whose 11 bits"),
         (lambda: total.merge(np.ones(3)), TypeError, "other: expected a MomentAccumulator, got ndarray"),
         (lambda: total.merge(MomentAccumulator(4)), ValueError, "other: expected m = 3 variables, got 4"),
@@ -458,7 +458,7 @@ def test_errors(mean, sigma, options, error, message):
 
 def test_kinds_cannot_be_mixed():
     torch = pytest.importorskip("torch")
-    with pytest.raises(TypeError, match="mean: expected the kind of array of covariance, torch, got numpy"):
+    with pytest.raises(TypeError, match="mean: expected a torch array, as covariance is, got a numpy array"):
         points_with_moments(ZERO3, torch.eye(3, dtype=torch.float64))
 
 
