@@ -179,6 +179,13 @@ def test_the_cache_is_used_by_the_next_process_and_notices_a_changed_helper(copi
     assert new_folder != folder
 
 
+def test_another_package_of_the_same_sources_has_a_cache_of_its_own(copied, tmp_path):
+    """What is in the cache names types by their modules, which only the package that compiled it has."""
+    code = "from copied.cpu import _jit; print(_jit.source_hash())"
+    theirs = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert theirs.stdout.strip() != _jit.source_hash()
+
+
 def test_no_two_kernels_share_a_cache_file():
     """Rooms have kernels of the same name, and all that run on OpenMP's threads have `_team.py` as their file."""
     names = [p.stem for p in KERNELS.glob("*.py") if p.stem not in ("__init__", "_threads", "_team", "_jit")]

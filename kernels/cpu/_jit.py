@@ -70,8 +70,8 @@ def cache_folder() -> str | None:
 
 @functools.cache
 def source_hash() -> str:
-    """A hash of the sources of `kernels/cpu`."""
-    digest = hashlib.sha256()
+    """A hash of the sources of `kernels/cpu`, and of the package's name, by which what was compiled finds its types again."""
+    digest = hashlib.sha256(str(__package__).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
