@@ -8,7 +8,8 @@ CuPy arrays and torch CUDA tensors by CuPy, on the caller's device and stream. `
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -71,12 +72,16 @@ class Numerics:
 def numerics(x: Array, name: str) -> Iterator[Numerics]:
     """The `Numerics` for the array `x`; inside the block CuPy uses its device and the caller's stream.
 
+    On the host BLAS uses one thread inside for several matrices, which is as fast for small ones as it gets: large stacks are
+    shared out over threads, a matrix to each.
+
     Raises `BackendError` when `x` lives on a GPU and CuPy, or a library that it loads, cannot be imported, or finds no device.
     What CUDA raises inside the block passes.
     """
     kind = _arrays.kind(x, name)
     if _arrays.on_host(x):
-        yield Numerics(np, x)
+        with _arrays.kernels("_blas", "cpu").one_thread() if _is_stack(x) else contextlib.nullcontext():
+            yield Numerics(np, x)
         return
     if kind == "torch" and x.device.type != "cuda":
         raise TypeError(f"{name}: expected a tensor on a CPU or CUDA device, got {x.device}")
@@ -121,6 +126,11 @@ def _unusable(name: str, error: Exception) -> _arrays.BackendError:
         f"{name}: arrays on a GPU are solved by CuPy, which cannot be used here ({type(error).__name__}: {error}); "
         "pip install 'hw3gpu[cuda12]' or 'hw3gpu[cuda13]' brings it, the NVIDIA driver is the machine's"
     )
+
+
+def _is_stack(x: Array) -> bool:
+    """Whether there is more than one matrix in `x` (..., n, m)."""
+    return x.ndim > 2 and math.prod(x.shape[:-2]) > 1
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
@@ -315,7 +325,7 @@ def eigh(ns: Numerics, s: Array, method: str = "syevd") -> tuple[Array, Array]:
 
         values, vectors = scipy_eigh(_by_columns(s), lower=True, driver="evd", check_finite=False)
     else:
-        values, vectors = xp.linalg.eigh(s)
+        values, vectors = in_parts(np.linalg.eigh, s)
     if not bool(xp.isfinite(values).all()):
         raise np.linalg.LinAlgError("the eigensolver returned values that are not finite")
     return values, vectors
@@ -408,13 +418,38 @@ def _by_columns(s: np.ndarray) -> np.ndarray:
 
 def matmul(xp: ModuleType, a: Array, b: Array) -> Array:
     """a @ b. Large matrices on the host go to the BLAS of SciPy's LAPACK: the idle threads of NumPy's would spin beside it."""
-    if xp is not np or a.ndim > 2 or max(*a.shape, *b.shape) < _THREADED:
+    if xp is np and a.ndim > 2:
+        return in_parts(lambda a, b: (a @ b,), a, b)[0]
+    if xp is not np or max(*a.shape, *b.shape) < _THREADED:
         return a @ b
     from scipy.linalg import get_blas_funcs
 
     columns = [x if x.flags.f_contiguous else x.T for x in (a, b)]
     across = [column is not x for column, x in zip(columns, (a, b), strict=True)]
     return get_blas_funcs("gemm", columns)(1.0, *columns, trans_a=across[0], trans_b=across[1])
+
+
+def in_parts(function: Callable[..., tuple[np.ndarray, ...]], *stacks: np.ndarray) -> tuple[np.ndarray, ...]:
+    """`function(*stacks)`, one of NumPy's that take stacks (..., n, m) matrix by matrix; of large stacks in threads."""
+    if not in_threads(stacks[0]):
+        return tuple(function(*stacks))
+    batch, found = stacks[0].shape[:-2], {}
+    flat = [stack.reshape(-1, *stack.shape[-2:]) for stack in stacks]
+
+    def part(first: int, last: int) -> None:
+        found[first] = function(*(stack[first:last] for stack in flat))
+
+    _arrays.kernels("_threads", "cpu").run(part, len(flat[0]), 16 * flat[0].nbytes)
+    outputs = zip(*(found[first] for first in sorted(found)), strict=True)
+    return tuple(np.concatenate(parts).reshape(*batch, *parts[0].shape[1:]) for parts in outputs)
+
+
+def svd(xp: ModuleType, x: Array, full_matrices: bool) -> tuple[Array, Array, Array]:
+    """(U, σ, Vᵀ) of each of a stack (..., n, m), σ descending; `full_matrices` as NumPy's."""
+    if xp is not np:
+        return xp.linalg.svd(x, full_matrices=full_matrices)
+    u, sigma, vt = in_parts(lambda x: np.linalg.svd(x, full_matrices=full_matrices), x)
+    return u, sigma, vt
 
 
 def departure(xp: ModuleType, phi: Array) -> Array:
@@ -453,7 +488,7 @@ def deflated_is_definite(ns: Numerics, a: Array, phi: Array, d: Array, shift: Ar
         a = get_blas_funcs("syrk", (a,))(1.0, b.T, beta=1.0, c=a.T, trans=True, lower=True, overwrite_c=True)
         a[np.diag_indices(m)] -= shift
         return np.asarray(get_lapack_funcs("potrf", (a,))(a, lower=True, clean=False, overwrite_a=True)[1] == 0)
-    a += b @ adjoint(b)
+    a += matmul(xp, b, adjoint(b))
     i = xp.arange(m)
     a[..., i, i] -= shift[..., None]
     return _is_definite(ns, a)

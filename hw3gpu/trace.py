@@ -35,6 +35,7 @@ from ._linalg import (
     power_of_two,
     real_dtype,
     smallest,
+    svd,
     symmetric,
 )
 
@@ -255,20 +256,20 @@ def _from_singular_values(ns: Numerics, x: Array, k: int, largest: bool) -> _Fin
     """The same for XᵀX (-XᵀX for `largest`) of centred points `x` (..., n, m) that are not multiplied out."""
     xp, (n, m) = ns.xp, x.shape[-2:]
     size = frobenius(xp, x)
-    u, sigma, vt = xp.linalg.svd(x, full_matrices=n < m)
+    u, sigma, vt = svd(xp, x, full_matrices=n < m)
     if n < m:
         none = xp.zeros((*x.shape[:-2], m - n))
         sigma, u = xp.concatenate([sigma, none], axis=-1), xp.concatenate([u, xp.zeros((*x.shape[:-1], m - n))], axis=-1)
     # X = UΣVᵀ + E: each singular value of X lies within ‖E‖ and the departures from orthogonality of one of Σ
     u_rounding, v_rounding, product_rounding = (eps("float64") * size_ for size_ in (n * m, m * m, m + 2))
     skew = departure(xp, u[..., : min(n, m)]) + u_rounding + departure(xp, vt.swapaxes(-1, -2)) + v_rounding
-    error = frobenius(xp, x - (u * sigma[..., None, :]) @ vt) + product_rounding * (m**0.5 + 1) * size
+    error = frobenius(xp, x - matmul(xp, u * sigma[..., None, :], vt)) + product_rounding * (m**0.5 + 1) * size
     error = error[..., None] + sigma * skew[..., None] + 1e-300
     order = slice(None) if largest else slice(None, None, -1)
     u, sigma, v, error = u[..., order], sigma[..., order], vt.swapaxes(-1, -2)[..., order], error[..., order]
 
     phi, left, kept = v[..., :k], u[..., :k], sigma[..., :k]
-    image, sign = x @ phi, -1.0 if largest else 1.0
+    image, sign = matmul(xp, x, phi), -1.0 if largest else 1.0
     bound = (kept + error[..., :k]) if largest else xp.maximum(kept - error[..., :k], 0)
     margin = ((kept + error[..., :k]) ** 2 - kept**2).max(axis=-1)
     yes = xp.ones(size.shape, dtype=bool)
@@ -277,7 +278,7 @@ def _from_singular_values(ns: Numerics, x: Array, k: int, largest: bool) -> _Fin
     proof = Certificate(yes, separated, sign * (bound**2).sum(axis=-1), margin)
     residual = xp.sqrt(
         frobenius(xp, image - left * kept[..., None, :]) ** 2
-        + frobenius(xp, x.swapaxes(-1, -2) @ left - phi * kept[..., None, :]) ** 2
+        + frobenius(xp, matmul(xp, x.swapaxes(-1, -2), left) - phi * kept[..., None, :]) ** 2
     )
     value, orthogonality = sign * frobenius(xp, image) ** 2, departure(xp, phi)
     gap = distance * (sigma[..., k] + kept[..., -1]) if k < m else distance

@@ -23,6 +23,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import get_cython_function_address, intrinsic
 
+from ._blas import one_thread
 from ._jit import inline, kernel, reduction
 from ._threads import run
 
@@ -344,6 +345,15 @@ def scaled(a: np.ndarray, scale: np.ndarray, halve: np.ndarray, s: np.ndarray) -
     run(_scaled, a.shape[0] * bands, 2 * s.nbytes, a, bands, scale, halve, s)
 
 
+def _share_out(body: Any, matrices: int, cost: int, *args: Any) -> None:
+    """`run` for kernels that call LAPACK. One matrix has the threads of BLAS; several have ours, each with one of BLAS."""
+    if matrices < 2:
+        body(0, matrices, *args)
+        return
+    with one_thread():
+        run(body, matrices, cost, *args)
+
+
 def smallest(a: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The k smallest eigenvalues (B, k) of a (B, m, m), eigenvectors (B, m, k), and LAPACK's info (B,), 0 for success.
 
@@ -356,7 +366,7 @@ def smallest(a: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         body, routines = _smallest_of_small, _routines(a, "-stevr")
     else:
         body, routines = _smallest, _routines(a, "-syevr")
-    run(body, a.shape[0], 16 * a.nbytes, routines, _LETTERS, a, values, vectors, info)
+    _share_out(body, a.shape[0], 16 * a.nbytes, routines, _LETTERS, a, values, vectors, info)
     return values, vectors.swapaxes(-1, -2), info
 
 
@@ -367,7 +377,7 @@ def smallest_of_all(a: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.n
     """
     values, vectors, info = _outputs(a, k, a.shape[-1])
     routines = _routines(a, "-sytrd", "-stedc", "-ormtr")
-    run(_smallest_of_all, a.shape[0], 16 * a.nbytes, routines, _LETTERS, a, values, vectors, info)
+    _share_out(_smallest_of_all, a.shape[0], 16 * a.nbytes, routines, _LETTERS, a, values, vectors, info)
     return values, vectors.swapaxes(-1, -2), info
 
 
@@ -378,5 +388,5 @@ def deflated_is_definite(a: np.ndarray, b: np.ndarray, shift: np.ndarray) -> np.
     """
     info = np.empty(a.shape[0], np.int32)
     routines = _routines(a, "-syrk", "-potrf")
-    run(_deflated_is_definite, a.shape[0], 4 * a.nbytes, routines, _LETTERS, a, b, shift, info)
+    _share_out(_deflated_is_definite, a.shape[0], 4 * a.nbytes, routines, _LETTERS, a, b, shift, info)
     return info == 0
