@@ -2,8 +2,8 @@
 
 Each function converts its arguments to float64, evaluates the formula as docs/derivations.md states it and returns
 float64: no fusing, no reordering, no sharing of work. It is slow on purpose, and it is the judge of every kernel. So
-that a float64 kernel is not charged with the judge's own rounding, sections 2 and 3 are evaluated in NumPy's longdouble
-(80 bits on x86; elsewhere it may be no wider than float64) and rounded once.
+that a float64 kernel is not charged with the judge's own rounding, sections 2 and 3 and the moments of points are
+evaluated in NumPy's longdouble (80 bits on x86; elsewhere it may be no wider than float64) and rounded once.
 
 The letters are the assignment's: ``m`` values x_1…x_m of one variable in batch normalisation, ``N`` classes in the
 softmax, ``n`` points x_1…x_n in R^m. Numbers in parentheses are the tags of docs/derivations.md.
@@ -131,6 +131,7 @@ def batch_norm(x: Any, gamma: Any = None, beta: Any = None, *, eps: float = 1e-5
     beta = _extended(0.0 if beta is None else beta)
     mean = np.asarray(np.sum(x, axis=axes) / m)
     centred = x - mean.reshape(shape)
+    centred -= np.asarray(np.sum(centred, axis=axes) / m).reshape(shape)  # what the rounding of a large mean has left
     var = np.asarray(np.sum(centred**2, axis=axes) / m)
     rstd = np.asarray(1.0 / np.sqrt(var + eps))
     x_hat = centred * rstd.reshape(shape)
@@ -432,11 +433,11 @@ def points_with_moments(mean: Any, covariance: Any, n: int | None = None) -> Arr
 
 def moments(points: Any) -> Moments:
     """μ = (1/n) Σ x_i and Σ = (1/n) Σ (x_i − μ)(x_i − μ)ᵀ of points (n, m) (4.1)."""
-    x = _float64(points)
+    x = _extended(points)
     n = x.shape[0]
     mean = np.sum(x, axis=0) / n
     centred = x - mean
-    return Moments(mean, centred.T @ centred / n)
+    return Moments(_float64(mean), _float64(centred.T @ centred / n))
 
 
 # The trace problem: docs/derivations.md, section 5 -----------------------------------------------------------------

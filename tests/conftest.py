@@ -60,10 +60,9 @@ def find_leg(backend: str) -> Leg:
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ["HW3GPU_BACKEND"] = "gpu"
     if interpreted:
-        from benchmarks.inside_triton import mend_the_interpreter, patch_the_language_once
+        from hw3gpu._cli.interpreter import mend_the_interpreter
 
         mend_the_interpreter()
-        patch_the_language_once()
         return Leg("gpu", "cpu", True, ("numpy", "torch"), {"cupy": "CuPy arrays need a CUDA device"})
     missing = cupy_refusal()
     if missing:

@@ -84,6 +84,41 @@ def test_verify_finds_a_kernel_that_is_slightly_wrong(capsys: Captured, monkeypa
     assert "failed S4, softmax, softmax_backward, Numba kernels, numpy, float32, y N = 5" in printed
 
 
+def test_verify_says_which_measure_holds_in_60_columns(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["verify", "--kernels", "cpu", "--only", "S4", "S9"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    table = [line.split() for line in lines if line.startswith(("arrays", "numpy", "torch"))]
+    assert table[0] == ["arrays", "dtype", "output", "error", "PyTorch", "bound", "held", "by"]
+    cases = [row for row in table if row[0] != "arrays"]
+    assert len(cases) == 11
+    for row in cases:
+        assert not any(cell.endswith("…") for cell in (*row[:2], *row[-4:]))
+        assert row[-1] in ("both", "PyTorch", "bound")
+        assert float(row[-2]) >= 0
+
+
+def test_a_result_passes_by_either_measure() -> None:
+    """Where PyTorch is exact by luck the bound decides, and where there is hardly a bound, PyTorch."""
+    import numpy as np
+
+    from hw3gpu._cli.operations import Output
+
+    expected, ours = np.array([1.0, 3.0]), np.array([1.0 + 4e-16, 3.0])
+    for theirs, bound, held_by in (
+        (ours, 2**-50, "both"), (ours + 1e-15, 0.0, "PyTorch"), (expected, 2**-50, "bound"), (expected, 0.0, "neither"),
+    ):  # fmt: skip
+        found = verify._measure(Output("y", ours + 4e-16, expected, theirs, bound))
+        assert (found["held_by"], found["passed"]) == (held_by, held_by != "neither"), found
+
+
+def test_verify_refuses_an_unknown_backend_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HW3GPU_BACKEND", "foo")
+    with pytest.raises(SystemExit, match=r"^HW3GPU_BACKEND: expected one of auto, gpu, cpu, got 'foo'$"):
+        main(["verify", "--only", "S1"])
+
+
 def test_verify_goes_on_after_a_kernel_that_raises(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of order")
@@ -103,10 +138,11 @@ def test_verify_counts_nan_in_a_wrong_place_as_a_failure() -> None:
 
     reference = np.array([1.0, np.nan, -np.inf])
     for ours, passes in (([1, np.nan, -np.inf], True), ([1, 0, -np.inf], False), ([1, np.nan, np.inf], False)):
-        error, _, _, passed, note = verify._measure(Output("y", np.array(ours), reference, reference))
-        assert passed is passes
-        assert (error is None) is (not passes)
-        assert bool(note) is (not passes)
+        found = verify._measure(Output("y", np.array(ours), reference, reference, 0.0))
+        assert found["passed"] is passes
+        assert found["held_by"] == ("both" if passes else "neither")
+        assert (found["error"] is None) is (not passes)
+        assert bool(found["note"]) is (not passes)
 
 
 # ---------------------------------------------------------------------------------------------- train

@@ -1,0 +1,120 @@
+"""Triton's interpreter, as it is in 3.6, 3.7 and 3.9, made to compute what a GPU does, and in half its time.
+
+`hw3gpu verify`, the tests and the benchmarks run the Triton kernels in it where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import numpy as np
+
+_QUIET_NAN = np.uint16(0x7FC0)  # NVIDIA's and PyTorch's casts give different NaNs; any quiet one is right
+
+
+def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The bits, uint16, of float32 values rounded to nearest bfloat16, ties to even."""
+    bits = values.view(np.uint32)
+    # the carry out of the upper half moves to the next exponent, and from the largest number to infinity
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), _QUIET_NAN, rounded.astype(np.uint16))
+
+
+def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
+    """The float32 values of bfloat16 bits (uint16), exactly."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def mend_the_interpreter() -> None:
+    """Let it compute what a GPU does, in this process, and spare it half its time."""
+    _round_as_a_gpu()
+    _count_with_tensors()
+    _splat_booleans()
+    _patch_the_language_once()
+
+
+def _round_as_a_gpu() -> None:
+    """Replace the casts between float32 and bfloat16, which truncate and spoil subnormals."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+    if hasattr(original, "__wrapped__"):
+        return
+    toward_zero = interpreter._ir.ROUNDING_MODE.RTZ
+
+    @functools.wraps(original)
+    def convert(values: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
+        # the callers view the result as the target's NumPy dtype; these arrays already have its width
+        if source == tl.float32 and target == tl.bfloat16 and rounding_mode != toward_zero:
+            return float32_to_bfloat16(np.ascontiguousarray(values).view(np.float32)).reshape(values.shape)
+        if source == tl.bfloat16 and target == tl.float32:
+            return bfloat16_to_float32(np.ascontiguousarray(values).view(np.uint16)).reshape(values.shape)
+        return original(values, source, target, rounding_mode)
+
+    interpreter._convert_float = convert
+
+
+def _count_with_tensors() -> None:
+    """Let a tensor of one element be a loop's bound where NumPy refuses to make an integer of it (Triton 3.6)."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+def _splat_booleans() -> None:
+    """Let a comparison of numbers, spread over a block, be a mask still (Triton 3.9 refuses the integers that it becomes)."""
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_splat
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def splat(self: Any, of: Any, value: Any) -> Any:
+        result = original(self, of, value)
+        if value.data.dtype == np.bool_:
+            result.data = result.data.astype(np.bool_)
+        return result
+
+    interpreter.InterpreterBuilder.create_splat = splat
+
+
+def _patch_the_language_once() -> None:
+    """It looks through triton.language anew at each call of a device function."""
+    from triton.runtime import interpreter
+
+    patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    if hasattr(call, "__wrapped__"):
+        return
+    patched: set[tuple[int, ...]] = set()
+
+    @functools.wraps(patch)
+    def patch_new(fn: Any) -> Any:
+        languages = tuple(
+            id(value)
+            for value in fn.__globals__.values()
+            if inspect.ismodule(value) and value in (interpreter.tl, interpreter.tl.core)
+        )
+        if languages in patched:
+            return None
+        patched.add(languages)
+        return patch(fn)
+
+    @functools.wraps(call)
+    def call_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return call(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_new, call_anew

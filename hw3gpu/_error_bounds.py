@@ -1,0 +1,315 @@
+"""How far from the answer sheet rounding alone may take each element of a result: Σ count · u · |term|.
+
+A companion of `reference`: a function here takes the arguments of the one of that name there, and `dtype`, that of the
+sums, 'float32' or 'float64'; it returns the same tuple with bounds in place of results. The terms are summed in extended
+precision. `u` is the unit roundoff of `dtype`; a count says how many roundings a term meets on its way into the result,
+in whichever engine it meets more of them. docs/errors.md derives every count; none was fitted to what was measured.
+
+The rounding of the result to its own dtype is not in the bound: `hw3gpu._cli.measure` adds it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import reference
+from .reference import Array, Extended, _extended, _ieee, _one_hot, _per_channel, _softmax
+
+# docs/errors.md, "What an operation costs": roundings of
+EXP = 4  # exp x, and 2 |x| more, for x is the rounded difference of a logit and the maximum, times log2 e
+LOG = 14  # log(1 + x), x = Σ exp - 1
+ARRAY_LOG = 8  # the logarithm of NumPy, PyTorch and CuPy
+RSTD = 3  # 1 / sqrt(variance + eps), given the variance
+VARIANCE = 6  # each (x - mean)², beside its sum
+# docs/errors.md, "Sums": additions that a number meets in the first sum it goes into, and how many numbers each more stands for
+FIRST_SUM = 32
+ROW, ROW_OF_FLOAT64, CHANNEL, CHANNEL_OF_FLOAT64 = 256, 16, 64, 4
+
+
+def unit_roundoff(dtype: str) -> float:
+    """u of an accumulation dtype."""
+    return 2.0**-53 if dtype == "float64" else 2.0**-24
+
+
+def _result(counted: Any, dtype: str, sheet: Any = 0.0) -> Array:
+    """u · Σ count |term|, and what a number below the normal ones may lose, which a GPU may take for 0.
+
+    `sheet`: counted in the same way, what the answer sheet itself rounds where its terms are larger than the kernels'.
+    """
+    tiny = 2.0**-1022 if dtype == "float64" else 2.0**-126
+    bound = unit_roundoff(dtype) * counted + float(np.finfo(np.longdouble).eps) / 2 * sheet
+    return np.asarray(bound, dtype=np.float64) + tiny
+
+
+def _additions(n: int, run: int) -> int:
+    """The most additions that one of n terms goes through."""
+    return min(max(n - 1, 0), FIRST_SUM + n // run)
+
+
+def _of_a_row(n: int, dtype: str, last: bool = True) -> int:
+    """Rows along an axis that is not the last one are gone through in shorter pieces."""
+    return _additions(n, ROW if last and dtype == "float32" else ROW_OF_FLOAT64)
+
+
+def sum_of_products(magnitude: Any, n: int, *, dtype: str) -> Array:
+    """Of a sum of n products, Σ |products| given, in any order: what a convolution or a matrix product is."""
+    return _result((n + 1.0) * _extended(magnitude), dtype)
+
+
+def _sum(terms: Any, axis: Any = -1) -> Any:
+    return np.sum(terms, axis=axis, keepdims=True)
+
+
+def _times(a: Any, b: Any) -> Any:
+    """a b with 0 · ∞ = 0: what a probability of 0 is multiplied by does not count."""
+    with np.errstate(invalid="ignore"):
+        return np.where(a == 0.0, 0.0, a * b)
+
+
+# Softmax and cross entropy: docs/errors.md, section 1 --------------------------------------------------------------
+
+
+class _Exponentials(NamedTuple):
+    """Of rows of logits: `below` = max z - z, `p`, the roundings of each exp(z - max z) and of their sum."""
+
+    below: Extended
+    p: Extended
+    each: Extended
+    total: Extended
+
+
+def _exponentials(z: Extended, axis: int, additions: int) -> _Exponentials:
+    below = np.max(z, axis=axis, keepdims=True, initial=-np.inf) - z
+    p = _softmax(z, axis)
+    each = np.where(below == 0.0, 0.0, EXP + 2.0 * below)  # exp 0 is exact
+    return _Exponentials(below, p, each, _sum(_times(p, each), axis) + additions)
+
+
+def _roundings_of_p(e: _Exponentials) -> Extended:
+    """An exponential, the sum, and 1 / sum and a product: as many as p_c meets."""
+    return e.each + e.total + 3.0
+
+
+@_ieee
+def softmax(z: Any, axis: int = -1, *, dtype: str) -> Array:
+    z = _extended(z)
+    last = axis % z.ndim == z.ndim - 1
+    e = _exponentials(z, axis, _of_a_row(z.shape[axis], dtype, last))
+    return _result(_times(e.p, _roundings_of_p(e)), dtype)
+
+
+@_ieee
+def softmax_backward(dy: Any, y: Any, axis: int = -1, *, dtype: str) -> Array:
+    dy, y = abs(_extended(dy)), abs(_extended(y))
+    additions = _of_a_row(y.shape[axis], dtype, axis % y.ndim == y.ndim - 1)
+    return _result(y * (2.0 * dy + (additions + 3.0) * _sum(dy * y, axis)), dtype)
+
+
+@_ieee
+def softmax_jacobian(z: Any, *, dtype: str) -> Array:
+    z = _extended(z)
+    e = _exponentials(z, -1, _of_a_row(z.shape[-1], dtype))
+    of_p = _times(e.p, _roundings_of_p(e))
+    products = of_p[..., :, None] * e.p[..., None, :]
+    products = products + np.swapaxes(products, -1, -2) + 2.0 * e.p[..., :, None] * e.p[..., None, :]
+    return _result(products + np.eye(z.shape[-1]) * (of_p + e.p)[..., None, :], dtype)
+
+
+@_ieee
+def cross_entropy(y: Any, y_hat: Any, *, dtype: str) -> Array:
+    y, y_hat = np.broadcast_arrays(_extended(y), _extended(y_hat))
+    additions = _of_a_row(y.shape[-1], dtype)
+    return _result((ARRAY_LOG + 1.0 + additions) * np.sum(_times(y, abs(np.log(y_hat))), axis=-1), dtype)
+
+
+class _Row(NamedTuple):
+    """Σ |q|, what forming each q and summing them costs, and the roundings of log Σ exp(z - max z), each (…, 1)."""
+
+    weight: Extended
+    of_weight: float
+    log_total: Extended
+    of_excess: Extended
+
+
+def _row(e: _Exponentials, q: Extended, additions: int, of_weight: float) -> _Row:
+    first = np.arange(e.p.shape[-1]) == np.argmin(e.below, axis=-1)[..., None]
+    of_excess = np.where(first, 0.0, _times(e.p, 2.0 * additions + e.each))
+    log_total = -np.log(np.max(e.p, axis=-1, keepdims=True, initial=0.0))
+    return _Row(_sum(abs(q)), of_weight, log_total, _sum(of_excess))
+
+
+def _loss(e: _Exponentials, q: Extended, row: _Row) -> Any:
+    of_log = row.of_excess + (LOG + 2.0 + row.of_weight) * row.log_total
+    inner = _sum(_times(abs(q), e.below))
+    return (row.weight * of_log + (row.of_weight + 4.0) * inner)[..., 0]
+
+
+def _loss_of_the_sheet(z: Extended, e: _Exponentials, q: Extended, row: _Row) -> Any:
+    """Σ q (lse - z), where lse = max z + log Σ exp(z - max z) is rounded before z is subtracted."""
+    top = abs(np.max(z, axis=-1, keepdims=True, initial=-np.inf))
+    return (_loss(e, q, row)[..., None] + 2.0 * row.weight * (1.0 + row.log_total) + 3.0 * _sum(_times(abs(q), top + abs(z))))[
+        ..., 0
+    ]
+
+
+def _at_target(e: _Exponentials, target: NDArray[np.bool_], additions: int) -> Any:
+    """The roundings of p_t - 1, taken as the sum of the others: what they are, and p_t's own where it is not the largest."""
+    others = np.where(target, 0.0, e.p)
+    each = _times(e.p, 2.0 * additions + e.each)
+    of_others = _sum(np.where(target, 0.0, each)) + _sum(np.where(target & (e.below > 0.0), 2.0 * each, 0.0))
+    return of_others + _sum(others) * (e.total + 5.0)
+
+
+def _gradient(e: _Exponentials, q: Extended, row: _Row) -> Any:
+    """p_c Σ q - q_c, both rounded."""
+    return row.weight * _times(e.p, _roundings_of_p(e) + row.of_weight + 1.0) + (2.0 + row.of_weight) * abs(q)
+
+
+@_ieee
+def softmax_cross_entropy(z: Any, y: Any, *, dtype: str) -> reference.SoftmaxCrossEntropy:
+    z = _extended(z)
+    soft = np.shape(y) == z.shape
+    q = _extended(y) if soft else _one_hot(y, z.shape[-1])
+    additions = _of_a_row(z.shape[-1], dtype)
+    e = _exponentials(z, -1, additions)
+    row = _row(e, q, additions, additions if soft else 0.0)
+    dz = sheet_dz = _gradient(e, q, row)
+    if not soft:
+        dz = np.where(q == 1.0, _at_target(e, q == 1.0, additions), dz)
+    loss = _result(_loss(e, q, row), dtype, _loss_of_the_sheet(z, e, q, row))
+    return reference.SoftmaxCrossEntropy(loss, _result(dz, dtype, sheet_dz))
+
+
+# Batch normalisation: docs/errors.md, section 2 --------------------------------------------------------------------
+
+
+def _of_a_channel(m: int, dtype: str) -> int:
+    return _additions(m, CHANNEL if dtype == "float32" else CHANNEL_OF_FLOAT64)
+
+
+def _of_rstd(var: Any, eps: float, additions: int) -> Any:
+    """The roundings of 1 / sqrt(variance + eps) where the variance has its own."""
+    return RSTD + (additions + VARIANCE) / 2.0 * np.where(var == 0.0, 0.0, var / (var + eps))
+
+
+@_ieee
+def batch_norm(
+    x: Any, gamma: Any = None, beta: Any = None, *, eps: float = 1e-5, channel_axis: int | None = 1, dtype: str
+) -> reference.BatchNorm:
+    x = _extended(x)
+    axes, shape, m = _per_channel(x, channel_axis)
+    gamma, beta = abs(_extended(1.0 if gamma is None else gamma)), abs(_extended(0.0 if beta is None else beta))
+    mean = np.asarray(np.sum(x, axis=axes) / m)
+    distance = abs(x - mean.reshape(shape))
+    spread = np.asarray(np.sum(distance, axis=axes) / m)
+    var = np.asarray(np.sum(distance**2, axis=axes) / m)
+    rstd = np.asarray(1.0 / np.sqrt(var + eps))
+
+    additions = _of_a_channel(m, dtype)
+    of_rstd = _of_rstd(var, eps, additions)
+    of_mean = 2.0 * spread + unit_roundoff(dtype) * abs(mean)  # the mean is kept in two parts
+    x_hat = distance * rstd.reshape(shape)
+    of_x_hat = x_hat * (of_rstd + 3.0).reshape(shape) + (of_mean * rstd).reshape(shape)
+    y = gamma.reshape(shape) * (of_x_hat + 2.0 * x_hat) + beta.reshape(shape)
+    counted = y, of_mean, (additions + VARIANCE) * var, rstd * of_rstd, of_x_hat
+    return reference.BatchNorm(*(_result(value, dtype) for value in counted))
+
+
+@_ieee
+def batch_norm_backward(
+    dy: Any, x: Any, mean: Any, var: Any, gamma: Any = None, *,
+    eps: float = 1e-5, channel_axis: int | None = 1, dtype: str, own_statistics: bool = False,
+) -> reference.BatchNormGradients:  # fmt: skip
+    """`own_statistics`: mean and variance are exact here, and the kernels' own there; else both are given the same."""
+    dy, x, mean, var = map(_extended, (dy, x, mean, var))
+    axes, shape, m = _per_channel(x, channel_axis)
+    gamma = abs(_extended(1.0 if gamma is None else gamma))
+    rstd = 1.0 / np.sqrt(var + eps)
+    centred = x - mean.reshape(shape)
+    distance = abs(centred)
+    totals, products = (np.asarray(np.sum(v, axis=axes)) for v in (abs(dy), abs(dy) * distance))
+
+    additions = _of_a_channel(m, dtype) if dtype == "float64" else 3.0  # in float32 they are compensated, or in float64
+    of_rstd, of_products = np.asarray(RSTD + 0.0 * var), (additions + 3.0) * products
+    if own_statistics:
+        spread = np.asarray(np.sum(distance, axis=axes)) / m
+        of_rstd = _of_rstd(var, eps, _of_a_channel(m, dtype))
+        of_products = of_products + 2.0 * spread * abs(np.sum(dy, axis=axes))
+    of_dgamma = rstd * (of_products + (of_rstd + 1.0) * products)
+    of_dbeta = additions * totals
+
+    scale = gamma * rstd
+    # scale ((dy - b) - (x - mean) k), b = dbeta / m, k = rstd dgamma / m
+    terms = abs(dy) + (totals / m).reshape(shape) + distance * (rstd**2 * products / m).reshape(shape)
+    inner = ((of_dbeta + totals) / m).reshape(shape)
+    inner = inner + distance * (rstd * (of_dgamma + (of_rstd + 5.0) * rstd * products) / m).reshape(shape)
+    of_dx = scale.reshape(shape) * (inner + terms * (of_rstd + 4.0).reshape(shape))
+    of_dvar = 0.5 * scale * rstd * (of_dgamma + (2.0 * of_rstd + 5.0) * rstd * products)
+    of_dmean = scale * (of_dbeta + (of_rstd + 4.0) * totals)
+    dx_hat = abs(dy) * gamma.reshape(shape)
+    results = [_result(v, dtype) for v in (of_dx, of_dgamma, of_dbeta, of_dvar, of_dmean, dx_hat)]
+    # Σ (x - mean), which the kernels count as 0, where the mean given is a rounded one: no rounding of theirs
+    off_centre = abs(np.asarray(np.sum(centred, axis=axes))) / m
+    slope = scale * rstd**2 * products / m
+    results[0] = results[0] + np.asarray(slope * off_centre, dtype=np.float64).reshape(shape)
+    return reference.BatchNormGradients(*results)
+
+
+@_ieee
+def batch_norm_inference(
+    x: Any, mean: Any, var: Any, gamma: Any = None, beta: Any = None,
+    eps: float = 1e-5, channel_axis: int | None = 1, *, dtype: str,
+) -> Array:  # fmt: skip
+    x, mean, var = map(_extended, (x, mean, var))
+    _, shape, _ = _per_channel(x, channel_axis)
+    gamma, beta = abs(_extended(1.0 if gamma is None else gamma)), abs(_extended(0.0 if beta is None else beta))
+    x_hat = abs(x - mean.reshape(shape)) / np.sqrt(var + eps).reshape(shape)
+    return _result(gamma.reshape(shape) * x_hat * (RSTD + 4.0) + beta.reshape(shape), dtype)
+
+
+# Points and the trace: docs/errors.md, section 3 -------------------------------------------------------------------
+
+
+def moments(points: Any) -> reference.Moments:
+    """The kernels' sums are float64's whatever the dtype of the points."""
+    x = _extended(points)
+    n = x.shape[0]
+    additions = min(n - 1, 128)
+    distance = abs(x - np.sum(x, axis=0) / n)
+    mean = (additions + 4.0) * np.sum(distance, axis=0) / n + 2.0 * abs(np.sum(x, axis=0)) / n
+    covariance = (additions + 8.0) * (distance.T @ distance) / n
+    return reference.Moments(_result(mean, "float64"), _result(covariance, "float64"))
+
+
+def _of_eigenvalues(covariance: Array) -> float:
+    """p(m) ε ‖Σ‖, p(m) = m: how far each eigenvalue of LAPACK's and of cuSOLVER's may lie from the true one."""
+    return covariance.shape[-1] * 2.0 * unit_roundoff("float64") * float(np.linalg.norm(covariance, 2))
+
+
+def points_with_moments(mean: Any, covariance: Any, points: Any, *, dtype: str) -> reference.Moments:
+    """How far the exact moments of `points`, each rounded to `dtype`, may lie from `mean` and `covariance`."""
+    x, covariance = abs(_extended(points)), np.asarray(covariance, dtype=np.float64)
+    n, m = x.shape
+    distance = abs(_extended(points) - _extended(mean))
+    roundoff = unit_roundoff(dtype) + (m + 8.0) * unit_roundoff("float64")
+    values = abs(np.linalg.eigvalsh(covariance))
+    # those that count as 0, by the docstring of the function
+    left_out = float(np.max(values, where=values <= 2.0 * m * unit_roundoff(dtype) * values.max(), initial=0.0))
+    of_products = (x.T @ distance + distance.T @ x) / n
+    bound = roundoff * of_products + 2.0 * _of_eigenvalues(covariance) + left_out
+    mean_bound = np.asarray(roundoff * np.sum(x, axis=0) / n, dtype=np.float64)
+    return reference.Moments(mean_bound, np.asarray(bound, dtype=np.float64))
+
+
+def minimize_trace(covariance: Any, k: int, *, dtype: str) -> tuple[float, Array]:
+    """Of the value, and of the projector Φ Φᵀ formed in `dtype` from Φ rounded to it. The sheet's own error counts too."""
+    covariance = np.asarray(covariance, dtype=np.float64)
+    sheet, of_eigenvalues = reference.minimize_trace(covariance, k), 2.0 * _of_eigenvalues(covariance)
+    m = covariance.shape[-1]
+    gap = np.inf if k == m else sheet.eigenvalues[k] - sheet.eigenvalues[k - 1]
+    phi = abs(sheet.phi)
+    projector = (k + 3.0) * unit_roundoff(dtype) * (phi @ phi.T) + 2.0 * of_eigenvalues / gap
+    return k * of_eigenvalues, projector + 2.0 * m * unit_roundoff("float64")
