@@ -5,7 +5,9 @@
 The products are torch's, loss and dz this library's kernels', sums over chunks are taken in float32 (float64 for float64).
 A reduced loss makes its gradients in the forward pass, for an upstream gradient of 1: three products, and dz takes the place of
 the chunk's logits. In half precision they are those of the sum, so that no 1/n makes them subnormal, and meet upstream/n when
-that is known. Without a reduction, and for a second call of backward, backward makes each chunk's logits again: four products.
+that is known; in float16 dz of a chunk is multiplied by a power of two, for which its rows' losses are computed first
+(`_float16_scale`). Without a reduction, and for a second call of backward, backward makes each chunk's logits again: four
+products.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import _arrays, _cross_entropy_formula, _targets
+from . import _arrays, _cross_entropy_formula, _float16_scale, _targets
 from ._autograd import accumulate_dtype, as_dtype
 from ._cross_entropy_autograd import never_zero, refuse_class, target_gradient
 
@@ -48,12 +50,16 @@ class Problem(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the forward pass finds; the gradients of x, W and b are for an upstream gradient of 1, of the sum where `of_sum`."""
+    """What the forward pass finds; the gradients of x, W and b are for an upstream gradient of 1, of the sum where `of_sum`.
+
+    Each row of the gradient of x is to be multiplied by its `factor`, (N, 1), unless that is None.
+    """
 
     loss: Any
     numbers: Any
     denominator: Any
     gradients: tuple[Any, Any, Any] = (None, None, None)
+    factor: Any = None
 
 
 def chunk_rows(problem: Problem) -> int:
@@ -96,24 +102,31 @@ def run(problem, options, rows, numbers=3, needs=(False, False, False), of_sum=F
         never_zero(denominator, options)
     over = see(denominator) if options.reduction == "mean" and not of_sum else None
     gradients = _Gradients(problem, needs)
+    largest = _float16_scale.largest_element(problem.W) if x.dtype == torch.float16 and any(needs) else None
+    factor = None if largest is None else torch.ones((N, 1), dtype=acc, device=device)
     z = torch.empty((min(rows, N), V * S), dtype=x.dtype, device=device)
     invalid = _judge_targets(problem, options)
     for first, last in _chunks(problem, rows):
         part = problem.chunk(first, last)
         logits, of_rows = _logits(part, z), torch.empty((numbers, last - first, S), dtype=acc, device=device)
         given = (see(logits), see(part.target), seen_weight, see(loss[first:last]))
-        if any(needs):  # dz takes the place of the logits
+        if not any(needs) or factor is not None:
+            kernels.forward(*given, see(of_rows), see(invalid), **options.of_rows)
+        if factor is not None:
+            shrink = _float16_scale.of_chunk(part, loss[first:last], of_rows, options, largest)
+            kernels.forward_backward(*given, given[0], see(invalid), denominator=see(shrink), **options.of_rows)
+            factor[first:last] = shrink
+            gradients.add(part, logits, first, last, shrink)
+        elif any(needs):  # dz takes the place of the logits
             kernels.forward_backward(*given, given[0], see(invalid), stats=see(of_rows), denominator=over, **options.of_rows)
             gradients.add(part, logits, first, last)
-        else:
-            kernels.forward(*given, see(of_rows), see(invalid), **options.of_rows)
         stats[:, first:last] = of_rows
     if options.reduction == "none":
         return Found(loss, stats, None)
     kernels.reduce(see(loss), seen_target, seen_weight, see(total), see(denominator), ignore_index=options.ignore_index)
     if options.reduction == "sum":
-        return Found(total[0], stats, None, gradients.found)
-    return Found((total / never_zero(denominator, options))[0], stats, denominator, gradients.found)
+        return Found(total[0], stats, None, gradients.found, factor)
+    return Found((total / never_zero(denominator, options))[0], stats, denominator, gradients.found, factor)
 
 
 def run_backward(upstream, problem, numbers, denominator, options, rows, needs):
@@ -151,24 +164,29 @@ class _Gradients:
     def found(self):
         return self.dx, self.dW, self.db
 
-    def add(self, part, dz, first, last):
-        """What the rows first…last give, whose dz is (n, V, S)."""
+    def add(self, part, dz, first, last, shrink=None):
+        """What the rows first…last give, whose dz is (n, V, S); ∂ℓ/∂W and ∂ℓ/∂b are multiplied by `shrink`, (1,)."""
         dz = dz.view(last - first, part.W.shape[0])
         if self.dx is not None:
             torch.mm(dz, part.W, out=self.dx[first:last])
         if self.dW is not None and self.dW.dtype == dz.dtype:
             self.dW.addmm_(dz.t(), part.x)
         elif self.dW is not None:
-            _add_product(self.dW, dz, part.x)
+            _add_product(self.dW, dz, part.x, shrink)
         if self.db is not None:
-            self.db += dz.sum(0, dtype=self.db.dtype)
+            of_rows = dz.sum(0, dtype=self.db.dtype)
+            self.db += of_rows if shrink is None else of_rows * shrink
 
 
-def _add_product(dW, dz, x):
+def _add_product(dW, dz, x, shrink):
     """dW += dzᵀ x of half precision, of so many classes at a time that their product is a small part of dz."""
     step = max(dz.numel() // (8 * max(x.shape[1], 1)), 256)
     for first in range(0, dz.shape[1], step):
-        dW[first : first + step] += dz[:, first : first + step].t() @ x
+        product, out = dz[:, first : first + step].t() @ x, dW[first : first + step]
+        if shrink is None:
+            out += product
+        else:
+            out.addcmul_(product, shrink)
 
 
 def _judge_targets(problem, options):
@@ -200,7 +218,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3] if at_once else (False,) * 3
         ctx.of_sum = options.reduction == "mean" and x.dtype in HALVES
         found = run(problem, options, rows, numbers, needs, ctx.of_sum)
-        ctx.save_for_backward(*problem, found.numbers, found.denominator, *found.gradients)
+        ctx.save_for_backward(*problem, found.numbers, found.denominator, found.factor, *found.gradients)
         ctx.options, ctx.rows, ctx.handed_out = options, rows, not at_once
         ctx.mark_non_differentiable(found.numbers)
         ctx.set_materialize_grads(False)
@@ -209,7 +227,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         saved = ctx.saved_tensors
-        problem, (numbers, denominator, *held) = Problem(*saved[:5]), saved[5:]
+        problem, (numbers, denominator, factor, *held) = Problem(*saved[:5]), saved[5:]
         needs, rest = ctx.needs_input_grad[:4], (None,) * 5
         if upstream is None:
             return *(None,) * 4, *rest
@@ -219,7 +237,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             found = run_backward(upstream, problem, numbers, denominator, ctx.options, ctx.rows, needs)
         else:
             ctx.handed_out = True
-            found = (*_scaled(held, upstream, denominator if ctx.of_sum else None), None)
+            found = (*_scaled(held, upstream, denominator if ctx.of_sum else None, factor), None)
         return *as_given(found, problem), *rest
 
 
@@ -228,13 +246,15 @@ def as_given(found, problem):
     return tuple(None if g is None else as_dtype(g, of.dtype) for g, of in zip(found, problem[:4], strict=True))
 
 
-def _scaled(held, upstream, denominator):
+def _scaled(held, upstream, denominator, factor):
     """The gradients of the forward pass for another upstream gradient, in place."""
     # with version counts of their own, so that a write into one does not count as one into the saved tensor
     held = [None if g is None else g.data for g in held]
     scale = upstream if denominator is None else upstream / denominator[0]
+    if factor is not None and held[0] is not None:
+        held[0].mul_(scale * factor)
     if not (_arrays.on_host(scale) and scale == 1):
-        for g in held:
+        for g in held if factor is None else held[1:]:
             if g is not None:
                 g.mul_(scale)
     return held
