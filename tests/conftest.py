@@ -136,6 +136,7 @@ LEFT_OUT = pytest.StashKey[dict[str, int]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kernels", choices=("cpu", "gpu"), default="cpu", help="which kernels the tests of this run use")
     parser.addoption("--slow", action="store_true", help="also the tests marked 'slow', which take long for what they add")
+    parser.addoption("--sample", type=int, metavar="N", help="at most N cases of each test, spread evenly over its parameters")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -169,9 +170,20 @@ def why_left_out(item: pytest.Item, leg: Leg) -> str | None:
     return None
 
 
+def sample(items: list[pytest.Item], most: int) -> set[pytest.Item]:
+    """At most `most` cases of each test."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return {cases[len(cases) * k // most] for cases in tests.values() for k in range(most) if cases}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     leg = config.stash[LEG]
     reasons = {item: why_left_out(item, leg) for item in items}
+    if most := config.getoption("--sample"):
+        kept = sample([item for item in items if not reasons[item]], most)
+        reasons |= {item: "not in the sample" for item in items if not reasons[item] and item not in kept}
     left_out = Counter(reason for reason in reasons.values() if reason)
     on_kit = {item.nodeid.partition("[")[0] for item in items if not reasons[item] and "kit" in item.fixturenames}
     for kind, why in leg.absent.items():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from twins import ACC, layout_of, tensor
 
@@ -24,10 +24,22 @@ pytestmark = [
 ]
 
 
-def examples(n):
-    """A fixed profile: the same draws in every run."""
+PARTS = 4
+
+
+def drawn(n):
+    """Runs a test of drawn `data` n times, the same draws in every run, in parts that pytest-xdist can divide."""
     quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=n, derandomize=True, deadline=None, database=None, suppress_health_check=quiet)
+    profile = settings(max_examples=n // PARTS, deadline=None, database=None, suppress_health_check=quiet)
+
+    def decorated(test):
+        @pytest.mark.parametrize("part", range(PARTS))
+        def parts(part):
+            seed(part)(profile(given(data=st.data())(test)))()
+
+        return parts
+
+    return decorated
 
 
 DTYPES = st.sampled_from(["float64", "float32", "bfloat16", "float16"])
@@ -77,8 +89,7 @@ def classes(rng, shape, C, ignored, ignore_index):
     return torch.tensor(np.where(rng.random(shape) < ignored, ignore_index, t))
 
 
-@examples(800)
-@given(data=st.data())
+@drawn(800)
 def test_cross_entropy(data):
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 999), "seed"))
@@ -140,8 +151,7 @@ def in_the_precision_of_the_sums(function):
     return call
 
 
-@examples(350)
-@given(data=st.data())
+@drawn(350)
 def test_linear_cross_entropy(data):
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 999), "seed"))
@@ -194,8 +204,7 @@ def test_linear_cross_entropy(data):
     compare(call(HF.linear_cross_entropy, **ours_only), call(F.linear_cross_entropy), dtype)
 
 
-@examples(250)
-@given(data=st.data())
+@drawn(250)
 def test_softmax(data):
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 999), "seed"))
