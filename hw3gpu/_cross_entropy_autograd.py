@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from . import _arrays, _cross_entropy_formula, _small, _targets
+from . import _arrays, _cross_entropy_formula, _expected_upstream, _small, _targets
 from ._autograd import accumulate_dtype
 from ._cross_entropy_formula import NUMBERS, class_axis, loss_shape
 
@@ -17,7 +17,11 @@ def with_graph(logits, target, weight, options, gradient, stats):
     """The loss and, if `stats`, the numbers of every row."""
     at_once = gradient != "backward" and logits.requires_grad and not target.requires_grad
     if at_once and options.reduction != "none" and _arrays.backend(logits) == "cpu":
-        return _CrossEntropyStep.apply(logits, target, weight, options, stats)
+        # a small call costs less than what it would remember
+        remember = gradient == "auto" and logits.nbytes > _small.MOST_BYTES
+        return _CrossEntropyStep.apply(
+            logits, target, weight, options, stats, _expected_upstream.of_caller() if remember else None
+        )
     return _CrossEntropy.apply(logits, target, weight, options, gradient == "forward" and logits.requires_grad, stats)
 
 
@@ -58,18 +62,23 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _CrossEntropyStep(torch.autograd.Function):
-    """A reduced loss on the CPU: forward writes the gradient at once, for upstream 1, while it has the logits in cache.
+    """A reduced loss on the CPU: forward writes the gradient at once, for the upstream gradient expected, or 1, while it
+    has the logits in cache.
 
-    Backward hands that out, and computes it anew for another upstream gradient, and for a second call: the caller may have
-    written into what it got.
+    Backward hands that out, and computes it anew for another upstream gradient, where none was expected, and for a second call:
+    the caller may have written into what it got. The bits are the same each way.
     """
 
     @staticmethod
-    def forward(ctx, logits, target, weight, options, stats):
-        loss, numbers, dlogits = _run_step(logits, target, weight, 1.0, options, stats=stats)
+    def forward(ctx, logits, target, weight, options, stats, expected):
+        ctx.upstream, ctx.expected = 1.0 if expected is None else expected.guess(), expected
+        if ctx.upstream is None:
+            loss, numbers, _, dlogits = run(logits, target, weight, options, NUMBERS if stats else 3)
+        else:
+            loss, numbers, dlogits = _run_step(logits, target, weight, ctx.upstream, options, stats=stats)
         ctx.save_for_backward(logits, target, weight, dlogits)
-        ctx.options, ctx.handed_out = options, False
-        if numbers is None:
+        ctx.options, ctx.handed_out = options, dlogits is None
+        if not stats:
             return loss, None
         ctx.mark_non_differentiable(numbers)
         ctx.set_materialize_grads(False)
@@ -79,16 +88,18 @@ class _CrossEntropyStep(torch.autograd.Function):
     def backward(ctx, upstream, _):
         logits, target, weight, dlogits = ctx.saved_tensors
         if upstream is None:
-            return (None,) * 5
+            return (None,) * 6
         if torch.is_grad_enabled():
             needs = ctx.needs_input_grad[:2]
-            return *_cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), *(None,) * 3
+            return *_cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), *(None,) * 4
         upstream = upstream.item()
+        if ctx.expected is not None:
+            ctx.expected.was(upstream)
         dlogits = None if ctx.handed_out else dlogits.data
         ctx.handed_out = True
-        if dlogits is None or upstream != 1:
+        if dlogits is None or upstream != ctx.upstream:
             _, _, dlogits = _run_step(logits, target, weight, upstream, ctx.options, dlogits)
-        return dlogits, *(None,) * 4
+        return dlogits, *(None,) * 5
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward

@@ -201,7 +201,9 @@ def cross_entropy(
     gradient: when the gradient of input is computed. "backward": in the backward pass, from the logits read again: 3 passes
         over input-sized memory in all, for any upstream gradient. "forward": in the forward pass for an upstream gradient of 1,
         and anew in the backward pass for the rows that have another: 2 passes, or 4; input-sized memory is held in between.
-        "auto": "forward" on the CPU for a reduced loss, else "backward". A compiled graph takes "backward".
+        "auto": for a reduced loss on the CPU in the forward pass, for the upstream gradient that the last call from the same
+        line of the caller's code had, so that a loss scale or a division by accumulated steps costs nothing; where it changes
+        from call to call, in the backward pass. Else "backward". The bits are the same. A compiled graph takes "backward".
     all_ignored: what the mean over no rows is: "nan", as PyTorch's, or "zero".
     return_stats: return (loss, `CrossEntropyStatistics`): lse, log_prob, entropy and correct of every row, from the same pass.
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as TF
 from torch.utils.checkpoint import checkpoint
 
 import hw3gpu.functional as HF
+import hw3gpu.nn
+from hw3gpu import _expected_upstream
 from hw3gpu._arrays import kernels
 
 KINDS = ["classes", "probabilities"]
@@ -115,3 +119,56 @@ def test_logits_written_over_before_backward_are_noticed():
     loss.grad_fn.saved_tensors[0].add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# ---------------------------------------------------------------------------------------------- what is expected
+def steps(upstreams, loss_of=HF.cross_entropy):
+    """A loss of 134 kB of logits from one place in the code, for each upstream gradient; its gradients."""
+    found = []
+    for upstream in upstreams:
+        z, target = problem("classes", shape=(16, 2100))
+        (loss_of(z, target) * upstream).backward()
+        found.append(z.grad)
+    return found
+
+
+@pytest.mark.parametrize("loss_of", [lambda z, t: HF.cross_entropy(z, t), hw3gpu.nn.CrossEntropyLoss()], ids=["call", "module"])
+def test_an_upstream_gradient_that_stays_is_computed_once(calls, loss_of):
+    """Accumulation over 4 steps, or a loss scale: the first call pays for not knowing it."""
+    steps([0.25] * 4, loss_of)
+    assert calls == [1.0, 0.25, 0.25, 0.25, 0.25]
+    calls.clear()
+    steps([65536.0, 65536.0, 32768.0, 32768.0, 32768.0], loss_of)
+    assert calls[1:] == [65536.0, 65536.0, 65536.0, 32768.0, 32768.0, 32768.0]
+
+
+def test_one_that_changes_is_waited_for(calls):
+    """After two surprises the gradient is made in the backward pass, until an upstream gradient comes twice."""
+    steps([0.5, 0.25, 2.0, 4.0, 4.0, 4.0])
+    assert calls == [1.0, 0.5, 0.5, 0.25, 2.0, 4.0, 4.0, 4.0]
+
+
+def test_places_of_the_code_have_memories_of_their_own(calls):
+    z, target = problem("classes", shape=(16, 2100))
+    for _ in range(3):
+        (HF.cross_entropy(z, target) + 0.3 * HF.cross_entropy(z, target)).backward()
+    assert len(calls) == 2 * 3 + 1
+
+
+def test_the_bits_do_not_hang_on_what_was_expected():
+    first, *rest = steps([0.3, 0.3, 0.7, 0.1, 0.2, 0.3, 0.9, 0.3])
+    for upstream, gradient in zip([0.3, 0.7, 0.1, 0.2, 0.3, 0.9, 0.3], rest, strict=True):
+        assert upstream != 0.3 or torch.equal(gradient, first)
+
+
+def test_what_is_asked_for_is_not_outguessed(calls):
+    steps([0.25] * 2, lambda z, t: HF.cross_entropy(z, t, gradient="forward"))
+    assert calls == [1.0, 0.25, 1.0, 0.25]
+
+
+def test_memories_are_bounded_and_shared_by_threads():
+    expected = _expected_upstream._of
+    before = expected.cache_info()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: expected(None, i).was(float(i)), range(1000)))
+    assert expected.cache_info().currsize <= before.maxsize == 256

@@ -1,0 +1,45 @@
+"""The upstream gradient that a reduced loss will probably have: that of the last call from the same place.
+
+Gradient accumulation, a loss scale or a factor multiply a loss by the same number step after step, so that its gradient can be
+written in the forward pass for that number. Where the number changes from call to call, nothing is expected.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from types import CodeType
+
+_MOST = 256  # places that are remembered
+_OURS = ("hw3gpu", "torch")
+
+
+class Expected:
+    """What the upstream gradients of one place have been; threads that share it may spoil a guess, and no result."""
+
+    __slots__ = ("last", "misses")
+
+    def __init__(self) -> None:
+        self.last, self.misses = 1.0, 0
+
+    def guess(self) -> float | None:
+        """The upstream gradient to expect, None after two that were not those before them."""
+        return self.last if self.misses < 2 else None
+
+    def was(self, upstream: float) -> None:
+        """Take note of one."""
+        self.misses = 0 if upstream == self.last else self.misses + 1
+        self.last = upstream
+
+
+@functools.lru_cache(_MOST)
+def _of(code: CodeType | None, instruction: int) -> Expected:
+    return Expected()
+
+
+def of_caller() -> Expected:
+    """What is remembered of the place in the caller's code, outside of this package and of torch, that asks for a loss."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        frame = frame.f_back
+    return _of(None, 0) if frame is None else _of(frame.f_code, frame.f_lasti)
