@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from ._linalg import Numerics, deflated_is_definite, eps, frobenius, matmul
+from ._linalg import deflated_is_definite, eps, frobenius, matmul
+from ._numerics import Numerics
 
 Array = Any
 

@@ -1,15 +1,12 @@
-"""The ground of `points` and `trace`: one array namespace for NumPy, CuPy and torch, and symmetric eigenproblems on it.
+"""Symmetric eigenproblems for `points` and `trace`, on the array namespace of `_numerics`.
 
-NumPy arrays and torch CPU tensors are computed on by NumPy (and LAPACK), through views that share the caller's memory;
-CuPy arrays and torch CUDA tensors by CuPy, on the caller's device and stream. `numerics` gives the namespace,
 `symmetric` checks and scales a matrix, `smallest` solves.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -17,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import _arrays, _check, _cusolver
+from ._numerics import Numerics
 
 Array = Any
 
@@ -28,8 +26,8 @@ METHODS = ("auto", "syevr", "syevd", "syevdx", "syev_batched")
 _REAL_OF = {"complex64": "float32", "complex128": "float64"}
 # Σ may differ from its (conjugate) transpose by this many units of its dtype's eps, times its largest entry.
 SYMMETRY_TOLERANCE = 1000.0
-# cuSOLVER's batched solvers count their workspace in 32 bits.
-_GPU_BATCH_ELEMENTS = 2**26
+# cuSOLVER's solvers by Jacobi's method count their workspace in 32 bits: it overflows near 2.0 million small matrices, too.
+_GPU_BATCH_ELEMENTS, _GPU_BATCH = 2**26, 2**20
 # Batches of so many m³ in all are worth the CPU kernels' threads, and their compilation the first time.
 _WORTH_THREADS = 2**23
 # One matrix from this size on too.
@@ -37,100 +35,6 @@ _LARGE = 256
 # From this size on BLAS uses threads.
 _THREADED = 64
 _TILE = 128
-
-
-# ---------------------------------------------------------------------------------------------------- the namespace
-@dataclass(frozen=True)
-class Numerics:
-    """Where the arrays of one call are computed on: `xp` is NumPy or CuPy, `like` the caller's array."""
-
-    xp: ModuleType
-    like: Array
-
-    def read(self, x: Array, dtype: str | None = None) -> Array:
-        """`x` as an array of `xp`; a view of the caller's memory unless `dtype` asks for another dtype."""
-        if _arrays.kind(x, "x") == "torch":
-            x = x.detach().resolve_conj().resolve_neg()
-            x = x.numpy() if self.xp is np else self.xp.from_dlpack(x)
-        return x if dtype is None else x.astype(dtype, copy=False)
-
-    def give(self, a: Array, dtype: str) -> Array:
-        """`a` in the caller's kind of array and on its device, rounded once to `dtype`; NumPy scalars for 0 axes."""
-        a = self.xp.asarray(a, dtype=dtype)
-        if _arrays.kind(self.like, "like") != "torch":
-            return a[()] if self.xp is np else a
-        import torch
-
-        return torch.from_numpy(a if a.flags.writeable else a.copy()) if self.xp is np else torch.from_dlpack(a)
-
-    def host(self, a: Array) -> np.ndarray:
-        """`a` in NumPy."""
-        return np.asarray(a) if self.xp is np else self.xp.asnumpy(a)
-
-
-@contextlib.contextmanager
-def numerics(x: Array, name: str) -> Iterator[Numerics]:
-    """The `Numerics` for the array `x`; inside the block CuPy uses its device and the caller's stream.
-
-    On the host BLAS uses one thread inside for several matrices, which is as fast for small ones as it gets: large stacks are
-    shared out over threads, a matrix to each.
-
-    Raises `BackendError` when `x` lives on a GPU and CuPy, or a library that it loads, cannot be imported, or finds no device.
-    What CUDA raises inside the block passes.
-    """
-    kind = _arrays.kind(x, name)
-    if _arrays.on_host(x):
-        with _arrays.kernels("_blas", "cpu").one_thread() if _is_stack(x) else contextlib.nullcontext():
-            yield Numerics(np, x)
-        return
-    if kind == "torch" and x.device.type != "cuda":
-        raise TypeError(f"{name}: expected a tensor on a CPU or CUDA device, got {x.device}")
-    cupy = _cupy(name)
-    import cupyx
-
-    with contextlib.ExitStack() as stack:
-        if kind == "torch":
-            stack.enter_context(cupy.cuda.Device(x.device.index))
-            stack.enter_context(_stream_of(cupy, x))
-        else:
-            stack.enter_context(x.device)
-        stack.enter_context(cupyx.errstate(linalg="raise"))  # the default, "ignore", never looks at devInfo
-        try:
-            yield Numerics(cupy, x)
-        except ImportError as error:  # of cuSOLVER, say, which CuPy loads when it is first asked for
-            raise _unusable(name, error) from error
-
-
-def _cupy(name: str) -> ModuleType:
-    try:
-        import cupy
-
-        cupy.cuda.runtime.getDeviceCount()
-    except (ImportError, RuntimeError) as error:  # CUDARuntimeError, where there is no driver or no device
-        raise _unusable(name, error) from error
-    return cupy
-
-
-def _stream_of(cupy: ModuleType, x: Array) -> Any:
-    """CuPy's name for the stream on which the caller of a CUDA tensor queues work."""
-    import torch
-
-    stream = torch.cuda.current_stream(x.device)
-    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14
-        return cupy.cuda.Stream.from_external(stream)
-    return cupy.cuda.ExternalStream(stream.cuda_stream, x.device.index)
-
-
-def _unusable(name: str, error: Exception) -> _arrays.BackendError:
-    return _arrays.BackendError(
-        f"{name}: arrays on a GPU are solved by CuPy, which cannot be used here ({type(error).__name__}: {error}); "
-        "pip install 'hw3gpu[cuda12]' or 'hw3gpu[cuda13]' brings it, the NVIDIA driver is the machine's"
-    )
-
-
-def _is_stack(x: Array) -> bool:
-    """Whether there is more than one matrix in `x` (..., n, m)."""
-    return x.ndim > 2 and math.prod(x.shape[:-2]) > 1
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
@@ -158,12 +62,20 @@ def check_square(x: Array, name: str) -> int:
 
 
 def check_finite(ns: Numerics, a: Array, name: str) -> None:
-    """ValueError, naming the first entry, when `a` holds NaN or an infinity."""
-    if a.size and not bool(ns.xp.isfinite(a).all()):
-        bad = ~np.isfinite(ns.host(a))
-        where = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
-        entry = ns.host(a)[where]
-        raise ValueError(f"{name}: expected finite values, got {entry} at {list(where)} ({int(bad.sum())} not finite)")
+    """ValueError, naming the first entry, when `a` holds NaN or an infinity; of a GPU's, with the next `ns.fetch`."""
+
+    def look(finite: np.ndarray) -> None:
+        if not finite:
+            raise _not_finite(ns, a, name)
+
+    ns.check(look, ns.xp.isfinite(a).all())
+
+
+def _not_finite(ns: Numerics, a: Array, name: str) -> ValueError:
+    values = ns.host(a)
+    bad = ~np.isfinite(values)
+    where = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
+    return ValueError(f"{name}: expected finite values, got {values[where]} at {list(where)} ({int(bad.sum())} not finite)")
 
 
 def eps(dtype: str) -> float:
@@ -208,8 +120,9 @@ def symmetric(ns: Numerics, x: Array, name: str, dtype: str) -> Symmetric:
         kernels, stack = _arrays.kernels("eigh", "cpu"), a.reshape(-1, m, m)
         largest, asymmetry = (array.reshape(a.shape[:-2]) for array in kernels.extents(stack))
     else:
-        largest, asymmetry = _largest(xp, a), _asymmetry(xp, a)
-    _check_symmetric(ns, a, name, largest, asymmetry)
+        with np.errstate(all="ignore"):  # of infinities, which the check names
+            largest, asymmetry = _largest(xp, a), _asymmetry(xp, a)
+    ns.check(lambda *found: _check_symmetric(ns, a, name, *found), largest, asymmetry)
     scale = power_of_two(xp, largest, dtype)
     # in recycled memory where it is large: fresh pages cost more than the product
     s = _arrays.empty(a.shape, dtype, a) if type(a) is np.ndarray else xp.empty(a.shape, dtype)
@@ -217,20 +130,20 @@ def symmetric(ns: Numerics, x: Array, name: str, dtype: str) -> Symmetric:
         kernels.scaled(stack, scale.reshape(-1), (asymmetry > 0).reshape(-1), s.reshape(-1, m, m))
         return Symmetric(s, scale)
     xp.multiply(a, scale.astype(real_dtype(dtype))[..., None, None], out=s, casting="same_kind")
-    if bool(xp.any(asymmetry > 0)):
+    if xp is not np or np.any(asymmetry > 0):  # a GPU is not asked, and of a symmetric matrix this is the matrix
         s = (s + adjoint(s)) / 2
     return Symmetric(s, scale)
 
 
-def _check_symmetric(ns: Numerics, a: Array, name: str, largest: Array, asymmetry: Array) -> None:
+def _check_symmetric(ns: Numerics, a: Array, name: str, largest: np.ndarray, asymmetry: np.ndarray) -> None:
     """ValueError unless max |a_ij|, `largest`, is finite and max |a_ij - a_ji| small beside it, for each matrix."""
-    if not bool(ns.xp.isfinite(largest).all()):
-        check_finite(ns, a, name)
+    if not np.isfinite(largest).all():
+        raise _not_finite(ns, a, name)
     tolerance = SYMMETRY_TOLERANCE * eps(str(a.dtype))
-    excess = ns.host(asymmetry > largest * tolerance)
+    excess = asymmetry > largest * tolerance
     if excess.any():
         at = int(np.argmax(excess))
-        found, size = float(ns.host(asymmetry).flat[at]), float(ns.host(largest).flat[at])
+        found, size = float(asymmetry.flat[at]), float(largest.flat[at])
         kind = "a Hermitian" if a.dtype.kind == "c" else "a symmetric"
         raise ValueError(
             f"{name}: expected {kind} matrix, got max |A - A^T| = {found:.3g} where max |A| = {size:.3g}: "
@@ -278,7 +191,7 @@ def smallest(ns: Numerics, s: Array, k: int, method: str) -> tuple[Array, Array,
     if method == "syevr":
         values, vectors = eigh_range(s, min(k + 1, m))
     elif method == "syevdx":
-        values, vectors = _smallest_by_cusolver(ns.xp, s, min(k + 1, m))
+        values, vectors = _smallest_by_cusolver(ns, s, min(k + 1, m))
     elif ns.xp is np and s.dtype.kind == "f" and (in_threads(s) or (s.ndim == 2 and m >= _LARGE)):
         values, vectors = _in_kernel("smallest_of_all", s, min(k + 1, m) if 2 * k <= m else m)
     else:
@@ -319,21 +232,31 @@ def eigh(ns: Numerics, s: Array, method: str = "syevd") -> tuple[Array, Array]:
     """
     xp = ns.xp
     if xp is not np:
-        values, vectors = _eigh_on_gpu(xp, s, method)
+        values, vectors = _eigh_on_gpu(ns, s, method)
     elif s.ndim == 2 and s.shape[-1] >= _THREADED:
         from scipy.linalg import eigh as scipy_eigh
 
         values, vectors = scipy_eigh(_by_columns(s), lower=True, driver="evd", check_finite=False)
     else:
         values, vectors = in_parts(np.linalg.eigh, s)
-    if not bool(xp.isfinite(values).all()):
-        raise np.linalg.LinAlgError("the eigensolver returned values that are not finite")
+    _check_solved(ns, values)
     return values, vectors
 
 
+def _check_solved(ns: Numerics, values: Array) -> None:
+    def look(finite: np.ndarray) -> None:
+        if not finite:
+            raise np.linalg.LinAlgError("the eigensolver returned values that are not finite")
+
+    ns.check(look, ns.xp.isfinite(values).all())
+
+
 def _without_zeros(xp: ModuleType, s: Array) -> tuple[Array, Array]:
-    """`s` with diag(0, 1, …) for each zero matrix, of which cuSOLVER may make NaN, and which ones these are."""
-    zero = ~xp.any(s != 0, axis=(-2, -1))
+    """`s` with diag(0, 1, …) for each zero matrix, of which cuSOLVER may make NaN, and which ones these are.
+
+    For one that is not finite too, of which no check has told the host yet.
+    """
+    zero = ~(xp.any(s != 0, axis=(-2, -1)) & xp.isfinite(s).all(axis=(-2, -1)))
     numbers = xp.arange(s.shape[-1], dtype=real_dtype(str(s.dtype)))
     return xp.where(zero[..., None, None], xp.diag(numbers).astype(s.dtype), s), zero
 
@@ -344,40 +267,42 @@ def _with_zeros(xp: ModuleType, values: Array, vectors: Array, zero: Array) -> A
     return xp.where(xp.isfinite(vectors).all(axis=-2)[..., : values.shape[-1]], values, np.nan)
 
 
-def _eigh_on_gpu(xp: ModuleType, s: Array, method: str = "syevd") -> tuple[Array, Array]:
+def _eigh_on_gpu(ns: Numerics, s: Array, method: str = "syevd") -> tuple[Array, Array]:
+    xp = ns.xp
     s, zero = _without_zeros(xp, s)
     if method == "syev_batched":
         m = s.shape[-1]
-        values, vectors = _cusolver.all_of_stack(xp, s.reshape(-1, m, m))
+        values, vectors, info = _cusolver.all_of_stack(xp, s.reshape(-1, m, m))
+        ns.check(lambda info: _cusolver.check(info, "XsyevBatched"), info)
         values, vectors = values.reshape(s.shape[:-1]), vectors.reshape(s.shape)
     else:
-        values, vectors = xp.linalg.eigh(s) if s.ndim == 2 else _eigh_chunked(xp, s)
+        values, vectors = _in_chunks(xp, xp.linalg.eigh, s)
     return _with_zeros(xp, values, vectors, zero), vectors
 
 
-def _smallest_by_cusolver(xp: ModuleType, s: Array, count: int) -> tuple[Array, Array]:
+def _smallest_by_cusolver(ns: Numerics, s: Array, count: int) -> tuple[Array, Array]:
     """Eigenpairs 1…count of each matrix by cuSOLVER's solver for a range, one matrix after another."""
+    xp = ns.xp
     s, zero = _without_zeros(xp, s)
     values, vectors = xp.empty((*s.shape[:-2], count), real_dtype(str(s.dtype))), xp.empty((*s.shape[:-1], count), s.dtype)
+    info = xp.zeros(s.shape[:-2], "int32")
     for i in np.ndindex(s.shape[:-2]):
-        values[i], vectors[i] = _cusolver.smallest(xp, s[i], count)
+        values[i], vectors[i], info[i] = _cusolver.smallest(xp, s[i], count)
+    ns.check(lambda info: _cusolver.check(info, "Xsyevdx"), info)
     values = _with_zeros(xp, values, vectors, zero)
-    if not bool(xp.isfinite(values).all()):
-        raise np.linalg.LinAlgError("the eigensolver returned values that are not finite")
+    _check_solved(ns, values)
     return values, vectors
 
 
-def _eigh_chunked(xp: ModuleType, s: Array) -> tuple[Array, Array]:
-    """`xp.linalg.eigh` of a stack, so many matrices at a time that a 32-bit workspace holds them."""
-    m = s.shape[-1]
-    flat = s.reshape(-1, m, m)
-    values = xp.empty(flat.shape[:-1], real_dtype(str(s.dtype)))
-    vectors = xp.empty_like(flat)
-    step = max(1, _GPU_BATCH_ELEMENTS // (m * m))
-    for start in range(0, flat.shape[0], step):
-        part = slice(start, start + step)
-        values[part], vectors[part] = xp.linalg.eigh(flat[part])
-    return values.reshape(s.shape[:-1]), vectors.reshape(s.shape)
+def _in_chunks(xp: ModuleType, function: Callable[[Array], tuple[Array, ...]], s: Array) -> tuple[Array, ...]:
+    """CuPy's `function` of a matrix or a stack `s` (..., n, m), of no more matrices at a time than a 32-bit workspace holds."""
+    n, m = s.shape[-2:]
+    step = max(1, min(_GPU_BATCH, _GPU_BATCH_ELEMENTS // (n * m or 1)))
+    if s.ndim == 2 or math.prod(s.shape[:-2]) <= step:
+        return tuple(function(s))
+    flat = s.reshape(-1, n, m)
+    parts = [function(flat[start : start + step]) for start in range(0, flat.shape[0], step)]
+    return tuple(xp.concatenate(each).reshape(*s.shape[:-2], *each[0].shape[1:]) for each in zip(*parts, strict=True))
 
 
 def eigh_range(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -444,12 +369,18 @@ def in_parts(function: Callable[..., tuple[np.ndarray, ...]], *stacks: np.ndarra
     return tuple(np.concatenate(parts).reshape(*batch, *parts[0].shape[1:]) for parts in outputs)
 
 
-def svd(xp: ModuleType, x: Array, full_matrices: bool) -> tuple[Array, Array, Array]:
-    """(U, σ, Vᵀ) of each of a stack (..., n, m), σ descending; `full_matrices` as NumPy's."""
-    if xp is not np:
+def svd(xp: ModuleType, x: Array, full_matrices: bool) -> tuple[Array, Array, Array, str]:
+    """(U, σ, Vᵀ) of each of a stack (..., n, m), σ descending, and the name of the solver; `full_matrices` as NumPy's."""
+
+    def solve(x: Array) -> tuple[Array, Array, Array]:
         return xp.linalg.svd(x, full_matrices=full_matrices)
-    u, sigma, vt = in_parts(lambda x: np.linalg.svd(x, full_matrices=full_matrices), x)
-    return u, sigma, vt
+
+    if xp is np:
+        u, sigma, vt = in_parts(solve, x)
+        return u, sigma, vt, "gesdd"
+    u, sigma, vt = _in_chunks(xp, solve, x)
+    # CuPy's choice: Jacobi's method for stacks of matrices up to 32 by 32, else the QR algorithm
+    return u, sigma, vt, "gesvdj" if x.ndim > 2 and max(x.shape[-2:]) <= 32 else "gesvd"
 
 
 def departure(xp: ModuleType, phi: Array) -> Array:
@@ -514,14 +445,32 @@ def frobenius(xp: ModuleType, a: Array) -> Array:
     return xp.sqrt(inner(xp, a, a))
 
 
-def fix_signs(ns: Numerics, vectors: Array) -> Array:
-    """Each column turned (by ±1, or a phase) so that its entry of largest modulus, the first of equals, is positive."""
+def fix_signs(ns: Numerics, vectors: Array, dtype: str) -> tuple[Array, Array]:
+    """`vectors` with each column turned by ±1 or a phase, and that rounded to `dtype`.
+
+    In each column of the second the entry of largest modulus, the first of equals, is positive. That is told after the
+    rounding, which may make entries equal. The other entries of a complex column get their moduli from a product rounded once
+    more: any that reaches the entry's own is brought below it, by a few units in its last place.
+    """
     xp = ns.xp
-    if vectors.dtype.kind != "c":
-        most, least = vectors.max(axis=-2), vectors.min(axis=-2)
-        if not bool(xp.any(most == -least)):
-            return vectors * xp.where(most > -least, 1, -1).astype(vectors.dtype)[..., None, :]
-    at = xp.argmax(abs(vectors), axis=-2)
-    pivot = xp.take_along_axis(vectors, at[..., None, :], axis=-2)
+    rounded = vectors.astype(dtype, copy=False)
+    if rounded.dtype.kind != "c":
+        most, least = rounded.max(axis=-2), rounded.min(axis=-2)
+        positive = most > -least
+        if xp is not np or np.any(most == -least):
+            at = xp.argmax(abs(rounded), axis=-2)[..., None, :]
+            positive = (xp.take_along_axis(rounded, at, axis=-2) >= 0)[..., 0, :]
+        sign = xp.where(positive, 1.0, -1.0)[..., None, :]
+        return vectors * sign.astype(vectors.dtype), rounded * sign.astype(dtype)
+    at = xp.argmax(abs(rounded), axis=-2)[..., None, :]
+    pivot = xp.take_along_axis(vectors, at, axis=-2)
     size = abs(pivot)
-    return vectors * xp.where(size > 0, pivot.conj() / xp.where(size > 0, size, 1), xp.ones_like(pivot))
+    turned = vectors * xp.where(size > 0, pivot.conj() / xp.where(size > 0, size, 1), xp.ones_like(pivot))
+    rounded = turned.astype(dtype)
+    i = xp.arange(vectors.shape[-2])[:, None]
+    largest = size.astype(rounded.real.dtype)
+    sizes = abs(rounded)
+    over = (i != at) & ((sizes > largest) | ((sizes == largest) & (i < at))) & (largest > 0)
+    unit = eps(real_dtype(dtype))
+    shrink = xp.where(over, largest / xp.where(over, sizes, 1) * (1 - 2 * unit), 1).astype(largest.dtype)
+    return turned, xp.where(i == at, largest.astype(dtype), rounded * shrink)

@@ -25,11 +25,11 @@ from ._linalg import (
     eps,
     fix_signs,
     frobenius,
-    numerics,
     real_dtype,
     smallest,
     symmetric,
 )
+from ._numerics import numerics
 
 __all__ = ["TraceSubspace", "minimize_trace"]
 
@@ -96,15 +96,15 @@ class _MinimizeTrace(torch.autograd.Function):
             scaled = symmetric(ns, covariance, "covariance", _DOUBLE[given])
             sigma, xp = sign * scaled.s, ns.xp
             values, vectors, _ = smallest(ns, sigma, k, method)
-            kept, phi = values[..., :k], fix_signs(ns, vectors[..., :k])
+            kept, (phi, rounded) = values[..., :k], fix_signs(ns, vectors[..., :k], given)
             m = sigma.shape[-1]
             gap = values[..., k] - kept[..., -1] if k < m else xp.full(kept.shape[:-1], float("inf"))
             rounding = m * eps(_DOUBLE[given]) * frobenius(xp, sigma)
-            ctx.degenerate = bool((gap <= rounding).any())
+            ctx.degenerate = bool(ns.fetch(gap <= rounding)[0].any())
             unit = sign / scaled.scale
             outputs = (
                 ns.give(kept.sum(axis=-1) * unit, real),
-                ns.give(phi, given),
+                ns.give(rounded, given),
                 ns.give(kept * unit[..., None], real),
                 ns.give(gap * abs(unit), real),
             )

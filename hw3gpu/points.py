@@ -14,7 +14,8 @@ import numpy as np
 
 from . import _arrays, _check
 from ._interchange import given_back, interchange, is_foreign, taken
-from ._linalg import REAL, Numerics, check_dtype, check_finite, check_square, eigh, eps, numerics, symmetric
+from ._linalg import REAL, check_dtype, check_finite, check_square, eigh, eps, symmetric
+from ._numerics import Numerics, numerics
 
 __all__ = ["MomentAccumulator", "Moments", "moments", "points_with_moments"]
 
@@ -134,7 +135,8 @@ def _factor(ns: Numerics, covariance: Array, dtype: str) -> tuple[Array, int]:
     scaled = symmetric(ns, covariance, "covariance", "float64")
     values, vectors = eigh(ns, scaled.s)
     tolerance = m * eps(dtype) * abs(values).max(axis=-1)
-    indefinite = ns.host(values[..., 0] < -tolerance)
+    positive = values > tolerance[..., None]
+    indefinite, count = ns.fetch(values[..., 0] < -tolerance, positive.sum(axis=-1))
     if indefinite.any():
         least, most, tol = (
             float(ns.host(a / scaled.scale)[indefinite].flat[0]) for a in (values[..., 0], values[..., -1], tolerance)
@@ -143,8 +145,7 @@ def _factor(ns: Numerics, covariance: Array, dtype: str) -> tuple[Array, int]:
             f"covariance: expected a positive semidefinite matrix, got an indefinite one: its smallest eigenvalue is "
             f"{least:.6g} (largest {most:.6g}, tolerance {tol:.3g})"
         )
-    positive = values > tolerance[..., None]
-    rank = int(positive.sum(axis=-1).max()) if positive.size else 0
+    rank = int(count.max(initial=0))
     largest_first = slice(m - 1, m - 1 - rank if rank < m else None, -1)
     roots = xp.sqrt(xp.where(positive, values, 0)[..., largest_first] / scaled.scale[..., None])
     return (vectors[..., largest_first] * roots[..., None, :]).swapaxes(-1, -2), rank

@@ -20,7 +20,6 @@ from ._interchange import interchange
 from ._linalg import (
     COMPLEX,
     REAL,
-    Numerics,
     check_dtype,
     check_finite,
     check_method,
@@ -31,13 +30,13 @@ from ._linalg import (
     frobenius,
     inner,
     matmul,
-    numerics,
     power_of_two,
     real_dtype,
     smallest,
     svd,
     symmetric,
 )
+from ._numerics import Numerics, numerics
 
 __all__ = ["TraceMinimum", "minimize_trace", "minor_components"]
 
@@ -75,7 +74,8 @@ class TraceMinimum:
         certified: beyond that, λ_k < λ_{k+1} is proved, so that the subspace is the minimiser.
         reason: why not `certified`; empty when it is.
         method: the solver that ran: "syevr", LAPACK's for a range of eigenpairs, "syevd", all eigenvalues by divide and
-            conquer, "syevdx" and "syev_batched", cuSOLVER's ("heevr", … for complex Σ); "gesdd" from `minor_components`.
+            conquer, "syevdx" and "syev_batched", cuSOLVER's ("heevr", … for complex Σ). From `minor_components`: "gesdd",
+            LAPACK's by divide and conquer, "gesvd" and "gesvdj", cuSOLVER's by the QR algorithm and by Jacobi's method.
     """
 
     phi: Array
@@ -146,7 +146,8 @@ def minimize_trace(
 def minor_components(points: Array, k: int, *, largest: bool = False, ddof: int = 0) -> TraceMinimum:
     """The k directions in which points vary least: `minimize_trace` of their covariance, which is never formed.
 
-    Uses the singular values σ of the centred points X (n, m), by divide and conquer (gesdd): λ = σ² / (n - ddof). As the
+    Uses the singular values σ of the centred points X (n, m), by LAPACK's gesdd or, on a GPU, cuSOLVER's gesvd (of stacks up to
+    32 by 32, gesvdj): λ = σ² / (n - ddof). As the
     condition number of the covariance is the square of that of X, this finds small eigenvalues to eps · λ_max · (λ /
     λ_max)^(1/2) where the covariance has them to eps · λ_max. `largest=True` gives the principal components instead.
 
@@ -162,7 +163,7 @@ def minor_components(points: Array, k: int, *, largest: bool = False, ddof: int 
         ddof: the divisor is n - ddof.
 
     Returns:
-        A `TraceMinimum` with `method` "gesdd".
+        A `TraceMinimum`.
 
     Raises:
         TypeError, ValueError, BackendError: as `minimize_trace` and `moments` do.
@@ -177,6 +178,8 @@ def minor_components(points: Array, k: int, *, largest: bool = False, ddof: int 
             raise ValueError(f"points: expected n > ddof >= 0, got n = {n}, ddof = {ddof}")
         x = ns.read(points)
         check_finite(ns, x, "points")
+        if ns.xp is not np:  # which the check has not told yet
+            x = ns.xp.where(ns.xp.isfinite(x), x, 0)
         scale = power_of_two(ns.xp, abs(x).max(axis=(-2, -1)), "float64")
         x = x.astype("float64") * scale[..., None, None]
         for _ in range(2):  # the second time takes up the rounding of the mean
@@ -256,7 +259,7 @@ def _from_singular_values(ns: Numerics, x: Array, k: int, largest: bool) -> _Fin
     """The same for XᵀX (-XᵀX for `largest`) of centred points `x` (..., n, m) that are not multiplied out."""
     xp, (n, m) = ns.xp, x.shape[-2:]
     size = frobenius(xp, x)
-    u, sigma, vt = svd(xp, x, full_matrices=n < m)
+    u, sigma, vt, solver = svd(xp, x, full_matrices=n < m)
     if n < m:
         none = xp.zeros((*x.shape[:-2], m - n))
         sigma, u = xp.concatenate([sigma, none], axis=-1), xp.concatenate([u, xp.zeros((*x.shape[:-1], m - n))], axis=-1)
@@ -285,7 +288,7 @@ def _from_singular_values(ns: Numerics, x: Array, k: int, largest: bool) -> _Fin
     agrees = _agree(value, sign * (kept**2).sum(axis=-1), proof, k, orthogonality * abs(value))
     return _Findings(
         phi, sign * kept**2, gap, distance > max(n, m) * eps("float64") * size, value, _ratio(xp, residual, size, 0.0),
-        orthogonality, _ratio(xp, residual, distance, np.inf), proof, agrees, "gesdd",
+        orthogonality, _ratio(xp, residual, distance, np.inf), proof, agrees, solver,
     )  # fmt: skip
 
 
@@ -307,53 +310,40 @@ def _agree(value: Array, total: Array, proof: Certificate, k: int, infeasible: A
 def _result(ns: Numerics, found: _Findings, given: str, unit: Array) -> TraceMinimum:
     """The findings as the caller's `TraceMinimum`; `unit` (...) takes scaled values to the caller's, sign included."""
     m, k = found.phi.shape[-2:]
-    host, width, real, proof = _Report(ns), abs(unit), real_dtype(given), found.proof
+    width, real, proof = abs(unit), real_dtype(given), found.proof
     with np.errstate(over="ignore"):  # a sum beyond the caller's numbers is infinite, and said to be
         value, total, dual_value = found.value * unit, found.total * unit, proof.dual_value * unit
         given_value = ns.give(value, real)
     held = abs(value) <= np.finfo(real).max
-    certified, value_certified = proof.separated & found.agrees & held, proof.proved & found.agrees & held
+    report = {
+        "gap": found.gap * width,
+        "unique": found.unique,
+        "residual": found.residual,
+        "orthogonality": found.orthogonality,
+        "certified": proof.separated & found.agrees & held,
+        "eigenvalue_sum": total,
+        "subspace_error": ns.xp.minimum(found.sine, min(k, m - k) ** 0.5),
+        "dual_value": dual_value,
+        "margin": proof.margin * width,
+        "value_certified": proof.proved & found.agrees & held,
+    }
+    *columns, held, proved = ns.fetch(*report.values(), held, proof.proved)  # all that is looked at on the host, in one copy
+    known = dict(zip(report, columns, strict=True))
+    told = [known[name] for name in ("certified", "value_certified", "gap", "margin")]
+    reasons = np.empty(held.shape, dtype=object)
+    for i in np.ndindex(held.shape):
+        reasons[i] = _reason(*(a[i] for a in (*told, held, proved)))
     return TraceMinimum(
-        phi=ns.give(fix_signs(ns, found.phi), given),
+        phi=ns.give(fix_signs(ns, found.phi, given)[1], given),
         value=given_value,
         eigenvalues=ns.give(found.kept * unit[..., None], real),
-        gap=host(found.gap * width),
-        unique=host(found.unique),
-        residual=host(found.residual),
-        orthogonality=host(found.orthogonality),
-        certified=host(certified),
-        eigenvalue_sum=host(total),
-        subspace_error=host(ns.xp.minimum(found.sine, min(k, m - k) ** 0.5)),
-        dual_value=host(dual_value),
-        margin=host(proof.margin * width),
-        value_certified=host(value_certified),
-        reason=host.reasons(certified, value_certified, held, proof, found.gap * width, proof.margin * width),
         method=found.method,
+        **{name: a.item() if a.ndim == 0 else a for name, a in {**known, "reason": reasons}.items()},
     )
 
 
-class _Report:
-    """Diagnostics as they are given back: Python numbers for one matrix, NumPy arrays for a stack."""
-
-    def __init__(self, ns: Numerics) -> None:
-        self.ns = ns
-
-    def __call__(self, a: Array) -> Any:
-        a = self.ns.host(a)
-        return a.item() if a.ndim == 0 else a
-
-    def reasons(
-        self, certified: Array, value_certified: Array, held: Array, proof: Certificate, gap: Array, margin: Array
-    ) -> Any:
-        """Why each matrix is not certified: a string, or an array of strings."""
-        columns: list[Any] = [self.ns.host(a) for a in (certified, value_certified, held, proof.proved, gap, margin)]
-        texts = np.empty(columns[0].shape, dtype=object)
-        for i in np.ndindex(texts.shape):
-            texts[i] = _reason(*(column[i] for column in columns))
-        return texts.item() if texts.ndim == 0 else texts
-
-
-def _reason(certified: bool, value_certified: bool, held: bool, proved: bool, gap: float, margin: float) -> str:
+def _reason(certified: Any, value_certified: Any, gap: Any, margin: Any, held: Any, proved: Any) -> str:
+    """Why a matrix is not certified; empty where it is."""
     if certified:
         return ""
     if np.isnan(margin):

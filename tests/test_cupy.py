@@ -141,6 +141,109 @@ def test_arrays_of_two_devices_are_refused(stand_in, name, call):
         call(here, there)
 
 
+# --------------------------------------------------------------------------------------------- the eigensolvers on a GPU
+def wishart(*shape):
+    z = np.random.default_rng(0).standard_normal(shape)
+    return z.swapaxes(-1, -2) @ z / shape[-2]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: hw3gpu.minimize_trace(x, 2),
+        lambda x: hw3gpu.minimize_trace(x, 6),
+        lambda x: hw3gpu.minimize_trace(x, 7, largest=True),
+        lambda x: hw3gpu.minimize_trace(x, 2, certify=False),
+        lambda x: hw3gpu.minor_components(x, 2),
+        lambda x: hw3gpu.minor_components(x[..., :4, :], 5, largest=True),
+    ],
+    ids=["k < m / 2", "k > m / 2", "k = m", "no certificate", "components", "few points"],
+)
+@pytest.mark.parametrize("shape", [(9, 7), (5, 9, 7)], ids=["matrix", "stack"])
+def test_all_that_a_call_reports_comes_to_the_host_in_one_copy(stand_in, shape, call):
+    sigma = wishart(*shape)
+    found, expected = call(cupy.asarray(sigma)), call(sigma)
+    assert len(stand_in.copies) == 1
+    for ours, theirs in zip(leaves(found), leaves(expected), strict=True):
+        if isinstance(ours, cupy.ndarray):
+            np.testing.assert_allclose(ours.get(), theirs, rtol=1e-9, atol=1e-12)
+        elif not isinstance(ours, str):
+            assert type(ours) is type(theirs)
+            assert getattr(ours, "dtype", None) == getattr(theirs, "dtype", None)
+    assert np.array_equal(found.certified, expected.certified)
+    assert np.array_equal(found.reason, expected.reason)
+
+
+def test_points_ask_once_for_the_rank(stand_in):
+    sigma = cupy.asarray(np.diag([2.0, 1.0, 0.0]))
+    assert hw3gpu.points_with_moments(cupy.asarray(np.zeros(3)), sigma).shape == (3, 3)
+    assert len(stand_in.copies) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, bad: hw3gpu.minimize_trace(bad(x, np.nan), 2), r"covariance: expected finite values, got nan at \[1, 2\]"),
+        (lambda x, bad: hw3gpu.minimize_trace(bad(x, np.inf), 2), r"covariance: expected finite values, got inf at \[1, 2\]"),
+        (lambda x, bad: hw3gpu.minimize_trace(bad(x, 9.0), 2), r"covariance: expected a symmetric matrix, got max .* where"),
+        (
+            lambda x, bad: hw3gpu.minor_components(bad(x, np.nan), 2),
+            r"points: expected finite values, got nan at \[1, 2\]",
+        ),
+        (lambda x, bad: hw3gpu.points_with_moments(x[0], bad(x, np.nan)), r"covariance: expected finite values, got nan"),
+        (lambda x, bad: hw3gpu.points_with_moments(bad(x, np.inf)[1], x), r"mean: expected finite values, got inf at \[2\]"),
+        (
+            lambda x, bad: hw3gpu.points_with_moments(x[0], -x),
+            r"covariance: expected a positive semidefinite matrix",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_by_name_though_it_is_looked_at_last(stand_in, monkeypatch, call, message):
+    for name in ("eigh", "svd"):  # of which no solver hears
+        honest = getattr(cupy.linalg, name)
+        monkeypatch.setattr(
+            cupy.linalg, name, lambda x, *a, _honest=honest, **b: _honest(x, *a, **b) if np.isfinite(x._memory).all() else 1 / 0
+        )
+
+    def bad(x, value):
+        x = x.copy()
+        x[1, 2] = value
+        return x
+
+    with pytest.raises(ValueError, match=message):
+        call(cupy.asarray(wishart(9, 4)), bad)
+
+
+def test_a_solver_that_gives_no_numbers_is_an_error(stand_in, monkeypatch):
+    monkeypatch.setattr(cupy.linalg, "eigh", lambda s: (s[..., 0] * np.nan, s * np.nan))
+    for call in (hw3gpu.minimize_trace, lambda s, k: hw3gpu.points_with_moments(s[..., 0], s)):
+        with pytest.raises(np.linalg.LinAlgError, match="values that are not finite"):
+            call(cupy.asarray(wishart(9, 4)), 2)
+
+
+def test_stacks_go_to_jacobis_method_in_parts_whose_workspace_it_can_count(stand_in, monkeypatch):
+    """Its workspace overflows 32 bits near 2.0 million matrices of any size, and at 2^31 numbers."""
+    from hw3gpu import _linalg
+
+    assert _linalg._GPU_BATCH < 1.9e6
+    monkeypatch.setattr(_linalg, "_GPU_BATCH", 3)
+    sigma = wishart(7, 5, 4)
+    hw3gpu.minimize_trace(cupy.asarray(sigma), 2)
+    found = hw3gpu.minor_components(cupy.asarray(sigma), 2)
+    for name in ("eigh", "svd"):
+        assert [run.shape[0] for run in stand_in.runs if run.name == name] == [3, 3, 1]
+    np.testing.assert_allclose(found.eigenvalues.get(), hw3gpu.minor_components(sigma, 2).eigenvalues, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "method"), [((9, 4), "gesvd"), ((2, 32, 32), "gesvdj"), ((2, 33, 4), "gesvd"), ((2, 4, 33), "gesvd")]
+)
+def test_the_solver_of_singular_values_that_cupy_chooses_is_named(stand_in, shape, method):
+    x = np.random.default_rng(0).standard_normal(shape)
+    assert hw3gpu.minor_components(cupy.asarray(x), 2).method == method
+    assert hw3gpu.minor_components(x, 2).method == "gesdd"
+
+
 # ---------------------------------------------------------------------------------------------------------- failures
 def test_only_a_missing_cupy_or_device_is_said_to_be_one(stand_in, monkeypatch):
     sigma = cupy.asarray(np.eye(3))

@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 from matrices import DEGENERATE, EPS, MATRICES, check_against_reference, sine, spectrum, wishart
 
-from hw3gpu import _arrays, _certificate, _linalg, reference
+from hw3gpu import _arrays, _certificate, _linalg, _numerics, reference
 from hw3gpu.trace import minimize_trace, minor_components
 
 
@@ -160,10 +160,41 @@ def test_the_sign_rule():
     # an eigenvector whose entries sum to zero: a rule by the sum's sign would zero it
     result = minimize_trace(np.array([[0.0, 1.0], [1.0, 0.0]]), 2)
     np.testing.assert_allclose(abs(result.phi), 2**-0.5)
-    signed = _linalg.fix_signs(_linalg.Numerics(np, None), np.array([[-1.0, 1.0, 0.0], [1.0, -1.0, -2.0]]))
-    np.testing.assert_array_equal(signed, [[1.0, 1.0, 0.0], [-1.0, -1.0, 2.0]])
+    columns = np.array([[-1.0, 1.0, 0.0], [1.0, -1.0, -2.0]])
+    for signed in _linalg.fix_signs(_numerics.Numerics(np, None), columns, "float64"):
+        np.testing.assert_array_equal(signed, [[1.0, 1.0, 0.0], [-1.0, -1.0, 2.0]])
     phi = minimize_trace(wishart(12), 12).phi
     assert np.all(phi[abs(phi).argmax(axis=0), range(12)] > 0)
+
+
+def keeps_the_sign_rule(phi):
+    """Whether in each column the first entry of largest modulus is positive."""
+    pivot = np.take_along_axis(phi, abs(phi).argmax(axis=-2)[..., None, :], axis=-2)
+    return np.all((pivot.real > 0) & (pivot.imag == 0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+def test_the_sign_rule_holds_of_what_is_given_back(dtype):
+    """Matrices of few symmetries, whose eigenvectors have entries that are equal, or become so when they are rounded."""
+    n, rng = 500, np.random.default_rng(0)
+    a, b = rng.standard_normal((2, n, 2, 2))
+    a, b = a + a.swapaxes(1, 2), b + b.swapaxes(1, 2)
+    if dtype.startswith("complex"):
+        phase = np.exp(1j * rng.uniform(0, 2 * np.pi, (n, 4)))
+        sigma = np.block([[a, b], [b, a]]) * phase[:, :, None] * phase[:, None, :].conj()
+    else:
+        sigma = np.block([[a, b], [b, a]])  # eigenvectors (x, x) and (x, -x)
+    sigma = ((sigma + sigma.conj().swapaxes(1, 2)) / 2).astype(dtype)
+    phi = minimize_trace(sigma, 4).phi
+    assert phi.dtype == dtype
+    assert keeps_the_sign_rule(phi)
+    gram = phi.conj().swapaxes(1, 2).astype("complex128") @ phi.astype("complex128")
+    assert abs(gram - np.eye(4)).max() <= 16 * np.finfo(dtype).eps
+    torch, functional = pytest.importorskip("torch"), pytest.importorskip("hw3gpu.functional")
+    differentiable = functional.minimize_trace(torch.from_numpy(sigma), 4).phi.numpy()
+    assert keeps_the_sign_rule(differentiable)
+    if dtype in ("float32", "float64"):
+        assert keeps_the_sign_rule(minor_components(sigma, 4).phi)
 
 
 def test_rounding_noise_is_symmetrised():
@@ -205,7 +236,7 @@ def test_the_factorised_matrix_leaves_room_for_rounding(monkeypatch):
 @pytest.mark.parametrize(("m", "k"), [(12, 3), (200, 20), (700, 2)], ids=str)
 def test_the_margin_covers_what_a_factorisation_of_an_indefinite_matrix_hides(dtype, m, k):
     """The least eigenvalue lies below zero by less than the rounding: Cholesky may succeed, and the shift must exceed that."""
-    ns, u = _linalg.Numerics(np, None), EPS[dtype] / 2
+    ns, u = _numerics.Numerics(np, None), EPS[dtype] / 2
     gamma = (m + 2) * u
     sigma, q = spectrum(np.linspace(0.5, 1, m))
     phi, d = q[:, :k].astype(dtype), np.full(k, 0.25)
