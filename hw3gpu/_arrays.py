@@ -128,12 +128,21 @@ def backend(x: Array) -> str:
     return requested
 
 
-def gpu_refusal(device_type: str) -> str | None:
-    """Why the Triton kernels cannot run on arrays of this device type ('cpu', 'cuda'), or None when they can."""
+def triton_refusal() -> str | None:
+    """Why Triton cannot be imported, or None when it can."""
     try:
-        triton = importlib.import_module("triton")
+        importlib.import_module("triton")
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
+    return None
+
+
+def gpu_refusal(device_type: str) -> str | None:
+    """Why the Triton kernels cannot run on arrays of this device type ('cpu', 'cuda'), or None when they can."""
+    missing = triton_refusal()
+    if missing:
+        return missing
+    triton = sys.modules["triton"]
     if triton.knobs.runtime.interpret:
         return "a meta tensor has no elements for the interpreter" if device_type == "meta" else None
     try:

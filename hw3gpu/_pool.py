@@ -46,8 +46,8 @@ def limit() -> int:
 def _default_limit() -> int:
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        memory = 0
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return DEFAULT_MB * 2**20
     return min(DEFAULT_MB * 2**20, memory // 8)
 
 

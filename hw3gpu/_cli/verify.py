@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -68,7 +69,7 @@ def run(kernels: str, rows: Collection[str]) -> Iterator[Check]:
     import torch
 
     host = [Place("numpy", "cpu"), Place("torch", "cpu")]
-    gpu = kernels in ("gpu", "all")
+    gpu = kernels in ("gpu", "all") and not _without_triton()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     apart = gpu and not interpreted and not torch.cuda.is_available()
     with _interpreter(rows) if apart else contextlib.nullcontext() as process:
@@ -82,6 +83,11 @@ def run(kernels: str, rows: Collection[str]) -> Iterator[Check]:
         elif gpu:
             kinds = ["torch"] if cupy_refusal() else ["torch", "cupy"]
             yield from _checks("gpu", "Triton kernels", [Place(kind, "cuda") for kind in kinds], rows)
+
+
+def _without_triton() -> bool:
+    """True where Triton is not installed, as on macOS and Windows; does not import it."""
+    return importlib.util.find_spec("triton") is None
 
 
 @contextlib.contextmanager
@@ -154,6 +160,9 @@ def main(kernels: str, rows: Collection[str], as_json: bool) -> int:
         _arrays.requested_backend()
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    if kernels == "gpu" and _without_triton():
+        print(f"hw3gpu verify: the Triton kernels cannot run: {_arrays.triton_refusal()}", file=sys.stderr)
+        return 2
     if as_json:
         checks = list(run(kernels, rows))
         passed = all(check.passed for check in checks)
@@ -229,5 +238,7 @@ def _cells(check: Check) -> list[str]:
 def _print_what_did_not_run(console: Any, checks: list[Check]) -> None:
     if any(check.kernels == INTERPRETED for check in checks):
         console.print("No GPU was used: Triton's interpreter ran the Triton kernels.")
+    if _without_triton():
+        console.print(f"The Triton kernels did not run: {_arrays.triton_refusal()}.", soft_wrap=True)
     if "cupy" not in {check.arrays for check in checks}:
         console.print(f"CuPy arrays did not run: {cupy_refusal() or 'they take the Triton kernels on a GPU'}.")

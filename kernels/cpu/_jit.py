@@ -55,15 +55,15 @@ def kernel(function: Callable[..., Any]) -> Any:
 @functools.cache
 def cache_folder() -> str | None:
     """Where compiled kernels are kept: under NUMBA_CACHE_DIR, else the user's cache folder; None if not writable."""
-    if config.CACHE_DIR:
-        base = Path(config.CACHE_DIR)
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hw3gpu"
-    folder = base / f"kernels-cpu-{source_hash()[:16]}"
     try:
+        if config.CACHE_DIR:
+            base = Path(config.CACHE_DIR)
+        else:
+            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hw3gpu"
+        folder = base / f"kernels-cpu-{source_hash()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: no home
         return None
     return str(folder)
 
