@@ -8,7 +8,7 @@ EXTRAS ?= dev$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all test-cpu test-gpu evidence lint clean
+.PHONY: demo test test-all test-cpu test-gpu evidence processors lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/hw3gpu verify
@@ -38,6 +38,10 @@ test-gpu: $(INSTALLED)
 # Every plan compiled for every architecture: the best part of an hour on two cores. Writes evidence.json and a table.
 evidence: $(INSTALLED)
 	$(BIN)/python -m benchmarks evidence
+
+# `verify` and the tests of the CPU kernels on every processor that this machine can play; docs/processors.md has its table.
+processors: $(INSTALLED)
+	$(BIN)/python -m benchmarks processors
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ COMMANDS = {
     "traffic": "bytes that cross entropy moves, counted in Triton's interpreter, beside Liger's",
     "evidence": "every plan compiled for every architecture; writes evidence.json",
     "linear": "linear cross entropy on the CPU beside PyTorch's unfused and chunked paths",
+    "processors": "every processor that this machine can play: bits, verify and the tests of the CPU kernels",
     "linalg": "minimize_trace beside the eigensolvers of NumPy, torch and SciPy",
 }
 
@@ -31,6 +32,10 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--json", metavar="FILE", help="write the figures there too")
         if name in ("cpu", "linear"):
             command.add_argument("--turns", type=_turns, default=15, help="how often each contestant is measured (%(default)s)")
+        if name == "processors":
+            from .processors import TESTS
+
+            command.add_argument("--tests", nargs="*", default=TESTS, metavar="FILE", help="test files to run (%(default)s)")
     return top
 
 
