@@ -13,6 +13,7 @@ import contextvars
 import ctypes
 import functools
 import importlib
+import inspect
 import math
 import os
 import sys
@@ -37,14 +38,86 @@ class BackendError(RuntimeError):
 
 # ---------------------------------------------------------------------------------------------- kinds and dtypes
 def kind(x: Array, name: str) -> str:
-    """'numpy', 'cupy' or 'torch'; TypeError, naming the argument, for anything else. Imports none of them."""
-    if isinstance(x, np.ndarray):
+    """'numpy', 'cupy' or 'torch'; imports none of them.
+
+    TypeError, naming the argument, for anything else, and for what means more, or has other memory, than its elements in
+    their order: subclasses such as masked arrays and matrices, sparse and nested tensors, tensors inside a transform.
+    """
+    if type(x) is np.ndarray:
         return "numpy"
-    if is_torch(x):
-        return "torch"
-    if is_cupy(x):
-        return "cupy"
-    raise TypeError(f"{name}: expected a NumPy, CuPy or torch array, got {type(x).__module__}.{type(x).__qualname__}")
+    found = _kind(x)
+    if found is None:
+        raise TypeError(f"{name}: expected a NumPy, CuPy or torch array, got {_qualified(x)}{_advice(x, name)}")
+    unlike = _UNLIKE[found](x, name)
+    if unlike:
+        raise TypeError(f"{name}: expected a plain {_LIBRARY[found]}, got {unlike}")
+    return found
+
+
+def _kind(x: Any) -> str | None:
+    return "numpy" if isinstance(x, np.ndarray) else "torch" if is_torch(x) else "cupy" if is_cupy(x) else None
+
+
+def _qualified(x: Any) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+def _advice(x: Any, name: str) -> str:
+    """How to make an array of `x`, where NumPy or CuPy can."""
+    if hasattr(x, "__cuda_array_interface__"):
+        return f": cupy.asarray({name}) makes one of it"
+    converts = (hasattr(x, "__array__") or hasattr(x, "__array_interface__")) and not isinstance(x, np.generic)
+    return f": numpy.asarray({name}) makes one of it" if converts else ""
+
+
+@functools.cache
+def _wrapped_by_functorch() -> Callable[[Any], bool]:
+    from ._torch_internals import wrapped_by_functorch
+
+    return wrapped_by_functorch
+
+
+# What is not plain about an array, and how to make one that is; nothing if it is plain.
+def _unlike_numpy(x: np.ndarray, name: str) -> str:
+    if type(x) in _PLAIN_NUMPY:
+        return ""
+    if isinstance(x, np.ma.MaskedArray):
+        return f"a masked array, whose mask would be ignored: {name}.filled(value) makes one"
+    return f"{_qualified(x)}, whose own meaning would be ignored: numpy.asarray({name}) makes one"
+
+
+def _unlike_cupy(x: Any, name: str) -> str:
+    if type(x) is sys.modules["cupy"].ndarray:
+        return ""
+    return f"{_qualified(x)}, whose own meaning would be ignored: cupy.asarray({name}) makes one"
+
+
+def _unlike_torch(x: Any, name: str) -> str:
+    torch = sys.modules["torch"]
+    if x.is_nested:
+        return f"a nested tensor: torch.nested.to_padded_tensor({name}, value) makes one"
+    if x.layout is not torch.strided:
+        return f"one of layout {x.layout}: {name}.to_dense() makes one"
+    if type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"{_qualified(x)}, which has arithmetic of its own"
+    if _wrapped_by_functorch()(x):
+        return "one inside a torch.func transform: those of hw3gpu.functional can be transformed"
+    return "" if x.is_cpu or x.is_cuda else f"one on {x.device}: there are kernels for CPU and CUDA devices"
+
+
+_PLAIN_NUMPY = (np.ndarray, np.memmap, np.recarray)
+_UNLIKE: dict[str, Callable[[Any, str], str]] = {"numpy": _unlike_numpy, "torch": _unlike_torch, "cupy": _unlike_cupy}
+_LIBRARY = {"numpy": "NumPy array", "torch": "tensor", "cupy": "CuPy array"}
+
+
+def base_class(x: Any) -> Any:
+    """An array of a subclass that adds nothing to its elements (np.memmap, …) as one of NumPy's or torch's own class."""
+    if type(x) in _PLAIN_NUMPY[1:]:
+        return x.view(np.ndarray)
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor) or type(x) in (torch.Tensor, torch.nn.Parameter):
+        return x
+    return x.as_subclass(torch.Tensor) if type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ else x
 
 
 def is_torch(x: Any) -> bool:
@@ -156,8 +229,31 @@ def gpu_refusal(device_type: str) -> str | None:
 
 @functools.cache
 def kernels(room: str, which: str) -> ModuleType:
-    """The module `hw3gpu.kernels.<which>.<room>`, imported when first asked for."""
-    return importlib.import_module(f"hw3gpu.kernels.{which}.{room}")
+    """The module `hw3gpu.kernels.<which>.<room>`, imported when first asked for.
+
+    Triton launches on the current device: each Triton launcher runs with the device of its first tensor as that.
+    """
+    module = importlib.import_module(f"hw3gpu.kernels.{which}.{room}")
+    if which == "cpu":
+        return module
+    launchers = ModuleType(module.__name__, module.__doc__)
+    for name, value in vars(module).items():
+        own = inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+        setattr(launchers, name, _on_its_device(value) if own else value)
+    return launchers
+
+
+def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    @functools.wraps(launcher)
+    def launch(x: Array, *operands: Any, **options: Any) -> Any:
+        if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+            return launcher(x, *operands, **options)
+        with torch.cuda.device(x.device):
+            return launcher(x, *operands, **options)
+
+    return launch
 
 
 def launch(room: str, name: str, like: Array, *operands: Array | None, **options: Any) -> None:
@@ -174,7 +270,7 @@ def launch(room: str, name: str, like: Array, *operands: Array | None, **options
 @contextlib.contextmanager
 def launch_scope(x: Array) -> Iterator[None]:
     """Launches inside run on the stream on which the caller of a CuPy array queues its work; nothing else changes."""
-    if kind(x, "x") != "cupy":
+    if not is_cupy(x):
         yield
         return
     import cupy
@@ -308,7 +404,9 @@ def _pooled(shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str,
 
 def namespace(x: Array) -> ModuleType:
     """numpy, cupy or torch: the module whose functions take `x`."""
-    return sys.modules[kind(x, "x")]
+    found = _kind(x)
+    assert found is not None
+    return sys.modules[found]
 
 
 def _address(x: Array) -> int:

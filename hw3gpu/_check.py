@@ -35,6 +35,13 @@ def _dtype(x: Array) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
+def got_dtype(x: Array, name: str) -> str:
+    """The dtype of `x` as it ends a message; how to convert it, where its bytes are in the other order than this machine's."""
+    other_order = isinstance(x.dtype, np.dtype) and not x.dtype.isnative
+    how = f", in the other byte order: {name}.astype({x.dtype.newbyteorder('=').name!r}) converts it" if other_order else ""
+    return f"got {_dtype(x)}{how}"
+
+
 def shape_of(x: Array) -> str:
     """A shape as it stands in a message: '(32, 3, 28, 28)'."""
     return str(tuple(x.shape))
@@ -43,19 +50,19 @@ def shape_of(x: Array) -> str:
 def floating(x: Array, name: str, allowed: tuple[str, ...] = FLOATING) -> None:
     """TypeError unless `x` holds one of the floating dtypes `allowed`."""
     if _dtype(x) not in allowed:
-        raise DtypeError(f"{name}: expected dtype {', '.join(allowed)}, got {_dtype(x)}")
+        raise DtypeError(f"{name}: expected dtype {', '.join(allowed)}, {got_dtype(x, name)}")
 
 
 def integer(x: Array, name: str) -> None:
     """TypeError unless `x` holds integer classes."""
     if _dtype(x) not in INTEGER:
-        raise DtypeError(f"{name}: expected integer classes ({', '.join(INTEGER)}), got {_dtype(x)}")
+        raise DtypeError(f"{name}: expected integer classes ({', '.join(INTEGER)}), {got_dtype(x, name)}")
 
 
 def same_dtype(x: Array, name: str, other: Array, other_name: str) -> None:
     """TypeError unless both arrays have one dtype."""
     if _dtype(x) != _dtype(other):
-        raise DtypeError(f"{name}: expected the dtype of {other_name}, {_dtype(other)}, got {_dtype(x)}")
+        raise DtypeError(f"{name}: expected the dtype of {other_name}, {_dtype(other)}, {got_dtype(x, name)}")
 
 
 def same_shape(x: Array, name: str, other: Array, other_name: str) -> None:

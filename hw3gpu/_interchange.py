@@ -7,8 +7,11 @@ read it, and what the caller queues for the result comes after they have written
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,23 +21,33 @@ from . import _arrays
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_HOST = 1  # kDLCPU
+# kDLCPU and the host's memory that a GPU reaches; the same for GPUs: CUDA, ROCm, CUDA's managed memory
+_HOST, _GPU = (1, 3, 11), (2, 10, 13)
+
+# Types of arguments that need nothing done; torch's are among them once it is known to be loaded.
+_ordinary: set[type] = {np.ndarray, bool, int, float, str, type(None)}
 
 
 def interchange(function: Function) -> Function:
-    """The array function, for arrays of every namespace that exchanges them; NumPy, CuPy and torch arrays pass unchanged.
+    """The array function, for arrays of every namespace that exchanges them.
 
-    The device of CuPy arrays is the current one while the function runs.
+    NumPy, CuPy and torch arrays pass as they are, those of a subclass that adds nothing as their base class. The device of CuPy
+    arrays is the current one while the function runs.
     """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if _ordinary.issuperset(map(type, args)) and _ordinary.issuperset(map(type, kwargs.values())):
+            return function(*args, **kwargs)
         first: Any = next(filter(_is_array, (*args, *kwargs.values())), None)
-        if not is_foreign(first):
-            with _arrays.device_scope(first):
-                return function(*args, **kwargs)
-        result = function(*map(taken, args), **{name: taken(value) for name, value in kwargs.items()})
-        return given_back(result, first.__array_namespace__())
+        if is_foreign(first):
+            given = inspect.signature(function).bind(*args, **kwargs)
+            given.arguments.update(_all_taken({name: x for name, x in given.arguments.items() if is_foreign(x)}))
+            return given_back(function(*given.args, **given.kwargs), first.__array_namespace__())
+        if _arrays.is_torch(first):
+            _ordinary.update({sys.modules["torch"].Tensor, sys.modules["torch"].nn.Parameter})
+        with _arrays.device_scope(first):
+            return function(*map(_arrays.base_class, args), **{name: _arrays.base_class(x) for name, x in kwargs.items()})
 
     return call  # type: ignore[return-value]
 
@@ -51,18 +64,32 @@ def is_foreign(x: Any) -> bool:
     return not (isinstance(x, np.ndarray) or _arrays.is_cupy(x))
 
 
-def taken(x: Any) -> Any:
-    """`x` as a NumPy array (host) or torch tensor (GPUs; dtypes that NumPy has not); itself where it is no foreign array."""
-    if not is_foreign(x):
-        return x
-    if x.__dlpack_device__()[0] == _HOST:
-        try:
-            return np.from_dlpack(x)
-        except (BufferError, RuntimeError):  # bfloat16
-            pass
+def taken(x: Any, name: str) -> Any:
+    """`x`, the argument `name`, as one of our own kinds; see `_all_taken`."""
+    return _all_taken({name: x})[name] if is_foreign(x) else _arrays.base_class(x)
+
+
+def _all_taken(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Foreign arrays by argument, all as NumPy arrays (host) or all as torch tensors (GPUs; dtypes that NumPy has not).
+
+    Raises TypeError for arrays on other devices than these, ValueError unless all are on one.
+    """
+    (first, x), *_ = arrays.items()
+    place = x.__dlpack_device__()
+    for name, other in arrays.items():
+        there = other.__dlpack_device__()
+        if there[0] not in _HOST + _GPU:
+            raise TypeError(f"{name}: expected an array on the CPU or a CUDA device, got one on DLPack's device {tuple(there)}")
+        if tuple(there) != tuple(place):
+            raise ValueError(f"{name}: expected the device of {first}, DLPack's {tuple(place)}, got {tuple(there)}")
+    if place[0] in _HOST:
+        with contextlib.suppress(BufferError, RuntimeError):  # bfloat16
+            return {name: np.from_dlpack(x) for name, x in arrays.items()}
     import torch
 
-    return torch.from_dlpack(x)
+    if place[0] in _GPU and not torch.cuda.is_available():
+        raise _arrays.BackendError(f"{first}: the array is on a GPU, and torch, which passes it to the kernels, finds none")
+    return {name: torch.from_dlpack(x) for name, x in arrays.items()}
 
 
 def given_back(result: Any, xp: Any) -> Any:

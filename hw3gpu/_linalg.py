@@ -48,7 +48,7 @@ def check_dtype(x: Array, name: str, allowed: tuple[str, ...]) -> str:
             f"2^-{bits} of the largest: convert to float32 or float64 first"
         )
     if dtype not in allowed:
-        raise TypeError(f"{name}: expected dtype {', '.join(allowed)}, got {dtype}")
+        raise TypeError(f"{name}: expected dtype {', '.join(allowed)}, {_check.got_dtype(x, name)}")
     return dtype
 
 

@@ -33,7 +33,7 @@ class Numerics:
 
     def read(self, x: Array, dtype: str | None = None) -> Array:
         """`x` as an array of `xp`; a view of the caller's memory unless `dtype` asks for another dtype."""
-        if _arrays.kind(x, "x") == "torch":
+        if _arrays.is_torch(x):
             x = x.detach().resolve_conj().resolve_neg()
             x = x.numpy() if self.xp is np else self.xp.from_dlpack(x)
         return x if dtype is None else x.astype(dtype, copy=False)
@@ -41,7 +41,7 @@ class Numerics:
     def give(self, a: Array, dtype: str) -> Array:
         """`a` in the caller's kind of array and on its device, rounded once to `dtype`; NumPy scalars for 0 axes."""
         a = self.xp.asarray(a, dtype=dtype)
-        if _arrays.kind(self.like, "like") != "torch":
+        if not _arrays.is_torch(self.like):
             return a[()] if self.xp is np else a
         import torch
 
@@ -90,8 +90,6 @@ def numerics(x: Array, name: str) -> Iterator[Numerics]:
         with _arrays.kernels("_blas", "cpu").one_thread() if _is_stack(x) else contextlib.nullcontext():
             yield Numerics(np, x)
         return
-    if kind == "torch" and x.device.type != "cuda":
-        raise TypeError(f"{name}: expected a tensor on a CPU or CUDA device, got {x.device}")
     cupy = _cupy(name)
     import cupyx
 

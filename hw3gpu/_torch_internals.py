@@ -20,6 +20,7 @@ try:
     legacy_reduction: Any = torch.nn._reduction.legacy_get_string
     softmax_backward: Any = torch._softmax_backward_data
     tracing_state: Any = torch._C._get_tracing_state
+    wrapped_by_functorch: Any = torch._C._functorch.is_functorch_wrapped_tensor
     getattr(forward_ad, "_current_level")  # noqa: B009
 except (ImportError, AttributeError) as error:
     raise ImportError(
@@ -36,6 +37,7 @@ __all__ = [
     "process_group",
     "softmax_backward",
     "tracing_state",
+    "wrapped_by_functorch",
 ]
 
 

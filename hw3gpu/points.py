@@ -264,7 +264,7 @@ class MomentAccumulator:
         """
         if is_foreign(points) and self._namespace is None:
             self._namespace = points.__array_namespace__()
-        points = taken(points)
+        points = taken(points, "points")
         _arrays.kind(points, "points")
         check_dtype(points, "points", REAL)
         if points.ndim != 2 or self.m not in (None, int(points.shape[1])) or points.shape[1] < 1:

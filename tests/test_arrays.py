@@ -8,6 +8,7 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import fake_cupy
 import numpy as np
 import pytest
 import torch
@@ -137,11 +138,10 @@ def test_the_triton_kernels_are_refused_on_a_device_that_the_driver_does_not_dri
     assert _arrays.gpu_refusal(given) == expected
 
 
-def test_the_numba_kernels_are_refused_on_a_device():
-    """A tensor that is not on the host; 'meta' stands for one where there is no GPU."""
-    z = torch.empty(3, device="cuda" if has_gpu() else "meta")
+def test_the_numba_kernels_are_refused_on_a_device(monkeypatch):
+    fake_cupy.install(monkeypatch)
     with use_backend("cpu"), pytest.raises(BackendError, match=r"backend 'cpu' was asked for, but the array lives on a GPU"):
-        hw3gpu.softmax(z)
+        hw3gpu.softmax(fake_cupy.cupy.asarray(np.ones(3)))
 
 
 def test_backend_errors_are_runtime_errors():
@@ -192,21 +192,6 @@ def test_kinds_are_not_mixed():
 def test_dtypes_that_have_no_kernel(dtype):
     with pytest.raises(TypeError, match=r"z: expected dtype float16, bfloat16, float32, float64, got"):
         hw3gpu.softmax(np.ones(3).astype(dtype))
-
-
-class OwnArray(np.ndarray):
-    """Someone's subclass."""
-
-
-def test_subclasses_of_arrays(kit):
-    if kit.kind == "torch":
-        x = torch.nn.Parameter(kit.array([[1.0, 2.0]]))
-    else:
-        x = kit.array([[1.0, 2.0]]).view(OwnArray) if kit.kind == "numpy" else kit.array([[1.0, 2.0]])
-    y = hw3gpu.softmax(x)
-    np.testing.assert_allclose(kit.numpy(y), [[0.26894142, 0.73105858]], rtol=1e-6)
-    result = hw3gpu.softmax_cross_entropy(x, kit.array([1], "int64"))
-    np.testing.assert_allclose(kit.numpy(result.loss), [0.31326169], rtol=1e-6)
 
 
 def test_array_functions_leave_no_graph(device):

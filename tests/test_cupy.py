@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import inspect
 from types import SimpleNamespace
 
 import fake_cupy
 import numpy as np
 import pytest
+import torch
 from array_functions import CALLS, leaves, operands
 from fake_cupy import cupy
 
 import hw3gpu
+from hw3gpu import _arrays
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
@@ -266,3 +270,36 @@ def test_only_a_missing_cupy_or_device_is_said_to_be_one(stand_in, monkeypatch):
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", out_of_memory)
     with pytest.raises(hw3gpu.BackendError, match=r"covariance: .*cannot be used here \(CUDARuntimeError: CUDA error 2\)"):
         hw3gpu.minimize_trace(sigma, 1)
+
+
+# ------------------------------------------------------------------------------------------------------ CUDA tensors
+@pytest.mark.parametrize(("device", "entered"), [("cuda:1", ["cuda:1"]), ("cuda:0", []), ("cpu", [])])
+def test_triton_launches_on_the_device_of_the_tensors(monkeypatch, device, entered):
+    """Triton itself takes the current device, whatever the tensors' is."""
+    calls, on = [], []
+
+    @contextlib.contextmanager
+    def current(of):
+        on.append(str(of))
+        yield
+        calls.append("left")
+
+    def softmax(z, y, *, option):
+        calls.append((z, y, option))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    z = SimpleNamespace(device=torch.device(device))
+    _arrays._on_its_device(softmax)(z, None, option=3)
+    assert on == entered
+    assert calls == [(z, None, 3), *(["left"] if entered else [])]
+
+
+def test_every_triton_launcher_does():
+    pytest.importorskip("triton")
+    for room in ("softmax", "batch_norm", "cross_entropy", "moments"):
+        ours, theirs = _arrays.kernels(room, "gpu"), importlib.import_module(f"hw3gpu.kernels.gpu.{room}")
+        public = [name for name, f in vars(theirs).items() if inspect.isfunction(f) and f.__module__ == theirs.__name__]
+        wrapped = {name for name in public if getattr(ours, name) is not getattr(theirs, name)}
+        assert wrapped == {name for name in public if not name.startswith("_")}
+        assert all(inspect.signature(getattr(ours, name)) == inspect.signature(getattr(theirs, name)) for name in wrapped)

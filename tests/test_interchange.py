@@ -89,3 +89,40 @@ def test_what_exports_nothing_is_refused():
     for x in ([1.0], 1.0, None):
         with pytest.raises(TypeError, match="expected a NumPy, CuPy or torch array"):
             hw3gpu.softmax(x)
+
+
+class Elsewhere(Foreign):
+    """An array that says that it lies on another device."""
+
+    def __init__(self, x, device):
+        super().__init__(x)
+        self.device = device
+
+    def __dlpack_device__(self):
+        return self.device
+
+
+def test_where_the_array_lies(arrays, monkeypatch):
+    x, gamma = arrays["x"], arrays["gamma"]
+    with pytest.raises(
+        TypeError, match=r"z: expected an array on the CPU or a CUDA device, got one on DLPack's device \(8, 0\)"
+    ):
+        hw3gpu.softmax(Elsewhere(x, (8, 0)))
+    with pytest.raises(ValueError, match=r"gamma: expected the device of x, DLPack's \(1, 0\), got \(2, 1\)"):
+        hw3gpu.batch_norm(Foreign(x), gamma=Elsewhere(gamma, (2, 1)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(hw3gpu.BackendError, match=r"points: the array is on a GPU, and torch, .* finds none"):
+        hw3gpu.MomentAccumulator().update(Elsewhere(x, (2, 0)))
+
+
+def test_one_dtype_that_numpy_has_not_takes_all_arguments_to_torch(rng):
+    """bfloat16 values beside float32 parameters."""
+    x, gamma = torch.from_numpy(rng.standard_normal((4, 3))).bfloat16(), torch.rand(3)
+    result = hw3gpu.batch_norm(Foreign(x), Foreign(gamma))
+    assert torch.equal(result.y.x, hw3gpu.batch_norm(x, gamma).y)
+
+
+def test_the_array_may_be_any_keyword(arrays):
+    assert isinstance(hw3gpu.softmax(axis=0, z=Foreign(arrays["x"])), Foreign)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'banana'"):
+        hw3gpu.softmax(Foreign(arrays["x"]), banana=1)

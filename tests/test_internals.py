@@ -66,6 +66,7 @@ ARRAY = {"meminfo", "parent", "nitems", "itemsize", "data", "shape", "strides"}
 PYTORCH = [
     "torch._C._AutoDispatchBelowAutograd",
     "torch._C._are_functorch_transforms_active",
+    "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch._C._get_tracing_state",
     "torch._C._len_torch_dispatch_stack",
     "torch._softmax_backward_data",
