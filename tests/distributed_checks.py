@@ -1,7 +1,8 @@
 """What each process of a group does in `test_distributed.py`: every check of the rooms and below, in one order everywhere.
 
 A check takes a `Rank` and raises where it finds something wrong; its single-process answer it computes itself, from the same
-random numbers. `main` starts the processes and returns, for every check, what each of them had to say ('' for nothing).
+random numbers. `main` starts the processes, once for groups of every size, and returns for every check what each of them had
+to say ('' for nothing).
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def fully_sharded_data_parallel_trains_as_one_process(rank):
 
 
 # ---------------------------------------------------------------------------------------------- running them
-def _work(rank: int, size: int, backend: str, names: tuple[str, ...], folder: str) -> None:
+def _work(rank: int, backend: str, plan: dict[int, tuple[str, ...]], folder: str) -> None:
     torch.set_num_threads(1)
     if backend == "gpu":
         from conftest import find_leg
@@ -106,25 +107,37 @@ def _work(rank: int, size: int, backend: str, names: tuple[str, ...], folder: st
         find_leg("gpu")
     from hw3gpu._arrays import use_backend
 
+    said: dict[str, str] = {}
+    with use_backend(backend):
+        for size, names in sorted(plan.items(), reverse=True):
+            groups = max(plan) // size  # which share the checks of their size
+            _run_checks(rank % size, size, backend, names[rank // size :: groups], f"{folder}/{size}-{rank // size}", said)
+    torch.save(said, f"{folder}/{rank}.pt")
+
+
+def _run_checks(rank: int, size: int, backend: str, names: tuple[str, ...], place: str, said: dict[str, str]) -> None:
     # a process whose check fails leaves the others waiting for it: not for ever
     patience = timedelta(minutes=3)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=size, timeout=patience)
-    said = {}
-    with use_backend(backend):
-        for name in names:
-            try:
-                CHECKS[name](Rank(rank, size, backend))
-                said[name] = ""
-            except Exception:  # reported by the test of this check
-                said[name] = f"process {rank}: {traceback.format_exc()}"
-            dist.barrier()
-    torch.save(said, f"{folder}/{rank}.pt")
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size, timeout=patience)
+    for name in names:
+        try:
+            CHECKS[name](Rank(rank, size, backend))
+            said[f"{size} {name}"] = ""
+        except Exception:  # reported by the test of this check
+            said[f"{size} {name}"] = f"process {rank} of {size}: {traceback.format_exc()}"
+        dist.barrier()
     dist.destroy_process_group()
 
 
-def main(size: int, backend: str, names: tuple[str, ...]) -> dict[str, str]:
-    """The checks of those names, each with what went wrong in any process."""
+def main(backend: str, plan: dict[int, tuple[str, ...]]) -> dict[str, str]:
+    """Runs the checks of `plan`, their names by the number of processes, in one set of as many processes as the most need.
+
+    Returns for each '<processes> <name>' what went wrong in any process.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, (size, backend, names, folder), nprocs=size)
-        said = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
-    return {name: os.linesep.join(filter(None, (s[name] for s in said))) for name in names}
+        mp.spawn(_work, (backend, plan, folder), nprocs=max(plan))
+        said = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(max(plan))]
+    keys = [f"{size} {name}" for size, names in plan.items() for name in names]
+    return {
+        key: os.linesep.join(filter(None, (s[key] for s in said if key in s))) for key in keys if any(key in s for s in said)
+    }

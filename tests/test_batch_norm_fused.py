@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import grad, vmap
-from twins import ACC, SINGLE, gradcheck, layout_of, same, tensor, values_of
+from twins import ACC, SINGLE, gradcheck, layout_of, opcheck, same, tensor, values_of
 
 import hw3gpu.functional as HF
 import hw3gpu.nn as HN
@@ -123,11 +123,12 @@ def test_operators(device, rng, activation, with_residual):
     for v in (x, weight, bias):
         v.requires_grad_()
     relu = activation == "relu"
-    torch.library.opcheck(room.TRAINING, (x, weight, bias, *running, 0.1, 1e-5, residual, relu))
-    torch.library.opcheck(room.EVALUATION, (x, weight, bias, *running, 1e-5, residual, relu))
+    compiled = relu and with_residual
+    opcheck(room.TRAINING, (x, weight, bias, *running, 0.1, 1e-5, residual, relu), compiled)
+    opcheck(room.EVALUATION, (x, weight, bias, *running, 1e-5, residual, relu), compiled)
     _, stats, mask = room.TRAINING(x, weight, bias, None, None, 0.1, 1e-5, residual, relu)
     dy = torch.ones_like(x)
-    torch.library.opcheck(room.BACKWARD, (dy, x.detach(), weight.detach(), stats, mask, True, relu, with_residual))
+    opcheck(room.BACKWARD, (dy, x.detach(), weight.detach(), stats, mask, True, relu, with_residual), compiled)
 
 
 class Block(nn.Module):

@@ -1,6 +1,7 @@
 """`hw3gpu.distributed` and the modules among 2 and 4 processes (gloo), against the answer of one.
 
-A process costs an import of torch: all checks of `distributed_checks.py` run in one set of processes of each size.
+A process costs an import of torch: all checks of `distributed_checks.py` run in one set of four processes, which make two
+groups of two for the checks among two.
 """
 
 from __future__ import annotations
@@ -28,31 +29,34 @@ INTERPRETED = (
 )
 
 
+PLANS = {"cpu": {size: checks_of(size) for size in (2, 4)}, "gpu": {2: INTERPRETED}}
+
+
 @pytest.fixture
 def said(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
     """`main`, which one worker of pytest-xdist runs for all of them: the others wait for it, and read what it found."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
-    def run(size: int, backend: str, names: tuple[str, ...]) -> dict[str, str]:
-        found = folder / f"distributed-{backend}-{size}.json"
+    def run(backend: str) -> dict[str, str]:
+        found = folder / f"distributed-{backend}.json"
         with (folder / "distributed.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not found.exists():
-                found.write_text(json.dumps(main(size, backend, names)))
+                found.write_text(json.dumps(main(backend, PLANS[backend])))
         return json.loads(found.read_text())
 
     return run
 
 
-@pytest.mark.parametrize(("processes", "name"), [(size, name) for size in (2, 4) for name in checks_of(size)])
+@pytest.mark.parametrize(("processes", "name"), [(size, name) for size, names in PLANS["cpu"].items() for name in names])
 def test_among_processes(said: Callable[..., dict[str, str]], processes: int, name: str) -> None:
-    wrong = said(processes, "cpu", checks_of(processes))[name]
+    wrong = said("cpu")[f"{processes} {name}"]
     assert not wrong, wrong
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_triton_kernels_among_processes(said: Callable[..., dict[str, str]], name: str) -> None:
-    wrong = said(2, "gpu", INTERPRETED)[name]
+    wrong = said("gpu")[f"2 {name}"]
     assert not wrong, wrong

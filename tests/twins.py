@@ -50,6 +50,12 @@ def gradcheck(function, inputs):
     assert torch.autograd.gradcheck(function, inputs, fast_mode=requested_backend() == "gpu")
 
 
+def opcheck(operator, args, compiled=False):
+    """The rules of `torch.library`: schema, autograd and fake tensors; `compiled`, through AOT dispatch too, which is dear."""
+    rules = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator, args, test_utils=(*rules, "test_aot_dispatch_dynamic") if compiled else rules)
+
+
 def ones(*shape, dtype=torch.float32):
     return torch.ones(shape, dtype=dtype)
 
