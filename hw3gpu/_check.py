@@ -31,6 +31,10 @@ class DtypeError(TypeError, NotImplementedError):
     """A dtype that was not expected."""
 
 
+class ChoiceError(TypeError, ValueError):
+    """What cannot name one of several choices, as it is no string."""
+
+
 def _dtype(x: Array) -> str:
     return str(x.dtype).removeprefix("torch.")
 
@@ -97,6 +101,27 @@ def real_value(value: Any, name: str) -> None:
     """TypeError unless `value` is a real number."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
+
+
+def boolean(value: Any, name: str) -> None:
+    """TypeError unless `value` is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected a bool, got {value!r} ({type(value).__name__})")
+
+
+def one_of(value: Any, name: str, choices: tuple[str, ...]) -> None:
+    """ValueError unless `value` is one of the strings `choices`; also a TypeError where it is no string."""
+    if not isinstance(value, str):
+        raise ChoiceError(f"{name}: expected one of {', '.join(choices)}, got {value!r} ({type(value).__name__})")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def at_least_zero(value: Any, name: str) -> None:
+    """TypeError unless `value` is a real number, ValueError unless it is at least 0."""
+    real_value(value, name)
+    if not value >= 0:
+        raise ValueError(f"{name}: expected a number of at least 0, got {value}")
 
 
 def axis(value: Any, name: str, x: Array, x_name: str) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from types import CodeType
+from types import CodeType, FrameType
 
 _MOST = 256  # places that are remembered
 _OURS = ("hw3gpu", "torch")
@@ -39,7 +39,7 @@ def _of(code: CodeType | None, instruction: int) -> Expected:
 
 def of_caller() -> Expected:
     """What is remembered of the place in the caller's code, outside of this package and of torch, that asks for a loss."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
         frame = frame.f_back
     return _of(None, 0) if frame is None else _of(frame.f_code, frame.f_lasti)

@@ -213,8 +213,7 @@ def _auto_on_gpu(s: Array, k: int) -> str:
 
 def check_method(method: Any, on_host: bool) -> None:
     """ValueError for a method that is unknown or runs elsewhere; `BackendError` for one whose library is missing."""
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    _check.one_of(method, "method", METHODS)
     here, lives, runs = (_ON_HOST, "on the host", "on a GPU") if on_host else (_ON_GPU, "on a GPU", "on the host")
     if method != "auto" and method not in here:
         raise ValueError(

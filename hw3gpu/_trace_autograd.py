@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _check
+from . import _check, _ops
 from ._autograd import no_second_derivative
 from ._linalg import (
     COMPLEX,
@@ -81,56 +81,50 @@ def minimize_trace(covariance: torch.Tensor, k: int, *, largest: bool = False, m
     k = _check.integer_value(k, "k")
     if not 1 <= k <= m:
         raise ValueError(f"k: expected 1 <= k <= m = {m}, got {k}")
+    _check.boolean(largest, "largest")
     check_method(method, covariance.is_cpu)
-    value, phi, eigenvalues, gap = _MinimizeTrace.apply(covariance, k, largest, method)
-    return TraceSubspace(value, phi, eigenvalues, gap)
+    return TraceSubspace(*FORWARD(covariance, k, largest, method)[:4])
 
 
-class _MinimizeTrace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, covariance: torch.Tensor, k: int, largest: bool, method: str) -> tuple[torch.Tensor, ...]:
-        given = check_dtype(covariance, "covariance", REAL + COMPLEX)
-        real = real_dtype(given)
-        sign = -1.0 if largest else 1.0
-        with numerics(covariance, "covariance") as ns:
-            scaled = symmetric(ns, covariance, "covariance", _DOUBLE[given])
-            sigma, xp = sign * scaled.s, ns.xp
-            values, vectors, _ = smallest(ns, sigma, k, method)
-            kept, (phi, rounded) = values[..., :k], fix_signs(ns, vectors[..., :k], given)
-            m = sigma.shape[-1]
-            gap = values[..., k] - kept[..., -1] if k < m else xp.full(kept.shape[:-1], float("inf"))
-            rounding = m * eps(_DOUBLE[given]) * frobenius(xp, sigma)
-            ctx.degenerate = bool(ns.fetch(gap <= rounding)[0].any())
-            unit = sign / scaled.scale
-            outputs = (
-                ns.give(kept.sum(axis=-1) * unit, real),
-                ns.give(rounded, given),
-                ns.give(kept * unit[..., None], real),
-                ns.give(gap * abs(unit), real),
-            )
-            exact = ns.give(phi, _DOUBLE[given])
-        ctx.k, ctx.sign = k, sign
-        ctx.save_for_backward(covariance, exact)
-        ctx.mark_non_differentiable(*outputs[2:])
-        ctx.set_materialize_grads(False)
-        return outputs
+# ---------------------------------------------------------------------------------------------- forward and backward
+def _run(covariance: torch.Tensor, k: int, largest: bool, method: str) -> tuple[torch.Tensor, ...]:
+    """value, phi, eigenvalues and gap; then phi in float64 and whether the gap is zero within rounding, for backward."""
+    given = check_dtype(covariance, "covariance", REAL + COMPLEX)
+    real = real_dtype(given)
+    sign = -1.0 if largest else 1.0
+    with numerics(covariance, "covariance") as ns:
+        scaled = symmetric(ns, covariance, "covariance", _DOUBLE[given])
+        sigma, xp = sign * scaled.s, ns.xp
+        values, vectors, _ = smallest(ns, sigma, k, method)
+        kept, (phi, rounded) = values[..., :k], fix_signs(ns, vectors[..., :k], given)
+        m = sigma.shape[-1]
+        gap = values[..., k] - kept[..., -1] if k < m else xp.full(kept.shape[:-1], float("inf"))
+        rounding = m * eps(_DOUBLE[given]) * frobenius(xp, sigma)
+        degenerate = bool(ns.fetch(gap <= rounding)[0].any())
+        unit = sign / scaled.scale
+        outputs = (
+            ns.give(kept.sum(axis=-1) * unit, real),
+            ns.give(rounded, given),
+            ns.give(kept * unit[..., None], real),
+            ns.give(gap * abs(unit), real),
+            ns.give(phi, _DOUBLE[given]),
+        )
+    return *(v.contiguous() for v in outputs), covariance.new_full((), degenerate, dtype=torch.bool)
 
-    @staticmethod
-    @no_second_derivative("minimize_trace")
-    def backward(ctx: Any, dvalue: Any, dphi: Any, *_: Any) -> tuple[torch.Tensor | None, None, None, None]:
-        covariance, phi = ctx.saved_tensors
-        if ctx.degenerate:
-            raise ValueError(
-                "covariance: the gap between eigenvalues k and k + 1 is zero within rounding, so that the minimum has no "
-                "derivative there: choose another k"
-            )
-        gradient = torch.zeros(covariance.shape, dtype=phi.dtype, device=phi.device)
-        if dvalue is not None:
-            gradient += dvalue.to(phi.real.dtype)[..., None, None] * (phi @ phi.mH)
-        if dphi is not None and ctx.k < covariance.shape[-1]:
-            gradient += _pull_back(covariance, phi, dphi.to(phi.dtype), ctx.k, ctx.sign)
-        gradient = ((gradient + gradient.mH) / 2).to(covariance.dtype)
-        return gradient, None, None, None
+
+def _run_backward(dvalue: Any, dphi: Any, covariance: torch.Tensor, phi: torch.Tensor, degenerate: Any, largest: bool) -> Any:
+    """The gradient of `covariance`, from phi in float64."""
+    if degenerate:
+        raise ValueError(
+            "covariance: the gap between eigenvalues k and k + 1 is zero within rounding, so that the minimum has no "
+            "derivative there: choose another k"
+        )
+    k, gradient = phi.shape[-1], torch.zeros(covariance.shape, dtype=phi.dtype, device=phi.device)
+    if dvalue is not None:
+        gradient += dvalue.to(phi.real.dtype)[..., None, None] * (phi @ phi.mH)
+    if dphi is not None and k < covariance.shape[-1]:
+        gradient += _pull_back(covariance, phi, dphi.to(phi.dtype), k, -1.0 if largest else 1.0)
+    return ((gradient + gradient.mH) / 2).to(covariance.dtype)
 
 
 def _pull_back(covariance: torch.Tensor, phi: torch.Tensor, dphi: torch.Tensor, k: int, sign: float) -> torch.Tensor:
@@ -142,3 +136,50 @@ def _pull_back(covariance: torch.Tensor, phi: torch.Tensor, dphi: torch.Tensor, 
         others = ns.give(vectors[..., k:], str(phi.dtype).removeprefix("torch."))
         differences = ns.give(difference, "float64")
     return others @ ((others.mH @ dphi) / differences) @ phi.mH
+
+
+# ---------------------------------------------------------------------------------------------- autograd and operators
+class _MinimizeTrace(torch.autograd.Function):
+    """What the operator does where autograd records; eagerly too, as beside an eigensolver it costs nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, covariance: torch.Tensor, k: int, largest: bool, method: str) -> tuple[torch.Tensor, ...]:
+        outputs = _ops.below_autograd(FORWARD, covariance, k, largest, method)
+        ctx.save_for_backward(covariance, *outputs[4:])
+        ctx.largest = largest
+        ctx.mark_non_differentiable(*outputs[2:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @no_second_derivative("minimize_trace")
+    def backward(ctx: Any, dvalue: Any, dphi: Any, *_: Any) -> tuple[torch.Tensor | None, None, None, None]:
+        return BACKWARD(dvalue, dphi, *ctx.saved_tensors, ctx.largest), None, None, None
+
+
+def _fake(covariance: torch.Tensor, k: int, largest: bool, method: str) -> tuple[torch.Tensor, ...]:
+    batch, m, real = covariance.shape[:-2], covariance.shape[-1], covariance.real.dtype
+    exact = getattr(torch, _DOUBLE[str(covariance.dtype).removeprefix("torch.")])
+    return (
+        covariance.new_empty(batch, dtype=real),
+        covariance.new_empty((*batch, m, k)),
+        covariance.new_empty((*batch, k), dtype=real),
+        covariance.new_empty(batch, dtype=real),
+        covariance.new_empty((*batch, m, k), dtype=exact),
+        covariance.new_empty((), dtype=torch.bool),
+    )
+
+
+FORWARD = _ops.define(
+    "minimize_trace(Tensor covariance, int k, bool largest, str method) -> "
+    "(Tensor value, Tensor phi, Tensor eigenvalues, Tensor gap, Tensor exact, Tensor degenerate)",
+    _run,
+    _fake,
+    _MinimizeTrace.apply,
+)
+BACKWARD = _ops.define(
+    "minimize_trace_backward(Tensor? dvalue, Tensor? dphi, Tensor covariance, Tensor exact, Tensor degenerate, bool largest) "
+    "-> Tensor",
+    _run_backward,
+    lambda dvalue, dphi, covariance, *_: torch.empty_like(covariance, memory_format=torch.contiguous_format),
+)

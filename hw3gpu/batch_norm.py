@@ -131,8 +131,7 @@ def _operands(x: Array, gamma: Array | None, beta: Array | None, eps: float, cha
         C = x.shape[_check.axis(channel_axis, "channel_axis", x, "x")]
     if 0 in x.shape:
         raise ValueError(f"x: expected at least one value per channel, got shape {_check.shape_of(x)}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+    _check.at_least_zero(eps, "eps")
     for v, name in ((gamma, "gamma"), (beta, "beta")):
         if v is not None:
             _channel_vector(v, name, x, C, channel_axis)

@@ -19,6 +19,8 @@ __all__ = ["sync_batch_norm", "vocab_parallel_cross_entropy"]
 
 
 def _or_all(group: Any) -> Any:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected None or a process group, got {group!r} ({type(group).__name__})")
     return dist.group.WORLD if group is None else group
 
 
@@ -46,6 +48,8 @@ def sync_batch_norm(
     Raises what `functional.batch_norm` raises; RuntimeError under `torch.func` transforms and for a second derivative.
     """
     group = _or_all(group)
+    if type(training) is not bool:
+        raise TypeError(f"training: expected a bool, got {training!r}")
     if not training or dist.get_world_size(group) == 1:
         return functional.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual, activation=activation
@@ -118,8 +122,8 @@ def _vocab_parallel_arguments(z, target, weight, ignore_index, reduction, label_
         _check.floating(weight, "weight")
         _check.shape(weight, "weight", (z.shape[axis],), "one weight per class of logits_shard")
     _check.integer_value(ignore_index, "ignore_index")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected one of none, mean, sum, got {reduction!r}")
+    _check.one_of(reduction, "reduction", ("none", "mean", "sum"))
+    _check.real_value(label_smoothing, "label_smoothing")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
 

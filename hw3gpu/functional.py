@@ -72,7 +72,8 @@ def batch_norm(
 
     input: (N, C, …) of float16, bfloat16, float32 or float64, of any strides; the result has its layout. weight, bias,
     running_mean, running_var: (C,) of input's dtype, or float32 beside half precision, or None. In training the running
-    statistics are updated in place: r <- (1 - momentum) r + momentum · new, the new variance with m/(m - 1).
+    statistics are updated in place: r <- (1 - momentum) r + momentum · new, the new variance with m/(m - 1). As in PyTorch, an
+    input without an element may have one axis, other floating dtypes beside it, and no running statistics in evaluation.
 
     residual: of input's shape and dtype, added to the result. activation: "relu", applied after that. Both cost no further pass
     over the result; for the backward pass of "relu" one bit an element is kept.
@@ -82,18 +83,24 @@ def batch_norm(
     in training, and for missing running statistics in evaluation; RuntimeError for tensors on several devices. Where PyTorch
     refuses an argument too, the exception is also of the type that PyTorch raises.
     """
-    _batch_norm_arguments(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    beyond = _batch_norm_arguments(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None or activation is not None:
         residual = _fused_arguments(input, residual, activation)
+    if beyond:
+        return _of_no_elements(input, weight, bias, residual)
     return _batch_norm_autograd.batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation == "relu"
     )
 
 
 def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, momentum, eps, alone=True):
-    """Checks every argument. `alone`: no other process has values of the batch."""
+    """Checks every argument; True for what only an input without an element may have.
+
+    `alone`: no other process has values of the batch.
+    """
     _floating_tensor(x, "input")
-    if x.dim() < 2:
+    beyond = x.dim() < 2
+    if beyond and not (alone and x.dim() == 1 and not x.numel()):
         _check.rank_at_least(x, "input", 2, "N, C, …")
     if type(training) is not bool:
         raise TypeError(f"training: expected a bool, got {training!r}")
@@ -105,33 +112,53 @@ def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, 
     if (running_mean is None) != (running_var is None) and training:
         raise ValueError("running_mean and running_var: expected both or neither, got one")
     if not training and (running_mean is None or running_var is None):
-        raise _check.ShapeError("running_mean and running_var: expected both in evaluation (training=False), got None")
+        beyond = True
+        if x.numel() or not alone:
+            raise _check.ShapeError("running_mean and running_var: expected both in evaluation (training=False), got None")
     vector = x.shape[1:2]
     for name, v in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
         if v is not None:
-            _of_channels(v, name, x, vector)
+            beyond |= _of_channels(v, name, x, v.shape if x.dim() == 1 else vector, alone)
     if training and alone and x.shape[0] * math.prod(x.shape[2:]) == 1:
         raise ValueError(f"input: expected more than 1 value per channel when training, got shape {_check.shape_of(x)}")
+    return beyond
 
 
-def _of_channels(v, name, x, vector):
-    """One number a channel of `x`, beside it."""
+def _of_channels(v, name, x, vector, alone):
+    """One number a channel of `x`, beside it; True where its dtype is one that only an input without an element may have."""
     _tensor(v, name)
-    if v.dtype is not x.dtype and v.dtype is not accumulate_dtype(x):
+    beyond = v.dtype is not x.dtype and v.dtype is not accumulate_dtype(x)
+    if beyond:
         allowed = dict.fromkeys(str(of).removeprefix("torch.") for of in (x.dtype, accumulate_dtype(x)))
-        _check.floating(v, name, tuple(allowed))
+        _check.floating(v, name, _check.FLOATING if alone and not x.numel() else tuple(allowed))
     if v.shape != vector:
         _check.shape(v, name, tuple(vector), "one number per channel of input")
     if v.device != x.device:
         raise RuntimeError(f"{name}: expected a tensor on {x.device}, where input is, got one on {v.device}")
     if v.requires_grad and name.startswith("running") and torch.is_grad_enabled():
         raise RuntimeError(f"{name}: expected a tensor that asks for no gradient: there is none with respect to it")
+    return beyond
+
+
+def _of_no_elements(x, weight, bias, residual):
+    """Input's shape and dtype, and a graph in which every parameter gets a gradient of 0."""
+    y = x.clone() if residual is None else x + residual
+    for v in (weight, bias):
+        if v is not None and v.requires_grad:
+            y = y + (v.sum() * 0).to(x.dtype)
+    return y
+
+
+def _activation(activation):
+    if activation is not None and not isinstance(activation, str):
+        raise _check.ChoiceError(f"activation: expected None or 'relu', got {activation!r} ({type(activation).__name__})")
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
 
 
 def _fused_arguments(x, residual, activation):
     """Checks `activation`; `residual` as the kernels take it."""
-    if activation not in (None, "relu"):
-        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+    _activation(activation)
     if residual is None:
         return None
     _tensor(residual, "residual")
@@ -163,6 +190,10 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
         dim = 0 if input.dim() in (0, 1, 3) else 1
     if input.dim() == 0:
         return softmax(input.reshape(1), dim, dtype=dtype).reshape(())
+    if type(dim) is not int:
+        dim = _check.integer_value(dim, "dim")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected None or a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
     if not -input.dim() <= dim < input.dim():
         raise IndexError(f"dim: expected an axis of input with shape {_check.shape_of(input)}, got {dim}")
     z = input if dtype is None else input.to(dtype)
@@ -261,8 +292,7 @@ def _cross_entropy_arguments(z, target, weight, ignore_index, reduction, label_s
         weight = as_dtype(weight.detach(), accumulate_dtype(z)).contiguous()
     if type(ignore_index) is not int:
         _check.integer_value(ignore_index, "ignore_index")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    _check.one_of(reduction, "reduction", _REDUCTIONS)
     if type(label_smoothing) is not float:
         _check.real_value(label_smoothing, "label_smoothing")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -279,10 +309,8 @@ def _extra_arguments(z_loss, softcap, gradient, all_ignored):
     if softcap is not None:
         _check.real_value(softcap, "softcap")
         _check.positive(softcap, "softcap")
-    if gradient not in _GRADIENTS:
-        raise ValueError(f"gradient: expected one of {', '.join(_GRADIENTS)}, got {gradient!r}")
-    if all_ignored not in _ALL_IGNORED:
-        raise ValueError(f"all_ignored: expected one of {', '.join(_ALL_IGNORED)}, got {all_ignored!r}")
+    _check.one_of(gradient, "gradient", _GRADIENTS)
+    _check.one_of(all_ignored, "all_ignored", _ALL_IGNORED)
 
 
 # ---------------------------------------------------------------------------------------------- linear cross entropy
@@ -322,11 +350,11 @@ def linear_cross_entropy(
     """
     if ignore_index is not None and isinstance(target, Tensor) and target.is_floating_point():
         raise _check.ShapeError(f"ignore_index: expected None with probabilities as target, got {ignore_index}")
+    _extra_arguments(z_loss, softcap, gradient, all_ignored)
     asked = Options(
         reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero"
     )
     weight = _linear_arguments(input, linear_weight, target, linear_bias, weight, asked)
-    _extra_arguments(z_loss, softcap, gradient, all_ignored)
     if gradient == "forward" and reduction == "none":
         raise ValueError("gradient: expected 'auto' or 'backward' with reduction 'none', got 'forward'")
     rows = getattr(options, "batch_chunk_size", None) if chunk_rows is None else chunk_rows

@@ -167,7 +167,11 @@ def _helmert_times(ns: Numerics, c: Array) -> Array:
 
 def _random_directions(ns: Numerics, rng: Any, batch: tuple[int, ...], size: int, rank: int) -> Array:
     """(..., size, rank), orthonormal columns, Haar distributed: Q of a Gaussian matrix, its R made positive."""
-    gaussian = np.random.default_rng(rng).standard_normal((*batch, size, rank))
+    try:
+        generator = np.random.default_rng(rng)
+    except TypeError as error:
+        raise TypeError(f"rng: expected None, a numpy.random.Generator or a seed, got {rng!r} ({error})") from None
+    gaussian = generator.standard_normal((*batch, size, rank))
     q, r = np.linalg.qr(gaussian)
     diagonal = r.diagonal(axis1=-2, axis2=-1)
     return ns.xp.asarray(q * np.where(diagonal < 0, -1.0, 1.0)[..., None, :])

@@ -136,6 +136,8 @@ def minimize_trace(
         m = check_square(covariance, "covariance")
         k = _check_k(k, m)
         check_method(method, ns.xp is np)
+        for value, name in ((largest, "largest"), (certify, "certify")):
+            _check.boolean(value, name)
         scaled = symmetric(ns, covariance, "covariance", _compute_dtype(dtype, given))
         s = -scaled.s if largest else scaled.s
         found = _from_eigenpairs(ns, s, k, method, certify)
@@ -174,6 +176,7 @@ def minor_components(points: Array, k: int, *, largest: bool = False, ddof: int 
         _check.rank_at_least(points, "points", 2, "..., n, m")
         n, m = (int(size) for size in points.shape[-2:])
         k, ddof = _check_k(k, m), _check.integer_value(ddof, "ddof")
+        _check.boolean(largest, "largest")
         if n - ddof < 1 or ddof < 0:
             raise ValueError(f"points: expected n > ddof >= 0, got n = {n}, ddof = {ddof}")
         x = ns.read(points)
@@ -202,7 +205,8 @@ def _compute_dtype(dtype: Any, given: str) -> str:
         name = getattr(dtype, "__name__", name)
     name = real_dtype(name)
     if name not in REAL:
-        raise ValueError(f"dtype: expected None, 'float64' or 'float32', got {dtype!r}")
+        error = ValueError if isinstance(dtype, str) else _check.ChoiceError
+        raise error(f"dtype: expected None, 'float64' or 'float32', got {dtype!r}")
     return {"float64": "complex128", "float32": "complex64"}[name] if given in COMPLEX else name
 
 

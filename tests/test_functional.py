@@ -381,3 +381,39 @@ def test_batch_norm_writes_nothing_on_an_error(device, shape):
 def test_softmax_bad_input(error, message, arguments, options):
     with pytest.raises(error, match=message):
         HF.softmax(*arguments, **options)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 3, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("of", "running", "affine"),
+    [
+        ("float64", "float32", "float64"),
+        ("float64", "float32", "float32"),
+        ("float32", "float64", None),
+        ("float32", None, None),
+    ],
+)
+def test_batch_norm_of_no_element_takes_what_pytorchs_takes(device, training, shape, of, running, affine):
+    results = []
+    for function in (HF.batch_norm, F.batch_norm):
+        x = torch.empty(shape, dtype=getattr(torch, of), device=device, requires_grad=True)
+        stats = [None] * 2 if running is None else [tensor(np.full(3, v), running, device) for v in (0.5, 2.0)]
+        vectors = [None] * 2 if affine is None else [tensor(np.full(3, v), affine, device, grad=True) for v in (0.5, 2.0)]
+        y = function(x, *stats, *vectors, training)
+        y.sum().backward()
+        results.append([y, x.grad, *stats, *vectors, *(None if v is None else v.grad for v in vectors)])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            same(ours, theirs)
+
+
+def test_what_no_element_allows_is_refused_of_one(device):
+    x, wide = torch.ones(2, 3, dtype=torch.float64, device=device), torch.ones(3, device=device)
+    with pytest.raises(TypeError, match="running_mean: expected dtype float64, got float32"):
+        HF.batch_norm(x, wide, wide, training=False)
+    with pytest.raises(ValueError, match="input: expected at least 2 axes"):
+        HF.batch_norm(x[0], None, None, training=True)
+    with pytest.raises(ValueError, match="expected both in evaluation"):
+        HF.batch_norm(x, None, None)

@@ -6,6 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from hw3gpu import _trace_autograd  # noqa: E402
 from hw3gpu._trace_autograd import minimize_trace  # noqa: E402
 
 gradcheck = torch.autograd.gradcheck
@@ -123,3 +124,20 @@ def test_a_second_derivative_is_refused(device):
 def test_errors(sigma, k, options, error, message):
     with pytest.raises(error, match=message):
         minimize_trace(sigma, k, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_it_keeps_the_rules_of_torch_library_and_compiles(device, dtype, batch):
+    """In one graph, with the numbers and gradients of the eager call."""
+    sigma = symmetric(leaf(*batch, 4, 4, dtype=dtype, device=device).detach()).requires_grad_()
+    torch.library.opcheck(_trace_autograd.FORWARD, (sigma, 2, False, "auto"), test_utils=("test_schema", "test_faketensor"))
+
+    def step(a):
+        found = minimize_trace(a, 2, largest=True)
+        return found.value.sum() + found.projector.abs().square().sum() + found.gap.sum()
+
+    eager, compiled = step(sigma), torch.compile(step, fullgraph=True, backend="aot_eager")(sigma)
+    for ours, expected in zip(torch.autograd.grad(compiled, sigma), torch.autograd.grad(eager, sigma), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
