@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import platform
@@ -174,16 +175,40 @@ def test_the_cache_is_used_by_the_next_process_and_notices_a_changed_helper(copi
     helper = sources / "_rows.py"
     changed = helper.read_text().replace("high = e.dtype.type(1.0 / total)", "high = e.dtype.type(3.0 / total)")
     helper.write_text(changed.replace("low = e.dtype.type(1.0 / total", "low = e.dtype.type(3.0 / total"))
-    new_folder, hits, total = use(tmp_path / "cache")
-    assert (hits, total) == (0, pytest.approx(3))
-    assert new_folder != folder
+    assert use(tmp_path / "cache") == (folder, 0, pytest.approx(3))
 
 
 def test_another_package_of_the_same_sources_has_a_cache_of_its_own(copied, tmp_path):
     """What is in the cache names types by their modules, which only the package that compiled it has."""
-    code = "from copied.cpu import _jit; print(_jit.source_hash())"
+    code = "from copied.cpu import _jit; print(_jit.source_hash('softmax'))"
     theirs = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert theirs.stdout.strip() != _jit.source_hash()
+    assert theirs.stdout.strip() != _jit.source_hash("softmax")
+
+
+def test_what_a_kernel_is_made_from_is_all_that_its_module_imports(monkeypatch, tmp_path):
+    """A change of any file changes the hash of each module that imports it at any depth, and of no other."""
+    for path in KERNELS.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    names = [path.stem for path in tmp_path.glob("*.py") if path.stem != "__init__"]
+    trees = {name: ast.walk(ast.parse((tmp_path / f"{name}.py").read_text())) for name in names}
+    direct = {
+        name: {part for node in tree if isinstance(node, ast.ImportFrom) and node.level for part in
+               ([node.module] if node.module else [alias.name for alias in node.names])}
+        for name, tree in trees.items()
+    }  # fmt: skip
+    monkeypatch.setattr(_jit, "__file__", str(tmp_path / "_jit.py"))
+    hashes = {name: _jit.source_hash.__wrapped__(name) for name in names}
+    for changed in names:
+        source = tmp_path / f"{changed}.py"
+        text = source.read_text()
+        source.write_text(text + "\n")
+        importers, found = set(), {changed}
+        while found - importers:
+            importers |= found
+            found = {name for name in names if direct[name] & importers}
+        expected = {*names} if "_team" in importers else importers
+        assert {name for name in names if _jit.source_hash.__wrapped__(name) != hashes[name]} == expected, changed
+        source.write_text(text)
 
 
 def test_no_two_kernels_share_a_cache_file():

@@ -2,8 +2,9 @@
 
 `kernel` compiles a function that a launcher calls: it runs without the GIL and is cached on disk. `inline` compiles a
 helper, which becomes part of the kernels that call it. Numba's own cache looks at the file a function stands in and
-nowhere else, so a kernel would outlive a change of its helpers; here the cache folder carries the hash of every source
-file of `kernels/cpu`. A folder that cannot be written costs the time to compile, never an error.
+nowhere else, so a kernel would outlive a change of its helpers; here the name of what is cached carries a hash of the
+kernel's file and of all files of `kernels/cpu` that it imports, so that a change compiles again what depends on it and no
+more. A folder that cannot be written costs the time to compile, never an error.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +62,7 @@ def cache_folder() -> str | None:
             base = Path(config.CACHE_DIR)
         else:
             base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hw3gpu"
-        folder = base / f"kernels-cpu-{source_hash()[:16]}"
+        folder = base / "kernels-cpu"
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError):  # RuntimeError: no home
@@ -68,21 +70,33 @@ def cache_folder() -> str | None:
     return str(folder)
 
 
+# `from ._lanes import …` or `from . import _lines, _planes`
+_IMPORT = re.compile(r"^ *from \.(\w*) import (.*)", re.MULTILINE)
+
+
 @functools.cache
-def source_hash() -> str:
-    """A hash of the sources of `kernels/cpu`, and of the package's name, by which what was compiled finds its types again."""
-    digest = hashlib.sha256(str(__package__).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+def source_hash(module: str) -> str:
+    """A hash of what a kernel of a module of `kernels/cpu` is made from.
+
+    That is the module, what it imports of this folder at any depth, and the package's name, by which what was compiled
+    finds its types again.
+    """
+    pending, sources = [module, "_team"], {}  # a kernel may run on OpenMP's threads, whoever compiles it
+    while pending:
+        name = pending.pop()
+        if name not in sources:
+            sources[name] = Path(__file__).with_name(f"{name}.py").read_text()
+            for found, names in _IMPORT.findall(sources[name]):
+                pending += [found] if found else names.split(", ")
+    return hashlib.sha256(repr((__package__, sorted(sources.items()))).encode()).hexdigest()
 
 
 class _Locator(CacheLocator):
-    """Tells Numba's cache the folder above. The folder's name is the stamp, so that no entry can be stale."""
+    """Tells Numba's cache the folder above, and names whose hash says what they hold, so that no entry can be stale."""
 
     def __init__(self, function: Callable[..., Any], source: str) -> None:
         self._py_file = source
-        self._room = function.__module__.rpartition(".")[2]  # a team's own file is `_team.py`, whatever kernel it calls
+        self._module = function.__module__.rpartition(".")[2]  # a team's own file is `_team.py`, whatever kernel it calls
 
     @classmethod
     def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _Locator:
@@ -92,10 +106,10 @@ class _Locator(CacheLocator):
         return cache_folder()
 
     def get_source_stamp(self) -> str:
-        return source_hash()
+        return source_hash(self._module)
 
     def get_disambiguator(self) -> str:
-        return f"{self._room}-hw3gpu"
+        return f"{self._module}-{source_hash(self._module)[:16]}"
 
 
 class _KernelCacheImpl(CacheImpl):
@@ -106,7 +120,7 @@ class _KernelCache(FunctionCache):
     _impl_class = _KernelCacheImpl
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return sig, processor(codegen)  # the folder stands for the code, a kernel within a closure included
+        return sig, processor(codegen)  # the file's name stands for the code, a kernel within a closure included
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         with contextlib.suppress(OSError, EOFError):
