@@ -5,7 +5,7 @@ Everywhere the first entry of a pair belongs to W and the second to H. Source: d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from operator import index
 from typing import SupportsIndex
 
@@ -15,8 +15,8 @@ Pair = SupportsIndex | Sequence[SupportsIndex]
 
 
 def _integer(name: str, value: object, expected: str = "an integer") -> int:
-    # bool has __index__ too, but True as a stride is a slip.
-    if not isinstance(value, bool):
+    # bool has __index__ too, as a tensor of bool has, but True as a stride is a slip.
+    if not isinstance(value, bool) and not str(getattr(value, "dtype", "")).endswith("bool"):
         try:
             return index(value)  # type: ignore[arg-type]
         except TypeError:
@@ -25,7 +25,8 @@ def _integer(name: str, value: object, expected: str = "an integer") -> int:
 
 
 def _integers(name: str, values: object, expected: str) -> tuple[int, ...]:
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+    unordered = isinstance(values, (Set, Mapping))
+    if unordered or isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         raise TypeError(f"{name} must be {expected}, got {values!r} of type {type(values).__name__}")
     return tuple(_integer(f"{name}[{i}]", value) for i, value in enumerate(values))
 
@@ -139,7 +140,7 @@ def conv2d_output_shape(
         raise ValueError(f"padding must be an integer, a pair of integers, 'same' or 'valid', got {padding!r}")
     p1, p2 = (0, 0) if isinstance(padding, str) else _pair("padding", padding, 0)
     d1, d2 = _pair("dilation", dilation, 1)
-    if padding == "same":
+    if isinstance(padding, str) and padding == "same":
         return batch, -(-width // s1), -(-height // s2), channels_out
     return (
         batch,

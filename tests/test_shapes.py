@@ -220,6 +220,34 @@ def test_anything_with_index_counts_as_an_integer(three: Any) -> None:
     assert all(type(size) is int for size in shape)
 
 
+PAIRS: dict[str, Any] = {
+    "list": list,
+    "torch.Size": torch.Size,
+    "array": np.array,
+    "array of uint8": lambda pair: np.array(pair, np.uint8),
+    "array of objects": lambda pair: np.array(pair, object),
+    "tensor": torch.tensor,
+}
+
+
+@pytest.mark.parametrize("of", PAIRS.values(), ids=PAIRS)
+def test_every_argument_is_a_pair_of_any_kind(of: Any) -> None:
+    pairs = {"kernel_size": (3, 4), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 3)}
+    given = {name: of(pair) for name, pair in pairs.items()}
+    assert conv2d_output_shape(of(SHAPE), 5, **given) == conv2d_output_shape(SHAPE, 5, **pairs) == (2, 9, 24, 5)
+    for name in pairs:
+        one = {"kernel_size": (3, 4)} | {name: pairs[name]}
+        assert conv2d_output_shape(SHAPE, 5, **(one | {name: given[name]})) == conv2d_output_shape(SHAPE, 5, **one), name
+    sizes = (9, 24)
+    more = {name: pairs[name] for name in ("kernel_size", "stride", "dilation")}
+    assert conv2d_padding_for(of(SHAPE[1:3]), of(sizes), **{name: given[name] for name in more}) == conv2d_padding_for(
+        SHAPE[1:3], sizes, **more
+    )
+    assert conv_transpose2d_output_shape(
+        of(SHAPE), 5, given["kernel_size"], given["stride"], given["padding"], of((1, 0)), given["dilation"]
+    ) == conv_transpose2d_output_shape(SHAPE, 5, (3, 4), (2, 1), (1, 2), (1, 0), (1, 3))
+
+
 def test_an_empty_batch_keeps_its_size() -> None:
     assert conv2d_output_shape((0, 4, 5, 1), 2, 2) == (0, 3, 4, 2)
 
@@ -242,6 +270,11 @@ def test_an_empty_batch_keeps_its_size() -> None:
         ({"padding": ("same", "same")}, r"padding\[0\] must be an integer, got 'same' of type str"),
         ({"padding": np.array([0.0, 1.0])}, r"padding\[0\] must be an integer"),
         ({"dilation": None}, "dilation must be an integer or a pair .* got None of type NoneType"),
+        ({"stride": {1, 2}}, r"stride must be an integer or a pair .* got \{1, 2\} of type set"),
+        ({"stride": {1: 2, 2: 3}}, "stride must be an integer or a pair .* of type dict"),
+        ({"padding": np.array("same")}, "padding must be an integer or a pair .* of type ndarray"),
+        ({"padding": np.array([True, False])}, r"padding\[0\] must be an integer"),
+        ({"padding": torch.tensor([True, False])}, r"padding\[0\] must be an integer, got tensor\(True\)"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
