@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from . import _check, _ops
@@ -87,6 +88,7 @@ def minimize_trace(covariance: torch.Tensor, k: int, *, largest: bool = False, m
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
+@np.errstate(over="ignore")
 def _run(covariance: torch.Tensor, k: int, largest: bool, method: str) -> tuple[torch.Tensor, ...]:
     """value, phi, eigenvalues and gap; then phi in float64 and whether the gap is zero within rounding, for backward."""
     given = check_dtype(covariance, "covariance", REAL + COMPLEX)

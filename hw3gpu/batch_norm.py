@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from . import _arrays, _check
 from ._interchange import interchange
 
@@ -98,7 +100,8 @@ def batch_norm_backward(
     acc = _arrays.accumulate_dtype(x)
     dx, dx_folded = _arrays.output_like(x, channel_axis)
     dgamma, dbeta = (_arrays.empty((C,), acc, x) for _ in range(2))
-    rstd = _arrays.cast(1.0 / (_arrays.cast(_flat(var), "float64") + eps) ** 0.5, acc)
+    with np.errstate(all="ignore"):  # of a variance that is none, as in the kernels
+        rstd = _arrays.cast(1.0 / (_arrays.cast(_flat(var), "float64") + eps) ** 0.5, acc)
     mean_pair = _arrays.empty((2, C), acc, x)
     mean_pair[0] = _flat(mean)
     mean_pair[1] = 0
@@ -112,6 +115,7 @@ def batch_norm_backward(
     return BatchNormGradients(dx, dgamma.reshape(shape), dbeta.reshape(shape), dvar, dmean, dx_hat)
 
 
+@np.errstate(all="ignore")
 def _statistics_gradients(var: Array, gamma: Array | None, dgamma: Array, dbeta: Array, eps: float) -> tuple[Array, Array]:
     """∂ℓ/∂σ² and ∂ℓ/∂μ in float64: a few numbers, whose products should not round twice."""
     var, dgamma, dbeta = (_arrays.cast(_flat(v), "float64") for v in (var, dgamma, dbeta))

@@ -138,16 +138,21 @@ def _factor(ns: Numerics, covariance: Array, dtype: str) -> tuple[Array, int]:
     positive = values > tolerance[..., None]
     indefinite, count = ns.fetch(values[..., 0] < -tolerance, positive.sum(axis=-1))
     if indefinite.any():
-        least, most, tol = (
-            float(ns.host(a / scaled.scale)[indefinite].flat[0]) for a in (values[..., 0], values[..., -1], tolerance)
-        )
+        scale = ns.host(scaled.scale)
+        with np.errstate(over="ignore"):
+            least, most, tol = (
+                float((ns.host(a) / scale)[indefinite].flat[0]) for a in (values[..., 0], values[..., -1], tolerance)
+            )
         raise ValueError(
             f"covariance: expected a positive semidefinite matrix, got an indefinite one: its smallest eigenvalue is "
             f"{least:.6g} (largest {most:.6g}, tolerance {tol:.3g})"
         )
     rank = int(count.max(initial=0))
     largest_first = slice(m - 1, m - 1 - rank if rank < m else None, -1)
-    roots = xp.sqrt(xp.where(positive, values, 0)[..., largest_first] / scaled.scale[..., None])
+    # scale = half² or 2 half², powers of two: λ / scale may be no number of float64 where its root is
+    half = xp.ldexp(xp.ones_like(scaled.scale), (xp.frexp(scaled.scale)[1] - 1) // 2)
+    variances = xp.where(positive, values, 0)[..., largest_first] / (scaled.scale / half / half)[..., None]
+    roots = xp.sqrt(variances) / half[..., None]
     return (vectors[..., largest_first] * roots[..., None, :]).swapaxes(-1, -2), rank
 
 

@@ -188,7 +188,7 @@ def minor_components(points: Array, k: int, *, largest: bool = False, ddof: int 
         for _ in range(2):  # the second time takes up the rounding of the mean
             x -= x.mean(axis=-2, keepdims=True)
         found = _from_singular_values(ns, x, k, largest)
-        return _result(ns, found, given, (-1.0 if largest else 1.0) / (n - ddof) / scale**2)
+        return _result(ns, found, given, (-1.0 if largest else 1.0) / (n - ddof) / scale, 1 / scale)
 
 
 def _check_k(k: Any, m: int) -> int:
@@ -311,24 +311,28 @@ def _agree(value: Array, total: Array, proof: Certificate, k: int, infeasible: A
     return (abs(value - total) <= allowed) & (value + 2 * infeasible - proof.dual_value <= allowed)
 
 
-def _result(ns: Numerics, found: _Findings, given: str, unit: Array) -> TraceMinimum:
-    """The findings as the caller's `TraceMinimum`; `unit` (...) takes scaled values to the caller's, sign included."""
+@np.errstate(over="ignore", under="ignore")  # a number beyond the caller's is infinite, and said to be
+def _result(ns: Numerics, found: _Findings, given: str, *units: Array) -> TraceMinimum:
+    """The findings as the caller's `TraceMinimum`; the product of `units` (...) takes scaled values to the caller's."""
+
+    def unscaled(a: Array) -> Array:
+        for unit in units:  # whose product need not be a number of float64
+            a = a * (unit if a.ndim == unit.ndim else unit[..., None])
+        return a
+
     m, k = found.phi.shape[-2:]
-    width, real, proof = abs(unit), real_dtype(given), found.proof
-    with np.errstate(over="ignore"):  # a sum beyond the caller's numbers is infinite, and said to be
-        value, total, dual_value = found.value * unit, found.total * unit, proof.dual_value * unit
-        given_value = ns.give(value, real)
+    real, proof, value = real_dtype(given), found.proof, unscaled(found.value)
     held = abs(value) <= np.finfo(real).max
     report = {
-        "gap": found.gap * width,
+        "gap": abs(unscaled(found.gap)),
         "unique": found.unique,
         "residual": found.residual,
         "orthogonality": found.orthogonality,
         "certified": proof.separated & found.agrees & held,
-        "eigenvalue_sum": total,
+        "eigenvalue_sum": unscaled(found.total),
         "subspace_error": ns.xp.minimum(found.sine, min(k, m - k) ** 0.5),
-        "dual_value": dual_value,
-        "margin": proof.margin * width,
+        "dual_value": unscaled(proof.dual_value),
+        "margin": abs(unscaled(proof.margin)),
         "value_certified": proof.proved & found.agrees & held,
     }
     *columns, held, proved = ns.fetch(*report.values(), held, proof.proved)  # all that is looked at on the host, in one copy
@@ -339,8 +343,8 @@ def _result(ns: Numerics, found: _Findings, given: str, unit: Array) -> TraceMin
         reasons[i] = _reason(*(a[i] for a in (*told, held, proved)))
     return TraceMinimum(
         phi=ns.give(fix_signs(ns, found.phi, given)[1], given),
-        value=given_value,
-        eigenvalues=ns.give(found.kept * unit[..., None], real),
+        value=ns.give(value, real),
+        eigenvalues=ns.give(unscaled(found.kept), real),
         method=found.method,
         **{name: a.item() if a.ndim == 0 else a for name, a in {**known, "reason": reasons}.items()},
     )

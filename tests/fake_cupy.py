@@ -314,8 +314,8 @@ METHODS = (
     "cumsum(self, axis=None, dtype=None, out=None)",
 )  # fmt: skip
 BINARY = {
-    "add": "add", "sub": "subtract", "mul": "multiply", "truediv": "true_divide", "pow": "power", "matmul": "matmul",
-    "and": "bitwise_and", "or": "bitwise_or",
+    "add": "add", "sub": "subtract", "mul": "multiply", "truediv": "true_divide", "floordiv": "floor_divide", "pow": "power",
+    "matmul": "matmul", "and": "bitwise_and", "or": "bitwise_or",
 }  # fmt: skip
 OTHERS = {
     "neg": "negative", "pos": "positive", "abs": "absolute", "invert": "invert", "lt": "less", "le": "less_equal",
