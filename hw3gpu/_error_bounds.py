@@ -21,6 +21,7 @@ from .reference import Array, Extended, _extended, _ieee, _one_hot, _per_channel
 # docs/errors.md, "What an operation costs": roundings of
 EXP = 4  # exp x, and 2 |x| more, for x is the rounded difference of a logit and the maximum, times log2 e
 LOG = 14  # log(1 + x), x = Σ exp - 1
+CAP = 12  # τ tanh(z / τ)
 ARRAY_LOG = 8  # the logarithm of NumPy, PyTorch and CuPy
 RSTD = 3  # 1 / sqrt(variance + eps), given the variance
 VARIANCE = 6  # each (x - mean)², beside its sum
@@ -88,9 +89,9 @@ def _exponentials(z: Extended, axis: int, additions: int) -> _Exponentials:
     return _Exponentials(below, p, each, _sum(_times(p, each), axis) + additions)
 
 
-def _roundings_of_p(e: _Exponentials) -> Extended:
-    """An exponential, the sum, and 1 / sum and a product: as many as p_c meets."""
-    return e.each + e.total + 3.0
+def _of_p(e: _Exponentials) -> Extended:
+    """p counted: an exponential, the sum, and 1 / sum and a product."""
+    return _times(e.p, e.each + e.total + 3.0)
 
 
 @_ieee
@@ -98,7 +99,7 @@ def softmax(z: Any, axis: int = -1, *, dtype: str) -> Array:
     z = _extended(z)
     last = axis % z.ndim == z.ndim - 1
     e = _exponentials(z, axis, _of_a_row(z.shape[axis], dtype, last))
-    return _result(_times(e.p, _roundings_of_p(e)), dtype)
+    return _result(_of_p(e), dtype)
 
 
 @_ieee
@@ -112,7 +113,7 @@ def softmax_backward(dy: Any, y: Any, axis: int = -1, *, dtype: str) -> Array:
 def softmax_jacobian(z: Any, *, dtype: str) -> Array:
     z = _extended(z)
     e = _exponentials(z, -1, _of_a_row(z.shape[-1], dtype))
-    of_p = _times(e.p, _roundings_of_p(e))
+    of_p = _of_p(e)
     products = of_p[..., :, None] * e.p[..., None, :]
     products = products + np.swapaxes(products, -1, -2) + 2.0 * e.p[..., :, None] * e.p[..., None, :]
     return _result(products + np.eye(z.shape[-1]) * (of_p + e.p)[..., None, :], dtype)
@@ -126,46 +127,61 @@ def cross_entropy(y: Any, y_hat: Any, *, dtype: str) -> Array:
 
 
 class _Row(NamedTuple):
-    """Σ |q|, what forming each q and summing them costs, and the roundings of log Σ exp(z - max z), each (…, 1)."""
+    """A counted loss, its gradient by the logits (capped ones, if they are), and what the sheet rounds in both."""
 
-    weight: Extended
-    of_weight: float
-    log_total: Extended
-    of_excess: Extended
-
-
-def _row(e: _Exponentials, q: Extended, additions: int, of_weight: float) -> _Row:
-    first = np.arange(e.p.shape[-1]) == np.argmin(e.below, axis=-1)[..., None]
-    of_excess = np.where(first, 0.0, _times(e.p, 2.0 * additions + e.each))
-    log_total = -np.log(np.max(e.p, axis=-1, keepdims=True, initial=0.0))
-    return _Row(_sum(abs(q)), of_weight, log_total, _sum(of_excess))
+    loss: Extended
+    dz: Extended
+    sheet_loss: Extended
+    sheet_dz: Extended
 
 
-def _loss(e: _Exponentials, q: Extended, row: _Row) -> Any:
-    of_log = row.of_excess + (LOG + 2.0 + row.of_weight) * row.log_total
-    inner = _sum(_times(abs(q), e.below))
-    return (row.weight * of_log + (row.of_weight + 4.0) * inner)[..., 0]
+def _row(
+    z: Extended, q: Extended, target: NDArray[np.bool_] | None, additions: int, of_weight: float, z_loss: float, of_cap: float
+) -> _Row:
+    """Of Σ q (lse - z) + ζ lse² and p (Σ q + 2 ζ lse) - q over the last axis.
 
-
-def _loss_of_the_sheet(z: Extended, e: _Exponentials, q: Extended, row: _Row) -> Any:
-    """Σ q (lse - z), where lse = max z + log Σ exp(z - max z) is rounded before z is subtracted."""
+    `target`: where the class of a row is, None for probabilities. `of_weight`: the roundings of Σ q and of each q, 0 where
+    q is the class's weight itself. `of_cap`: those of each logit.
+    """
     top = abs(np.max(z, axis=-1, keepdims=True, initial=-np.inf))
-    return (_loss(e, q, row)[..., None] + 2.0 * row.weight * (1.0 + row.log_total) + 3.0 * _sum(_times(abs(q), top + abs(z))))[
-        ..., 0
-    ]
+    e = _exponentials(z, -1, additions)
+    of_logits = _times(of_cap, abs(z) + top) if of_cap else 0.0 * e.below
+    each = np.where(e.below == 0.0, 0.0, e.each + of_logits)
+    e = e._replace(each=each, total=_sum(_times(e.p, each)) + additions)
+
+    # Σ exp - 1 is kept: the first maximum, whose exponential is that 1, has no error
+    first = np.arange(z.shape[-1]) == np.argmin(e.below, axis=-1)[..., None]
+    of_excess = _sum(np.where(first, 0.0, _times(e.p, 2.0 * additions + each)))
+    log_total = -np.log(np.max(e.p, axis=-1, keepdims=True, initial=0.0))
+    lse, of_lse = top + log_total, of_excess + LOG * log_total + (1.0 + of_cap) * (top + log_total)
+    weight, inner = _sum(abs(q)), _sum(_times(abs(q), e.below))
+
+    of_log = of_excess + (LOG + 2.0 + of_weight) * log_total
+    loss = weight * of_log + (of_weight + 4.0) * inner + _sum(_times(abs(q), of_logits))
+    of_p = e.each + e.total + 3.0
+    dz = weight * _times(e.p, of_p + of_weight + 1.0) + (2.0 + of_weight) * abs(q)
+    if z_loss:
+        loss = loss + z_loss * lse * (2.0 * of_lse + 3.0 * lse)
+        dz = dz + 2.0 * z_loss * _times(e.p, of_lse + (of_p + 3.0) * lse)
+    # the sheet rounds lse = max z + log Σ exp(z - max z) before it subtracts z, and p before it subtracts q
+    sheet = loss + 2.0 * weight * (1.0 + log_total) + 3.0 * _sum(_times(abs(q), top + abs(z))), dz
+    if target is not None:
+        dz = np.where(target, _at_target(e, target, weight, additions, of_weight, 2.0 * z_loss * _times(e.p, of_lse + lse)), dz)
+    return _Row(loss[..., 0], dz, sheet[0][..., 0], sheet[1])
 
 
-def _at_target(e: _Exponentials, target: NDArray[np.bool_], additions: int) -> Any:
-    """The roundings of p_t - 1, taken as the sum of the others: what they are, and p_t's own where it is not the largest."""
+def _at_target(
+    e: _Exponentials, target: NDArray[np.bool_], weight: Extended, additions: int, of_weight: float, pull: Any
+) -> Any:
+    """The gradient at the class is -q_t (Σ of the other p), without the difference p_t - 1: so much less is its error.
+
+    p_t's own counts where it is not the largest. With smoothing, Σ q - q_t is a difference of rounded sums.
+    """
     others = np.where(target, 0.0, e.p)
     each = _times(e.p, 2.0 * additions + e.each)
     of_others = _sum(np.where(target, 0.0, each)) + _sum(np.where(target & (e.below > 0.0), 2.0 * each, 0.0))
-    return of_others + _sum(others) * (e.total + 5.0)
-
-
-def _gradient(e: _Exponentials, q: Extended, row: _Row) -> Any:
-    """p_c Σ q - q_c, both rounded."""
-    return row.weight * _times(e.p, _roundings_of_p(e) + row.of_weight + 1.0) + (2.0 + row.of_weight) * abs(q)
+    of_others = of_others + _sum(others) * (e.total + 7.0)
+    return weight * (of_others + (of_weight + 4.0 if of_weight else 0.0)) + (e.each + e.total + 6.0) * pull
 
 
 @_ieee
@@ -174,13 +190,57 @@ def softmax_cross_entropy(z: Any, y: Any, *, dtype: str) -> reference.SoftmaxCro
     soft = np.shape(y) == z.shape
     q = _extended(y) if soft else _one_hot(y, z.shape[-1])
     additions = _of_a_row(z.shape[-1], dtype)
-    e = _exponentials(z, -1, additions)
-    row = _row(e, q, additions, additions if soft else 0.0)
-    dz = sheet_dz = _gradient(e, q, row)
-    if not soft:
-        dz = np.where(q == 1.0, _at_target(e, q == 1.0, additions), dz)
-    loss = _result(_loss(e, q, row), dtype, _loss_of_the_sheet(z, e, q, row))
-    return reference.SoftmaxCrossEntropy(loss, _result(dz, dtype, sheet_dz))
+    row = _row(z, q, None if soft else q == 1.0, additions, additions if soft else 0.0, 0.0, 0.0)
+    return reference.SoftmaxCrossEntropy(_result(row.loss, dtype, row.sheet_loss), _result(row.dz, dtype, row.sheet_dz))
+
+
+@_ieee
+def cross_entropy_with_options(
+    logits: Any, target: Any, weight: Any = None, ignore_index: int = -100, label_smoothing: float = 0.0,
+    reduction: str = "mean", upstream: Any = None, z_loss: float = 0.0, softcap: float | None = None, *, dtype: str,
+) -> reference.CrossEntropyWithOptions:  # fmt: skip
+    logits, target = _extended(logits), np.asarray(target)
+    axis = 1 if logits.ndim > 1 else 0
+    z = reference._capped(np.moveaxis(logits, axis, -1), softcap)
+    n_classes, hard = z.shape[-1], np.issubdtype(target.dtype, np.integer)
+    kept = target != ignore_index if hard else np.ones(z.shape[:-1], dtype=bool)
+    y = _one_hot(np.where(kept, target, 0), n_classes) if hard else abs(np.moveaxis(_extended(target), axis, -1))
+    w = np.ones(n_classes, np.longdouble) if weight is None else abs(_extended(weight))
+    q = w * ((1.0 - label_smoothing) * y + label_smoothing / n_classes)
+
+    additions = _of_a_row(n_classes, dtype, axis == logits.ndim - 1)
+    of_weight = 0.0 if hard and not label_smoothing else additions + 4.0
+    row = _row(z, q, y == 1.0 if hard else None, additions, of_weight, z_loss, 0.0 if softcap is None else CAP)
+    of_loss: Any
+    of_dz: Any
+    of_loss, of_dz = (_times(kept, row.loss), _times(kept, row.sheet_loss)), (row.dz, row.sheet_dz)
+
+    # what the sheet finds for each row, before the reduction
+    given = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    sheet = reference.cross_entropy_with_options(logits, target, **given, softcap=softcap, reduction="none")
+    dz = abs(np.moveaxis(_extended(sheet.dlogits), axis, -1))
+    terms = dz if hard and not label_smoothing else np.where(y == 1.0, dz, _sum(q) * _softmax(z, -1) + q)
+    if softcap is not None:
+        share = (z / softcap) ** 2
+        of_dz = tuple((1.0 - share) * v for v in of_dz)
+        before_cap = _sum(q) * _softmax(z, -1) + q
+        of_dz = of_dz[0] + (4.0 * (1.0 - share) + 2.0 * CAP * share) * before_cap, of_dz[1] + 4.0 * before_cap
+
+    scale = abs(_extended(1.0 if upstream is None else upstream))
+    of_scale: Any = 4.0
+    divisor: Any = 1.0
+    if reduction != "none":
+        of_sum = _additions(kept.size, ROW) + 2.0
+        losses = np.sum(abs(_extended(sheet.loss)))
+        of_loss = np.sum(of_loss[0]) + of_sum * losses, np.sum(of_loss[1]) + of_sum * losses
+    if reduction == "mean":
+        divisor = np.sum(_times(kept, _sum(w * y)[..., 0])) if hard else np.longdouble(kept.size)
+        of_scale += of_sum
+        of_loss = tuple((v + (of_sum + 1.0) * losses) / divisor for v in of_loss)
+    scale = np.broadcast_to(scale / divisor, kept.shape)[..., None]
+    of_dz = tuple(np.where(kept[..., None], scale * (v + of_scale * terms), 0.0) for v in of_dz)
+    loss, dlogits = _result(of_loss[0], dtype, of_loss[1]), _result(of_dz[0], dtype, of_dz[1])
+    return reference.CrossEntropyWithOptions(loss, np.moveaxis(dlogits, -1, axis))
 
 
 # Batch normalisation: docs/errors.md, section 2 --------------------------------------------------------------------
@@ -268,6 +328,18 @@ def batch_norm_inference(
     gamma, beta = abs(_extended(1.0 if gamma is None else gamma)), abs(_extended(0.0 if beta is None else beta))
     x_hat = abs(x - mean.reshape(shape)) / np.sqrt(var + eps).reshape(shape)
     return _result(gamma.reshape(shape) * x_hat * (RSTD + 4.0) + beta.reshape(shape), dtype)
+
+
+@_ieee
+def batch_norm_inference_backward(
+    dy: Any, x: Any, mean: Any, var: Any, gamma: Any = None,
+    eps: float = 1e-5, channel_axis: int | None = 1, *, dtype: str,
+) -> reference.BatchNormInferenceGradients:  # fmt: skip
+    given = dy, x, mean, var, gamma
+    trained = batch_norm_backward(*given, eps=eps, channel_axis=channel_axis, dtype=dtype)
+    constant = reference.batch_norm_inference_backward(*given, eps, channel_axis)
+    dx = _result((RSTD + 3.0) * abs(_extended(constant.dx)), dtype)
+    return reference.BatchNormInferenceGradients(dx, trained.dgamma, trained.dbeta)
 
 
 # Points and the trace: docs/errors.md, section 3 -------------------------------------------------------------------

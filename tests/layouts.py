@@ -1,8 +1,7 @@
-"""Arrays in the memory layouts that a kernel meets, surrounded by NaN wherever the layout leaves room, and in other orders."""
+"""Arrays in the memory layouts that a kernel meets, surrounded by NaN wherever the layout leaves room."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -51,14 +50,3 @@ def in_layout(kit: Any, values: Any, dtype: str, layout: str) -> Any:
     if layout == "reversed" and kit.kind != "torch":
         return kit.array(np.ascontiguousarray(values[..., ::-1]), dtype)[..., ::-1]
     return kit.array(values, dtype)
-
-
-def orders(x: Any) -> Iterator[tuple[Callable[[Any], Any], Callable[[Any], Any]]]:
-    """Ways to turn a (N, C, …) tensor over that leave its channels where they are, each with its way back.
-
-    On few numbers PyTorch's error is a matter of luck: it gets the same input in these orders, and its worst error counts.
-    """
-    yield lambda t: t, lambda t: t
-    for dims in [(0,)] if x.ndim == 2 else [(0,), (-1,), (0, -1)]:
-        yield (lambda t, d=dims: t.flip(d)), (lambda t, d=dims: t.flip(d))
-    yield (lambda t: t.roll(1, 0)), (lambda t: t.roll(-1, 0))

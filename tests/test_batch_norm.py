@@ -10,11 +10,10 @@ import pytest
 import torch
 
 import hw3gpu
-from hw3gpu import reference
+from hw3gpu import _error_bounds, reference
 from hw3gpu._arrays import accumulate_dtype, requested_backend
-from hw3gpu._cli.measure import PYTORCH_FACTOR
-from layouts import in_layout, orders, to_torch
-from measure import close, max_error, ulp
+from layouts import in_layout, to_torch
+from measure import close, max_error
 
 # the values that the kernels are asked to spoil are spoilt in the interpreter with a warning
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -68,21 +67,6 @@ def sums_over(x, axis):
     return tuple(i for i in range(x.ndim) if axis is None or i != axis % x.ndim)
 
 
-def hold(name, ours, expected, dtype, *theirs, terms=None):
-    """`close`, with the name of the result in the message; PyTorch's error is that of the worst of `theirs`.
-
-    `terms`: the magnitude of what was summed, where 1 ulp of it is allowed instead of 1 ulp of a result that has cancelled.
-    """
-    theirs = (t.double().cpu().numpy().reshape(expected.shape) for t in theirs)
-    torch_error = max(max_error(t, expected, dtype) for t in theirs)
-    if terms is not None:
-        torch_error += (ulp(terms, dtype) - ulp(np.max(np.abs(expected)), dtype)) / PYTORCH_FACTOR
-    try:
-        close(ours, expected, torch_error, dtype)
-    except AssertionError as error:
-        raise AssertionError(f"{name}: {error}") from None
-
-
 def torch_forward(x, weight, bias, eps):
     """PyTorch's y, mean, var and rstd."""
     y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
@@ -110,15 +94,19 @@ def forward_and_check(kit, dtype, x, gamma, beta, axis, eps=1e-5):
     expected = reference.batch_norm(*values, eps=eps, channel_axis=axis)
     x_t = channels_second(to_torch(x), axis)
     weight, bias = (None if v is None else to_torch(v).reshape(-1).to(getattr(torch, acc)) for v in (gamma, beta))
-    runs = []
-    for turn, back in orders(x_t):
-        y, *statistics = torch_forward(turn(x_t), weight, bias, eps)
-        runs.append((channels_back(back(y), axis, x.shape), *statistics))
-    # x - μ is rounded once for each x: a mean far smaller than its values keeps their ulp
-    terms = {"mean": np.abs(values[0]).mean(sums_over(x, axis)).max()} if np.isfinite(values[0]).all() else {}
-    for name, of, theirs in zip(("y", "mean", "var", "rstd"), (dtype, acc, acc, acc), zip(*runs, strict=True), strict=True):
-        hold(name, kit.numpy(getattr(result, name)), getattr(expected, name), of, *theirs, terms=terms.get(name))
+    y, *statistics = torch_forward(x_t, weight, bias, eps)
+    theirs = channels_back(y, axis, x.shape), *statistics
+    bound = _error_bounds.batch_norm(*values, eps=eps, channel_axis=axis, dtype=acc)
+    hold_all(kit, ("y", "mean", "var", "rstd"), result, expected, theirs, bound, dtype, acc)
     return result
+
+
+def hold_all(kit, names, result, expected, theirs, bound, dtype, acc):
+    """Each result of these names held to the answer sheet, the first in `dtype` and the others in `acc`."""
+    for name, of, by_torch in zip(names, (dtype, *[acc] * (len(names) - 1)), theirs, strict=True):
+        sheet = getattr(expected, name)
+        torch_error = max_error(by_torch.double().cpu().numpy().reshape(sheet.shape), sheet, of)
+        close(kit.numpy(getattr(result, name)), sheet, torch_error, of, getattr(bound, name), name)
 
 
 def backward_and_check(kit, dtype, dy, x, mean, var, gamma, axis, eps=1e-5):
@@ -136,13 +124,11 @@ def backward_and_check(kit, dtype, dy, x, mean, var, gamma, axis, eps=1e-5):
     dy_t, x_t = (channels_second(to_torch(v), axis) for v in (dy, x))
     mean_t, var_t = (to_torch(v).reshape(-1).to(getattr(torch, acc)) for v in (mean, var))
     weight = torch.ones_like(mean_t) if gamma is None else to_torch(gamma).reshape(-1).to(mean_t.dtype)
-    runs = []
-    for turn, back in orders(x_t):
-        dx, *sums = torch_backward(turn(dy_t), turn(x_t), mean_t, var_t, weight, eps)
-        runs.append((channels_back(back(dx), axis, x.shape), *sums))
-    names = ("dx", "dgamma", "dbeta", "dvar", "dmean")
-    for name, of, theirs in zip(names, (dtype, *[acc] * 4), zip(*runs, strict=True), strict=True):
-        hold(name, kit.numpy(getattr(result, name)), getattr(expected, name), of, *theirs)
+    dx, *sums = torch_backward(dy_t, x_t, mean_t, var_t, weight, eps)
+    theirs = channels_back(dx, axis, x.shape), *sums
+    given = dy_np, x_np, mean_np, var_np, gamma_np
+    bound = _error_bounds.batch_norm_backward(*given, eps=eps, channel_axis=axis, dtype=acc)
+    hold_all(kit, ("dx", "dgamma", "dbeta", "dvar", "dmean"), result, expected, theirs, bound, dtype, acc)
     return result
 
 
@@ -257,12 +243,9 @@ def test_one_variable_takes_scalars(kit, rng, dtype):
     np.testing.assert_array_equal(kit.numpy(a.y), kit.numpy(b.y))
     g = hw3gpu.batch_norm_backward(x, x, a.mean, a.var, scalar, channel_axis=None)
     assert tuple(g.dgamma.shape) == tuple(g.dbeta.shape) == tuple(g.dvar.shape) == tuple(g.dmean.shape) == ()
-    close(kit.numpy(a.y), reference.batch_norm(kit.numpy(x), 1.25, 1.25, channel_axis=None).y, ulp_of_parts(x), dtype)
-
-
-def ulp_of_parts(x):
-    """Room for the rounding of the statistics and of one product, in float32 or better."""
-    return 2.0 ** (-50 if accumulate_dtype(x) == "float64" else -21)
+    given = {"x": kit.numpy(x), "gamma": 1.25, "beta": 1.25, "channel_axis": None}
+    bound = _error_bounds.batch_norm(**given, dtype=accumulate_dtype(x)).y
+    close(kit.numpy(a.y), reference.batch_norm(**given).y, None, dtype, bound)
 
 
 def test_channel_axis_is_a_matter_of_names(tensors, rng):

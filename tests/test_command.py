@@ -54,6 +54,8 @@ def test_verify_passes_with_the_cpu_kernels_for_every_row(capsys: Captured) -> N
     status = main(["verify", "--kernels", "cpu", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert [check for check in found["checks"] if not check["passed"]] == []
+    # and never because PyTorch has the same fault, such as a mean of 1e4 in one float32
+    assert [check for check in found["checks"] if check["held_by"] not in ("both", "bound")] == []
     assert found["passed"]
     assert status == 0
     assert {(check["row"], check["arrays"]) for check in found["checks"]} == {
