@@ -297,6 +297,10 @@ def viewer(which: str) -> Callable[[Array], Array]:
     return _host_view if which == "cpu" else _torch_view
 
 
+# How the CPU kernels see NumPy's float16 and the bfloat16 that ml_dtypes adds, by the dtype's char.
+_HALVES = {"e": np.int16, "E": np.uint16}
+
+
 def _host_view(x: Array) -> Array:
     if x is None:
         return None
@@ -306,7 +310,10 @@ def _host_view(x: Array) -> Array:
         if x.requires_grad:
             x = x.detach()
         x = x.resolve_neg().numpy() if x.is_neg() else x.numpy()  # on the host no copy but for that lazy sign
-    return x.view(np.int16) if x.dtype.char == "e" else x
+    elif not x.flags.aligned:
+        x = x.copy()  # an argument: outputs are aligned. For such memory Numba would compile each kernel anew
+    bits = _HALVES.get(x.dtype.char)
+    return x if bits is None else x.view(bits)
 
 
 def _torch_view(x: Array) -> Array:
@@ -315,9 +322,10 @@ def _torch_view(x: Array) -> Array:
     import torch
 
     if isinstance(x, np.ndarray):
-        # torch has neither negative strides nor read-only memory
-        plain = x.flags.writeable and all(stride >= 0 for stride in x.strides)
-        return torch.from_numpy(x if plain else x.copy())
+        # torch has neither read-only memory nor strides that are negative or no number of elements
+        plain = x.flags.writeable and all(stride >= 0 and stride % x.itemsize == 0 for stride in x.strides)
+        x = x if plain else x.copy()
+        return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16) if x.dtype.char == "E" else torch.from_numpy(x)
     if isinstance(x, torch.Tensor):
         return x.detach().resolve_neg()
     # with a negative stride torch ends the process

@@ -43,9 +43,7 @@ class Numerics:
         a = self.xp.asarray(a, dtype=dtype)
         if not _arrays.is_torch(self.like):
             return a[()] if self.xp is np else a
-        import torch
-
-        return torch.from_numpy(a if a.flags.writeable else a.copy()) if self.xp is np else torch.from_dlpack(a)
+        return _arrays.kernel_view(a, "gpu")
 
     def check(self, look: Callable[..., None], *arrays: Array) -> None:
         """`look(*arrays)`, in NumPy, which raises what is wrong: now on the host, with the next `fetch` on a GPU."""

@@ -32,10 +32,23 @@ def unaligned(x):
     return copy
 
 
+def field_of_a_record(x):
+    records = np.zeros(x.shape, [("value", x.dtype), ("flag", "i1")])
+    records["value"] = x
+    return records["value"]
+
+
+@pytest.fixture
+def host(device):
+    if device != "cpu":
+        pytest.skip("about arrays on the host")
+
+
 HARMLESS = {
     "memmap": on_disk,
     "recarray": lambda x: x.view(np.recarray),
     "unaligned": unaligned,
+    "field of a record": field_of_a_record,
     "parameter": lambda x: torch.nn.Parameter(torch.from_numpy(x), requires_grad=x.dtype.kind == "f"),
     "tensor subclass": lambda x: torch.from_numpy(x).as_subclass(OwnTensor),
 }
@@ -43,7 +56,7 @@ HARMLESS = {
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("make", HARMLESS)
-def test_subclasses_that_add_nothing_are_arrays(device, rng, make, name):
+def test_subclasses_that_add_nothing_are_arrays(host, rng, make, name):
     """What comes out is of NumPy's or torch's own class."""
     arrays = operands(rng)
     results = leaves(CALLS[name](hw3gpu, {key: HARMLESS[make](x) for key, x in arrays.items()}))
@@ -128,3 +141,18 @@ def test_the_other_byte_order_says_how_to_convert(rng, dtype, native):
         hw3gpu.moments(z)
     with pytest.raises(TypeError, match=r"y: expected integer classes .*y\.astype\('int64'\) converts it$"):
         hw3gpu.softmax_cross_entropy(z.astype(native), np.zeros(2, ">i8"))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if FIRST.get(name) in ("x", "y", "z", "y_hat")])
+def test_bfloat16_of_numpy(host, rng, name):
+    """NumPy has it from ml_dtypes; the results are those for torch's, to the bit."""
+    bfloat16 = pytest.importorskip("ml_dtypes", reason="ml_dtypes, which NumPy's bfloat16 is from, is not installed").bfloat16
+    arrays = operands(rng)
+    numpys = {key: x.astype(bfloat16) if x.dtype.kind == "f" else x for key, x in arrays.items()}
+    torchs = {key: torch.from_numpy(x).to(torch.bfloat16 if x.dtype.kind == "f" else torch.int64) for key, x in arrays.items()}
+    for ours, theirs in zip(leaves(CALLS[name](hw3gpu, numpys)), leaves(CALLS[name](hw3gpu, torchs)), strict=True):
+        if theirs is not None:
+            assert str(ours.dtype) == str(theirs.dtype).removeprefix("torch.")
+            np.testing.assert_allclose(
+                ours.astype("float64"), theirs.double().numpy(), rtol=1e-6 if name == "cross_entropy" else 0
+            )
