@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__
+from . import __version__, _pool
 
 # of the table of operations, in README.md
 ROWS = tuple(f"S{i}" for i in range(1, 10))
@@ -30,23 +30,50 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     train = commands.add_parser("train", help="a small net on handwritten digits, beside the same net of PyTorch's layers")
-    train.add_argument("--epochs", type=_positive, default=12, help="passes over the training set (%(default)s)")
-    train.add_argument("--seed", type=int, default=0, help="of the weights, the split and the batches (%(default)s)")
+    train.add_argument("--epochs", type=_positive, default=10, help="passes over the training set (%(default)s)")
+    train.add_argument("--seed", type=_seed, default=0, help="of the weights, the split and the batches (%(default)s)")
     train.add_argument("--output", type=Path, default=Path("out/train.png"), help="the PNG of the curves (%(default)s)")
     train.add_argument("--device", default=None, help="torch device (a CUDA device where there is one, else cpu)")
     return parser
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _integer(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
     return value
 
 
+def _seed(text: str) -> int:
+    value = _integer(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"expected 0 to 2^32 - 1, got {value}")
+    return value
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the status of the process."""
+    """Run the command; the status of the process: 130 where it is interrupted (Ctrl-C)."""
     options = _parser().parse_args(arguments)
+    try:
+        _pool.limit()
+    except ValueError as error:
+        print(f"hw3gpu {options.command}: {error}", file=sys.stderr)
+        return 2
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print(f"\nhw3gpu {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.command == "info":
         from ._cli import info
 

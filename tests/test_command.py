@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -153,13 +155,13 @@ def test_train_learns_as_pytorch_does(capsys: Captured, tmp_path: Path, monkeypa
     learn = train.train
     monkeypatch.setattr(train, "train", lambda *arguments: nets.extend(learn(*arguments)) or tuple(nets))
     png = tmp_path / "curves" / "train.png"
-    assert main(["train", "--epochs", "6", "--output", str(png), "--device", "cpu"]) == 0
+    assert main(["train", "--epochs", "3", "--output", str(png), "--device", "cpu"]) == 0
 
     ours, theirs = nets
     data = train.Digits.load(0, torch.device("cpu"))
     assert ours.accuracy(data) > 0.97
     assert theirs.accuracy(data) > 0.97
-    assert len(ours.losses) == len(theirs.losses) == 6 * -(-len(data.x) // train.BATCH)
+    assert len(ours.losses) == len(theirs.losses) == 3 * -(-len(data.x) // train.BATCH)
     # rounding alone separates the nets, until training has amplified it
     assert max(abs(a - b) for a, b in zip(ours.losses[:10], theirs.losses[:10], strict=True)) < 1e-5
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -177,11 +179,102 @@ def test_train_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train", "--epochs", "0"], ["verify", "--kernels", "tpu"], ["verify", "--only", "S10"], []],
-    ids=["no epoch", "unknown kernels", "unknown row", "no command"],
+    [["verify", "--kernels", "tpu"], ["verify", "--only", "S10"], []],
+    ids=["unknown kernels", "unknown row", "no command"],
 )
 def test_wrong_arguments_are_refused(arguments: list[str], capsys: Captured) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
     assert "usage: hw3gpu" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- wrong arguments
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "x"], "argument --epochs: expected an integer, got 'x'"),
+        (["--epochs", "0"], "argument --epochs: expected 1 or more, got 0"),
+        (["--seed", "-1"], "argument --seed: expected 0 to 2^32 - 1, got -1"),
+        (["--seed", str(2**32)], "argument --seed: expected 0 to 2^32 - 1, got 4294967296"),
+        (["--device", "banana"], "argument --device: expected cpu, cuda or cuda:N, got 'banana'"),
+        (["--device", "meta"], "argument --device: expected cpu, cuda or cuda:N, got 'meta'"),
+        (["--device", "cuda:99"], "argument --device: cuda:99 is not there"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_train_refuses_wrong_arguments_in_a_line(arguments: list[str], message: str, capsys: Captured, untrained: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--output", str(untrained / "train.png"), *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert list(untrained.iterdir()) == []
+
+
+@pytest.fixture
+def untrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, for a command that must not come as far as to train."""
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained"))
+    return tmp_path
+
+
+def test_train_refuses_an_output_that_cannot_be_written_before_it_trains(capsys: Captured, untrained: Path) -> None:
+    (untrained / "file").write_text("as it was")
+    (untrained / "folder").mkdir()
+    for output, why in ((untrained / "folder", "Is a directory"), (untrained / "file" / "train.png", "")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", "--output", str(output)])
+        assert stopped.value.code == 2
+        assert f"argument --output: {output} cannot be written: {why}" in capsys.readouterr().err
+    assert (untrained / "file").read_text() == "as it was"
+
+
+def test_train_leaves_an_output_of_before_alone_until_it_has_trained(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    (tmp_path / "train.png").write_text("of before")
+    assert main(["train", "--output", str(tmp_path / "train.png")]) == 130
+    assert capsys.readouterr().err.strip() == "hw3gpu train: interrupted"
+    assert (tmp_path / "train.png").read_text() == "of before"
+
+
+@pytest.mark.parametrize("command", ["info", "train"])
+def test_an_unknown_backend_is_named(command: str, capsys: Captured, untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HW3GPU_BACKEND", "foo")
+    why = "HW3GPU_BACKEND: expected one of auto, gpu, cpu, got 'foo'"
+    if command == "info":
+        assert main(["info", "--json"]) == 0
+        assert [choice["why"] for choice in json.loads(capsys.readouterr().out)["kernels"][:2]] == [why] * 2
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", "--output", str(untrained / "train.png")])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err == f"hw3gpu train: {why}\n"
+
+
+def test_a_wrong_setting_is_named(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HW3GPU_CPU_CACHE_MB", "foo")
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == (
+        "hw3gpu info: HW3GPU_CPU_CACHE_MB: expected a number of megabytes of at least 0, got 'foo'\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- make demo
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(("found", "learned"), [(0, 0), (1, 0), (0, 3)])
+def test_the_demo_trains_whatever_verify_found_and_tells_it(tmp_path: Path, found: int, learned: int) -> None:
+    command = tmp_path / "hw3gpu"
+    command.write_text(f'#!/bin/sh\necho "ran $1"\ncase $1 in verify) exit {found};; *) exit {learned};; esac\n')
+    command.chmod(0o755)
+    (tmp_path / "installed").touch()
+    made = subprocess.run(
+        ["make", "demo", f"BIN={tmp_path}", f"INSTALLED={tmp_path / 'installed'}"],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True,
+    )  # fmt: skip
+    assert made.stdout.splitlines()[:2] == ["ran verify", "ran train"]
+    assert (made.returncode == 0) is (found == learned == 0)
