@@ -9,7 +9,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -21,6 +21,8 @@ from .measure import max_error, share_of_bound, tolerance
 from .operations import OPERATIONS, Operation, Output
 
 INTERPRETED = "Triton kernels, interpreted"
+# Batch normalisation forward is a third of what there is to compile and to run, its backward another.
+FIRST_ROWS = ("S1", "S2")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def run(kernels: str, rows: Collection[str]) -> Iterator[Check]:
     """The checks of the operations that answer `rows`, 'S1' to 'S9', for `kernels`, 'cpu', 'gpu' or 'all'.
 
     The Triton kernels run on CUDA and CuPy arrays where a GPU is found, else on host arrays in Triton's interpreter.
-    That has to be asked for before Triton is imported: it runs in a process of its own, beside the Numba kernels.
+    That has to be asked for before Triton is imported: it runs in a process of its own, beside the Numba kernels. These
+    take two processes, for in a new place they are compiled first, which takes most of the time.
     """
     import torch
 
@@ -72,11 +75,18 @@ def run(kernels: str, rows: Collection[str]) -> Iterator[Check]:
     gpu = kernels in ("gpu", "all") and not _without_triton()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     apart = gpu and not interpreted and not torch.cuda.is_available()
-    with _interpreter(rows) if apart else contextlib.nullcontext() as process:
+    with contextlib.ExitStack() as processes:
+        # NumPy, on which the interpreter computes, warns of every exp(-inf) and overflow
+        quiet = ("-W", "ignore::RuntimeWarning:triton.runtime.interpreter")
+        interpreter = processes.enter_context(_process("gpu", rows, quiet, TRITON_INTERPRET="1")) if apart else None
         if kernels in ("cpu", "all"):
-            yield from _checks("cpu", "Numba kernels", host, rows)
-        if process is not None:
-            yield from _checks_of(process)
+            here, there = ([row for row in rows if (row in FIRST_ROWS) is first] for first in (True, False))
+            beside = processes.enter_context(_process("cpu", there)) if here and there else None
+            yield from _checks("cpu", "Numba kernels", host, here or there)
+            if beside is not None:
+                yield from _checks_of(beside)
+        if interpreter is not None:
+            yield from _checks_of(interpreter)
         elif gpu and interpreted:
             mend_the_interpreter()
             yield from _checks("gpu", INTERPRETED, host, rows)
@@ -91,13 +101,12 @@ def _without_triton() -> bool:
 
 
 @contextlib.contextmanager
-def _interpreter(rows: Collection[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that verifies the Triton kernels in Triton's interpreter; ended with the block."""
-    # NumPy, on which the interpreter computes, warns of every exp(-inf) and overflow
-    quiet = ["-W", "ignore::RuntimeWarning:triton.runtime.interpreter"]
-    command = [sys.executable, *quiet, "-m", "hw3gpu", "verify", "--kernels", "gpu", "--json", "--only", *rows]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+def _process(
+    kernels: str, rows: Collection[str], options: Sequence[str] = (), **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A process that verifies these kernels; ended with the block."""
+    command = [sys.executable, *options, "-m", "hw3gpu", "verify", "--kernels", kernels, "--json", "--only", *rows]
+    with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
         finally:
@@ -107,7 +116,7 @@ def _interpreter(rows: Collection[str]) -> Iterator[subprocess.Popen[str]]:
 def _checks_of(process: subprocess.Popen[str]) -> Iterator[Check]:
     output, _ = process.communicate()
     if process.returncode not in (0, 1) or not output:
-        raise RuntimeError(f"the process that interprets the Triton kernels ended with status {process.returncode}")
+        raise RuntimeError(f"a process that verifies a part ended with status {process.returncode}: {process.args!r}")
     yield from (Check(**check) for check in json.loads(output)["checks"])
 
 
