@@ -132,8 +132,8 @@ def _batch_norm_case(
 def _moments_case(shape: tuple[int, int, int]) -> Callable[[], None]:
     def run() -> None:
         B, _, m = shape
-        shift, total, scatter = _meta((B, m), F64), _meta((2, B, m), F64), _meta((2, B, m, m), F64)
-        moments.update(_meta(shape, F64), shift, total, scatter, count=0)
+        state = (_meta(size, F64) for size in ((B, m), (2, B, m), (2, B, m, m), (B, m)))
+        moments.update(_meta(shape, F64), *state, count=0)
 
     return run
 

@@ -186,12 +186,13 @@ class _State:
     """The moments of `count` points of m variables, B sets of them, in float64, as `kernels/cpu/moments.py` keeps them.
 
     shift (B, m) is a mean that float64 holds, total (2, B, m) the sum of the points less it, scatter (2, B, m, m) the lower
-    triangle of Σ (x_i - μ)(x_i - μ)ᵀ; index 1 has what additions to index 0 rounded off.
+    triangle of Σ (x_i - μ)(x_i - μ)ᵀ; index 1 has what additions to index 0 rounded off. unit (B, m) is the power of two by
+    which all of a variable is multiplied.
     """
 
     def __init__(self, sets: int, m: int, like: Array) -> None:
         self.count, self.m, self.like = 0, m, like
-        sizes = (sets, m), (2, sets, m), (2, sets, m, m)
+        sizes = (sets, m), (2, sets, m), (2, sets, m, m), (sets, m)
         self.arrays = tuple(_arrays.empty(size, "float64", like) for size in sizes)
 
     def update(self, points: Array) -> None:
@@ -215,7 +216,7 @@ class _State:
         return Moments(mean.reshape((*batch, self.m)), covariance.reshape((*batch, self.m, self.m)))
 
     def packed(self) -> Any:
-        """count and the arrays as one torch tensor (1 + 3 m + 2 m²) of float64, for B = 1, where the arrays live."""
+        """count and the arrays as one torch tensor (1 + 4 m + 2 m²) of float64, for B = 1, where the arrays live."""
         import torch
 
         parts = [_arrays.kernel_view(a, "gpu").reshape(-1) for a in self.arrays]
@@ -232,8 +233,8 @@ class _State:
         if kind == "cupy":
             with like.device:
                 values = _arrays.namespace(like).asarray(values.cpu().numpy())
-        shift, total, scatter = values[:m], values[m : 3 * m], values[3 * m :]
-        state.arrays = shift.reshape(1, m), total.reshape(2, 1, m), scatter.reshape(2, 1, m, m)
+        shift, total, scatter, unit = values[:m], values[m : 3 * m], values[3 * m : -m], values[-m:]
+        state.arrays = shift.reshape(1, m), total.reshape(2, 1, m), scatter.reshape(2, 1, m, m), unit.reshape(1, m)
         return state
 
 
@@ -312,7 +313,7 @@ class MomentAccumulator:
     def all_reduce(self, group: Any = None) -> MomentAccumulator:
         """Every rank of a `torch.distributed` group (None: the default one) gets the sum over all ranks.
 
-        One collective, an all-gather of 1 + 3 m + 2 m² float64 a rank, merged in the order of ranks, so that all get the
+        One collective, an all-gather of 1 + 4 m + 2 m² float64 a rank, merged in the order of ranks, so that all get the
         same bits. Ranks may hold different numbers of points, also none. Returns the accumulator.
         """
         import torch
@@ -323,7 +324,7 @@ class MomentAccumulator:
         device = torch.device("cuda" if distributed.get_backend(group) == "nccl" else "cpu")
         if self._state is None:
             like: Array = torch.empty((1, self.m), dtype=torch.float64, device=device)
-            packed = torch.zeros(1 + 3 * self.m + 2 * self.m**2, dtype=torch.float64, device=device)
+            packed = torch.zeros(1 + 4 * self.m + 2 * self.m**2, dtype=torch.float64, device=device)
         else:
             like, packed = self._state.like, self._state.packed().to(device)
         everyone = [torch.empty_like(packed) for _ in range(distributed.get_world_size(group))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from fractions import Fraction
 
 import numpy as np
@@ -273,9 +274,10 @@ def test_the_triton_kernels_compile_without_a_spill(arch, n, m):
     def meta(*shape, dtype=torch.float64):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    state, more = ((meta(1, m), meta(2, 1, m), meta(2, 1, m, m)) for _ in range(2))
+    state, more = ((meta(1, m), meta(2, 1, m), meta(2, 1, m, m), meta(1, m)) for _ in range(2))
     with StandIn(arch) as device:
         kernels.update(meta(1, n, m, dtype=torch.float32), *state, count=7)
+        kernels.update(meta(1, n, m), *state, count=7)
         kernels.merge(*more, *state, more=3, count=7)
         kernels.finish(*state, meta(1, m), meta(1, m, m), count=10, divisor=9)
     assert {launch.name for launch in device.launches} == {"_add_runs_kernel", "_merge_kernel", "_finish_kernel"}
@@ -294,6 +296,86 @@ def test_the_plan_fills_the_device_and_its_runs_hold_no_more_than_the_points():
         assert plan.runs == 1 or plan.runs * m <= n
         assert plan.runs == 1 or sets * plan.runs * tiles * (tiles + 1) // 2 <= 2 * 4 * 132
         assert sets * plan.runs * tiles**2 < 2**31
+
+
+def exact_to_the_last(x, ddof=0):
+    """As `exact_moments`, infinite where there is no such number."""
+
+    def number(q):
+        try:
+            return float(q)
+        except OverflowError:
+            return np.inf if q > 0 else -np.inf
+
+    # in units of the smallest number all are integers
+    columns = [[int(Fraction(float(v)) * 2**1074) for v in column] for column in x.T]
+    n, sums = len(x), [sum(column) for column in columns]
+    mean = [number(Fraction(total, n << 1074)) for total in sums]
+    cov = [
+        [
+            number(Fraction(n * sum(map(operator.mul, a, b)) - total_a * total_b, n * (n - ddof) << 2148))
+            for b, total_b in zip(columns, sums, strict=True)
+        ]
+        for a, total_a in zip(columns, sums, strict=True)
+    ]
+    return np.array(mean), np.array(cov)
+
+
+def extreme_points(n):
+    """Variables at both ends of float64, together: their covariances are numbers, or infinite, or 0, and each is right."""
+    x = np.random.default_rng(0).uniform(-1, 1, (n, 7)) * [1e154, 1e153, 1, 1e-150, 1e-160, 1e-170, 1e155]
+    x[:, 1] += 1.7e308
+    x[n // 2 :, 2] += 1e150  # grows late
+    return np.column_stack([x, np.full(n, 1.7e308), np.full(n, -3e-310)])
+
+
+@pytest.mark.parametrize("n", [2, 150, 1300], ids=["a block", "blocks", "runs"])
+def test_moments_at_both_ends_of_float64(tensors, n):
+    x = extreme_points(n)
+    mean, covariance = exact_to_the_last(x)
+    got = moments(tensors.array(x, "float64"))
+    check_extremes(x, tensors.numpy(got.mean), tensors.numpy(got.covariance), mean, covariance)
+    if n > 2:  # in batches, the first of ordinary size, and merged in both orders
+        parts = [x[:7] * 2.0**-600, x[7:100], x[100:]]
+        mean, covariance = exact_to_the_last(np.concatenate(parts))
+        states = [MomentAccumulator().update(tensors.array(part, "float64")) for part in parts]
+        one_by_one = MomentAccumulator()
+        for part in parts:
+            one_by_one.update(tensors.array(part, "float64"))
+        forward, backward = MomentAccumulator(), MomentAccumulator()
+        for i in range(3):
+            forward.merge(states[i])
+            backward.merge(states[2 - i])
+        for total in (one_by_one, forward, backward):
+            got = total.moments()
+            check_extremes(np.concatenate(parts), tensors.numpy(got.mean), tensors.numpy(got.covariance), mean, covariance)
+
+
+def check_extremes(x, mean, covariance, exact_mean, exact_covariance):
+    """Deviations to 1e-14 of a variable's spread, or to the distance between the smallest numbers; so their products."""
+    assert np.all(abs(mean - exact_mean) <= 1e-15 * abs(x).max(axis=0) + 5e-324)
+    with np.errstate(over="ignore", invalid="ignore"):
+        spread = np.ptp(x / 2, axis=0)
+        step = np.maximum(1e-14 * spread, 5e-324)
+        allowed = step[:, None] * spread[None, :] + spread[:, None] * step[None, :]
+        wrong = abs(covariance - exact_covariance) > np.where(np.isfinite(allowed), allowed, 1.7e308) + 5e-324
+    assert not wrong[np.isfinite(exact_covariance)].any(), np.argwhere(wrong)
+    assert np.array_equal(np.isfinite(covariance), np.isfinite(exact_covariance))
+    assert np.array_equal(covariance, covariance.T)
+
+
+def test_two_points_as_far_apart_as_float64_has(kit):
+    for x, mean, variance in [
+        ([1e154, -1e154], 0.0, 1e308),
+        ([1.7e308, 1.7e308], 1.7e308, 0.0),
+        ([1.7e308, -1.7e308], 0.0, np.inf),
+        ([1e-160, -3e-160], -1e-160, 4e-320),
+        ([1e-170, -1e-170], 0.0, 0.0),
+        ([np.inf, 1.0], np.inf, np.nan),
+    ]:
+        got = moments(kit.array(np.array(x)[:, None], "float64"))
+        np.testing.assert_allclose(kit.numpy(got.mean), [mean], rtol=1e-15)
+        np.testing.assert_allclose(kit.numpy(got.covariance), [[variance]], rtol=1e-4 if 0 < variance < 1e-300 else 1e-14)
 
 
 # ------------------------------------------------------------------------------------------------- the accumulator

@@ -6,10 +6,12 @@
     merge    the states of two sets of points
     finish   mean, covariance = scatter / divisor
 
-The state of `count` points, in float64: shift (B, m), a mean of some of them; total (2, B, m), Σ (x - shift); scatter
-(2, B, m, m), its lower triangle. Index 1 holds what the additions to index 0 have rounded off, so that neither their number nor
-the size of μ costs digits. BLOCK_N points at a time are copied to the cache, one variable after another, and centred there
-twice: about their rounded mean, then about what that rounding left. Blocks are merged in order (Chan, Golub and LeVeque).
+The state of `count` points, in float64: shift (B, m), a mean of some of them; total (2, B, m), Σ (x - shift); scatter (2, B,
+m, m), its lower triangle. Index 1 holds what the additions to index 0 have rounded off, so that neither their number nor the
+size of μ costs digits. All of a variable is multiplied by unit (B, m), a power of two with which no square leaves float64: of
+float64 points STEP until a value reaches 1 / LARGE, 1 until one reaches LARGE, and 1 / STEP from there on. BLOCK_N points at a
+time are copied to the cache, one variable after another, and centred there twice: about their rounded mean, then about what
+that rounding left. Blocks are merged in order (Chan, Golub and LeVeque).
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ PAD = 8
 # Runs of points whose scatters are summed apart, at most; each run has at least this many points, and m.
 MOST_RUNS = 16
 RUN_POINTS = 512
+# Squares of numbers between 1 / LARGE and LARGE can be summed; STEP takes smaller ones there, 1 / STEP larger ones.
+LARGE, STEP = 2.0**480, 2.0**544
 # Rows of the scatter that one thread fills, at least, where there are few runs.
 BAND_ROWS = 256
 
@@ -41,14 +45,33 @@ def _total(d, j, count):
     return total
 
 
+@reduction
+def _reaches(d, j, count, limit):
+    """How many values of variable j are `limit` or more."""
+    found = 0
+    for p in range(count):
+        found += abs(d[j, p]) >= limit
+    return found
+
+
 @inline
-def _centre(x, first, count, d, shift, rest):
-    """d (m, BLOCK_N + PAD) = the deviations of `count` points of x (n, m) from their mean, shift + rest (m)."""
-    m = x.shape[1]
+def _centre(x, first, count, d, unit, shift, rest):
+    """d (m, BLOCK_N + PAD) = the deviations of `count` points of x (n, m) from their mean, shift + rest (m), times unit (m).
+
+    The units fall where values are too large for them; whether one did.
+    """
+    m, fell = x.shape[1], False
     for p in range(count):
         for j in range(m):
             d[j, p] = np.float64(x[first + p, j])
     for j in range(m):
+        if unit[j] > 1.0 and _reaches(d, j, count, 1 / LARGE) > 0:
+            unit[j], fell = 1.0, True
+        if x.itemsize == 8 and unit[j] == 1.0 and _reaches(d, j, count, LARGE) > 0:
+            unit[j], fell = 1 / STEP, True
+        if unit[j] != 1.0:
+            for p in range(count):
+                d[j, p] *= unit[j]
         shift[j] = _total(d, j, count) / count
         for p in range(count):
             d[j, p] -= shift[j]
@@ -57,6 +80,7 @@ def _centre(x, first, count, d, shift, rest):
             d[j, p] -= rest[j]
         if not math.isfinite(shift[j]):
             rest[j] = 0.0  # an infinite mean has nothing left; the deviations are NaN
+    return fell
 
 
 @reduction
@@ -113,6 +137,22 @@ def _add_row(scatter, low, i, count, more, weight, delta):
 
 
 @inline
+def _rescale(factor, shift, total, low):
+    for j in range(shift.size):
+        shift[j] *= factor[j]
+        total[j] *= factor[j]
+        low[j] *= factor[j]
+
+
+@inline
+def _rescale_rows(factor, scatter, low, top, end):
+    for i in range(top, end):
+        for j in range(i + 1):  # a factor after the other: their product is no number
+            scatter[i, j] = scatter[i, j] * factor[i] * factor[j]
+            low[i, j] = low[i, j] * factor[i] * factor[j]
+
+
+@inline
 def _band_row(band, bands, m):
     """The first row of a band of the lower triangle, a multiple of 4; the bands are of about one area."""
     return m if band == bands else int(m * math.sqrt(band / bands)) // 4 * 4
@@ -126,26 +166,34 @@ def _run_of(r, n, runs):
 
 
 @kernel
-def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, shift, total, scatter):
+def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, old_unit, shift, total, scatter, unit):
     """runs = 1: add x to the state of `seen` points. Else a state of index b · runs + r for each run, rounded to index 0."""
     n, m = x.shape[1], x.shape[2]
     tiled = (m + 3) // 4 * 4
     d = np.zeros((tiled, BLOCK_N + PAD))  # rows beyond m stay 0
     rows, scratch = np.empty((4, tiled)), np.empty((m if runs > 1 else 1, m))
     block_shift, block_rest, delta = np.empty(m), np.empty(m), np.empty(m)
-    mean, sums, lows = np.empty(m), np.empty(m), np.empty(m)
-    for unit in range(first, last):
-        t, band = unit // bands, unit % bands
+    mean, sums, lows, units, factor = np.empty(m), np.empty(m), np.empty(m), np.empty(m), np.empty(m)
+    for work in range(first, last):
+        t, band = work // bands, work % bands
         b, (start, stop) = t // runs, _run_of(t % runs, n, runs)
         top, end = _band_row(band, bands, m), _band_row(band + 1, bands, m)
         # variables beyond the band's last row are nothing to it; all bands find the same means of the others
         points = x[b, :, :end]
         if runs == 1:
             mean[:], sums[:], lows[:] = old_shift[b], old_total[0, b], old_total[1, b]
+        units[:] = STEP if x.itemsize == 8 else 1.0
+        if runs == 1 and seen > 0:
+            units[:] = old_unit[b]
         low = scratch if runs > 1 else scatter[1, b]
         for begin in range(start, stop, BLOCK_N):
             before, count = seen + begin - start, min(BLOCK_N, stop - begin)
-            _centre(points, begin, count, d, block_shift, block_rest)
+            factor[:] = units
+            if _centre(points, begin, count, d, units, block_shift, block_rest) and before > 0:
+                for j in range(end):
+                    factor[j] = units[j] / factor[j]
+                _rescale(factor[:end], mean[:end], sums, lows)
+                _rescale_rows(factor, scatter[0, t], low, top, end)
             _difference(before, mean[:end], sums, lows, count, block_shift, block_rest, delta)
             weight = before * (count / (before + count))
             for i in range(top, end, 4):
@@ -153,7 +201,7 @@ def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, shift, to
                 for r in range(min(4, end - i)):
                     _add_row(scatter[0, t], low, i + r, before, rows[r], weight, delta)
         if band == bands - 1:
-            shift[t], total[0, t], total[1, t] = mean, sums, lows
+            shift[t], total[0, t], total[1, t], unit[t] = mean, sums, lows, units
         if runs > 1:
             for i in range(top, end):
                 for j in range(i + 1):
@@ -161,62 +209,83 @@ def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, shift, to
 
 
 @kernel
-def _merge(first, last, n, runs, seen, more_shift, more_total, more_scatter, shift, total, scatter):
+def _merge(first, last, n, runs, seen, more_shift, more_total, more_scatter, more_unit, shift, total, scatter, unit):
     """Add the states of `runs` runs, n points in all, to the state of `seen` points."""
     m, whole = shift.shape[1], more_scatter.shape[0] == 1
-    delta, rest, row = np.empty(m), np.empty(m), np.empty(m)
+    delta, mean, rest, row = np.empty(m), np.empty(m), np.empty(m), np.empty(m)
+    factor, own = np.empty(m), np.empty(m)
     for b in range(first, last):
         for r in range(runs):
             t, (start, stop) = b * runs + r, _run_of(r, n, runs)
             count, before = stop - start, seen + start
+            fell = False
             for j in range(m):
-                rest[j] = with_low(more_total[0, t, j], more_total[1, t, j]) / count
-            _difference(before, shift[b], total[0, b], total[1, b], count, more_shift[t], rest, delta)
+                if before == 0:
+                    unit[b, j] = more_unit[t, j]
+                smaller = min(unit[b, j], more_unit[t, j])
+                factor[j], own[j] = smaller / more_unit[t, j], smaller / unit[b, j]
+                fell |= own[j] != 1.0
+                unit[b, j] = smaller
+                mean[j] = more_shift[t, j] * factor[j]
+                rest[j] = with_low(more_total[0, t, j], more_total[1, t, j]) / count * factor[j]
+            if fell:
+                _rescale(own, shift[b], total[0, b], total[1, b])
+                _rescale_rows(own, scatter[0, b], scatter[1, b], 0, m)
+            _difference(before, shift[b], total[0, b], total[1, b], count, mean, rest, delta)
             weight = before * (count / (before + count))
             for i in range(m):
                 for j in range(i + 1):
                     row[j] = more_scatter[0, t, i, j] if whole else with_low(more_scatter[0, t, i, j], more_scatter[1, t, i, j])
+                    row[j] = row[j] * factor[i] * factor[j]
                 _add_row(scatter[0, b], scatter[1, b], i, before, row, weight, delta)
 
 
 @kernel
-def _finish(first, last, count, divisor, shift, total, scatter, mean, covariance):
+def _finish(first, last, count, divisor, shift, total, scatter, unit, mean, covariance):
     of = mean.dtype.type
     for b in range(first, last):
         for i in range(shift.shape[1]):
-            mean[b, i] = of(shift[b, i] + with_low(total[0, b, i], total[1, b, i]) / count)
+            mean[b, i] = of((shift[b, i] + with_low(total[0, b, i], total[1, b, i]) / count) / unit[b, i])
             for j in range(i + 1):
-                covariance[b, i, j] = of(with_low(scatter[0, b, i, j], scatter[1, b, i, j]) / divisor)
+                scaled = with_low(scatter[0, b, i, j], scatter[1, b, i, j]) / divisor
+                if unit[b, i] == unit[b, j]:  # whose product may be no number; that of others is one
+                    covariance[b, i, j] = of(scaled / unit[b, i] / unit[b, j])
+                else:
+                    covariance[b, i, j] = of(scaled / (unit[b, i] * unit[b, j]))
                 covariance[b, j, i] = covariance[b, i, j]
 
 
 # ---------------------------------------------------------------------------------------------- launchers
-def update(x: np.ndarray, shift: np.ndarray, total: np.ndarray, scatter: np.ndarray, *, count: int) -> None:
+def update(
+    x: np.ndarray, shift: np.ndarray, total: np.ndarray, scatter: np.ndarray, unit: np.ndarray, *, count: int
+) -> None:  # fmt: skip
     """Add the points x (B, n, m), n ≥ 1, to the state of `count` points; at 0 what the state holds is not read."""
     B, n, m = x.shape
-    assert (n >= 1, shift.shape, total.shape, scatter.shape) == (True, (B, m), (2, B, m), (2, B, m, m)), x.shape
+    state = shift, total, scatter, unit
+    assert (n >= 1, *(a.shape for a in state)) == (True, (B, m), (2, B, m), (2, B, m, m), (B, m)), x.shape
     runs = max(1, min(MOST_RUNS, n // max(m, RUN_POINTS)))
     bands = max(1, m // BAND_ROWS) if B * runs < 8 else 1
     cost = x.nbytes * (1 + m // 16)
     if runs == 1:
-        run(_add_runs, B * bands, cost, x, 1, bands, count, shift.copy(), total.copy(), shift, total, scatter)
+        run(_add_runs, B * bands, cost, x, 1, bands, count, shift.copy(), total.copy(), unit.copy(), *state)
         return
-    parts = np.empty((B * runs, m)), np.empty((2, B * runs, m)), np.empty((1, B * runs, m, m))
-    run(_add_runs, B * runs * bands, cost, x, runs, bands, 0, shift, total, *parts)
-    run(_merge, B, parts[2].nbytes, n, runs, count, *parts, shift, total, scatter)
+    parts = np.empty((B * runs, m)), np.empty((2, B * runs, m)), np.empty((1, B * runs, m, m)), np.empty((B * runs, m))
+    run(_add_runs, B * runs * bands, cost, x, runs, bands, 0, shift, total, unit, *parts)
+    run(_merge, B, parts[2].nbytes, n, runs, count, *parts, *state)
 
 
 def merge(
-    more_shift: np.ndarray, more_total: np.ndarray, more_scatter: np.ndarray,
-    shift: np.ndarray, total: np.ndarray, scatter: np.ndarray, *, more: int, count: int,
+    more_shift: np.ndarray, more_total: np.ndarray, more_scatter: np.ndarray, more_unit: np.ndarray,
+    shift: np.ndarray, total: np.ndarray, scatter: np.ndarray, unit: np.ndarray, *, more: int, count: int,
 ) -> None:  # fmt: skip
     """Add the state of `more` ≥ 1 points to that of `count` points."""
-    run(_merge, shift.shape[0], scatter.nbytes, more, 1, count, more_shift, more_total, more_scatter, shift, total, scatter)
+    given = more_shift, more_total, more_scatter, more_unit
+    run(_merge, shift.shape[0], scatter.nbytes, more, 1, count, *given, shift, total, scatter, unit)
 
 
 def finish(
-    shift: np.ndarray, total: np.ndarray, scatter: np.ndarray, mean: np.ndarray, covariance: np.ndarray,
+    shift: np.ndarray, total: np.ndarray, scatter: np.ndarray, unit: np.ndarray, mean: np.ndarray, covariance: np.ndarray,
     *, count: int, divisor: int,
 ) -> None:  # fmt: skip
     """mean (B, m) and covariance (B, m, m), exactly symmetric, of the state of `count` points."""
-    run(_finish, shift.shape[0], scatter.nbytes, count, divisor, shift, total, scatter, mean, covariance)
+    run(_finish, shift.shape[0], scatter.nbytes, count, divisor, shift, total, scatter, unit, mean, covariance)
