@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from . import _pool
+from ._check import dtype_name
 
 Array = Any
 
@@ -139,11 +140,6 @@ def same_kind(x: Array, name: str, other: Array, other_name: str) -> None:
         raise TypeError(f"{name}: expected a {expected} array, as {other_name} is, got a {got} array")
     if got != "numpy" and x.device != other.device:
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
-
-
-def dtype_name(x: Array) -> str:
-    """'float32', 'bfloat16', 'int64', … for an array of any kind."""
-    return str(x.dtype).removeprefix("torch.")
 
 
 def accumulate_dtype(x: Array) -> str:

@@ -6,6 +6,7 @@ anything is allocated. `TypeError` for kinds and dtypes, `ValueError` for shapes
 
 from __future__ import annotations
 
+import functools
 import numbers
 from operator import index
 from typing import Any
@@ -35,15 +36,21 @@ class ChoiceError(TypeError, ValueError):
     """What cannot name one of several choices, as it is no string."""
 
 
-def _dtype(x: Array) -> str:
-    return str(x.dtype).removeprefix("torch.")
+def dtype_name(x: Array) -> str:
+    """'float32', 'bfloat16', 'int64', … for an array of any kind; '>f4' in the other byte order than this machine's."""
+    return _numpy_name(x.dtype) if isinstance(x.dtype, np.dtype) else str(x.dtype).removeprefix("torch.")
+
+
+@functools.lru_cache(64)
+def _numpy_name(dtype: np.dtype) -> str:  # NumPy takes microseconds to say it
+    return str(dtype)
 
 
 def got_dtype(x: Array, name: str) -> str:
     """The dtype of `x` as it ends a message; how to convert it, where its bytes are in the other order than this machine's."""
     other_order = isinstance(x.dtype, np.dtype) and not x.dtype.isnative
     how = f", in the other byte order: {name}.astype({x.dtype.newbyteorder('=').name!r}) converts it" if other_order else ""
-    return f"got {_dtype(x)}{how}"
+    return f"got {dtype_name(x)}{how}"
 
 
 def shape_of(x: Array) -> str:
@@ -53,20 +60,20 @@ def shape_of(x: Array) -> str:
 
 def floating(x: Array, name: str, allowed: tuple[str, ...] = FLOATING) -> None:
     """TypeError unless `x` holds one of the floating dtypes `allowed`."""
-    if _dtype(x) not in allowed:
+    if dtype_name(x) not in allowed:
         raise DtypeError(f"{name}: expected dtype {', '.join(allowed)}, {got_dtype(x, name)}")
 
 
 def integer(x: Array, name: str) -> None:
     """TypeError unless `x` holds integer classes."""
-    if _dtype(x) not in INTEGER:
+    if dtype_name(x) not in INTEGER:
         raise DtypeError(f"{name}: expected integer classes ({', '.join(INTEGER)}), {got_dtype(x, name)}")
 
 
 def same_dtype(x: Array, name: str, other: Array, other_name: str) -> None:
     """TypeError unless both arrays have one dtype."""
-    if _dtype(x) != _dtype(other):
-        raise DtypeError(f"{name}: expected the dtype of {other_name}, {_dtype(other)}, {got_dtype(x, name)}")
+    if dtype_name(x) != dtype_name(other):
+        raise DtypeError(f"{name}: expected the dtype of {other_name}, {dtype_name(other)}, {got_dtype(x, name)}")
 
 
 def same_shape(x: Array, name: str, other: Array, other_name: str) -> None:

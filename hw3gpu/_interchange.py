@@ -37,7 +37,12 @@ def interchange(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _ordinary.issuperset(map(type, args)) and _ordinary.issuperset(map(type, kwargs.values())):
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.compiler.is_compiling():
+            from ._autograd import eagerly
+
+            return eagerly(call, *args, **kwargs)
+        if _ordinary.issuperset(map(type, args)) and (not kwargs or _ordinary.issuperset(map(type, kwargs.values()))):
             return function(*args, **kwargs)
         first: Any = next(filter(_is_array, (*args, *kwargs.values())), None)
         if is_foreign(first):
