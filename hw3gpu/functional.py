@@ -344,7 +344,8 @@ def linear_cross_entropy(
     `torch.nn.LinearCrossEntropyOptions`, of which `batch_chunk_size` counts, as `chunk_rows`.
 
     gradient: "forward" makes the gradients in the forward pass: three products, one of them for the logits; the gradients are
-    held until backward. "backward" makes the logits twice: four products. "auto": "forward" for a reduced loss. The other
+    held until backward; in float16 times powers of two, so that neither class weights nor a loss scale to come cost
+    digits. "backward" makes the logits twice: four products. "auto": "forward" for a reduced loss. The other
     arguments, the loss, what raises, second derivatives, transforms and compiled graphs are as of `cross_entropy`, where those
     that need the formula in PyTorch's operations hold all logits.
     """

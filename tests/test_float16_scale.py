@@ -86,7 +86,7 @@ def test_it_is_as_exact_as_the_backward_pass(device, rng, weights, kind, reducti
             gradients(x, W, target, upstream, weight=weight, gradient=when, **options) for when in ("auto", "backward")
         )
         for name, a, b, e in zip(("input", "linear_weight"), ours, late, exact, strict=True):
-            hold(f"{name}, upstream {upstream}", a, e * upstream, "float16", b)
+            hold(f"{name}, upstream {upstream}", a, e * upstream, "float16", b, None)
 
 
 @pytest.mark.parametrize("kind", ["classes", "certain"])
@@ -137,3 +137,15 @@ def test_products_of_many_rows_do_not_overflow(device):
     target = torch.zeros(128, dtype=torch.int64, device=device)
     (dW,) = torch.autograd.grad(HF.linear_cross_entropy(x, W, target), W)
     np.testing.assert_array_equal(values_of(dW), [[-1024.0], [1024.0]])
+
+
+@pytest.mark.parametrize("weights", ["1e5", "of sum 1"])
+def test_bfloat16_needs_no_scale(device, rng, weights):
+    """It has the range of float32, in which its gradients meet the upstream gradient."""
+    x, W, target = problem(rng, device, "classes")
+    x, W = (v.detach().bfloat16().requires_grad_() for v in (x, W))
+    weight = WEIGHTS[weights](rng).to(device)
+    exact = exact_gradients(x, W, target, weight)
+    ours, late = (gradients(x, W, target, 65536.0, weight=weight, gradient=when) for when in ("auto", "backward"))
+    for name, a, b, e in zip(("input", "linear_weight"), ours, late, exact, strict=True):
+        hold(name, a, e * 65536, "bfloat16", b, None)
