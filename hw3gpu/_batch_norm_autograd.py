@@ -18,6 +18,8 @@ from ._autograd import accumulate_dtype, as_dtype, graph_is_needed
 def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, residual=None, relu=False):
     """y = x̂ γ + β, or relu(… + residual); the arguments are checked."""
     args = (x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu)
+    if torch.compiler.is_exporting():
+        return _exported(*args)
     if _ops.traced(x):
         return _traced(*args)
     if _ops.transformed():
@@ -250,7 +252,15 @@ def _traced_backward(dy, x, weight, stats, mask, training, relu, residual):
     return dx, dgamma, dbeta, dresidual if relu else dy
 
 
-# ---------------------------------------------------------------------------------------------- the formula
+# ---------------------------------------------------------------------------------------------- in PyTorch's operations
+def _exported(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu):
+    """PyTorch's own: what moves an exported model from training to evaluation, or back, looks for this operation alone."""
+    y = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, True)
+    if residual is not None:
+        y = y + residual
+    return y.relu() if relu else y
+
+
 def _formula(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu):
     """The same function in PyTorch's operations."""
     acc = accumulate_dtype(x)
@@ -260,8 +270,9 @@ def _formula(x, weight, bias, running_mean, running_var, training, momentum, eps
         if running_mean is not None and values.numel():
             m = values.numel() / values.shape[1]
             mean = (values - deviations).mean(_over(x))
-            running_mean.copy_((1 - momentum) * running_mean.to(acc) + momentum * mean.detach())
-            running_var.copy_((1 - momentum) * running_var.to(acc) + momentum * (m / (m - 1)) * var.detach().flatten())
+            new_mean = (1 - momentum) * running_mean.to(acc) + momentum * mean.detach()
+            new_var = (1 - momentum) * running_var.to(acc) + momentum * (m / (m - 1)) * var.detach().flatten()
+            _write(new_mean, running_mean, new_var, running_var)
     else:
         deviations = values - _wide(running_mean, x)
         rstd = (_wide(running_var, x) + eps).rsqrt()
@@ -273,6 +284,19 @@ def _formula(x, weight, bias, running_mean, running_var, training, momentum, eps
     if residual is not None:
         y = y + residual
     return (y.relu() if relu else y).to(x.dtype)
+
+
+def _write(new_mean, running_mean, new_var, running_var):
+    """Under a transform PyTorch refuses to write to what is no argument of the transformed function, or has fewer elements."""
+    try:
+        running_mean.copy_(new_mean)
+        running_var.copy_(new_var)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "running_mean and running_var: training writes to them, so under torch.func expected arguments of the transformed "
+            "function, one of each for every mapped batch, or None (torch.func.replace_all_batch_norm_modules_, or "
+            f"track_running_stats=False); PyTorch says: {error}"
+        ) from error
 
 
 def _differentiable_backward(backward, eps):

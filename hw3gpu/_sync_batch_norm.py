@@ -37,9 +37,9 @@ def _run(x, weight, bias, running_mean, running_var, momentum, eps, residual, re
     see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
     y, y_folded = _arrays.output(x, 1, see)
     folded = _arrays.fold(see(x), 1)
-    stats, total, var = _statistics(x, folded, see, kernels, eps, group)
+    stats, total, mean, var = _statistics(x, folded, see, kernels, eps, group)
     if running_mean is not None:
-        _update(running_mean, stats[0].double() + stats[1].double(), momentum, total)
+        _update(running_mean, mean, momentum, total)
         _update(running_var, var * (total / (total - 1).clamp(min=1)), momentum, total)
     mask, fused = fused_operands(folded, residual, relu, x.device, see, kernels, new)
     if x.numel():
@@ -50,7 +50,7 @@ def _run(x, weight, bias, running_mean, running_var, momentum, eps, residual, re
 
 
 def _statistics(x, folded, see, kernels, eps, group):
-    """Of the values of all processes: mean, what its rounding left and rstd; their number a channel; var in float64."""
+    """Of the values of all processes: mean, what its rounding left, rstd; their number a channel; mean and var in float64."""
     C, acc = x.shape[1], accumulate_dtype(x)
     own = torch.zeros((4, C), dtype=acc, device=x.device)
     if x.numel():
@@ -71,7 +71,7 @@ def _statistics(x, folded, see, kernels, eps, group):
     stats[0] = mean
     stats[1] = mean - stats[0]
     stats[2] = (var + eps).rsqrt()
-    return stats, total, var
+    return stats, total, mean, var
 
 
 def _update(running, value, momentum, total):

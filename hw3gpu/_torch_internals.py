@@ -14,6 +14,7 @@ KNOWN = "2.11 to 2.14"
 
 try:
     BatchNormBase = torch.nn.modules.batchnorm._BatchNorm
+    NormBase = torch.nn.modules.batchnorm._NormBase
     BelowAutograd: Any = torch._C._AutoDispatchBelowAutograd
     dispatch_modes: Any = torch._C._len_torch_dispatch_stack
     in_a_functorch_transform: Any = torch._C._are_functorch_transforms_active
@@ -30,6 +31,7 @@ except (ImportError, AttributeError) as error:
 __all__ = [
     "BatchNormBase",
     "BelowAutograd",
+    "NormBase",
     "dispatch_modes",
     "in_a_dual_level",
     "in_a_functorch_transform",

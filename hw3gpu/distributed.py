@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -45,7 +46,8 @@ def sync_batch_norm(
     backward to be called). Gradients of weight and bias are this process's own, as everywhere in data parallelism. In
     evaluation, and in a group of one, it is `functional.batch_norm`.
 
-    Raises what `functional.batch_norm` raises; RuntimeError under `torch.func` transforms and for a second derivative.
+    Raises what `functional.batch_norm` raises; RuntimeError under `torch.func` transforms, for a second derivative, and in
+    `torch.export` of a model in training.
     """
     group = _or_all(group)
     if type(training) is not bool:
@@ -54,7 +56,14 @@ def sync_batch_norm(
         return functional.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual, activation=activation
         )
-    functional._batch_norm_arguments(input, running_mean, running_var, weight, bias, training, momentum, eps, alone=False)
+    _, momentum, eps = functional._batch_norm_arguments(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, alone=False
+    )
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "sync_batch_norm: export the model in evaluation: what moves an exported model from training to evaluation would "
+            "pass this over, and leave it in training"
+        )
     residual = functional._fused_arguments(input, residual, activation)
     relu, name = activation == "relu", group.group_name
     return _sync_batch_norm(input, weight, bias, running_mean, running_var, momentum, eps, residual, relu, name)

@@ -41,12 +41,23 @@ _FLOATING = {getattr(torch, name) for name in _check.FLOATING}
 def _tensor(x: Tensor, name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
+    if x.layout is not torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise _check.DtypeError(f"{name}: expected a dense tensor, got one of layout {layout}")
 
 
 def _floating_tensor(x: Tensor, name: str) -> None:
     _tensor(x, name)
     if x.dtype not in _FLOATING:
         _check.floating(x, name)
+
+
+def _number(value: Any, name: str) -> float:
+    """A real number as a float; as in PyTorch, also one in a tensor () that asks for no gradient."""
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad:
+        value = value.item()
+    _check.real_value(value, name)
+    return float(value)
 
 
 def _autocast(x: Tensor) -> bool:
@@ -79,11 +90,14 @@ def batch_norm(
     over the result; for the backward pass of "relu" one bit an element is kept.
 
     Gradients of gradients, `torch.func` transforms and forward-mode derivatives are computed by the formula in PyTorch's
-    operations, without kernels. Raises TypeError for kinds and dtypes; ValueError for shapes, for a single value per channel
-    in training, and for missing running statistics in evaluation; RuntimeError for tensors on several devices. Where PyTorch
-    refuses an argument too, the exception is also of the type that PyTorch raises.
+    operations, without kernels. `torch.export` writes PyTorch's own batch normalisation into its graph: tools that move an
+    exported model between training and evaluation know no other.
+
+    Raises TypeError for kinds, dtypes and layouts; ValueError for shapes, for a single value per channel in training, and for
+    missing running statistics in evaluation; RuntimeError for tensors on several devices. Where PyTorch refuses an argument
+    too, the exception is also of the type that PyTorch raises.
     """
-    beyond = _batch_norm_arguments(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    beyond, momentum, eps = _batch_norm_arguments(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None or activation is not None:
         residual = _fused_arguments(input, residual, activation)
     if beyond:
@@ -94,7 +108,7 @@ def batch_norm(
 
 
 def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, momentum, eps, alone=True):
-    """Checks every argument; True for what only an input without an element may have.
+    """(True for what only an input without an element may have, momentum and eps as floats); every argument is checked.
 
     `alone`: no other process has values of the batch.
     """
@@ -105,8 +119,7 @@ def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, 
     if type(training) is not bool:
         raise TypeError(f"training: expected a bool, got {training!r}")
     if type(eps) is not float or type(momentum) is not float:
-        _check.real_value(eps, "eps")
-        _check.real_value(momentum, "momentum")
+        eps, momentum = _number(eps, "eps"), _number(momentum, "momentum")
     if not eps >= 0 or (training and eps == 0):
         raise ValueError(f"eps: expected a number {'above' if training else 'of at least'} 0, got {eps}")
     if (running_mean is None) != (running_var is None) and training:
@@ -121,7 +134,7 @@ def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, 
             beyond |= _of_channels(v, name, x, v.shape if x.dim() == 1 else vector, alone)
     if training and alone and x.shape[0] * math.prod(x.shape[2:]) == 1:
         raise ValueError(f"input: expected more than 1 value per channel when training, got shape {_check.shape_of(x)}")
-    return beyond
+    return beyond, momentum, eps
 
 
 def _of_channels(v, name, x, vector, alone):

@@ -184,6 +184,7 @@ def sync_batch_norm_takes_cumulative_averages(rank):
 
 @check
 def sync_batch_norm_refuses_what_it_cannot_do(rank):
+    import hw3gpu.nn as HN
     from hw3gpu.distributed import sync_batch_norm
 
     x = normal(3, 3).requires_grad_()
@@ -193,6 +194,24 @@ def sync_batch_norm_refuses_what_it_cannot_do(rank):
         RuntimeError, "torch.func", lambda: torch.func.vmap(lambda x: sync_batch_norm(x, None, None, training=True))(x[None])
     )
     refuses(ValueError, "weight: expected shape", lambda: sync_batch_norm(x, None, None, torch.ones(2).double(), training=True))
+    module = HN.SyncBatchNormAct(3).double()
+    refuses(RuntimeError, "export the model in evaluation", lambda: torch.export.export(module, (x.detach(),)))
+    torch.export.export(module.eval(), (x.detach(),))
+
+
+@check
+def sync_batch_norm_of_infinities_is_torchs(rank):
+    """One channel with an infinity, one with both; and the modules with a ReLU."""
+    import hw3gpu.nn as HN
+
+    ours, theirs = HN.SyncBatchNormAct(3), nn.BatchNorm1d(3).double()
+    x = normal(2 * rank.size, 3).float()
+    same(ours(x[2 * rank.rank :][:2]).double(), theirs(x.double()).relu()[2 * rank.rank :][:2], 1e-5)
+    x[0, 0] = x[1, 1] = torch.inf
+    x[-1, 1] = -torch.inf
+    y, expected = ours(x[2 * rank.rank :][:2]), theirs(x.double()).relu()[2 * rank.rank :][:2]
+    for a, b in ((y, expected), (ours.running_mean, theirs.running_mean), (ours.running_var, theirs.running_var)):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @check

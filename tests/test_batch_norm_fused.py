@@ -137,8 +137,8 @@ class Block(nn.Module):
     def __init__(self, fused):
         super().__init__()
         self.conv = nn.Conv2d(4, 4, 3, padding=1)
-        self.first = HN.BatchNorm2d(4, activation="relu") if fused else HN.BatchNorm2d(4)
-        self.last = HN.BatchNorm2d(4, activation="relu") if fused else HN.BatchNorm2d(4)
+        self.first = HN.BatchNormAct2d(4) if fused else HN.BatchNorm2d(4)
+        self.last = HN.BatchNormAct2d(4) if fused else HN.BatchNorm2d(4)
         self.fused = fused
 
     def forward(self, x):
@@ -186,7 +186,7 @@ def test_bad_input(device):
     with pytest.raises(ValueError, match="activation: expected None or 'relu', got 'gelu'"):
         call(activation="gelu")
     with pytest.raises(ValueError, match="activation: expected None or 'relu', got 'gelu'"):
-        HN.BatchNorm2d(3, activation="gelu")
+        HN.BatchNormAct2d(3, activation="gelu")
     with pytest.raises(ValueError, match=r"residual: expected the shape of input, \(4, 3\), got \(4, 1\)"):
         call(residual=torch.ones(4, 1, device=device))
     with pytest.raises(TypeError, match="residual: expected the dtype of input, float32, got float64"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -115,18 +116,56 @@ def test_conversion_says_what_it_replaced(caplog):
 
 def test_conversion_to_synchronised(caplog):
     """Every batch normalisation, our own too; parameters, shared modules and flags as they were."""
-    net = nn.Sequential(model(), HN.BatchNorm2d(2, activation="relu"), nn.SyncBatchNorm(5)).eval()
+    net = nn.Sequential(model(), HN.BatchNormAct2d(2), nn.SyncBatchNorm(5)).eval()
     state = {name: id(v) for name, v in net.state_dict(keep_vars=True).items()}
     with caplog.at_level("INFO", logger="hw3gpu.nn"):
         assert HN.SyncBatchNorm.convert_sync_batchnorm(net) is net
     assert {name: id(v) for name, v in net.state_dict(keep_vars=True).items()} == state
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert {type(m) for m in norms} == {HN.SyncBatchNorm}
+    norms = [m for m in net.modules() if hasattr(m, "running_mean")]
+    assert [type(m) for m in norms].count(HN.SyncBatchNorm) == 6
     assert len(norms) == len(caplog.records) == 7
     assert all(m.process_group is None and not m.training for m in norms)
+    assert type(net[1]) is HN.SyncBatchNormAct
     assert net[0][1] is net[0][3][0][0]
     assert net[1].activation == "relu"
     assert "0.1: torch.nn.BatchNorm2d(4) -> hw3gpu.nn.SyncBatchNorm(4)" in caplog.messages
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+def test_conversion_to_synchronised_warns_of_what_it_leaves():
+    """Subclasses, of ours too, lazy and parametrised modules, by their names; and of nothing else."""
+    parametrised = nn.BatchNorm2d(3)
+    nn.utils.parametrize.register_parametrization(parametrised, "weight", Doubled())
+    own = type("OwnOfOurs", (HN.BatchNorm2d,), {})(3)
+    net = nn.Sequential(nn.BatchNorm2d(3), OwnBatchNorm(3), nn.LazyBatchNorm2d(), nn.Sequential(parametrised, own), nn.ReLU())
+    before = list(net)
+    with pytest.warns(UserWarning, match="convert_batch_norm: left alone, and not synchronised: ") as caught:
+        HN.convert_batch_norm(net, sync=True)
+    names = ("1 (test_conversion.OwnBatchNorm)", "2 (torch.nn.modules.batchnorm.LazyBatchNorm2d)",
+             "3.0 (torch.nn.utils.parametrize.ParametrizedBatchNorm2d)", "3.1 (test_conversion.OwnOfOurs)")  # fmt: skip
+    assert str(caught[0].message).endswith(": " + ", ".join(names))
+    assert len(caught) == 1
+    assert type(net[0]) is HN.SyncBatchNorm
+    assert list(net)[1:] == before[1:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HN.convert_batch_norm(net[:1], sync=True)
+        HN.convert_batch_norm(nn.Sequential(OwnBatchNorm(3)))
+
+
+def test_conversion_of_what_is_synchronised_already():
+    """The same module; its group stays."""
+    theirs = nn.SyncBatchNorm(3, process_group=1)
+    net = nn.Sequential(HN.SyncBatchNorm(3, process_group="a group"), HN.SyncBatchNormAct(3), theirs)
+    before = list(net)
+    HN.convert_batch_norm(net, sync=True)
+    assert [net[0], net[1]] == before[:2]
+    assert [m.process_group for m in net] == ["a group", None, 1]
+    assert type(net[2]) is HN.SyncBatchNorm
 
 
 def test_conversion_to_a_group_that_is_none():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from twins import ACC, SINGLE, drawn, gradcheck, hold, layout_of, ones, same, tensor, values_of, zeros
 
 import hw3gpu.functional as HF
+import hw3gpu.nn as HN
 from hw3gpu import _error_bounds, reference
 from hw3gpu._torch_internals import softmax_backward as torch_softmax_backward
 from measure import close
@@ -359,6 +360,45 @@ def test_parameters_and_subclasses_are_tensors(device, rng, name):
 def test_batch_norm_bad_input(error, message, arguments, options):
     with pytest.raises(error, match=message):
         HF.batch_norm(*arguments, **options)
+
+
+def test_batch_norm_takes_numbers_as_torch_does(device):
+    """Of NumPy, and in a tensor () that asks for no gradient."""
+    x = torch.tensor([[1.0, 2.0], [3.0, -4.0], [0.5, 6.0]], device=device)
+    results = []
+    for number in (float, np.float32, np.float64, torch.tensor):
+        running = torch.zeros(2, device=device), torch.ones(2, device=device)
+        results.append([HF.batch_norm(x, *running, training=True, momentum=number(0.25), eps=number(0.5)), *running])
+        module = HN.BatchNorm1d(2, eps=number(0.5), momentum=number(0.25), device=device)
+        same(module(x), results[-1][0])
+        same(module.running_mean, running[0])
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+    for wrong in (torch.tensor([0.1]), torch.tensor(0.1, requires_grad=True), "x"):
+        with pytest.raises(TypeError, match="momentum: expected a number, got"):
+            HF.batch_norm(x, None, None, training=True, momentum=wrong)
+
+
+SPARSE = {
+    "sparse_coo": lambda: torch.eye(3).to_sparse(),
+    "_mkldnn": lambda: torch.eye(3).to_mkldnn(),
+    "nested": lambda: torch.nested.as_nested_tensor(torch.ones(1, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.filterwarnings("ignore:.*(Sparse|nested):UserWarning")
+def test_only_dense_tensors_are_taken(layout):
+    x, target = SPARSE[layout](), torch.arange(3)
+    calls = (
+        lambda: HF.batch_norm(x, None, None, training=True),
+        lambda: HF.softmax(x, 1),
+        lambda: HF.cross_entropy(x, target),
+        lambda: HF.linear_cross_entropy(x, torch.ones(3, 3), target),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=f"input: expected a dense tensor, got one of layout {layout}"):
+            call()
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (2, 4)], ids=str)

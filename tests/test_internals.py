@@ -73,6 +73,7 @@ PYTORCH = [
     "torch.autograd.forward_ad._current_level",
     "torch.nn._reduction.legacy_get_string",
     "torch.nn.modules.batchnorm._BatchNorm",
+    "torch.nn.modules.batchnorm._NormBase",
     "torch.distributed.distributed_c10d._resolve_process_group",
 ]
 

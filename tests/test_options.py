@@ -63,6 +63,6 @@ def test_a_module_refuses_an_activation_of_the_wrong_kind():
     from hw3gpu import nn
 
     with pytest.raises(TypeError, match=r"^activation: expected None or 'relu', got 1"):
-        nn.BatchNorm2d(3, activation=1)
+        nn.BatchNormAct2d(3, activation=1)
     with pytest.raises(TypeError, match=r"^momentum: expected a number, got 'x'"):
         nn.BatchNorm1d(3, momentum="x")(T.float())
