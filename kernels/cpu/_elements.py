@@ -207,8 +207,8 @@ def _view(context: Any, builder: Any, x: Any, array: Any, start: Any, size: Any,
 
 
 @intrinsic
-def _as_contiguous(typingctx: Any, row: Any) -> Any:
-    """The same one-dimensional array, typed as adjacent and writeable."""
+def borrowed(typingctx: Any, row: Any) -> Any:
+    """The same one-dimensional array of adjacent elements, as a view that counts no references; the caller holds one."""
     result = types.Array(row.dtype, 1, "C")
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -288,7 +288,7 @@ def copy(source, destination):
 @inline
 def prefix(scratch, size):
     """The first `size` elements of a one-dimensional array whose elements are adjacent."""
-    return _as_contiguous(scratch[:size])
+    return borrowed(scratch[:size])
 
 
 @inline
@@ -300,7 +300,7 @@ def _is_adjacent(row):
 def gather(row, scratch):
     """`row` with adjacent elements: itself where that is so already, else a copy in `scratch`."""
     if _is_adjacent(row):
-        return _as_contiguous(row)
+        return borrowed(row)
     copy(row, scratch)
     return prefix(scratch, row.size)
 
@@ -309,7 +309,7 @@ def gather(row, scratch):
 def place(row, scratch):
     """Where to write what shall stand in `row`: itself or `scratch`, which `scatter` then copies out."""
     if _is_adjacent(row):
-        return _as_contiguous(row)
+        return borrowed(row)
     return prefix(scratch, row.size)
 
 

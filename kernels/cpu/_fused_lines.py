@@ -33,6 +33,7 @@ from ._lines import (
     _slopes_of_rows,
     _statistics,
     _tile_sums,
+    parameters,
 )
 from ._mask import bits_at, bytes_for, let_through, put_bits
 from ._moments import sums_of
@@ -234,7 +235,7 @@ def tile_forward(
 ):  # fmt: skip
     C, S = x.shape[1], x.shape[2]
     P = group * S
-    shift, sums, at = np.empty(group), np.empty((2, 2, group)), np.empty((1, 5, P), var.dtype)
+    shift, sums, at = np.empty(group), np.empty((2, 2, group)), parameters(P, var)
     shift_at, total, square = np.empty(P), np.empty(P), np.empty(P)
     scratch = _forward_scratch(x, residual, y, P, 0)
     for tile in range(first, last):
@@ -249,7 +250,7 @@ def tile_forward(
 @kernel
 def tile_normalize(first, last, group, x, mean, scale, beta, residual, y, mask):
     C, S = x.shape[1], x.shape[2]
-    at = np.empty((1, 5, group * S), mean.dtype)
+    at = parameters(group * S, mean)
     scratch = _forward_scratch(x, residual, y, group * S, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
@@ -264,7 +265,7 @@ def tile_normalize(first, last, group, x, mean, scale, beta, residual, y, mask):
 def tile_backward(first, last, group, dy, x, mask, mean, rstd, gamma, dx, dresidual, dgamma, dbeta):
     N, C, S = x.shape
     P, m = group * S, np.float64(N * S)
-    sums, at = np.empty((2, 2, group)), np.empty((1, 5, P), rstd.dtype)
+    sums, at = np.empty((2, 2, group)), parameters(P, rstd)
     total, product = np.empty(P), np.empty(P)
     scratch = _backward_scratch(dy, x, dx, dresidual, P, 0)
     for tile in range(first, last):
@@ -296,7 +297,7 @@ def tile_gradient_sums(first, last, group, dy, x, mask, mean, of_channel):
 def tile_apply(first, last, group, dy, x, mask, mean, scale, b, k, trained, dx, dresidual):
     """dx = scale (dy - b - (x - mean) k), or scale dy, of the dy that passes."""
     C, S = x.shape[1], x.shape[2]
-    at = np.empty((1, 5, group * S), mean.dtype)
+    at = parameters(group * S, mean)
     scratch = _backward_scratch(dy, x, dx, dresidual, group * S, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
@@ -313,7 +314,7 @@ def tile_apply(first, last, group, dy, x, mask, mean, scale, b, k, trained, dx, 
 @kernel
 def rows_normalize(first, last, blocks, rows, x, mean, scale, beta, residual, y, mask):
     N, C, S = x.shape
-    m, lines, at = N * S, -(-(N * S) // rows), np.empty((1, 5, rows * C), mean.dtype)
+    m, lines, at = N * S, -(-(N * S) // rows), parameters(rows * C, mean)
     _normalization_of_rows(at, C, mean, scale, beta)
     scratch = _forward_scratch(x, residual, y, rows * C, rows)
     for line in range(lines * first // blocks, lines * last // blocks):
@@ -344,7 +345,7 @@ def rows_gradient_sums(first, last, rows, dy, x, mask, mean, partial):
 def rows_apply(first, last, blocks, rows, dy, x, mask, mean, scale, b, k, trained, dx, dresidual):
     """dx = scale (dy - b - (x - mean) k), or scale dy, of the dy that passes."""
     N, C, S = x.shape
-    m, lines, at = N * S, -(-(N * S) // rows), np.empty((1, 5, rows * C), mean.dtype)
+    m, lines, at = N * S, -(-(N * S) // rows), parameters(rows * C, mean)
     _slopes_of_rows(at, C, mean, scale, b, k)
     scratch = _backward_scratch(dy, x, dx, dresidual, rows * C, rows)
     for line in range(lines * first // blocks, lines * last // blocks):

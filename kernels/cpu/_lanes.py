@@ -3,7 +3,7 @@
 A value of `Lanes` holds two cache lines of accumulators, 32 float32 or 16 float64; LLVM maps it to the machine's
 registers. +, - and * work on it, lane by lane, with numbers too. `load_lanes` and `store_lanes` convert as `load` and `store`
 of `_elements.py` do; both take the number of lanes that exist, of which a constant costs nothing: the last elements of a row
-are one more vector and no other loop.
+are one more vector and no other loop. Neither touches what lies beyond them, not even where a processor would let it.
 
 `stream_lanes` writes around the caches. A store into a line that is in no cache reads the line first: a large result
 would cost two passes instead of one, and put out of the caches what is read again. `prefetch` asks for a line ahead.
@@ -236,14 +236,50 @@ def _existing(builder: Any, count: int, exist: Any) -> Any:
     return builder.icmp_signed("<", numbers, _splat(builder, builder.trunc(exist, _WORD), numbers.type))
 
 
-def _masked_load(builder: Any, pointer: Any, align: int, exists: Any) -> Any:
-    """What lies at `pointer` in the lanes that exist; a plain load where LLVM sees that all do."""
+def _number_in_memory(context: Any, builder: Any, number: Any, row: Any) -> Any:
+    """0 or an infinity, which every dtype holds, as an element of `row`."""
+    if row.dtype == types.uint16:
+        return builder.trunc(builder.lshr(builder.bitcast(number, _WORD), ir.Constant(_WORD, 16)), ir.IntType(16))
+    return _half.from_float(context, builder, number) if row.dtype == types.int16 else number
+
+
+def _load_first(builder: Any, pointer: Any, align: int, exist: Any, rest: Any) -> Any:
+    """The 0 <= `exist` < count elements at `pointer`, then `rest`: for each bit of `exist` so many at once, the last first.
+
+    Not by LLVM's masked load: one that is wider than a register is taken apart, and where another select has the same mask
+    LLVM 22's code for AVX-512 reads lanes that do not exist.
+    """
     vector = pointer.type.pointee
-    element = {ir.DoubleType(): "f64", ir.FloatType(): "f32", ir.HalfType(): "f16"}.get(vector.element, "i16")
-    arguments = [pointer, ir.Constant(_WORD, align), exists, ir.Constant(vector, None)]
-    of = ir.FunctionType(vector, [a.type for a in arguments])
-    name = f"llvm.masked.load.v{vector.count}{element}.p0v{vector.count}{element}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, of, name), arguments)
+    first = builder.bitcast(pointer, vector.element.as_pointer())
+    size, value = 1, _splat(builder, rest, ir.VectorType(vector.element, 1))
+    while size < vector.count:  # value: exist % size elements, then `rest`; size lanes
+        piece = ir.VectorType(vector.element, size)
+        both = ir.Constant(ir.VectorType(_WORD, 2 * size), [*range(2 * size)])
+        without, before = builder.shuffle_vector(value, _splat(builder, rest, piece), both), builder.block
+        with builder.if_then(cgutils.is_not_null(builder, builder.and_(exist, exist.type(size)))):
+            start = builder.gep(first, [builder.and_(exist, exist.type(-2 * size))])
+            loaded = builder.load(builder.bitcast(start, piece.as_pointer()), align=align)
+            joined, loading = builder.shuffle_vector(loaded, value, both), builder.block
+        value = builder.phi(without.type)
+        value.add_incoming(without, before)
+        value.add_incoming(joined, loading)
+        size *= 2
+    return value
+
+
+def _load(builder: Any, pointer: Any, align: int, exist: Any, rest: Any) -> Any:
+    """The `exist` elements at `pointer`, then `rest`: a plain load where all exist, without a branch where LLVM sees that."""
+    count = pointer.type.pointee.count
+    with builder.if_else(builder.icmp_signed("==", exist, exist.type(count))) as (then, otherwise):
+        with then:
+            loaded, of_all = builder.load(pointer, align=align), builder.block
+        with otherwise:
+            joined = _load_first(builder, pointer, align, exist, rest)
+            of_some = builder.block
+    value = builder.phi(loaded.type)
+    value.add_incoming(loaded, of_all)
+    value.add_incoming(joined, of_some)
+    return value
 
 
 @intrinsic
@@ -252,12 +288,16 @@ def load_lanes_like(typingctx: Any, row: Any, i: Any, exist: Any, rest: Any, lik
     if not _is_row(row):
         return None
     lanes = _lanes_of(like.dtype)
+    computed = types.float64 if row.dtype == types.float64 else types.float32
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = _memory_type(row, lanes)
         pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), vector)
-        exists = _existing(builder, lanes.count, context.cast(builder, args[2], exist, types.intp))
-        value = _masked_load(builder, pointer, row.dtype.bitwidth // 8, exists)
+        others = _number_in_memory(context, builder, context.cast(builder, args[3], rest, computed), row)
+        value = _load(
+            builder, pointer, row.dtype.bitwidth // 8, context.cast(builder, args[2], exist, types.intp),
+            builder.bitcast(others, vector.element),
+        )  # fmt: skip
         wanted = context.get_value_type(lanes)
         if row.dtype == types.uint16:
             words = ir.VectorType(_WORD, lanes.count)
@@ -268,14 +308,14 @@ def load_lanes_like(typingctx: Any, row: Any, i: Any, exist: Any, rest: Any, lik
         if value.type.element != wanted.element:
             narrow = wanted.element == ir.FloatType() and row.dtype == types.float64
             value = (builder.fptrunc if narrow else builder.fpext)(value, wanted)
-        return builder.select(exists, value, _operand(context, builder, args[3], rest, lanes))
+        return value
 
     return lanes(row, i, exist, rest, like), codegen
 
 
 @inline
 def load_lanes(row, i, exist, rest):
-    """row[i : i + exist] in the first lanes, the number `rest` in the others; 0 <= exist <= width(row)."""
+    """row[i : i + exist] in the first lanes, `rest` in the others, 0 or an infinity; 0 <= exist <= width(row)."""
     return load_lanes_like(row, i, exist, rest, row)
 
 

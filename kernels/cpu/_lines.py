@@ -12,12 +12,18 @@ import numpy as np
 
 from ._elements import line_of, load
 from ._jit import inline, kernel
-from ._lanes import LARGE, fetch, load_lanes, streamed, write
+from ._lanes import LARGE, fetch, load_lanes, streamed, width, write
 from ._moments import add_to, better_shift, finish, first_mean, sums_of
 
 # ---------------------------------------------------------------------------------------------- one line
 # Parameters of a position: at (1, rows, positions), three axes for `line_of`; its rows are named here.
 MEAN, REST, SCALE, SHIFT_1, SHIFT_2 = range(5)
+
+
+@inline
+def parameters(positions, like):
+    """For the parameters of a line; the last vector of them is read whole."""
+    return np.empty((1, 5, positions + width(like)), like.dtype)
 
 
 @inline
@@ -64,8 +70,9 @@ def _add_two_gradients(dy0, dy1, x0, x1, at, total, product):
 @inline
 def _normalized(i, exist, args):
     x, mean, rest, scale, beta = args
-    d = (load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, exist, 0.0)) - load_lanes(rest, i, exist, 0.0)
-    return d * load_lanes(scale, i, exist, 0.0) + load_lanes(beta, i, exist, 0.0)
+    whole = width(mean)
+    d = (load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, whole, 0.0)) - load_lanes(rest, i, whole, 0.0)
+    return d * load_lanes(scale, i, whole, 0.0) + load_lanes(beta, i, whole, 0.0)
 
 
 @inline
@@ -77,9 +84,10 @@ def _normalize(x, at, y, around):
 @inline
 def _applied(i, exist, args):
     dy, x, mean, rest, scale, b, k = args
-    d = (load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, exist, 0.0)) - load_lanes(rest, i, exist, 0.0)
-    g = load_lanes(dy, i, exist, 0.0) - load_lanes(b, i, exist, 0.0)
-    return (g - d * load_lanes(k, i, exist, 0.0)) * load_lanes(scale, i, exist, 0.0)
+    whole = width(mean)
+    d = (load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, whole, 0.0)) - load_lanes(rest, i, whole, 0.0)
+    g = load_lanes(dy, i, exist, 0.0) - load_lanes(b, i, whole, 0.0)
+    return (g - d * load_lanes(k, i, whole, 0.0)) * load_lanes(scale, i, whole, 0.0)
 
 
 @inline
@@ -198,7 +206,7 @@ def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean
     """Statistics and y of the tiles first…last-1."""
     N, C, S = x.shape
     P = group * S
-    shift, sums, at = np.empty(group), np.empty((2, 2, group)), np.empty((1, 5, P), var.dtype)
+    shift, sums, at = np.empty(group), np.empty((2, 2, group)), parameters(P, var)
     shift_at, total, square = np.empty(P), np.empty(P), np.empty(P)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
@@ -216,7 +224,7 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
     """dgamma, dbeta and dx of the tiles first…last-1."""
     N, C, S = x.shape
     P, m = group * S, np.float64(N * S)
-    sums, at = np.empty((2, 2, group)), np.empty((1, 5, P), rstd.dtype)
+    sums, at = np.empty((2, 2, group)), parameters(P, rstd)
     total, product = np.empty(P), np.empty(P)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
@@ -318,7 +326,7 @@ def gradient_sums(first, last, rows, dy, x, mean, partial):
 @kernel
 def normalize(first, last, blocks, rows, x, mean, scale, beta, y):
     N, C, S = x.shape
-    m, at = N * S, np.empty((1, 5, rows * C), mean.dtype)
+    m, at = N * S, parameters(rows * C, mean)
     _normalization_of_rows(at, C, mean, scale, beta)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
@@ -333,7 +341,7 @@ def normalize(first, last, blocks, rows, x, mean, scale, beta, y):
 def apply(first, last, blocks, rows, dy, x, mean, scale, b, k, dx):
     """dx = scale (dy - b - (x - mean) k)."""
     N, C, S = x.shape
-    m, at = N * S, np.empty((1, 5, rows * C), mean.dtype)
+    m, at = N * S, parameters(rows * C, mean)
     _slopes_of_rows(at, C, mean, scale, b, k)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks

@@ -41,7 +41,7 @@ SMALL = 2.0
 
 @inline
 def room_for_exps(V, acc):
-    """For the exponentials of a row: the last vector is written whole."""
+    """For the exponentials of a row: the last vector is written and read whole."""
     return room(V + width(acc), acc)
 
 
@@ -85,7 +85,7 @@ def excess_of_logits(z, shift, ahead):
 
 @inline
 def _stored(i, exist, args):
-    return load_lanes(args[0], i, exist, 0.0)
+    return load_lanes(args[0], i, width(args[0]), 0.0)
 
 
 @inline
@@ -118,7 +118,7 @@ def _small_excess(z, lanes, args):
 @inline
 def _divided(i, exist, args):
     e, high, low = args
-    x = load_lanes(e, i, exist, 0.0)
+    x = load_lanes(e, i, width(e), 0.0)
     return x * high + x * low
 
 

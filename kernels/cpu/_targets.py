@@ -58,13 +58,13 @@ def _at_target(e_t, excess, q, W, g):
 @inline
 def _of_exps(i, exist, args):
     e, scale, t, at_target = args
-    return with_lane(load_lanes(e, i, exist, 0.0) * scale, t - i, at_target)
+    return with_lane(load_lanes(e, i, width(e), 0.0) * scale, t - i, at_target)
 
 
 @inline
 def _of_exps_and_weights(i, exist, args):
     e, scale, t, at_target, shift, weight = args
-    return with_lane(load_lanes(e, i, exist, 0.0) * scale - load_lanes(weight, i, exist, 0.0) * shift, t - i, at_target)
+    return with_lane(load_lanes(e, i, width(e), 0.0) * scale - load_lanes(weight, i, exist, 0.0) * shift, t - i, at_target)
 
 
 @inline
@@ -141,7 +141,7 @@ def soft_sums(z, y, m, smoothing, weight, ahead):
 @inline
 def _minus_probabilities(i, exist, args):
     e, scale, of_probabilities = args
-    return load_lanes(e, i, exist, 0.0) * scale - _probabilities(i, exist, of_probabilities)
+    return load_lanes(e, i, width(e), 0.0) * scale - _probabilities(i, exist, of_probabilities)
 
 
 @inline

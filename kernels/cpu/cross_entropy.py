@@ -31,6 +31,7 @@ import numpy as np
 from ._elements import (
     accumulate_dtype,
     atomic_min,
+    borrowed,
     gather,
     goes_around,
     place,
@@ -60,7 +61,7 @@ from ._threads import run
 # ---------------------------------------------------------------------------------------------- kernels, hard targets
 @kernel
 def _hard_forward(first, last, z, target, weight, loss, stats, invalid, ignore_index, smoothing, weight_sum):
-    V, S = z.shape[1], z.shape[2]
+    V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
     uniform, z_scratch = smoothing / V, row_scratch(z)
     for row in range(first, last):
         n, s = row // S, row % S
@@ -86,7 +87,7 @@ def _hard_forward(first, last, z, target, weight, loss, stats, invalid, ignore_i
 def _hard_backward(
     first, last, z, target, weight, stats, upstream, denominator, dz, unless_one, ignore_index, smoothing
 ):  # fmt: skip
-    V, S = z.shape[1], z.shape[2]
+    V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
     uniform, z_scratch, dz_scratch, around = smoothing / V, row_scratch(z), row_scratch(dz), goes_around(dz)
     for row in range(first, last):
         n, s = row // S, row % S
@@ -110,7 +111,7 @@ def _hard_backward(
 
 @kernel
 def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, g, ignore_index, smoothing, weight_sum):
-    V, S = z.shape[1], z.shape[2]
+    V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
     uniform, z_scratch, dz_scratch, around = smoothing / V, row_scratch(z), row_scratch(dz), goes_around(dz)
     exps = room_for_exps(V, weight)
     for row in range(first, last):
@@ -142,7 +143,7 @@ def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, g,
 # ---------------------------------------------------------------------------------------------- kernels, soft targets
 @kernel
 def _soft_forward(first, last, z, y, weight, loss, stats, smoothing):
-    S = z.shape[2]
+    S, weight = z.shape[2], borrowed(weight)
     z_scratch, y_scratch = row_scratch(z), row_scratch(y)
     for row in range(first, last):
         n, s = row // S, row % S
@@ -158,7 +159,7 @@ def _soft_forward(first, last, z, y, weight, loss, stats, smoothing):
 
 @kernel
 def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, unless_one, smoothing):
-    S = z.shape[2]
+    S, weight = z.shape[2], borrowed(weight)
     z_scratch, y_scratch, dz_scratch, around = row_scratch(z), row_scratch(y), row_scratch(dz), goes_around(dz)
     for row in range(first, last):
         n, s = row // S, row % S
@@ -179,7 +180,7 @@ def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, 
 
 @kernel
 def _soft_forward_backward(first, last, z, y, weight, loss, dz, g, smoothing):
-    V, S = z.shape[1], z.shape[2]
+    V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
     z_scratch, y_scratch, dz_scratch, around = row_scratch(z), row_scratch(y), row_scratch(dz), goes_around(dz)
     exps = room_for_exps(V, weight)
     for row in range(first, last):
