@@ -115,10 +115,6 @@ class Stream:
         log.streams[log.stream_stack.pop()].pop()
 
 
-def get_current_stream(device_id=-1):
-    return log.streams[log.current if device_id == -1 else device_id][-1]
-
-
 @contextlib.contextmanager
 def errstate(*, divide=None, over=None, under=None, invalid=None, linalg=None):
     before, log.linalg = log.linalg, linalg or log.linalg
@@ -133,7 +129,8 @@ log = Log()
 cupy, cupyx = ModuleType("cupy"), ModuleType("cupyx")
 cupyx.errstate = errstate
 cupy.cuda = SimpleNamespace(
-    Device=Device, Stream=Stream, get_current_stream=get_current_stream,
+    Device=Device, Stream=Stream,
+    get_current_stream=lambda device_id=-1: log.streams[log.current if device_id == -1 else device_id][-1],
     runtime=SimpleNamespace(
         CUDARuntimeError=CUDARuntimeError, getDevice=lambda: log.current, getDeviceCount=lambda: log.devices
     ),
@@ -161,11 +158,10 @@ def on_device(x, where=None):
         return tuple(on_device(part, where) for part in x)
     if not isinstance(x, (np.ndarray, np.generic)):
         return x
-    x = np.asarray(x)
     if x.dtype.char not in DTYPES or not x.dtype.isnative:
         raise ValueError(f"Unsupported dtype {x.dtype}")
     made = object.__new__(ndarray)
-    made._memory, made.device = x, Device(where)
+    made._memory, made.device = np.asarray(x), Device(where)
     return made
 
 
@@ -235,13 +231,6 @@ class ndarray:  # noqa: N801
     __module__ = "cupy"
     __hash__ = None
 
-    shape = property(lambda self: self._memory.shape)
-    strides = property(lambda self: self._memory.strides)
-    dtype = property(lambda self: self._memory.dtype)
-    size = property(lambda self: self._memory.size)
-    ndim = property(lambda self: self._memory.ndim)
-    nbytes = property(lambda self: self._memory.nbytes)
-    itemsize = property(lambda self: self._memory.itemsize)
     T = property(lambda self: on_device(self._memory.T, self.device))
     real = property(lambda self: on_device(self._memory.real, self.device))
     imag = property(lambda self: on_device(self._memory.imag, self.device))
@@ -250,8 +239,9 @@ class ndarray:  # noqa: N801
 
     @property
     def flags(self):
-        flags = self._memory.flags  # of which CuPy has three
-        return SimpleNamespace(c_contiguous=flags.c_contiguous, f_contiguous=flags.f_contiguous, owndata=flags.owndata)
+        return SimpleNamespace(
+            **{name: getattr(self._memory.flags, name) for name in ("c_contiguous", "f_contiguous", "owndata")}
+        )
 
     def get(self, stream=None, order="C", out=None, blocking=True):
         log.copies.append("get")
@@ -280,14 +270,8 @@ class ndarray:  # noqa: N801
     def __dlpack_device__(self):
         return self._memory.__dlpack_device__()
 
-    def __len__(self):
-        return len(self._memory)
-
     def __iter__(self):
-        return (self[i] for i in range(len(self)))
-
-    def __repr__(self):
-        return f"{self._memory!r} on {self.device}"
+        return (self[i] for i in range(len(self._memory)))
 
     def __getitem__(self, slices):
         each = slices if isinstance(slices, tuple) else (slices,)
@@ -321,6 +305,8 @@ OTHERS = {
     "neg": "negative", "pos": "positive", "abs": "absolute", "invert": "invert", "lt": "less", "le": "less_equal",
     "gt": "greater", "ge": "greater_equal", "eq": "equal", "ne": "not_equal",
 }  # fmt: skip
+for name in ("shape", "strides", "dtype", "size", "ndim", "nbytes", "itemsize"):
+    setattr(ndarray, name, property(lambda self, name=name: getattr(self._memory, name)))
 for spec in VIEWS + METHODS:
     setattr(ndarray, parse(spec)[0], method(spec, view=spec in VIEWS))
 for name, ufunc in BINARY.items():
