@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, _pool
+from . import __version__
 
 # of the table of operations, in README.md
 ROWS = tuple(f"S{i}" for i in range(1, 10))
@@ -61,11 +61,6 @@ def _integer(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the status of the process: 130 where it is interrupted (Ctrl-C)."""
     options = _parser().parse_args(arguments)
-    try:
-        _pool.limit()
-    except ValueError as error:
-        print(f"hw3gpu {options.command}: {error}", file=sys.stderr)
-        return 2
     try:
         return _run(options)
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from importlib import metadata
 from typing import Any
 
@@ -92,8 +93,12 @@ def _choice(arrays: str, example: Any) -> dict[str, str | None]:
 
 
 def main(as_json: bool) -> int:
-    """Print what `collect` found, as tables or as JSON."""
-    found = collect()
+    """Print what `collect` found, as tables or as JSON; status 2 for a setting that has no meaning."""
+    try:
+        found = collect()
+    except ValueError as error:
+        print(f"hw3gpu info: {error}", file=sys.stderr)
+        return 2
     if as_json:
         print(json.dumps(found, indent=1))
         return 0

@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from .. import _arrays
+from .. import _arrays, _pool
 from .. import nn as hw3gpu_nn
 
 BATCH = 64
@@ -179,6 +179,7 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cpu" and device.index:
         _refuse(f"argument --device: expected cpu, cuda or cuda:N, got {name!r}")
     try:
+        _pool.limit()
         _arrays.backend(torch.empty(1, device=device))
     except (_arrays.BackendError, ValueError) as error:
         _refuse(str(error))
