@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
             from .processors import TESTS
 
             command.add_argument("--tests", nargs="*", default=TESTS, metavar="FILE", help="test files to run (%(default)s)")
+            command.add_argument("--sample", type=int, metavar="N", help="at most N cases of each test")
     return top
 
 

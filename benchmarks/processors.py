@@ -221,9 +221,9 @@ def _verify(of: FeatureSet) -> tuple[str, bool]:
 def _tests(of: FeatureSet, tests: Sequence[str]) -> tuple[str, bool]:
     done = _run(of, "-m", "pytest", "-q", "--kernels", "cpu", "-p", "no:cacheprovider", *tests)
     summary = re.findall(r"\d+ (?:passed|failed|errors?|skipped)", done.stdout.strip().rpartition("\n")[2])
-    for line in done.stdout.splitlines():
-        if line.startswith(("FAILED", "ERROR")):
-            print(f"  {line}", flush=True)
+    for failure in done.stdout.splitlines():
+        if failure.startswith(("FAILED", "ERROR")):
+            print(failure, file=sys.stderr, flush=True)
     return ", ".join(summary) or f"ended with status {done.returncode}", done.returncode == 0
 
 
@@ -247,30 +247,31 @@ def measure(of: FeatureSet, tests: Sequence[str], folder: Path, whole: bool) -> 
 
 
 # ---------------------------------------------------------------------------------------------- the table
-def markdown(rows: Sequence[Row]) -> str:
-    lines = [
-        "| processor played | variables | a loop's registers | bytes of the results | `verify` | tests | s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        variables = " ".join(f"{k}={v}" for k, v in row.variables.items()) or "none"
-        cells = (row.name, f"`{variables}`", row.instructions, row.bits, row.verify, row.tests)
-        lines.append(f"| {' | '.join(cell or '–' for cell in cells)} | {f'{row.seconds:.0f}' if row.seconds else '–'} |")
-    return "\n".join(lines)
+HEADINGS = ("processor played", "variables", "a loop's registers", "bytes of the results", "`verify`", "tests", "s")
+
+
+def line(row: Row) -> str:
+    """The row as Markdown."""
+    variables = " ".join(f"{k}={v}" for k, v in row.variables.items())
+    cells = (f"`{variables}`" if variables else "", row.instructions, row.bits, row.verify, row.tests)
+    seconds = f"{row.seconds:.0f}" if row.seconds else ""
+    return f"| {' | '.join(cell or '–' for cell in (row.name, *cells, seconds))} |"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; status 1 where a result is wrong. Writes the rows to `args.json` where that is given."""
+    """Prints the table, a row when it is done; status 1 where a result is wrong. Writes the rows to `args.json` if given."""
     import tempfile
 
     from .cpu import machine
 
+    print(", ".join(f"{k} {v}" for k, v in machine().items()))
+    print(f"\n| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
+    tests = [*args.tests, *(["--sample", str(args.sample)] if args.sample else [])] if args.tests else []
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for of in (*LEVELS, *APART):
-            rows.append(measure(of, args.tests, Path(folder), of in LEVELS))
-            print(f"{rows[-1].name}: {rows[-1].verify}; {rows[-1].tests}; {rows[-1].seconds:.0f} s", flush=True)
-    print(f"\n{', '.join(f'{k} {v}' for k, v in machine().items())}\n\n{markdown(rows)}")
+            rows.append(measure(of, tests, Path(folder), of in LEVELS))
+            print(line(rows[-1]), flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return 0 if all(row.passed for row in rows) else 1
