@@ -1,6 +1,7 @@
 """Training components with Triton kernels on the GPU and Numba kernels on the CPU, validated against NumPy in float64.
 
 The array functions here take NumPy, CuPy or torch arrays, and through DLPack those of every other array API namespace.
+What means more than its elements is refused: masked arrays, matrices, sparse and nested tensors; np.memmap is an array.
 `hw3gpu.functional`, `hw3gpu.nn` and `hw3gpu.distributed` are the PyTorch side; they load on first use, and with them torch.
 Importing this package loads none of torch, triton, cupy and numba.
 """
