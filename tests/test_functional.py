@@ -15,6 +15,7 @@ from twins import ACC, SINGLE, drawn, gradcheck, hold, layout_of, ones, same, te
 import hw3gpu.functional as HF
 import hw3gpu.nn as HN
 from hw3gpu import _error_bounds, reference
+from hw3gpu._arrays import requested_backend
 from hw3gpu._torch_internals import softmax_backward as torch_softmax_backward
 from measure import close
 
@@ -84,6 +85,43 @@ def batch_norm_training(device, rng, shape, dtype, layout, offset=0.5, spread=2.
     }
     for (name, (ours, value, of, allowed)), by_torch in zip(expected.items(), theirs, strict=True):
         hold(name, ours, value, of, by_torch, allowed)
+
+
+# where in a channel of m values, and what
+SPOILT = (
+    lambda m: {m // 2: math.inf},
+    lambda m: {m - 1: -math.inf},
+    lambda m: {0: math.inf},
+    lambda m: {0: math.inf, m - 1: -math.inf},
+    lambda m: {1: math.nan, 2: math.inf},
+    lambda m: dict.fromkeys(range(m), math.inf),
+    lambda m: {},
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "dtype", "processors"),
+    [((9, 7), "contiguous", "float64", 132), ((4, 7, 3, 5), "channels-last", "float32", 132),
+     ((4, 7, 3, 5), "sliced", "float32", 132), ((2, 7, 9000), "contiguous", "float16", 132),
+     ((2, 7, 9000), "contiguous", "float16", 1)],
+    ids=["(N, C)", "channels-last", "sliced", "split", "looped"],
+)  # fmt: skip
+def test_batch_norm_of_infinities_is_torchs(device, rng, monkeypatch, shape, layout, dtype, processors):
+    """A mean is infinite where its values are, and NaN where both infinities or a NaN are; so are running statistics."""
+    if requested_backend() == "gpu":
+        monkeypatch.setattr("hw3gpu.kernels.gpu.plan.MULTIPROCESSORS", processors)
+    values = rng.standard_normal((shape[1], math.prod(shape) // shape[1]))
+    for channel, spoilt in zip(values, SPOILT, strict=True):
+        for at, value in spoilt(channel.size).items():
+            channel[at] = value
+    values = values.reshape(shape[1], shape[0], *shape[2:]).swapaxes(0, 1)
+    x = layout_of(tensor(values, dtype, device), layout)
+    kinds = SINGLE[ACC[dtype]], "float64"
+    running, theirs_running = ([tensor(v, of, device) for v in (np.zeros(7), np.ones(7))] for of in kinds)
+    y = HF.batch_norm(x, *running, training=True)
+    theirs = F.batch_norm(x.double(), *theirs_running, training=True)
+    for ours, expected, bound in zip((*running, y), (*theirs_running, theirs), (1e-6, 1e-6, 1e-2), strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=bound, atol=bound, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (1, 3), (2, 3, 7, 7), (1, 3, 1, 1)], ids=str)

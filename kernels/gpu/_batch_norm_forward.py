@@ -20,7 +20,7 @@ from ._channels import (
     vector,
 )
 from ._mask import put_bits, put_end_bits
-from ._moments import first_moments, next_moments, over_splits
+from ._moments import finite_or_zero, first_moments, next_moments, over_splits, renewed
 from ._rows import real
 
 COUNTS = ["N", "S", "lane_blocks", "row_lanes", "tiles", "per_split", "splits", "m", "eps_bits", "momentum_bits"]
@@ -194,15 +194,15 @@ def _merge_kernel(
     step = splits.to(tl.int64) * C
     count = tl.load(cell + 3 * step, mask=mask, other=0.0)
     total = tl.maximum(tl.sum(count, axis=0), 1.0)
-    first = tl.load(partial_ptr + channel, mask=channel < C, other=0.0)
+    first = finite_or_zero(tl.load(partial_ptr + channel, mask=channel < C, other=0.0))
     delta = (tl.load(cell, mask=mask, other=0.0) - first[None, :]) + tl.load(cell + step, mask=mask, other=0.0)
     u = over_splits(delta * count, tl.zeros_like(delta)) / total
     d = alpha * (delta - u[None, :])
     squares = tl.load(cell + 2 * step, mask=mask, other=0.0)
     M2 = over_splits(squares, tl.where(mask, count * d * d, 0.0))
-    hi = first + u
+    hi, lo = renewed(first, u)
     _finish(
-        hi, u - (hi - first), M2, alpha, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C,
+        hi, lo, M2, alpha, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C,
         m, eps, eps_bits, momentum, momentum_bits, ACC,
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 A mean is two floats, hi + lo. Each tile is summed about the mean of those before it: since they are at least as many as the
 tile, the squares about so near a value lose no more than a factor of two to cancellation. M2 is scaled by alpha squared.
+A mean that is no finite number is what a sum gives: infinite, NaN where both infinities or a NaN come; its lo is 0, its M2 NaN.
 """
 
 import triton
@@ -98,23 +99,36 @@ def compensated_add(total, lost, x):
 
 
 @triton.jit
+def finite_or_zero(x):
+    """x, 0 where it is infinite or NaN."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def renewed(hi, lo):
+    """hi + lo as (hi, lo) again, lo at most a rounding of hi; what has no finite hi keeps it, with lo 0."""
+    total = hi + tl.where(tl.abs(hi) < float("inf"), lo, 0.0)
+    return total, tl.where(tl.abs(total) < float("inf"), lo - (total - hi), 0.0)
+
+
+@triton.jit
 def first_moments(x, inside, count, origin, alpha):
     """(hi, lo, M2) of the first tile. `origin`, a value of each channel, makes a constant channel exact."""
-    safe = tl.maximum(count, 1.0)
+    safe, origin = tl.maximum(count, 1.0), finite_or_zero(origin)
     centre = origin + plain_sum(tl.where(inside, x - origin, 0.0)) / safe
     d = tl.where(inside, x - centre, 0.0)
     sum_hi, sum_lo = per_channel(d, tl.zeros_like(d))
     lo = (sum_hi + sum_lo) / safe
     squares, _ = per_channel((alpha * d) * (alpha * d), tl.zeros_like(d))
     M2 = squares - safe * (alpha * lo) * (alpha * lo)
-    hi = centre + lo
-    return hi, lo - (hi - centre), M2
+    hi, lo = renewed(centre, lo)
+    return hi, lo, M2
 
 
 @triton.jit
 def next_moments(hi, lo, M2, count, x, inside, more, alpha):
     """(hi, lo, M2) of `count` values after a tile of `more`, summed about the mean so far."""
-    d = tl.where(inside, x - hi, 0.0)
+    d = tl.where(inside, x - finite_or_zero(hi), 0.0)
     total = count + more
     sum_hi, sum_lo = per_channel(d, tl.zeros_like(d))
     safe = tl.maximum(total, 1.0)
@@ -123,6 +137,5 @@ def next_moments(hi, lo, M2, count, x, inside, more, alpha):
     away = alpha * (u + u_lo)
     M2 += count * (alpha * lo) * (alpha * lo) + squares - total * away * away
     moved = hi + u
-    rest = (u - (moved - hi)) + u_lo
-    mean = moved + rest
-    return mean, rest - (mean - moved), M2
+    hi, lo = renewed(moved, (u - (moved - hi)) + u_lo)
+    return hi, lo, M2
