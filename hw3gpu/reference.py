@@ -131,7 +131,8 @@ def batch_norm(x: Any, gamma: Any = None, beta: Any = None, *, eps: float = 1e-5
     beta = _extended(0.0 if beta is None else beta)
     mean = np.asarray(np.sum(x, axis=axes) / m)
     centred = x - mean.reshape(shape)
-    centred -= np.asarray(np.sum(centred, axis=axes) / m).reshape(shape)  # what the rounding of a large mean has left
+    rest = np.asarray(np.sum(centred, axis=axes) / m)  # what the rounding of a large mean has left
+    mean, centred = np.asarray(mean + rest), centred - rest.reshape(shape)
     var = np.asarray(np.sum(centred**2, axis=axes) / m)
     rstd = np.asarray(1.0 / np.sqrt(var + eps))
     x_hat = centred * rstd.reshape(shape)
