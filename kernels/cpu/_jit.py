@@ -47,7 +47,10 @@ def reduction(function: Callable[..., Any]) -> Any:
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile on the first call for each set of types, without the GIL; what is of this package is cached on disk if possible."""
+    """Compile on the first call for each set of types, without the GIL; cached on disk where that is possible.
+
+    What another package has compiled in this way is not: the cache knows the sources of this one.
+    """
     dispatcher = numba.njit(**_OPTIONS)(function)
     if function.__module__.rpartition(".")[0] == __package__ and cache_folder() is not None:
         cached_in(_KernelCache(function), dispatcher)
