@@ -62,11 +62,13 @@ class Work:
     dtype: torch.dtype = torch.float32
     soft: bool = False
     channels_last: bool = False
+    statistics: str = "of the batch"  # of batch norm; or "evaluation", forward alone, or "frozen", forward and backward
 
     @property
     def name(self) -> str:
         kind = {"cross_entropy": "cross entropy", "batch_norm": "batch norm", "softmax": "softmax"}[self.operation]
         notes = [n for n, there in (("soft targets", self.soft), ("channels-last", self.channels_last)) if there]
+        notes += [self.statistics] if self.statistics != "of the batch" else []
         if self.dtype != torch.float32:
             notes.append(str(self.dtype).removeprefix("torch."))
         return ", ".join([f"{kind} {self.shape}", *notes])
@@ -96,9 +98,13 @@ class Step:
     eager: Function
     leaves: tuple[torch.Tensor, ...]
     upstream: torch.Tensor | None = None
+    forward_alone: bool = False
 
     def __call__(self, f: Function) -> torch.Tensor:
-        """Forward and backward, into fresh gradients."""
+        """Forward and backward, into fresh gradients; or the forward pass without a graph."""
+        if self.forward_alone:
+            with torch.no_grad():
+                return self.call(f)
         for leaf in self.leaves:
             leaf.grad = None
         result = self.call(f)
@@ -121,13 +127,14 @@ def _softmax(work: Work, normal: Callable[[], torch.Tensor]) -> Step:
 def _batch_norm(work: Work, normal: Callable[[], torch.Tensor]) -> Step:
     x, dy, C = normal().requires_grad_(), normal(), work.shape[1]
     weight, bias = (torch.linspace(0.5, end, C, dtype=x.dtype).requires_grad_() for end in (1.5, 1.0))
-    running_mean, running_var = torch.zeros_like(weight), torch.ones_like(weight)
+    running_mean, running_var = (torch.linspace(first, 2, C, dtype=x.dtype) for first in (-1, 0.5))
+    training = work.statistics == "of the batch"
 
     def call(f: Function) -> torch.Tensor:
-        return f(x, running_mean, running_var, weight, bias, True, 0.1, 1e-5)
+        return f(x, running_mean, running_var, weight, bias, training, 0.1, 1e-5)
 
     ours, eager = hw3gpu.functional.batch_norm, torch.nn.functional.batch_norm
-    return Step(call, ours, eager, (x, weight, bias), dy)
+    return Step(call, ours, eager, (x, weight, bias), dy, forward_alone=work.statistics == "evaluation")
 
 
 ROWS = (
@@ -146,6 +153,19 @@ ROWS = (
 HALVES = tuple(
     tuple(Work("cross_entropy", shape, 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
     for shape in ((4096, 1000), (512, 32000), (256, 128256))
+)
+KNOWN = tuple(
+    Work("batch_norm", shape, passes, 1, channels_last=channels_last, statistics=statistics)
+    for statistics, passes in (("evaluation", 2), ("frozen", 6))
+    for shape, channels_last in (
+        ((8, 960, 4, 4), False),
+        ((8, 576, 7, 7), False),
+        ((32, 256, 14, 14), False),
+        ((8, 64, 56, 56), False),
+        ((256, 1024), False),
+        ((64, 2048, 7, 7), False),
+        ((32, 256, 14, 14), True),
+    )
 )
 TINIES = (Work("cross_entropy", (32, 10), 2, TINY), Work("batch_norm", (16, 8, 4, 4), 5, TINY))
 
@@ -263,7 +283,7 @@ def verify(work: Work, step: Step) -> None:
 
     def results(of: Step, f: Function) -> list[torch.Tensor]:
         value = of(f)
-        return [value, *(leaf.grad for leaf in of.leaves if leaf.grad is not None)]
+        return [value.detach(), *(leaf.grad for leaf in of.leaves if leaf.grad is not None)]
 
     exact = work.step(exact=True)
     names = ("value", "gradient", "weight's gradient", "bias's gradient")
@@ -326,6 +346,17 @@ def measure_halves(result: Result, turns: int) -> None:
         for work in works[1:]:
             result.milliseconds[work.name] = {"hw3gpu": 1e3 * statistics.median(seconds[work.name])}
             result.ratios.append(Ratio(work.name, "float32 rate", _over(float32, seconds[work.name]), HALF_RATE))
+
+
+def measure_known(result: Result, turns: int) -> None:
+    """Statistics that are known. Small calls are made several times a turn."""
+    for work in track(KNOWN, "evaluation and frozen statistics"):
+        step = work.step()
+        verify(work, step)
+        contestants = {"hw3gpu": partial(step, step.ours), "eager": partial(step, step.eager)}
+        seconds = in_turn(contestants, turns, calls=max(1, LARGE // work.nbytes))
+        result.milliseconds[work.name] = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
+        result.ratios.append(Ratio(work.name, "eager", _over(seconds["eager"], seconds["hw3gpu"]), work.eager))
 
 
 def measure_tinies(result: Result, turns: int) -> None:
@@ -478,6 +509,7 @@ def run(args: argparse.Namespace) -> int:
         result = Result(machine())
         measure_rows(result, args.turns)
         measure_halves(result, args.turns)
+        measure_known(result, args.turns)
         measure_tinies(result, args.turns)
         measure_first_calls(result)
     finally:

@@ -365,7 +365,7 @@ def output_like(x: Array, axis: int | None) -> tuple[Array, Array]:
 
 def output(x: Array, axis: int | None, view: Callable[[Array], Array]) -> tuple[Array, Array]:
     """As `output_like`, with the `fold` of what `view`, a `viewer`, makes of the output."""
-    out = _empty_like(x)
+    out = empty_like(x)
     seen = view(out)
     folded = fold(seen, axis)
     contiguous = isinstance(seen, np.ndarray) and seen.flags.c_contiguous
@@ -375,11 +375,15 @@ def output(x: Array, axis: int | None, view: Callable[[Array], Array]) -> tuple[
     return out, folded
 
 
-def _empty_like(x: Array) -> Array:
+def empty_like(x: Array) -> Array:
+    """An uninitialised array of `x`'s kind, dtype, device and layout, in recycled memory where it is large."""
     xp = namespace(x)
     if x.nbytes >= _pool.SMALLEST and on_host(x):
-        # where the array module would put the elements; neither of these touches memory
-        like = xp.empty_like(x) if xp is np else xp.empty_like(x, device="meta")
+        # where the array module would put the elements; none of these touches memory
+        if xp is np:
+            like = np.empty_like(x)
+        else:
+            like = x if x.is_contiguous() else xp.empty_like(x, device="meta")
         out = _pooled(like.shape, like.strides if xp is np else like.stride(), dtype_name(x), x)
         if out is not None:
             return out

@@ -33,8 +33,11 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, e
 def run(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu, *, new=torch.empty):
     """y, and what `run_backward` needs: stats (mean, what its rounding left, rstd, var in training) and the mask."""
     which = _arrays.backend(x)
-    if training and which == "cpu" and residual is None and not relu:
-        found = _small.batch_norm_forward(x, weight, bias, running_mean, running_var, momentum, eps)
+    if which == "cpu" and residual is None and not relu:
+        if training:
+            found = _small.batch_norm_forward(x, weight, bias, running_mean, running_var, momentum, eps)
+        else:
+            found = _small.batch_norm_evaluation(x, weight, bias, running_mean, running_var, eps)
         if found:
             return *found, None
     see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
@@ -77,8 +80,8 @@ def fused_operands(folded, residual, relu, device, see, kernels, new):
 def run_backward(dy, x, weight, stats, mask, training, relu, residual):
     """dx, dgamma, dbeta in the accumulation dtype, and dresidual where `residual` asks for it: dy itself without `relu`."""
     which = _arrays.backend(x)
-    if training and which == "cpu" and not relu:
-        found = _small.batch_norm_backward(dy, x, weight, stats)
+    if which == "cpu" and not relu:
+        found = _small.batch_norm_backward(dy, x, weight, stats, training)
         if found:
             return *found, dy if residual else None
     see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)

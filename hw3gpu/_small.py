@@ -1,4 +1,4 @@
-"""Small calls on the host in float32, the way of least overhead: kernels take addresses, and no views are made.
+"""Calls on the host in float32, the way of least overhead: kernels take addresses, and no views are made.
 
 Each function gives what the general way gives, to the bit, or None where the call is not one of these.
 """
@@ -43,32 +43,60 @@ def cross_entropy_step(logits, target, weight, upstream, options, dlogits=None):
     return loss, dlogits, row
 
 
-def _planes(x):
-    """(N, C, S) of planes that the kernels take, else None."""
-    N, C = x.shape[:2]
-    S = x.numel() // (N * C)
-    return (N, C, S) if 1 < S <= _arrays.kernels("batch_norm_small", "cpu").SMALL_PLANE else None
+def _sizes(x, dy=None):
+    """(N, C, S) as the kernels walk x, and dy as x, S = 1 for channels-last; None for what they do not take."""
+    shape, layout = x.shape, torch.contiguous_format
+    if not x.numel() or x.dtype is not torch.float32 or x.is_neg():
+        return None
+    if x.is_contiguous():
+        sizes = shape[0], shape[1], x.numel() // (shape[0] * shape[1])
+    elif x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        sizes, layout = (x.numel() // shape[1], shape[1], 1), torch.channels_last
+    else:
+        return None
+    if dy is not None and not (dy.dtype is torch.float32 and dy.is_contiguous(memory_format=layout) and not dy.is_neg()):
+        return None
+    return sizes
+
+
+def _vectors(*vectors):
+    return all(v is None or _plain(v) for v in vectors)
 
 
 def batch_norm_forward(x, weight, bias, running_mean, running_var, momentum, eps):
     """y and stats (mean (2, C), rstd, var)."""
-    if not _fit(x, weight, bias, running_mean, running_var) or not (sizes := _planes(x)):
+    sizes, kernels = _sizes(x), _arrays.kernels("batch_norm_small", "cpu")
+    if not sizes or not kernels.does_whole(*sizes) or not _vectors(weight, bias, running_mean, running_var):
         return None
-    y, stats = torch.empty_like(x), x.new_empty((4, sizes[1]))
-    _arrays.kernels("batch_norm_small", "cpu").forward(
+    y, stats = _arrays.empty_like(x), x.new_empty((4, sizes[1]))
+    kernels.forward(
         x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), stats.data_ptr(), _address(running_mean),
         _address(running_var), *sizes, eps=eps, momentum=momentum,
     )  # fmt: skip
     return y, stats
 
 
-def batch_norm_backward(dy, x, weight, stats):
-    """dx, dgamma and dbeta."""
-    if not _fit(x, dy, weight, stats) or not (sizes := _planes(x)):
+def batch_norm_evaluation(x, weight, bias, running_mean, running_var, eps):
+    """y and stats (mean (2, C), rstd)."""
+    sizes, kernels = _sizes(x), _arrays.kernels("batch_norm_small", "cpu")
+    if not sizes or not kernels.normalizes(*sizes) or not _vectors(weight, bias, running_mean, running_var):
         return None
-    dx, dgamma, dbeta = torch.empty_like(x), x.new_empty(sizes[1]), x.new_empty(sizes[1])
-    _arrays.kernels("batch_norm_small", "cpu").backward(
+    y, stats = _arrays.empty_like(x), x.new_empty((3, sizes[1]))
+    kernels.normalize(
+        x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), stats.data_ptr(), running_mean.data_ptr(),
+        running_var.data_ptr(), *sizes, eps=eps,
+    )  # fmt: skip
+    return y, stats
+
+
+def batch_norm_backward(dy, x, weight, stats, training):
+    """dx, dgamma and dbeta."""
+    sizes, kernels = _sizes(x, dy), _arrays.kernels("batch_norm_small", "cpu")
+    if not sizes or not kernels.does_whole(*sizes) or not _vectors(weight, stats):
+        return None
+    dx, dgamma, dbeta = _arrays.empty_like(x), x.new_empty(sizes[1]), x.new_empty(sizes[1])
+    kernels.backward(
         dy.data_ptr(), x.data_ptr(), stats.data_ptr(), _address(weight), dx.data_ptr(), dgamma.data_ptr(), dbeta.data_ptr(),
-        *sizes,
+        *sizes, trained=training,
     )  # fmt: skip
     return dx, dgamma, dbeta

@@ -1,4 +1,4 @@
-"""Small float32 calls by address: to the bit what the general way gives, and taken for what it is made for alone."""
+"""Float32 calls by address: to the bit what the general way gives, and taken for what it is made for alone."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def taken(monkeypatch):
     note("cross_entropy_step", "at_addresses")
     note("batch_norm_small", "forward")
     note("batch_norm_small", "backward")
+    note("batch_norm_small", "normalize")
     return names
 
 
@@ -36,6 +37,7 @@ def both_ways(monkeypatch, call):
     by_address = call()
     with monkeypatch.context() as patch:
         patch.setattr(_small, "MOST_BYTES", 0)
+        patch.setattr(_small, "_sizes", lambda *tensors: None)
         return by_address, call()
 
 
@@ -90,28 +92,51 @@ def test_a_wrong_class_is_refused(taken):
     assert taken
 
 
-def normalization_of(x, dy, *, affine=True, running=True):
+def normalization_of(x, dy, *, affine=True, running=True, training=True):
     C = x.shape[1]
 
     def call():
         leaf = x.clone().requires_grad_()
         weight, bias = (torch.linspace(0.5, 2, C) + i for i in range(2)) if affine else (None, None)
         leaves = [leaf, *(v.requires_grad_() for v in (weight, bias) if v is not None)]
-        kept = [torch.zeros(C), torch.ones(C)] if running else [None, None]
-        y = HF.batch_norm(leaf, *kept, weight, bias, training=True)
+        kept = [torch.linspace(-1, 1, C), torch.linspace(0.5, 3, C)] if running else [None, None]
+        y = HF.batch_norm(leaf, *kept, weight, bias, training=training)
         return y.detach(), *torch.autograd.grad(y, leaves, dy), *(v for v in kept if v is not None)
 
     return call
 
 
+# small planes, some of several tiles, parts of one tile, and rows of channels; more than one thread has a part of the largest
+SHAPES = [(16, 8, 4, 4), (2, 3, 2), (5, 1, 16, 16), (3, 40, 7, 7), (8, 960, 4, 4), (40, 160), (64, 1200, 1, 1)]
+
+
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("running", [True, False], ids=["running", "batch alone"])
-@pytest.mark.parametrize("shape", [(16, 8, 4, 4), (2, 3, 2), (5, 1, 16, 16), (3, 40, 7, 7)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_batch_norm(monkeypatch, taken, shape, affine, running):
     random = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(shape, generator=random) for _ in range(2))
     found, expected = both_ways(monkeypatch, normalization_of(1e4 + x, dy, affine=affine, running=running))
     assert taken == ["forward", "backward"]
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("shape", [*SHAPES, (600, 16, 4, 8)], ids=str)
+def test_batch_norm_in_evaluation(monkeypatch, taken, shape, affine):
+    random = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(shape, generator=random) for _ in range(2))
+    found, expected = both_ways(monkeypatch, normalization_of(x, dy, affine=affine, training=False))
+    assert taken == ["normalize", "backward"][: 1 if len(shape) == 4 and shape[0] == 600 else 2]
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_channels_last(monkeypatch, taken, training):
+    x, dy = (torch.randn(8, 960, 4, 4).to(memory_format=torch.channels_last) for _ in range(2))
+    found, expected = both_ways(monkeypatch, normalization_of(x, dy, training=training))
+    assert taken == ["forward" if training else "normalize", "backward"]
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
     assert_same_bits(found, expected)
 
 
@@ -145,7 +170,7 @@ OTHERS = {
     "probabilities": lambda: HF.cross_entropy(torch.zeros(4, 3, requires_grad=True), torch.full((4, 3), 1 / 3)),
     "a softcap": lambda: HF.cross_entropy(torch.zeros(4, 3, requires_grad=True), torch.arange(4) % 3, softcap=3.0),
     "large logits": lambda: HF.cross_entropy(torch.zeros(512, 64, requires_grad=True), torch.arange(512) % 3),
-    "evaluation": lambda: HF.batch_norm(torch.zeros(4, 3, 2), torch.zeros(3), torch.ones(3)),
+    "short rows": lambda: HF.batch_norm(torch.zeros(4, 3), torch.zeros(3), torch.ones(3)),
     "no planes": lambda: HF.batch_norm(torch.randn(4, 3), None, None, training=True),
     "channels-last": lambda: HF.batch_norm(
         torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), None, None, training=True

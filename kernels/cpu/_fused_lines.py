@@ -20,8 +20,8 @@ from ._lines import (
     REST,
     SCALE,
     SHIFT_1,
-    SHIFT_2,
     _add_gradients,
+    _along,
     _apply,
     _fold,
     _goes_around,
@@ -30,13 +30,14 @@ from ._lines import (
     _means_of_tile,
     _normalization_of_rows,
     _normalization_of_tile,
+    _of,
     _slopes_of_rows,
+    _slopes_of_tile,
     _statistics,
     _tile_sums,
     parameters,
 )
 from ._mask import bits_at, bytes_for, let_through, put_bits
-from ._moments import sums_of
 
 
 # ---------------------------------------------------------------------------------------------- a line of any layout
@@ -175,7 +176,8 @@ def _add_gradients_line(dy, x, n, c, s, size, of_rows, mask, byte, at, total, pr
     dy_scratch, x_scratch, _, _, passed_scratch = scratch
     passed = prefix(passed_scratch, size)
     _passed(dy, n, c, s, size, of_rows, mask, byte, passed, dy_scratch)
-    _add_gradients(passed, _gather(x, n, c, s, size, of_rows, x_scratch), at, total, product)
+    x_line = _gather(x, n, c, s, size, of_rows, x_scratch)
+    _along(size, total, _add_gradients, (passed, x_line, _of(at, MEAN), _of(at, REST), total, product))
 
 
 @inline
@@ -219,7 +221,7 @@ def _tile_gradients(dy, x, c, size, group, mask, at, total, product, sums, scrat
     for n in range(N):
         byte = _tile_byte(x, n, c, group)
         _add_gradients_line(dy, x, n, c, 0, size, False, mask, byte, at, total, product, scratch)
-    _tile_sums(total, product, size // S, S, sums)
+    _tile_sums(x, total, product, c, c + size // S, sums)
 
 
 @inline
@@ -235,15 +237,17 @@ def tile_forward(
 ):  # fmt: skip
     C, S = x.shape[1], x.shape[2]
     P = group * S
-    shift, sums, at = np.empty(group), np.empty((2, 2, group)), parameters(P, var)
-    shift_at, total, square = np.empty(P), np.empty(P), np.empty(P)
+    shift, sums, scale, at = np.empty(group), np.empty((2, group)), np.empty_like(rstd), parameters(P, var)
+    shift_at, total, square = np.empty((1, 1, P)), np.empty(P), np.empty(P)
     scratch = _forward_scratch(x, residual, y, P, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
         _statistics(
             x, c0, c1, shift, sums, shift_at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum
         )  # fmt: skip
-        _normalization_of_tile(at, c0, c1, S, mean, rstd, gamma, beta)
+        for c in range(c0, c1):
+            scale[c] = rstd[c] * gamma[c]
+        _normalization_of_tile(at, c0, c1, S, mean, scale, beta)
         _normalize_tile(x, c0, (c1 - c0) * S, group, at, residual, y, mask, scratch)
 
 
@@ -254,10 +258,7 @@ def tile_normalize(first, last, group, x, mean, scale, beta, residual, y, mask):
     scratch = _forward_scratch(x, residual, y, group * S, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
-        _means_of_tile(at, c0, c1, S, mean)
-        for p in range((c1 - c0) * S):
-            c = c0 + p // S
-            at[0, SCALE, p], at[0, SHIFT_1, p] = scale[c], beta[c]
+        _normalization_of_tile(at, c0, c1, S, mean, scale, beta)
         _normalize_tile(x, c0, (c1 - c0) * S, group, at, residual, y, mask, scratch)
 
 
@@ -265,7 +266,7 @@ def tile_normalize(first, last, group, x, mean, scale, beta, residual, y, mask):
 def tile_backward(first, last, group, dy, x, mask, mean, rstd, gamma, dx, dresidual, dgamma, dbeta):
     N, C, S = x.shape
     P, m = group * S, np.float64(N * S)
-    sums, at = np.empty((2, 2, group)), parameters(P, rstd)
+    sums, at = np.empty((2, group)), parameters(P, rstd)
     total, product = np.empty(P), np.empty(P)
     scratch = _backward_scratch(dy, x, dx, dresidual, P, 0)
     for tile in range(first, last):
@@ -283,14 +284,14 @@ def tile_gradient_sums(first, last, group, dy, x, mask, mean, of_channel):
     """of_channel (2, C): sum dy and sum dy (x - mean), of the dy that passes."""
     C, S = x.shape[1], x.shape[2]
     P = group * S
-    sums, at, total, product = np.empty((2, 2, group)), np.empty((1, 5, P), mean.dtype), np.empty(P), np.empty(P)
+    sums, at, total, product = np.empty((2, group)), parameters(P, mean), np.empty(P), np.empty(P)
     scratch = _backward_scratch(dy, x, x, dy, P, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
         _means_of_tile(at, c0, c1, S, mean)
         _tile_gradients(dy, x, c0, (c1 - c0) * S, group, mask, at, total, product, sums, scratch)
         for c in range(c0, c1):
-            of_channel[0, c], of_channel[1, c] = sums_of(sums, c - c0)
+            of_channel[0, c], of_channel[1, c] = sums[0, c - c0], sums[1, c - c0]
 
 
 @kernel
@@ -301,10 +302,7 @@ def tile_apply(first, last, group, dy, x, mask, mean, scale, b, k, trained, dx, 
     scratch = _backward_scratch(dy, x, dx, dresidual, group * S, 0)
     for tile in range(first, last):
         c0, c1 = tile * group, min(tile * group + group, C)
-        _means_of_tile(at, c0, c1, S, mean)
-        for p in range((c1 - c0) * S):
-            c = c0 + p // S
-            at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = scale[c], b[c], k[c]
+        _slopes_of_tile(at, c0, c1, S, mean, scale, b, k)
         _apply_tile(dy, x, c0, (c1 - c0) * S, group, mask, at, trained, dx, dresidual, scratch)
     streamed()
 
@@ -315,7 +313,7 @@ def tile_apply(first, last, group, dy, x, mask, mean, scale, b, k, trained, dx, 
 def rows_normalize(first, last, blocks, rows, x, mean, scale, beta, residual, y, mask):
     N, C, S = x.shape
     m, lines, at = N * S, -(-(N * S) // rows), parameters(rows * C, mean)
-    _normalization_of_rows(at, C, mean, scale, beta)
+    _normalization_of_rows(at, mean, scale, beta)
     scratch = _forward_scratch(x, residual, y, rows * C, rows)
     for line in range(lines * first // blocks, lines * last // blocks):
         v, byte = line * rows, line * bytes_for(rows * C)
@@ -328,8 +326,8 @@ def rows_gradient_sums(first, last, rows, dy, x, mask, mean, partial):
     """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block, of the dy that passes."""
     N, C, S = x.shape
     blocks, m, lines, P = partial.shape[0], N * S, -(-(N * S) // rows), rows * C
-    at, total, product = np.empty((1, 5, P), mean.dtype), np.empty(P), np.empty(P)
-    _means_of_rows(at, C, mean)
+    at, total, product = parameters(P, mean), np.empty(P), np.empty(P)
+    _means_of_rows(at, mean)
     scratch = _backward_scratch(dy, x, x, dy, P, rows)
     for block in range(first, last):
         total[:] = 0.0
@@ -346,7 +344,7 @@ def rows_apply(first, last, blocks, rows, dy, x, mask, mean, scale, b, k, traine
     """dx = scale (dy - b - (x - mean) k), or scale dy, of the dy that passes."""
     N, C, S = x.shape
     m, lines, at = N * S, -(-(N * S) // rows), parameters(rows * C, mean)
-    _slopes_of_rows(at, C, mean, scale, b, k)
+    _slopes_of_rows(at, mean, scale, b, k)
     scratch = _backward_scratch(dy, x, dx, dresidual, rows * C, rows)
     for line in range(lines * first // blocks, lines * last // blocks):
         v, byte = line * rows, line * bytes_for(rows * C)

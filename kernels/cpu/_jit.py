@@ -41,8 +41,17 @@ def outline(function: Callable[..., Any]) -> Any:
     return numba.njit(**_HELPER)(function)
 
 
+def exact(function: Callable[..., Any]) -> Any:
+    """As `inline`, each operation of `function` rounded as it is written: for numbers held in two parts."""
+    return numba.njit(**{**_INLINE, "fastmath": set()})(function)
+
+
 def reduction(function: Callable[..., Any]) -> Any:
-    """As `inline`, and the sums that `function` itself writes may be taken in any order, fixed when it is compiled."""
+    """As `inline`, and the sums that `function` itself writes may be taken in any order, fixed when it is compiled.
+
+    It writes no difference: (x - high) - low may become x - (high + low), and low is lost. Differences come from an `inline`
+    helper, whose operations keep their own flags where it is called.
+    """
     return numba.njit(**{**_INLINE, "fastmath": {"contract", "reassoc", "nsz"}})(function)
 
 

@@ -8,12 +8,16 @@ at the end.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from ._elements import line_of, load
-from ._jit import inline, kernel
-from ._lanes import LARGE, fetch, load_lanes, streamed, width, write
-from ._moments import add_to, better_shift, finish, first_mean, sums_of
+from ._jit import inline, kernel, reduction
+from ._lanes import LARGE, fetch, load_lanes, load_lanes_like, store_lanes, streamed, width, write
+from ._moments import SHIFT_VALUES, add_to, better_shift, finish, shift_of, sums_of, two_sum, with_low
 
 # ---------------------------------------------------------------------------------------------- one line
 # Parameters of a position: at (1, rows, positions), three axes for `line_of`; its rows are named here.
@@ -28,43 +32,64 @@ def parameters(positions, like):
 
 @inline
 def _of(at, row):
+    """A row of parameters. It counts no reference: `at` has to be used after it, or in the same loop."""
     return line_of(at, 0, row, 0, at.shape[2])
 
 
+# Sums are float64, and so is what they are sums of, from where it is loaded. Several lines at once: a sum is read and written
+# once for all of them.
 @inline
-def _add_deviations(x, shift, total, square):
-    for p in range(x.size):
-        d = np.float64(load(x, p)) - shift[p]
-        total[p] += d
-        square[p] += d * d
-
-
-@inline
-def _add_four_deviations(x0, x1, x2, x3, shift, total, square):
-    """Four lines at once, so that a sum is read and written once for four."""
-    for p in range(x0.size):
-        d0, d1 = np.float64(load(x0, p)) - shift[p], np.float64(load(x1, p)) - shift[p]
-        d2, d3 = np.float64(load(x2, p)) - shift[p], np.float64(load(x3, p)) - shift[p]
-        total[p] += (d0 + d1) + (d2 + d3)
-        square[p] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+def _add(sums, p, exist, v):
+    store_lanes(sums, p, exist, load_lanes(sums, p, exist, 0.0) + v)
 
 
 @inline
-def _add_gradients(dy, x, at, total, product):
-    for p in range(x.size):
-        g = np.float64(load(dy, p))
-        total[p] += g
-        product[p] += g * np.float64((load(x, p) - at[0, MEAN, p]) - at[0, REST, p])
+def _add_deviations(p, exist, args):
+    x, shift, total, square = args
+    d = load_lanes_like(x, p, exist, 0.0, total) - load_lanes(shift, p, exist, 0.0)
+    _add(total, p, exist, d)
+    _add(square, p, exist, d * d)
 
 
 @inline
-def _add_two_gradients(dy0, dy1, x0, x1, at, total, product):
-    for p in range(x0.size):
-        g0, g1 = np.float64(load(dy0, p)), np.float64(load(dy1, p))
-        d0 = np.float64((load(x0, p) - at[0, MEAN, p]) - at[0, REST, p])
-        d1 = np.float64((load(x1, p) - at[0, MEAN, p]) - at[0, REST, p])
-        total[p] += g0 + g1
-        product[p] += g0 * d0 + g1 * d1
+def _add_four_deviations(p, exist, args):
+    x0, x1, x2, x3, shift, total, square = args
+    about = load_lanes(shift, p, exist, 0.0)
+    d0, d1 = load_lanes_like(x0, p, exist, 0.0, total) - about, load_lanes_like(x1, p, exist, 0.0, total) - about
+    d2, d3 = load_lanes_like(x2, p, exist, 0.0, total) - about, load_lanes_like(x3, p, exist, 0.0, total) - about
+    _add(total, p, exist, (d0 + d1) + (d2 + d3))
+    _add(square, p, exist, (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
+
+
+@inline
+def _add_gradients(p, exist, args):
+    dy, x, mean, rest, total, product = args
+    d = load_lanes_like(x, p, exist, 0.0, total) - load_lanes_like(mean, p, exist, 0.0, total)
+    g = load_lanes_like(dy, p, exist, 0.0, total)
+    _add(total, p, exist, g)
+    _add(product, p, exist, g * (d - load_lanes_like(rest, p, exist, 0.0, total)))
+
+
+@inline
+def _add_two_gradients(p, exist, args):
+    dy0, dy1, x0, x1, mean, rest, total, product = args
+    mu, low = load_lanes_like(mean, p, exist, 0.0, total), load_lanes_like(rest, p, exist, 0.0, total)
+    g0, g1 = load_lanes_like(dy0, p, exist, 0.0, total), load_lanes_like(dy1, p, exist, 0.0, total)
+    d0 = (load_lanes_like(x0, p, exist, 0.0, total) - mu) - low
+    d1 = (load_lanes_like(x1, p, exist, 0.0, total) - mu) - low
+    _add(total, p, exist, g0 + g1)
+    _add(product, p, exist, g0 * d0 + g1 * d1)
+
+
+@inline
+def _along(size, like, lanes, args):
+    """lanes(p, exist, args) for the positions of a line, vector by vector of `like`."""
+    p, count = 0, width(like)
+    while p + count <= size:
+        lanes(p, width(like), args)
+        p += count
+    if p < size:
+        lanes(p, size - p, args)
 
 
 @inline
@@ -98,95 +123,177 @@ def _apply(dy, x, at, dx, around):
 
 
 @inline
+def _scaled(i, exist, args):
+    dy, scale = args
+    return load_lanes(dy, i, exist, 0.0) * load_lanes(scale, i, width(scale), 0.0)
+
+
+@inline
+def _scale(dy, at, dx, around):
+    write(dx, around, _scaled, (dy, _of(at, SCALE)))
+
+
+@inline
 def _goes_around(y):
     """True where the lines of a result are to be written around the caches."""
     return y.size * y.itemsize >= LARGE
 
 
-# ---------------------------------------------------------------------------------------------- small planes, fused
-# A tile is `group` channels; its lines are x[n, c0:c1, :], position (c - c0) S + s. A block of work is a tile.
+# ---------------------------------------------------------------------------------------------- tiles
+# A tile is `group` channels; its lines are x[n, c0:c1, :], position (c - c0) S + s. Block b is the samples N p / parts …
+# N (p + 1) / parts - 1 of a tile, p = b % parts; a channel that is done whole has one part.
 @inline
-def _tile_deviations(x, c0, c1, shift, total, square):
-    N, S = x.shape[0], x.shape[2]
-    size, n = (c1 - c0) * S, 0
-    for p in range(size):
-        total[p], square[p] = 0.0, 0.0
-    while n + 4 <= N:
-        for ahead in range(n + 4, min(n + 8, N)):
+def _block_of(block, parts, group, x):
+    """The samples n0…n1-1 and channels c0…c1-1 of a block."""
+    N, tile, part = x.shape[0], block // parts, block % parts
+    return N * part // parts, N * (part + 1) // parts, tile * group, min(tile * group + group, x.shape[1])
+
+
+@inline
+def _spread(at, row, j, S, value):
+    """`value` at the positions of the tile's channel j. (The index is unsigned: a signed one may count from the end.)"""
+    for s in range(S):
+        at[0, row, np.uintp(j * S + s)] = value
+
+
+@inline
+def _tile_deviations(x, n0, n1, c0, c1, shift, total, square):
+    size, n = (c1 - c0) * x.shape[2], n0
+    total[:] = 0.0
+    square[:] = 0.0
+    while n + 4 <= n1:
+        for ahead in range(n + 4, min(n + 8, n1)):
             fetch(line_of(x, ahead, c0, 0, size))
         x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
         x2, x3 = line_of(x, n + 2, c0, 0, size), line_of(x, n + 3, c0, 0, size)
-        _add_four_deviations(x0, x1, x2, x3, shift, total, square)
+        _along(size, total, _add_four_deviations, (x0, x1, x2, x3, shift, total, square))
         n += 4
-    while n < N:
-        _add_deviations(line_of(x, n, c0, 0, size), shift, total, square)
+    while n < n1:
+        _along(size, total, _add_deviations, (line_of(x, n, c0, 0, size), shift, total, square))
         n += 1
 
 
 @inline
-def _tile_gradients(dy, x, c0, c1, at, total, product):
-    N, S = x.shape[0], x.shape[2]
-    size, n = (c1 - c0) * S, 0
-    for p in range(size):
-        total[p], product[p] = 0.0, 0.0
-    while n + 2 <= N:
-        for ahead in range(n + 2, min(n + 4, N)):
+def _tile_gradients(dy, x, n0, n1, c0, c1, at, total, product):
+    size, n, mean, rest = (c1 - c0) * x.shape[2], n0, _of(at, MEAN), _of(at, REST)
+    total[:] = 0.0
+    product[:] = 0.0
+    while n + 2 <= n1:
+        for ahead in range(n + 2, min(n + 4, n1)):
             fetch(line_of(x, ahead, c0, 0, size))
             fetch(line_of(dy, ahead, c0, 0, size))
         dy0, dy1 = line_of(dy, n, c0, 0, size), line_of(dy, n + 1, c0, 0, size)
-        _add_two_gradients(dy0, dy1, line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size), at, total, product)
+        x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
+        _along(size, total, _add_two_gradients, (dy0, dy1, x0, x1, mean, rest, total, product))
         n += 2
-    if n < N:
-        _add_gradients(line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size), at, total, product)
+    if n < n1:
+        dy0, x0 = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
+        _along(size, total, _add_gradients, (dy0, x0, mean, rest, total, product))
+
+
+@reduction
+def _fast_sums(first, second, start, S):
+    a, b = 0.0, 0.0
+    for s in range(S):
+        p = np.uintp(start + s)
+        a += first[p]
+        b += second[p]
+    return a, b
 
 
 @inline
-def _tile_sums(first, second, count, S, sums):
-    """Add the positions of the tile's channels."""
-    for j in range(count):
-        sums[:, :, j] = 0.0
-        for p in range(j * S, (j + 1) * S):
-            add_to(sums, j, first[p], second[p])
+def _exact_sums(first, second, start, S):
+    a, b, a_low, b_low = 0.0, 0.0, 0.0, 0.0
+    for s in range(S):
+        a, low = two_sum(a, first[start + s])
+        a_low += low
+        b, low = two_sum(b, second[start + s])
+        b_low += low
+    return with_low(a, a_low), with_low(b, b_low)
+
+
+def _position_sums(first: Any, second: Any, start: Any, S: Any, x: Any) -> Any:
+    """The sums of first[start : start + S] and of second, float64, as what they are sums of, x, has digits."""
+    return _exact_sums(first, second, start, S)
+
+
+@overload(_position_sums)
+def _choose_position_sums(first, second, start, S, x):
+    if x.dtype == types.float64:
+        return lambda first, second, start, S, x: _exact_sums(first, second, start, S)
+    return lambda first, second, start, S, x: _fast_sums(first, second, start, S)
 
 
 @inline
-def _statistics(x, c0, c1, shift, sums, shift_at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum):
-    """Statistics of the channels c0…c1-1 of a tile, and room for them."""
+def _tile_sums(x, first, second, c0, c1, sums):
+    """sums (2, ≥ c1 - c0) = the positions of each channel added up."""
     S = x.shape[2]
-    m = np.float64(x.shape[0] * S)
-    for c in range(c0, c1):
-        shift[c - c0] = first_mean(x, c)
+    for j in range(c1 - c0):
+        sums[0, j], sums[1, j] = _position_sums(first, second, j * S, S, x)
+
+
+@inline
+def _tile_shifts(x, c0, c1, shift, total, size, sums):
+    """As `first_mean`, of all the tile's channels."""
+    S = x.shape[2]
+    count = min(x.shape[0], -(-SHIFT_VALUES // S))
+    total[:] = 0.0
+    size[:] = 0.0
+    for n in range(count):
+        line = line_of(x, n, c0, 0, (c1 - c0) * S)
+        for p in range(line.size):
+            value = np.float64(load(line, p))
+            total[p] += value
+            size[p] += abs(value)
+    _tile_sums(x, total, size, c0, c1, sums)
+    for j in range(c1 - c0):
+        shift[j] = shift_of(sums[0, j], sums[1, j], count * S)
+
+
+@inline
+def _statistics(x, c0, c1, shift, sums, at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum):
+    """Statistics of the channels c0…c1-1 of a tile, and room for them; at (1, 1, positions) float64."""
+    N, S = x.shape[0], x.shape[2]
+    m = np.float64(N * S)
+    _tile_shifts(x, c0, c1, shift, total, square, sums)
     far = True
     for _ in range(2):
         if far:
-            for p in range((c1 - c0) * S):
-                shift_at[p] = shift[p // S]
-            _tile_deviations(x, c0, c1, shift_at, total, square)
-            _tile_sums(total, square, c1 - c0, S, sums)
+            for j in range(c1 - c0):
+                _spread(at, 0, j, S, shift[j])
+            _tile_deviations(x, 0, N, c0, c1, _of(at, 0), total, square)
+            _tile_sums(x, total, square, c0, c1, sums)
             far = False
             for j in range(c1 - c0):
-                d, d2 = sums_of(sums, j)
-                better = better_shift(shift[j], d, d2, m)
+                better = better_shift(shift[j], sums[0, j], sums[1, j], m)
                 if better == better:
                     shift[j], far = better, True
     for c in range(c0, c1):
-        d, d2 = sums_of(sums, c - c0)
-        finish(c, shift_at[(c - c0) * S], d, d2, m, eps, momentum, mean, var, rstd, running_mean, running_var)
+        j = c - c0
+        about = at[0, 0, j * S]
+        finish(c, about, sums[0, j], sums[1, j], m, eps, momentum, mean, var, rstd, running_mean, running_var)
 
 
 @inline
 def _means_of_tile(at, c0, c1, S, mean):
-    for p in range((c1 - c0) * S):
-        c = c0 + p // S
-        at[0, MEAN, p], at[0, REST, p] = mean[0, c], mean[1, c]
+    for c in range(c0, c1):
+        _spread(at, MEAN, c - c0, S, mean[0, c])
+        _spread(at, REST, c - c0, S, mean[1, c])
 
 
 @inline
-def _normalization_of_tile(at, c0, c1, S, mean, rstd, gamma, beta):
+def _normalization_of_tile(at, c0, c1, S, mean, scale, beta):
     _means_of_tile(at, c0, c1, S, mean)
-    for p in range((c1 - c0) * S):
-        c = c0 + p // S
-        at[0, SCALE, p], at[0, SHIFT_1, p] = rstd[c] * gamma[c], beta[c]
+    for c in range(c0, c1):
+        _spread(at, SCALE, c - c0, S, scale[c])
+        _spread(at, SHIFT_1, c - c0, S, beta[c])
+
+
+@inline
+def _slopes_of_tile(at, c0, c1, S, mean, scale, b, k):
+    _normalization_of_tile(at, c0, c1, S, mean, scale, b)
+    for c in range(c0, c1):
+        _spread(at, SHIFT_2, c - c0, S, k[c])
 
 
 @inline
@@ -194,46 +301,102 @@ def _gradients_of_tile(at, sums, c0, c1, S, m, rstd, gamma, dgamma, dbeta):
     """dgamma and dbeta of the tile's channels from their sums, and what dx needs of them."""
     of = rstd.dtype.type
     for c in range(c0, c1):
-        db, dg = sums_of(sums, c - c0)
-        dg *= rstd[c]
+        db, dg = sums[0, c - c0], sums[1, c - c0] * rstd[c]
         dbeta[c], dgamma[c] = of(db), of(dg)
-        for p in range((c - c0) * S, (c - c0 + 1) * S):
-            at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = rstd[c] * gamma[c], of(db / m), of(dg * rstd[c] / m)
+        _spread(at, SCALE, c - c0, S, rstd[c] * gamma[c])
+        _spread(at, SHIFT_1, c - c0, S, of(db / m))
+        _spread(at, SHIFT_2, c - c0, S, of(dg * rstd[c] / m))
 
 
 @kernel
 def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum):
     """Statistics and y of the tiles first…last-1."""
-    N, C, S = x.shape
-    P = group * S
-    shift, sums, at = np.empty(group), np.empty((2, 2, group)), parameters(P, var)
-    shift_at, total, square = np.empty(P), np.empty(P), np.empty(P)
+    N, S, P = x.shape[0], x.shape[2], group * x.shape[2]
+    shift, sums, scale, at = np.empty(group), np.empty((2, group)), np.empty_like(rstd), parameters(P, var)
+    shift_at, total, square = np.empty((1, 1, P)), np.empty(P), np.empty(P)
     for tile in range(first, last):
-        c0, c1 = tile * group, min(tile * group + group, C)
+        _, _, c0, c1 = _block_of(tile, 1, group, x)
         _statistics(
             x, c0, c1, shift, sums, shift_at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum
         )  # fmt: skip
-        _normalization_of_tile(at, c0, c1, S, mean, rstd, gamma, beta)
+        for c in range(c0, c1):
+            scale[c] = rstd[c] * gamma[c]
+        _normalization_of_tile(at, c0, c1, S, mean, scale, beta)
         for n in range(N):
             _normalize(line_of(x, n, c0, 0, (c1 - c0) * S), at, line_of(y, n, c0, 0, (c1 - c0) * S), _goes_around(y))
     streamed()
 
 
 @kernel
-def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
-    """dgamma, dbeta and dx of the tiles first…last-1."""
-    N, C, S = x.shape
-    P, m = group * S, np.float64(N * S)
-    sums, at = np.empty((2, 2, group)), parameters(P, rstd)
-    total, product = np.empty(P), np.empty(P)
+def backward(first, last, group, dy, x, mean, rstd, gamma, trained, dx, dgamma, dbeta):
+    """dgamma, dbeta and dx of the tiles first…last-1; dx = scale dy unless `trained`."""
+    N, S, P = x.shape[0], x.shape[2], group * x.shape[2]
+    m = np.float64(N * S)
+    sums, at, total, product = np.empty((2, group)), parameters(P, rstd), np.empty(P), np.empty(P)
     for tile in range(first, last):
-        c0, c1 = tile * group, min(tile * group + group, C)
+        _, _, c0, c1 = _block_of(tile, 1, group, x)
         size = (c1 - c0) * S
         _means_of_tile(at, c0, c1, S, mean)
-        _tile_gradients(dy, x, c0, c1, at, total, product)
-        _tile_sums(total, product, c1 - c0, S, sums)
+        _tile_gradients(dy, x, 0, N, c0, c1, at, total, product)
+        _tile_sums(x, total, product, c0, c1, sums)
         _gradients_of_tile(at, sums, c0, c1, S, m, rstd, gamma, dgamma, dbeta)
         for n in range(N):
+            dy_line, dx_line = line_of(dy, n, c0, 0, size), line_of(dx, n, c0, 0, size)
+            if trained:
+                _apply(dy_line, line_of(x, n, c0, 0, size), at, dx_line, _goes_around(dx))
+            else:
+                _scale(dy_line, at, dx_line, _goes_around(dx))
+    streamed()
+
+
+@kernel
+def tile_sums(first, last, group, x, shift, partial):
+    """partial (parts, 2, C): sum (x - shift) and sum (x - shift)^2 of every block."""
+    S, P, parts = x.shape[2], group * x.shape[2], partial.shape[0]
+    sums, at, total, square = np.empty((2, group)), np.empty((1, 1, P)), np.empty(P), np.empty(P)
+    for block in range(first, last):
+        n0, n1, c0, c1 = _block_of(block, parts, group, x)
+        for c in range(c0, c1):
+            _spread(at, 0, c - c0, S, shift[c])
+        _tile_deviations(x, n0, n1, c0, c1, _of(at, 0), total, square)
+        _tile_sums(x, total, square, c0, c1, sums)
+        partial[block % parts, :, c0:c1] = sums[:, : c1 - c0]
+
+
+@kernel
+def tile_gradient_sums(first, last, group, dy, x, mean, partial):
+    """partial (parts, 2, C): sum dy and sum dy (x - mean) of every block."""
+    S, P, parts = x.shape[2], group * x.shape[2], partial.shape[0]
+    sums, at, total, product = np.empty((2, group)), parameters(P, mean), np.empty(P), np.empty(P)
+    for block in range(first, last):
+        n0, n1, c0, c1 = _block_of(block, parts, group, x)
+        _means_of_tile(at, c0, c1, S, mean)
+        _tile_gradients(dy, x, n0, n1, c0, c1, at, total, product)
+        _tile_sums(x, total, product, c0, c1, sums)
+        partial[block % parts, :, c0:c1] = sums[:, : c1 - c0]
+
+
+@kernel
+def tile_normalize(first, last, group, parts, x, mean, scale, beta, y):
+    S, at = x.shape[2], parameters(group * x.shape[2], mean)
+    for block in range(first, last):
+        n0, n1, c0, c1 = _block_of(block, parts, group, x)
+        size = (c1 - c0) * S
+        _normalization_of_tile(at, c0, c1, S, mean, scale, beta)
+        for n in range(n0, n1):
+            _normalize(line_of(x, n, c0, 0, size), at, line_of(y, n, c0, 0, size), _goes_around(y))
+    streamed()
+
+
+@kernel
+def tile_apply(first, last, group, parts, dy, x, mean, scale, b, k, dx):
+    """dx = scale (dy - b - (x - mean) k)."""
+    S, at = x.shape[2], parameters(group * x.shape[2], mean)
+    for block in range(first, last):
+        n0, n1, c0, c1 = _block_of(block, parts, group, x)
+        size = (c1 - c0) * S
+        _slopes_of_tile(at, c0, c1, S, mean, scale, b, k)
+        for n in range(n0, n1):
             _apply(line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size), at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()
 
@@ -248,32 +411,41 @@ def _rows_of(x, v, size):
 
 
 @inline
-def _means_of_rows(at, C, mean):
-    for p in range(at.shape[2]):
-        at[0, MEAN, p], at[0, REST, p] = mean[0, p % C], mean[1, p % C]
+def _repeat(at, row, values):
+    """`values`, a number a channel, at the positions of every row of a line."""
+    start, C = 0, values.size
+    while start + C <= at.shape[2]:
+        for c in range(C):
+            at[0, row, np.uintp(start + c)] = values[c]
+        start += C
 
 
 @inline
-def _normalization_of_rows(at, C, mean, scale, beta):
-    _means_of_rows(at, C, mean)
-    for p in range(at.shape[2]):
-        at[0, SCALE, p], at[0, SHIFT_1, p] = scale[p % C], beta[p % C]
+def _means_of_rows(at, mean):
+    _repeat(at, MEAN, mean[0])
+    _repeat(at, REST, mean[1])
 
 
 @inline
-def _slopes_of_rows(at, C, mean, scale, b, k):
-    _means_of_rows(at, C, mean)
-    for p in range(at.shape[2]):
-        c = p % C
-        at[0, SCALE, p], at[0, SHIFT_1, p], at[0, SHIFT_2, p] = scale[c], b[c], k[c]
+def _normalization_of_rows(at, mean, scale, beta):
+    _means_of_rows(at, mean)
+    _repeat(at, SCALE, scale)
+    _repeat(at, SHIFT_1, beta)
+
+
+@inline
+def _slopes_of_rows(at, mean, scale, b, k):
+    _normalization_of_rows(at, mean, scale, b)
+    _repeat(at, SHIFT_2, k)
 
 
 @inline
 def _fold(first, second, C, partial):
     """partial[i, c] = the sum over the positions of channel c."""
     pieces = np.zeros((2, 2, C))
-    for p in range(first.size):
-        add_to(pieces, p % C, first[p], second[p])
+    for start in range(0, first.size, C):
+        for c in range(C):
+            add_to(pieces, c, first[np.uintp(start + c)], second[np.uintp(start + c)])
     for c in range(C):
         partial[0, c], partial[1, c] = sums_of(pieces, c)
 
@@ -283,9 +455,8 @@ def sums(first, last, rows, x, shift, partial):
     """partial (blocks, 2, C): sum (x - shift) and sum (x - shift)^2 of every block."""
     N, C, S = x.shape
     blocks, m, P = partial.shape[0], N * S, rows * C
-    shift_at, total, square = np.empty(P), np.empty(P), np.empty(P)
-    for p in range(P):
-        shift_at[p] = shift[p % C]
+    at, total, square = np.empty((1, 1, P)), np.empty(P), np.empty(P)
+    _repeat(at, 0, shift)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         total[:] = 0.0
@@ -293,10 +464,11 @@ def sums(first, last, rows, x, shift, partial):
         while v + 4 * rows <= end:
             x0, x1 = _rows_of(x, v, P), _rows_of(x, v + rows, P)
             x2, x3 = _rows_of(x, v + 2 * rows, P), _rows_of(x, v + 3 * rows, P)
-            _add_four_deviations(x0, x1, x2, x3, shift_at, total, square)
+            _along(P, total, _add_four_deviations, (x0, x1, x2, x3, _of(at, 0), total, square))
             v += 4 * rows
         while v < end:
-            _add_deviations(_rows_of(x, v, min(rows, end - v) * C), shift_at, total, square)
+            size = min(rows, end - v) * C
+            _along(size, total, _add_deviations, (_rows_of(x, v, size), _of(at, 0), total, square))
             v += rows
         _fold(total, square, C, partial[block])
 
@@ -306,19 +478,25 @@ def gradient_sums(first, last, rows, dy, x, mean, partial):
     """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block."""
     N, C, S = x.shape
     blocks, m, P = partial.shape[0], N * S, rows * C
-    at, total, product = np.empty((1, 5, P), mean.dtype), np.empty(P), np.empty(P)
-    _means_of_rows(at, C, mean)
+    at, total, product = parameters(P, mean), np.empty(P), np.empty(P)
+    _means_of_rows(at, mean)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         total[:] = 0.0
         product[:] = 0.0
         while v + 2 * rows <= end:
-            dy0, dy1 = _rows_of(dy, v, P), _rows_of(dy, v + rows, P)
-            _add_two_gradients(dy0, dy1, _rows_of(x, v, P), _rows_of(x, v + rows, P), at, total, product)
+            dy0, dy1, x0, x1 = _rows_of(dy, v, P), _rows_of(dy, v + rows, P), _rows_of(x, v, P), _rows_of(x, v + rows, P)
+            mean_at, rest_at = _of(at, MEAN), _of(at, REST)
+            _along(P, total, _add_two_gradients, (dy0, dy1, x0, x1, mean_at, rest_at, total, product))
             v += 2 * rows
         while v < end:
             size = min(rows, end - v) * C
-            _add_gradients(_rows_of(dy, v, size), _rows_of(x, v, size), at, total, product)
+            _along(
+                size,
+                total,
+                _add_gradients,
+                (_rows_of(dy, v, size), _rows_of(x, v, size), _of(at, MEAN), _of(at, REST), total, product),
+            )
             v += rows
         _fold(total, product, C, partial[block])
 
@@ -327,7 +505,7 @@ def gradient_sums(first, last, rows, dy, x, mean, partial):
 def normalize(first, last, blocks, rows, x, mean, scale, beta, y):
     N, C, S = x.shape
     m, at = N * S, parameters(rows * C, mean)
-    _normalization_of_rows(at, C, mean, scale, beta)
+    _normalization_of_rows(at, mean, scale, beta)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         while v < end:
@@ -342,7 +520,7 @@ def apply(first, last, blocks, rows, dy, x, mean, scale, b, k, dx):
     """dx = scale (dy - b - (x - mean) k)."""
     N, C, S = x.shape
     m, at = N * S, parameters(rows * C, mean)
-    _slopes_of_rows(at, C, mean, scale, b, k)
+    _slopes_of_rows(at, mean, scale, b, k)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         while v < end:

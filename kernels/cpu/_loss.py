@@ -78,13 +78,18 @@ def _of_a_class(smoothing, weight, q):
         q[c] = uniform * weight[c]
 
 
+@inline
+def _below(u, i, m):
+    return u[i] - m
+
+
 @reduction
 def _sums_of_chunk(u, m, q, e, first, last):
     """sum q, sum q (u - m) and sum e (u - m) of a chunk."""
     zero = u.dtype.type(0)
     dense, inner, spread = zero, zero, zero
     for i in range(first, last):
-        d = u[i] - m
+        d = _below(u, i, m)
         dense += q[i]
         inner += zero if q[i] == zero else q[i] * d
         spread += zero if e[i] == zero else e[i] * d

@@ -17,16 +17,16 @@ import math
 import numpy as np
 
 from ._elements import fma, load, plane_of
-from ._jit import inline, kernel
+from ._jit import exact, inline, kernel
 
 # Values of a channel whose mean is the shift.
-SHIFT_VALUES = 64
+SHIFT_VALUES = 16
 # (mean - shift)^2 / var above which the sums are taken again: the difference cancels at most 6 bits.
 FAR_SHIFT = 64.0
 
 
 # ---------------------------------------------------------------------------------------------- sums in pieces
-@inline
+@exact
 def two_sum(a, b):
     """a + b in two parts: the rounded sum, and what the rounding left (Knuth)."""
     high = a + b
@@ -34,7 +34,7 @@ def two_sum(a, b):
     return high, (a - (high - part)) + (b - part)
 
 
-@inline
+@exact
 def with_low(total, low):
     """A sum and what its roundings left; an infinite sum has left NaN."""
     return total + low if math.isfinite(low) else total
@@ -69,8 +69,15 @@ def merge(partial, sums):
 
 # ---------------------------------------------------------------------------------------------- shift
 @inline
+def shift_of(total, size, count):
+    """The mean of `count` values of this sum; 0 if they spread as far as that, or if it is no finite number."""
+    mean = total / count
+    return mean if math.isfinite(mean) and abs(total) > 0.7 * size else 0.0
+
+
+@inline
 def first_mean(x, c):
-    """The mean of the first values of channel c; 0 if they spread as far as that, or if it is no finite number."""
+    """The shift by the first values of channel c."""
     N, S = x.shape[0], x.shape[2]
     total, size, count = 0.0, 0.0, 0
     for n in range(N):
@@ -82,8 +89,7 @@ def first_mean(x, c):
         count += values.size
         if count >= SHIFT_VALUES:
             break
-    mean = total / count
-    return mean if math.isfinite(mean) and abs(total) > 0.7 * size else 0.0
+    return shift_of(total, size, count)
 
 
 @inline
@@ -113,14 +119,14 @@ def better_shifts(shift, sums, m):
 
 # ---------------------------------------------------------------------------------------------- statistics
 # A number in two parts, high + low, is held to about twice the digits of float64.
-@inline
+@exact
 def _divide(a, m):
     """a / m in two parts."""
     high = a / m
     return high, fma(-high, m, a) / m
 
 
-@inline
+@exact
 def _reciprocal_root(high, low):
     """1 / sqrt(high + low): a Newton step on the rounded one, with its square in two parts."""
     root = 1.0 / math.sqrt(high)
@@ -129,7 +135,7 @@ def _reciprocal_root(high, low):
     return root + 0.5 * root * left if math.isfinite(left) else root
 
 
-@inline
+@exact
 def finish(c, shift, total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var):
     """The statistics of channel c from its sums about `shift`, each with one rounding in float64, then to their dtype."""
     of = var.dtype.type

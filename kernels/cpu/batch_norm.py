@@ -16,11 +16,12 @@ the rounding left, so that x - mean is right where the mean is large; y is never
 `_moments.py` says how, `_planes.py` and `_lines.py` hold the loops for the two layouts:
 
     planes    S adjacent (NCHW); any other strides too, copied a piece at a time
-    lines     C adjacent (channels-last), and planes too small to be a loop of their own
+    lines     C adjacent (channels-last), and planes too small to be a loop of their own. Of long rows of channels, and of
+              several small planes, a tile is a few channels of every sample: these it does whole
 
 and `_fused_planes.py` and `_fused_lines.py` those with a residual or a mask (`_mask.py`), whose layout that of x decides.
 
-How work is cut into blocks depends on shapes and strides alone; blocks are merged in order.
+How work is cut into blocks (`_cut.py`) depends on shapes and strides alone; blocks are merged in order.
 """
 
 from __future__ import annotations
@@ -30,74 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from . import _fused_lines, _fused_planes, _lines, _planes
+from . import _cut, _fused_lines, _fused_planes, _lines, _planes
 from ._elements import store, to_accumulate
 from ._jit import kernel
-from ._lanes import LINE as CACHE_LINE
 from ._moments import better_shifts, finish_all, finish_gradients, first_means, merge
 from ._threads import run
-
-# Blocks of a split: it bounds the memory of partial sums. A block has some 16 KiB or more.
-MOST_BLOCKS = 32
-BLOCK_BYTES = 1 << 14
-# Channels are done whole where there are as many blocks of them, or where one thread does it all.
-FEWEST_BLOCKS = 8
-SMALL_BYTES = 1 << 18
-# A group of channels is a run of so many bytes in memory, and so many bytes over all samples.
-RUN_BYTES, GROUP_BYTES = 1 << 13, 1 << 22
-# Elements of a line, the largest plane that is done by lines, and elements of a channels-last line where sums are taken: it
-# has fewer parameters to keep in the nearest cache, and longer lines are fetched ahead.
-LINE, SMALL_PLANE, SUM_LINE = 512, 256, 2048
-
-
-# ---------------------------------------------------------------------------------------------- how a call is cut
-def _in_rows(*arrays: np.ndarray) -> bool:
-    """True for channels-last: C adjacent in every array, and S not."""
-    return all(a.strides[1] == a.itemsize and (a.shape[2] == 1 or a.strides[2] != a.itemsize) for a in arrays)
-
-
-def _rows_per_line(line: int, *arrays: np.ndarray) -> int:
-    """Rows that make up a line of some `line` elements: several where rows follow one another in memory, else one."""
-    N, C, S = arrays[0].shape
-    packed = all((S == 1 or a.strides[2] == C * a.itemsize) and (N == 1 or a.strides[0] == S * C * a.itemsize) for a in arrays)
-    return max(1, min(line // C, N * S)) if packed else 1
-
-
-def _small_planes(*arrays: np.ndarray) -> bool:
-    """True where the planes of one sample are small and follow one another in memory."""
-    S = arrays[0].shape[2]
-    return S <= SMALL_PLANE and all(
-        (S == 1 or a.strides[2] == a.itemsize) and (a.shape[1] == 1 or a.strides[1] == S * a.itemsize) for a in arrays
-    )
-
-
-def _channels_per_tile(S: int, itemsize: int) -> int:
-    """Channels whose planes make up some LINE elements, and whole lines of the cache where twice as many suffice."""
-    group = max(1, LINE // S)
-    whole = CACHE_LINE // math.gcd(S * itemsize, CACHE_LINE)
-    return -(-group // whole) * whole if whole * S <= 2 * LINE else group
-
-
-def _group(x: np.ndarray, small: bool) -> int:
-    """Channels in a block where they are done whole; 0 where they are to be split."""
-    N, C, S = x.shape
-    run_bytes = S * x.itemsize
-    group = (
-        _channels_per_tile(S, x.itemsize) if small else max(1, min(-(-RUN_BYTES // run_bytes), GROUP_BYTES // (N * run_bytes)))
-    )
-    group = min(group, C)
-    return group if -(-C // group) >= FEWEST_BLOCKS or x.nbytes <= SMALL_BYTES else 0
-
-
-def _whole(x: np.ndarray, *others: np.ndarray) -> tuple[int, bool]:
-    """Channels in a block where they are done whole, or 0, and whether by their small planes. `others` are walked as x is."""
-    small = _small_planes(x, *others) and not _in_rows(x, *others)
-    return (_group(x, small), small) if x.size and not _in_rows(x, *others) else (0, small)
-
-
-def _blocks(x: np.ndarray) -> int:
-    """Blocks of a split."""
-    return max(1, min(MOST_BLOCKS, x.nbytes // BLOCK_BYTES, x.shape[0] * x.shape[2]))
 
 
 # ---------------------------------------------------------------------------------------------- vectors
@@ -129,42 +67,69 @@ def _check(x, mean, *of_channels, like=(), mask=None):
 
 
 # ---------------------------------------------------------------------------------------------- split: sums and results
+def _merged(partial: np.ndarray) -> np.ndarray:
+    """The sum over the blocks of partial (blocks, 2, C)."""
+    if len(partial) == 1:
+        return partial[0]
+    sums = np.empty(partial.shape[1:])
+    merge(partial, sums)
+    return sums
+
+
 def _sum_deviations(x: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """sum (x - shift) and sum (x - shift)^2 of every channel: (2, C) float64."""
     C = x.shape[1]
-    partial, sums = np.empty((_blocks(x), 2, C)), np.empty((2, C))
-    if _in_rows(x):
-        run(_lines.sums, len(partial), x.nbytes, _rows_per_line(SUM_LINE, x), x, shift, partial)
+    group, parts, (seen,) = _cut.tiled(x)
+    partial = np.empty((parts if group else _cut.blocks(x), 2, C))
+    if group:
+        run(_lines.tile_sums, -(-C // group) * parts, x.nbytes, group, seen, shift, partial)
+    elif _cut.in_rows(x):
+        run(_lines.sums, len(partial), x.nbytes, _cut.rows_per_line(_cut.SUM_LINE, x), x, shift, partial)
     else:
         run(_planes.sums, len(partial), x.nbytes, x, shift, partial)
-    merge(partial, sums)
-    return sums
+    return _merged(partial)
 
 
 def _sum_gradients(dy: np.ndarray, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """sum dy and sum dy (x - mean) of every channel: (2, C) float64."""
     C = x.shape[1]
-    partial, sums = np.empty((_blocks(x), 2, C)), np.empty((2, C))
-    if _in_rows(dy, x):
-        run(_lines.gradient_sums, len(partial), 2 * x.nbytes, _rows_per_line(SUM_LINE, dy, x), dy, x, mean, partial)
+    group, parts, seen = _cut.tiled(dy, x)
+    partial = np.empty((parts if group else _cut.blocks(x), 2, C))
+    if group:
+        run(_lines.tile_gradient_sums, -(-C // group) * parts, 2 * x.nbytes, group, *seen, mean, partial)
+    elif _cut.in_rows(dy, x):
+        run(_lines.gradient_sums, len(partial), 2 * x.nbytes, _cut.rows_per_line(_cut.SUM_LINE, dy, x), dy, x, mean, partial)
     else:
         run(_planes.gradient_sums, len(partial), 2 * x.nbytes, dy, x, mean, partial)
-    merge(partial, sums)
-    return sums
+    return _merged(partial)
 
 
 def _normalize(x: np.ndarray, mean: np.ndarray, scale: np.ndarray, beta: np.ndarray, y: np.ndarray) -> None:
-    blocks, cost = _blocks(x), 2 * x.nbytes
-    if _in_rows(x, y):
-        run(_lines.normalize, blocks, cost, blocks, _rows_per_line(LINE, x, y), x, mean, scale, beta, y)
+    blocks, cost = _cut.blocks(x), 2 * x.nbytes
+    if _cut.in_rows(x, y):
+        run(_lines.normalize, blocks, cost, blocks, _cut.rows_per_line(_cut.LINE, x, y), x, mean, scale, beta, y)
+    elif _cut.small_planes(x, y):
+        group, parts = _cut.tiles(*x.shape, x.itemsize)
+        run(_lines.tile_normalize, -(-x.shape[1] // group) * parts, cost, group, parts, x, mean, scale, beta, y)
     else:
         run(_planes.normalize, blocks, cost, blocks, x, mean, scale, beta, y)
+
+
+def _apply(dy, x, mean, scale, b, k, dx):
+    blocks, cost = _cut.blocks(x), 3 * x.nbytes
+    if _cut.in_rows(dy, x, dx):
+        run(_lines.apply, blocks, cost, blocks, _cut.rows_per_line(_cut.LINE, dy, x, dx), dy, x, mean, scale, b, k, dx)
+    elif _cut.small_planes(dy, x, dx):
+        group, parts = _cut.tiles(*x.shape, x.itemsize)
+        run(_lines.tile_apply, -(-x.shape[1] // group) * parts, cost, group, parts, dy, x, mean, scale, b, k, dx)
+    else:
+        run(_planes.apply, blocks, cost, blocks, dy, x, mean, scale, b, k, dx)
 
 
 # ---------------------------------------------------------------------------------------------- with a residual or a mask
 def _rows(C: int) -> int:
     """Rows of a line of `_fused_lines`."""
-    return max(1, LINE // max(C, 1))
+    return max(1, _cut.LINE // max(C, 1))
 
 
 def _bytes(bits: int) -> int:
@@ -202,7 +167,7 @@ def _new_mask(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """`mask` to be written, what the layout of x does not need of it set to 0."""
     if mask is not None:
         N, C, S = x.shape
-        if _in_rows(x):
+        if _cut.in_rows(x):
             used = _bytes_of_lines(N * S, _rows(C), C)
         else:
             used = N * _bytes_of_lines(C, _tile(x) or 1, S)
@@ -211,21 +176,28 @@ def _new_mask(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 
 def _tile(x: np.ndarray) -> int:
-    """Channels whose small planes are gone through at once; 0 where x has another layout."""
-    return _group(x, True) if not _in_rows(x) and _small_planes(x) else 0
+    """Channels whose small planes are gone through at once; 0 where x has another layout, or they are not done whole."""
+    group, parts, _ = (0, 1, ()) if _cut.in_rows(x) else _cut.tiled(x)
+    return group if parts == 1 else 0
+
+
+def _whole_fused(x: np.ndarray) -> tuple[int, bool, tuple[np.ndarray, ...]]:
+    """As `whole`, where the layout of x alone decides, and rows are never cut."""
+    group = _tile(x)
+    return (group, True, (x,)) if group else (0 if _cut.small_planes(x) else _cut.whole_planes(x), False, (x,))
 
 
 def _pieces(x: np.ndarray) -> int:
     """Blocks of a split into whole pieces of the mask."""
     N, C, S = x.shape
-    pieces = -(-(N * S) // _rows(C)) if _in_rows(x) else N * -(-S // _planes.RUN)
-    return max(1, min(MOST_BLOCKS, x.nbytes // BLOCK_BYTES, pieces))
+    pieces = -(-(N * S) // _rows(C)) if _cut.in_rows(x) else N * -(-S // _planes.RUN)
+    return max(1, min(_cut.MOST_BLOCKS, x.nbytes // _cut.BLOCK_BYTES, pieces))
 
 
 def _fused_normalize(x, mean, scale, beta, y, residual, mask):
     x, y, residual = _turned(x, y, residual)
     operands, blocks, cost = (x, mean, scale, beta, _given(x, residual), y, _new_mask(x, mask)), _pieces(x), 3 * x.nbytes
-    if _in_rows(x):
+    if _cut.in_rows(x):
         run(_fused_lines.rows_normalize, blocks, cost, blocks, _rows(x.shape[1]), *operands)
     elif group := _tile(x):
         run(_fused_lines.tile_normalize, -(-x.shape[1] // group), cost, group, *operands)
@@ -242,19 +214,18 @@ def _fused_gradient_sums(dy, x, mean, mask):
         run(_fused_lines.tile_gradient_sums, -(-C // group), cost, group, *operands, sums)
         return sums
     partial = np.empty((_pieces(x), 2, C))
-    if _in_rows(x):
+    if _cut.in_rows(x):
         run(_fused_lines.rows_gradient_sums, len(partial), cost, _rows(C), *operands, partial)
     else:
         run(_fused_planes.gradient_sums, len(partial), cost, *operands, partial)
-    merge(partial, sums)
-    return sums
+    return _merged(partial)
 
 
 def _fused_apply(dy, x, mean, scale, b, k, trained, dx, mask, dresidual):
     dy, x, dx, dresidual = _turned(dy, x, dx, dresidual)
     operands = dy, x, _given_mask(mask), mean, scale, b, k, trained, dx, _given(x, dresidual)
     blocks, cost = _pieces(x), 4 * x.nbytes
-    if _in_rows(x):
+    if _cut.in_rows(x):
         run(_fused_lines.rows_apply, blocks, cost, blocks, _rows(x.shape[1]), *operands)
     elif group := _tile(x):
         run(_fused_lines.tile_apply, -(-x.shape[1] // group), cost, group, *operands)
@@ -336,7 +307,7 @@ def forward(
     fused = residual is not None or mask is not None
     if fused:
         x, y, residual = _turned(x, y, residual)
-    group, small = _whole(x, *(() if fused else (y,)))
+    group, tiled, seen = _whole_fused(x) if fused else _cut.whole(x, y)
     if not group:
         statistics(x, mean, var, rstd, running_mean, running_var, eps=eps, momentum=momentum)
         normalize(x, mean, rstd, gamma, beta, y, residual=residual, mask=mask)
@@ -346,11 +317,11 @@ def forward(
     gamma, beta = to_accumulate(gamma, C, dtype, 1.0), to_accumulate(beta, C, dtype, 0.0)
     results = mean, var, rstd, new_mean, new_var, float(eps), float(momentum)
     if fused:
-        kernel = _fused_lines.tile_forward if small else _fused_planes.forward
+        kernel = _fused_lines.tile_forward if tiled else _fused_planes.forward
         operands: tuple[Any, ...] = x, gamma, beta, _given(x, residual), y, _new_mask(x, mask)
     else:
-        kernel = _lines.forward if small else _planes.forward
-        operands = x, gamma, beta, y
+        kernel = _lines.forward if tiled else _planes.forward
+        operands = seen[0], gamma, beta, seen[1]
     run(kernel, -(-C // group), 3 * x.nbytes, group, *operands, *results)
     _store_running(running_mean, new_mean)
     _store_running(running_var, new_var)
@@ -400,11 +371,19 @@ def backward_apply(
     if mask is not None or dresidual is not None:
         _fused_apply(dy, x, mean, scale, b, k, True, dx, mask, dresidual)
         return
-    blocks, cost = _blocks(x), 3 * x.nbytes
-    if _in_rows(dy, x, dx):
-        run(_lines.apply, blocks, cost, blocks, _rows_per_line(LINE, dy, x, dx), dy, x, mean, scale, b, k, dx)
-    else:
-        run(_planes.apply, blocks, cost, blocks, dy, x, mean, scale, b, k, dx)
+    _apply(dy, x, mean, scale, b, k, dx)
+
+
+def _backward_whole(trained, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
+    """Both parts of a backward pass without a mask, if channels are done whole; True if they were."""
+    group, tiled, seen = _cut.whole(dy, x, dx)
+    if not group:
+        return False
+    dy, x, dx = seen
+    gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
+    kernel, cost = _lines.backward if tiled else _planes.backward, (5 if trained else 4) * x.nbytes
+    run(kernel, -(-rstd.size // group), cost, group, dy, x, mean, rstd, gamma, trained, dx, dgamma, dbeta)
+    return True
 
 
 def backward(
@@ -423,21 +402,19 @@ def backward(
     """`backward_reduce`, then `backward_apply` with count = m."""
     _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
     fused = mask is not None or dresidual is not None
+    if not fused and _backward_whole(True, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
+        return
     if fused:
         x, dy, dx, dresidual = _turned(x, dy, dx, dresidual)
-    group, small = _whole(x, *(() if fused else (dy, dx)))
+    group, tiled, _ = _whole_fused(x) if fused else (0, False, ())
     if not group:
         backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask)
         count = x.shape[0] * x.shape[2]
         backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask=mask, dresidual=dresidual)
         return
     gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-    if fused:
-        kernel = _fused_lines.tile_backward if small else _fused_planes.backward
-        operands: tuple[Any, ...] = dy, x, _given_mask(mask), mean, rstd, gamma, dx, _given(x, dresidual)
-    else:
-        kernel = _lines.backward if small else _planes.backward
-        operands = dy, x, mean, rstd, gamma, dx
+    kernel = _fused_lines.tile_backward if tiled else _fused_planes.backward
+    operands = dy, x, _given_mask(mask), mean, rstd, gamma, dx, _given(x, dresidual)
     run(kernel, -(-rstd.size // group), 5 * x.nbytes, group, *operands, dgamma, dbeta)
 
 
@@ -456,12 +433,15 @@ def inference_backward(
 ) -> None:
     """dx = dy gamma rstd, for statistics that do not depend on x; dgamma and dbeta as in `backward_reduce`."""
     _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
+    fused = mask is not None or dresidual is not None
+    if not fused and _backward_whole(False, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
+        return
     backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask)
     if x.size == 0:
         return
     scale = rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
     none = np.zeros_like(rstd)
-    if mask is None and dresidual is None:
+    if not fused:
         _normalize(dy, np.zeros_like(mean), scale, none, dx)
     else:
         _fused_apply(dy, x, mean, scale, none, none, False, dx, mask, dresidual)

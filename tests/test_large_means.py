@@ -1,0 +1,124 @@
+"""Batch normalisation on the CPU keeps its digits where the mean is large beside the spread, whatever the layout."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cpu_operations import HALVES, channels_last
+
+from hw3gpu import reference
+from hw3gpu._cli.arrays import DTYPES
+from hw3gpu.kernels.cpu import _jit, batch_norm
+
+EPS = 1e-5
+MEANS = (1e4, 1e6, -1e6)
+SIDES = (1, 4, 7, 14, 32, 56)
+LAYOUTS = {"planes": np.ascontiguousarray, "channels-last": channels_last}
+PRECISION = {"float64": 53, "float32": 24, "bfloat16": 8, "float16": 11}
+
+
+def test_what_may_be_reordered_writes_no_difference():
+    """(x - high) - low may become x - (high + low) in a function whose operations the compiler may reorder."""
+    found = []
+    for path in sorted(Path(_jit.__file__).parent.glob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and any("reduction" in ast.unparse(d) for d in function.decorator_list):
+                found.append(function.name)
+                for part in ast.walk(function):
+                    assert not isinstance(part, (ast.Sub, ast.USub)), (path.name, function.name, part.lineno)
+    assert len(found) >= 5
+
+
+def stored(values, dtype):
+    """`values` as the kernels take them, and what these stand for."""
+    if dtype not in HALVES:
+        return values.astype(dtype), values.astype(dtype)
+    of, bits = HALVES[dtype]
+    rounded = torch.from_numpy(values).to(of)
+    return rounded.view(torch.int16).numpy().view(bits), rounded.double().numpy()
+
+
+def read(values, dtype):
+    if dtype not in HALVES:
+        return values
+    return torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).view(HALVES[dtype][0]).double().numpy()
+
+
+def given(rng, side, mean, dtype, layout):
+    """x, dy, a residual, and what they stand for; 30 values a channel or more, those of x some 8 ulps apart.
+
+    x stands less `mean`, an exact difference that normalisation does not see: long double would lose digits beside it too.
+    """
+    shape = (30 if side == 1 else 5, 6, side * side)
+    spread = max(1.0, 8 * abs(mean) * 2.0 ** -PRECISION[dtype])
+    values = mean + spread * rng.standard_normal(shape), rng.standard_normal(shape), rng.standard_normal(shape)
+    pairs = [stored(v, dtype) for v in values]
+    x, *others = (np.asarray(v, np.longdouble) for _, v in pairs)
+    return [layout(bits) for bits, _ in pairs], [x - mean, *others]
+
+
+def within(name, got, expected, terms, unit):
+    """|got - expected| <= unit Σ|terms|, element by element; inputs are no part of the error, for they are taken as stored."""
+    excess = np.abs(np.asarray(got, np.longdouble) - expected) - unit * terms
+    worst = np.unravel_index(np.argmax(excess), excess.shape)
+    assert excess[worst] <= 0, (name, worst, got[worst], expected[worst], terms[worst])
+
+
+def hold(layout, dtype, side, mean, fused):
+    rng = np.random.default_rng(side)
+    (x, dy, residual), (x_is, dy_is, residual_is) = given(rng, side, mean, dtype, layout)
+    C, m, acc = 6, x.shape[0] * x.shape[2], np.float64 if dtype == "float64" else np.float32
+    gamma, beta = np.linspace(0.5, 2, C).astype(acc), np.linspace(-1, 1, C).astype(acc)
+    mu, var, rstd = np.empty((2, C), acc), np.empty(C, acc), np.empty(C, acc)
+    y, dx, dx_apart, dresidual = (np.empty_like(x) for _ in range(4))
+    sums, sums_apart = np.empty((2, C), acc), np.empty((2, C), acc)
+    mask = np.empty(batch_norm.mask_size(x), np.uint8) if fused else None
+    forward = {"residual": residual, "mask": mask} if fused else {}
+    backward = {"mask": mask, "dresidual": dresidual} if fused else {}
+    batch_norm.forward(x, gamma, beta, y, mu, var, rstd, None, None, eps=EPS, momentum=0.1, **forward)
+    batch_norm.backward(dy, x, mu, rstd, gamma, dx, *sums, **backward)
+    batch_norm.backward_reduce(dy, x, mu, rstd, *sums_apart, mask=mask)
+    batch_norm.backward_apply(dy, x, mu, rstd, gamma, *sums_apart, m, dx_apart, **backward)
+
+    along, over = (1, -1, 1), (0, 2)
+    expected = reference.batch_norm(x_is, gamma, beta, eps=EPS)
+    x_hat = np.asarray((x_is - x_is.mean(over, keepdims=True)) / np.sqrt(x_is.var(over, keepdims=True) + EPS))
+    wide, low = (np.asarray(v, np.longdouble).reshape(along) for v in (gamma, beta))
+    u, last = 2.0 ** -PRECISION["float64" if acc is np.float64 else "float32"], 2.0 ** -PRECISION[dtype]
+    at_y, terms = wide * x_hat + low, np.abs(wide * x_hat) + np.abs(low)
+    if fused:
+        at_y, terms = at_y + residual_is, terms + np.abs(residual_is)
+        dy_is = np.where(read(y, dtype) > 0, dy_is, 0)
+        at_y = np.maximum(at_y, 0)
+    # x - μ twice, rstd γ twice, the product, two sums; and the result's own rounding
+    within("y", read(y, dtype), at_y, terms, 8 * u + last)
+    within("var", var, expected.var, expected.var, 4 * u)
+    dgamma, dbeta = (dy_is * x_hat).sum(over), dy_is.sum(over)
+    slope = (dbeta.reshape(along) + x_hat * dgamma.reshape(along)) / m
+    at_dx = wide / np.sqrt(x_is.var(over, keepdims=True) + EPS) * (dy_is - slope)
+    weight = wide / np.sqrt(x_is.var(over, keepdims=True) + EPS)
+    size = (np.abs(dy_is).sum(over).reshape(along) + np.abs(x_hat) * np.abs(dy_is * x_hat).sum(over).reshape(along)) / m
+    for name, (dg, db), d in (("whole", sums, dx), ("apart", sums_apart, dx_apart)):
+        # each term: x - μ twice, rstd; then the sum's rounding
+        within(f"dgamma, {name}", dg, dgamma, np.abs(dy_is * x_hat).sum(over), 4 * u)
+        within(f"dbeta, {name}", db, dbeta, np.abs(dy_is).sum(over), 2 * u)
+        within(f"dx, {name}", read(d, dtype), at_dx, np.abs(weight) * (np.abs(dy_is) + size), 12 * u + last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_no_digits_are_lost(layout, dtype):
+    for side in SIDES:
+        for mean in MEANS[:1] if dtype == "float16" else MEANS:
+            hold(layout, dtype, side, mean, fused=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_no_digits_are_lost_with_a_residual_and_relu(layout):
+    for side in SIDES:
+        for mean in MEANS:
+            hold(layout, "float32", side, mean, fused=True)
