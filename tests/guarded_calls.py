@@ -244,7 +244,10 @@ def batch_norms_at_addresses(g: Guard, N: int, C: int, S: int) -> None:
         operands = at["x"], given * at["gamma"], given * at["beta"], at["y"], at["stats"], *vectors
         batch_norm_small.forward(*operands, N, C, S, eps=1e-5, momentum=0.1)
         operands = at["dy"], at["x"], at["stats"], given * at["gamma"], at["dx"], at["dgamma"], at["dbeta"]
-        batch_norm_small.backward(*operands, N, C, S)
+        for trained in (True, False):
+            batch_norm_small.backward(*operands, N, C, S, trained=trained)
+        operands = at["x"], given * at["gamma"], given * at["beta"], at["y"], at["stats"], at["mean"], at["var"]
+        batch_norm_small.normalize(*operands, N, C, S, eps=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- points and matrices
