@@ -8,7 +8,7 @@ EXTRAS ?= dev$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all test-cpu test-gpu evidence processors lint clean
+.PHONY: demo test test-all quick test-cpu test-gpu evidence processors lint clean
 
 # The training is shown whatever `verify` finds, and the status tells what it found.
 demo: $(INSTALLED)
@@ -20,6 +20,17 @@ test: $(INSTALLED)
 	$(MAKE) --no-print-directory test-cpu || cpu=1; \
 	$(MAKE) --no-print-directory test-gpu || gpu=1; \
 	if [ $$cpu$$gpu != 00 ]; then echo "make test: failed (cpu kernels: $$cpu, Triton kernels: $$gpu)"; exit 1; fi
+
+# For the loop of someone who edits: a case or two of each test, both kinds of kernels at once, without what starts processes or
+# compiles for a GPU.
+QUICK := --sample 2 $(patsubst %,--ignore tests/test_%.py,$(NOT_QUICK))
+NOT_QUICK := benchmarks distributed evidence launches packaging
+
+quick: export OMP_NUM_THREADS ?= 1
+quick: $(INSTALLED)
+	@$(BIN)/python -m pytest -q --kernels gpu $(QUICK) > .quick.log 2>&1 & gpu=$$!; \
+	$(BIN)/python -m pytest -q --kernels cpu $(QUICK); cpu=$$?; \
+	wait $$gpu; gpu=$$?; cat .quick.log; rm .quick.log; exit $$((cpu | gpu))
 
 # With the tests marked `slow` too.
 test-all:

@@ -160,7 +160,7 @@ def test_results_and_gradients_of_several_steps_stay_what_they_were():
 )
 def test_an_output_has_the_strides_that_torch_would_give_it(arrange, dtype):
     x = arrange(torch.zeros(32, 8, 64, 80, dtype=dtype))
-    out = _arrays._empty_like(x)
+    out = _arrays.empty_like(x)
     like = torch.empty_like(x)
     assert (out.shape, out.stride(), out.dtype) == (like.shape, like.stride(), like.dtype)
     assert out.data_ptr() % 64 == 0
@@ -171,7 +171,7 @@ def test_an_output_has_the_strides_that_torch_would_give_it(arrange, dtype):
 
 def test_a_numpy_output_has_the_strides_that_numpy_would_give_it():
     for x in (np.zeros((300, 1000)).T, np.zeros((8, 300, 1000))[::2, :, ::-1], np.zeros((1, 10**6))):
-        out = _arrays._empty_like(x)
+        out = _arrays.empty_like(x)
         assert out.strides == np.empty_like(x).strides
         assert out.flags.writeable
         assert out.flags.aligned
@@ -181,7 +181,7 @@ def test_a_subclass_gets_no_recycled_memory():
     class Marked(np.ndarray):
         pass
 
-    assert type(_arrays._empty_like(np.zeros(SHAPE).view(Marked))) is Marked
+    assert type(_arrays.empty_like(np.zeros(SHAPE).view(Marked))) is Marked
     assert _pool.idle_bytes() == 0
 
 

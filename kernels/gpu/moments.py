@@ -172,10 +172,10 @@ def _add_runs_kernel(
         shift_i, shift_j = _vector(old_shift_ptr, b, rows, m, live), _vector(old_shift_ptr, b, columns, m, live)
         total_i, total_j = _vector(old_total_ptr, b, rows, m, live), _vector(old_total_ptr, b, columns, m, live)
         low_i, low_j = _vector(old_total_ptr, B + b, rows, m, live), _vector(old_total_ptr, B + b, columns, m, live)
-        start_unit: tl.constexpr = STEP if x_ptr.dtype.element_ty == tl.float64 else 1.0
-        unit_i, unit_j = (
-            _units(old_unit_ptr, b, rows, m, live, start_unit), _units(old_unit_ptr, b, columns, m, live, start_unit),
-        )  # fmt: skip
+        unit_i = tl.full([BLOCK_M], 1.0, tl.float64)  # as it stays for float32, whose squares are float64's
+        unit_j = unit_i
+        if x_ptr.dtype.element_ty == tl.float64:
+            unit_i, unit_j = _units(old_unit_ptr, b, rows, m, live, STEP), _units(old_unit_ptr, b, columns, m, live, STEP)
         offsets, mask = _lower(b, rows, columns, m)
         scatter = tl.load(scatter_ptr + offsets, mask=mask & live, other=0.0)
         low = tl.load(scatter_ptr + B * m * m + offsets, mask=mask & live, other=0.0)
