@@ -12,6 +12,7 @@ from twins import ACC, HARD, SINGLE, hold, layout_of, ones, same, tensor, values
 
 import hw3gpu.functional as HF
 from hw3gpu import _error_bounds, _targets, reference
+from hw3gpu._arrays import requested_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -134,9 +135,11 @@ def test_with_weights_smoothing_and_ignored_rows(device, rng, kind, dtype, extra
     upstream = tensor(1.0 + rng.random((N, L)), dtype, device)
     upstream[0] = 1.0
     check(device, x, target, upstream, dtype, gradient, reduction="none", **options, **extras)
-    for reduction in ("mean", "sum"):
-        for one in (1.0, 0.75):
-            check(device, x, target, tensor(one, dtype, device), dtype, gradient, reduction=reduction, **options, **extras)
+    reductions = [("mean", 0.75), ("sum", 1.0)]
+    if requested_backend() != "gpu":  # the interpreter is slow
+        reductions += [("mean", 1.0), ("sum", 0.75)]
+    for reduction, one in reductions:
+        check(device, x, target, tensor(one, dtype, device), dtype, gradient, reduction=reduction, **options, **extras)
 
 
 EXTREME = HARD | {"all equal": lambda rng, V: np.full((2, V), 0.25)}

@@ -8,9 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import gradgradcheck
 from torch.func import grad, hessian, jvp, vmap
-from twins import gradcheck, layout_of, opcheck, same, tensor
+from twins import gradcheck, gradgradcheck, layout_of, opcheck, same, tensor
 
 import hw3gpu.functional as HF
 import hw3gpu.nn as HN

@@ -47,6 +47,11 @@ def gradcheck(function, inputs):
     assert torch.autograd.gradcheck(function, inputs, fast_mode=requested_backend() == "gpu")
 
 
+def gradgradcheck(function, inputs):
+    """As `gradcheck`, of the gradients."""
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=requested_backend() == "gpu")
+
+
 def opcheck(operator, args, compiled=False):
     """The rules of `torch.library`: schema, autograd and fake tensors; `compiled`, through AOT dispatch too, which is dear."""
     rules = ("test_schema", "test_autograd_registration", "test_faketensor")
