@@ -21,10 +21,11 @@ test: $(INSTALLED)
 	$(MAKE) --no-print-directory test-gpu || gpu=1; \
 	if [ $$cpu$$gpu != 00 ]; then echo "make test: failed (cpu kernels: $$cpu, Triton kernels: $$gpu)"; exit 1; fi
 
-# For the loop of someone who edits: a case or two of each test, both kinds of kernels at once, without what starts processes or
+# For the loop of someone who edits: a case of each test, both kinds of kernels at once, without what starts processes or
 # compiles for a GPU.
-QUICK := --sample 2 $(patsubst %,--ignore tests/test_%.py,$(NOT_QUICK))
-NOT_QUICK := benchmarks distributed evidence launches packaging
+QUICK = --sample 1 $(patsubst %,--ignore tests/test_%.py,$(NOT_QUICK))
+NOT_QUICK := batch_norm_graphs benchmarks blas_threads command cpu_threads cross_entropy_graphs distributed evidence guard_pages internals \
+	large_means launches linear_cross_entropy packaging pool portability processors traffic training_page
 
 quick: export OMP_NUM_THREADS ?= 1
 quick: $(INSTALLED)
