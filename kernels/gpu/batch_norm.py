@@ -29,7 +29,9 @@ from ._batch_norm_backward import (
 )
 from ._batch_norm_forward import _forward_kernel, _merge_kernel, _normalize_kernel, _statistics_kernel
 from ._rows import ACC, follower_mode, run_mode, warps
-from .plan import cdiv, float_and_bits, next_power_of_2, plan_batch_norm, plan_channels
+from .channel_plan import plan_batch_norm, plan_channels
+from .device import device_of
+from .plan import cdiv, float_and_bits, next_power_of_2
 
 
 def _is_one_run(x):
@@ -65,7 +67,8 @@ def _plan(x, operands, extra=(), alike=None):
         t.stride() == x.stride() and follower_mode(2, x, t) == mode for t in alike
     )
     plan = plan_batch_norm(N, C, S, x.element_size(), mode, channels_last=x.stride(1) == 1 and C > 1 and x.stride(2) != 1,
-                           operands=operands, whole=alike is not None, may_be_flat=flat, busy=busy)  # fmt: skip
+                           operands=operands, whole=alike is not None, may_be_flat=flat, busy=busy,
+                           device=device_of(x))  # fmt: skip
     constants = {
         "BLOCK_C": plan.BLOCK_C, "BLOCK_N": plan.BLOCK_N, "LANES": plan.LANES, "ROWS": plan.ROWS, "FLAT": plan.flat,
         "MODE": mode, "GROUP": 16 // x.element_size(), "ACC": ACC[x.dtype], "num_warps": warps(plan.num_warps),

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import device_of
 from .plan import cdiv, plan_moments
 
 MERGE_WARPS = 8  # of 4 the merge of 16 variables needs more registers than there are
@@ -280,7 +281,7 @@ def update(
     assert (n >= 1, *(a.shape for a in given)) == (True, (B, m), (2, B, m), (2, B, m, m), (B, m)), x.shape
     if not B * m:
         return
-    plan = plan_moments(B, n, m)
+    plan = plan_moments(B, n, m, device_of(x))
     tiles = cdiv(m, plan.BLOCK_M)
     before = count
     state: tuple[torch.Tensor, ...] = given
@@ -306,7 +307,7 @@ def merge(
 ) -> None:  # fmt: skip
     """Add the state of `more` ≥ 1 points to that of `count` points."""
     B, m = shift.shape
-    plan = plan_moments(B, 1, m)
+    plan = plan_moments(B, 1, m, device_of(shift))
     tiles = cdiv(m, plan.BLOCK_M)
     _merge_kernel[(B * tiles * tiles,)](
         more_shift, more_total, more_scatter, more_unit, shift.clone(), total.clone(), unit.clone(),
@@ -324,7 +325,7 @@ def finish(
     B, m = shift.shape
     if not B * m:
         return
-    plan = plan_moments(B, 1, m)
+    plan = plan_moments(B, 1, m, device_of(shift))
     tiles = cdiv(m, plan.BLOCK_M)
     _finish_kernel[(B * tiles * tiles,)](
         shift, total, scatter, unit, mean, covariance, m, tiles, count, divisor, B,

@@ -1,4 +1,5 @@
-"""Block sizes and warps: plain functions of (shape, dtype, layout) that return a frozen plan.
+"""Block sizes and warps: plain functions of (shape, dtype, layout, device) that return a frozen plan; those of batch
+normalisation are in `channel_plan`.
 
 Nothing here asks a device or runs a kernel, so that each choice can be read and tested anywhere. The limits are what compiles
 without spilling on sm_80 to sm_120 (tests/test_evidence.py holds them).
@@ -9,8 +10,9 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from .device import H100, Device
+
 STRIDED, ALIGNED, SHIFTED = 0, 1, 2
-MULTIPROCESSORS = 132  # an H100's: enough programs for it are enough for the smaller parts
 
 
 def next_power_of_2(n: int) -> int:
@@ -93,7 +95,7 @@ def plan_rows(V: int, S: int, itemsize: int, mode: int, unit_s: bool, beside: in
     if lanes <= resident:
         keep = next_power_of_2(lanes)
         most = 8 if mode == STRIDED and not neighbours else 16
-        return RowPlan(block_r, keep, keep, True, min(_warps(spread * block_r * keep), most))
+        return RowPlan(block_r, keep, keep, True, min(warps_for(spread * block_r * keep), most))
     # the loop over the rest keeps strides, or the ends of float64, beside the lanes: more registers a thread
     if neighbours:
         keep, block_v, num_warps = max(resident // 4, 1), max(resident // 4, 1), 16 if beside > 1 else 8
@@ -129,7 +131,7 @@ def plan_columns(V: int, S: int, itemsize: int, mode: int, unit_s: bool) -> Colu
         block_r = max(1, min(next_power_of_2(S), tile // next_power_of_2(lanes)))
     block_v = min(next_power_of_2(lanes), tile // block_r)
     spread = 2 if crowded or (mode == ALIGNED and itemsize == 4) else 1
-    return ColumnPlan(block_r, block_v, cdiv(lanes, block_v), _warps(spread * block_r * block_v))
+    return ColumnPlan(block_r, block_v, cdiv(lanes, block_v), warps_for(spread * block_r * block_v))
 
 
 @dataclass(frozen=True)
@@ -150,104 +152,6 @@ def plan_reduce(rows: int) -> ReducePlan:
 
 
 @dataclass(frozen=True)
-class BatchNormPlan:
-    """Tiles of (BLOCK_C channels, BLOCK_N samples, LANES positions); each split of a channel block has `per_split` tiles."""
-
-    BLOCK_C: int
-    BLOCK_N: int
-    LANES: int
-    ROWS: int  # samples of a tile, rounded up to a power of two
-    flat: bool  # one channel's rows end to end, `row_lanes` lanes each: BLOCK_N counts eights of lanes
-    lane_blocks: int  # tiles along the positions of one sample
-    row_lanes: int
-    tiles: int
-    per_split: int
-    splits: int
-    channel_blocks: int
-    num_warps: int
-
-    @property
-    def split(self) -> tuple[int, int]:
-        """(per_split, splits), as the kernels that split a channel take them."""
-        return self.per_split, self.splits
-
-
-def plan_batch_norm(
-    N: int,
-    C: int,
-    S: int,
-    itemsize: int,
-    mode: int,
-    channels_last: bool,
-    operands: int,
-    whole: bool,
-    may_be_flat: bool = True,
-    busy: bool = False,
-) -> BatchNormPlan:
-    """The plan for the statistics and sums of C channels with N runs of S values each.
-
-    operands: tensors read at each position (1 forward, 2 backward). whole: the kernel can own whole channels. may_be_flat: all
-    tensors have the strides of x. busy: a residual or a mask takes part. Few long channels are split over enough programs to
-    fill the device; a channel that fits is one tile; of many small ones, several share a program.
-    """
-    most = 16384 // (2 if itemsize == 8 else 1)
-    long = most // 2 // operands
-    lanes = body_lanes(S, itemsize, mode)
-    row_lanes = cdiv(lanes, 8) * 8  # bits of a mask go by eight
-    # a pointer to each lane takes registers too, and so do the rows' ends, beside two operands and where there are many
-    crowded = mode == STRIDED or (mode == SHIFTED and (busy or (operands == 2 and itemsize != 2)))
-    ends = 32 // itemsize if mode == SHIFTED else 0  # lanes for the ends of a row
-    most_rows = most // (8 if busy or itemsize * operands >= 8 else 4) // ends if ends else most
-    resident = long if not whole else most // 2 if crowded else most
-    flat = False
-    if channels_last:
-        block_c, block_l = _channels_last_tile(C, S, itemsize, most if whole else long, long)
-        block_n = 1
-    elif most_rows >= N and next_power_of_2(N) * next_power_of_2(lanes) <= resident:
-        block_n, block_l = next_power_of_2(N), next_power_of_2(lanes)
-        several = max(min(2048 // (block_n * block_l), C // MULTIPROCESSORS, next_power_of_2(C)), 1)
-        block_c = next_power_of_2(several + 1) // 2
-    elif whole and may_be_flat and most_rows >= N and N * row_lanes <= (resident if mode == STRIDED else most):
-        flat, block_c, block_n, block_l = True, 1, next_power_of_2(N * row_lanes // 8), 8
-    else:
-        block_c = 1
-        block_l = min((2**i for i in range(9, 13) if 2**i <= long), key=lambda b: (cdiv(lanes, b) * b, -b))
-        block_l = min(block_l, next_power_of_2(lanes))
-        block_n = min(max(long // block_l, 1), next_power_of_2(N), most // 8 // max(ends, 1)) if block_l >= lanes else 1
-    lane_blocks = 1 if flat else max(cdiv(lanes, block_l), 1)
-    tiles = 1 if flat else max(cdiv(N, block_n), 1) * lane_blocks
-    channel_blocks = max(cdiv(C, block_c), 1)
-    splits = min(tiles, cdiv(4 * MULTIPROCESSORS, channel_blocks)) if channel_blocks < MULTIPROCESSORS else 1
-    per_split = cdiv(tiles, splits)
-    elements = block_c * block_n * block_l
-    spread = (2 if busy else 1) * (2 if itemsize == (2 if channels_last else 8) else 1)
-    if 2 * ends * block_n >= elements:
-        spread *= 2
-    largest = most // 2 if busy and mode == SHIFTED and itemsize == 2 and tiles == 1 else most
-    return BatchNormPlan(
-        block_c, block_n, block_l, next_power_of_2(N) if flat else block_n, flat, lane_blocks, row_lanes, tiles, per_split,
-        cdiv(tiles, per_split), channel_blocks, 8 if elements >= largest else _warps(elements * spread),
-    )  # fmt: skip
-
-
-def _channels_last_tile(C: int, S: int, itemsize: int, resident: int, long: int) -> tuple[int, int]:
-    """(channels, positions) of a tile: all positions of a sector's worth of channels or more where they fit."""
-    block_c = min(next_power_of_2(C), 64)
-    while block_c > 32 // itemsize and next_power_of_2(S) * block_c > resident:
-        block_c //= 2
-    if next_power_of_2(S) * block_c <= resident:
-        return block_c, next_power_of_2(S)
-    block_c = min(next_power_of_2(C), 64)
-    return block_c, max(long // (2 * block_c), 1)
-
-
-def plan_channels(C: int, splits: int) -> tuple[int, int]:
-    """(BLOCK_C, programs) for the merge of `splits` results a channel."""
-    block = max(min(next_power_of_2(C), 32, 1024 // next_power_of_2(splits)), 1)
-    return block, cdiv(C, block)
-
-
-@dataclass(frozen=True)
 class MomentsPlan:
     """Tiles of (BLOCK_M, BLOCK_M) of the scatter, from BLOCK_N points at a time, GROUP of them multiplied at once.
 
@@ -261,7 +165,7 @@ class MomentsPlan:
     num_warps: int
 
 
-def plan_moments(B: int, n: int, m: int) -> MomentsPlan:
+def plan_moments(B: int, n: int, m: int, device: Device = H100) -> MomentsPlan:
     """The plan for the mean and scatter of B sets of n points of m variables, in float64.
 
     There are runs enough to fill the device, each of at least 256 points and m, so that their scatters hold no more than x.
@@ -269,10 +173,10 @@ def plan_moments(B: int, n: int, m: int) -> MomentsPlan:
     block_m = 4 if m <= 4 else 16 if m <= 16 else 32
     tiles = cdiv(m, block_m)
     programs = max(B * tiles * (tiles + 1) // 2, 1)
-    runs = max(1, min(cdiv(4 * MULTIPROCESSORS, programs), n // max(m, 256)))
+    runs = max(1, min(cdiv(4 * device.multiprocessors, programs), n // max(m, 256)))
     return MomentsPlan(*{4: (128, 128), 16: (64, 8), 32: (64, 4)}[block_m], block_m, runs, 8 if block_m == 32 else 4)
 
 
-def _warps(elements: int) -> int:
+def warps_for(elements: int) -> int:
     """About sixteen elements a thread, up to 16 warps: 32 leave a thread 64 registers."""
     return min(next_power_of_2(elements // 512), 16)

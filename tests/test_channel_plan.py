@@ -1,0 +1,117 @@
+"""`kernels/gpu/channel_plan.py`: every tile of batch normalisation, read over a grid of shapes, with no GPU and no kernel."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from test_plan import ELEMENTS, GRID_X, ITEMSIZES, MODES, SIZES, drawn, lanes, power_of_2
+
+from hw3gpu.kernels.gpu import plan as P
+from hw3gpu.kernels.gpu.channel_plan import plan_batch_norm, plan_channels
+from hw3gpu.kernels.gpu.device import H100
+
+CHANNELS = {
+    "N": SIZES, "C": SIZES, "S": SIZES, "itemsize": st.sampled_from(ITEMSIZES), "mode": st.sampled_from(MODES),
+    "channels_last": st.booleans(), "operands": st.sampled_from([1, 2]), "whole": st.booleans(),
+}  # fmt: skip
+
+
+@drawn
+@given(**CHANNELS)
+@example(N=2, C=300, S=4, itemsize=4, mode=0, channels_last=False, operands=1, whole=True)
+@example(N=1, C=2, S=20000, itemsize=4, mode=1, channels_last=False, operands=2, whole=False)
+@example(N=1, C=64, S=2**20, itemsize=2, mode=0, channels_last=True, operands=2, whole=True)
+@example(N=64, C=2048, S=49, itemsize=2, mode=2, channels_last=False, operands=2, whole=True)
+@example(N=1, C=1, S=1, itemsize=8, mode=0, channels_last=False, operands=1, whole=True)
+def test_plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole):
+    if channels_last or 2 * (16 // itemsize) > S:
+        mode = P.STRIDED  # a unit stride between channels leaves none between positions; so short a row is nothing but ends
+    p = plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole)
+    for size in (p.BLOCK_C, p.BLOCK_N, p.LANES, p.num_warps):
+        assert power_of_2(size)
+    assert 1 <= p.num_warps <= 16
+    width = lanes(S, itemsize, mode)
+    # every channel, sample and position belongs to one tile
+    assert p.channel_blocks * p.BLOCK_C >= C > (p.channel_blocks - 1) * p.BLOCK_C
+    if p.flat:
+        assert p.LANES == 8
+        assert p.row_lanes >= width
+        assert N * p.row_lanes <= 8 * p.BLOCK_N
+        assert p.tiles == 1
+    else:
+        assert p.lane_blocks * p.LANES >= width > (p.lane_blocks - 1) * p.LANES
+        assert p.tiles == P.cdiv(N, p.BLOCK_N) * p.lane_blocks
+    assert p.tiles > 1 or p.ROWS >= N, "the rows' ends are of other rows than the body"
+    # and every tile to one split, none of them empty: its first value is read
+    assert p.splits * p.per_split >= p.tiles > (p.splits - 1) * p.per_split
+    assert p.split == (p.per_split, p.splits)
+    if mode != P.STRIDED and p.lane_blocks > 1:
+        assert p.LANES % (16 // itemsize) == 0
+    elements = p.BLOCK_C * p.BLOCK_N * p.LANES
+    assert elements <= 16384 // (2 if itemsize == 8 else 1), "a tile that does not fit"
+    assert elements <= 32 * p.num_warps * ELEMENTS, "too many elements a thread"
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@pytest.mark.parametrize(("N", "S"), [(1, 16384), (4, 4096), (64, 256), (16384, 1), (32, 512)], ids=str)
+def test_channels_that_fit_are_one_tile(N, S, itemsize):
+    if itemsize == 8:
+        S = max(S // 2, 1)
+        N = N if S > 1 else N // 2
+    for operands in (1, 2):
+        p = plan_batch_norm(N, 256, S, itemsize, P.ALIGNED, False, operands, whole=True)
+        assert (p.tiles, p.splits) == (1, 1)
+
+
+@pytest.mark.parametrize("C", [1, 3, 64, 131])
+def test_few_long_channels_fill_the_device(C):
+    p = plan_batch_norm(1, C, 2**22, 4, P.ALIGNED, False, 1, whole=False)
+    assert p.channel_blocks * p.splits >= H100.multiprocessors
+    assert p.splits <= 4 * H100.multiprocessors
+
+
+def test_enough_long_channels_are_not_split():
+    assert plan_batch_norm(32, H100.multiprocessors, 4096, 4, P.ALIGNED, False, 1, whole=True).splits == 1
+
+
+def test_many_small_channels_share_a_program_while_the_device_stays_full():
+    for C in (1, 131, 263, 264, 1000, 4096, 10**5):
+        p = plan_batch_norm(2, C, 4, 4, P.STRIDED, False, 1, whole=True)
+        assert p.channel_blocks >= min(C, H100.multiprocessors)
+    assert p.BLOCK_C > 1
+
+
+@pytest.mark.parametrize("operands", [1, 2])
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@pytest.mark.parametrize(
+    ("N", "C", "S"), [(1, 1, 2**33), (2**10, 2**10, 2**13), (2**33, 1, 1), (1, 2**33, 1), (2**13, 2**20, 1), (2**20, 2**10, 8)]
+)
+def test_batch_norm_grids_stay_within_cudas(N, C, S, itemsize, operands):
+    """2³³ elements; N samples and S positions that make one run are handed over as one, as the launchers do."""
+    if S == 1:
+        N, S = 1, N
+    for mode in MODES:
+        for whole in (True, False):
+            p = plan_batch_norm(N, C, S, itemsize, mode, False, operands, whole)
+            assert p.channel_blocks * p.splits <= GRID_X
+            assert p.channel_blocks * p.tiles <= GRID_X
+
+
+@drawn
+@given(C=SIZES, splits=st.integers(1, 4 * H100.multiprocessors))
+def test_plan_channels(C, splits):
+    block, programs = plan_channels(C, splits)
+    assert power_of_2(block)
+    assert programs * block >= C > (programs - 1) * block
+    assert block * P.next_power_of_2(splits) <= 1024
+
+
+def test_plans_are_frozen_values():
+    first, again = (plan_batch_norm(2, 3, 4, 4, 0, False, 1, True) for _ in range(2))
+    assert first == again
+    assert hash(first) == hash(again)
+    with pytest.raises(FrozenInstanceError):
+        first.BLOCK_C = 1
