@@ -9,12 +9,6 @@ from typing import Any
 import torch
 
 
-@torch.compiler.disable(reason="the array functions are not traced: hw3gpu.functional has those that are")
-def eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`function(...)`, outside the graph that `torch.compile` makes of the caller."""
-    return function(*args, **kwargs)
-
-
 def accumulate_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which the kernels accumulate for `x`: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

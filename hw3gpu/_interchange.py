@@ -39,7 +39,7 @@ def interchange(function: Function) -> Function:
     def call(*args: Any, **kwargs: Any) -> Any:
         torch = sys.modules.get("torch")
         if torch is not None and torch.compiler.is_compiling():
-            from ._autograd import eagerly
+            from ._outside_graphs import eagerly
 
             return eagerly(call, *args, **kwargs)
         if _ordinary.issuperset(map(type, args)) and (not kwargs or _ordinary.issuperset(map(type, kwargs.values()))):

@@ -1,14 +1,16 @@
 """What each process of a group does in `test_distributed.py`: every check of the rooms and below, in one order everywhere.
 
 A check takes a `Rank` and raises where it finds something wrong; its single-process answer it computes itself, from the same
-random numbers. `main` starts the processes, once for groups of every size, and returns for every check what each of them had
-to say ('' for nothing).
+random numbers. `python distributed_checks.py BACKEND PLAN FILE` starts the processes, once for groups of every size, and
+writes for every check what each of them had to say ('' for nothing).
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import os
+import sys
 import tempfile
 import traceback
 from datetime import timedelta
@@ -99,12 +101,30 @@ def fully_sharded_data_parallel_trains_as_one_process(rank):
 
 
 # ---------------------------------------------------------------------------------------------- running them
-def _work(rank: int, backend: str, plan: dict[int, tuple[str, ...]], folder: str) -> None:
+def _warm(backend: str) -> None:
+    """Imports what the checks import, and loads the kernels, once for all processes: they are forks of this one."""
     torch.set_num_threads(1)
     if backend == "gpu":
         from conftest import find_leg
 
         find_leg("gpu")
+    from torch import _dynamo  # noqa: F401
+    from torch.distributed.checkpoint import state_dict  # noqa: F401
+
+    import hw3gpu.nn as HN
+    from hw3gpu._arrays import use_backend
+
+    x = normal(4, 3, 2, 5).requires_grad_()
+    with use_backend(backend):
+        y = HN.BatchNorm2d(3).double()(x)
+        HN.CrossEntropyLoss()(y.flatten(1), torch.arange(4)).backward()
+    if backend == "cpu":  # the compiler imports much on its first call
+        layer = nn.Linear(3, 3)
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.rand(2, 3)).sum().backward()
+        torch.export.export(layer, (torch.rand(2, 3),))
+
+
+def _work(rank: int, backend: str, plan: dict[int, tuple[str, ...]], folder: str) -> None:
     from hw3gpu._arrays import use_backend
 
     said: dict[str, str] = {}
@@ -134,10 +154,16 @@ def main(backend: str, plan: dict[int, tuple[str, ...]]) -> dict[str, str]:
 
     Returns for each '<processes> <name>' what went wrong in any process.
     """
+    _warm(backend)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, (backend, plan, folder), nprocs=max(plan))
+        mp.start_processes(_work, (backend, plan, folder), nprocs=max(plan), start_method="fork")
         said = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(max(plan))]
     keys = [f"{size} {name}" for size, names in plan.items() for name in names]
     return {
         key: os.linesep.join(filter(None, (s[key] for s in said if key in s))) for key in keys if any(key in s for s in said)
     }
+
+
+if __name__ == "__main__":
+    wanted = {int(size): tuple(names) for size, names in json.loads(sys.argv[2]).items()}
+    Path(sys.argv[3]).write_text(json.dumps(main(sys.argv[1], wanted)))

@@ -40,6 +40,8 @@ os.register_at_fork = register_at_fork  # torch for Linux asks for it
 import torch
 import hw3gpu.functional as F
 import hw3gpu.nn
+import hw3gpu.distributed
+found["compiler"] = "torch._dynamo" in sys.modules
 _threads.set_num_threads(2)
 t = torch.from_numpy(z).requires_grad_()
 loss = F.cross_entropy(t, torch.arange(300))
@@ -71,6 +73,11 @@ def elsewhere():
     done = subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_module_imports_the_compiler(elsewhere):
+    """More than a second that an eager program has no use for."""
+    assert not elsewhere["compiler"]
 
 
 def test_the_threads_are_those_of_the_machine_where_the_system_does_not_tell_more(elsewhere):
