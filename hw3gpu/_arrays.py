@@ -177,6 +177,14 @@ def requested_backend() -> str:
     return _known_backend(name, "HW3GPU_BACKEND") if name else "auto"
 
 
+def check_threads() -> None:
+    """ValueError if HW3GPU_NUM_THREADS, which the CPU kernels read when they are imported, is no number of at least 1."""
+    text = os.environ.get("HW3GPU_NUM_THREADS", "")
+    first = text.partition(",")[0].strip()
+    if text and not (first.isdecimal() and int(first) > 0):
+        raise ValueError(f"HW3GPU_NUM_THREADS: expected a number of threads of at least 1, got {text!r}")
+
+
 def on_host(x: Array) -> bool:
     """True for NumPy arrays and torch CPU tensors."""
     return isinstance(x, np.ndarray) or (hasattr(x, "is_cpu") and x.is_cpu)
@@ -229,6 +237,8 @@ def kernels(room: str, which: str) -> ModuleType:
 
     Triton launches on the current device: each Triton launcher runs with the device of its first tensor as that.
     """
+    if which == "cpu":
+        check_threads()
     module = importlib.import_module(f"hw3gpu.kernels.{which}.{room}")
     if which == "cpu":
         return module

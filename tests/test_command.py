@@ -117,9 +117,17 @@ def test_a_result_passes_by_either_measure() -> None:
         assert (found["held_by"], found["passed"]) == (held_by, held_by != "neither"), found
 
 
-def test_verify_refuses_an_unknown_backend_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HW3GPU_BACKEND", "foo")
-    with pytest.raises(SystemExit, match=r"^HW3GPU_BACKEND: expected one of auto, gpu, cpu, got 'foo'$"):
+SETTINGS = {
+    "HW3GPU_BACKEND": "one of auto, gpu, cpu",
+    "HW3GPU_CPU_CACHE_MB": "a number of megabytes of at least 0",
+    "HW3GPU_NUM_THREADS": "a number of threads of at least 1",
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_verify_refuses_a_wrong_setting_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "foo")
+    with pytest.raises(SystemExit, match=rf"^{name}: expected {SETTINGS[name]}, got 'foo'$"):
         main(["verify", "--only", "S1"])
 
 
@@ -256,12 +264,20 @@ def test_an_unknown_backend_is_named(command: str, capsys: Captured, untrained: 
         assert capsys.readouterr().err == f"hw3gpu train: {why}\n"
 
 
-def test_a_wrong_setting_is_named(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HW3GPU_CPU_CACHE_MB", "foo")
-    assert main(["info"]) == 2
-    assert capsys.readouterr().err == (
-        "hw3gpu info: HW3GPU_CPU_CACHE_MB: expected a number of megabytes of at least 0, got 'foo'\n"
-    )
+@pytest.mark.parametrize("command", ["info", "train"])
+@pytest.mark.parametrize("name", ["HW3GPU_CPU_CACHE_MB", "HW3GPU_NUM_THREADS"])
+def test_a_wrong_setting_is_named(
+    command: str, name: str, capsys: Captured, untrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "foo")
+    why = f"hw3gpu {command}: {name}: expected {SETTINGS[name]}, got 'foo'\n"
+    if command == "info":
+        assert main(["info"]) == 2
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", "--output", str(untrained / "train.png")])
+        assert stopped.value.code == 2
+    assert capsys.readouterr().err == why
 
 
 # ---------------------------------------------------------------------------------------------- make demo

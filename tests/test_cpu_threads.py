@@ -22,6 +22,7 @@ from cpu_operations import (
     same_bits,
 )
 
+from hw3gpu import _arrays
 from hw3gpu.kernels.cpu import _jit, _team, _threads, cross_entropy
 
 
@@ -184,7 +185,7 @@ def test_workers_of_a_data_loader(threads, eager_threads, method):
     threads(2)
     expected = [Softmaxes()[i] for i in range(4)]
     loader = torch.utils.data.DataLoader(
-        Softmaxes(), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=120
+        Softmaxes(), batch_size=None, num_workers=2 if method == "fork" else 1, multiprocessing_context=method, timeout=120
     )
     for y, y_expected in zip(loader, expected, strict=True):
         assert torch.equal(y, y_expected)
@@ -263,6 +264,15 @@ def test_the_number_of_threads_from_the_environment(variables, expected):
     output = subprocess.run([sys.executable, "-c", code], env=clean | variables, capture_output=True, text=True, check=True)
     threads, cpus = output.stdout.split()
     assert threads == (cpus if expected == "every" else expected)
+
+
+@pytest.mark.parametrize("text", ["foo", "0", "-2", "1.5", "²"])
+def test_a_number_of_threads_that_is_none_is_refused_before_the_kernels_are_imported(text, monkeypatch):
+    monkeypatch.setenv("HW3GPU_NUM_THREADS", text)
+    with pytest.raises(ValueError, match=f"HW3GPU_NUM_THREADS: expected a number of threads of at least 1, got '{text}'"):
+        _arrays.kernels.__wrapped__("softmax", "cpu")
+    monkeypatch.setenv("HW3GPU_NUM_THREADS", "3,2")
+    assert _arrays.kernels.__wrapped__("softmax", "cpu")
 
 
 def test_the_first_row_without_a_class_is_noted_by_whichever_thread(rng, threads, eager_threads):

@@ -53,7 +53,7 @@ def given(rng, side, mean, dtype, layout):
 
     x stands less `mean`, an exact difference that normalisation does not see: long double would lose digits beside it too.
     """
-    shape = (30 if side == 1 else 5, 6, side * side)
+    shape = (30 if side == 1 else 2, 6, side * side)
     spread = max(1.0, 8 * abs(mean) * 2.0 ** -PRECISION[dtype])
     values = mean + spread * rng.standard_normal(shape), rng.standard_normal(shape), rng.standard_normal(shape)
     pairs = [stored(v, dtype) for v in values]
@@ -109,16 +109,21 @@ def hold(layout, dtype, side, mean, fused):
         within(f"dx, {name}", read(d, dtype), at_dx, np.abs(weight) * (np.abs(dy_is) + size), 12 * u + last)
 
 
+def cases(start, means=MEANS):
+    """Every size, with one of the means in turn; one size of each kind of loop with all of them."""
+    for i, side in enumerate(SIDES):
+        for mean in means if side in (1, 7, 32) else means[(start + i) % len(means) :][:1]:
+            yield side, mean
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_no_digits_are_lost(layout, dtype):
-    for side in SIDES:
-        for mean in MEANS[:1] if dtype == "float16" else MEANS:
-            hold(layout, dtype, side, mean, fused=False)
+    for side, mean in cases(DTYPES.index(dtype), MEANS[:1] if dtype == "float16" else MEANS):
+        hold(layout, dtype, side, mean, fused=False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_no_digits_are_lost_with_a_residual_and_relu(layout):
-    for side in SIDES:
-        for mean in MEANS:
-            hold(layout, "float32", side, mean, fused=True)
+    for side, mean in cases(0):
+        hold(layout, "float32", side, mean, fused=True)

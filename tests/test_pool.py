@@ -21,6 +21,15 @@ SHAPE = (300, 1000)  # 1.2 MB in float32
 NBYTES = 300 * 1000 * 4
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections():
+    """What other tests and libraries have made is left out of the collections here, which would look through all of it."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """An empty pool with its default bound."""

@@ -31,6 +31,7 @@ def collect() -> dict[str, Any]:
 
 def _cpu_kernels() -> dict[str, Any]:
     """Where compiled kernels are kept (None: nowhere, they are compiled anew), threads, and the bound of recycled outputs."""
+    _arrays.check_threads()
     folder, threads = (_arrays.kernels(room, "cpu") for room in ("_jit", "_threads"))
     return {"cache": folder.cache_folder(), "threads": threads.num_threads(), "recycled_MB": _pool.limit() // 2**20}
 

@@ -33,6 +33,8 @@ def mend_the_interpreter() -> None:
     _count_with_tensors()
     _splat_booleans()
     _patch_the_language_once()
+    _make_types_once()
+    _compare_types_once()
 
 
 def _round_as_a_gpu() -> None:
@@ -100,13 +102,17 @@ def _patch_the_language_once() -> None:
         return
     patched: set[tuple[int, ...]] = set()
 
-    @functools.wraps(patch)
-    def patch_new(fn: Any) -> Any:
-        languages = tuple(
+    @functools.cache
+    def languages_of(fn: Any) -> tuple[int, ...]:
+        return tuple(
             id(value)
             for value in fn.__globals__.values()
             if inspect.ismodule(value) and value in (interpreter.tl, interpreter.tl.core)
         )
+
+    @functools.wraps(patch)
+    def patch_new(fn: Any) -> Any:
+        languages = languages_of(fn)
         if languages in patched:
             return None
         patched.add(languages)
@@ -118,3 +124,73 @@ def _patch_the_language_once() -> None:
         return call(self, *args, **kwargs)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_new, call_anew
+
+
+def _make_types_once() -> None:
+    """Types, the shapes of tensors and NumPy's dtypes of them are made anew for every operation: remembered by name."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    dtype_of, make_type, make_tensor = interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__
+    if hasattr(dtype_of, "__wrapped__"):
+        return
+    dtypes: dict[str, np.dtype[Any]] = {}
+    types: dict[tuple[str, tuple[Any, ...]], dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
+
+    @functools.wraps(dtype_of)
+    def known_dtype(of: Any) -> np.dtype[Any]:
+        if isinstance(of, tl.block_type):
+            of = of.element_ty
+        if of.name not in dtypes:
+            dtypes[of.name] = dtype_of(of)
+        return dtypes[of.name]
+
+    @functools.wraps(make_type)
+    def known_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, tuple(getattr(size, "value", size) for size in shape)
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = dict(self.__dict__)
+        self.__dict__.update(types[key])
+        self.element_ty = element_ty
+
+    @functools.wraps(make_tensor)
+    def known_tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in tensors:
+            make_tensor(self, handle, type)
+            tensors[type.name] = {key: value for key, value in self.__dict__.items() if key not in ("handle", "type")}
+        self.__dict__.update(tensors[type.name])
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+
+    interpreter._get_np_dtype = known_dtype
+    tl.block_type.__init__, tl.tensor.__init__ = known_type, known_tensor
+
+
+def _compare_types_once() -> None:
+    """Operands of one type, of one shape, are compared size by size, and cast to what they are, for every operation."""
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+
+    equal, cast, broadcast = tl.dtype.__eq__, TritonSemantic.cast, TritonSemantic.broadcast_impl_value
+    if hasattr(cast, "__wrapped__"):
+        return
+
+    @functools.wraps(equal)
+    def equal_or_same(self: Any, other: Any) -> bool:
+        return self is other or equal(self, other)
+
+    @functools.wraps(cast)
+    def cast_others(self: Any, input: Any, dst_ty: Any, *more: Any) -> Any:
+        return input if input.type.scalar is dst_ty else cast(self, input, dst_ty, *more)
+
+    @functools.wraps(broadcast)
+    def broadcast_others(self: Any, lhs: Any, rhs: Any) -> Any:
+        ours, theirs = lhs.type, rhs.type
+        blocks = ours.is_block()
+        if blocks is theirs.is_block() and (not blocks or ours.shape.values == theirs.shape.values):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    tl.dtype.__eq__ = equal_or_same
+    TritonSemantic.cast, TritonSemantic.broadcast_impl_value = cast_others, broadcast_others

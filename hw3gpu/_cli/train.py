@@ -180,6 +180,7 @@ def _device(name: str | None) -> torch.device:
         _refuse(f"argument --device: expected cpu, cuda or cuda:N, got {name!r}")
     try:
         _pool.limit()
+        _arrays.check_threads()
         _arrays.backend(torch.empty(1, device=device))
     except (_arrays.BackendError, ValueError) as error:
         _refuse(str(error))

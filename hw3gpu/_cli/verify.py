@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from .. import _arrays
+from .. import _arrays, _pool
 from .arrays import Place, cupy_refusal, to_numpy
 from .interpreter import mend_the_interpreter
 from .measure import max_error, share_of_bound, tolerance
@@ -167,6 +167,8 @@ def main(kernels: str, rows: Collection[str], as_json: bool) -> int:
     """Run the checks and print them as a table or as JSON; 1 if one failed, else 0."""
     try:
         _arrays.requested_backend()
+        _arrays.check_threads()
+        _pool.limit()
     except ValueError as error:
         raise SystemExit(str(error)) from None
     if kernels == "gpu" and _without_triton():
