@@ -35,6 +35,7 @@ TESTS = (
     "tests/test_batch_norm_fused.py",
     "tests/test_small.py",
     "tests/test_points.py",
+    "tests/test_moments.py",
     "tests/test_trace_solvers.py",
 )
 VARIABLES = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "ATEN_CPU_CAPABILITY", "OPENBLAS_CORETYPE", "HW3GPU_NUM_THREADS")

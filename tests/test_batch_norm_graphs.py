@@ -1,6 +1,6 @@
 """Batch normalisation where others hold the pen: the compiler, the exporter, tracers, `torch.func`, a second derivative.
 
-Results are held to the eager call's, which `test_functional.py` holds to the answer sheet.
+Results are held to the eager call's, which `test_functional_batch_norm.py` holds to the answer sheet.
 """
 
 from __future__ import annotations
