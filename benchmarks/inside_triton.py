@@ -91,14 +91,27 @@ class StandIn:
     def __enter__(self) -> StandIn:
         import triton
 
-        self._previous = triton.runtime.driver._active
+        from hw3gpu.kernels.gpu import device
+
+        self._previous = triton.runtime.driver._active, device.ABSENT
         triton.runtime.driver.set_active(_driver(self))
+        device.ABSENT = _parts()[self.target.arch]
         return self
 
     def __exit__(self, *error: object) -> None:
         import triton
 
-        triton.runtime.driver._active = self._previous
+        from hw3gpu.kernels.gpu import device
+
+        triton.runtime.driver._active, device.ABSENT = self._previous
+
+
+def _parts() -> dict[int | str, Any]:
+    """What plans see of a part of each architecture."""
+    from hw3gpu.kernels.gpu.device import A100, B200, H100, RTX_5090, Device
+
+    mi300x = Device("MI300X", 304, 131072, 2048, 64 << 10, 256 << 20, 5.3e12, 24 << 10)
+    return {80: A100, 90: H100, 100: B200, 120: RTX_5090, "gfx942": mi300x}
 
 
 def _driver(device: StandIn) -> Any:

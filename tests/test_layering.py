@@ -142,7 +142,7 @@ def test_room_imports_few_packages(room: str) -> None:
     assert not _wrong(path, [i for i in _imports(path, "hw3gpu") if i.module.partition(".")[0] not in allowed])
 
 
-@pytest.mark.parametrize("room", ["plan", "channel_plan"])
+@pytest.mark.parametrize("room", ["plan", "channel_plan", "row_plan"])
 def test_plans_are_plain_functions(room: str) -> None:
     path = ROOT / "kernels" / "gpu" / f"{room}.py"
     allowed = sys.stdlib_module_names | {"kernels.gpu.device", "kernels.gpu.plan"}

@@ -1,4 +1,4 @@
-"""`kernels/gpu/plan.py`: every block size, read over a grid of shapes, with no GPU and no kernel."""
+"""`kernels/gpu/plan.py` and `row_plan.py`: every block size, read over a grid of shapes, with no GPU and no kernel."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hw3gpu.kernels.gpu import plan as P
+from hw3gpu.kernels.gpu import row_plan as R
+from hw3gpu.kernels.gpu.device import A100, B200, H100, RTX_4090, RTX_5090
 
 drawn = settings(max_examples=200, derandomize=True, deadline=None)
 
@@ -115,7 +117,7 @@ ROWS = {
 @example(V=50257, S=1, itemsize=2, mode=P.SHIFTED, unit_s=False, beside=1, dense=True)
 @example(V=5, S=2**30, itemsize=2, mode=P.STRIDED, unit_s=True, beside=1, dense=False)
 def test_plan_rows(V, S, itemsize, mode, unit_s, beside, dense):
-    p = P.plan_rows(V, S, itemsize, mode, unit_s, beside, dense)
+    p = R.plan_rows(V, S, itemsize, mode, unit_s, beside, dense)
     for size in (p.BLOCK_R, p.KEEP, p.BLOCK_V, p.num_warps):
         assert power_of_2(size)
     assert 1 <= p.num_warps <= 16
@@ -156,15 +158,15 @@ def test_plan_rows(V, S, itemsize, mode, unit_s, beside, dense):
     ],
 )
 def test_rows_up_to_the_promised_length_are_read_once(beside, mode, itemsize, longest):
-    assert P.plan_rows(longest, 1, itemsize, mode, False, beside).FITS
-    assert not P.plan_rows(longest + 1, 1, itemsize, mode, False, beside).FITS
+    assert R.plan_rows(longest, 1, itemsize, mode, False, beside).FITS
+    assert not R.plan_rows(longest + 1, 1, itemsize, mode, False, beside).FITS
 
 
 def test_many_short_rows_share_a_program():
-    assert P.plan_rows(10, 4096, 4, P.STRIDED, False).BLOCK_R == 128
-    assert P.plan_rows(1, 10**6, 4, P.STRIDED, False).BLOCK_R == 2048
-    assert P.plan_rows(1000, 4096, 4, P.ALIGNED, False).BLOCK_R == 4
-    assert P.plan_rows(10, 3, 4, P.STRIDED, False).BLOCK_R == 4
+    assert R.plan_rows(10, 4096, 4, P.STRIDED, False).BLOCK_R == 128
+    assert R.plan_rows(1, 10**6, 4, P.STRIDED, False).BLOCK_R == 2048
+    assert R.plan_rows(1000, 4096, 4, P.ALIGNED, False).BLOCK_R == 4
+    assert R.plan_rows(10, 3, 4, P.STRIDED, False).BLOCK_R == 4
 
 
 @pytest.mark.parametrize(
@@ -178,14 +180,58 @@ def test_many_short_rows_share_a_program():
 def test_neighbouring_rows_fill_a_line_or_at_least_a_sector(V, widths, fits):
     """With the class axis in the middle a program reads neighbours along S together: sectors of 32 bytes, lines of 128."""
     for itemsize, width in zip(ITEMSIZES, widths, strict=True):
-        p = P.plan_rows(V, 3136, itemsize, P.STRIDED, True)
+        p = R.plan_rows(V, 3136, itemsize, P.STRIDED, True)
         assert (p.BLOCK_R * itemsize, p.FITS) == (width, fits)
+
+
+@drawn
+@given(
+    **ROWS, beside=st.sampled_from(BESIDE), tensors=st.sampled_from([1, 2]),
+    device=st.sampled_from([A100, H100, B200, RTX_4090, RTX_5090]),
+)  # fmt: skip
+@example(V=32000, S=1, itemsize=2, mode=P.ALIGNED, unit_s=False, beside=0, tensors=1, device=H100)
+@example(V=16384, S=1, itemsize=4, mode=P.ALIGNED, unit_s=False, beside=0, tensors=1, device=RTX_5090)
+def test_programs_that_take_rows_in_turn_are_all_on_the_device_at_once(V, S, itemsize, mode, unit_s, beside, tensors, device):
+    """Their registers, threads and the rows on their way fit the device's, and there are two rows on their way or programs."""
+    p = R.plan_rows(V, S, itemsize, mode, unit_s, beside, tensors=tensors, device=device)
+    if p.programs:
+        each, rest = divmod(p.programs, device.multiprocessors)
+        assert rest == 0
+        assert each * p.num_warps * 32 <= device.threads
+        assert each * p.num_warps * 32 * p.registers <= device.registers
+        ahead = (p.STAGES - 1) * p.KEEP * itemsize * tensors
+        assert each * ahead < device.shared_memory
+        assert each > 1 or p.STAGES > 2
+        assert (p.BLOCK_R, p.FITS) == (1, True)
+        assert p.grid(5) == 5
+        assert p.grid(10**6) == p.programs
+
+
+@pytest.mark.parametrize(
+    ("V", "itemsize", "beside", "each"),
+    [(8192, 2, 0, 4), (16384, 4, 0, 2), (32000, 2, 0, 1), (32000, 4, 0, 0), (8192, 4, 1, 2), (16384, 2, 1, 1), (4096, 4, 0, 0)],
+)
+def test_rows_in_turn_on_an_h100(V, itemsize, beside, each):
+    p = R.plan_rows(V, 1, itemsize, P.ALIGNED, False, beside, tensors=1 + beside)
+    assert p.programs == each * 132
+
+
+@drawn
+@given(**ROWS, beside=st.sampled_from(BESIDE))
+def test_nothing_of_a_long_row_stays_that_is_not_needed_again(V, S, itemsize, mode, unit_s, beside):
+    p = R.plan_rows(V, S, itemsize, mode, unit_s, beside, stays=False)
+    kept = R.plan_rows(V, S, itemsize, mode, unit_s, beside)
+    if lanes(V, itemsize, mode) <= 4096 or (unit_s and S > 1):
+        assert p == kept
+    else:
+        assert (p.KEEP, p.FITS, p.num_warps) == (0, False, 4)
+        assert 4 <= p.BLOCK_V // (32 * p.num_warps) <= 16, "five numbers a lane fit the registers of many programs"
 
 
 @drawn
 @given(**ROWS)
 def test_plan_columns(V, S, itemsize, mode, unit_s):
-    p = P.plan_columns(V, S, itemsize, mode, unit_s)
+    p = R.plan_columns(V, S, itemsize, mode, unit_s)
     for size in (p.BLOCK_R, p.BLOCK_V, p.num_warps):
         assert power_of_2(size)
     assert p.BLOCK_V * p.columns >= lanes(V, itemsize, mode), "lanes are left out"
@@ -203,7 +249,7 @@ def test_row_grids_stay_within_cudas(V, itemsize, beside):
     """2³³ elements, row after row."""
     rows = 2**33 // V
     for mode in MODES:
-        p, c = P.plan_rows(V, rows, itemsize, mode, False, beside), P.plan_columns(V, rows, itemsize, mode, False)
+        p, c = R.plan_rows(V, rows, itemsize, mode, False, beside), R.plan_columns(V, rows, itemsize, mode, False)
         assert P.cdiv(rows, p.BLOCK_R) <= GRID_X
         assert P.cdiv(rows, c.BLOCK_R) * c.columns <= GRID_X
 
@@ -211,7 +257,7 @@ def test_row_grids_stay_within_cudas(V, itemsize, beside):
 # ---------------------------------------------------------------------------------------------- sums
 @pytest.mark.parametrize("rows", [0, 1, 2, 1023, 1024, 1025, 8192, 8193, 10**6, 2**23, 2**23 + 1, 2**31, 2**33])
 def test_plan_reduce(rows):
-    p = P.plan_reduce(rows)
+    p = R.plan_reduce(rows)
     assert p.programs * p.per_program >= rows
     assert p.per_program % p.BLOCK == 0
     assert p.programs <= p.MERGE <= 1024
@@ -222,9 +268,9 @@ def test_plan_reduce(rows):
 # ---------------------------------------------------------------------------------------------- as a whole
 def test_plans_are_frozen_values():
     for make in (
-        lambda: P.plan_rows(10, 3, 4, 0, False),
-        lambda: P.plan_columns(10, 3, 4, 0, False),
-        lambda: P.plan_reduce(5),
+        lambda: R.plan_rows(10, 3, 4, 0, False),
+        lambda: R.plan_columns(10, 3, 4, 0, False),
+        lambda: R.plan_reduce(5),
     ):
         first, again = make(), make()
         assert first == again

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._rows import excess_with, finite_base
+from ._rows import excess_with, finite_base, merge_lanes, no_lanes
 
 
 @triton.jit
@@ -124,42 +124,80 @@ def times(q, d):
 
 
 @triton.jit
-def no_sums(R: tl.constexpr, ACC: tl.constexpr):
-    """The sums of nothing."""
-    zero = tl.zeros([R, 1], ACC)
-    return tl.full([R, 1], float("-inf"), ACC), zero - 1.0, zero, zero, zero
+def no_sums(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr):
+    """The sums of nothing for each of L lanes, those of rows without lanes where L is 0."""
+    if L:
+        zero = tl.zeros([R, L], ACC)
+        m, excess = no_lanes(R, L, ACC)
+    else:
+        zero = tl.zeros([R, 1], ACC)
+        m, excess = zero + float("-inf"), zero - 1.0
+    return m, excess, zero, zero, zero
+
+
+@triton.jit
+def take_lanes(sums, z, q, SPREAD: tl.constexpr, LOADED: tl.constexpr):
+    """The sums of each lane after one more logit in it; `take` for lanes, which no thread waits for."""
+    m, excess, dense, inner, spread = sums
+    d = z - m
+    e = tl.exp(-tl.abs(d))
+    rises = z > m
+    if q is not None:
+        inner += tl.where(rises, -times(dense, d), times(q, d))
+        dense += q if LOADED else tl.where(d == d, q, 0.0)
+    if SPREAD:
+        spread = tl.where(rises, times(e, spread - (1.0 + excess) * d), spread + times(e, d))
+    return tl.maximum(m, z), tl.where(rises, excess * e, excess) + e, dense, inner, spread
+
+
+@triton.jit
+def merge(sums, DENSE: tl.constexpr, SPREAD: tl.constexpr):
+    """The sums of each row from those of its lanes."""
+    m, excess, dense, inner, spread = sums
+    top, total, shrunk = merge_lanes(m, excess)
+    moved = m - finite_base(top)
+    zero = tl.zeros_like(top)
+    in_dense, in_inner, in_spread = zero, zero, zero
+    if DENSE:
+        in_dense = tl.sum(dense, axis=1)[:, None]
+        in_inner = tl.sum(inner + times(dense, moved), axis=1)[:, None]
+    if SPREAD:
+        in_spread = tl.sum(times(shrunk, spread + times(1.0 + excess, moved)), axis=1)[:, None]
+    return top, total, in_dense, in_inner, in_spread
 
 
 @triton.jit
 def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr, LOADED: tl.constexpr):
-    """The sums after one more tile of logits and its ends; q and the ends may be None. LOADED: q comes of a load."""
+    """The sums of rows after one more tile of logits and its ends, either None; so may be q. LOADED: q comes of a load."""
     m, excess, dense, inner, spread = sums
-    top = tl.maximum(m, tl.max(z, axis=1)[:, None])
-    if z_ends is not None:
-        top = tl.maximum(top, _tile.max_ends(z_ends))
+    top = _tile.max_with(m, z, z_ends)
     base = finite_base(top)
     moved = finite_base(m) - base
-    d = z - base
+    d, d_ends, e, e_ends = None, None, None, None
+    if z is not None:
+        d = z - base
+        e = tl.exp(d)
     if z_ends is not None:
         d_ends = z_ends - _tile.lone(base)
-    if q is not None:
-        inner += dense * moved + tl.sum(times(q, d), axis=1)[:, None]
-        if LOADED:
-            dense += tl.sum(q, axis=1)[:, None]
-        else:  # tied to d, lest q be laid out whole in every thread; a row with a NaN is NaN anyway
-            dense += tl.sum(tl.where(d == d, q, 0.0), axis=1)[:, None]
-        if q_ends is not None:
-            inner += _tile.sum_ends(times(q_ends, d_ends))
-            dense += _tile.sum_ends(q_ends)
-    e, e_ends = tl.exp(d), None
-    if z_ends is not None:
         e_ends = tl.exp(d_ends)
+    if q is not None or q_ends is not None:
+        inner = _tile.plus_sum(inner + dense * moved, _times(q, d), _times(q_ends, d_ends))
+        if not LOADED and q is not None:  # tied to d, lest q be laid out whole in every thread; a row with a NaN is NaN anyway
+            q = tl.where(d == d, q, 0.0)
+        dense = _tile.plus_sum(dense, q, q_ends)
     if SPREAD:
         shrunk = tl.where(top > m, tl.exp(m - base), 1.0)
-        spread = shrunk * (spread + (1.0 + excess) * moved) + tl.sum(times(e, d), axis=1)[:, None]
-        if z_ends is not None:
-            spread += _tile.sum_ends(times(e_ends, d_ends))
+        spread = shrunk * (spread + (1.0 + excess) * moved)
+        spread = _tile.plus_sum(spread, _times(e, d), _times(e_ends, d_ends))
     return top, excess_with(m, excess, top, e, e_ends), dense, inner, spread
+
+
+@triton.jit
+def _times(q, d):
+    """q d with 0·∞ = 0, or None."""
+    if q is not None:
+        q = times(q, d)
+    return q
 
 
 @triton.jit

@@ -14,10 +14,10 @@ ACC = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.
 
 
 @triton.jit
-def program_rows(S, tiles, BLOCK_R: tl.constexpr):
-    """(n, s) of the rows of this program, s of shape (BLOCK_R,)."""
-    pid = tl.program_id(0).to(tl.int64)
-    return pid // tiles, (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
+def rows_of(tile, S, tiles, BLOCK_R: tl.constexpr):
+    """(n, s) of the rows of a tile, s of shape (BLOCK_R,)."""
+    tile = tl.cast(tile, tl.int64)
+    return tile // tiles, (tile % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
 
 
 @triton.jit
@@ -27,34 +27,57 @@ def finite_base(m):
 
 
 @triton.jit
-def _sum_and_excess(e, e_ends):
-    """(Σ e, Σ e - 1) of each row of e = exp(z - max z), with its ends where there are any: where p -> 1, the rest is summed
+def _sum_and_excess(zero, e, e_ends):
+    """(Σ e, Σ e - 1) of each row of e = exp(z - max z), with its ends; either may be None. Where p -> 1, the rest is summed
     again without its 1, beside which it would lose its digits. A row of zeros has the excess -1."""
-    total = tl.sum(e, axis=1)[:, None]
-    if e_ends is not None:
-        total += _tile.sum_ends(e_ends)
+    total = _tile.plus_sum(zero, e, e_ends)
     excess = total - 1.0
     near_one = (total >= 1.0) & (total < 2.0)
     if tl.max(tl.ravel(near_one.to(tl.int32)), axis=0) > 0:
-        rest = tl.sum(tl.where(e == 1.0, 0.0, e), axis=1)[:, None]
-        if e_ends is not None:
-            rest += _tile.sum_ends(tl.where(e_ends == 1.0, 0.0, e_ends))
-        excess = tl.where(near_one, rest, excess)
+        excess = tl.where(near_one, _tile.plus_sum(zero, _but_ones(e), _but_ones(e_ends)), excess)
     return total, excess
+
+
+@triton.jit
+def _but_ones(e):
+    if e is not None:
+        e = tl.where(e == 1.0, 0.0, e)
+    return e
 
 
 @triton.jit
 def excess_with(m, excess, m_new, e, e_ends):
     """Σ exp(z - m_new) - 1 of each row after one more tile: `excess` was that about m, and e is the tile's exp(z - m_new)."""
-    total, more = _sum_and_excess(e, e_ends)
+    total, more = _sum_and_excess(tl.zeros_like(m), e, e_ends)
     return tl.where(m_new > m, more + (1.0 + excess) * tl.exp(m - finite_base(m_new)), excess + total)
 
 
 @triton.jit
-def online_max_excess(m, excess, z):
-    """The row's maximum m and Σ exp(z - m) - 1 after one more tile."""
-    m_new = tl.maximum(m, tl.max(z, axis=1)[:, None])
-    return m_new, excess_with(m, excess, m_new, tl.exp(z - finite_base(m_new)), None)
+def no_lanes(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr):
+    """(m, excess) of lanes that have seen nothing: the lowest number instead of -inf, which nothing finite is off by a NaN."""
+    lowest: tl.constexpr = -1.7976931348623157e308 if tl.float64 == ACC else -3.4028234663852886e38
+    return tl.full([R, L], lowest, ACC), tl.full([R, L], -1.0, ACC)
+
+
+@triton.jit
+def online_lanes(m, excess, z):
+    """Each lane's maximum m and Σ exp(z - m) - 1 after one more value: no thread waits for another."""
+    d = z - m
+    e = tl.exp(-tl.abs(d))
+    return tl.maximum(m, z), tl.where(z > m, excess * e, excess) + e
+
+
+@triton.jit
+def merge_lanes(m, excess):
+    """(m, Σ exp(z - m) - 1) of each row from those of its lanes, and what each lane's sum was multiplied by.
+
+    The 1 of the largest is not added and subtracted again: where p -> 1 the rest keeps its digits.
+    """
+    top = tl.max(m, axis=1)[:, None]
+    shrunk = tl.exp(m - top)
+    rest = tl.sum(excess * shrunk + tl.where(shrunk == 1.0, 0.0, shrunk), axis=1)[:, None]
+    rest += tl.sum(tl.where(shrunk == 1.0, 1.0, 0.0), axis=1)[:, None] - 1.0
+    return tl.where(rest == -1.0, float("-inf"), top), rest, shrunk
 
 
 @triton.jit
@@ -114,3 +137,16 @@ def warps(planned: int) -> int:
     if triton.knobs.runtime.interpret:
         return planned
     return max(planned * 32 // _warp_size(triton.runtime.driver.active), 1)
+
+
+def _takes_maxnreg() -> bool:
+    return not triton.knobs.runtime.interpret and _warp_size(triton.runtime.driver.active) == 32
+
+
+def of_plan(plan: Any) -> dict[str, Any]:
+    """A `row_plan.RowPlan` as the kernels of rows take it."""
+    registers = {"maxnreg": plan.registers} if plan.registers and _takes_maxnreg() else {}
+    return {
+        "BLOCK_R": plan.BLOCK_R, "KEEP": plan.KEEP, "BLOCK_V": plan.BLOCK_V, "FITS": plan.FITS, "STAGES": plan.STAGES,
+        "LOOP": plan.programs > 0, "num_warps": warps(plan.num_warps), **registers,
+    }  # fmt: skip

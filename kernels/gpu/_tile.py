@@ -78,7 +78,7 @@ def lone(x):
 
 
 @triton.jit
-def sum_ends(x):
+def _sum_ends(x):
     """The sum of each row's ends, as `lone` of a column."""
     if len(x.shape) == 1:
         total = tl.sum(x, axis=0)
@@ -88,13 +88,33 @@ def sum_ends(x):
 
 
 @triton.jit
-def max_ends(x):
+def _max_ends(x):
     """The maximum of each row's ends, as `lone` of a column."""
     if len(x.shape) == 1:
         top = tl.max(x, axis=0)
     else:
         top = tl.max(x, axis=1)[:, None]
     return top
+
+
+@triton.jit
+def plus_sum(start, x, x_ends):
+    """A column of rows, (R, 1), plus the sums of a tile's rows and of their ends, either of which may be None."""
+    if x is not None:
+        start += tl.sum(x, axis=1)[:, None]
+    if x_ends is not None:
+        start += _sum_ends(x_ends)
+    return start
+
+
+@triton.jit
+def max_with(start, x, x_ends):
+    """The maximum of a column of rows and of what `plus_sum` adds."""
+    if x is not None:
+        start = tl.maximum(start, tl.max(x, axis=1)[:, None])
+    if x_ends is not None:
+        start = tl.maximum(start, _max_ends(x_ends))
+    return start
 
 
 @triton.jit

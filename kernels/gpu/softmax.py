@@ -14,46 +14,70 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._rows import ACC, excess_with, finite_base, online_max_excess, program_rows, rows_along_s, run_mode, warps
-from .plan import cdiv, plan_rows
+from ._rows import ACC, excess_with, finite_base, merge_lanes, no_lanes, of_plan, online_lanes, rows_along_s, rows_of, run_mode
+from .device import device_of
+from .plan import cdiv
+from .row_plan import plan_rows
 
 
-@triton.jit(do_not_specialize=["V", "S", "tiles"])
+@triton.jit(do_not_specialize=["V", "S", "rows", "tiles"])
 def _forward_kernel(
-    z_ptr, y_ptr, V, S, tiles,
+    z_ptr, y_ptr, V, S, rows, tiles,
     stride_zn, stride_zv, stride_zs, stride_yn, stride_yv, stride_ys,
-    BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr,
+    BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
+    LOOP: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    pointers = z_ptr, y_ptr
+    strides = stride_zn, stride_zv, stride_zs, stride_yn, stride_yv, stride_ys
+    if LOOP:  # the rows of the next tile are on their way while those of this one are computed
+        for pid in tl.range(tl.program_id(0), rows // S * tiles, tl.num_programs(0), num_stages=STAGES):
+            _forward_tile(pid, pointers, V, S, tiles, strides, BLOCK_R, KEEP, BLOCK_V, FITS, 1, MODE, GROUP, ACC)
+    else:
+        _forward_tile(
+            tl.program_id(0), pointers, V, S, tiles, strides, BLOCK_R, KEEP, BLOCK_V, FITS, STAGES, MODE, GROUP, ACC
+        )  # fmt: skip
+
+
+@triton.jit
+def _forward_tile(
+    pid, pointers, V, S, tiles, strides,
+    BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Reads and writes BLOCK_R rows."""
+    z_ptr, y_ptr = pointers
+    stride_zn, stride_zv, stride_zs, stride_yn, stride_yv, stride_ys = strides
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
     NEG_INF: tl.constexpr = float("-inf")
-    n, s = program_rows(S, tiles, BLOCK_R)
+    n, s = rows_of(pid, S, tiles, BLOCK_R)
     s = s[:, None]
     live = s < S
     z_start = n * stride_zn + s * stride_zs
     y_start = n * stride_yn + s * stride_ys
     head = _tile.head_of(z_start, MODE, GROUP)
 
-    m = tl.full([BLOCK_R, 1], NEG_INF, ACC)
-    excess = tl.full([BLOCK_R, 1], -1.0, ACC)
-    if not FITS:
+    if FITS:
+        m, excess = tl.full([BLOCK_R, 1], NEG_INF, ACC), tl.full([BLOCK_R, 1], -1.0, ACC)
+    else:
         tail = tl.arange(0, BLOCK_V)[None, :]
         steps = tl.cdiv(V - KEEP, BLOCK_V)
-        for i in range(steps):
+        m, excess = no_lanes(BLOCK_R, BLOCK_V, ACC)
+        for i in tl.range(0, steps, num_stages=STAGES):
             offset = KEEP + i * BLOCK_V
             t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
             z_tail = _tile.load(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
-            m, excess = online_max_excess(m, excess, z_tail)
+            m, excess = online_lanes(m, excess, z_tail)
+        m, excess, _ = merge_lanes(m, excess)
     lane = tl.arange(0, KEEP)[None, :]
     hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
     z = _tile.load(z_ptr, z_start, head, 0, lane, hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
     before = m
-    m = tl.maximum(m, tl.max(z, axis=1)[:, None])
-    e_ends = None
+    z_ends, e_ends = None, None
     if ENDS:
         c, inside = _tile.ends(_tile.lone(head), V, _tile.lone(live), GROUP)
         z_ends = tl.load(z_ptr + (_tile.lone(z_start) + c), mask=inside, other=NEG_INF).to(ACC)
-        m = tl.maximum(m, _tile.max_ends(z_ends))
+    m = _tile.max_with(m, z, z_ends)
+    if ENDS:
         e_ends = tl.exp(z_ends - _tile.lone(finite_base(m)))
     e = tl.exp(z - finite_base(m))
     scale = 1.0 / (1.0 + excess_with(before, excess, m, e, e_ends))
@@ -62,7 +86,7 @@ def _forward_kernel(
         tl.store(y_ptr + (_tile.lone(y_start) + c), e_ends * _tile.lone(scale), mask=inside)
     _tile.store(y_ptr, y_start, head, 0, lane, hi, e * scale, stride_yv, MODE, GROUP)
     if not FITS:
-        for i in range(steps):
+        for i in tl.range(0, steps, num_stages=STAGES):
             offset = KEEP + (steps - 1 - i) * BLOCK_V
             t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
             z_tail = _tile.load(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
@@ -70,15 +94,35 @@ def _forward_kernel(
             _tile.store(y_ptr, y_start, head, offset, tail, t_hi, y, stride_yv, MODE, GROUP)
 
 
-@triton.jit(do_not_specialize=["V", "S", "tiles"])
+@triton.jit(do_not_specialize=["V", "S", "rows", "tiles"])
 def _backward_kernel(
-    dy_ptr, y_ptr, dz_ptr, V, S, tiles,
+    dy_ptr, y_ptr, dz_ptr, V, S, rows, tiles,
     stride_gn, stride_gv, stride_gs, stride_yn, stride_yv, stride_ys, stride_dn, stride_dv, stride_ds,
-    BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr,
+    BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
+    LOOP: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    pointers = dy_ptr, y_ptr, dz_ptr
+    strides = stride_gn, stride_gv, stride_gs, stride_yn, stride_yv, stride_ys, stride_dn, stride_dv, stride_ds
+    if LOOP:  # the rows of the next tile are on their way while those of this one are computed
+        for pid in tl.range(tl.program_id(0), rows // S * tiles, tl.num_programs(0), num_stages=STAGES):
+            _backward_tile(pid, pointers, V, S, tiles, strides, BLOCK_R, KEEP, BLOCK_V, FITS, 1, MODE, GROUP, ACC)
+    else:
+        _backward_tile(
+            tl.program_id(0), pointers, V, S, tiles, strides, BLOCK_R, KEEP, BLOCK_V, FITS, STAGES, MODE, GROUP, ACC
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_tile(
+    pid, pointers, V, S, tiles, strides,
+    BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Reads and writes BLOCK_R rows."""
+    dy_ptr, y_ptr, dz_ptr = pointers
+    stride_gn, stride_gv, stride_gs, stride_yn, stride_yv, stride_ys, stride_dn, stride_dv, stride_ds = strides
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
-    n, s = program_rows(S, tiles, BLOCK_R)
+    n, s = rows_of(pid, S, tiles, BLOCK_R)
     s = s[:, None]
     live = s < S
     g_start = n * stride_gn + s * stride_gs
@@ -90,12 +134,14 @@ def _backward_kernel(
     if not FITS:
         tail = tl.arange(0, BLOCK_V)[None, :]
         steps = tl.cdiv(V - KEEP, BLOCK_V)
-        for i in range(steps):
+        lanes = tl.zeros([BLOCK_R, BLOCK_V], ACC)
+        for i in tl.range(0, steps, num_stages=STAGES):
             offset = KEEP + i * BLOCK_V
             t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
             dy_tail = _tile.load(dy_ptr, g_start, head, offset, tail, t_hi, stride_gv, 0.0, MODE, GROUP, ACC)
             y_tail = _tile.load(y_ptr, y_start, head, offset, tail, t_hi, stride_yv, 0.0, MODE, GROUP, ACC)
-            inner += tl.sum(dy_tail * y_tail, axis=1)[:, None]
+            lanes += dy_tail * y_tail
+        inner = tl.sum(lanes, axis=1)[:, None]
     lane = tl.arange(0, KEEP)[None, :]
     hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
     dy = _tile.load(dy_ptr, g_start, head, 0, lane, hi, stride_gv, 0.0, MODE, GROUP, ACC)
@@ -105,11 +151,11 @@ def _backward_kernel(
         c, inside = _tile.ends(_tile.lone(head), V, _tile.lone(live), GROUP)
         dy_ends = tl.load(dy_ptr + (_tile.lone(g_start) + c), mask=inside, other=0.0).to(ACC)
         y_ends = tl.load(y_ptr + (_tile.lone(y_start) + c), mask=inside, other=0.0).to(ACC)
-        inner += _tile.sum_ends(dy_ends * y_ends)
+        inner = _tile.plus_sum(inner, None, dy_ends * y_ends)
         tl.store(dz_ptr + (_tile.lone(d_start) + c), y_ends * (dy_ends - _tile.lone(inner)), mask=inside)
     _tile.store(dz_ptr, d_start, head, 0, lane, hi, y * (dy - inner), stride_dv, MODE, GROUP)
     if not FITS:
-        for i in range(steps):
+        for i in tl.range(0, steps, num_stages=STAGES):
             offset = KEEP + (steps - 1 - i) * BLOCK_V
             t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
             dy_tail = _tile.load(dy_ptr, g_start, head, offset, tail, t_hi, stride_gv, 0.0, MODE, GROUP, ACC)
@@ -124,12 +170,12 @@ def forward(z: torch.Tensor, y: torch.Tensor) -> None:
     z, y = rows_along_s(z), rows_along_s(y)
     N, V, S = z.shape
     mode = run_mode(1, z, y)
-    plan = plan_rows(V, S, z.element_size(), mode, unit_s=z.stride(2) == 1 and z.stride(1) != 1)
+    unit_s = z.stride(2) == 1 and z.stride(1) != 1
+    plan = plan_rows(V, S, z.element_size(), mode, unit_s, device=device_of(z))
     tiles = cdiv(S, plan.BLOCK_R)
-    _forward_kernel[(N * tiles,)](
-        z, y, V, S, tiles, *z.stride(), *y.stride(),
-        BLOCK_R=plan.BLOCK_R, KEEP=plan.KEEP, BLOCK_V=plan.BLOCK_V, FITS=plan.FITS,
-        MODE=mode, GROUP=16 // z.element_size(), ACC=ACC[z.dtype], num_warps=warps(plan.num_warps),
+    _forward_kernel[(plan.grid(N * tiles),)](
+        z, y, V, S, N * S, tiles, *z.stride(), *y.stride(),
+        MODE=mode, GROUP=16 // z.element_size(), ACC=ACC[z.dtype], **of_plan(plan),
     )  # fmt: skip
 
 
@@ -140,10 +186,10 @@ def backward(dy: torch.Tensor, y: torch.Tensor, dz: torch.Tensor) -> None:
     dy, y, dz = (rows_along_s(x) for x in (dy, y, dz))
     N, V, S = y.shape
     mode = run_mode(1, y, dy, dz)
-    plan = plan_rows(V, S, y.element_size(), mode, unit_s=y.stride(2) == 1 and y.stride(1) != 1, beside=1)
+    unit_s = y.stride(2) == 1 and y.stride(1) != 1
+    plan = plan_rows(V, S, y.element_size(), mode, unit_s, beside=1, tensors=2, device=device_of(y))
     tiles = cdiv(S, plan.BLOCK_R)
-    _backward_kernel[(N * tiles,)](
-        dy, y, dz, V, S, tiles, *dy.stride(), *y.stride(), *dz.stride(),
-        BLOCK_R=plan.BLOCK_R, KEEP=plan.KEEP, BLOCK_V=plan.BLOCK_V, FITS=plan.FITS,
-        MODE=mode, GROUP=16 // y.element_size(), ACC=ACC[y.dtype], num_warps=warps(plan.num_warps),
+    _backward_kernel[(plan.grid(N * tiles),)](
+        dy, y, dz, V, S, N * S, tiles, *dy.stride(), *y.stride(), *dz.stride(),
+        MODE=mode, GROUP=16 // y.element_size(), ACC=ACC[y.dtype], **of_plan(plan),
     )  # fmt: skip

@@ -1,0 +1,166 @@
+"""Block sizes and warps of softmax and cross entropy: plain functions of (shape, dtype, layout, device) that return a frozen
+plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .device import H100, Device
+from .plan import ALIGNED, STRIDED, body_lanes, cdiv, next_power_of_2, warps_for
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Tiles of (BLOCK_R rows, lanes): the first KEEP lanes stay in registers, the rest goes by in tiles of BLOCK_V.
+
+    STAGES: loads of a loop are issued STAGES - 1 turns ahead, into shared memory.
+    """
+
+    BLOCK_R: int
+    KEEP: int
+    BLOCK_V: int
+    FITS: bool
+    num_warps: int
+    STAGES: int = 1
+    programs: int = 0  # that take tile after tile, as many as the device holds at once; 0: a program a tile
+    registers: int | None = None  # a thread may have, so that a multiprocessor holds that many
+
+    def grid(self, tiles: int) -> int:
+        """Programs for so many tiles."""
+        return min(tiles, self.programs or tiles)
+
+
+def resident_lanes(beside: int, itemsize: int, mode: int) -> int:
+    """The most lanes of a row that stay in registers when a kernel keeps `beside` numbers a lane beside exp(z): what compiles
+    without a spill.
+
+    beside: 0 softmax, cross entropy of hard targets; 1 softmax backward, soft targets or smoothing, a softcap alone; 2 soft
+    targets or smoothing with the rows' statistics or a softcap.
+    """
+    if mode == STRIDED:
+        return 8192 if not beside else 2048 if itemsize == 8 else 4096
+    return (32768 >> beside) // (4 if itemsize == 8 else 1)
+
+
+def plan_rows(
+    V: int,
+    S: int,
+    itemsize: int,
+    mode: int,
+    unit_s: bool,
+    beside: int = 0,
+    dense: bool = False,
+    tensors: int = 1,
+    stays: bool = True,
+    busy: bool = False,
+    device: Device = H100,
+) -> RowPlan:
+    """The plan for rows of V values, S of them neighbours.
+
+    unit_s: neighbouring rows lie side by side and V does not (the class axis in the middle). beside: as `resident_lanes`.
+    dense: soft targets or smoothing, a q for every lane. tensors: how many are read. stays: what is read is needed again.
+    busy: rarer options take registers.
+    """
+    lanes, neighbours = body_lanes(V, itemsize, mode), unit_s and S > 1
+    # what a thread keeps beside a lane costs registers, as do ends of rows and strides: fewer lanes to a thread
+    spread = 1 if mode == ALIGNED and not beside else 4 if mode != ALIGNED and beside > 1 else 2
+    spread = min(spread, itemsize)  # and at least 16 bytes a thread
+    if neighbours:
+        # neighbours fill a line of 128 bytes where that leaves room for their rows, and at least a sector of 32
+        resident = 2048 // (2 if itemsize == 8 else 1)
+        room = resident // next_power_of_2(lanes) * itemsize
+        width = min(room, 128) if room >= 32 else min(32 * itemsize, 128)
+        block_r = min(next_power_of_2(S), width // itemsize)
+        resident, spread = resident // block_r, 4
+    else:
+        tile = 4096 >> ((beside > 1) + (mode == STRIDED or itemsize == 8))
+        block_r = max(1, min(next_power_of_2(S), tile // next_power_of_2(lanes)))
+        resident = resident_lanes(beside, itemsize, mode)
+        if not stays and lanes > 4096:
+            return _passing(itemsize, mode, beside)
+    if lanes <= resident:
+        keep = next_power_of_2(lanes)
+        plain = mode != STRIDED and itemsize < 8 and not (neighbours or busy) and beside == tensors - 1
+        in_turn = _in_turn(keep, itemsize, tensors, device) if keep > 4096 and plain else None
+        if in_turn:
+            return in_turn
+        most = 8 if mode == STRIDED and not neighbours else 16
+        return RowPlan(block_r, keep, keep, True, min(warps_for(spread * block_r * keep), most))
+    # the loop over the rest keeps strides, or the ends of float64, beside the lanes: more registers a thread
+    if neighbours:
+        keep, block_v, num_warps = max(resident // 4, 1), max(resident // 4, 1), 16 if beside > 1 else 8
+    elif itemsize == 8:
+        keep, block_v, num_warps = resident // 2, 1024 if mode == ALIGNED else 2048, 16 if beside or mode == STRIDED else 8
+    elif beside > 1:
+        keep, block_v, num_warps = min(resident, 4096), 1024 * itemsize, 16 if mode == ALIGNED and itemsize == 4 else 8
+    elif dense:
+        keep, block_v, num_warps = min(resident, 8192), 16384 // itemsize, 16
+    else:
+        keep, block_v, num_warps = resident, 4096 if mode == STRIDED else 32768 // itemsize if beside else 8192, 16
+    block_v = max(min(keep, block_v), 1)
+    # one such program is all that a multiprocessor holds: 64 KB for what is on its way
+    ahead = min(64 << 10, device.shared_memory // 2) // (block_v * itemsize)
+    plain = mode != STRIDED and itemsize < 8 and not (neighbours or beside)
+    return RowPlan(block_r, keep, block_v, False, num_warps, min(1 + ahead, 5) if plain else 1)
+
+
+def _passing(itemsize: int, mode: int, beside: int) -> RowPlan:
+    """Long rows of which nothing is kept: many small programs, none of whose threads waits for another before the row's end."""
+    block_v = (1024 if beside else 2048) // (2 if itemsize == 8 else 1)
+    return RowPlan(1, 0, block_v, False, 4, 1 if mode == STRIDED else 3)
+
+
+def _in_turn(keep: int, itemsize: int, tensors: int, device: Device) -> RowPlan | None:
+    """Programs that read the next row into shared memory while they compute and write one of `keep` lanes; None where the
+    device has no room for two programs a multiprocessor, or two rows."""
+    num_warps = min(keep * tensors // 1024, 16)
+    threads, row = 32 * num_warps, keep * itemsize * tensors
+    registers = 64 if keep * tensors <= 32 * threads else 128
+    programs = min(device.registers // (threads * registers), device.threads // threads)
+    stages = 2 if programs > 1 else 3
+    programs = min(programs, device.shared_memory // ((stages - 1) * row + 2048))
+    if programs < 4 - stages:
+        return None
+    registers = min(device.registers // (threads * programs) // 8 * 8, 255)
+    return RowPlan(1, keep, keep, True, num_warps, stages, programs * device.multiprocessors, registers)
+
+
+@dataclass(frozen=True)
+class ColumnPlan:
+    """Tiles of (BLOCK_R rows, BLOCK_V lanes), `columns` of them to a row, for passes that need no sum over the row."""
+
+    BLOCK_R: int
+    BLOCK_V: int
+    columns: int
+    num_warps: int
+
+
+def plan_columns(V: int, S: int, itemsize: int, mode: int, unit_s: bool) -> ColumnPlan:
+    """The plan for an elementwise pass over rows of V values, S of them neighbours; arguments as in `plan_rows`."""
+    lanes = body_lanes(V, itemsize, mode)
+    crowded = mode == STRIDED or itemsize == 8
+    tile = 2048 if crowded else 4096
+    if unit_s and S > 1:
+        block_r = min(next_power_of_2(S), 128 // itemsize)
+    else:
+        block_r = max(1, min(next_power_of_2(S), tile // next_power_of_2(lanes)))
+    block_v = min(next_power_of_2(lanes), tile // block_r)
+    spread = 2 if crowded or (mode == ALIGNED and itemsize == 4) else 1
+    return ColumnPlan(block_r, block_v, cdiv(lanes, block_v), warps_for(spread * block_r * block_v))
+
+
+@dataclass(frozen=True)
+class ReducePlan:
+    """`programs` programs sum `per_program` rows each; one more sums their MERGE or fewer results."""
+
+    programs: int
+    per_program: int
+    BLOCK: int
+    MERGE: int
+
+
+def plan_reduce(rows: int) -> ReducePlan:
+    """The plan for the sum of one number a row."""
+    programs = min(max(cdiv(rows, 8192), 1), 1024)
+    per_program = cdiv(cdiv(rows, programs), 1024) * 1024
+    return ReducePlan(programs, per_program, 1024, next_power_of_2(programs))
