@@ -95,13 +95,14 @@ def plan_rows(
         keep, block_v, num_warps = min(resident, 4096), 1024 * itemsize, 16 if mode == ALIGNED and itemsize == 4 else 8
     elif dense:
         keep, block_v, num_warps = min(resident, 8192), 16384 // itemsize, 16
+    elif mode != STRIDED and (not beside or (tensors == 2 and itemsize == 2)):
+        # of two tensors of halves fewer stay, for two programs a multiprocessor: the rest comes back from the cache
+        keep = resident if not beside else 8192
+        ahead = min(64 << 10, device.shared_memory // 2) // (8192 * itemsize * tensors)
+        return RowPlan(block_r, keep, 8192, False, 16, min(1 + ahead, 5), registers=64 if beside else None)
     else:
-        keep, block_v, num_warps = resident, 4096 if mode == STRIDED else 32768 // itemsize if beside else 8192, 16
-    block_v = max(min(keep, block_v), 1)
-    # one such program is all that a multiprocessor holds: 64 KB for what is on its way
-    ahead = min(64 << 10, device.shared_memory // 2) // (block_v * itemsize)
-    plain = mode != STRIDED and itemsize < 8 and not (neighbours or beside)
-    return RowPlan(block_r, keep, block_v, False, num_warps, min(1 + ahead, 5) if plain else 1)
+        keep, block_v, num_warps = resident, 4096 if mode == STRIDED else 32768 // itemsize, 16
+    return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps)
 
 
 def _passing(itemsize: int, mode: int, beside: int) -> RowPlan:
