@@ -1,4 +1,5 @@
-"""cross_entropy, linear_cross_entropy and softmax beside PyTorch's, over 1,400 drawn combinations of arguments.
+"""cross_entropy, linear_cross_entropy and softmax beside PyTorch's, over 1,400 drawn combinations of arguments,
+of which `make test` runs half.
 
 Values and gradients, and the exception where PyTorch raises one. What PyTorch refuses and this library takes is drawn in no
 case: int32 and other integer classes, class weights in float32 beside half precision.
@@ -33,7 +34,7 @@ def drawn(n):
     profile = settings(max_examples=n // PARTS, deadline=None, database=None, suppress_health_check=quiet)
 
     def decorated(test):
-        @pytest.mark.parametrize("part", range(PARTS))
+        @pytest.mark.parametrize("part", [0, 1, *(pytest.param(part, marks=pytest.mark.slow) for part in range(2, PARTS))])
         def parts(part):
             seed(part)(profile(given(data=st.data())(test)))()
 
