@@ -15,6 +15,8 @@ KNOWN = "0.61 to 0.68"
 try:
     from numba.core import cgutils, config
     from numba.core.caching import FunctionCache, _CacheLocator
+    from numba.core.codegen import JITCodeLibrary
+    from numba.core.compiler import Compiler, Flags
     from numba.core.datamodel import models, register_default
     from numba.core.dispatcher import Dispatcher
     from numba.core.typing.templates import AbstractTemplate, infer_global, signature
@@ -76,3 +78,57 @@ def call(context: Any, builder: Any, compiled: Any, arguments: Any) -> Any:
 def raise_error(context: Any, builder: Any, error: type[Exception], message: str) -> None:
     """Leaves the function that is being built with a Python error."""
     context.call_conv.return_user_exc(builder, error, (message,))
+
+
+class _Flags(Flags):
+    """Flags that are quick to compare: for each call that it types Numba compares all 30, of sets that have one hash."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return self._values == other._values if isinstance(other, _Flags) else super().__eq__(other)
+
+    def __hash__(self) -> int:
+        return hash(frozenset((name, str(value)) for name, value in self._values.items()))
+
+
+class KernelCompiler(Compiler):
+    """Numba's compiler with the flags above."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.state.flags = _Flags(self.state.flags)
+
+
+class _NoEnvironment:
+    """Takes the place of an engine: a helper's environment is that of the kernel it becomes a part of."""
+
+    @staticmethod
+    def set_env(name: str, environment: Any) -> None:
+        pass
+
+
+class _HelperLibrary(JITCodeLibrary):
+    """The code of a helper as it is written: what calls it takes it in and optimises the whole, which alone is executed."""
+
+    codegen = _NoEnvironment
+
+    def finalize(self) -> None:
+        self._raise_if_finalized()
+        for library in dict.fromkeys(self._linking_libraries):
+            self._reload_init.update(library._reload_init)
+            self._final_module.link_in(library._get_module_for_linking(), preserve=True)
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        self._ensure_finalized()
+        return 0
+
+
+class HelperCompiler(KernelCompiler):
+    """Compiles what kernels alone call."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.state.library = _HelperLibrary(self.state.targetctx.codegen(), "helper")

@@ -24,6 +24,7 @@ from numba import types
 from numba.extending import get_cython_function_address, intrinsic
 
 from ._blas import one_thread
+from ._elements import copy
 from ._jit import inline, kernel, reduction
 from ._threads import run
 
@@ -164,7 +165,7 @@ def _tridiagonal(a, d, e, tau, work):
         for j in range(row.size):
             row[j] *= inverse
         row[0] = of(1)
-        v[:] = row
+        copy(row, v)
         for j in range(row.size):
             w[j] = tau[i] * _dot(a[i + 1 + j, i + 1 :], v)
         half = of(0.5) * tau[i] * _dot(w, v)
@@ -203,7 +204,8 @@ def _smallest_of_small(first, last, routines, letters, a, values, vectors, info)
     )  # fmt: skip
     ints[n], ints[one], ints[count], ints[lwork], ints[liwork] = m, 1, k, size, 10 * m
     for i in range(first, last):
-        matrix[:] = a[i]
+        for r in range(m):
+            copy(a[i, r], matrix[r])
         _tridiagonal(matrix, reals[d:e], reals[e:tau], reals[tau:w], pair)
         _call(routines[0], (
             _at(letters, _V), _at(letters, _I), _at(ints, n), _at(reals, d), _at(reals, e), _at(reals, zero), _at(reals, zero),
@@ -211,7 +213,7 @@ def _smallest_of_small(first, last, routines, letters, a, values, vectors, info)
             _at(ints, n), _at(ints, support), _at(work, 0), _at(ints, lwork), _at(ints, iwork), _at(ints, liwork),
             _at(ints, status),
         ))  # fmt: skip
-        values[i] = reals[w : w + k]
+        copy(reals[w : w + k], values[i])
         _turn_back(matrix, reals[tau:w], vectors[i])
         # read after the call: keeps the workspaces alive through it
         info[i] = ints[status] if ints[found] == k and work.size and reals.size else -1
@@ -230,7 +232,7 @@ def _smallest(first, last, routines, letters, a, values, vectors, info):
     )  # fmt: skip
     ints[n], ints[one], ints[count], ints[lwork], ints[liwork] = m, 1, k, size, 10 * m
     for i in range(first, last):
-        reals[: m * m] = a[i].reshape(m * m)
+        copy(a[i].reshape(m * m), reals)
         _call(routines[0], (
             _at(letters, _V), _at(letters, _I), _at(letters, _L), _at(ints, n), _at(reals, 0), _at(ints, n),
             _at(reals, zeros), _at(reals, zeros), _at(ints, one), _at(ints, count), _at(reals, zeros), _at(ints, found),
@@ -238,7 +240,7 @@ def _smallest(first, last, routines, letters, a, values, vectors, info):
             _at(ints, lwork), _at(ints, iwork), _at(ints, liwork), _at(ints, status),
         ))  # fmt: skip
         # read after the call: keeps the workspaces alive through it
-        values[i] = reals[w : w + k]
+        copy(reals[w : w + k], values[i])
         info[i] = ints[status] if ints[found] == k else -1
 
 
@@ -255,7 +257,7 @@ def _smallest_hermitian(first, last, routines, letters, a, values, vectors, info
     )  # fmt: skip
     ints[n], ints[one], ints[count], ints[lwork], ints[liwork], ints[lrwork] = m, 1, k, size, 10 * m, 24 * m
     for i in range(first, last):
-        matrix[:] = a[i].reshape(m * m)
+        copy(a[i].reshape(m * m), matrix)
         for j in range(m * m):
             matrix[j] = matrix[j].conjugate()  # the transpose of a Hermitian matrix, column by column the matrix itself
         _call(routines[0], (
@@ -264,7 +266,7 @@ def _smallest_hermitian(first, last, routines, letters, a, values, vectors, info
             _at(reals, 0), _at(vectors, i * k * m), _at(ints, n), _at(ints, support), _at(work, 0), _at(ints, lwork),
             _at(reals, rwork), _at(ints, lrwork), _at(ints, iwork), _at(ints, liwork), _at(ints, status),
         ))  # fmt: skip
-        values[i] = reals[:k]
+        copy(reals[:k], values[i])
         info[i] = ints[status] if ints[found] == k and matrix.size and work.size else -1
 
 
@@ -283,7 +285,7 @@ def _smallest_of_all(first, last, routines, letters, a, values, vectors, info):
     n, count, lwork, liwork, status, iwork = 0, 1, 2, 3, 4, 5
     ints[n], ints[count], ints[lwork], ints[liwork] = m, k, size, 5 * m + 3
     for i in range(first, last):
-        matrix[:] = a[i].reshape(m * m)
+        copy(a[i].reshape(m * m), matrix)
         _call(sytrd, (
             _at(letters, _L), _at(ints, n), _at(matrix, 0), _at(ints, n), _at(reals, 0), _at(reals, m), _at(reals, 2 * m),
             _at(work, 0), _at(ints, lwork), _at(ints, status),
@@ -293,12 +295,12 @@ def _smallest_of_all(first, last, routines, letters, a, values, vectors, info):
             _at(work, 0), _at(ints, lwork), _at(ints, iwork), _at(ints, liwork), _at(ints, status),
         ))  # fmt: skip
         info[i] = ints[status]
-        vectors[i] = z[: k * m].reshape(k, m)
+        copy(z[: k * m], vectors[i].reshape(k * m))
         _call(ormtr, (
             _at(letters, _L), _at(letters, _L), _at(letters, _N), _at(ints, n), _at(ints, count), _at(matrix, 0), _at(ints, n),
             _at(reals, 2 * m), _at(vectors, i * k * m), _at(ints, n), _at(work, 0), _at(ints, lwork), _at(ints, status),
         ))  # fmt: skip
-        values[i] = reals[:m]
+        copy(reals[:m], values[i])
         # read after the calls: keeps the workspaces alive through them
         info[i] += ints[status] if matrix.size and z.size and work.size else 0
 

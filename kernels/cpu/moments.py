@@ -20,6 +20,7 @@ import math
 
 import numpy as np
 
+from ._elements import copy
 from ._jit import inline, kernel, reduction
 from ._moments import two_sum, with_low
 from ._threads import run
@@ -181,14 +182,16 @@ def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, old_unit,
         # variables beyond the band's last row are nothing to it; all bands find the same means of the others
         points = x[b, :, :end]
         if runs == 1:
-            mean[:], sums[:], lows[:] = old_shift[b], old_total[0, b], old_total[1, b]
+            copy(old_shift[b], mean)
+            copy(old_total[0, b], sums)
+            copy(old_total[1, b], lows)
         units[:] = STEP if x.itemsize == 8 else 1.0
         if runs == 1 and seen > 0:
-            units[:] = old_unit[b]
+            copy(old_unit[b], units)
         low = scratch if runs > 1 else scatter[1, b]
         for begin in range(start, stop, BLOCK_N):
             before, count = seen + begin - start, min(BLOCK_N, stop - begin)
-            factor[:] = units
+            copy(units, factor)
             if _centre(points, begin, count, d, units, block_shift, block_rest) and before > 0:
                 for j in range(end):
                     factor[j] = units[j] / factor[j]
@@ -201,7 +204,10 @@ def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, old_unit,
                 for r in range(min(4, end - i)):
                     _add_row(scatter[0, t], low, i + r, before, rows[r], weight, delta)
         if band == bands - 1:
-            shift[t], total[0, t], total[1, t], unit[t] = mean, sums, lows, units
+            copy(mean, shift[t])
+            copy(sums, total[0, t])
+            copy(lows, total[1, t])
+            copy(units, unit[t])
         if runs > 1:
             for i in range(top, end):
                 for j in range(i + 1):
