@@ -211,6 +211,26 @@ def test_what_a_kernel_is_made_from_is_all_that_its_module_imports(monkeypatch, 
         source.write_text(text)
 
 
+def test_a_kernel_is_compiled_once_whatever_the_strides_of_its_arrays(rng, monkeypatch):
+    def double(x, y):
+        for n, c, s in np.ndindex(x.shape):
+            y[n, c, s] = 2 * x[n, c, s]
+
+    kernel = _jit.kernel(double)
+    x = rng.standard_normal((4, 6, 10))
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    arrays = [x, x[::2, ::-1, ::3], x.transpose(2, 0, 1), read_only]
+    for known in (False, True):
+        for each in arrays:
+            y = np.empty(each.shape)
+            kernel(each, y)
+            np.testing.assert_array_equal(y, 2 * each)
+        assert len(kernel.signatures) == 1
+        if not known:  # from now on each is found by its type
+            monkeypatch.setattr(type(kernel), "_compile_for_args", None)
+
+
 def test_no_two_kernels_share_a_cache_file():
     """Rooms have kernels of the same name, and all that run on OpenMP's threads have `_team.py` as their file."""
     names = [p.stem for p in KERNELS.glob("*.py") if p.stem not in ("__init__", "_threads", "_team", "_jit")]

@@ -21,12 +21,21 @@ from typing import Any
 
 import numba
 
-from ._numba import CacheImpl, CacheLocator, FunctionCache, HelperCompiler, KernelCompiler, cached_in, config, processor
+from ._numba import (
+    CacheImpl,
+    CacheLocator,
+    FunctionCache,
+    HelperCompiler,
+    KernelCompiler,
+    KernelDispatcher,
+    cached_in,
+    config,
+    processor,
+)
 
 # `contract` lets a multiply and an add become one fused operation. Flags that reorder sums go with the few helpers that
 # want it; `nnan` and `ninf` with none, since inputs carry NaN and infinities.
 _OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "fastmath": {"contract"}}
-_KERNEL = {**_OPTIONS, "pipeline_class": KernelCompiler}
 # A helper is never called from Python: compiling the way in would double its time.
 _HELPER = {**_OPTIONS, "no_cpython_wrapper": True, "pipeline_class": HelperCompiler}
 _INLINE = {**_HELPER, "forceinline": True}
@@ -61,7 +70,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 
     What another package has compiled in this way is not: the cache knows the sources of this one.
     """
-    dispatcher = numba.njit(**_KERNEL)(function)
+    dispatcher = KernelDispatcher(function, targetoptions={**_OPTIONS, "nopython": True}, pipeline_class=KernelCompiler)
     if function.__module__.rpartition(".")[0] == __package__ and cache_folder() is not None:
         cached_in(_KernelCache(function), dispatcher)
     return dispatcher

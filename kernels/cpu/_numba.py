@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numba
+from numba import typeof, types
 
 KNOWN = "0.61 to 0.68"
 
@@ -19,6 +20,7 @@ try:
     from numba.core.compiler import Compiler, Flags
     from numba.core.datamodel import models, register_default
     from numba.core.dispatcher import Dispatcher
+    from numba.core.registry import CPUDispatcher
     from numba.core.typing.templates import AbstractTemplate, infer_global, signature
     from numba.np.arrayobj import load_item, make_array, store_item
 
@@ -35,6 +37,9 @@ __all__ = [
     "CacheLocator",
     "Dispatcher",
     "FunctionCache",
+    "HelperCompiler",
+    "KernelCompiler",
+    "KernelDispatcher",
     "cached_in",
     "call",
     "cgutils",
@@ -116,7 +121,6 @@ class _HelperLibrary(JITCodeLibrary):
     def finalize(self) -> None:
         self._raise_if_finalized()
         for library in dict.fromkeys(self._linking_libraries):
-            self._reload_init.update(library._reload_init)
             self._final_module.link_in(library._get_module_for_linking(), preserve=True)
         self._finalize_dynamic_globals()
         self._finalized = True
@@ -132,3 +136,20 @@ class HelperCompiler(KernelCompiler):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.state.library = _HelperLibrary(self.state.targetctx.codegen(), "helper")
+
+
+class KernelDispatcher(CPUDispatcher):
+    """A kernel: what is compiled for three-dimensional arrays serves all strides, and what may be written is read as well."""
+
+    def typeof_pyval(self, val: Any) -> Any:
+        found = super().typeof_pyval(val)
+        if isinstance(found, types.Array):
+            return found.copy(layout="A" if found.ndim == 3 else found.layout, readonly=False)
+        return found
+
+    def _compile_for_args(self, *args: Any, **kws: Any) -> Any:
+        compiled = super()._compile_for_args(*args, **kws)
+        found = tuple(typeof(value) for value in args)
+        if found not in self.overloads:
+            self._insert([kind._code for kind in found], compiled)  # so that the next call finds it at once
+        return compiled
