@@ -69,3 +69,32 @@ def test_every_bfloat16_goes_to_float32_exactly() -> None:
 def test_float32_to_float16_is_rounded_as_pytorch_does() -> None:
     x = torch.from_numpy(FLOAT32["random"].view(np.float32).copy())
     _same(_cast(x, torch.float16), x.half())
+
+
+def test_types_remembered_by_name_are_those_that_triton_makes() -> None:
+    import triton.language as tl
+
+    elements = (
+        tl.float32,
+        tl.float64,
+        tl.bfloat16,
+        tl.int1,
+        tl.uint16,
+        tl.pointer_type(tl.float64),
+        tl.pointer_type(tl.float32),
+    )
+    for element in elements * 2:
+        for shape in ([4], [2, 8], [tl.constexpr(16)], [8, 2]):
+            made = object.__new__(tl.block_type)
+            tl.block_type.__init__.__wrapped__(made, element, shape)
+            known = tl.block_type(element, shape)
+            assert known.element_ty is element
+            assert (known.name, known.numel, [*known.shape]) == (made.name, made.numel, [*made.shape])
+            assert [other == known for other in elements] == [False] * len(elements)
+            tensor, other = (object.__new__(tl.tensor) for _ in range(2))
+            tl.tensor.__init__.__wrapped__(tensor, None, known)
+            tl.tensor.__init__(other, None, known)
+            assert other.type is known
+            assert (str(other.shape), str(other.numel), other.dtype) == (str(tensor.shape), str(tensor.numel), tensor.dtype)
+    with pytest.raises(ValueError, match="power of 2"):
+        tl.block_type(tl.float32, [3])

@@ -188,7 +188,7 @@ def _compare_types_once() -> None:
     def broadcast_others(self: Any, lhs: Any, rhs: Any) -> Any:
         ours, theirs = lhs.type, rhs.type
         blocks = ours.is_block()
-        if blocks is theirs.is_block() and (not blocks or ours.shape.values == theirs.shape.values):
+        if blocks is theirs.is_block() and (not blocks or [*ours.shape] == [*theirs.shape]):
             return lhs, rhs
         return broadcast(self, lhs, rhs)
 
