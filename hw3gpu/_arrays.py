@@ -338,7 +338,10 @@ def _torch_view(x: Array) -> Array:
     return torch.from_dlpack(x if all(stride >= 0 for stride in x.strides) else x.copy())
 
 
-_BITS = {"float16": np.int16, "bfloat16": np.uint16, "float32": np.float32, "float64": np.float64}
+_BITS = {
+    name: np.dtype(bits)
+    for name, bits in (("float16", np.int16), ("bfloat16", np.uint16), ("float32", np.float32), ("float64", np.float64))
+}
 
 
 def vector_view(x: Array, which: str) -> Array:
@@ -406,18 +409,19 @@ def _pooled(shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str,
     None where that is not to be: on a GPU, for small arrays, with the pool off, and beside a subclass of the plain array.
     """
     if type(like) is np.ndarray:
-        memory = _pool.empty(math.prod(shape) * np.dtype(dtype).itemsize)
+        memory = _pool.empty(shape, np.dtype(dtype), strides)
         return None if memory is None else np.ndarray(shape, dtype, memory, strides=strides)
     torch = sys.modules.get("torch")
     if torch is None or type(like) not in (torch.Tensor, torch.nn.Parameter) or not like.is_cpu:
         return None
-    of = getattr(torch, dtype)
-    memory = _pool.empty(math.prod(shape) * of.itemsize)
+    bits = _BITS[dtype]
+    memory = _pool.empty(shape, bits, None if strides is None else [stride * bits.itemsize for stride in strides])
     if memory is None:
         return None
-    # `set_` and no chain of views, so that the result is nobody's view to autograd
-    out = torch.empty(0, dtype=of)
-    return out.set_(torch.from_numpy(memory).untyped_storage(), 0, shape, *(() if strides is None else (strides,)))
+    out = torch.from_numpy(memory)
+    of = getattr(torch, dtype)
+    # `set_` and no view in another dtype, so that the result is nobody's view to autograd
+    return out if out.dtype is of else torch.empty(0, dtype=of).set_(out.untyped_storage(), 0, out.shape, out.stride())
 
 
 def namespace(x: Array) -> ModuleType:

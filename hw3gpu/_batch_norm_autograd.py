@@ -1,8 +1,9 @@
 """Batch normalisation in torch's autograd: docs/derivations.md, section 2.
 
-A call takes one of three ways. Eager: `_BatchNorm`, or `run` alone where no graph is needed. Traced: the operators below,
-around the same functions. Inside `torch.func` transforms, in forward mode, and where a gradient is to be differentiated again,
-the formula in PyTorch's own operations, which has derivatives of every order.
+A call takes one of three ways. Eager: `_BatchNorm`, or `run` alone where no graph is needed; what most calls are takes the same
+way without views (`by_address`). Traced: the operators below, around the same functions. Inside `torch.func` transforms, in
+forward mode, and where a gradient is to be differentiated again, the formula in PyTorch's own operations, which has derivatives
+of every order.
 
 With `relu`, `mask` keeps for each element whether it passed: a buffer of the kernels' own, one bit an element.
 """
@@ -29,17 +30,31 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, e
     return run(*args)[0]
 
 
+def by_address(x, weight, bias, running_mean, running_var, training, momentum, eps):
+    """What `batch_norm` gives for an eager call that `_small` takes, and whose arguments are right; None for any other."""
+    if not _ops.eager() or not (type(training) is bool and type(momentum) is type(eps) is float):
+        return None
+    if not (eps > 0 or (eps == 0 and not training)) or _arrays.requested_backend() == "gpu":
+        return None
+    way = _small.batch_norm_way(x, weight, bias, running_mean, running_var, training)
+    if way is None:
+        return None
+    if torch.is_grad_enabled():
+        if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+            return None
+        if x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad):
+            return _ByAddress.apply(way, x, weight, bias, running_mean, running_var, training, momentum, eps)
+    return _small.batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps, False)[0]
+
+
 # ---------------------------------------------------------------------------------------------- forward and backward
 def run(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu, *, new=torch.empty):
     """y, and what `run_backward` needs: stats (mean, what its rounding left, rstd, var in training) and the mask."""
     which = _arrays.backend(x)
     if which == "cpu" and residual is None and not relu:
-        if training:
-            found = _small.batch_norm_forward(x, weight, bias, running_mean, running_var, momentum, eps)
-        else:
-            found = _small.batch_norm_evaluation(x, weight, bias, running_mean, running_var, eps)
-        if found:
-            return *found, None
+        way = _small.batch_norm_way(x, weight, bias, running_mean, running_var, training)
+        if way:
+            return *_small.batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps), None
     see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
     y, y_folded = _arrays.output(x, 1, see)
     stats = torch.empty((4 if training else 3, x.shape[1]), dtype=accumulate_dtype(x), device=x.device)
@@ -121,6 +136,36 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return _gradients(ctx, dy, run_backward)
+
+
+class _ByAddress(torch.autograd.Function):
+    """An eager call that `_small` takes: all its tensors are float32. `way`: what it has found."""
+
+    @staticmethod
+    def forward(ctx, way, x, weight, bias, running_mean, running_var, training, momentum, eps):
+        y, stats = _small.batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps)
+        ctx.save_for_backward(x, weight, stats)
+        ctx.options = training, eps
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, stats = ctx.saved_tensors
+        training, eps = ctx.options
+        found = None
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            found = _differentiable_backward(run_backward, eps)(dy, x, weight, stats, None, training, False, False)
+        elif _arrays.requested_backend() != "gpu":
+            found = _small.batch_norm_backward(dy, x, weight, stats, training)
+        dx, dgamma, dbeta, *_ = found or run_backward(dy, x, weight, stats, None, training, False, False)
+        _, x_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
+        return (
+            None,
+            dx if x_needs else None,
+            dgamma if weight_needs else None,
+            dbeta if bias_needs else None,
+            *(None,) * 5,
+        )
 
 
 class _TracedBatchNorm(torch.autograd.Function):

@@ -17,7 +17,7 @@ import torch
 from . import _arrays
 from ._torch_internals import BelowAutograd, dispatch_modes, in_a_dual_level, in_a_functorch_transform, tracing_state
 
-__all__ = ["below_autograd", "define", "fake_output", "traced", "transformed"]
+__all__ = ["below_autograd", "define", "eager", "fake_output", "traced", "transformed"]
 
 _LIBRARY = torch.library.Library("hw3gpu", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -49,6 +49,17 @@ def traced(x: torch.Tensor) -> bool:
         or dispatch_modes() > 0
         or tracing_state() is not None
         or (x.device.type == "meta" and _arrays.gpu_refusal("meta") is not None)
+    )
+
+
+def eager() -> bool:
+    """True where nobody traces or transforms: what `traced` is for every plain tensor with memory, and `transformed`."""
+    return not (
+        torch.compiler.is_compiling()
+        or dispatch_modes() > 0
+        or tracing_state() is not None
+        or in_a_functorch_transform()
+        or in_a_dual_level()
     )
 
 

@@ -1,10 +1,9 @@
 """Memory for large outputs on the host, used again once nothing sees it any more.
 
 A fresh large array costs more than the arithmetic that fills it: the system hands out each page with a fault, and clears it.
-`empty` takes a *block* from those that came back, or makes one, and lends it to an array or tensor. Between the two stands a
-`_Lease`, which whatever sees the memory keeps alive: a NumPy array and its views by their `base`, a torch storage by the
-array that it was made from, and so every tensor on that storage (views, slices, detached and saved ones). When the
-lease dies the block is free.
+`empty` takes a *block* from those that came back, or makes one, and lends it: the array that it gives is a `_Lease`, which
+whatever sees the memory keeps alive: NumPy's views by their `base`, a torch storage by the array that it was made from, and so
+every tensor on that storage (views, slices, detached and saved ones). When the lease dies the block is free.
 
 At most HW3GPU_CPU_CACHE_MB megabytes lie idle (by default 1024, or an eighth of the memory where that is less); what comes
 back beyond that puts out the blocks that lay idle longest. 0 turns the pool off. `empty_cache` gives all of it back.
@@ -15,9 +14,11 @@ wait for. A forked child starts with nothing idle.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,19 +55,23 @@ def _default_limit() -> int:
 _DEFAULT = _default_limit()
 
 
-class _Lease:
-    """Lends a block to one array, through NumPy's array interface, and returns it to the pool when the last view has gone."""
+class _Block(np.ndarray):
+    """Bytes, `start` of them before the first that is aligned.
 
-    __slots__ = ("__array_interface__", "__weakref__", "block")
+    A class of its own: NumPy takes as the base of a view the last of its bases that have the view's own class, which would
+    be the block, and not the lease.
+    """
 
-    def __init__(self, block: np.ndarray, nbytes: int) -> None:
-        self.block = block
-        address = block.ctypes.data
-        start = -(-address // ALIGNMENT) * ALIGNMENT
-        self.__array_interface__ = {"data": (start, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+    start: int
+
+
+class _Lease(np.ndarray):
+    """An array on a block, which returns to the pool when the last view of the array has gone."""
+
+    block: _Block | None = None
 
     def __del__(self) -> None:
-        if _pool is not None:  # as it is once the interpreter has cleared this module
+        if self.block is not None and _pool is not None:  # None once the interpreter has cleared this module
             _pool.give_back(self.block)
 
 
@@ -75,13 +80,13 @@ class _Pool:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.returned: deque[np.ndarray] = deque()
-        self.idle: dict[int, deque[tuple[int, np.ndarray]]] = {}
+        self.returned: deque[_Block] = deque()
+        self.idle: dict[int, deque[tuple[int, _Block]]] = {}
         self.idle_bytes = 0
         self.stamp = 0
         self.limit = _DEFAULT
 
-    def take(self, nbytes: int) -> np.ndarray:
+    def take(self, nbytes: int) -> _Block:
         """A block of at least `nbytes`, an idle one if there is one."""
         size, block = _block_size(nbytes), None
         with self.lock:
@@ -91,9 +96,9 @@ class _Pool:
                 block = blocks.pop()[1]
                 self.idle_bytes -= size
         self._settle()
-        return np.empty(size, np.uint8) if block is None else block
+        return _new_block(size) if block is None else block
 
-    def give_back(self, block: np.ndarray) -> None:
+    def give_back(self, block: _Block) -> None:
         """Never waits: whoever holds the lock sees to what was returned meanwhile."""
         self.returned.append(block)
         self._settle()
@@ -144,6 +149,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
+def _new_block(size: int) -> _Block:
+    block = _Block(size, np.uint8)
+    block.start = -block.ctypes.data % ALIGNMENT
+    return block
+
+
 def _block_size(nbytes: int) -> int:
     """Room for `nbytes` and their alignment, in steps of an eighth of a power of two: outputs of nearly one size share."""
     wanted = nbytes + ALIGNMENT
@@ -151,8 +162,9 @@ def _block_size(nbytes: int) -> int:
     return -(-wanted // step) * step
 
 
-def empty(nbytes: int) -> np.ndarray | None:
-    """`nbytes` uninitialised bytes, aligned as torch aligns; None where the pool is off or the output is small."""
+def empty(shape: Sequence[int], dtype: np.dtype, strides: Sequence[int] | None = None) -> np.ndarray | None:
+    """An uninitialised array, aligned as torch aligns; None where the pool is off or the array is small."""
+    nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALLEST:
         return None
     most = limit()
@@ -160,7 +172,10 @@ def empty(nbytes: int) -> np.ndarray | None:
         _pool.set_limit(most)
     if not most:
         return None
-    return np.asarray(_Lease(_pool.take(nbytes), nbytes))
+    block = _pool.take(nbytes)
+    lease = _Lease(shape, dtype, block, block.start, strides)
+    lease.block = block
+    return lease
 
 
 def idle_bytes() -> int:

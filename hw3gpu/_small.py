@@ -5,12 +5,19 @@ Each function gives what the general way gives, to the bit, or None where the ca
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
+import numpy as np
 import torch
 
-from . import _arrays
+from . import _arrays, _pool
 
 # Bytes of a tensor up to which a kernel runs on the calling thread alone, counting what it reads and writes.
 MOST_BYTES = 1 << 16
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_FLOAT = np.dtype(np.float32)
 
 
 def _plain(x: torch.Tensor) -> bool:
@@ -43,60 +50,99 @@ def cross_entropy_step(logits, target, weight, upstream, options, dlogits=None):
     return loss, dlogits, row
 
 
-def _sizes(x, dy=None):
-    """(N, C, S) as the kernels walk x, and dy as x, S = 1 for channels-last; None for what they do not take."""
-    shape, layout = x.shape, torch.contiguous_format
-    if not x.numel() or x.dtype is not torch.float32 or x.is_neg():
+# ---------------------------------------------------------------------------------------------- batch normalisation
+class _Way(NamedTuple):
+    """How the kernels walk an input: N, C, S (S = 1 for channels-last), and what an output is made by."""
+
+    sizes: tuple[int, int, int]
+    nbytes: int
+    shape: torch.Size
+    byte_strides: tuple[int, ...]
+    trains: bool
+    evaluates: bool
+
+
+@functools.lru_cache(1024)
+def _way(shape: torch.Size, strides: tuple[int, ...]) -> _Way | None:
+    """Decided once for a layout; None for what the kernels do not take."""
+    x = torch.empty_strided(shape, strides, dtype=torch.float32, device="meta")
+    if x.dim() < 2 or not x.numel():
         return None
+    N, C, count = shape[0], shape[1], x.numel()
     if x.is_contiguous():
-        sizes = shape[0], shape[1], x.numel() // (shape[0] * shape[1])
+        sizes = N, C, count // (N * C)
     elif x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        sizes, layout = (x.numel() // shape[1], shape[1], 1), torch.channels_last
+        sizes = count // C, C, 1
     else:
         return None
-    if dy is not None and not (dy.dtype is torch.float32 and dy.is_contiguous(memory_format=layout) and not dy.is_neg()):
-        return None
-    return sizes
-
-
-def _vectors(*vectors):
-    return all(v is None or _plain(v) for v in vectors)
-
-
-def batch_norm_forward(x, weight, bias, running_mean, running_var, momentum, eps):
-    """y and stats (mean (2, C), rstd, var)."""
-    sizes, kernels = _sizes(x), _arrays.kernels("batch_norm_small", "cpu")
-    if not sizes or not kernels.does_whole(*sizes) or not _vectors(weight, bias, running_mean, running_var):
-        return None
-    y, stats = _arrays.empty_like(x), x.new_empty((4, sizes[1]))
-    kernels.forward(
-        x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), stats.data_ptr(), _address(running_mean),
-        _address(running_var), *sizes, eps=eps, momentum=momentum,
+    kernels = _arrays.kernels("batch_norm_small", "cpu")
+    whole = kernels.does_whole(*sizes)
+    return _Way(
+        sizes, 4 * count, shape, tuple(4 * s for s in strides), whole and count > C, kernels.normalizes(*sizes)
     )  # fmt: skip
-    return y, stats
 
 
-def batch_norm_evaluation(x, weight, bias, running_mean, running_var, eps):
-    """y and stats (mean (2, C), rstd)."""
-    sizes, kernels = _sizes(x), _arrays.kernels("batch_norm_small", "cpu")
-    if not sizes or not kernels.normalizes(*sizes) or not _vectors(weight, bias, running_mean, running_var):
+def _is_plain(v: torch.Tensor) -> bool:
+    """True for a tensor of float32 on the host whose memory holds its values; what is asked for first refuses no tensor."""
+    return (
+        type(v) in _PLAIN
+        and v.dtype is torch.float32
+        and v.layout is torch.strided
+        and v.is_cpu
+        and not v.is_nested
+        and not v.is_neg()
+    )
+
+
+def batch_norm_way(x, weight, bias, running_mean, running_var, training):
+    """For `batch_norm_forward`, of a call that needs no further check of its tensors; None for other calls."""
+    if not _is_plain(x):
         return None
-    y, stats = _arrays.empty_like(x), x.new_empty((3, sizes[1]))
-    kernels.normalize(
-        x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), stats.data_ptr(), running_mean.data_ptr(),
-        running_var.data_ptr(), *sizes, eps=eps,
+    way = _way(x.shape, x.stride())
+    if way is None or not (way.trains if training else way.evaluates):
+        return None
+    if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
+        return None
+    C = way.sizes[1]
+    for v in (weight, bias, running_mean, running_var):
+        if v is not None and not (_is_plain(v) and v.dim() == 1 and v.shape[0] == C and v.is_contiguous()):
+            return None
+    return way
+
+
+def _output(x, way):
+    memory = _pool.empty(way.shape, _FLOAT, way.byte_strides) if way.nbytes >= _pool.SMALLEST else None
+    return torch.empty_like(x) if memory is None else torch.from_numpy(memory)
+
+
+def batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps, backward=True):
+    """y and stats: mean (2, C), rstd, and in training var. Without a `backward` pass evaluation needs none."""
+    y, kernels = _output(x, way), _arrays.kernels("batch_norm_small", "cpu")
+    stats = x.new_empty((4 if training else 3, way.sizes[1])) if training or backward else None
+    addresses = (
+        x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), _address(stats), _address(running_mean),
+        _address(running_var), *way.sizes,
     )  # fmt: skip
+    if training:
+        kernels.forward(*addresses, eps=eps, momentum=momentum)
+    else:
+        kernels.normalize(*addresses, eps=eps)
     return y, stats
 
 
 def batch_norm_backward(dy, x, weight, stats, training):
-    """dx, dgamma and dbeta."""
-    sizes, kernels = _sizes(x, dy), _arrays.kernels("batch_norm_small", "cpu")
-    if not sizes or not kernels.does_whole(*sizes) or not _vectors(weight, stats):
+    """dx, dgamma and dbeta; None for what the kernels do not take."""
+    if not (_is_plain(x) and _is_plain(dy)):
         return None
-    dx, dgamma, dbeta = _arrays.empty_like(x), x.new_empty(sizes[1]), x.new_empty(sizes[1])
-    kernels.backward(
+    way = _way(x.shape, x.stride())
+    if way is None or not way.trains or _way(dy.shape, dy.stride()) != way:
+        return None
+    if not (_is_plain(stats) and stats.is_contiguous() and (weight is None or (_is_plain(weight) and weight.is_contiguous()))):
+        return None
+    C = way.sizes[1]
+    dx, dgamma, dbeta = _output(x, way), stats.new_empty(C), stats.new_empty(C)
+    _arrays.kernels("batch_norm_small", "cpu").backward(
         dy.data_ptr(), x.data_ptr(), stats.data_ptr(), _address(weight), dx.data_ptr(), dgamma.data_ptr(), dbeta.data_ptr(),
-        *sizes, trained=training,
+        *way.sizes, trained=training,
     )  # fmt: skip
     return dx, dgamma, dbeta

@@ -97,6 +97,10 @@ def batch_norm(
     missing running statistics in evaluation; RuntimeError for tensors on several devices. Where PyTorch refuses an argument
     too, the exception is also of the type that PyTorch raises.
     """
+    if residual is None and activation is None:
+        y = _batch_norm_autograd.by_address(input, weight, bias, running_mean, running_var, training, momentum, eps)
+        if y is not None:
+            return y
     beyond, momentum, eps = _batch_norm_arguments(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None or activation is not None:
         residual = _fused_arguments(input, residual, activation)

@@ -235,6 +235,18 @@ def small_planes(g: Guard) -> Iterator[tuple[int, int, int]]:
     yield from ((2, C, 49) for C in range(1, 30))
 
 
+def known_statistics(g: Guard) -> Iterator[tuple[int, int, int]]:
+    yield from ((5, C, 1) for C in (*range(32, 103), 1023, 1025, 2050))
+    yield from ((N, 3, S) for N in (1, 5) for S in (2, 15, 16, 17, 33, 255, 257, 300))
+
+
+def evaluation_at_addresses(g: Guard, N: int, C: int, S: int) -> None:
+    x, y, stats, vectors = g.numbers(N, C, S), g.out(N, C, S), g.sums(3, C), [g.vector(C) for _ in range(4)]
+    gamma, beta, mean, var = (v.ctypes.data for v in vectors)
+    batch_norm_small.normalize(x.ctypes.data, gamma, beta, y.ctypes.data, stats.ctypes.data, mean, var, N, C, S, eps=1e-5)
+    batch_norm_small.normalize(x.ctypes.data, 0, 0, y.ctypes.data, 0, mean, var, N, C, S, eps=1e-5)
+
+
 def batch_norms_at_addresses(g: Guard, N: int, C: int, S: int) -> None:
     x, dy, y, dx, stats = g.numbers(N, C, S), g.numbers(N, C, S), g.out(N, C, S), g.out(N, C, S), g.sums(4, C)
     gamma, beta, mean, var, dgamma, dbeta = g.vector(C), g.vector(C), g.vector(C), g.vector(C), g.sums(C), g.sums(C)
@@ -246,8 +258,6 @@ def batch_norms_at_addresses(g: Guard, N: int, C: int, S: int) -> None:
         operands = at["dy"], at["x"], at["stats"], given * at["gamma"], at["dx"], at["dgamma"], at["dbeta"]
         for trained in (True, False):
             batch_norm_small.backward(*operands, N, C, S, trained=trained)
-        operands = at["x"], given * at["gamma"], given * at["beta"], at["y"], at["stats"], at["mean"], at["var"]
-        batch_norm_small.normalize(*operands, N, C, S, eps=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- points and matrices
@@ -318,6 +328,7 @@ OF_EVERY_DTYPE = {
 OF_FLOAT32 = {
     "a step at addresses": (row_shapes, steps_at_addresses),
     "batch norm at addresses": (small_planes, batch_norms_at_addresses),
+    "evaluation at addresses": (known_statistics, evaluation_at_addresses),
 }
 OF_SINGLE_AND_DOUBLE = {"points": (point_shapes, points), "matrices": (matrix_shapes, matrices)}
 

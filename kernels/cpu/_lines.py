@@ -19,6 +19,10 @@ from ._jit import inline, kernel, reduction
 from ._lanes import LARGE, fetch, load_lanes, load_lanes_like, store_lanes, streamed, width, write
 from ._moments import SHIFT_VALUES, add_to, better_shift, finish, shift_of, sums_of, two_sum, with_low
 
+# Positions of tiles done as one, and their bytes over all samples: rows of 1024 channels took 1.4 times as long by 128.
+WIDE, STRIP_BYTES = 1024, 1 << 20
+
+
 # ---------------------------------------------------------------------------------------------- one line
 # Parameters of a position: at (1, rows, positions), three axes for `line_of`; its rows are named here.
 MEAN, REST, SCALE, SHIFT_1, SHIFT_2 = range(5)
@@ -107,6 +111,21 @@ def _normalize(x, at, y, around):
 
 
 @inline
+def _normalized_by_known(i, exist, args):
+    """As `_normalized`, of a mean that has no second part."""
+    x, mean, scale, beta = args
+    whole = width(mean)
+    d = load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, whole, 0.0)
+    return d * load_lanes(scale, i, whole, 0.0) + load_lanes(beta, i, whole, 0.0)
+
+
+@inline
+def normalize_known(x, at, y, of):
+    """A line, by means that have no second part; y is one of `of`."""
+    write(y, _goes_around(of), _normalized_by_known, (x, _of(at, MEAN), _of(at, SCALE), _of(at, SHIFT_1)))
+
+
+@inline
 def _applied(i, exist, args):
     dy, x, mean, rest, scale, b, k = args
     whole = width(mean)
@@ -141,7 +160,15 @@ def _goes_around(y):
 
 # ---------------------------------------------------------------------------------------------- tiles
 # A tile is `group` channels; its lines are x[n, c0:c1, :], position (c - c0) S + s. Block b is the samples N p / parts …
-# N (p + 1) / parts - 1 of a tile, p = b % parts; a channel that is done whole has one part.
+# N (p + 1) / parts - 1 of a tile, p = b % parts; a channel that is done whole has one part. Whole tiles that one thread does
+# in turn are done as one of up to WIDE positions: what is done to a channel is the same, in the order of memory.
+@inline
+def _at_once(group, x):
+    """Tiles that are done as one, STRIP_BYTES of them at most."""
+    N, S = x.shape[0], x.shape[2]
+    return max(1, min(WIDE // (group * S), STRIP_BYTES // (N * group * S * x.itemsize)))
+
+
 @inline
 def _block_of(block, parts, group, x):
     """The samples n0…n1-1 and channels c0…c1-1 of a block."""
@@ -157,13 +184,20 @@ def _spread(at, row, j, S, value):
 
 
 @inline
+def _is_far(x):
+    """True where the next lines are worth asking for: those of a small array come by themselves."""
+    return x.size * x.itemsize >= LARGE
+
+
+@inline
 def _tile_deviations(x, n0, n1, c0, c1, shift, total, square):
-    size, n = (c1 - c0) * x.shape[2], n0
+    size, n, fetches = (c1 - c0) * x.shape[2], n0, _is_far(x)
     total[:] = 0.0
     square[:] = 0.0
     while n + 4 <= n1:
-        for ahead in range(n + 4, min(n + 8, n1)):
-            fetch(line_of(x, ahead, c0, 0, size))
+        if fetches:
+            for ahead in range(n + 4, min(n + 8, n1)):
+                fetch(line_of(x, ahead, c0, 0, size))
         x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
         x2, x3 = line_of(x, n + 2, c0, 0, size), line_of(x, n + 3, c0, 0, size)
         _along(size, total, _add_four_deviations, (x0, x1, x2, x3, shift, total, square))
@@ -175,13 +209,14 @@ def _tile_deviations(x, n0, n1, c0, c1, shift, total, square):
 
 @inline
 def _tile_gradients(dy, x, n0, n1, c0, c1, at, total, product):
-    size, n, mean, rest = (c1 - c0) * x.shape[2], n0, _of(at, MEAN), _of(at, REST)
+    size, n, mean, rest, fetches = (c1 - c0) * x.shape[2], n0, _of(at, MEAN), _of(at, REST), _is_far(x)
     total[:] = 0.0
     product[:] = 0.0
     while n + 2 <= n1:
-        for ahead in range(n + 2, min(n + 4, n1)):
-            fetch(line_of(x, ahead, c0, 0, size))
-            fetch(line_of(dy, ahead, c0, 0, size))
+        if fetches:
+            for ahead in range(n + 2, min(n + 4, n1)):
+                fetch(line_of(x, ahead, c0, 0, size))
+                fetch(line_of(dy, ahead, c0, 0, size))
         dy0, dy1 = line_of(dy, n, c0, 0, size), line_of(dy, n + 1, c0, 0, size)
         x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
         _along(size, total, _add_two_gradients, (dy0, dy1, x0, x1, mean, rest, total, product))
@@ -311,11 +346,13 @@ def _gradients_of_tile(at, sums, c0, c1, S, m, rstd, gamma, dgamma, dbeta):
 @kernel
 def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum):
     """Statistics and y of the tiles first…last-1."""
-    N, S, P = x.shape[0], x.shape[2], group * x.shape[2]
-    shift, sums, scale, at = np.empty(group), np.empty((2, group)), np.empty_like(rstd), parameters(P, var)
+    N, C, S = x.shape
+    step = min(_at_once(group, x), last - first)
+    P = step * group * S
+    shift, sums, scale, at = np.empty(step * group), np.empty((2, step * group)), np.empty_like(rstd), parameters(P, var)
     shift_at, total, square = np.empty((1, 1, P)), np.empty(P), np.empty(P)
-    for tile in range(first, last):
-        _, _, c0, c1 = _block_of(tile, 1, group, x)
+    for tile in range(first, last, step):
+        c0, c1 = tile * group, min(min(tile + step, last) * group, C)
         _statistics(
             x, c0, c1, shift, sums, shift_at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum
         )  # fmt: skip
@@ -330,11 +367,12 @@ def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean
 @kernel
 def backward(first, last, group, dy, x, mean, rstd, gamma, trained, dx, dgamma, dbeta):
     """dgamma, dbeta and dx of the tiles first…last-1; dx = scale dy unless `trained`."""
-    N, S, P = x.shape[0], x.shape[2], group * x.shape[2]
-    m = np.float64(N * S)
-    sums, at, total, product = np.empty((2, group)), parameters(P, rstd), np.empty(P), np.empty(P)
-    for tile in range(first, last):
-        _, _, c0, c1 = _block_of(tile, 1, group, x)
+    N, C, S = x.shape
+    m, step = np.float64(N * S), min(_at_once(group, x), last - first)
+    P = step * group * S
+    sums, at, total, product = np.empty((2, step * group)), parameters(P, rstd), np.empty(P), np.empty(P)
+    for tile in range(first, last, step):
+        c0, c1 = tile * group, min(min(tile + step, last) * group, C)
         size = (c1 - c0) * S
         _means_of_tile(at, c0, c1, S, mean)
         _tile_gradients(dy, x, 0, N, c0, c1, at, total, product)
@@ -418,6 +456,14 @@ def _repeat(at, row, values):
         for c in range(C):
             at[0, row, np.uintp(start + c)] = values[c]
         start += C
+
+
+@inline
+def repeat_known(at, mean, scale, beta):
+    """What `normalize_known` needs of a line of rows."""
+    _repeat(at, MEAN, mean)
+    _repeat(at, SCALE, scale)
+    _repeat(at, SHIFT_1, beta)
 
 
 @inline

@@ -95,8 +95,9 @@ def first_mean(x, c):
 @inline
 def better_shift(shift, total, square, m):
     """The mean, if `shift` is too far from it for `finish`; else NaN."""
-    d = total / m
-    return shift + d if d * d > FAR_SHIFT * (square / m - d * d) and math.isfinite(d) else math.nan
+    of_m = 1.0 / m
+    d = total * of_m
+    return shift + d if d * d > FAR_SHIFT * (square * of_m - d * d) and math.isfinite(d) else math.nan
 
 
 @kernel
@@ -121,9 +122,10 @@ def better_shifts(shift, sums, m):
 # A number in two parts, high + low, is held to about twice the digits of float64.
 @exact
 def _divide(a, m):
-    """a / m in two parts."""
-    high = a / m
-    return high, fma(-high, m, a) / m
+    """a / m in two parts, the first perhaps an ulp off: the second has what it left. 1 / m is taken once for all channels."""
+    of_m = 1.0 / m
+    high = a * of_m
+    return high, fma(-high, m, a) * of_m
 
 
 @exact

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 
 from . import _lines, _planes
 from ._by_address import floats, vector_or
 from ._cut import SMALL_PLANE, flat_blocks, strip, tiles
-from ._jit import kernel
+from ._elements import line_of
+from ._jit import inline, kernel
+from ._lanes import streamed
 from ._threads import run
 
 __all__ = ["backward", "does_whole", "forward", "normalize", "normalizes"]
 
-# The shortest line that is worth a loop of its own.
-SHORTEST = 32
+# The shortest line, and the smallest plane, that is worth a loop of its own.
+SHORTEST, FEWEST_OF_A_PLANE = 32, 16
 
 
 @kernel
@@ -44,27 +47,72 @@ def _backward(first, last, group, dy_at, x_at, stats_at, gamma_at, trained, dx_a
     _lines.backward(first, last, group, dy, x, stats[:2], stats[2], gamma, trained, dx, dgamma, dbeta)
 
 
-@kernel
-def _known_statistics(running_mean_at, running_var_at, stats_at, C, eps):
-    """stats (3, C) in evaluation, by float32's operations, as PyTorch has them."""
-    stats, mean, var = floats(stats_at, (3, C)), floats(running_mean_at, C), floats(running_var_at, C)
+# ---------------------------------------------------------------------------------------------- evaluation
+# In the order of memory: nothing is summed, so that channels need not be done whole.
+@inline
+def _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps):
+    """mean, scale and beta, by float32's operations, as PyTorch has them; the first block writes stats (3, C) if asked for."""
+    mean, var, rstd = floats(running_mean_at, C), floats(running_var_at, C), np.empty(C, np.float32)
     for c in range(C):
-        stats[0, c], stats[1, c] = mean[c], np.float32(0)
-        stats[2, c] = np.float32(1) / math.sqrt(var[c] + np.float32(eps))
+        rstd[c] = np.float32(1) / math.sqrt(var[c] + np.float32(eps))
+    if stats_at and first == 0:
+        stats = floats(stats_at, (3, C))
+        stats[0], stats[1], stats[2] = mean, np.float32(0), rstd
+    return mean, rstd * vector_or(gamma_at, C, 1.0), vector_or(beta_at, C, 0.0)
 
 
 @kernel
-def _normalize(first, last, group, parts, x_at, gamma_at, beta_at, y_at, stats_at, N, C, S):
-    x, y, stats = floats(x_at, (N, C, S)), floats(y_at, (N, C, S)), floats(stats_at, (3, C))
-    gamma, beta = vector_or(gamma_at, C, 1.0), vector_or(beta_at, C, 0.0)
-    _lines.tile_normalize(first, last, group, parts, x, stats[:2], stats[2] * gamma, beta, y)
+def _normalize_tiles(
+    first, last, group, parts, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
+):  # fmt: skip
+    mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
+    pair = np.zeros((2, C), np.float32)
+    pair[0] = mean
+    _lines.tile_normalize(first, last, group, parts, floats(x_at, (N, C, S)), pair, scale, beta, floats(y_at, (N, C, S)))
 
 
 @kernel
-def _normalize_planes(first, last, blocks, x_at, gamma_at, beta_at, y_at, stats_at, N, C, S):
-    x, y, stats = floats(x_at, (N, C, S)), floats(y_at, (N, C, S)), floats(stats_at, (3, C))
-    gamma, beta = vector_or(gamma_at, C, 1.0), vector_or(beta_at, C, 0.0)
-    _planes.normalize(first, last, blocks, x, stats[:2], stats[2] * gamma, beta, y)
+def _normalize_planes(
+    first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
+):  # fmt: skip
+    mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
+    pair = np.zeros((2, C), np.float32)
+    pair[0] = mean
+    _planes.normalize(first, last, blocks, floats(x_at, (N, C, S)), pair, scale, beta, floats(y_at, (N, C, S)))
+
+
+@kernel
+def _normalize_small_planes(
+    first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
+):  # fmt: skip
+    """Plane by plane, which LLVM's vectoriser does best: the length is the same for all."""
+    mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
+    x, y = floats(x_at, (N * C, S)), floats(y_at, (N * C, S))
+    start, end = N * C * first // blocks, N * C * last // blocks
+    c = start % C
+    for plane in range(start, end):
+        about, slope, shift = mean[c], scale[c], beta[c]
+        for s in range(S):
+            y[plane, s] = (x[plane, s] - about) * slope + shift
+        c = c + 1 if c + 1 < C else 0
+
+
+@kernel
+def _normalize_rows(
+    first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
+):  # fmt: skip
+    """Rows of channels, S = 1: several a line where they are short, a piece of each where they are long."""
+    mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
+    x, y = floats(x_at, (1, N, C)), floats(y_at, (1, N, C))
+    rows, piece, at = max(1, _lines.WIDE // C), min(C, _lines.WIDE), _lines.parameters(max(C, _lines.WIDE), x)
+    start, end = N * first // blocks, N * last // blocks
+    for c0 in range(0, C, piece):
+        c1 = min(c0 + piece, C)
+        _lines.repeat_known(at, mean[c0:c1], scale[c0:c1], beta[c0:c1])
+        for n in range(start, end, rows):
+            size = min(rows, end - n) * (c1 - c0)
+            _lines.normalize_known(line_of(x, 0, n, c0, size), at, line_of(y, 0, n, c0, size), y)
+    streamed()
 
 
 @functools.lru_cache(1024)
@@ -108,12 +156,20 @@ def normalize(
     x: int, gamma: int, beta: int, y: int, stats: int, running_mean: int, running_var: int, N: int, C: int, S: int,
     *, eps: float,
 ) -> None:  # fmt: skip
-    """Writes stats (3, C) of the running statistics (mean, 0 and rstd), then does what `batch_norm.normalize` does."""
-    _known_statistics(running_mean, running_var, stats, C, float(eps))
-    operands = x, gamma, beta, y, stats, N, C, S
+    """`batch_norm.normalize` by running statistics; stats (3, C), of mean, 0 and rstd, are written, or 0."""
+    kernel, blocks, way = _evaluation(N, C, S)
+    run(kernel, blocks, 8 * N * C * S, *way, x, gamma, beta, y, running_mean, running_var, stats, N, C, S, float(eps))
+
+
+@functools.lru_cache(1024)
+def _evaluation(N: int, C: int, S: int) -> tuple[Any, int, tuple[int, ...]]:
+    """The kernel of `normalize`, the number of its blocks, and what it is told of them."""
+    nbytes = 4 * N * C * S
     if S > SMALL_PLANE:
-        blocks = flat_blocks(4 * N * C * S, N * C * S)
-        run(_normalize_planes, blocks, 8 * N * C * S, blocks, *operands)
-        return
+        blocks = flat_blocks(nbytes, N * C * S)
+        return _normalize_planes, blocks, (blocks,)
+    if S == 1 or S >= FEWEST_OF_A_PLANE:
+        blocks = flat_blocks(nbytes, N if S == 1 else N * C)
+        return _normalize_rows if S == 1 else _normalize_small_planes, blocks, (blocks,)
     group, parts = tiles(N, C, S, 4)
-    run(_normalize, -(-C // group) * parts, 8 * N * C * S, group, parts, *operands)
+    return _normalize_tiles, -(-C // group) * parts, (group, parts)
