@@ -31,6 +31,7 @@ from ._lines import (
     _normalization_of_rows,
     _normalization_of_tile,
     _of,
+    _scale_of_tile,
     _slopes_of_rows,
     _slopes_of_tile,
     _statistics,
@@ -274,7 +275,8 @@ def tile_backward(first, last, group, dy, x, mask, mean, rstd, gamma, dx, dresid
         size = (c1 - c0) * S
         _means_of_tile(at, c0, c1, S, mean)
         _tile_gradients(dy, x, c0, size, group, mask, at, total, product, sums, scratch)
-        _gradients_of_tile(at, sums, c0, c1, S, m, rstd, gamma, dgamma, dbeta)
+        _scale_of_tile(at, c0, c1, S, rstd, gamma)
+        _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta)
         _apply_tile(dy, x, c0, size, group, mask, at, True, dx, dresidual, scratch)
     streamed()
 

@@ -8,6 +8,7 @@ at the end.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numba import types
 from numba.extending import overload
 
 from ._elements import line_of, load
-from ._jit import inline, kernel, reduction
+from ._jit import exact, inline, kernel, reduction
 from ._lanes import LARGE, fetch, load_lanes, load_lanes_like, store_lanes, streamed, width, write
 from ._moments import SHIFT_VALUES, add_to, better_shift, finish, shift_of, sums_of, two_sum, with_low
 
@@ -66,21 +67,40 @@ def _add_four_deviations(p, exist, args):
 
 
 @inline
+def _from_one(x, p, exist, mean, rest, like):
+    return load_lanes_like(x, p, exist, 0.0, like) - load_lanes_like(mean, p, exist, 0.0, like)
+
+
+@inline
+def _from_two(x, p, exist, mean, rest, like):
+    return _from_one(x, p, exist, mean, rest, like) - load_lanes_like(rest, p, exist, 0.0, like)
+
+
+def _from_mean(x: Any, p: Any, exist: Any, mean: Any, rest: Any, like: Any) -> Any:
+    """(x - mean) - rest; `rest` counts unless float64 holds the mean of what has fewer digits: it is below 2^-53 of it."""
+    return _from_two(x, p, exist, mean, rest, like)
+
+
+@overload(_from_mean)
+def _choose_from_mean(x, p, exist, mean, rest, like):
+    if mean.dtype == types.float64 and x.dtype != types.float64:
+        return lambda x, p, exist, mean, rest, like: _from_one(x, p, exist, mean, rest, like)
+    return lambda x, p, exist, mean, rest, like: _from_two(x, p, exist, mean, rest, like)
+
+
+@inline
 def _add_gradients(p, exist, args):
     dy, x, mean, rest, total, product = args
-    d = load_lanes_like(x, p, exist, 0.0, total) - load_lanes_like(mean, p, exist, 0.0, total)
     g = load_lanes_like(dy, p, exist, 0.0, total)
     _add(total, p, exist, g)
-    _add(product, p, exist, g * (d - load_lanes_like(rest, p, exist, 0.0, total)))
+    _add(product, p, exist, g * _from_mean(x, p, exist, mean, rest, total))
 
 
 @inline
 def _add_two_gradients(p, exist, args):
     dy0, dy1, x0, x1, mean, rest, total, product = args
-    mu, low = load_lanes_like(mean, p, exist, 0.0, total), load_lanes_like(rest, p, exist, 0.0, total)
     g0, g1 = load_lanes_like(dy0, p, exist, 0.0, total), load_lanes_like(dy1, p, exist, 0.0, total)
-    d0 = (load_lanes_like(x0, p, exist, 0.0, total) - mu) - low
-    d1 = (load_lanes_like(x1, p, exist, 0.0, total) - mu) - low
+    d0, d1 = _from_mean(x0, p, exist, mean, rest, total), _from_mean(x1, p, exist, mean, rest, total)
     _add(total, p, exist, g0 + g1)
     _add(product, p, exist, g0 * d0 + g1 * d1)
 
@@ -208,8 +228,12 @@ def _tile_deviations(x, n0, n1, c0, c1, shift, total, square):
 
 
 @inline
-def _tile_gradients(dy, x, n0, n1, c0, c1, at, total, product):
-    size, n, mean, rest, fetches = (c1 - c0) * x.shape[2], n0, _of(at, MEAN), _of(at, REST), _is_far(x)
+def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, scaled, at, dx):
+    """about (1, 2, positions): the mean in float64, and what is left of it.
+
+    `scaled`: dx = at[SCALE] dy as well, which needs no sum, while the lines are at hand.
+    """
+    size, n, mean, rest, fetches = (c1 - c0) * x.shape[2], n0, _of(about, MEAN), _of(about, REST), _is_far(x)
     total[:] = 0.0
     product[:] = 0.0
     while n + 2 <= n1:
@@ -220,10 +244,15 @@ def _tile_gradients(dy, x, n0, n1, c0, c1, at, total, product):
         dy0, dy1 = line_of(dy, n, c0, 0, size), line_of(dy, n + 1, c0, 0, size)
         x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
         _along(size, total, _add_two_gradients, (dy0, dy1, x0, x1, mean, rest, total, product))
+        if scaled:
+            _scale(dy0, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+            _scale(dy1, at, line_of(dx, n + 1, c0, 0, size), _goes_around(dx))
         n += 2
     if n < n1:
         dy0, x0 = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
         _along(size, total, _add_gradients, (dy0, x0, mean, rest, total, product))
+        if scaled:
+            _scale(dy0, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
 
 
 @reduction
@@ -309,11 +338,32 @@ def _statistics(x, c0, c1, shift, sums, at, total, square, mean, var, rstd, runn
         finish(c, about, sums[0, j], sums[1, j], m, eps, momentum, mean, var, rstd, running_mean, running_var)
 
 
+@exact
+def _left(high, low):
+    """What high + low loses, |high| >= |low|."""
+    left = (high - (high + low)) + low
+    return left if math.isfinite(left) else 0.0
+
+
 @inline
 def _means_of_tile(at, c0, c1, S, mean):
     for c in range(c0, c1):
         _spread(at, MEAN, c - c0, S, mean[0, c])
         _spread(at, REST, c - c0, S, mean[1, c])
+
+
+@inline
+def _wide_means_of_tile(about, c0, c1, S, mean):
+    for c in range(c0, c1):
+        high, low = np.float64(mean[0, c]), np.float64(mean[1, c])
+        _spread(about, MEAN, c - c0, S, high + low)
+        _spread(about, REST, c - c0, S, _left(high, low))
+
+
+@inline
+def _scale_of_tile(at, c0, c1, S, rstd, gamma):
+    for c in range(c0, c1):
+        _spread(at, SCALE, c - c0, S, rstd[c] * gamma[c])
 
 
 @inline
@@ -332,13 +382,12 @@ def _slopes_of_tile(at, c0, c1, S, mean, scale, b, k):
 
 
 @inline
-def _gradients_of_tile(at, sums, c0, c1, S, m, rstd, gamma, dgamma, dbeta):
+def _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta):
     """dgamma and dbeta of the tile's channels from their sums, and what dx needs of them."""
     of = rstd.dtype.type
     for c in range(c0, c1):
         db, dg = sums[0, c - c0], sums[1, c - c0] * rstd[c]
         dbeta[c], dgamma[c] = of(db), of(dg)
-        _spread(at, SCALE, c - c0, S, rstd[c] * gamma[c])
         _spread(at, SHIFT_1, c - c0, S, of(db / m))
         _spread(at, SHIFT_2, c - c0, S, of(dg * rstd[c] / m))
 
@@ -371,19 +420,20 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, trained, dx, dgamma, 
     m, step = np.float64(N * S), min(_at_once(group, x), last - first)
     P = step * group * S
     sums, at, total, product = np.empty((2, step * group)), parameters(P, rstd), np.empty(P), np.empty(P)
+    about = np.empty((1, 2, P))
     for tile in range(first, last, step):
         c0, c1 = tile * group, min(min(tile + step, last) * group, C)
         size = (c1 - c0) * S
         _means_of_tile(at, c0, c1, S, mean)
-        _tile_gradients(dy, x, 0, N, c0, c1, at, total, product)
+        _wide_means_of_tile(about, c0, c1, S, mean)
+        _scale_of_tile(at, c0, c1, S, rstd, gamma)
+        _tile_gradients(dy, x, 0, N, c0, c1, about, total, product, not trained, at, dx)
         _tile_sums(x, total, product, c0, c1, sums)
-        _gradients_of_tile(at, sums, c0, c1, S, m, rstd, gamma, dgamma, dbeta)
-        for n in range(N):
-            dy_line, dx_line = line_of(dy, n, c0, 0, size), line_of(dx, n, c0, 0, size)
-            if trained:
-                _apply(dy_line, line_of(x, n, c0, 0, size), at, dx_line, _goes_around(dx))
-            else:
-                _scale(dy_line, at, dx_line, _goes_around(dx))
+        _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta)
+        if trained:
+            for n in range(N):
+                lines = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
+                _apply(lines[0], lines[1], at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()
 
 
@@ -405,11 +455,11 @@ def tile_sums(first, last, group, x, shift, partial):
 def tile_gradient_sums(first, last, group, dy, x, mean, partial):
     """partial (parts, 2, C): sum dy and sum dy (x - mean) of every block."""
     S, P, parts = x.shape[2], group * x.shape[2], partial.shape[0]
-    sums, at, total, product = np.empty((2, group)), parameters(P, mean), np.empty(P), np.empty(P)
+    sums, about, total, product = np.empty((2, group)), np.empty((1, 2, P)), np.empty(P), np.empty(P)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
-        _means_of_tile(at, c0, c1, S, mean)
-        _tile_gradients(dy, x, n0, n1, c0, c1, at, total, product)
+        _wide_means_of_tile(about, c0, c1, S, mean)
+        _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, False, about, dy)
         _tile_sums(x, total, product, c0, c1, sums)
         partial[block % parts, :, c0:c1] = sums[:, : c1 - c0]
 
@@ -524,15 +574,20 @@ def gradient_sums(first, last, rows, dy, x, mean, partial):
     """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block."""
     N, C, S = x.shape
     blocks, m, P = partial.shape[0], N * S, rows * C
-    at, total, product = parameters(P, mean), np.empty(P), np.empty(P)
-    _means_of_rows(at, mean)
+    about, total, product = np.empty((1, 2, P)), np.empty(P), np.empty(P)
+    _wide_means_of_tile(about, 0, C, 1, mean)
+    for c in range(C, P):
+        about[0, MEAN, np.uintp(c)], about[0, REST, np.uintp(c)] = (
+            about[0, MEAN, np.uintp(c - C)],
+            about[0, REST, np.uintp(c - C)],
+        )
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         total[:] = 0.0
         product[:] = 0.0
         while v + 2 * rows <= end:
             dy0, dy1, x0, x1 = _rows_of(dy, v, P), _rows_of(dy, v + rows, P), _rows_of(x, v, P), _rows_of(x, v + rows, P)
-            mean_at, rest_at = _of(at, MEAN), _of(at, REST)
+            mean_at, rest_at = _of(about, MEAN), _of(about, REST)
             _along(P, total, _add_two_gradients, (dy0, dy1, x0, x1, mean_at, rest_at, total, product))
             v += 2 * rows
         while v < end:
@@ -541,7 +596,7 @@ def gradient_sums(first, last, rows, dy, x, mean, partial):
                 size,
                 total,
                 _add_gradients,
-                (_rows_of(dy, v, size), _rows_of(x, v, size), _of(at, MEAN), _of(at, REST), total, product),
+                (_rows_of(dy, v, size), _rows_of(x, v, size), _of(about, MEAN), _of(about, REST), total, product),
             )
             v += rows
         _fold(total, product, C, partial[block])
