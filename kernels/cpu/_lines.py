@@ -19,6 +19,7 @@ from ._elements import line_of, load
 from ._jit import exact, inline, kernel, reduction
 from ._lanes import LARGE, fetch, load_lanes, load_lanes_like, store_lanes, streamed, width, write
 from ._moments import SHIFT_VALUES, add_to, better_shift, finish, shift_of, sums_of, two_sum, with_low
+from ._planes import AROUND
 
 # Positions of tiles done as one, and their bytes over all samples: rows of 1024 channels took 1.4 times as long by 128.
 WIDE, STRIP_BYTES = 1024, 1 << 20
@@ -175,7 +176,7 @@ def _scale(dy, at, dx, around):
 @inline
 def _goes_around(y):
     """True where the lines of a result are to be written around the caches."""
-    return y.size * y.itemsize >= LARGE
+    return y.size * y.itemsize >= AROUND
 
 
 # ---------------------------------------------------------------------------------------------- tiles
@@ -456,10 +457,11 @@ def tile_gradient_sums(first, last, group, dy, x, mean, partial):
     """partial (parts, 2, C): sum dy and sum dy (x - mean) of every block."""
     S, P, parts = x.shape[2], group * x.shape[2], partial.shape[0]
     sums, about, total, product = np.empty((2, group)), np.empty((1, 2, P)), np.empty(P), np.empty(P)
+    at, none = parameters(0, mean), np.empty((0, 0, 0), dy.dtype)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
         _wide_means_of_tile(about, c0, c1, S, mean)
-        _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, False, about, dy)
+        _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, False, at, none)
         _tile_sums(x, total, product, c0, c1, sums)
         partial[block % parts, :, c0:c1] = sums[:, : c1 - c0]
 

@@ -17,8 +17,9 @@ from ._jit import inline, kernel, reduction
 from ._lanes import fetch, load_lanes, streamed, write
 from ._moments import add_to, better_shift, finish, first_mean, sums_of, two_sum, with_low
 
-# Bytes of the smallest result that goes around the caches: 6 MiB took 0.46 ms that way, 0.27 ms through the last cache.
-AROUND = 16 << 20
+# Bytes of the smallest result that goes around the caches; as many are read. A MiB took 33 us through a last cache of
+# 32 MiB where both lay in half of it, 130 to 150 us where they did not, and 60 to 100 us around it.
+AROUND = 8 << 20
 # Values whose sum is taken at once, and values copied at once.
 RUN = 512
 # 0 as a variable: Numba compiles a function once more for a literal.
