@@ -57,8 +57,18 @@ def _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, 
         rstd[c] = np.float32(1) / math.sqrt(var[c] + np.float32(eps))
     if stats_at and first == 0:
         stats = floats(stats_at, (3, C))
-        stats[0], stats[1], stats[2] = mean, np.float32(0), rstd
+        for c in range(C):
+            stats[0, c], stats[1, c], stats[2, c] = mean[c], np.float32(0), rstd[c]
     return mean, rstd * vector_or(gamma_at, C, 1.0), vector_or(beta_at, C, 0.0)
+
+
+@inline
+def _pair(mean):
+    """A mean that has no second part."""
+    pair = np.zeros((2, mean.size), np.float32)
+    for c in range(mean.size):
+        pair[0, c] = mean[c]
+    return pair
 
 
 @kernel
@@ -66,8 +76,7 @@ def _normalize_tiles(
     first, last, group, parts, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
 ):  # fmt: skip
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
-    pair = np.zeros((2, C), np.float32)
-    pair[0] = mean
+    pair = _pair(mean)
     _lines.tile_normalize(first, last, group, parts, floats(x_at, (N, C, S)), pair, scale, beta, floats(y_at, (N, C, S)))
 
 
@@ -76,8 +85,7 @@ def _normalize_planes(
     first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
 ):  # fmt: skip
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
-    pair = np.zeros((2, C), np.float32)
-    pair[0] = mean
+    pair = _pair(mean)
     _planes.normalize(first, last, blocks, floats(x_at, (N, C, S)), pair, scale, beta, floats(y_at, (N, C, S)))
 
 
