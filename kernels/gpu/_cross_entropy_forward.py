@@ -40,26 +40,35 @@ def _forward_kernel(
     numbers = V, S, rows, tiles, ignore_index, real(smoothing, smoothing_bits, ACC), zeta, cap
     strides = stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds
     if LOOP:  # the next tile's row is on its way while this one's is computed
+        zero = tl.zeros([BLOCK_R, 1], tl.int64)
+        late = zero, zero.to(ACC), zero > 0
         for pid in tl.range(tl.program_id(0), rows // S * tiles, tl.num_programs(0), num_stages=STAGES):
-            _forward_tile(
-                pid, pointers, numbers, strides, BLOCK_R, KEEP, BLOCK_V, FITS, 1,
+            late = _forward_tile(
+                pid, late, pointers, numbers, strides, BLOCK_R, KEEP, BLOCK_V, FITS, 1,
                 SOFT, DENSE, CAPPED, Z_LOSS, MORE, MODE, TARGET_MODE, DZ_MODE, GROUP, ACC,
             )  # fmt: skip
+        tl.debug_barrier()
+        tl.store(dz_ptr + late[0], late[1], mask=late[2])
     else:
         _forward_tile(
-            tl.program_id(0), pointers, numbers, strides, BLOCK_R, KEEP, BLOCK_V, FITS, STAGES,
+            tl.program_id(0), None, pointers, numbers, strides, BLOCK_R, KEEP, BLOCK_V, FITS, STAGES,
             SOFT, DENSE, CAPPED, Z_LOSS, MORE, MODE, TARGET_MODE, DZ_MODE, GROUP, ACC,
         )  # fmt: skip
 
 
 @triton.jit
 def _forward_tile(
-    pid, pointers, numbers, strides,
+    pid, late, pointers, numbers, strides,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr, Z_LOSS: tl.constexpr, MORE: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Loss, statistics and gradient of BLOCK_R rows."""
+    """Loss, statistics and gradient of BLOCK_R rows.
+
+    late: (where, what, whether) of the gradient at the targets of the tile before, which is written after the others of its
+    row, once a reduction has brought the threads together: to pick it among them, a loop over tiles would keep the number of
+    each lane in a register. None where it is picked. That of this tile is returned.
+    """
     z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, denominator_ptr, dz_ptr, invalid_ptr = pointers
     V, S, rows, tiles, ignore_index, epsilon, zeta, cap = numbers
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds = strides
@@ -156,8 +165,9 @@ def _forward_tile(
         at_target, t_ends, at_target_ends = None, None, None
         if not SOFT:
             at_target = at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, zeta, cap, V, CAPPED)
-            t_ends, at_target_ends = _tile.lone(t), _tile.lone(at_target)
-        dz = gradient(z, m, scale, pull, q, lane, head, t, at_target, cap, CAPPED)
+            if late is None:
+                t_ends, at_target_ends = _tile.lone(t), _tile.lone(at_target)
+        dz = gradient(z, m, scale, pull, q, lane, head, t if late is None else None, at_target, cap, CAPPED)
         hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
         _tile.store(dz_ptr, d_start, head, 0, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
         if ENDS:
@@ -165,6 +175,9 @@ def _forward_tile(
             dz_ends = gradient(z_ends, *of_row, q_ends, c_ends, 0, t_ends, at_target_ends, cap, CAPPED)
             _, in_ends = _tile.ends(_tile.lone(head), V, _tile.lone(live), GROUP)
             tl.store(dz_ptr + (_tile.lone(d_start) + c_ends * stride_dv), dz_ends, mask=in_ends)
+        if not SOFT and late is not None:
+            tl.store(dz_ptr + late[0], late[1], mask=late[2])
+            late = d_start + t * stride_dv, at_target, known
         if not FITS:
             for i in tl.range(0, steps, num_stages=STAGES):
                 offset = KEEP + (steps - 1 - i) * BLOCK_V
@@ -179,3 +192,4 @@ def _forward_tile(
                 dz_tail = gradient(z_tail, m, scale, pull, q_tail, tail, head + offset, t, at_target, cap, CAPPED)
                 t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
                 _tile.store(dz_ptr, d_start, head, offset, tail, t_hi, dz_tail, stride_dv, DZ_MODE, GROUP)
+    return late

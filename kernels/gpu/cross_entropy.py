@@ -34,7 +34,7 @@ from .row_plan import plan_columns, plan_reduce, plan_rows
 
 @triton.jit(do_not_specialize=["S", "rows", "per_program", "ignore_index"])
 def _reduce_kernel(
-    loss_ptr, target_ptr, weight_ptr, partial_ptr, V, S, rows, per_program, ignore_index, stride_tn, stride_ts,
+    loss_ptr, target_ptr, weight_ptr, total_ptr, denominator_ptr, V, S, rows, per_program, ignore_index, stride_tn, stride_ts,
     BLOCK: tl.constexpr, SOFT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Σ loss and Σ w_target over this program's rows, each lane in order, the lanes by a tree."""
@@ -52,15 +52,15 @@ def _reduce_kernel(
             at = (row // S) * stride_tn + (row % S) * stride_ts
             _, _, _, w_t = hard_target(target_ptr, at, weight_ptr, live, V, ignore_index, ACC)
             weights += w_t
-    tl.store(partial_ptr + 2 * pid, tl.sum(total))
-    tl.store(partial_ptr + 2 * pid + 1, tl.sum(weights))
+    tl.store(total_ptr + pid, tl.sum(total))
+    tl.store(denominator_ptr + pid, tl.sum(weights))
 
 
 @triton.jit(do_not_specialize=["count"])
-def _merge_kernel(partial_ptr, total_ptr, denominator_ptr, count, BLOCK: tl.constexpr):
+def _merge_kernel(totals_ptr, denominators_ptr, total_ptr, denominator_ptr, count, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    tl.store(total_ptr, tl.sum(tl.load(partial_ptr + 2 * i, mask=i < count, other=0.0)))
-    tl.store(denominator_ptr, tl.sum(tl.load(partial_ptr + 2 * i + 1, mask=i < count, other=0.0)))
+    tl.store(total_ptr, tl.sum(tl.load(totals_ptr + i, mask=i < count, other=0.0)))
+    tl.store(denominator_ptr, tl.sum(tl.load(denominators_ptr + i, mask=i < count, other=0.0)))
 
 
 def _call(z, target, dz, options):
@@ -95,9 +95,10 @@ def _launch_forward(z, target, weight, loss, stats, denominator, dz, invalid, op
     unit_s = z.stride(2) == 1 and z.stride(1) != 1
     more = stats is not None and len(stats) > 3
     beside = constants["DENSE"] + (constants["CAPPED"] or (constants["DENSE"] and more))
+    rare = more or constants["SOFT"] or weight is not None or constants["Z_LOSS"]
     plan = plan_rows(
         V, S, z.element_size(), constants["MODE"], unit_s, beside, constants["DENSE"], tensors=1 + constants["SOFT"],
-        stays=dz is not None, busy=more or weight is not None or constants["Z_LOSS"], device=device_of(z),
+        stays=dz is not None, ahead=0 if rare else 1, device=device_of(z),
     )  # fmt: skip
     tiles = cdiv(S, plan.BLOCK_R)
     _forward_kernel[(plan.grid(N * tiles),)](
@@ -166,9 +167,12 @@ def _reduce(loss, target, weight, total, denominator, ignore_index):
     soft = target.ndim == 3
     N, S = target.shape[0], target.shape[-1]
     plan = plan_reduce(N * S)
-    partial = torch.empty((plan.programs, 2), dtype=total.dtype, device=total.device)
+    totals, denominators = total, denominator
+    if plan.programs > 1:
+        totals, denominators = torch.empty((2, plan.programs), dtype=total.dtype, device=total.device)
     _reduce_kernel[(plan.programs,)](
-        loss, target, weight, partial, 1 << 62, max(S, 1), N * S, plan.per_program, ignore_index,
+        loss, target, weight, totals, denominators, 1 << 62, max(S, 1), N * S, plan.per_program, ignore_index,
         target.stride(0), target.stride(-1), BLOCK=plan.BLOCK, SOFT=soft, ACC=ACC[total.dtype], num_warps=4,
     )  # fmt: skip
-    _merge_kernel[(1,)](partial, total, denominator, plan.programs, BLOCK=plan.MERGE, num_warps=4)
+    if plan.programs > 1:
+        _merge_kernel[(1,)](totals, denominators, total, denominator, plan.programs, BLOCK=plan.MERGE, num_warps=4)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .device import H100, Device
-from .plan import ALIGNED, STRIDED, body_lanes, cdiv, next_power_of_2, warps_for
+from .plan import ALIGNED, SHIFTED, STRIDED, body_lanes, cdiv, next_power_of_2, warps_for
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,15 @@ def plan_rows(
     dense: bool = False,
     tensors: int = 1,
     stays: bool = True,
-    busy: bool = False,
+    ahead: int = 2,
     device: Device = H100,
 ) -> RowPlan:
     """The plan for rows of V values, S of them neighbours.
 
     unit_s: neighbouring rows lie side by side and V does not (the class axis in the middle). beside: as `resident_lanes`.
     dense: soft targets or smoothing, a q for every lane. tensors: how many are read. stays: what is read is needed again.
-    busy: rarer options take registers.
+    ahead: the most rows on their way to one of several programs of a multiprocessor, as their registers allow; 0: rows are not
+    taken in turn.
     """
     lanes, neighbours = body_lanes(V, itemsize, mode), unit_s and S > 1
     # what a thread keeps beside a lane costs registers, as do ends of rows and strides: fewer lanes to a thread
@@ -80,8 +81,9 @@ def plan_rows(
             return _passing(itemsize, mode, beside)
     if lanes <= resident:
         keep = next_power_of_2(lanes)
-        plain = mode != STRIDED and itemsize < 8 and not (neighbours or busy) and beside == tensors - 1
-        in_turn = _in_turn(keep, itemsize, tensors, device) if keep > 4096 and plain else None
+        plain = mode != STRIDED and itemsize < 8 and not neighbours and beside == tensors - 1
+        crowded = ahead < 2 and mode == SHIFTED and keep > 16384  # by the rows' ends
+        in_turn = _in_turn(keep, itemsize, tensors, ahead, device) if keep > 4096 and plain and ahead and not crowded else None
         if in_turn:
             return in_turn
         most = 8 if mode == STRIDED and not neighbours else 16
@@ -111,19 +113,18 @@ def _passing(itemsize: int, mode: int, beside: int) -> RowPlan:
     return RowPlan(1, 0, block_v, False, 4, 1 if mode == STRIDED else 3)
 
 
-def _in_turn(keep: int, itemsize: int, tensors: int, device: Device) -> RowPlan | None:
+def _in_turn(keep: int, itemsize: int, tensors: int, ahead: int, device: Device) -> RowPlan | None:
     """Programs that read the next row into shared memory while they compute and write one of `keep` lanes; None where the
     device has no room for two programs a multiprocessor, or two rows."""
-    num_warps = min(keep * tensors // 1024, 16)
+    num_warps = 16 if keep * tensors > 16384 else 8
     threads, row = 32 * num_warps, keep * itemsize * tensors
-    registers = 64 if keep * tensors <= 32 * threads else 128
-    programs = min(device.registers // (threads * registers), device.threads // threads)
-    stages = 2 if programs > 1 else 3
-    programs = min(programs, device.shared_memory // ((stages - 1) * row + 2048))
-    if programs < 4 - stages:
-        return None
-    registers = min(device.registers // (threads * programs) // 8 * 8, 255)
-    return RowPlan(1, keep, keep, True, num_warps, stages, programs * device.multiprocessors, registers)
+    registers = 80 if keep * tensors <= 32 * threads else 128  # for 32 numbers a thread, and 64
+    for programs in range(min(device.registers // registers, device.threads) // threads, 0, -1):
+        rows = min((device.shared_memory // programs - 2048) // row, ahead if programs > 1 else 2)
+        if rows >= (1 if programs > 1 else 2):
+            registers = min(device.registers // (threads * programs) // 8 * 8, 248)
+            return RowPlan(1, keep, keep, True, num_warps, rows + 1, programs * device.multiprocessors, registers)
+    return None
 
 
 @dataclass(frozen=True)
