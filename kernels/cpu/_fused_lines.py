@@ -25,20 +25,22 @@ from ._lines import (
     _apply,
     _fold,
     _goes_around,
-    _gradients_of_tile,
     _means_of_rows,
-    _means_of_tile,
     _normalization_of_rows,
-    _normalization_of_tile,
     _of,
-    _scale_of_tile,
     _slopes_of_rows,
-    _slopes_of_tile,
-    _statistics,
-    _tile_sums,
     parameters,
 )
 from ._mask import bits_at, bytes_for, let_through, put_bits
+from ._tiles import (
+    _gradients_of_tile,
+    _means_of_tile,
+    _normalization_of_tile,
+    _scale_of_tile,
+    _slopes_of_tile,
+    _statistics,
+    _tile_sums,
+)
 
 
 # ---------------------------------------------------------------------------------------------- a line of any layout

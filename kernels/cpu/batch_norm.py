@@ -13,11 +13,11 @@
 
 A pass is one read or one write of the whole tensor. `mean` is kept as two numbers, mean[0] the rounded mean and mean[1] what
 the rounding left, so that x - mean is right where the mean is large; y is never folded to a x + b. Sums are float64:
-`_moments.py` says how, `_planes.py` and `_lines.py` hold the loops for the two layouts:
+`_moments.py` says how, `_planes.py`, `_lines.py` and `_tiles.py` hold the loops for the two layouts:
 
     planes    S adjacent (NCHW); any other strides too, copied a piece at a time
     lines     C adjacent (channels-last), and planes too small to be a loop of their own. Of long rows of channels, and of
-              several small planes, a tile is a few channels of every sample: these it does whole
+              several small planes, a tile is a few channels of every sample: `_tiles.py` does these whole
 
 and `_fused_planes.py` and `_fused_lines.py` those with a residual or a mask (`_mask.py`), whose layout that of x decides.
 
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _cut, _fused_lines, _fused_planes, _lines, _planes
+from . import _cut, _fused_lines, _fused_planes, _lines, _planes, _tiles
 from ._elements import store, to_accumulate
 from ._jit import kernel
 from ._moments import better_shifts, finish_all, finish_gradients, first_means, merge
@@ -82,7 +82,7 @@ def _sum_deviations(x: np.ndarray, shift: np.ndarray) -> np.ndarray:
     group, parts, (seen,) = _cut.tiled(x)
     partial = np.empty((parts if group else _cut.blocks(x), 2, C))
     if group:
-        run(_lines.tile_sums, -(-C // group) * parts, x.nbytes, group, seen, shift, partial)
+        run(_tiles.sums, -(-C // group) * parts, x.nbytes, group, seen, shift, partial)
     elif _cut.in_rows(x):
         run(_lines.sums, len(partial), x.nbytes, _cut.rows_per_line(_cut.SUM_LINE, x), x, shift, partial)
     else:
@@ -96,7 +96,7 @@ def _sum_gradients(dy: np.ndarray, x: np.ndarray, mean: np.ndarray) -> np.ndarra
     group, parts, seen = _cut.tiled(dy, x)
     partial = np.empty((parts if group else _cut.blocks(x), 2, C))
     if group:
-        run(_lines.tile_gradient_sums, -(-C // group) * parts, 2 * x.nbytes, group, *seen, mean, partial)
+        run(_tiles.gradient_sums, -(-C // group) * parts, 2 * x.nbytes, group, *seen, mean, partial)
     elif _cut.in_rows(dy, x):
         run(_lines.gradient_sums, len(partial), 2 * x.nbytes, _cut.rows_per_line(_cut.SUM_LINE, dy, x), dy, x, mean, partial)
     else:
@@ -110,7 +110,7 @@ def _normalize(x: np.ndarray, mean: np.ndarray, scale: np.ndarray, beta: np.ndar
         run(_lines.normalize, blocks, cost, blocks, _cut.rows_per_line(_cut.LINE, x, y), x, mean, scale, beta, y)
     elif _cut.small_planes(x, y):
         group, parts = _cut.tiles(*x.shape, x.itemsize)
-        run(_lines.tile_normalize, -(-x.shape[1] // group) * parts, cost, group, parts, x, mean, scale, beta, y)
+        run(_tiles.normalize, -(-x.shape[1] // group) * parts, cost, group, parts, x, mean, scale, beta, y)
     else:
         run(_planes.normalize, blocks, cost, blocks, x, mean, scale, beta, y)
 
@@ -121,7 +121,7 @@ def _apply(dy, x, mean, scale, b, k, dx):
         run(_lines.apply, blocks, cost, blocks, _cut.rows_per_line(_cut.LINE, dy, x, dx), dy, x, mean, scale, b, k, dx)
     elif _cut.small_planes(dy, x, dx):
         group, parts = _cut.tiles(*x.shape, x.itemsize)
-        run(_lines.tile_apply, -(-x.shape[1] // group) * parts, cost, group, parts, dy, x, mean, scale, b, k, dx)
+        run(_tiles.apply, -(-x.shape[1] // group) * parts, cost, group, parts, dy, x, mean, scale, b, k, dx)
     else:
         run(_planes.apply, blocks, cost, blocks, dy, x, mean, scale, b, k, dx)
 
@@ -320,7 +320,7 @@ def forward(
         kernel = _fused_lines.tile_forward if tiled else _fused_planes.forward
         operands: tuple[Any, ...] = x, gamma, beta, _given(x, residual), y, _new_mask(x, mask)
     else:
-        kernel = _lines.forward if tiled else _planes.forward
+        kernel = _tiles.forward if tiled else _planes.forward
         operands = seen[0], gamma, beta, seen[1]
     run(kernel, -(-C // group), 3 * x.nbytes, group, *operands, *results)
     _store_running(running_mean, new_mean)
@@ -381,7 +381,7 @@ def _backward_whole(trained, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
         return False
     dy, x, dx = seen
     gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-    kernel, cost = _lines.backward if tiled else _planes.backward, (5 if trained else 4) * x.nbytes
+    kernel, cost = _tiles.backward if tiled else _planes.backward, (5 if trained else 4) * x.nbytes
     run(kernel, -(-rstd.size // group), cost, group, dy, x, mean, rstd, gamma, trained, dx, dgamma, dbeta)
     return True
 

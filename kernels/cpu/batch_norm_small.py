@@ -1,5 +1,4 @@
-"""Batch normalisation of float32 by address: the tiles of `_lines.py`, of small planes and of rows of channels; in evaluation
-larger planes too.
+"""Batch normalisation of float32 by address: the tiles of small planes and of rows of channels; in evaluation larger planes too.
 
 There is no twin: on a GPU a launch takes addresses anyway. Arrays are (N, C, S), contiguous, S = 1 for rows of channels; which
 of them a launcher takes, `does_whole` and `normalizes` say.
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _lines, _planes
+from . import _lines, _planes, _tiles
 from ._by_address import floats, vector_or
 from ._cut import SMALL_PLANE, flat_blocks, strip, tiles
 from ._elements import line_of
@@ -36,7 +35,7 @@ def _forward(
     kept = C if running_mean_at else 0
     running_mean, running_var = floats(running_mean_at, kept), floats(running_var_at, kept)
     results = stats[:2], stats[3], stats[2], running_mean, running_var
-    _lines.forward(first, last, group, x, gamma, beta, y, *results, eps, momentum)
+    _tiles.forward(first, last, group, x, gamma, beta, y, *results, eps, momentum)
 
 
 @kernel
@@ -44,7 +43,7 @@ def _backward(first, last, group, dy_at, x_at, stats_at, gamma_at, trained, dx_a
     dy, x, dx = floats(dy_at, (N, C, S)), floats(x_at, (N, C, S)), floats(dx_at, (N, C, S))
     stats, gamma = floats(stats_at, (3, C)), vector_or(gamma_at, C, 1.0)
     dgamma, dbeta = floats(dgamma_at, C), floats(dbeta_at, C)
-    _lines.backward(first, last, group, dy, x, stats[:2], stats[2], gamma, trained, dx, dgamma, dbeta)
+    _tiles.backward(first, last, group, dy, x, stats[:2], stats[2], gamma, trained, dx, dgamma, dbeta)
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -77,7 +76,7 @@ def _normalize_tiles(
 ):  # fmt: skip
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     pair = _pair(mean)
-    _lines.tile_normalize(first, last, group, parts, floats(x_at, (N, C, S)), pair, scale, beta, floats(y_at, (N, C, S)))
+    _tiles.normalize(first, last, group, parts, floats(x_at, (N, C, S)), pair, scale, beta, floats(y_at, (N, C, S)))
 
 
 @kernel
@@ -112,7 +111,7 @@ def _normalize_rows(
     """Rows of channels, S = 1: several a line where they are short, a piece of each where they are long."""
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     x, y = floats(x_at, (1, N, C)), floats(y_at, (1, N, C))
-    rows, piece, at = max(1, _lines.WIDE // C), min(C, _lines.WIDE), _lines.parameters(max(C, _lines.WIDE), x)
+    rows, piece, at = max(1, _tiles.WIDE // C), min(C, _tiles.WIDE), _lines.parameters(max(C, _tiles.WIDE), x)
     start, end = N * first // blocks, N * last // blocks
     for c0 in range(0, C, piece):
         c1 = min(c0 + piece, C)
