@@ -10,16 +10,17 @@ import torch
 
 from benchmarks import cpu
 from benchmarks.__main__ import main
+from benchmarks.cpu_cases import TINIES, Work
 
 SMALL = [
-    cpu.Work("cross_entropy", (8, 10), 2),
-    cpu.Work("cross_entropy", (8, 10), 3, soft=True),
-    cpu.Work("cross_entropy", (8, 10), 2, dtype=torch.bfloat16),
-    cpu.Work("softmax", (8, 10), 5),
-    cpu.Work("batch_norm", (8, 3, 4, 4), 5),
-    cpu.Work("batch_norm", (8, 3, 4, 4), 8, channels_last=True),
-    cpu.Work("batch_norm", (8, 3, 4, 4), 2, statistics="evaluation"),
-    cpu.Work("batch_norm", (8, 3, 4, 4), 6, statistics="frozen"),
+    Work("cross_entropy", (8, 10), 2),
+    Work("cross_entropy", (8, 10), 3, soft=True),
+    Work("cross_entropy", (8, 10), 2, dtype=torch.bfloat16),
+    Work("softmax", (8, 10), 5),
+    Work("batch_norm", (8, 3, 4, 4), 5),
+    Work("batch_norm", (8, 3, 4, 4), 8, channels_last=True),
+    Work("batch_norm", (8, 3, 4, 4), 2, statistics="evaluation"),
+    Work("batch_norm", (8, 3, 4, 4), 6, statistics="frozen"),
 ]
 
 
@@ -59,7 +60,7 @@ def test_what_falls_short_is_said():
     ]
 
 
-@pytest.mark.parametrize("work", cpu.TINIES, ids=lambda work: work.name)
+@pytest.mark.parametrize("work", TINIES, ids=lambda work: work.name)
 def test_the_layers_of_a_small_call_add_up(work):
     layers = cpu.layers(work, work.step(), turns=1)
     parts = ("an empty autograd function", "outputs and addresses", "kernels", "checks and choices")

@@ -1,4 +1,4 @@
-"""Batch normalisation of float32 by address: the tiles of small planes and of rows of channels; in evaluation larger planes too.
+"""Batch normalisation of float32 by address: tiles of small planes and of rows of channels; in evaluation larger planes too.
 
 There is no twin: on a GPU a launch takes addresses anyway. Arrays are (N, C, S), contiguous, S = 1 for rows of channels; which
 of them a launcher takes, `does_whole` and `normalizes` say.
