@@ -92,7 +92,7 @@ def plan_rows(
     if neighbours:
         keep, block_v, num_warps = max(resident // 4, 1), max(resident // 4, 1), 16 if beside > 1 else 8
     elif itemsize == 8:
-        keep, block_v, num_warps = resident // 2, 1024 if mode == ALIGNED else 2048, 16 if beside or mode == STRIDED else 8
+        keep, block_v, num_warps = resident // 2, 512 << (mode != SHIFTED or beside > 0), 16 if beside or mode == STRIDED else 8
     elif beside > 1:
         keep, block_v, num_warps = min(resident, 4096), 1024 * itemsize, 16 if mode == ALIGNED and itemsize == 4 else 8
     elif dense:
