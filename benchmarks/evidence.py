@@ -143,7 +143,7 @@ PLANS = {
     "batch norm training 16x256x1024": "16384 values, a channel a program",
     "batch norm training, fused 16x256x1024": "the same with residual, ReLU and mask",
     "batch norm training 20x256x784": "a channel a program, its rows end to end",
-    "batch norm training 32x256x3136": "a longer channel, read twice by its program",
+    "batch norm training 32x256x3136": "many long channels, split",
     "batch norm training 8x3x262144": "few long channels, split",
     "batch norm training 32x64x3136 channels-last": "channels-last, split",
 }

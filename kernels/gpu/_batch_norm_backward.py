@@ -4,11 +4,24 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._channels import alone, ends_of, fetch, fetch_ends, inside_of, lone, place, put, put_ends, vector
+from ._channels import (
+    ends_of,
+    fetch,
+    fetch_ends,
+    line,
+    lone,
+    place,
+    put,
+    put_ends,
+    tile_after,
+    tile_at,
+    tile_before,
+    vector,
+)
 from ._mask import fetch_bits, fetch_end_bits
-from ._moments import compensated_add, joined, over_splits, per_channel
+from ._moments import compensated_add, held, of_channels, over_splits, per_channel, per_channel_with_ends, splits_of
 
-COUNTS = ["N", "S", "lane_blocks", "row_lanes", "tiles", "per_split", "splits", "m"]
+COUNTS = ["N", "S", "lane_blocks", "row_lanes", "tiles", "per_split", "splits", "summed", "m"]
 
 
 @triton.jit
@@ -16,7 +29,7 @@ def _fetch_dy(
     dy, mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """The tile's values of dy, 0 where the activation let nothing through."""
-    values = fetch(dy, c, at, LANES, FLAT, MODE, GROUP, ACC)
+    values = fetch(dy, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
     if mask[0] is not None:
         values = tl.where(fetch_bits(mask, c, at, walk, LANES, FLAT), values, 0.0)
     return values
@@ -24,75 +37,72 @@ def _fetch_dy(
 
 @triton.jit
 def _fetch_ends(dy, x, mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
-    """dy and x of the ends of the rows that begin in the tile, and which there are."""
+    """dy and x of the ends of the rows that begin in the tile."""
     ends = ends_of(c, tile, walk, ROWS, GROUP)
-    values = fetch_ends(dy, c, ends, ACC)
+    values = fetch_ends(dy, c, ends, 0.0, ACC)
     if mask[0] is not None:
         values = tl.where(fetch_end_bits(mask, c, tile, walk, ROWS, GROUP), values, 0.0)
-    return values, fetch_ends(x, c, ends, ACC), ends[2]
+    return values, fetch_ends(x, c, ends, 0.0, ACC)
 
 
 @triton.jit
-def _both(dy, x, mean_hi, mean_lo, inside):
-    """(dy, dy (x - μ)) of a tile: the terms of dβ and of dγ / rstd."""
-    return dy, tl.where(inside, dy * ((x - mean_hi) - mean_lo), 0.0)
+def _started(dy, x, mean_hi, mean_lo, HALVINGS: tl.constexpr, MODE: tl.constexpr):
+    """Σ dy and Σ dy (x - μ) of a first tile, lane by lane, each with what it lost; dy is 0 in the lanes that hold no value."""
+    dbeta, dgamma = held(dy, HALVINGS, MODE), held(dy * ((x - mean_hi) - mean_lo), HALVINGS, MODE)
+    return dbeta, tl.zeros_like(dbeta), dgamma, tl.zeros_like(dbeta)
 
 
 @triton.jit
-def _add_both(sums, dbeta, dgamma):
-    """The two sums, each with what its rounding lost, after one more tile."""
+def _continued(sums, dy, x, mean_hi, mean_lo, HALVINGS: tl.constexpr, MODE: tl.constexpr):
+    """The sums after one more tile."""
     total, lost, total_dgamma, lost_dgamma = sums
-    total, lost = compensated_add(total, lost, dbeta)
-    total_dgamma, lost_dgamma = compensated_add(total_dgamma, lost_dgamma, dgamma)
+    total, lost = compensated_add(total, lost, held(dy, HALVINGS, MODE))
+    total_dgamma, lost_dgamma = compensated_add(total_dgamma, lost_dgamma, held(dy * ((x - mean_hi) - mean_lo), HALVINGS, MODE))
     return total, lost, total_dgamma, lost_dgamma
 
 
 @triton.jit
-def _per_channel_both(sums):
-    """(hi, lo) of each of the two sums; that of dγ first, whose terms need not stay."""
-    dgamma_hi, dgamma_lo = per_channel(sums[2], sums[3])
-    dbeta_hi, dbeta_lo = per_channel(sums[0], sums[1])
-    return dbeta_hi, dbeta_lo, dgamma_hi, dgamma_lo
+def _ended(sums):
+    """The two sums of each lane as two floats each."""
+    return sums[0], -sums[1], sums[2], -sums[3]
 
 
 @triton.jit
 def _sums_of(
     dy, x, mask, mean_hi, mean_lo, c, first, stop, walk,
     BLOCK_N: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr,
-    MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+    STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """(hi, lo) of Σ dy and of Σ dy (x - μ) over the tiles first…stop-1, ONE where that is one; and dy and x of the last of them
-    and of its ends."""
+    """(hi, lo) of Σ dy and of Σ dy (x - μ), an infinite or NaN one all in hi, over the tiles first…stop-1, ONE where that is
+    one; and dy and x of the first of them and of its ends."""
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    tile = tile_at(first, walk, BLOCK_N)
     dy_ends, x_ends = c, c  # of no use: a compiled function returns no None
-    if ENDS:  # before the body, which takes the registers
-        dy_ends, x_ends, there = _fetch_ends(dy, x, mask, c, first, walk, ROWS, GROUP, ACC)
-        end_dbeta, end_dgamma = _both(dy_ends, x_ends, lone(mean_hi), lone(mean_lo), there)
-        end_sums = (end_dbeta, tl.zeros_like(end_dbeta), end_dgamma, tl.zeros_like(end_dbeta))
-        if ONE:
-            of_ends = _per_channel_both(end_sums)
-    at = place(c, first, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
-    x_tile = fetch(x, c, at, LANES, FLAT, MODE, GROUP, ACC)
+    at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
+    x_tile = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
     dy_tile = _fetch_dy(dy, mask, c, at, walk, LANES, FLAT, DY_MODE, GROUP, ACC)
-    dbeta, dgamma = _both(dy_tile, x_tile, mean_hi, mean_lo, inside_of(at, LANES))
-    sums = (dbeta, tl.zeros_like(dbeta), dgamma, tl.zeros_like(dbeta))
-    if not ONE:
-        for tile in range(first + 1, stop):
-            at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
-            x_tile = fetch(x, c, at, LANES, FLAT, MODE, GROUP, ACC)
-            dy_tile = _fetch_dy(dy, mask, c, at, walk, LANES, FLAT, DY_MODE, GROUP, ACC)
-            dbeta, dgamma = _both(dy_tile, x_tile, mean_hi, mean_lo, inside_of(at, LANES))
-            sums = _add_both(sums, dbeta, dgamma)
-            if ENDS:
-                dy_ends, x_ends, there = _fetch_ends(dy, x, mask, c, tile, walk, ROWS, GROUP, ACC)
-                end_dbeta, end_dgamma = _both(dy_ends, x_ends, lone(mean_hi), lone(mean_lo), there)
-                end_sums = _add_both(end_sums, end_dbeta, end_dgamma)
-        if ENDS:
-            of_ends = _per_channel_both(end_sums)
-    dbeta_hi, dbeta_lo, dgamma_hi, dgamma_lo = _per_channel_both(sums)
+    sums = _started(dy_tile, x_tile, mean_hi, mean_lo, HALVINGS, MODE)
     if ENDS:
-        dbeta_hi, dbeta_lo = joined(dbeta_hi, dbeta_lo, alone(of_ends[0], c), alone(of_ends[1], c))
-        dgamma_hi, dgamma_lo = joined(dgamma_hi, dgamma_lo, alone(of_ends[2], c), alone(of_ends[3], c))
+        dy_ends, x_ends = _fetch_ends(dy, x, mask, c, tile, walk, ROWS, GROUP, ACC)
+        end_sums = _started(dy_ends, x_ends, lone(mean_hi), lone(mean_lo), 0, MODE)
+    if not ONE:
+        for _ in tl.range(first + 1, stop, num_stages=STAGES):
+            tile = tile_after(tile, walk, BLOCK_N)
+            at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
+            x_more = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+            dy_more = _fetch_dy(dy, mask, c, at, walk, LANES, FLAT, DY_MODE, GROUP, ACC)
+            sums = _continued(sums, dy_more, x_more, mean_hi, mean_lo, HALVINGS, MODE)
+            if ENDS:
+                dy_more, x_more = _fetch_ends(dy, x, mask, c, tile, walk, ROWS, GROUP, ACC)
+                end_sums = _continued(end_sums, dy_more, x_more, lone(mean_hi), lone(mean_lo), 0, MODE)
+    if ENDS:
+        sums = per_channel_with_ends(_ended(sums), _ended(end_sums))
+    else:
+        sums = per_channel(_ended(sums))
+    dbeta_hi, dbeta_lo, dgamma_hi, dgamma_lo = sums
+    dbeta_lo = tl.where(tl.abs(dbeta_hi) < float("inf"), dbeta_lo, 0.0)
+    dgamma_lo = tl.where(tl.abs(dgamma_hi) < float("inf"), dgamma_lo, 0.0)
     return dbeta_hi, dbeta_lo, dgamma_hi, dgamma_lo, dy_tile, x_tile, dy_ends, x_ends
 
 
@@ -130,7 +140,8 @@ def _backward_reduce_kernel(
     dy_ptr, x_ptr, mask_ptr, mean_ptr, partial_ptr, N, C, S, lane_blocks, row_lanes, tiles, per_split, splits,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_mn, stride_mc, stride_mb,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
-    MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+    STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """partial (4, splits, C): hi and lo of Σ dy (x - μ) and of Σ dy, of each split of each channel."""
     pid = tl.program_id(0).to(tl.int64)
@@ -143,7 +154,7 @@ def _backward_reduce_kernel(
         (mask_ptr, stride_mn, stride_mc, stride_mb),
         vector(mean_ptr, channel, C, 0.0, ACC), vector(mean_ptr + C, channel, C, 0.0, ACC),
         c, first, tl.minimum(first + per_split, tiles), (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs),
-        BLOCK_N, LANES, ROWS, FLAT, False, MODE, DY_MODE, GROUP, ACC,
+        BLOCK_N, LANES, ROWS, FLAT, False, STAGES, HALVINGS, MODE, DY_MODE, GROUP, ACC,
     )  # fmt: skip
     out = partial_ptr + (split * C + c)
     step = splits.to(tl.int64) * C
@@ -153,34 +164,42 @@ def _backward_reduce_kernel(
     tl.store(out + 3 * step, dbeta_lo, mask=c < C)
 
 
+@triton.jit
+def _merged(partial_ptr, channel, C, splits, rstd, SPLITS: tl.constexpr):
+    """(dγ, dβ) of channels (one-dimensional) from their splits."""
+    dgamma, dgamma_lo, dbeta, dbeta_lo = over_splits(*splits_of(partial_ptr, channel, C, splits, SPLITS))
+    dgamma += tl.where(tl.abs(dgamma) < float("inf"), dgamma_lo, 0.0)
+    dbeta += tl.where(tl.abs(dbeta) < float("inf"), dbeta_lo, 0.0)
+    return of_channels(dgamma, channel) * rstd, of_channels(dbeta, channel)
+
+
 @triton.jit(do_not_specialize=["splits"])
 def _backward_merge_kernel(
     partial_ptr, rstd_ptr, dgamma_ptr, dbeta_ptr, C, splits, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """The splits' sums as one."""
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split = tl.arange(0, SPLITS)[:, None]
-    mask = (split < splits) & (channel < C)[None, :]
-    cell = partial_ptr + (split * C + channel[None, :])
-    step = splits.to(tl.int64) * C
     rstd = tl.load(rstd_ptr + channel, mask=channel < C, other=0.0)
-    dgamma = over_splits(tl.load(cell, mask=mask, other=0.0), tl.load(cell + step, mask=mask, other=0.0))
-    dbeta = over_splits(tl.load(cell + 2 * step, mask=mask, other=0.0), tl.load(cell + 3 * step, mask=mask, other=0.0))
-    tl.store(dgamma_ptr + channel, dgamma * rstd, mask=channel < C)
+    dgamma, dbeta = _merged(partial_ptr, channel, C, splits, rstd, SPLITS)
+    tl.store(dgamma_ptr + channel, dgamma, mask=channel < C)
     tl.store(dbeta_ptr + channel, dbeta, mask=channel < C)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_apply_kernel(
-    dy_ptr, x_ptr, mask_ptr, mean_ptr, rstd_ptr, gamma_ptr, dgamma_ptr, dbeta_ptr, dx_ptr, dresidual_ptr,
-    N, C, S, lane_blocks, row_lanes, tiles, per_split, splits, m,
+    dy_ptr, x_ptr, mask_ptr, mean_ptr, rstd_ptr, gamma_ptr, dgamma_ptr, dbeta_ptr, dx_ptr, dresidual_ptr, partial_ptr,
+    N, C, S, lane_blocks, row_lanes, tiles, per_split, splits, summed, m,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_mn, stride_mc, stride_mb,
     stride_dn, stride_dc, stride_ds, stride_rn, stride_rc, stride_rs,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
-    TRAINED: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr,
-    GROUP: tl.constexpr, ACC: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, TRAINED: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr,
+    DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx, of statistics that are the batch's (TRAINED) or constants; the last tiles first, for the sums have just read them."""
+    """dx, of statistics that are the batch's (TRAINED) or constants; the last tiles first, for the sums have just read them.
+
+    Where partial_ptr is given, each program joins the `summed` splits of its channels itself, SPLITS or fewer, and the first
+    split of each channel writes dγ and dβ.
+    """
     pid = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
     first = (pid % splits) * per_split
     channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -195,23 +214,32 @@ def _backward_apply_kernel(
     if TRAINED:
         mean_hi = vector(mean_ptr, channel, C, 0.0, ACC)
         mean_lo = vector(mean_ptr + C, channel, C, 0.0, ACC)
-        k = rstd * (vector(dgamma_ptr, channel, C, 0.0, ACC) / tl.cast(m, ACC))
-        b = vector(dbeta_ptr, channel, C, 0.0, ACC) / tl.cast(m, ACC)
+        if partial_ptr is None:
+            dgamma, dbeta = vector(dgamma_ptr, channel, C, 0.0, ACC), vector(dbeta_ptr, channel, C, 0.0, ACC)
+        else:
+            dgamma, dbeta = _merged(partial_ptr, channel, C, summed, line(rstd), SPLITS)
+            write = channel < tl.where(first == 0, C, 0)
+            tl.store(dgamma_ptr + channel, dgamma, mask=write)
+            tl.store(dbeta_ptr + channel, dbeta, mask=write)
+            dgamma, dbeta = dgamma[None, :, None], dbeta[None, :, None]
+        k = rstd * (dgamma / tl.cast(m, ACC))
+        b = dbeta / tl.cast(m, ACC)
     slope = (a, b, k, mean_hi, mean_lo)
     stop = tl.minimum(first + per_split, tiles)
-    for i in range(first, stop):
-        tile = first + stop - 1 - i
+    tile = tile_at(stop - 1, walk, BLOCK_N)
+    for _ in tl.range(first, stop, num_stages=STAGES):
         at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
         dy_tile = _fetch_dy(dy, mask, c, at, walk, LANES, FLAT, DY_MODE, GROUP, ACC)
         x_tile = None
         if TRAINED:
-            x_tile = fetch(x, c, at, LANES, FLAT, MODE, GROUP, ACC)
+            x_tile = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
         _write(dy_tile, x_tile, slope, dx, dresidual, c, at, LANES, FLAT, DX_MODE, DRESIDUAL_MODE, GROUP)
         if MODE == _tile.SHIFTED:
-            dy_ends, x_ends, _ = _fetch_ends(dy, x, mask, c, tile, walk, ROWS, GROUP, ACC)
+            dy_ends, x_ends = _fetch_ends(dy, x, mask, c, tile, walk, ROWS, GROUP, ACC)
             if not TRAINED:
                 x_ends = None
             _write_ends(dy_ends, x_ends, slope, dx, dresidual, c, tile, walk, ROWS, GROUP)
+        tile = tile_before(tile, walk, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -221,10 +249,10 @@ def _backward_kernel(
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_mn, stride_mc, stride_mb,
     stride_dn, stride_dc, stride_ds, stride_rn, stride_rc, stride_rs,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
-    RESIDENT: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr,
+    HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr,
     GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The whole backward of a block of channels by one program; the last tile read stays in registers."""
+    """The whole backward of a block of channels that is one tile, which stays in registers."""
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
     walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
@@ -235,7 +263,8 @@ def _backward_kernel(
     mean_lo = vector(mean_ptr + C, channel, C, 0.0, ACC)
     rstd = vector(rstd_ptr, channel, C, 0.0, ACC)
     dbeta, dbeta_lo, dgamma, dgamma_lo, dy_tile, x_tile, dy_ends, x_ends = _sums_of(
-        dy, x, mask, mean_hi, mean_lo, c, 0, tiles, walk, BLOCK_N, LANES, ROWS, FLAT, RESIDENT, MODE, DY_MODE, GROUP, ACC
+        dy, x, mask, mean_hi, mean_lo, c, tl.program_id(1), tiles, walk,
+        BLOCK_N, LANES, ROWS, FLAT, True, 1, HALVINGS, MODE, DY_MODE, GROUP, ACC,
     )  # fmt: skip
     dbeta += dbeta_lo
     dgamma = (dgamma + dgamma_lo) * rstd
@@ -244,17 +273,8 @@ def _backward_kernel(
     a = rstd * vector(gamma_ptr, channel, C, 1.0, ACC)
     slope = (a, dbeta / tl.cast(m, ACC), rstd * (dgamma / tl.cast(m, ACC)), mean_hi, mean_lo)
     # placed anew by a number that the compiler does not know: addresses kept through the sums would spill
-    at = place(c, tiles - 1, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
+    tile = (tl.cast(tiles - 1, tl.int64), tiles - 1)
+    at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
     _write(dy_tile, x_tile, slope, dx, dresidual, c, at, LANES, FLAT, DX_MODE, DRESIDUAL_MODE, GROUP)
     if MODE == _tile.SHIFTED:
-        _write_ends(dy_ends, x_ends, slope, dx, dresidual, c, tiles - 1, walk, ROWS, GROUP)
-    if not RESIDENT:
-        for i in range(1, tiles):
-            tile = tiles - 1 - i
-            at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
-            x_tile = fetch(x, c, at, LANES, FLAT, MODE, GROUP, ACC)
-            dy_tile = _fetch_dy(dy, mask, c, at, walk, LANES, FLAT, DY_MODE, GROUP, ACC)
-            _write(dy_tile, x_tile, slope, dx, dresidual, c, at, LANES, FLAT, DX_MODE, DRESIDUAL_MODE, GROUP)
-            if MODE == _tile.SHIFTED:
-                dy_ends, x_ends, _ = _fetch_ends(dy, x, mask, c, tile, walk, ROWS, GROUP, ACC)
-                _write_ends(dy_ends, x_ends, slope, dx, dresidual, c, tile, walk, ROWS, GROUP)
+        _write_ends(dy_ends, x_ends, slope, dx, dresidual, c, tile, walk, ROWS, GROUP)

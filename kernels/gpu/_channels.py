@@ -1,7 +1,10 @@
 """How the batch normalisation kernels walk (N, C, S): tiles of (samples, channels, lanes), and the ends of rows (`_tile`).
 
+A tile is named by (its first sample, its number along the lanes); a loop steps from one to the next, for to divide in each
+trip would take longer than to add up the tile's values.
+
 A tensor is (pointer, stride_n, stride_c, stride_s). What a kernel's tensors share is `walk` = (N, C, S, lane_blocks, row_lanes,
-stride_xn, stride_xc, stride_xs). A tile is `at` = (n, head, offset, hi): its samples, the head of each of their rows, its first
+stride_xn, stride_xc, stride_xs). It lies `at` = (n, head, offset, hi): its samples, the head of each of their rows, its first
 lane and how many lanes hold values. The tile of a row's first lanes answers for the row's ends as well: `ends` = (n, position,
 whether there is one). Of a single channel these are one-dimensional, ROWS times 2 GROUP lanes, and what belongs to the channel
 is a scalar (`lone`): tied to the body through its columns, the ends would be laid out as the body, many in every thread.
@@ -15,16 +18,36 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._moments import plain_sum
+
+
+@triton.jit
+def tile_at(number, walk, BLOCK_N: tl.constexpr):
+    """The tile with this number; those of the same samples follow each other."""
+    number = number.to(tl.int32)
+    return (number // walk[3]).to(tl.int64) * BLOCK_N, (number % walk[3]).to(tl.int32)
+
+
+@triton.jit
+def tile_after(tile, walk, BLOCK_N: tl.constexpr):
+    n, block = tile
+    last = block + 1 == walk[3]
+    return tl.where(last, n + BLOCK_N, n), tl.where(last, 0, block + 1)
+
+
+@triton.jit
+def tile_before(tile, walk, BLOCK_N: tl.constexpr):
+    n, block = tile
+    first = block == 0
+    return tl.where(first, n - BLOCK_N, n), tl.where(first, walk[3] - 1, block - 1).to(tl.int32)
 
 
 @triton.jit
 def place(c, tile, walk, BLOCK_N: tl.constexpr, LANES: tl.constexpr, FLAT: tl.constexpr,
           MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """`at` of one tile of the channels c."""
-    N, C, S, lane_blocks, row_lanes, stride_n, stride_c, stride_s = walk
+    N, C, S, _, row_lanes, stride_n, stride_c, stride_s = walk
     if FLAT:
-        n, offset = eights(tile, row_lanes, BLOCK_N)
+        n, offset = eights(tile[1], row_lanes, BLOCK_N)
         n, offset = n[:, None, None], 8 * offset[:, None, None]
         start, row = c * stride_c, n * stride_n
         if MODE == _tile.SHIFTED:
@@ -37,8 +60,8 @@ def place(c, tile, walk, BLOCK_N: tl.constexpr, LANES: tl.constexpr, FLAT: tl.co
             element = (row + head) // GROUP * GROUP + offset
         at = start, element, offset, _tile.reach(head, offset, S, n < N, LANES, MODE, GROUP)
     else:
-        n = ((tile // lane_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
-        offset = (tile % lane_blocks) * LANES
+        n = (tile[0] + tl.arange(0, BLOCK_N).to(tl.int64))[:, None, None]
+        offset = tl.cast(tile[1], tl.int64) * LANES
         head = _tile.head_of(n * stride_n + c * stride_c, MODE, GROUP)
         at = n, head, offset, _tile.reach(head, offset, S, (n < N) & (c < C), LANES, MODE, GROUP)
     return at
@@ -71,13 +94,12 @@ def alone(x, c):
 @triton.jit
 def rows_of(tile, walk, ROWS: tl.constexpr, WIDTH: tl.constexpr, LONE: tl.constexpr):
     """(n, whether it begins in the tile, lane) of WIDTH lanes for each row of the tile, one-dimensional where LONE."""
-    first = (tile // walk[3]).to(tl.int64) * ROWS
     if LONE:
         k = tl.arange(0, ROWS * WIDTH)
-        n, k = first + k // WIDTH, k % WIDTH
+        n, k = tile[0] + (k // WIDTH).to(tl.int64), k % WIDTH
     else:
-        n, k = (first + tl.arange(0, ROWS))[:, None, None], tl.arange(0, WIDTH)[None, None, :]
-    return n, n < tl.where(tile % walk[3] == 0, walk[0], 0), k
+        n, k = (tile[0] + tl.arange(0, ROWS).to(tl.int64))[:, None, None], tl.arange(0, WIDTH)[None, None, :]
+    return n, n < tl.where(tile[1] == 0, walk[0], 0), k
 
 
 @triton.jit
@@ -101,16 +123,16 @@ def _flat(x, at, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def fetch(x, c, at, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
-    """The tile's values in ACC, 0 in the lanes that hold none."""
+def fetch(x, c, at, other, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
+    """The tile's values in ACC, `other` in the lanes that hold none."""
     ptr, stride_n, stride_c, stride_s = x
     if FLAT:
         where, inside = _flat(x, at, LANES, MODE, GROUP)
-        values = tl.load(where, mask=inside, other=0.0).to(ACC)
+        values = tl.load(where, mask=inside, other=other).to(ACC)
     else:
         n, head, offset, hi = at
         lane = tl.arange(0, LANES)[None, None, :]
-        values = _tile.load(ptr, n * stride_n + c * stride_c, head, offset, lane, hi, stride_s, 0.0, MODE, GROUP, ACC)
+        values = _tile.load(ptr, n * stride_n + c * stride_c, head, offset, lane, hi, stride_s, other, MODE, GROUP, ACC)
     return values
 
 
@@ -127,10 +149,10 @@ def put(x, values, c, at, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.cons
 
 
 @triton.jit
-def fetch_ends(x, c, ends, ACC: tl.constexpr):
+def fetch_ends(x, c, ends, other, ACC: tl.constexpr):
     ptr, stride_n, stride_c, stride_s = x
     n, position, inside = ends
-    return tl.load(ptr + (n * stride_n + lone(c) * stride_c + position * stride_s), mask=inside, other=0.0).to(ACC)
+    return tl.load(ptr + (n * stride_n + lone(c) * stride_c + position * stride_s), mask=inside, other=other).to(ACC)
 
 
 @triton.jit
@@ -141,24 +163,34 @@ def put_ends(x, values, c, ends):
 
 
 @triton.jit
-def inside_of(at, LANES: tl.constexpr):
+def inside_of(at, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
     """Which lanes of the tile hold values."""
     _, _, _, hi = at
-    return tl.arange(0, LANES)[None, None, :] < hi
+    return _tile.inside(tl.arange(0, LANES)[None, None, :], hi, MODE, GROUP)
 
 
 @triton.jit
-def count_of(at):
-    """How many values the tile has of each channel."""
-    _, _, _, hi = at
-    return tl.sum(tl.sum(hi, axis=2), axis=0)[None, :, None]
+def count_between(first, stop, c, walk, BLOCK_N: tl.constexpr, LANES: tl.constexpr, FLAT: tl.constexpr,
+                  MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """(1, BLOCK_C, 1): how many values each of the channels c has from the tile `first` up to `stop`, with their rows' ends."""
+    N, _, S, lane_blocks, _, _, _, _ = walk
+    if FLAT:
+        count = tl.zeros(c.shape, tl.int64) + N * S
+    else:
+        count = tl.zeros(c.shape, tl.int64) + (tl.minimum(stop[0], N) - tl.minimum(first[0], N)) * S
+        if lane_blocks > 1:
+            count += _begun(stop, c, walk, BLOCK_N, LANES, MODE, GROUP) - _begun(first, c, walk, BLOCK_N, LANES, MODE, GROUP)
+    return count
 
 
 @triton.jit
-def count_ends(ends):
-    """How many values `ends` has of each channel."""
-    _, _, inside = ends
-    return plain_sum(inside.to(tl.int32))
+def _begun(tile, c, walk, BLOCK_N: tl.constexpr, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
+    """How many values of a tile's rows the tiles before it have: whole tiles of the rows' bodies, and all their ends."""
+    N, _, S, _, _, stride_n, stride_c, _ = walk
+    n, block = tile[0] + tl.arange(0, BLOCK_N).to(tl.int64)[:, None, None], tl.cast(tile[1], tl.int64)
+    head = _tile.head_of(n * stride_n + c * stride_c, MODE, GROUP)
+    of_row = block * LANES + (S - _tile.body_of(head, S, MODE, GROUP))
+    return tl.sum(tl.sum(tl.where((n < N) & (block > 0), of_row, 0), axis=2), axis=0)[None, :, None]
 
 
 @triton.jit

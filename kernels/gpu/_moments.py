@@ -1,64 +1,15 @@
-"""Mean and squared deviations of a channel, gathered tile by tile (docs/derivations.md, section 2.5).
+"""Mean and squared deviations of a channel, and other sums, in two floats (docs/derivations.md, section 2.5).
 
-A mean is two floats, hi + lo. Each tile is summed about the mean of those before it: since they are at least as many as the
-tile, the squares about so near a value lose no more than a factor of two to cancellation. M2 is scaled by alpha squared.
+A mean is two floats, hi + lo. Values are summed about an origin, the mean of the first tile: what the squares lose to
+cancellation is at most the part that this tile is of all. Each lane adds up its own values, with what its rounding lost; the
+lanes meet once, at the end, as two floats each. Differences from the origin are scaled by alpha, squares thus by its square.
 A mean that is no finite number is what a sum gives: infinite, NaN where both infinities or a NaN come; its lo is 0, its M2 NaN.
 """
 
 import triton
 import triton.language as tl
 
-SMALLEST_UNIT = tl.constexpr(2.0**-126)  # the unit of terms at or below 2^-80, whose scale would leave float32
-
-
-@triton.jit
-def plain_sum(x):
-    """Σ over samples and lanes of a tile by a tree, a scalar of a one-dimensional one: enough where no term cancels another."""
-    if len(x.shape) == 1:
-        total = tl.sum(x, axis=0)
-    else:
-        total = tl.sum(tl.sum(x, axis=2), axis=0)[None, :, None]
-    return total
-
-
-@triton.jit
-def _largest(x):
-    if len(x.shape) == 1:
-        largest = tl.max(tl.abs(x), axis=0)
-    else:
-        largest = tl.max(tl.max(tl.abs(x), axis=2), axis=0)[None, :, None]
-    return largest
-
-
-@triton.jit
-def _fixed_point(x, largest):
-    """(x as integers, what one of them is worth) in 46 bits below the power of two above `largest`: their sum is exact."""
-    exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 46)
-    scale = ((299 - exponent) << 23).to(tl.float32, bitcast=True)
-    return (x * scale).to(tl.int64), ((exponent - 45) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _fours(x):
-    """Sums of four neighbouring lanes of a tile of many."""
-    LANES: tl.constexpr = x.shape[2] if len(x.shape) == 3 else 1
-    if LANES >= 64 or (LANES >= 8 and x.shape[0] >= 512):
-        x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 4, 4]), axis=3)
-    return x
-
-
-@triton.jit
-def per_channel(x, lost):
-    """Σ (x - lost) over samples and lanes of a tile as (hi, lo), which in float32 holds what no float32 sum would."""
-    hi = plain_sum(x)
-    lo = tl.where(hi == hi, 0.0, hi)
-    if x.dtype == tl.float32:
-        x, lost = _fours(x), _fours(lost)  # of neighbours, in their thread: a quarter of the integers
-        largest = _largest(x)
-        fixed, unit = _fixed_point(x, largest)
-        fixed_lost, unit = _fixed_point(lost, largest)
-        hi, lo = _two_floats(plain_sum(fixed - fixed_lost), unit, hi)
-    return hi, lo
+from ._tile import STRIDED
 
 
 @triton.jit
@@ -70,24 +21,122 @@ def joined(hi, lo, more_hi, more_lo):
 
 
 @triton.jit
-def over_splits(hi, lo):
-    """Σ (hi + lo) over the first axis of (SPLITS, BLOCK_C), rounded once."""
-    total = tl.sum(hi + lo, axis=0)
-    if hi.dtype == tl.float32:
-        largest = tl.max(tl.abs(hi), axis=0)[None, :]
-        fixed, unit = _fixed_point(hi, largest)
-        fixed_lo, unit = _fixed_point(lo, largest)
-        total, _ = _two_floats(tl.sum(fixed + fixed_lo, axis=0), tl.reshape(unit, [hi.shape[1]]), total)
+def _both_joined(a, a_lo, b, b_lo, c, c_lo, d, d_lo):
+    a, a_lo = joined(a, a_lo, c, c_lo)
+    b, b_lo = joined(b, b_lo, d, d_lo)
+    return a, a_lo, b, b_lo
+
+
+@triton.jit
+def per_channel(sums):
+    """(hi, lo) of each of two sums (a, a_lo, b, b_lo) over samples and lanes of a tile; scalars of a one-dimensional one."""
+    a, a_lo, b, b_lo = sums
+    if len(a.shape) == 1:
+        a, a_lo, b, b_lo = tl.reduce((a, a_lo, b, b_lo), 0, _both_joined)
+    elif a.shape[1] == 1:
+        lanes = (tl.ravel(a), tl.ravel(a_lo), tl.ravel(b), tl.ravel(b_lo))
+        a, a_lo, b, b_lo = tl.reduce(lanes, 0, _both_joined)
+        one = tl.zeros([1, 1, 1], a.dtype)
+        a, a_lo, b, b_lo = one + a, one + a_lo, one + b, one + b_lo
+    else:
+        a, a_lo, b, b_lo = tl.reduce((a, a_lo, b, b_lo), 2, _both_joined)
+        a, a_lo, b, b_lo = tl.reduce((a, a_lo, b, b_lo), 0, _both_joined)
+        a, a_lo, b, b_lo = a[None, :, None], a_lo[None, :, None], b[None, :, None], b_lo[None, :, None]
+    return a, a_lo, b, b_lo
+
+
+@triton.jit
+def _narrow(sums, WIDTH: tl.constexpr):
+    """Two sums (a, a_lo, b, b_lo) of the values that a thread holds, WIDTH of them."""
+    a, a_lo, b, b_lo = sums
+    SHAPE: tl.constexpr = [a.numel // WIDTH, WIDTH]
+    parts = (tl.reshape(a, SHAPE), tl.reshape(a_lo, SHAPE), tl.reshape(b, SHAPE), tl.reshape(b_lo, SHAPE))
+    return tl.reduce(parts, 0, _both_joined)
+
+
+@triton.jit
+def per_channel_with_ends(sums, ends):
+    """As `per_channel`, with the sums over the ends of rows (`_channels`), which are one-dimensional for one channel."""
+    WIDTH: tl.constexpr = min(min(sums[0].numel, ends[0].numel), 128)
+    if len(ends[0].shape) == 1 and WIDTH >= 32:  # one reduction of both
+        a, a_lo, b, b_lo = _narrow(sums, WIDTH)
+        c, c_lo, d, d_lo = _narrow(ends, WIDTH)
+        a, a_lo, b, b_lo = tl.reduce(_both_joined(a, a_lo, b, b_lo, c, c_lo, d, d_lo), 0, _both_joined)
+        one = tl.zeros([1, 1, 1], a.dtype)
+        a, a_lo, b, b_lo = one + a, one + a_lo, one + b, one + b_lo
+    else:
+        a, a_lo, b, b_lo = per_channel(sums)
+        c, c_lo, d, d_lo = per_channel(ends)
+        a, a_lo, b, b_lo = _both_joined(a, a_lo, b, b_lo, c, c_lo, d, d_lo)
+    return a, a_lo, b, b_lo
+
+
+@triton.jit
+def splits_of(partial_ptr, channel, C, splits, SPLITS: tl.constexpr):
+    """What the splits of channels (one-dimensional) left, four numbers each, (SPLITS, BLOCK_C); of one channel (SPLITS,)."""
+    split = tl.arange(0, SPLITS)
+    if channel.shape[0] == 1:
+        at = split * C + tl.max(channel, axis=0)
+        there = split < splits
+    else:
+        at = split[:, None] * C + channel[None, :]
+        there = (split < splits)[:, None] & (channel < C)[None, :]
+    step = splits.to(tl.int64) * C
+    a = tl.load(partial_ptr + at, mask=there, other=0.0)
+    b = tl.load(partial_ptr + (at + step), mask=there, other=0.0)
+    c = tl.load(partial_ptr + (at + 2 * step), mask=there, other=0.0)
+    return a, b, c, tl.load(partial_ptr + (at + 3 * step), mask=there, other=0.0)
+
+
+@triton.jit
+def over_splits(a, a_lo, b, b_lo):
+    """(hi, lo) of each of two sums over the splits: (BLOCK_C,), of one channel a scalar."""
+    return tl.reduce((a, a_lo, b, b_lo), 0, _both_joined)
+
+
+@triton.jit
+def of_channels(x, channel):
+    """What is a scalar for one channel as (BLOCK_C,)."""
+    return tl.zeros(channel.shape, x.dtype) + x
+
+
+@triton.jit
+def plain_sum(x):
+    """Σ over samples and lanes of a tile by a tree, a scalar of a one-dimensional one: enough where no term cancels another."""
+    if len(x.shape) == 1:
+        total = tl.sum(x, axis=0)
+    elif x.shape[1] == 1:
+        total = tl.zeros([1, 1, 1], x.dtype) + tl.sum(tl.ravel(x), axis=0)
+    else:
+        total = tl.sum(tl.sum(x, axis=2), axis=0)[None, :, None]
     return total
 
 
 @triton.jit
-def _two_floats(fixed, unit, otherwise):
-    """A sum in fixed point as (hi, lo); `otherwise` where it is infinite or NaN, or where the terms were too small to scale."""
-    hi = fixed.to(tl.float32)
-    lo = (fixed - hi.to(tl.int64)).to(tl.float32)
-    exact = (tl.abs(otherwise) < float("inf")) & (unit > SMALLEST_UNIT)
-    return tl.where(exact, hi * unit, otherwise), tl.where(exact, lo * unit, 0.0)
+def plain_sum_with_ends(x, ends):
+    """`plain_sum` of a tile and of the ends of its rows."""
+    WIDTH: tl.constexpr = min(min(x.numel, ends.numel), 128)
+    if len(ends.shape) == 1 and WIDTH >= 32:
+        x = tl.sum(tl.reshape(x, [x.numel // WIDTH, WIDTH]), axis=0)
+        x += tl.sum(tl.reshape(ends, [ends.numel // WIDTH, WIDTH]), axis=0)
+        total = plain_sum(x)
+    else:
+        total = plain_sum(x) + plain_sum(ends)
+    return total
+
+
+@triton.jit
+def held(x, HALVINGS: tl.constexpr, MODE: tl.constexpr):
+    """Sums of the 2^HALVINGS values of a tile that a thread holds, of two and two: no thread waits for another.
+
+    They are neighbours along the lanes, or, where lanes are strided (channels-last), far apart.
+    """
+    for _ in tl.static_range(HALVINGS):
+        if MODE == STRIDED:
+            x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], 2, x.shape[2] // 2]), axis=2)
+        else:
+            x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]), axis=3)
+    return x
 
 
 @triton.jit
@@ -112,30 +161,50 @@ def renewed(hi, lo):
 
 
 @triton.jit
-def first_moments(x, inside, count, origin, alpha):
-    """(hi, lo, M2) of the first tile. `origin`, a value of each channel, makes a constant channel exact."""
-    safe, origin = tl.maximum(count, 1.0), finite_or_zero(origin)
-    centre = origin + plain_sum(tl.where(inside, x - origin, 0.0)) / safe
-    d = tl.where(inside, x - centre, 0.0)
-    sum_hi, sum_lo = per_channel(d, tl.zeros_like(d))
-    lo = (sum_hi + sum_lo) / safe
-    squares, _ = per_channel((alpha * d) * (alpha * d), tl.zeros_like(d))
-    M2 = squares - safe * (alpha * lo) * (alpha * lo)
-    hi, lo = renewed(centre, lo)
-    return hi, lo, M2
+def first_mean(x, inside, ends, ends_inside, count, first):
+    """About the mean of the `count` values of each channel that a tile and the ends of its rows have; a finite number.
+
+    `first`, a value of each channel, makes that of a constant channel exact. ends: None where there are none.
+    """
+    first = finite_or_zero(first)
+    x = tl.where(inside, x - first, 0.0)
+    if ends is None:
+        total = plain_sum(x)
+    else:
+        one = first if len(ends.shape) > 1 else tl.max(tl.ravel(first), axis=0)
+        total = plain_sum_with_ends(x, tl.where(ends_inside, ends - one, 0.0))
+    return finite_or_zero(first + total / tl.maximum(count, 1.0))
 
 
 @triton.jit
-def next_moments(hi, lo, M2, count, x, inside, more, alpha):
-    """(hi, lo, M2) of `count` values after a tile of `more`, summed about the mean so far."""
-    d = tl.where(inside, x - finite_or_zero(hi), 0.0)
-    total = count + more
-    sum_hi, sum_lo = per_channel(d, tl.zeros_like(d))
-    safe = tl.maximum(total, 1.0)
-    u, u_lo = sum_hi / safe, (count * lo + sum_lo) / safe
-    squares = plain_sum((alpha * d) * (alpha * d))
-    away = alpha * (u + u_lo)
-    M2 += count * (alpha * lo) * (alpha * lo) + squares - total * away * away
-    moved = hi + u
-    hi, lo = renewed(moved, (u - (moved - hi)) + u_lo)
+def started(d, HALVINGS: tl.constexpr, MODE: tl.constexpr):
+    """The sums of a first tile of differences d, lane by lane: Σ d and what it lost, Σ d² and what that lost."""
+    total, squares = held(d, HALVINGS, MODE), held(d * d, HALVINGS, MODE)
+    return total, tl.zeros_like(total), squares, tl.zeros_like(squares)
+
+
+@triton.jit
+def continued(sums, d, HALVINGS: tl.constexpr, MODE: tl.constexpr):
+    """The sums after one more tile of differences; Σ d is not touched by what it lost, which infinities make NaN."""
+    total, lost, squares, lost_squares = sums
+    more = held(d, HALVINGS, MODE)
+    total, lost = joined(total, lost, more, 0.0)
+    squares, lost_squares = compensated_add(squares, lost_squares, held(d * d, HALVINGS, MODE))
+    return total, lost, squares, lost_squares
+
+
+@triton.jit
+def moments(sums, count, origin, alpha):
+    """(mean hi, mean lo, scaled M2) of `count` values with these sums of alpha times their differences from the origin."""
+    hi, lo, squares, squares_lo = sums
+    lo = tl.where(tl.abs(hi) < float("inf"), lo, 0.0)
+    count = tl.maximum(count, 1.0)
+    u = hi / count
+    rest = tl.fma(-u, count, hi)  # hi = u count + rest
+    product = u * hi
+    M2 = (squares - product) + (squares_lo - tl.fma(u, hi, -product) - u * (rest + 2.0 * lo))
+    u_lo = ((rest + lo) / count) / alpha
+    u /= alpha
+    moved = origin + u
+    hi, lo = renewed(moved, (u - (moved - origin)) + u_lo)
     return hi, lo, M2

@@ -109,22 +109,23 @@ def rows_along_s(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, -1) if x.shape[-1] == 1 else x
 
 
-def run_mode(axis: int, *tensors: torch.Tensor) -> int:
-    """`plan.row_mode` of three-axis tensors walked together along `axis`; the first sets the width of an access."""
+def run_mode(axis: int, *tensors: torch.Tensor, width: int = 16) -> int:
+    """`plan.row_mode` of three-axis tensors walked together along `axis`, `width` bytes of the first in an access."""
     x = tensors[0]
     if any(t.stride(axis) != x.stride(axis) or t.element_size() < x.element_size() for t in tensors):
         return _tile.STRIDED.value
     others = [i for i in range(3) if i != axis]
     steps = [tuple(t.stride(i) for i in others if t.shape[i] > 1) for t in tensors]
-    return row_mode([t.data_ptr() for t in tensors], x.element_size(), x.shape[axis], x.stride(axis), steps)
+    return row_mode([t.data_ptr() for t in tensors], x.element_size(), x.shape[axis], x.stride(axis), steps, width)
 
 
-def follower_mode(axis: int, lead: torch.Tensor, x: torch.Tensor) -> int:
-    """MODE of `x` in a kernel whose lanes count from the shift of `lead`."""
-    if run_mode(axis, lead) == _tile.SHIFTED.value:
-        return run_mode(axis, lead, x)
-    whole_groups = x.shape[axis] % (16 // lead.element_size()) == 0  # of the lead's lanes, by which x is masked too
-    return _tile.ALIGNED.value if whole_groups and run_mode(axis, x) == _tile.ALIGNED.value else _tile.STRIDED.value
+def follower_mode(axis: int, lead: torch.Tensor, x: torch.Tensor, width: int = 16) -> int:
+    """MODE of `x` in a kernel whose lanes count from the shift of `lead`, `width` bytes of it in an access."""
+    if run_mode(axis, lead, width=width) == _tile.SHIFTED.value:
+        return run_mode(axis, lead, x, width=width)
+    whole_groups = x.shape[axis] % (width // lead.element_size()) == 0  # of the lead's lanes, by which x is masked too
+    aligned = whole_groups and run_mode(axis, x, width=width) == _tile.ALIGNED.value
+    return _tile.ALIGNED.value if aligned else _tile.STRIDED.value
 
 
 @functools.cache

@@ -9,10 +9,13 @@
               longer: x (and dy) are read twice, the second time from the far end back, where the cache still has them.
               residual: read once; its gradient: written once; the mask: an eighth of a byte a value, each time.
 
-μ is kept as two floats, mean[0] + mean[1], so that a mean of 1e4 with a spread of 1 costs no digits of x - μ. Each tile is
-summed about the mean of those before it (Chan's merge): a sum of squares about a value this near never cancels. Squares
-are scaled by α², a power of two near 1/m, so that values near 1e18 do not overflow. Tiles are (samples, channels, lanes), or
-one channel's rows laid end to end (`_channels`).
+    launches  one where a channel fits one tile; else two, statistics (or sums) and what is made of them, whose programs join a
+              channel's few splits by the way; channels-last three, for there splits are many and channels side by side.
+
+μ is kept as two floats, mean[0] + mean[1], so that a mean of 1e4 with a spread of 1 costs no digits of x - μ. A program sums
+about the mean of its first tile, each lane for itself, and the lanes meet once, at the end (`_moments`); splits are merged
+by Chan's formulas. Squares are scaled by α², a power of two near 1/m, so that values near 1e18 do not overflow. Tiles are
+(samples, channels, lanes), or one channel's rows laid end to end (`_channels`).
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from ._batch_norm_forward import _forward_kernel, _merge_kernel, _normalize_kern
 from ._rows import ACC, follower_mode, run_mode, warps
 from .channel_plan import plan_batch_norm, plan_channels
 from .device import device_of
-from .plan import cdiv, float_and_bits, next_power_of_2
+from .plan import ALIGNED, SHIFTED, cdiv, float_and_bits, next_power_of_2
 
 
 def _is_one_run(x):
@@ -54,31 +57,42 @@ def _flatten(x, *others, mask=None):
     return (x, *others)
 
 
-def _plan(x, operands, extra=(), alike=None):
+def _access(x):
+    """(MODE, bytes of an access) of x: 8 where all rows begin and end on 8 bytes though not on 16, as 14 x 14 halves do."""
+    mode = run_mode(2, x)
+    if mode == SHIFTED and run_mode(2, x, width=8) == ALIGNED:
+        return ALIGNED, 8
+    return mode, 16
+
+
+def _follower(x, t):
+    """MODE of an operand beside x."""
+    return follower_mode(2, x, t, _access(x)[1])
+
+
+def _plan(x, operands, extra=(), alike=None, sums=False):
     """(plan, sizes as the kernels take them, constants) for a pass over `x` and its other operands.
 
     extra: a residual and a mask, or None. alike: the tensors beside x where a program may own whole channels.
     """
     N, C, S = x.shape
-    mode = run_mode(2, x)
+    mode, width = _access(x)
     busy = any(t is not None for t in extra)
     far = (N - 1) * x.stride(0) + (S - 1) * x.stride(2) >= 1 << 30
-    flat = not (alike is None or busy or far) and all(
-        t.stride() == x.stride() and follower_mode(2, x, t) == mode for t in alike
-    )
+    flat = not (alike is None or busy or far) and all(t.stride() == x.stride() and _follower(x, t) == mode for t in alike)
     plan = plan_batch_norm(N, C, S, x.element_size(), mode, channels_last=x.stride(1) == 1 and C > 1 and x.stride(2) != 1,
-                           operands=operands, whole=alike is not None, may_be_flat=flat, busy=busy,
+                           operands=operands, whole=alike is not None, may_be_flat=flat, busy=busy, sums=sums,
                            device=device_of(x))  # fmt: skip
     constants = {
         "BLOCK_C": plan.BLOCK_C, "BLOCK_N": plan.BLOCK_N, "LANES": plan.LANES, "ROWS": plan.ROWS, "FLAT": plan.flat,
-        "MODE": mode, "GROUP": 16 // x.element_size(), "ACC": ACC[x.dtype], "num_warps": warps(plan.num_warps),
+        "MODE": mode, "GROUP": width // x.element_size(), "ACC": ACC[x.dtype], "num_warps": warps(plan.num_warps),
     }  # fmt: skip
     return plan, (N, C, S, plan.lane_blocks, plan.row_lanes, plan.tiles), constants
 
 
 def _strides_and_mode(name, x, t):
     """(strides of an operand that may be None, its mode as a constant)."""
-    return ((0, 0, 0), {name: 0}) if t is None else (t.stride(), {name: follower_mode(2, x, t)})
+    return ((0, 0, 0), {name: 0}) if t is None else (t.stride(), {name: _follower(x, t)})
 
 
 def _mask_strides(x):
@@ -101,53 +115,90 @@ def _moment_scalars(m, eps, momentum):
     return alpha, (m, *float_and_bits(eps), *float_and_bits(momentum))
 
 
+def _partial_statistics(x, mean, alpha):
+    """(partial (4, splits, C), how many splits) of x, launched."""
+    (x,) = _flatten(x)
+    plan, sizes, constants = _plan(x, 1, sums=True)
+    partial = torch.empty((4, plan.splits, x.shape[1]), dtype=mean.dtype, device=x.device)
+    _statistics_kernel[(plan.channel_blocks * plan.splits,)](
+        x, partial, *sizes, *plan.split, alpha, *x.stride(),
+        HALVINGS=plan.halvings, STAGES=plan.stages, **constants,
+    )  # fmt: skip
+    return partial, plan.splits
+
+
 def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float) -> None:
     """mean (2, C), var and rstd (C,) of x (N, C, S); running_mean and running_var, where given, are updated."""
-    (x,) = _flatten(x)
-    plan, sizes, constants = _plan(x, 1)
     C = x.shape[1]
     alpha, scalars = _moment_scalars(x.shape[0] * x.shape[2], eps, momentum)
-    partial = torch.empty((4, plan.splits, C), dtype=mean.dtype, device=x.device)
-    _statistics_kernel[(plan.channel_blocks * plan.splits,)](x, partial, *sizes, *plan.split, alpha, *x.stride(), **constants)
-    block, programs = plan_channels(C, plan.splits)
+    partial, splits = _partial_statistics(x, mean, alpha)
+    block, programs = plan_channels(C, splits)
     _merge_kernel[(programs,)](
-        partial, mean, var, rstd, running_mean, running_var, C, plan.splits, alpha, *scalars,
-        SPLITS=next_power_of_2(plan.splits), BLOCK_C=block, ACC=constants["ACC"],
+        partial, mean, var, rstd, running_mean, running_var, C, splits, alpha, *scalars,
+        SPLITS=next_power_of_2(splits), BLOCK_C=block, ACC=ACC[x.dtype],
     )  # fmt: skip
 
 
 def normalize(x, mean, rstd, gamma, beta, y, *, residual=None, mask=None) -> None:
     """y = (x - mean) (rstd γ) + β + residual, what is below 0 as 0 where a mask is given to be written."""
-    if not x.numel():
-        return
+    if x.numel():
+        alone = None, 1, None, None, None, 1.0, (0, 0.0, 0, 0.0, 0)
+        _normalize(x, mean, rstd, gamma, beta, y, residual, mask, *alone)
+
+
+def _normalize(
+    x, mean, rstd, gamma, beta, y, residual, mask, partial, summed, var, running_mean, running_var, alpha, scalars
+):  # fmt: skip
+    """`normalize`, of the statistics whose `summed` splits are in `partial` where that is given; they are written too."""
     x, y, residual = _flatten(x, y, residual, mask=mask)
     plan, sizes, constants = _plan(x, 1, (residual, mask))
     stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
     _normalize_kernel[(plan.channel_blocks * plan.splits,)](
-        x, mean, rstd, gamma, beta, residual, y, mask, *sizes, *plan.split,
-        *x.stride(), *stride_r, *y.stride(), *_mask_strides(x), Y_MODE=follower_mode(2, x, y), **mode_r, **constants,
+        x, mean, rstd, gamma, beta, residual, y, mask, partial, var, running_mean, running_var,
+        *sizes, *plan.split, summed, alpha, *scalars,
+        *x.stride(), *stride_r, *y.stride(), *_mask_strides(x),
+        SPLITS=next_power_of_2(summed), STAGES=plan.stages, Y_MODE=_follower(x, y), **mode_r, **constants,
     )  # fmt: skip
 
 
 def forward(
     x, gamma, beta, y, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float, residual=None, mask=None
 ) -> None:
-    """`statistics` and `normalize`, in one launch where a program can own whole channels."""
+    """`statistics` and `normalize`: one launch where a channel is one tile, else two where few splits are to be joined."""
     given = x, y, residual
+    alpha, scalars = _moment_scalars(x.shape[0] * x.shape[2], eps, momentum)
     x, y, residual = _flatten(x, y, residual, mask=mask)
     plan, sizes, constants = _plan(x, 1, (residual, mask), alike=(y,))
-    if plan.splits > 1:
-        x, y, residual = given
+    if plan.tiles == 1:
+        stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
+        _forward_kernel[(plan.channel_blocks,)](
+            x, gamma, beta, residual, y, mask, mean, var, rstd, running_mean, running_var, *sizes, alpha, *scalars,
+            *x.stride(), *stride_r, *y.stride(), *_mask_strides(x),
+            HALVINGS=plan.halvings, Y_MODE=_follower(x, y), **mode_r, **constants,
+        )  # fmt: skip
+        return
+    x, y, residual = given
+    if plan.BLOCK_C > 1:
         statistics(x, mean, var, rstd, running_mean, running_var, eps=eps, momentum=momentum)
         normalize(x, mean, rstd, gamma, beta, y, residual=residual, mask=mask)
         return
-    alpha, scalars = _moment_scalars(x.shape[0] * x.shape[2], eps, momentum)
-    stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
-    _forward_kernel[(plan.channel_blocks,)](
-        x, gamma, beta, residual, y, mask, mean, var, rstd, running_mean, running_var, *sizes, alpha, *scalars,
-        *x.stride(), *stride_r, *y.stride(), *_mask_strides(x),
-        RESIDENT=plan.tiles == 1, Y_MODE=follower_mode(2, x, y), **mode_r, **constants,
+    partial, splits = _partial_statistics(x, mean, alpha)
+    _normalize(
+        x, mean, rstd, gamma, beta, y, residual, mask, partial, splits, var, running_mean, running_var, alpha, scalars
     )  # fmt: skip
+
+
+def _partial_sums(dy, x, mean, mask):
+    """(partial (4, splits, C), how many splits) of the two sums, launched."""
+    x, dy = _flatten(x, dy, mask=mask)
+    plan, sizes, constants = _plan(x, 2, (mask,), sums=True)
+    partial = torch.empty((4, plan.splits, x.shape[1]), dtype=mean.dtype, device=x.device)
+    _backward_reduce_kernel[(plan.channel_blocks * plan.splits,)](
+        dy, x, mask, mean, partial, *sizes, *plan.split,
+        *dy.stride(), *x.stride(), *_mask_strides(x), HALVINGS=plan.halvings, STAGES=plan.stages,
+        DY_MODE=_follower(x, dy), **constants,
+    )  # fmt: skip
+    return partial, plan.splits
 
 
 def backward_reduce(dy, x, mean, rstd, dgamma, dbeta, *, mask=None) -> None:
@@ -156,18 +207,12 @@ def backward_reduce(dy, x, mean, rstd, dgamma, dbeta, *, mask=None) -> None:
         dgamma.zero_()
         dbeta.zero_()
         return
-    x, dy = _flatten(x, dy, mask=mask)
-    plan, sizes, constants = _plan(x, 2, (mask,))
     C = x.shape[1]
-    partial = torch.empty((4, plan.splits, C), dtype=dgamma.dtype, device=x.device)
-    _backward_reduce_kernel[(plan.channel_blocks * plan.splits,)](
-        dy, x, mask, mean, partial, *sizes, *plan.split,
-        *dy.stride(), *x.stride(), *_mask_strides(x), DY_MODE=follower_mode(2, x, dy), **constants,
-    )  # fmt: skip
-    block, programs = plan_channels(C, plan.splits)
+    partial, splits = _partial_sums(dy, x, mean, mask)
+    block, programs = plan_channels(C, splits)
     _backward_merge_kernel[(programs,)](
-        partial, rstd, dgamma, dbeta, C, plan.splits, BLOCK_C=block, SPLITS=next_power_of_2(plan.splits)
-    )
+        partial, rstd, dgamma, dbeta, C, splits, BLOCK_C=block, SPLITS=next_power_of_2(splits)
+    )  # fmt: skip
 
 
 def backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count: int, dx, *, mask=None, dresidual=None) -> None:
@@ -175,36 +220,43 @@ def backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count: int, dx, *, m
     _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, trained=True)
 
 
-def _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, trained):
+def _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, trained, partial=None, summed=1):
+    """dx, of the sums whose `summed` splits are in `partial` where that is given; dγ and dβ are written then."""
     if not x.numel():
         return
     x, dy, dx, dresidual = _flatten(x, dy, dx, dresidual, mask=mask)
     plan, sizes, constants = _plan(x, 2 if trained else 1, (mask, dresidual))
     stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
     _backward_apply_kernel[(plan.channel_blocks * plan.splits,)](
-        dy, x, mask, mean, rstd, gamma, dgamma, dbeta, dx, dresidual, *sizes, *plan.split, count,
-        *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r, TRAINED=trained,
-        DY_MODE=follower_mode(2, x, dy), DX_MODE=follower_mode(2, x, dx), **mode_r, **constants,
+        dy, x, mask, mean, rstd, gamma, dgamma, dbeta, dx, dresidual, partial, *sizes, *plan.split, summed, count,
+        *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r,
+        SPLITS=next_power_of_2(summed), STAGES=plan.stages, TRAINED=trained,
+        DY_MODE=_follower(x, dy), DX_MODE=_follower(x, dx), **mode_r, **constants,
     )  # fmt: skip
 
 
 def backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidual=None) -> None:
-    """`backward_reduce` and `backward_apply`, in one launch where a program can own whole channels."""
+    """`backward_reduce` and `backward_apply`: one launch where a channel is one tile, else two where few splits are to be
+    joined."""
     given = dy, x, dx, dresidual
+    count = x.shape[0] * x.shape[2]
     x, dy, dx, dresidual = _flatten(x, dy, dx, dresidual, mask=mask)
     plan, sizes, constants = _plan(x, 2, (mask, dresidual), alike=(dy, dx))
-    count = x.shape[0] * x.shape[2]
-    if plan.splits > 1 or not x.numel():
-        dy, x, dx, dresidual = given
+    if plan.tiles == 1 and x.numel():
+        stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
+        _backward_kernel[(plan.channel_blocks,)](
+            dy, x, mask, mean, rstd, gamma, dx, dresidual, dgamma, dbeta, *sizes, count,
+            *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r, HALVINGS=plan.halvings,
+            DY_MODE=_follower(x, dy), DX_MODE=_follower(x, dx), **mode_r, **constants,
+        )  # fmt: skip
+        return
+    dy, x, dx, dresidual = given
+    if plan.BLOCK_C > 1 or not x.numel():
         backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask)
         backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask=mask, dresidual=dresidual)
         return
-    stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
-    _backward_kernel[(plan.channel_blocks,)](
-        dy, x, mask, mean, rstd, gamma, dx, dresidual, dgamma, dbeta, *sizes, count,
-        *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r, RESIDENT=plan.tiles == 1,
-        DY_MODE=follower_mode(2, x, dy), DX_MODE=follower_mode(2, x, dx), **mode_r, **constants,
-    )  # fmt: skip
+    partial, splits = _partial_sums(dy, x, mean, mask)
+    _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, True, partial, splits)
 
 
 def inference_backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidual=None) -> None:

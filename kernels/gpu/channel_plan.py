@@ -17,6 +17,7 @@ class BatchNormPlan:
     LANES: int
     ROWS: int  # samples of a tile, rounded up to a power of two
     flat: bool  # one channel's rows end to end, `row_lanes` lanes each: BLOCK_N counts eights of lanes
+    halvings: int  # a thread adds up 2^halvings values of its own before it is careful (`_moments.held`)
     lane_blocks: int  # tiles along the positions of one sample
     row_lanes: int
     tiles: int
@@ -24,6 +25,7 @@ class BatchNormPlan:
     splits: int
     channel_blocks: int
     num_warps: int
+    stages: int  # tiles under way in a loop over them
 
     @property
     def split(self) -> tuple[int, int]:
@@ -42,63 +44,138 @@ def plan_batch_norm(
     whole: bool,
     may_be_flat: bool = True,
     busy: bool = False,
+    sums: bool = False,
     device: Device = H100,
 ) -> BatchNormPlan:
     """The plan for the statistics and sums of C channels with N runs of S values each.
 
-    operands: tensors read at each position (1 forward, 2 backward). whole: the kernel can own whole channels. may_be_flat: all
-    tensors have the strides of x. busy: a residual or a mask takes part. Few long channels are split over enough programs to
-    fill the device; a channel that fits is one tile; of many small ones, several share a program.
+    operands: tensors read at each position (1 forward, 2 backward). whole: a channel that fits is one tile, and of many small
+    ones several share a program; what does not fit has more tiles than one. may_be_flat: all tensors have the strides of x.
+    busy: a residual or a mask takes part. sums: the pass adds values up. Long channels are split, to fill the device.
     """
     most = 16384 // (2 if itemsize == 8 else 1)
-    long = most // 2 // operands
     lanes = body_lanes(S, itemsize, mode)
     row_lanes = cdiv(lanes, 8) * 8  # bits of a mask go by eight
     # a pointer to each lane takes registers too, and so do the rows' ends, beside two operands and where there are many
     crowded = mode == STRIDED or (mode == SHIFTED and (busy or (operands == 2 and itemsize != 2)))
     ends = 32 // itemsize if mode == SHIFTED else 0  # lanes for the ends of a row
     most_rows = most // (8 if busy or itemsize * operands >= 8 else 4) // ends if ends else most
-    resident = long if not whole else most // 2 if crowded else most
-    flat = False
-    if channels_last:
-        block_c, block_l = _channels_last_tile(C, S, itemsize, most if whole else long, long)
-        block_n = 1
-    elif most_rows >= N and next_power_of_2(N) * next_power_of_2(lanes) <= resident:
+    resident = most // 2 if crowded else most
+    passes = LONG_CHANNELS_LAST if channels_last else LONG
+    of_thread, num_warps, registers, stages = passes[sums, operands][itemsize]
+    long = of_thread * 32 * num_warps
+    flat, fits = False, True
+    if whole and channels_last and next_power_of_2(S) * min(next_power_of_2(C), 32 // itemsize) <= most:
+        block_c, block_n, block_l = min(next_power_of_2(C), 64), 1, next_power_of_2(S)
+        while block_l * block_c > most:
+            block_c //= 2
+    elif (
+        not channels_last and most_rows >= N
+        and next_power_of_2(N) * next_power_of_2(lanes) <= (resident if whole else long)
+    ):  # fmt: skip
         block_n, block_l = next_power_of_2(N), next_power_of_2(lanes)
         several = max(min(2048 // (block_n * block_l), C // device.multiprocessors, next_power_of_2(C)), 1)
         block_c = next_power_of_2(several + 1) // 2
-    elif whole and may_be_flat and most_rows >= N and N * row_lanes <= (resident if mode == STRIDED else most):
+    elif (
+        whole and not channels_last and may_be_flat and most_rows >= N
+        and N * row_lanes <= (resident if mode == STRIDED else most)
+    ):  # fmt: skip
         flat, block_c, block_n, block_l = True, 1, next_power_of_2(N * row_lanes // 8), 8
     else:
-        block_c = 1
-        block_l = min((2**i for i in range(9, 13) if 2**i <= long), key=lambda b: (cdiv(lanes, b) * b, -b))
-        block_l = min(block_l, next_power_of_2(lanes))
-        block_n = min(max(long // block_l, 1), next_power_of_2(N), most // 8 // max(ends, 1)) if block_l >= lanes else 1
+        fits = False
+        block_c, block_n, block_l = _long_tile(N, C, lanes, itemsize, mode, channels_last, long)
+    elements = block_c * block_n * block_l
     lane_blocks = 1 if flat else max(cdiv(lanes, block_l), 1)
     tiles = 1 if flat else max(cdiv(N, block_n), 1) * lane_blocks
     channel_blocks = max(cdiv(C, block_c), 1)
-    splits = min(tiles, cdiv(4 * device.multiprocessors, channel_blocks)) if channel_blocks < device.multiprocessors else 1
+    if fits:
+        splits, stages = 1, 1
+        of_each = cdiv(channel_blocks, device.multiprocessors)  # programs a multiprocessor
+        many_ends = 2 * ends * block_n >= elements
+        num_warps = _resident_warps(elements, many_ends, itemsize, mode, channels_last, operands, busy, of_each)
+    else:
+        num_warps = max(min(elements // (32 * of_thread), num_warps), 1)
+        splits = _splits(tiles, channel_blocks, device.multiprocessors * (device.registers // (registers * 32 * num_warps)))
     per_split = cdiv(tiles, splits)
-    elements = block_c * block_n * block_l
-    spread = (2 if busy else 1) * (2 if itemsize == (2 if channels_last else 8) else 1)
-    if 2 * ends * block_n >= elements:
-        spread *= 2
-    largest = most // 2 if busy and mode == SHIFTED and itemsize == 2 and tiles == 1 else most
+    accesses = elements * itemsize // (16 * 32 * num_warps)
+    halvings = _halvings(accesses, S, block_l, itemsize, mode, channels_last, operands, flat)
+    if mode == SHIFTED and elements >= most:
+        halvings = min(halvings, 1)  # more of them spill beside the ends
     return BatchNormPlan(
-        block_c, block_n, block_l, next_power_of_2(N) if flat else block_n, flat, lane_blocks, row_lanes, tiles, per_split,
-        cdiv(tiles, per_split), channel_blocks, 8 if elements >= largest else warps_for(elements * spread),
+        block_c, block_n, block_l, next_power_of_2(N) if flat else block_n, flat, halvings, lane_blocks, row_lanes, tiles,
+        per_split, cdiv(tiles, per_split), channel_blocks, num_warps, stages,
     )  # fmt: skip
 
 
-def _channels_last_tile(C: int, S: int, itemsize: int, resident: int, long: int) -> tuple[int, int]:
-    """(channels, positions) of a tile: all positions of a sector's worth of channels or more where they fit."""
-    block_c = min(next_power_of_2(C), 64)
-    while block_c > 32 // itemsize and next_power_of_2(S) * block_c > resident:
-        block_c //= 2
-    if next_power_of_2(S) * block_c <= resident:
-        return block_c, next_power_of_2(S)
-    block_c = min(next_power_of_2(C), 64)
-    return block_c, max(long // (2 * block_c), 1)
+def _resident_warps(
+    elements: int, many_ends: bool, itemsize: int, mode: int, channels_last: bool, operands: int, busy: bool, of_each: int
+) -> int:
+    """Warps of a program that keeps a tile: the more programs a multiprocessor has, the fewer warps each, up to 64 values a
+    thread, so that while some wait for their sums others load and store."""
+    if mode == STRIDED or itemsize == 8 or busy or many_ends:
+        spread = (2 if busy else 1) * (2 if itemsize == (2 if channels_last else 8) else 1) * (2 if many_ends else 1)
+        largest = 16384 // (2 if itemsize == 8 or (busy and mode == SHIFTED) else 1)
+        return 8 if elements >= largest else warps_for(elements * spread)
+    least = 4 if mode == SHIFTED and itemsize * operands == 8 else 1  # two operands of float32 and their ends take registers
+    of_thread = 64 if of_each >= 4 else 32 if of_each >= 2 else 16
+    return min(max(elements // (32 * of_thread), least), 8 if elements >= 16384 else 16)
+
+
+def _halvings(
+    accesses: int, S: int, block_l: int, itemsize: int, mode: int, channels_last: bool, operands: int, flat: bool
+) -> int:
+    """How often a thread halves its values, of which it has `accesses` of 16 bytes, before it adds them up with care.
+
+    Two roundings, or three of halves of one operand. Channels-last a thread's values of one channel are of several accesses.
+    """
+    if itemsize == 8:
+        return 0
+    if mode != STRIDED:
+        return 0 if not accesses or (block_l < 64 and not flat) else 3 if itemsize == 2 and operands == 1 and S % 8 == 0 else 2
+    return 2 if channels_last and accesses >= 4 else 0
+
+
+# (values of a thread, warps, registers of a thread, tiles under way) by itemsize, of a pass over long channels: with its sums
+# or without, of one operand or two. Registers are what the compiler takes, so that the splits fill a device: found with a model
+# of an H100's time.
+LONG = {
+    (True, 1): {2: (16, 4, 64, 2), 4: (16, 4, 64, 2), 8: (8, 8, 64, 1)},
+    (True, 2): {2: (16, 8, 64, 2), 4: (16, 4, 64, 2), 8: (8, 8, 64, 1)},
+    (False, 1): {2: (16, 8, 40, 1), 4: (16, 4, 40, 1), 8: (8, 8, 64, 1)},
+    (False, 2): {2: (16, 8, 40, 1), 4: (16, 8, 48, 1), 8: (8, 8, 64, 1)},
+}
+# a thread has eight channels of two bytes, or four of four, and keeps the numbers of each
+LONG_CHANNELS_LAST = {
+    (True, 1): {2: (32, 8, 128, 1), 4: (16, 4, 64, 1), 8: (4, 8, 64, 1)},
+    (True, 2): {2: (32, 4, 128, 1), 4: (16, 8, 64, 2), 8: (4, 8, 64, 1)},
+    (False, 1): {2: (16, 8, 80, 1), 4: (16, 8, 80, 1), 8: (8, 8, 64, 1)},
+    (False, 2): {2: (8, 8, 40, 1), 4: (16, 8, 64, 1), 8: (8, 8, 64, 1)},
+}
+
+
+def _long_tile(
+    N: int, C: int, lanes: int, itemsize: int, mode: int, channels_last: bool, elements: int
+) -> tuple[int, int, int]:
+    """(channels, samples, positions) of the tiles of long channels."""
+    if channels_last:
+        block_c = min(next_power_of_2(C), 64)
+        return block_c, 1, min(elements // block_c, next_power_of_2(lanes))
+    # few lanes that hold nothing, and long runs
+    block_l = min((2**i for i in range(6, 13) if 2**i <= elements), key=lambda b: (cdiv(lanes, b) * (512 + b), -b))
+    block_l = min(block_l, next_power_of_2(lanes))
+    block_n = max(min(elements // block_l, next_power_of_2(N)), 1)
+    if mode == SHIFTED:
+        block_n = max(min(block_n, 2048 * itemsize // 32), 1)
+    return 1, block_n, block_l
+
+
+def _splits(tiles: int, channel_blocks: int, slots: int) -> int:
+    """How many programs share a channel block, so that those of all blocks fill `slots` places evenly.
+
+    The time of a program is its tiles and about one more for its start and its end.
+    """
+    counts = {min(max(k * slots // channel_blocks, 1), tiles, 1024) for k in (1, 2, 3, 4)}
+    return min(sorted(counts), key=lambda s: cdiv(channel_blocks * s, slots) * (cdiv(tiles, s) + 1))
 
 
 def plan_channels(C: int, splits: int) -> tuple[int, int]:

@@ -30,13 +30,16 @@ def float_and_bits(value: float) -> tuple[float, int]:
     return value, struct.unpack("q", struct.pack("d", value))[0]
 
 
-def row_mode(addresses: list[int], itemsize: int, count: int, stride: int, row_strides: list[tuple[int, ...]]) -> int:
+def row_mode(
+    addresses: list[int], itemsize: int, count: int, stride: int, row_strides: list[tuple[int, ...]], width: int = 16
+) -> int:
     """How tensors that share their rows' layout are accessed: `_tile`'s MODE.
 
     addresses: each tensor's first byte; stride: between a row's elements; row_strides: each tensor's strides between rows.
+    width: bytes of an access.
     """
-    group = 16 // itemsize
-    if stride != 1 or any(address % 16 for address in addresses) or len(set(row_strides)) > 1:
+    group = width // itemsize
+    if stride != 1 or any(address % width for address in addresses) or len(set(row_strides)) > 1:
         return STRIDED
     if count % group == 0 and all(step % group == 0 for step in row_strides[0]):
         return ALIGNED
