@@ -232,7 +232,8 @@ def _smallest(first, last, routines, letters, a, values, vectors, info):
     )  # fmt: skip
     ints[n], ints[one], ints[count], ints[lwork], ints[liwork] = m, 1, k, size, 10 * m
     for i in range(first, last):
-        copy(a[i].reshape(m * m), reals)
+        for r in range(m):
+            copy(a[i, r], reals[r * m : r * m + m])
         _call(routines[0], (
             _at(letters, _V), _at(letters, _I), _at(letters, _L), _at(ints, n), _at(reals, 0), _at(ints, n),
             _at(reals, zeros), _at(reals, zeros), _at(ints, one), _at(ints, count), _at(reals, zeros), _at(ints, found),
@@ -257,7 +258,8 @@ def _smallest_hermitian(first, last, routines, letters, a, values, vectors, info
     )  # fmt: skip
     ints[n], ints[one], ints[count], ints[lwork], ints[liwork], ints[lrwork] = m, 1, k, size, 10 * m, 24 * m
     for i in range(first, last):
-        copy(a[i].reshape(m * m), matrix)
+        for r in range(m):
+            copy(a[i, r], matrix[r * m : r * m + m])
         for j in range(m * m):
             matrix[j] = matrix[j].conjugate()  # the transpose of a Hermitian matrix, column by column the matrix itself
         _call(routines[0], (
@@ -285,7 +287,8 @@ def _smallest_of_all(first, last, routines, letters, a, values, vectors, info):
     n, count, lwork, liwork, status, iwork = 0, 1, 2, 3, 4, 5
     ints[n], ints[count], ints[lwork], ints[liwork] = m, k, size, 5 * m + 3
     for i in range(first, last):
-        copy(a[i].reshape(m * m), matrix)
+        for r in range(m):
+            copy(a[i, r], matrix[r * m : r * m + m])
         _call(sytrd, (
             _at(letters, _L), _at(ints, n), _at(matrix, 0), _at(ints, n), _at(reals, 0), _at(reals, m), _at(reals, 2 * m),
             _at(work, 0), _at(ints, lwork), _at(ints, status),
@@ -295,7 +298,8 @@ def _smallest_of_all(first, last, routines, letters, a, values, vectors, info):
             _at(work, 0), _at(ints, lwork), _at(ints, iwork), _at(ints, liwork), _at(ints, status),
         ))  # fmt: skip
         info[i] = ints[status]
-        copy(z[: k * m], vectors[i].reshape(k * m))
+        for r in range(k):
+            copy(z[r * m : r * m + m], vectors[i, r])
         _call(ormtr, (
             _at(letters, _L), _at(letters, _L), _at(letters, _N), _at(ints, n), _at(ints, count), _at(matrix, 0), _at(ints, n),
             _at(reals, 2 * m), _at(vectors, i * k * m), _at(ints, n), _at(work, 0), _at(ints, lwork), _at(ints, status),
