@@ -87,7 +87,10 @@ def plan_rows(
         if in_turn:
             return in_turn
         most = 8 if mode == STRIDED and not neighbours else 16
-        return RowPlan(block_r, keep, keep, True, min(warps_for(spread * block_r * keep), most))
+        # said, lest the compiler spill for a rounder number: strides of long rows, rarer options beside the ends of short ones
+        rare = mode == SHIFTED and not (ahead or beside) and block_r > 1
+        registers = 168 if mode == STRIDED and keep > 4096 else 80 if rare else None
+        return RowPlan(block_r, keep, keep, True, min(warps_for(spread * block_r * keep), most), registers=registers)
     # the loop over the rest keeps strides, or the ends of float64, beside the lanes: more registers a thread
     if neighbours:
         keep, block_v, num_warps = max(resident // 4, 1), max(resident // 4, 1), 16 if beside > 1 else 8
