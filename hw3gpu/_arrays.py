@@ -414,7 +414,7 @@ def _pooled(shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str,
     torch = sys.modules.get("torch")
     if torch is None or type(like) not in (torch.Tensor, torch.nn.Parameter) or not like.is_cpu:
         return None
-    bits = _BITS[dtype]
+    bits = _BITS.get(dtype) or np.dtype(dtype)
     memory = _pool.empty(shape, bits, None if strides is None else [stride * bits.itemsize for stride in strides])
     if memory is None:
         return None
