@@ -254,7 +254,7 @@ def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(launcher)
     def launch(x: Array, *operands: Any, **options: Any) -> Any:
-        if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
             return launcher(x, *operands, **options)
         with torch.cuda.device(x.device):
             return launcher(x, *operands, **options)
@@ -327,13 +327,15 @@ def _torch_view(x: Array) -> Array:
         return None
     import torch
 
+    if isinstance(x, torch.Tensor):  # flags first: one operation of PyTorch's takes longer than all that is asked here
+        if x.requires_grad and torch.is_grad_enabled():
+            x = x.detach()
+        return x.resolve_neg() if x.is_neg() else x
     if isinstance(x, np.ndarray):
         # torch has neither read-only memory nor strides that are negative or no number of elements
         plain = x.flags.writeable and all(stride >= 0 and stride % x.itemsize == 0 for stride in x.strides)
         x = x if plain else x.copy()
         return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16) if x.dtype.char == "E" else torch.from_numpy(x)
-    if isinstance(x, torch.Tensor):
-        return x.detach().resolve_neg()
     # with a negative stride torch ends the process
     return torch.from_dlpack(x if all(stride >= 0 for stride in x.strides) else x.copy())
 
@@ -350,7 +352,9 @@ def vector_view(x: Array, which: str) -> Array:
     NumPy's view of a tensor makes its storage one that can no longer be resized, and FSDP resizes the storage of parameters to
     nothing between their uses. This view leaves it as it is.
     """
-    if x is None or which != "cpu" or not x.is_contiguous() or x.is_neg() or not x.numel():
+    if which != "cpu":
+        return _torch_view(x if x is None or x.is_contiguous() else x.detach().contiguous())
+    if x is None or not x.is_contiguous() or x.is_neg() or not x.numel():
         return kernel_view(x if x is None or x.is_contiguous() else x.detach().contiguous(), which)
     memory = (ctypes.c_char * (x.numel() * x.element_size())).from_address(x.data_ptr())
     return np.frombuffer(memory, _BITS[dtype_name(x)])
@@ -365,10 +369,25 @@ def fold(x: Array, axis: int | None) -> Array:
     if axis is None:
         return x.reshape(1, 1, math.prod(x.shape))
     shape = x.shape
-    if len(shape) == 2 and axis == 1:
-        return x[:, :, None]
+    if axis == 1 and len(shape) == 3:
+        return x
+    try:
+        sizes = _folded_sizes(shape, axis)
+    except TypeError:  # symbolic sizes have no hash
+        sizes = _folded_sizes.__wrapped__(shape, axis)
+    return x.view(sizes) if hasattr(x, "is_cpu") and x.is_contiguous() else x.reshape(sizes)
+
+
+@functools.lru_cache(1024)
+def _folded_sizes(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     axis %= len(shape)
-    return x.reshape(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+    return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+
+
+def folded(x: Array, axis: int, which: str) -> Array:
+    """The `fold` of `x` as the `which` kernels see it."""
+    # outside of autograd a view of a tensor has no graph to be detached from; NumPy's views are the cheaper ones
+    return fold(_host_view(x), axis) if which == "cpu" else _torch_view(fold(x, axis))
 
 
 def output_like(x: Array, axis: int | None) -> tuple[Array, Array]:
@@ -381,17 +400,21 @@ def output(x: Array, axis: int | None, view: Callable[[Array], Array]) -> tuple[
     out = empty_like(x)
     seen = view(out)
     folded = fold(seen, axis)
-    contiguous = isinstance(seen, np.ndarray) and seen.flags.c_contiguous
-    if not contiguous and _address(folded) != _address(seen):
+    if not _is_contiguous(out) and _address(folded) != _address(seen):
         out = empty(tuple(x.shape), dtype_name(x), x)
         folded = fold(view(out), axis)
     return out, folded
 
 
+def _is_contiguous(x: Array) -> bool:
+    """False also where it is dear to say."""
+    return x.is_contiguous() if hasattr(x, "is_cpu") else isinstance(x, np.ndarray) and x.flags.c_contiguous
+
+
 def empty_like(x: Array) -> Array:
     """An uninitialised array of `x`'s kind, dtype, device and layout, in recycled memory where it is large."""
-    xp = namespace(x)
     if x.nbytes >= _pool.SMALLEST and on_host(x):
+        xp = namespace(x)
         # where the array module would put the elements; none of these touches memory
         if xp is np:
             like = np.empty_like(x)
@@ -400,7 +423,7 @@ def empty_like(x: Array) -> Array:
         out = _pooled(like.shape, like.strides if xp is np else like.stride(), dtype_name(x), x)
         if out is not None:
             return out
-    return xp.empty_like(x)
+    return sys.modules["torch"].empty_like(x) if hasattr(x, "is_cpu") else namespace(x).empty_like(x)
 
 
 def _pooled(shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str, like: Array) -> Array | None:

@@ -19,9 +19,18 @@ def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def empty_of(x: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """`torch.empty` where `x` lives; sooner where that has the dtype."""
+    return x.new_empty(*shape) if x.dtype is dtype else x.new_empty(shape, dtype=dtype)
+
+
 def graph_is_needed(*tensors: torch.Tensor | None) -> bool:
     """True where autograd records, and one of the tensors asks for a gradient."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 class _NoDerivative(torch.autograd.Function):

@@ -13,26 +13,28 @@ from __future__ import annotations
 import torch
 
 from . import _arrays, _ops, _small
-from ._autograd import accumulate_dtype, as_dtype, graph_is_needed
+from ._autograd import accumulate_dtype, as_dtype, empty_of, graph_is_needed
 
 
 def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, residual=None, relu=False):
     """y = x̂ γ + β, or relu(… + residual); the arguments are checked."""
     args = (x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu)
-    if torch.compiler.is_exporting():
-        return _exported(*args)
     if _ops.traced(x):
-        return _traced(*args)
+        return _exported(*args) if torch.compiler.is_exporting() else _traced(*args)
     if _ops.transformed():
         return _formula(*args)
     if graph_is_needed(x, weight, bias, residual):
-        return _BatchNorm.apply(*args)
+        return _BatchNorm.apply(x, weight, bias, residual, (running_mean, running_var, training, momentum, eps, relu))
     return run(*args)[0]
 
 
 def by_address(x, weight, bias, running_mean, running_var, training, momentum, eps):
     """What `batch_norm` gives for an eager call that `_small` takes, and whose arguments are right; None for any other."""
-    if not _ops.eager() or not (type(training) is bool and type(momentum) is type(eps) is float):
+    if (
+        not getattr(x, "is_cpu", False)
+        or not _ops.eager()
+        or not (type(training) is bool and type(momentum) is type(eps) is float)
+    ):
         return None
     if not (eps > 0 or (eps == 0 and not training)) or _arrays.requested_backend() == "gpu":
         return None
@@ -57,28 +59,35 @@ def run(x, weight, bias, running_mean, running_var, training, momentum, eps, res
             return *_small.batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps), None
     see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
     y, y_folded = _arrays.output(x, 1, see)
-    stats = torch.empty((4 if training else 3, x.shape[1]), dtype=accumulate_dtype(x), device=x.device)
+    acc = accumulate_dtype(x)
+    if training:
+        stats = empty_of(x, acc, 4, x.shape[1])
+    else:
+        given = as_dtype(running_mean, acc)
+        stats = torch.stack((given, torch.zeros_like(given), (as_dtype(running_var, acc) + eps).rsqrt_()))
     if not x.numel():
         return y, stats.zero_(), None
-    folded, seen = _arrays.fold(see(x), 1), see(stats)
+    folded, seen = _arrays.folded(x, 1, which), see(stats)
     scale, shift = _arrays.vector_view(weight, which), _arrays.vector_view(bias, which)
     mask, fused = fused_operands(folded, residual, relu, x.device, see, kernels, new)
     if training:
         running = _dense(running_mean), _dense(running_var)
+        mean, rstd = parts(seen, which)
         kernels.forward(
-            folded, scale, shift, y_folded, seen[:2], seen[3], seen[2], see(running[0]), see(running[1]),
+            folded, scale, shift, y_folded, mean, seen[3], rstd, see(running[0]), see(running[1]),
             eps=eps, momentum=momentum, **fused,
         )  # fmt: skip
         for given, updated in zip((running_mean, running_var), running, strict=True):
             if updated is not given:
                 given.copy_(updated)
     else:
-        mean, rest, rstd = stats.unbind()
-        mean.copy_(running_mean)
-        rest.zero_()
-        rstd.copy_(running_var).add_(eps).rsqrt_()
-        kernels.normalize(folded, seen[:2], seen[2], scale, shift, y_folded, **fused)
+        kernels.normalize(folded, *parts(seen, which), scale, shift, y_folded, **fused)
     return y, stats, mask
+
+
+def parts(stats, which):
+    """mean (2, C) and rstd of stats as the kernels see them; those on a GPU know where mean ends, and need no view of it."""
+    return stats[:2] if which == "cpu" else stats, stats[2]
 
 
 def fused_operands(folded, residual, relu, device, see, kernels, new):
@@ -101,8 +110,8 @@ def run_backward(dy, x, weight, stats, mask, training, relu, residual):
             return *found, dy if residual else None
     see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
     dx, dx_folded = _arrays.output(x, 1, see)
-    C, acc = x.shape[1], stats.dtype
-    dgamma, dbeta = (torch.empty(C, dtype=acc, device=x.device) for _ in range(2))
+    C = x.shape[1]
+    dgamma, dbeta = stats.new_empty(C), stats.new_empty(C)
     if not x.numel():
         return dx, dgamma.zero_(), dbeta.zero_(), torch.empty_like(x) if residual else None
     dresidual, fused = dy if residual else None, {}
@@ -110,9 +119,9 @@ def run_backward(dy, x, weight, stats, mask, training, relu, residual):
         fused["mask"] = see(mask)
         if residual:
             dresidual, fused["dresidual"] = _arrays.output(x, 1, see)
-    seen = see(stats)
+    mean, rstd = parts(see(stats), which)
     (kernels.backward if training else kernels.inference_backward)(
-        _arrays.fold(see(dy), 1), _arrays.fold(see(x), 1), seen[:2], seen[2], _arrays.vector_view(weight, which), dx_folded,
+        _arrays.folded(dy, 1, which), _arrays.folded(x, 1, which), mean, rstd, _arrays.vector_view(weight, which), dx_folded,
         see(dgamma), see(dbeta), **fused,
     )  # fmt: skip
     return dx, dgamma, dbeta, dresidual
@@ -125,17 +134,18 @@ def _dense(v):
 
 # ---------------------------------------------------------------------------------------------- autograd
 class _BatchNorm(torch.autograd.Function):
-    """An eager call."""
+    """An eager call. What has no gradient stands in one argument: PyTorch looks at each of them, each time."""
 
     @staticmethod
-    def forward(ctx, *args):
-        y, stats, mask = run(*args)
-        _save(ctx, args, stats, mask)
+    def forward(ctx, x, weight, bias, residual, rest):
+        running_mean, running_var, training, momentum, eps, relu = rest
+        y, stats, mask = run(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu)
+        _save(ctx, x, weight, bias, training, eps, relu, stats, mask)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return _gradients(ctx, dy, run_backward)
+        return *_gradients(ctx, dy, ctx.needs_input_grad, run_backward), None
 
 
 class _ByAddress(torch.autograd.Function):
@@ -174,36 +184,38 @@ class _TracedBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         y, stats, mask = _ops.below_autograd(*_operator(*args))
-        _save(ctx, args, stats, mask)
+        x, weight, bias, _, _, training, _, eps, _, relu = args
+        _save(ctx, x, weight, bias, training, eps, relu, stats, mask)
         ctx.mark_non_differentiable(stats, mask)
         ctx.set_materialize_grads(False)
         return y, stats, mask
 
     @staticmethod
     def backward(ctx, dy, *_):
-        return (None,) * 10 if dy is None else _gradients(ctx, dy, _traced_backward)
+        if dy is None:
+            return (None,) * 10
+        needs = *ctx.needs_input_grad[:3], ctx.needs_input_grad[8]
+        dx, dgamma, dbeta, dresidual = _gradients(ctx, dy, needs, _traced_backward)
+        return dx, dgamma, dbeta, *(None,) * 5, dresidual, None
 
 
-def _save(ctx, args, stats, mask):
-    x, weight, bias, _, _, ctx.training, _, ctx.eps, residual, ctx.relu = args
+def _save(ctx, x, weight, bias, training, eps, relu, stats, mask):
     ctx.save_for_backward(x, weight, stats, mask)
+    ctx.training, ctx.eps, ctx.relu = training, eps, relu
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.residual_dtype = None if residual is None else residual.dtype
 
 
-def _gradients(ctx, dy, backward):
+def _gradients(ctx, dy, needs, backward):
+    """Of x, weight, bias and residual, where `needs` says so."""
     x, weight, stats, mask = ctx.saved_tensors
-    needs = ctx.needs_input_grad
     if torch.is_grad_enabled():  # somebody will differentiate again
         backward = _differentiable_backward(backward, ctx.eps)
-    dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, mask, ctx.training, ctx.relu, needs[8])
+    dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, mask, ctx.training, ctx.relu, needs[3])
     return (
         dx if needs[0] else None,
         as_dtype(dgamma, weight.dtype) if needs[1] else None,
         as_dtype(dbeta, ctx.bias_dtype) if needs[2] else None,
-        *(None,) * 5,
-        dresidual if needs[8] else None,
-        None,
+        dresidual if needs[3] else None,
     )
 
 
@@ -245,7 +257,7 @@ def _fake(x, rows, relu):
 
 def mask_size(x):
     """Bytes of the mask for x (N, C, …)."""
-    return _arrays.kernels("batch_norm", _arrays.backend(x)).mask_size(_arrays.fold(x, 1))
+    return _arrays.kernels("batch_norm", _arrays.backend(x)).mask_size(x)
 
 
 def _fake_backward(dy, x, weight, stats, mask, training, relu, residual):

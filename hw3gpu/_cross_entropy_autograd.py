@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from . import _arrays, _cross_entropy_formula, _expected_upstream, _small, _targets
-from ._autograd import accumulate_dtype
+from ._autograd import accumulate_dtype, empty_of
 from ._cross_entropy_formula import NUMBERS, class_axis, loss_shape
 
 
@@ -22,7 +22,8 @@ def with_graph(logits, target, weight, options, gradient, stats):
         return _CrossEntropyStep.apply(
             logits, target, weight, options, stats, _expected_upstream.of_caller() if remember else None
         )
-    return _CrossEntropy.apply(logits, target, weight, options, gradient == "forward" and logits.requires_grad, stats)
+    rest = weight, options, gradient == "forward" and logits.requires_grad, stats
+    return _CrossEntropy.apply(logits, target, rest)
 
 
 # ---------------------------------------------------------------------------------------------- autograd
@@ -34,11 +35,14 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, target, weight, options, at_once, stats):
+    def forward(ctx, logits, target, rest):
+        weight, options, at_once, stats = rest  # in one argument: PyTorch looks at each of them, each time
         found = run(logits, target, weight, options, NUMBERS if stats else 3, at_once)
         loss, numbers, denominator, dlogits = found
         ctx.save_for_backward(logits, target, weight, numbers, denominator, dlogits)
         ctx.options, ctx.handed_out = options, not at_once
+        if not stats:
+            return loss, None
         ctx.mark_non_differentiable(numbers)
         ctx.set_materialize_grads(False)
         return loss, numbers
@@ -48,17 +52,17 @@ class _CrossEntropy(torch.autograd.Function):
         logits, target, weight, numbers, denominator, dlogits = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if upstream is None:
-            return (None,) * 6
+            return (None,) * 3
         if torch.is_grad_enabled():  # somebody will differentiate again
-            return *_cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), *(None,) * 4
+            return *_cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), None
         given = (upstream, logits, target, weight, numbers, denominator, ctx.options)
         dtarget = target_gradient(*given) if needs[1] else None
         if not needs[0]:
-            return None, dtarget, *(None,) * 4
+            return None, dtarget, None
         # with a version count of its own, so that a write into it does not count as one into the saved tensor
         dlogits = None if ctx.handed_out else dlogits.data
         ctx.handed_out = True
-        return run_backward(*given, dlogits), dtarget, *(None,) * 4
+        return run_backward(*given, dlogits), dtarget, None
 
 
 class _CrossEntropyStep(torch.autograd.Function):
@@ -103,31 +107,34 @@ class _CrossEntropyStep(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def rows_of(logits, target):
-    """Logits as (N, V, S) and targets as (N, S) or (N, V, S), of tensors or of what the kernels see."""
-    z = _arrays.fold(logits, class_axis(logits))
-    soft = target.ndim == logits.ndim
-    return z, _arrays.fold(target, class_axis(logits)) if soft else target.reshape(z.shape[0], z.shape[2])
+def rows_of(logits, target, which):
+    """Logits as (N, V, S) and targets as (N, S) or (N, V, S), as the `which` kernels see them."""
+    axis = class_axis(logits)
+    z = _arrays.folded(logits, axis, which)
+    if target.ndim == logits.ndim:
+        return z, _arrays.folded(target, axis, which)
+    rows = z.shape[0], z.shape[2]
+    return z, _arrays.kernel_view(target.view(rows) if target.is_contiguous() else target.reshape(rows), which)
 
 
 def run(logits, target, weight, options, numbers=3, at_once=False):
     """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradient if `at_once`."""
     which = _arrays.backend(logits)
-    see, kernels, device = _arrays.viewer(which), _arrays.kernels("cross_entropy", which), logits.device
-    z, t = rows_of(see(logits), see(target))
+    see, kernels = _arrays.viewer(which), _arrays.kernels("cross_entropy", which)
+    z, t = rows_of(logits, target, which)
     N, _, S = z.shape
-    acc, seen_weight = accumulate_dtype(logits), see(weight)
-    loss = torch.empty((N, S), dtype=acc, device=device)
-    stats = torch.empty((numbers, N, S), dtype=acc, device=device)
+    seen_weight = see(weight)
+    loss = empty_of(logits, accumulate_dtype(logits), N, S)
+    stats = loss.new_empty(numbers, N, S)
     invalid = _targets.flag(logits, N * S)
     total, denominator, dlogits = None, None, None
     if options.reduction != "none":
-        total, denominator = (torch.empty(1, dtype=acc, device=device) for _ in range(2))
+        total, denominator = loss.new_empty(()), loss.new_empty(())
     if at_once:
         over = None
         if options.reduction == "mean":
-            kernels.count(t, seen_weight, see(denominator), ignore_index=options.ignore_index)
-            over = see(never_zero(denominator, options))
+            kernels.count(t, seen_weight, cell(denominator, which), ignore_index=options.ignore_index)
+            over = cell(never_zero(denominator, options), which)
         dlogits, dz = _arrays.output(logits, class_axis(logits), see)
         kernels.forward_backward(
             z, t, seen_weight, see(loss), dz, see(invalid), stats=see(stats), denominator=over, **options.of_rows
@@ -138,24 +145,31 @@ def run(logits, target, weight, options, numbers=3, at_once=False):
         _judge_targets(logits, target, invalid, options.ignore_index)
     if total is None:
         return loss.reshape(loss_shape(logits)), stats, None, dlogits
-    kernels.reduce(see(loss), t, seen_weight, see(total), see(denominator), ignore_index=options.ignore_index)
+    sums = cell(total, which), cell(denominator, which)
+    kernels.reduce(see(loss), t, seen_weight, *sums, ignore_index=options.ignore_index)
     if options.reduction == "sum":
-        return total[0], stats, None, dlogits
-    return (total / never_zero(denominator, options))[0], stats, denominator, dlogits
+        return total, stats, None, dlogits
+    return total / never_zero(denominator, options), stats, denominator, dlogits
+
+
+def cell(number, which):
+    """A tensor of one number as the `which` kernels see it: those on the CPU take (1,)."""
+    return number if which != "cpu" or number is None else number.numpy().reshape(1)
 
 
 def run_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits=None):
     """∂loss/∂logits; where `dlogits` holds it for an upstream gradient of 1, in place and for the rows that have another."""
     which = _arrays.backend(logits)
     see, kernels = _arrays.viewer(which), _arrays.kernels("cross_entropy", which)
-    z, t = rows_of(see(logits), see(target))
+    z, t = rows_of(logits, target, which)
     unless_one = dlogits is not None
     if unless_one:
-        dz = _arrays.fold(see(dlogits), class_axis(logits))
+        dz = _arrays.folded(dlogits, class_axis(logits), which)
     else:
         dlogits, dz = _arrays.output(logits, class_axis(logits), see)
     upstream = see(_upstream_of_rows(upstream, numbers, options))
-    kernels.backward(z, t, see(weight), see(numbers), upstream, see(denominator), dz, unless_one=unless_one, **options.of_rows)
+    over = cell(denominator, which)
+    kernels.backward(z, t, see(weight), see(numbers), upstream, over, dz, unless_one=unless_one, **options.of_rows)
     return dlogits
 
 
@@ -168,7 +182,7 @@ def _run_step(logits, target, weight, upstream, options, dlogits=None, stats=Fal
             refuse_class(target, row, logits.shape[class_axis(logits)], options.ignore_index)
         return loss, None, dlogits
     see = _arrays.viewer("cpu")
-    z, t = rows_of(see(logits), see(target))
+    z, t = rows_of(logits, target, "cpu")
     N, _, S = z.shape
     if dlogits is None:
         dlogits, dz = _arrays.output(logits, class_axis(logits), see)

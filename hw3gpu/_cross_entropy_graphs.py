@@ -29,7 +29,7 @@ def _run_backward(upstream, logits, target, weight, stats, denominator, *options
 
 def _present(denominator, stats):
     """An operator gives a tensor for every result."""
-    return stats.new_empty(0) if denominator is None else denominator
+    return stats.new_empty(0) if denominator is None else denominator.view(1)
 
 
 def _fake(logits, target, weight, numbers, *options):

@@ -48,7 +48,7 @@ def traced(x: torch.Tensor) -> bool:
         or type(x) not in _PLAIN
         or dispatch_modes() > 0
         or tracing_state() is not None
-        or (x.device.type == "meta" and _arrays.gpu_refusal("meta") is not None)
+        or (x.is_meta and _arrays.gpu_refusal("meta") is not None)
     )
 
 

@@ -25,18 +25,16 @@ def softmax(z, dim):
 def run(z, dim):
     """softmax(z) along `dim`."""
     which = _arrays.backend(z)
-    see = _arrays.viewer(which)
-    y, y_folded = _arrays.output(z, dim, see)
-    _arrays.kernels("softmax", which).forward(_arrays.fold(see(z), dim), y_folded)
+    y, y_folded = _arrays.output(z, dim, _arrays.viewer(which))
+    _arrays.kernels("softmax", which).forward(_arrays.folded(z, dim, which), y_folded)
     return y
 
 
 def run_backward(dy, y, dim):
     """∂ℓ/∂z from ∂ℓ/∂y and y."""
     which = _arrays.backend(y)
-    see = _arrays.viewer(which)
-    dz, dz_folded = _arrays.output(y, dim, see)
-    _arrays.kernels("softmax", which).backward(_arrays.fold(see(dy), dim), _arrays.fold(see(y), dim), dz_folded)
+    dz, dz_folded = _arrays.output(y, dim, _arrays.viewer(which))
+    _arrays.kernels("softmax", which).backward(_arrays.folded(dy, dim, which), _arrays.folded(y, dim, which), dz_folded)
     return dz
 
 

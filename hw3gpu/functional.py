@@ -35,6 +35,7 @@ _REDUCTIONS = ("none", "mean", "sum")
 _GRADIENTS = ("auto", "forward", "backward")
 _ALL_IGNORED = ("nan", "zero")
 _HALVES = (torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, torch.nn.Parameter)
 _FLOATING = {getattr(torch, name) for name in _check.FLOATING}
 
 
@@ -132,11 +133,20 @@ def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, 
         beyond = True
         if x.numel() or not alone:
             raise _check.ShapeError("running_mean and running_var: expected both in evaluation (training=False), got None")
-    vector = x.shape[1:2]
+    vector, dtype, device = x.shape[1:2], x.dtype, x.device
+    acc = accumulate_dtype(x)
     for name, v in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
-        if v is not None:
+        if v is not None and not (
+            type(v) in _PLAIN
+            and (v.dtype is acc or v.dtype is dtype)
+            and v.shape == vector
+            and v.device == device
+            and not (v.requires_grad and name.startswith("running"))
+            and v.layout is torch.strided
+            and not v.is_nested
+        ):
             beyond |= _of_channels(v, name, x, v.shape if x.dim() == 1 else vector, alone)
-    if training and alone and x.shape[0] * math.prod(x.shape[2:]) == 1:
+    if training and alone and x.shape[0] == 1 and math.prod(x.shape[2:]) == 1:
         raise ValueError(f"input: expected more than 1 value per channel when training, got shape {_check.shape_of(x)}")
     return beyond, momentum, eps
 
