@@ -83,7 +83,9 @@ def plan_batch_norm(
         flat, block_c, block_n, block_l = True, 1, next_power_of_2(N * row_lanes // 8), 8
     else:
         fits = False
-        block_c, block_n, block_l = _long_tile(N, C, lanes, itemsize, mode, channels_last, long)
+        block_c, block_n, block_l = _long_tile(N, C, lanes, channels_last, long)
+        if ends:  # at most eight of a thread, four of two operands
+            block_n = max(min(block_n, 8 // operands * 32 * num_warps // ends), 1)
     elements = block_c * block_n * block_l
     lane_blocks = 1 if flat else max(cdiv(lanes, block_l), 1)
     tiles = 1 if flat else max(cdiv(N, block_n), 1) * lane_blocks
@@ -94,7 +96,8 @@ def plan_batch_norm(
         many_ends = 2 * ends * block_n >= elements
         num_warps = _resident_warps(elements, many_ends, itemsize, mode, channels_last, operands, busy, of_each)
     else:
-        num_warps = max(min(elements // (32 * of_thread), num_warps), 1)
+        if not ends:
+            num_warps = max(min(elements // (32 * of_thread), num_warps), 1)
         splits = _splits(tiles, channel_blocks, device.multiprocessors * (device.registers // (registers * 32 * num_warps)))
     per_split = cdiv(tiles, splits)
     accesses = elements * itemsize // (16 * 32 * num_warps)
@@ -139,8 +142,8 @@ def _halvings(
 # or without, of one operand or two. Registers are what the compiler takes, so that the splits fill a device: found with a model
 # of an H100's time.
 LONG = {
-    (True, 1): {2: (16, 4, 64, 2), 4: (16, 4, 64, 2), 8: (8, 8, 64, 1)},
-    (True, 2): {2: (16, 8, 64, 2), 4: (16, 4, 64, 2), 8: (8, 8, 64, 1)},
+    (True, 1): {2: (16, 4, 64, 2), 4: (16, 4, 64, 2), 8: (4, 8, 64, 1)},
+    (True, 2): {2: (16, 8, 64, 2), 4: (16, 4, 64, 2), 8: (4, 8, 64, 1)},
     (False, 1): {2: (16, 8, 40, 1), 4: (16, 4, 40, 1), 8: (8, 8, 64, 1)},
     (False, 2): {2: (16, 8, 40, 1), 4: (16, 8, 48, 1), 8: (8, 8, 64, 1)},
 }
@@ -153,9 +156,7 @@ LONG_CHANNELS_LAST = {
 }
 
 
-def _long_tile(
-    N: int, C: int, lanes: int, itemsize: int, mode: int, channels_last: bool, elements: int
-) -> tuple[int, int, int]:
+def _long_tile(N: int, C: int, lanes: int, channels_last: bool, elements: int) -> tuple[int, int, int]:
     """(channels, samples, positions) of the tiles of long channels."""
     if channels_last:
         block_c = min(next_power_of_2(C), 64)
@@ -163,10 +164,7 @@ def _long_tile(
     # few lanes that hold nothing, and long runs
     block_l = min((2**i for i in range(6, 13) if 2**i <= elements), key=lambda b: (cdiv(lanes, b) * (512 + b), -b))
     block_l = min(block_l, next_power_of_2(lanes))
-    block_n = max(min(elements // block_l, next_power_of_2(N)), 1)
-    if mode == SHIFTED:
-        block_n = max(min(block_n, 2048 * itemsize // 32), 1)
-    return 1, block_n, block_l
+    return 1, max(min(elements // block_l, next_power_of_2(N)), 1), block_l
 
 
 def _splits(tiles: int, channel_blocks: int, slots: int) -> int:
