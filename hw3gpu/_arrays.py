@@ -173,8 +173,15 @@ def requested_backend() -> str:
     forced = _forced.get()
     if forced is not None:
         return forced
-    name = os.environ.get("HW3GPU_BACKEND")
+    if _ASKED not in _ENVIRONMENT:
+        return "auto"
+    name = os.environ["HW3GPU_BACKEND"]
     return _known_backend(name, "HW3GPU_BACKEND") if name else "auto"
+
+
+# What `os.environ` keeps its names in, and how: to ask itself for one that is not there costs it two exceptions.
+_ENVIRONMENT = getattr(os.environ, "_data", os.environ)
+_ASKED = os.environ.encodekey("HW3GPU_BACKEND") if hasattr(os.environ, "_data") else "HW3GPU_BACKEND"
 
 
 def check_threads() -> None:
