@@ -17,8 +17,7 @@ from ._rows import excess_with, finite_base, merge_lanes, no_lanes
 @triton.jit
 def hard_target(target_ptr, at, weight_ptr, live, V, ignore_index, ACC: tl.constexpr):
     """(t, known, bad, w_t) of each row, all one-dimensional; t and w_t are 0 where the target is not a class."""
-    # volatile: a loop over rows would else load it for several of them ahead, in registers
-    t = tl.load(target_ptr + at, mask=live, other=0, volatile=True).to(tl.int64)
+    t = tl.load(target_ptr + at, mask=live, other=0).to(tl.int64)
     ignored = t == ignore_index
     bad = live & (ignored == 0) & ((t < 0) | (t >= V))
     known = live & (ignored == 0) & (bad == 0)
@@ -69,7 +68,7 @@ def logits(
 @triton.jit
 def logits_at(z_ptr, at, inside, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
     """The logits at these addresses, -inf where `inside` is not."""
-    z = tl.load(z_ptr + at, mask=inside, other=float("-inf"), volatile=True).to(ACC)
+    z = tl.load(z_ptr + at, mask=inside, other=float("-inf")).to(ACC)
     if CAPPED:
         z = tl.where(inside, soft_cap(z, cap, ACC), float("-inf"))
     return z

@@ -82,7 +82,8 @@ def plan_rows(
     if lanes <= resident:
         keep = next_power_of_2(lanes)
         plain = mode != STRIDED and itemsize < 8 and not neighbours and beside == tensors - 1
-        crowded = ahead < 2 and mode == SHIFTED and keep > 16384  # by the rows' ends
+        # by the rows' ends; and the code for a B200 spills 40 bytes
+        crowded = ahead < 2 and keep > 16384 and (mode == SHIFTED or device.in_flight >= 64 << 10)
         in_turn = _in_turn(keep, itemsize, tensors, ahead, device) if keep > 4096 and plain and ahead and not crowded else None
         if in_turn:
             return in_turn
