@@ -332,12 +332,12 @@ def _host_view(x: Array) -> Array:
 def _torch_view(x: Array) -> Array:
     if x is None:
         return None
-    import torch
-
-    if isinstance(x, torch.Tensor):  # flags first: one operation of PyTorch's takes longer than all that is asked here
-        if x.requires_grad and torch.is_grad_enabled():
+    if hasattr(x, "is_neg"):  # flags first: one operation of PyTorch's takes longer than all that is asked here
+        if x.requires_grad and sys.modules["torch"].is_grad_enabled():
             x = x.detach()
         return x.resolve_neg() if x.is_neg() else x
+    import torch
+
     if isinstance(x, np.ndarray):
         # torch has neither read-only memory nor strides that are negative or no number of elements
         plain = x.flags.writeable and all(stride >= 0 and stride % x.itemsize == 0 for stride in x.strides)
