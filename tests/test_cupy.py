@@ -289,7 +289,7 @@ def test_triton_launches_on_the_device_of_the_tensors(monkeypatch, device, enter
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", current)
-    z = SimpleNamespace(device=torch.device(device))
+    z = SimpleNamespace(device=torch.device(device), is_cuda=device != "cpu")
     _arrays._on_its_device(softmax)(z, None, option=3)
     assert on == entered
     assert calls == [(z, None, 3), *(["left"] if entered else [])]
