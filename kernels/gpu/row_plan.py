@@ -88,9 +88,7 @@ def plan_rows(
         if in_turn:
             return in_turn
         most = 8 if mode == STRIDED and not neighbours else 16
-        # said, lest the compiler spill for a rounder number: strides of long rows, rarer options beside the ends of short ones
-        rare = mode == SHIFTED and not (ahead or beside) and block_r > 1
-        registers = 168 if mode == STRIDED and keep > 4096 else 80 if rare else None
+        registers = 168 if mode == STRIDED and keep > 4096 else None  # else the compiler spills for a rounder number
         return RowPlan(block_r, keep, keep, True, min(warps_for(spread * block_r * keep), most), registers=registers)
     # the loop over the rest keeps strides, or the ends of float64, beside the lanes: more registers a thread
     if neighbours:
