@@ -29,7 +29,7 @@ def problem(kind, dtype=torch.float32, shape=(16, 21)):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The launches of the step, each by its upstream gradient; those of the two separate passes fail. Nothing is expected yet."""
+    """The launches of the step, each by its upstream gradient, and nothing expected; the two separate passes fail."""
     _expected_upstream._of.cache_clear()
     made, step = [], kernels("cross_entropy_step", "cpu")
 
