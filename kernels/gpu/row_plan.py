@@ -106,13 +106,14 @@ def plan_rows(
         return RowPlan(block_r, keep, 8192, False, 16, min(1 + ahead, 5), registers=64 if beside else None)
     else:
         keep, block_v, num_warps = resident, 4096 if mode == STRIDED else 32768 // itemsize, 16
-    return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps)
+    registers = 168 if beside > 1 and num_warps == 8 and not neighbours else None
+    return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps, registers=registers)
 
 
 def _passing(itemsize: int, mode: int, beside: int) -> RowPlan:
     """Long rows of which nothing is kept: many small programs, none of whose threads waits for another before the row's end."""
     block_v = (1024 if beside else 2048) // (2 if itemsize == 8 else 1)
-    return RowPlan(1, 0, block_v, False, 4, 1 if mode == STRIDED else 3)
+    return RowPlan(1, 0, block_v, False, 4, 1 if mode == STRIDED else 3, registers=128 if beside > 1 else None)
 
 
 def _in_turn(keep: int, itemsize: int, tensors: int, ahead: int, device: Device) -> RowPlan | None:
