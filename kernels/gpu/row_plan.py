@@ -105,7 +105,7 @@ def plan_rows(
         ahead = min(64 << 10, device.shared_memory // 2) // (8192 * itemsize * tensors)
         return RowPlan(block_r, keep, 8192, False, 16, min(1 + ahead, 5), registers=64 if beside else None)
     else:
-        keep, block_v, num_warps = resident, 4096 if mode == STRIDED else 32768 // itemsize, 16
+        keep, block_v, num_warps = resident, 4096 if mode == STRIDED else 8192, 16
     registers = 248 if beside > 1 and num_warps == 8 and not neighbours else None
     return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps, registers=registers)
 
