@@ -1,8 +1,8 @@
 """Evidence step 3: every plan compiled ahead of time, for parts that need not be there, and what the machine code says.
 
 `make evidence` compiles all of `evidence_cases` whose sources or compiler have changed since, writes evidence.json and the
-table of kernels/README.md. `make test` holds both files to the sources and compiles a few of the heaviest cases again,
-`make test-all` all of these.
+table of kernels/README.md. It may be interrupted and goes on with the cases that wait. `make test` holds both files to the
+sources and compiles a few of the heaviest cases again, `make test-all` all of these.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def source_hash(room: str) -> str:
 
 
 def stale(room: str, labels: list[str], evidence: dict[str, Any]) -> bool:
-    """True if the evidence is not of these sources and these cases, whatever compiler it is of."""
+    """True if the evidence is not of these sources and these cases, whatever compiler it is of; some may be `waiting`."""
     of = evidence.get(room, {})
-    return of.get("sources") != source_hash(room) or list(of["kernels"]) != labels
+    return of.get("sources") != source_hash(room) or {*of["kernels"], *of["waiting"]} != {*labels}
 
 
 def labels_of_rooms() -> dict[str, list[str]]:
@@ -118,6 +118,13 @@ def _examine(label: str) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
             found.setdefault(str(arch), {})[launch.name], wrong = findings(launch, arch, case.dtype)
             complaints += [f"{case.label}, {launch.name}, {arch}: {complaint}" for complaint in wrong]
     return case.label, found, complaints
+
+
+def add(of: dict[str, Any], label: str, found: dict[str, dict[str, Any]], complaints: list[str]) -> None:
+    """Puts what `_examine` gave of a case into the evidence of a room."""
+    of["kernels"][label] = found
+    of["waiting"] = [other for other in of["waiting"] if other != label]
+    of["complaints"] += complaints
 
 
 # ---------------------------------------------------------------------------------------------- the table of kernels/README.md
@@ -185,16 +192,13 @@ def run(args: argparse.Namespace) -> int:
     rooms = labels_of_rooms()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for room, labels in rooms.items():
-            if not stale(room, labels, evidence) and evidence[room]["triton"] == triton.__version__:
-                continue
-            examined = list(track(pool.map(_examine, labels), description=room, total=len(labels), console=console))
-            evidence[room] = {
-                "sources": source_hash(room),
-                "triton": triton.__version__,
-                "complaints": [complaint for _, _, complaints in examined for complaint in complaints],
-                "kernels": {label: found for label, found, _ in examined},
-            }
-            file.write_text(as_text({name: evidence[name] for name in rooms if name in evidence}))
+            if stale(room, labels, evidence) or evidence[room]["triton"] != triton.__version__:
+                head = {"sources": source_hash(room), "triton": triton.__version__}
+                evidence[room] = {**head, "complaints": [], "waiting": labels, "kernels": {}}
+            waiting = list(evidence[room]["waiting"])
+            for examined in track(pool.map(_examine, waiting), description=room, total=len(waiting), console=console):
+                add(evidence[room], *examined)
+                file.write_text(as_text({name: evidence[name] for name in rooms if name in evidence}))
     if not args.json:
         README.write_text(readme_with(README.read_text(), kernels_of(evidence)))
     wrong = [complaint for room in rooms for complaint in evidence[room]["complaints"]]

@@ -47,7 +47,9 @@ def _as_one_run(x):
     N, C, S = x.shape
     if N == 1:
         return x
-    return x.permute(2, 1, 0) if S == 1 else x.permute(1, 0, 2).reshape(1, C, N * S)
+    if S == 1:  # the stride of the one sample is a whole sample's: of 1, addresses would not be seen to lie on 16 bytes
+        return x.as_strided((1, C, N), (N * x.stride(0), x.stride(1), x.stride(0)))
+    return x.permute(1, 0, 2).reshape(1, C, N * S)
 
 
 def _flatten(x, *others, mask=None):

@@ -63,7 +63,11 @@ def plan_batch_norm(
     resident = most // 2 if crowded else most
     passes = LONG_CHANNELS_LAST if channels_last else LONG
     of_thread, num_warps, registers, stages = passes[sums, operands][itemsize]
+    if channels_last and C * itemsize % 16:
+        of_thread = min(of_thread, 16)  # an address for each
     long = of_thread * 32 * num_warps
+    # where addresses of 64 bits would spill beside two operands and many ends: those of 32 bits of rows end to end
+    short_of_registers = mode == SHIFTED and itemsize == operands == 2 and may_be_flat
     flat, fits = False, True
     if whole and channels_last and next_power_of_2(S) * min(next_power_of_2(C), 32 // itemsize) <= most:
         block_c, block_n, block_l = min(next_power_of_2(C), 64), 1, next_power_of_2(S)
@@ -71,7 +75,7 @@ def plan_batch_norm(
             block_c //= 2
     elif (
         not channels_last and most_rows >= N
-        and next_power_of_2(N) * next_power_of_2(lanes) <= (resident if whole else long)
+        and next_power_of_2(N) * next_power_of_2(lanes) <= (resident // (2 if short_of_registers else 1) if whole else long)
     ):  # fmt: skip
         block_n, block_l = next_power_of_2(N), next_power_of_2(lanes)
         several = max(min(2048 // (block_n * block_l), C // device.multiprocessors, next_power_of_2(C)), 1)
@@ -90,7 +94,10 @@ def plan_batch_norm(
     lane_blocks = 1 if flat else max(cdiv(lanes, block_l), 1)
     tiles = 1 if flat else max(cdiv(N, block_n), 1) * lane_blocks
     channel_blocks = max(cdiv(C, block_c), 1)
-    if fits:
+    if fits and not whole:
+        splits, stages = 1, 1
+        num_warps = warps_for(elements * (2 if busy else 1) * (2 if 2 * ends * block_n >= elements or itemsize == 8 else 1))
+    elif fits:
         splits, stages = 1, 1
         of_each = cdiv(channel_blocks, device.multiprocessors)  # programs a multiprocessor
         many_ends = 2 * ends * block_n >= elements
@@ -152,7 +159,7 @@ LONG_CHANNELS_LAST = {
     (True, 1): {2: (32, 8, 128, 1), 4: (16, 4, 64, 1), 8: (4, 8, 64, 1)},
     (True, 2): {2: (32, 4, 128, 1), 4: (16, 8, 64, 2), 8: (4, 8, 64, 1)},
     (False, 1): {2: (16, 8, 80, 1), 4: (16, 8, 80, 1), 8: (8, 8, 64, 1)},
-    (False, 2): {2: (8, 8, 40, 1), 4: (16, 8, 64, 1), 8: (8, 8, 64, 1)},
+    (False, 2): {2: (8, 8, 40, 1), 4: (8, 8, 64, 1), 8: (8, 8, 64, 1)},
 }
 
 
