@@ -192,6 +192,8 @@ class MachineCode:
 
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+_AHEAD = re.compile(r"\bLDGSTS(\.\S+)")
+DISASSEMBLY = ("nvdisasm", ("-ndf",))  # without an analysis of data flow
 _GLOBAL = re.compile(r"\b(?:LDG|STG)(\.\S+)")
 _DOUBLE = re.compile(r"\b(?:D(?:ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w*64\w*|[FI]2[FI]\.\S*F64\S*)\b")
 
@@ -201,10 +203,7 @@ def machine_code(cubin: bytes) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([_tool(name), *flags, file.name], capture_output=True, text=True, check=True).stdout
-            for name, flags in (("cuobjdump", ("-res-usage",)), ("nvdisasm", ("-ndf",)))  # without an analysis of data flow
-        )
+        usage, sass = (_tool_says(name, *flags, file.name) for name, flags in (("cuobjdump", ("-res-usage",)), DISASSEMBLY))
     found = _USAGE.search(usage)
     assert found, "cuobjdump printed no resource usage"
     widths = ["128" in access for access in _GLOBAL.findall(sass)]
@@ -212,7 +211,16 @@ def machine_code(cubin: bytes) -> MachineCode:
     return MachineCode(registers, stack, local, sum(widths), len(widths) - sum(widths), len(_DOUBLE.findall(sass)))
 
 
-def _tool(name: str) -> str:
+def copies_ahead(cubin: bytes) -> list[str]:
+    """The kinds of the copies into shared memory that nobody waits for, such as `.E.BYPASS.128`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _AHEAD.findall(_tool_says(DISASSEMBLY[0], *DISASSEMBLY[1], file.name))
+
+
+def _tool_says(name: str, *arguments: str) -> str:
     import triton
 
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
