@@ -193,17 +193,13 @@ class MachineCode:
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 _AHEAD = re.compile(r"\bLDGSTS(\.\S+)")
-DISASSEMBLY = ("nvdisasm", ("-ndf",))  # without an analysis of data flow
 _GLOBAL = re.compile(r"\b(?:LDG|STG)(\.\S+)")
 _DOUBLE = re.compile(r"\b(?:D(?:ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w*64\w*|[FI]2[FI]\.\S*F64\S*)\b")
 
 
 def machine_code(cubin: bytes) -> MachineCode:
     """Resources and instructions of a compiled CUDA kernel, as cuobjdump and nvdisasm of the Triton wheel read them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, sass = (_tool_says(name, *flags, file.name) for name, flags in (("cuobjdump", ("-res-usage",)), DISASSEMBLY))
+    usage, sass = _tool_says("cuobjdump", "-res-usage", cubin), _disassembly(cubin)
     found = _USAGE.search(usage)
     assert found, "cuobjdump printed no resource usage"
     widths = ["128" in access for access in _GLOBAL.findall(sass)]
@@ -213,14 +209,19 @@ def machine_code(cubin: bytes) -> MachineCode:
 
 def copies_ahead(cubin: bytes) -> list[str]:
     """The kinds of the copies into shared memory that nobody waits for, such as `.E.BYPASS.128`."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return _AHEAD.findall(_tool_says(DISASSEMBLY[0], *DISASSEMBLY[1], file.name))
+    return _AHEAD.findall(_disassembly(cubin))
 
 
-def _tool_says(name: str, *arguments: str) -> str:
+def _disassembly(cubin: bytes) -> str:
+    return _tool_says("nvdisasm", "-ndf", cubin)  # without an analysis of data flow
+
+
+def _tool_says(name: str, option: str, cubin: bytes) -> str:
+    """What a tool of the Triton wheel prints of a compiled kernel."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout

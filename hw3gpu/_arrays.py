@@ -168,6 +168,11 @@ def _known_backend(name: str, source: str) -> str:
     return name
 
 
+# What `os.environ` keeps its names in, and how: to ask itself for one that is not there costs it two exceptions.
+_ENVIRONMENT = getattr(os.environ, "_data", os.environ)
+_ASKED = os.environ.encodekey("HW3GPU_BACKEND") if hasattr(os.environ, "_data") else "HW3GPU_BACKEND"
+
+
 def requested_backend() -> str:
     """What `use_backend` or HW3GPU_BACKEND asks for; 'auto' when neither does."""
     forced = _forced.get()
@@ -177,11 +182,6 @@ def requested_backend() -> str:
         return "auto"
     name = os.environ["HW3GPU_BACKEND"]
     return _known_backend(name, "HW3GPU_BACKEND") if name else "auto"
-
-
-# What `os.environ` keeps its names in, and how: to ask itself for one that is not there costs it two exceptions.
-_ENVIRONMENT = getattr(os.environ, "_data", os.environ)
-_ASKED = os.environ.encodekey("HW3GPU_BACKEND") if hasattr(os.environ, "_data") else "HW3GPU_BACKEND"
 
 
 def check_threads() -> None:

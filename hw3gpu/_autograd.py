@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # the types of tensors that nothing of PyTorch's or of others' makes special
+
 
 def accumulate_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which the kernels accumulate for `x`: float32, or float64 for float64."""

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from . import _arrays
+from ._autograd import PLAIN
 from ._torch_internals import BelowAutograd, dispatch_modes, in_a_dual_level, in_a_functorch_transform, tracing_state
 
 __all__ = ["below_autograd", "define", "eager", "fake_output", "traced", "transformed"]
 
 _LIBRARY = torch.library.Library("hw3gpu", "DEF")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any] | None = None) -> Any:
@@ -43,24 +43,16 @@ def below_autograd(op: Any, *args: Any) -> Any:
 
 def traced(x: torch.Tensor) -> bool:
     """True where a call for `x` is to be an operator: under a compiler, tracer or dispatch mode, for fake and meta tensors."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in _PLAIN
-        or dispatch_modes() > 0
-        or tracing_state() is not None
-        or (x.is_meta and _arrays.gpu_refusal("meta") is not None)
-    )
+    return _somebody_traces() or type(x) not in PLAIN or (x.is_meta and _arrays.gpu_refusal("meta") is not None)
 
 
 def eager() -> bool:
     """True where nobody traces or transforms: what `traced` is for every plain tensor with memory, and `transformed`."""
-    return not (
-        torch.compiler.is_compiling()
-        or dispatch_modes() > 0
-        or tracing_state() is not None
-        or in_a_functorch_transform()
-        or in_a_dual_level()
-    )
+    return not (_somebody_traces() or transformed())
+
+
+def _somebody_traces() -> bool:
+    return torch.compiler.is_compiling() or dispatch_modes() > 0 or tracing_state() is not None
 
 
 def transformed() -> bool:

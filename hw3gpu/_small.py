@@ -12,20 +12,33 @@ import numpy as np
 import torch
 
 from . import _arrays, _pool
+from ._autograd import PLAIN
 
 # Bytes of a tensor up to which a kernel runs on the calling thread alone, counting what it reads and writes.
 MOST_BYTES = 1 << 16
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOAT = np.dtype(np.float32)
 
 
-def _plain(x: torch.Tensor) -> bool:
-    return x.dtype is torch.float32 and x.is_contiguous() and not x.is_neg()
+def _is_plain(v: torch.Tensor) -> bool:
+    """True for a tensor of float32 on the host whose memory holds its values; what is asked for first refuses no tensor."""
+    return (
+        type(v) in PLAIN
+        and v.dtype is torch.float32
+        and v.layout is torch.strided
+        and v.is_cpu
+        and not v.is_nested
+        and not v.is_neg()
+    )
+
+
+def _is_adjacent(v: torch.Tensor | None) -> bool:
+    """True for a plain tensor whose elements follow one another, and for None."""
+    return v is None or (_is_plain(v) and v.is_contiguous())
 
 
 def _fit(x: torch.Tensor, *beside: torch.Tensor | None) -> bool:
-    return 0 < x.nbytes <= MOST_BYTES and _plain(x) and all(v is None or _plain(v) for v in beside)
+    return 0 < x.nbytes <= MOST_BYTES and _is_adjacent(x) and all(map(_is_adjacent, beside))
 
 
 def _address(v: torch.Tensor | None) -> int:
@@ -82,18 +95,6 @@ def _way(shape: torch.Size, strides: tuple[int, ...]) -> _Way | None:
     )  # fmt: skip
 
 
-def _is_plain(v: torch.Tensor) -> bool:
-    """True for a tensor of float32 on the host whose memory holds its values; what is asked for first refuses no tensor."""
-    return (
-        type(v) in _PLAIN
-        and v.dtype is torch.float32
-        and v.layout is torch.strided
-        and v.is_cpu
-        and not v.is_nested
-        and not v.is_neg()
-    )
-
-
 def batch_norm_way(x, weight, bias, running_mean, running_var, training):
     """For `batch_norm_forward`, of a call that needs no further check of its tensors; None for other calls."""
     if not _is_plain(x):
@@ -105,7 +106,7 @@ def batch_norm_way(x, weight, bias, running_mean, running_var, training):
         return None
     C = way.sizes[1]
     for v in (weight, bias, running_mean, running_var):
-        if v is not None and not (_is_plain(v) and v.dim() == 1 and v.shape[0] == C and v.is_contiguous()):
+        if v is not None and not (_is_adjacent(v) and v.dim() == 1 and v.shape[0] == C):
             return None
     return way
 
@@ -137,7 +138,7 @@ def batch_norm_backward(dy, x, weight, stats, training):
     way = _way(x.shape, x.stride())
     if way is None or not way.trains or _way(dy.shape, dy.stride()) != way:
         return None
-    if not (_is_plain(stats) and stats.is_contiguous() and (weight is None or (_is_plain(weight) and weight.is_contiguous()))):
+    if not (_is_adjacent(stats) and _is_adjacent(weight)):
         return None
     C = way.sizes[1]
     dx, dgamma, dbeta = _output(x, way), stats.new_empty(C), stats.new_empty(C)

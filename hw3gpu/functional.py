@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _batch_norm_autograd, _check, _cross_entropy, _linear_cross_entropy_graphs, _softmax_autograd
-from ._autograd import accumulate_dtype, as_dtype
+from ._autograd import PLAIN, accumulate_dtype, as_dtype
 from ._cross_entropy_formula import CrossEntropyStatistics, Options, loss_shape
 from ._linear_cross_entropy import Problem
 from ._targets import check_targets
@@ -35,7 +35,6 @@ _REDUCTIONS = ("none", "mean", "sum")
 _GRADIENTS = ("auto", "forward", "backward")
 _ALL_IGNORED = ("nan", "zero")
 _HALVES = (torch.float16, torch.bfloat16)
-_PLAIN = (Tensor, torch.nn.Parameter)
 _FLOATING = {getattr(torch, name) for name in _check.FLOATING}
 
 
@@ -137,7 +136,7 @@ def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, 
     acc = accumulate_dtype(x)
     for name, v in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
         if v is not None and not (
-            type(v) in _PLAIN
+            type(v) in PLAIN
             and (v.dtype is acc or v.dtype is dtype)
             and v.shape == vector
             and v.device == device
