@@ -12,6 +12,7 @@ COMMANDS = {
     "cpu": "the CPU kernels beside PyTorch's and beside a plain copy",
     "traffic": "bytes that cross entropy moves, counted in Triton's interpreter, beside Liger's",
     "evidence": "every plan compiled for every architecture; writes evidence.json",
+    "overhead": "what a call on a GPU costs the host, by layer, under a driver that does nothing",
     "linear": "linear cross entropy on the CPU beside PyTorch's unfused and chunked paths",
     "processors": "every processor that this machine can play: bits, verify and the tests of the CPU kernels",
     "linalg": "minimize_trace beside the eigensolvers of NumPy, torch and SciPy",
@@ -30,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("--json", metavar="FILE", help="write the figures there too")
-        if name in ("cpu", "linear"):
+        if name in ("cpu", "linear", "overhead"):
             command.add_argument("--turns", type=_turns, default=15, help="how often each contestant is measured (%(default)s)")
         if name == "processors":
             from .processors import TESTS

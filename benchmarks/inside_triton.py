@@ -8,6 +8,8 @@ are specialised and compiled as on the GPU named, and recorded instead of run.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import re
 import subprocess
 import tempfile
@@ -78,12 +80,14 @@ class StandIn:
     """A driver without a device, for one architecture: 80, 90, 100, 120 (CUDA) or 'gfx942' (HIP).
 
     Inside `with StandIn(90) as device:` kernels launched on tensors of the `meta` device are specialised and compiled, and
-    recorded in `device.launches`. Nothing runs and no memory is touched.
+    recorded in `device.launches`. Nothing runs and no memory is touched. in_c: launches go to Triton's own launcher over a CUDA
+    driver that does nothing, and are not recorded.
     """
 
-    def __init__(self, arch: int | str):
+    def __init__(self, arch: int | str, in_c: bool = False):
         from triton.backends.compiler import GPUTarget
 
+        self.in_c = in_c
         hip = isinstance(arch, str)
         self.target = GPUTarget("hip" if hip else "cuda", arch, 64 if hip else 32)
         self.launches: list[Launch] = []
@@ -152,6 +156,8 @@ def _driver(device: StandIn) -> Any:
     class Driver(DriverBase):
         def __init__(self) -> None:
             self.utils, self.launcher_cls, self.stand_in = Utils(), Launcher, device
+            if device.in_c:
+                self.launcher_cls = _launcher_in_c(self.utils)
 
         @classmethod
         def is_active(cls) -> bool:
@@ -167,7 +173,8 @@ def _driver(device: StandIn) -> Any:
             return torch.device("meta")
 
         def get_current_device(self) -> int:
-            return device.target.arch if isinstance(device.target.arch, int) else 942  # one kernel cache an architecture
+            arch = device.target.arch if isinstance(device.target.arch, int) else 942  # one kernel cache an architecture
+            return arch + 1000 * device.in_c
 
         def get_current_stream(self, index: int = 0) -> int:
             return 0
@@ -176,6 +183,41 @@ def _driver(device: StandIn) -> Any:
             raise RuntimeError("there is no device to time on")
 
     return Driver()
+
+
+# ---------------------------------------------------------------------------------------------- a CUDA driver of no device
+_DRIVER = """
+#define NOTHING(name) int name(void) { return 0; }
+%s
+int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
+"""
+
+
+@functools.cache
+def _cuda_utils() -> Any:
+    """Triton's functions in C over a `libcuda.so.1` that is compiled here, and whose functions do nothing."""
+    import triton
+    from triton.backends.nvidia import driver
+
+    source = (Path(driver.__file__).parent / "driver.c").read_text()
+    names = set(re.findall(r"\bcu[A-Z]\w+(?=\()", source)) - {"cuCtxGetCurrent"} | {"cuLaunchKernelEx"}
+    folder = Path(tempfile.mkdtemp(prefix="libcuda-"))
+    (folder / "cuda.c").write_text(_DRIVER % "\n".join(f"NOTHING({name})" for name in sorted(names)))
+    made = folder / "libcuda.so.1"
+    options = ("-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1")
+    subprocess.run(["cc", *options, "-o", str(made), str(folder / "cuda.c")], check=True)
+    ctypes.CDLL(str(made), mode=ctypes.RTLD_GLOBAL)
+    triton.knobs.nvidia.libcuda_path = str(folder)
+    return driver.CudaUtils()
+
+
+def _launcher_in_c(utils: Any) -> Any:
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    for name in ("launch", "build_signature_metadata"):
+        setattr(utils, name, getattr(_cuda_utils(), name))
+    utils.load_binary = lambda name, binary, shared, index: (1, 1, 0, 0, 1024)
+    return CudaLauncher
 
 
 # ---------------------------------------------------------------------------------------------- compiled code

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 
 import pytest
 import torch
 
-from benchmarks import cpu
+from benchmarks import cpu, overhead
 from benchmarks.__main__ import main
 from benchmarks.cpu_cases import TINIES, Work
 
@@ -66,6 +67,17 @@ def test_the_layers_of_a_small_call_add_up(work):
     parts = ("an empty autograd function", "outputs and addresses", "kernels", "checks and choices")
     assert sum(layers[part] for part in parts) == pytest.approx(layers["all"])
     assert 0 < layers["kernels"] < layers["all"]
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler: Triton's launcher is compiled over a driver of no device")
+def test_the_layers_of_a_call_on_a_gpu_add_up():
+    with overhead.on_a_gpu():
+        found = overhead.measure(overhead.CASES["softmax"], turns=1)
+    for way in ("forward", "backward"):
+        parts = ("an empty autograd function", "launches", "checks and choices")
+        assert sum(found[f"{way}, {part}"] for part in parts) == pytest.approx(found[f"{way}, all"])
+        assert found[f"{way}, count"] == 1
+        assert 0 < found[f"{way}, bare launches"] < found[f"{way}, launches"]
 
 
 def test_too_few_turns_are_refused(capsys):

@@ -1,0 +1,200 @@
+"""`python -m benchmarks overhead`: what a call on a GPU costs the host, by layer, under a driver that does nothing.
+
+Host tensors stand for those on a GPU: `meta` tensors would not do, many of whose operations are Python. Triton's own launcher
+runs over a CUDA driver whose functions return at once; what a GPU's driver takes comes on top. Times are of this thread's
+processor time: the median of `--turns` turns, in which the layers take turns.
+
+    an empty autograd function   with the call's inputs, saved tensors and outputs: what eager autograd asks of any call
+    launches                     the call's kernels with these arguments, through `kernel[grid](...)`
+    bare launches                the same, through the compiled kernel's launcher, pointers given as numbers
+    checks and choices           what is left of the call without the empty function and its launches
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import hw3gpu.functional as HF
+from hw3gpu import _arrays
+
+from .inside_triton import StandIn
+
+CALLS = 100  # in each turn
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    return torch.zeros(shape, dtype=dtype).requires_grad_(grad)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, the tensors with gradients, and shapes: of its result, of what it allocates and saves, of what backward makes."""
+
+    call: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+    result: tuple[int, ...]
+    allocated: tuple[tuple[int, ...], ...] = ()
+
+
+def softmax(N: int, V: int) -> Case:
+    z = zeros(N, V, grad=True)
+    return Case(lambda: HF.softmax(z, 1), (z,), (N, V))
+
+
+def cross_entropy(N: int, V: int, **options: Any) -> Case:
+    z, target = zeros(N, V, grad=True), zeros(N, dtype=torch.int64)
+    kept = ((N, V),) if options else ()
+    return Case(lambda: HF.cross_entropy(z, target, **options), (z,), (), ((3, N), *kept))
+
+
+def batch_norm(*shape: int) -> Case:
+    x, weight, bias = zeros(*shape, grad=True), zeros(shape[1], grad=True), zeros(shape[1], grad=True)
+    running = zeros(shape[1]), zeros(shape[1])
+    return Case(lambda: HF.batch_norm(x, *running, weight, bias, training=True), (x, weight, bias), shape, ((4, shape[1]),))
+
+
+CASES = {
+    "softmax": softmax(64, 1000),
+    "cross entropy, mean": cross_entropy(64, 1000),
+    "cross entropy, mean, gradient='forward'": cross_entropy(64, 1000, gradient="forward"),
+    "batch norm, training, 14x14": batch_norm(32, 8, 14, 14),
+    "batch norm, training, 56x56": batch_norm(32, 2, 56, 56),
+}
+
+
+class _Empty(torch.autograd.Function):
+    """Allocates and saves what the call does, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, case: Case, *leaves: Tensor) -> Tensor:
+        made = [leaves[0].new_empty(shape) for shape in (case.result, *case.allocated)]
+        ctx.save_for_backward(*leaves, *made)
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        leaves = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
+        return None, *(leaf.new_empty(leaf.shape) for leaf in leaves)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One `kernel[grid](*args, **options)`, and the same through what that compiled, of which Triton asks for each argument."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __call__(self) -> Any:
+        return self.kernel[self.grid](*self.args, **self.options)
+
+    def bare(self) -> Callable[[], Any]:
+        compiled = self()
+        bound = self.kernel.signature.bind(*self.args, **{k: v for k, v in self.options.items() if k in self.kernel.arg_names})
+        args = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in bound.arguments.values()]
+        grid = (*self.grid, 1, 1)[:3]
+        return lambda: compiled.run(*grid, 0, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+
+def launches_of(call: Callable[[], Any]) -> tuple[Any, list[Launch]]:
+    """The result of `call`, and the launches that it makes through Triton."""
+    from triton.runtime.jit import JITFunction
+
+    found: list[Launch] = []
+    run = JITFunction.run
+
+    def noted(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        found.append(Launch(kernel, grid, args, dict(options)))
+        return run(kernel, *args, grid=grid, warmup=warmup, **options)
+
+    with mock.patch.object(JITFunction, "run", noted):
+        return call(), found
+
+
+def contestants(case: Case) -> dict[str, Callable[[], Any]]:
+    """What is timed, forward and backward."""
+    result, forward = launches_of(case.call)
+    empty, upstream = _Empty.apply(case, *case.leaves), torch.ones_like(result)
+
+    def gradients(of: Tensor) -> Any:
+        return torch.autograd.grad(of, case.leaves, upstream, retain_graph=True)
+
+    _, backward = launches_of(lambda: gradients(result))
+    found: dict[str, Callable[[], Any]] = {
+        "forward, all": case.call,
+        "forward, an empty autograd function": lambda: _Empty.apply(case, *case.leaves),
+        "backward, all": lambda: gradients(result),
+        "backward, an empty autograd function": lambda: gradients(empty),
+    }
+    for way, launches in (("forward", forward), ("backward", backward)):
+        found[f"{way}, launches"] = partial(_each, launches)
+        found[f"{way}, bare launches"] = partial(_each, [launch.bare() for launch in launches])
+        found[f"{way}, count"] = partial(len, launches)
+    return found
+
+
+def _each(calls: Sequence[Callable[[], Any]]) -> None:
+    for call in calls:
+        call()
+
+
+def _nothing(device_type: str) -> None:
+    """No reason against a launch, sooner than a mock says so."""
+
+
+@contextlib.contextmanager
+def on_a_gpu() -> Iterator[None]:
+    """Inside, calls of host tensors launch what they would for tensors on an H100."""
+    with StandIn(90, in_c=True), mock.patch.object(_arrays, "gpu_refusal", _nothing), _arrays.use_backend("gpu"):
+        yield
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.thread_time()
+    for _ in range(CALLS):
+        call()
+    return (time.thread_time() - start) / CALLS
+
+
+def measure(case: Case, turns: int) -> dict[str, float]:
+    """Microseconds of each layer, and how many launches there are."""
+    timed = contestants(case)
+    counts = {name: float(timed.pop(name)()) for name in list(timed) if name.endswith("count")}
+    rounds = [{name: _seconds(call) for name, call in timed.items()} for _ in range(turns + 1)]  # the first warms up
+    found = {name: 1e6 * statistics.median(r[name] for r in rounds[1:]) for name in timed}
+    for way in ("forward", "backward"):
+        parts = (f"{way}, an empty autograd function", f"{way}, launches")
+        found[f"{way}, checks and choices"] = found[f"{way}, all"] - sum(found[part] for part in parts)
+    return found | counts
+
+
+def run(args: argparse.Namespace) -> int:
+    table = Table("call", "", "all", "an empty autograd function", "launches", "bare launches", "checks and choices")
+    results = {}
+    with on_a_gpu():
+        for name, case in CASES.items():
+            results[name] = found = measure(case, args.turns)
+            for way in ("forward", "backward"):
+                figures = [f"{found[f'{way}, {column.header}']:.1f}" for column in table.columns[2:]]
+                figures[2] += f" ({found[f'{way}, count']:.0f})"
+                table.add_row(name, way, *figures)
+    Console(width=140).print("microseconds of the host a call", table)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 0
