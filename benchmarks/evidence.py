@@ -11,10 +11,11 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import os
 import re
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ import triton
 from hw3gpu.kernels.gpu import batch_norm
 
 from .evidence_cases import Case, cases
-from .inside_triton import Launch, MachineCode, StandIn, machine_code
+from .inside_triton import Launch, MachineCode, StandIn, machine_code, part
+from .occupancy import programs, waves
+from .sass import barriers_a_tile, instructions_an_access
 
+SCHEMA = 2  # of what is recorded of a launch: evidence of another one is stale
 ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, 120, "gfx942")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
 REGISTER_FILE = 65536
@@ -47,13 +51,18 @@ def _code(binary: bytes) -> MachineCode:
     return machine_code(binary)
 
 
-def findings(launch: Launch, arch: int | str, dtype: torch.dtype) -> tuple[dict[str, Any], list[str]]:
-    """What the machine code of a launch says, and what is wrong with it."""
+def findings(
+    launch: Launch, arch: int | str, dtype: torch.dtype, moved: tuple[int, int] = (0, 0)
+) -> tuple[dict[str, Any], list[str]]:
+    """What the machine code of a launch that reads and writes `moved` bytes says, and what is wrong with it."""
     wrong = []
     if launch.shared > SHARED_LIMIT[arch]:
         wrong.append(f"{launch.shared} bytes of shared memory, {SHARED_LIMIT[arch]} there are")
+    grid = math.prod(launch.grid)
+    found: dict[str, Any] = {"grid": grid, "warps": launch.num_warps, "shared": launch.shared}
+    found |= {name: size for name, size in zip(("read", "written"), moved, strict=True) if size}
     if isinstance(arch, str):
-        return {"warps": launch.num_warps, "shared": launch.shared}, wrong
+        return found, wrong
     code = _code(launch.binary)
     if code.stack or code.local:
         wrong.append(f"spills: {code.stack} bytes of stack, {code.local} of local memory")
@@ -61,7 +70,39 @@ def findings(launch: Launch, arch: int | str, dtype: torch.dtype) -> tuple[dict[
         wrong.append(f"{code.registers} registers x {launch.num_warps} warps")
     if code.doubles and dtype != torch.float64:
         wrong.append(f"{code.doubles} float64 instructions in a kernel for {dtype}")
-    return {"warps": launch.num_warps, "shared": launch.shared, **asdict(code)}, wrong
+    for name in ("registers", "stack", "local", "wide", "narrow", "doubles"):
+        found[name] = getattr(code, name)
+    return found | _under_way(launch, arch, code, grid, moved[0]), wrong
+
+
+def _under_way(launch: Launch, arch: int, code: MachineCode, grid: int, read: int) -> dict[str, Any]:
+    """How a launch fills its device: programs and bytes under way a multiprocessor, waves, and what a tile costs."""
+    device = part(arch)
+    at_once = max(programs(device, arch, code.registers, launch.num_warps, launch.shared), 1)
+    here = min(at_once, -(-grid // device.multiprocessors))
+    of_program = max((stretch.in_flight for stretch in code.parts), default=0) * launch.num_warps
+    count, last = waves(device, grid, at_once)
+    return {
+        "programs": at_once,
+        "in_flight": here * min(of_program, -(-read // grid) if read else of_program),
+        "waves": round(count, 2),
+        "tail": round(last, 2),
+        "barriers": barriers_a_tile(code.parts),
+        "per_access": instructions_an_access(code.parts),
+        "parts": [stretch.as_dict() for stretch in code.parts],
+    }
+
+
+def examined(case: Case, arch: int | str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """(findings by kernel, complaints) of a case; a kernel that it launches again is `_name 2`."""
+    found: dict[str, dict[str, Any]] = {}
+    complaints, times = [], Counter[str]()
+    for launch in compiled(case, arch):
+        times[launch.name] += 1
+        name = launch.name if times[launch.name] == 1 else f"{launch.name} {times[launch.name]}"
+        found[name], wrong = findings(launch, arch, case.dtype, case.moves.get(launch.name, (0, 0)))
+        complaints += [f"{case.label}, {name}, {arch}: {complaint}" for complaint in wrong]
+    return found, complaints
 
 
 def source_hash(room: str) -> str:
@@ -83,7 +124,7 @@ def source_hash(room: str) -> str:
 def stale(room: str, labels: list[str], evidence: dict[str, Any]) -> bool:
     """True if the evidence is not of these sources and these cases, whatever compiler it is of; some may be `waiting`."""
     of = evidence.get(room, {})
-    return of.get("sources") != source_hash(room) or {*of["kernels"], *of["waiting"]} != {*labels}
+    return of.get("schema") != SCHEMA or of.get("sources") != source_hash(room) or {*of["kernels"], *of["waiting"]} != {*labels}
 
 
 def labels_of_rooms() -> dict[str, list[str]]:
@@ -111,12 +152,11 @@ def as_text(evidence: dict[str, Any]) -> str:
 def _examine(label: str) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
     """(label, findings by architecture and kernel, complaints) of one case."""
     case = next(case for case in cases() if case.label == label)
-    found: dict[str, dict[str, Any]] = {}
+    found = {}
     complaints = []
     for arch in ARCHITECTURES:
-        for launch in compiled(case, arch):
-            found.setdefault(str(arch), {})[launch.name], wrong = findings(launch, arch, case.dtype)
-            complaints += [f"{case.label}, {launch.name}, {arch}: {complaint}" for complaint in wrong]
+        found[str(arch)], wrong = examined(case, arch)
+        complaints += wrong
     return case.label, found, complaints
 
 
@@ -193,7 +233,7 @@ def run(args: argparse.Namespace) -> int:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for room, labels in rooms.items():
             if stale(room, labels, evidence) or evidence[room]["triton"] != triton.__version__:
-                head = {"sources": source_hash(room), "triton": triton.__version__}
+                head = {"schema": SCHEMA, "sources": source_hash(room), "triton": triton.__version__}
                 evidence[room] = {**head, "complaints": [], "waiting": labels, "kernels": {}}
             waiting = list(evidence[room]["waiting"])
             for examined in track(pool.map(_examine, waiting), description=room, total=len(waiting), console=console):

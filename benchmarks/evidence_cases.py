@@ -6,6 +6,7 @@ options: the tests compile these, `make evidence` all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,27 +15,10 @@ import torch
 
 from hw3gpu.kernels.gpu import batch_norm, cross_entropy, moments, softmax
 
-ROOMS = ("softmax", "cross_entropy", "batch_norm", "moments")
+from . import call_cases
+from .evidence_case import Case, batch_norm_moves, bytes_of, cross_entropy_moves, softmax_moves
+
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-
-
-@dataclass(frozen=True)
-class Case:
-    """One launch of the library: `run()` makes it."""
-
-    name: str
-    dtype: torch.dtype
-    heavy: bool  # its plan's heaviest set of options: compiled by the tests, for every architecture
-    run: Callable[[], None]
-
-    @property
-    def room(self) -> str:
-        """The file of kernels/gpu whose launchers it calls."""
-        return next(room for room in ROOMS if self.name.startswith(room.replace("_", " ")))
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -245,7 +229,9 @@ def cases() -> Iterator[Case]:
             if shape[1] not in FEW_ROWS if few else shape[1] in LEFT_OUT[dtype]:
                 continue
             at = "x".join(map(str, shape))
-            yield Case(f"softmax {at}", dtype, ("softmax", shape[1], dtype) in HEAVY_ROWS, _softmax_case(shape, dtype))
+            size = bytes_of(shape, dtype)
+            heavy = ("softmax", shape[1], dtype) in HEAVY_ROWS
+            yield Case(f"softmax {at}", dtype, heavy, _softmax_case(shape, dtype), softmax_moves(size))
             for name, loss in LOSSES.items():
                 if few and name not in FEW_LOSSES:
                     continue
@@ -254,7 +240,8 @@ def cases() -> Iterator[Case]:
                         continue
                     heavy = (name, shape[1], dtype) in heaviest
                     label = f"cross entropy {how}, {name} {at}"
-                    yield Case(label, dtype, heavy, _cross_entropy_case(shape, dtype, loss, at_once))
+                    run = _cross_entropy_case(shape, dtype, loss, at_once)
+                    yield Case(label, dtype, heavy, run, cross_entropy_moves(size, loss.soft, at_once))
         for soft in (False, True):
             name = f"cross entropy, {'soft' if soft else 'hard'}, reduction"
             yield Case(name, dtype, dtype == F32 and not soft, _reduce_case(100_000, dtype, soft))
@@ -266,13 +253,18 @@ def cases() -> Iterator[Case]:
                     how = ("training" if training else "evaluation") + (", fused" if fused else "")
                     run = _batch_norm_case(shape, dtype, channels_last, fused, training)
                     if (training and not few) or ((training or not few) and (shape, channels_last) in FEW_CHANNELS):
-                        yield Case(f"batch norm {how} {at}", dtype, heavy and training, run)
+                        moves = batch_norm_moves(bytes_of(shape, dtype), math.prod(shape), fused, training)
+                        yield Case(f"batch norm {how} {at}", dtype, heavy and training, run, moves)
     for name, V, dtype in STRIDED:
         shape, at, heavy = (512, V, 1), f"512x{V}x1", V == 50257 and name == "hard, more"
+        size = bytes_of(shape, dtype, strided=True)
         if name == "softmax":
-            yield Case(f"softmax, strided {at}", dtype, heavy, _softmax_case(shape, dtype, strided=True))
+            yield Case(f"softmax, strided {at}", dtype, heavy, _softmax_case(shape, dtype, strided=True), softmax_moves(size))
         else:
             run = _cross_entropy_case(shape, dtype, LOSSES[name], at_once=True, strided=True)
-            yield Case(f"cross entropy at once, {name}, strided {at}", dtype, heavy, run)
+            moves = cross_entropy_moves(size, LOSSES[name].soft, at_once=True)
+            yield Case(f"cross entropy at once, {name}, strided {at}", dtype, heavy, run, moves)
     for shape in POINTS:
-        yield Case(f"moments {'x'.join(map(str, shape))}", F64, False, _moments_case(shape))
+        moves = {"_add_runs_kernel": (bytes_of(shape, F64), 0)}
+        yield Case(f"moments {'x'.join(map(str, shape))}", F64, False, _moments_case(shape), moves)
+    yield from call_cases.cases()

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from . import sass
+
 # ---------------------------------------------------------------------------------------------- the interpreter
 Observer = Callable[[str, str, np.ndarray, int], None]
 
@@ -99,7 +101,7 @@ class StandIn:
 
         self._previous = triton.runtime.driver._active, device.ABSENT
         triton.runtime.driver.set_active(_driver(self))
-        device.ABSENT = _parts()[self.target.arch]
+        device.ABSENT = part(self.target.arch)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -110,12 +112,12 @@ class StandIn:
         triton.runtime.driver._active, device.ABSENT = self._previous
 
 
-def _parts() -> dict[int | str, Any]:
-    """What plans see of a part of each architecture."""
+def part(arch: int | str) -> Any:
+    """The `Device` that stands for an architecture."""
     from hw3gpu.kernels.gpu.device import A100, B200, H100, RTX_5090, Device
 
     mi300x = Device("MI300X", 304, 131072, 2048, 64 << 10, 256 << 20, 5.3e12, 24 << 10)
-    return {80: A100, 90: H100, 100: B200, 120: RTX_5090, "gfx942": mi300x}
+    return {80: A100, 90: H100, 100: B200, 120: RTX_5090, "gfx942": mi300x}[arch]
 
 
 def _driver(device: StandIn) -> Any:
@@ -231,34 +233,34 @@ class MachineCode:
     wide: int  # global accesses of 128 bits
     narrow: int  # and of fewer
     doubles: int  # instructions on float64
+    parts: list[sass.Part]  # straight code and loops
 
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
-_AHEAD = re.compile(r"\bLDGSTS(\.\S+)")
-_GLOBAL = re.compile(r"\b(?:LDG|STG)(\.\S+)")
-_DOUBLE = re.compile(r"\b(?:D(?:ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w*64\w*|[FI]2[FI]\.\S*F64\S*)\b")
+_DOUBLE = re.compile(r"(?:D(?:ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w*64\w*|[FI]2[FI]\.\S*F64\S*)\b")
 
 
 def machine_code(cubin: bytes) -> MachineCode:
     """Resources and instructions of a compiled CUDA kernel, as cuobjdump and nvdisasm of the Triton wheel read them."""
-    usage, sass = _tool_says("cuobjdump", "-res-usage", cubin), _disassembly(cubin)
+    usage, code = _tool_says("cuobjdump", cubin, "-res-usage"), _disassembly(cubin)
     found = _USAGE.search(usage)
     assert found, "cuobjdump printed no resource usage"
-    widths = ["128" in access for access in _GLOBAL.findall(sass)]
+    wide = [x.width >= 16 for x in code if x.name in ("LDG", "STG")]
+    doubles = sum(bool(_DOUBLE.match(x.opcode)) for x in code)
     registers, stack, local = map(int, found.groups())
-    return MachineCode(registers, stack, local, sum(widths), len(widths) - sum(widths), len(_DOUBLE.findall(sass)))
+    return MachineCode(registers, stack, local, sum(wide), len(wide) - sum(wide), doubles, sass.parts(code))
 
 
 def copies_ahead(cubin: bytes) -> list[str]:
-    """The kinds of the copies into shared memory that nobody waits for, such as `.E.BYPASS.128`."""
-    return _AHEAD.findall(_disassembly(cubin))
+    """The kinds of the copies into shared memory that nobody waits for, such as `LDGSTS.E.BYPASS.128`."""
+    return [x.opcode for x in _disassembly(cubin) if x.name == "LDGSTS"]
 
 
-def _disassembly(cubin: bytes) -> str:
-    return _tool_says("nvdisasm", "-ndf", cubin)  # without an analysis of data flow
+def _disassembly(cubin: bytes) -> list[sass.Instruction]:
+    return sass.disassembled(_tool_says("nvdisasm", cubin, "-ndf", "-hex", "-c"))  # without an analysis of data flow
 
 
-def _tool_says(name: str, option: str, cubin: bytes) -> str:
+def _tool_says(name: str, cubin: bytes, *options: str) -> str:
     """What a tool of the Triton wheel prints of a compiled kernel."""
     import triton
 
@@ -266,4 +268,4 @@ def _tool_says(name: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([str(tool), *options, file.name], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,57 @@
+"""What evidence is of: a launch or a call, and the bytes of whole tensors that its kernels move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+ROOMS = ("softmax", "cross_entropy", "batch_norm", "moments")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch of the library: `run()` makes it."""
+
+    name: str
+    dtype: torch.dtype
+    heavy: bool  # its plan's heaviest set of options: compiled by the tests, for every architecture
+    run: Callable[[], None]
+    # kernel -> bytes of whole tensors that it reads and writes (kernels/README.md), each once; of no other kernel is that much
+    moves: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def room(self) -> str:
+        """The file of kernels/gpu whose launchers it calls."""
+        return next(room for room in ROOMS if self.name.startswith(room.replace("_", " ")))
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
+
+
+def bytes_of(shape: tuple[int, int, int], dtype: torch.dtype, strided: bool = False) -> int:
+    """Of a tensor; with a stride between its numbers all that lies between them moves too."""
+    return math.prod(shape) * dtype.itemsize * (2 if strided else 1)
+
+
+def softmax_moves(size: int) -> dict[str, tuple[int, int]]:
+    return {"_forward_kernel": (size, size), "_backward_kernel": (2 * size, size)}
+
+
+def cross_entropy_moves(size: int, soft: bool, at_once: bool) -> dict[str, tuple[int, int]]:
+    read = size * (1 + soft)
+    return {"_forward_kernel": (read, size * at_once), "_backward_kernel": (0 if at_once else read, 0 if at_once else size)}
+
+
+def batch_norm_moves(size: int, values: int, fused: bool, training: bool) -> dict[str, tuple[int, int]]:
+    """A channel in one tile takes the kernels of the first line, else those of the others."""
+    bits = values // 8 * fused
+    return {
+        "_forward_kernel": (size * (1 + fused), size + bits), "_backward_kernel": (2 * size + bits, size * (1 + fused)),
+        "_statistics_kernel": (size, 0), "_normalize_kernel": (size * (1 + fused), size + bits),
+        "_backward_reduce_kernel": (2 * size + bits, 0),
+        "_backward_apply_kernel": (size * (1 + training) + bits, size * (1 + fused)),
+    }  # fmt: skip
