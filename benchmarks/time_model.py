@@ -181,6 +181,9 @@ def predicted(label: str, device: Device = H100) -> dict[str, float]:
 
 
 def least_seconds(once: int, again: int, device: Device) -> float:
-    """What no kernel beats: the bytes at SATURATED of the bandwidth, of those read `again` what L2 cannot keep, and a launch."""
+    """What no kernel beats: a launch, and the bytes at SATURATED of the bandwidth.
+
+    once: bytes, each once; again: those of them that are needed a second time, where L2 cannot keep them.
+    """
     more = again * max(0.0, 1 - CACHE_KEPT * device.l2 / again) if again else 0.0
     return (once + more) / (SATURATED * device.bandwidth) + LAUNCH
