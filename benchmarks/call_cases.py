@@ -14,6 +14,7 @@ import hw3gpu.functional as HF
 from .evidence_case import Case, batch_norm_moves, cross_entropy_moves, softmax_moves
 
 F32, BF16 = torch.float32, torch.bfloat16
+REGISTER_FILE = 256 << 10  # bytes, of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,14 @@ class Call:
 
     @property
     def least(self) -> dict[str, tuple[int, int]]:
-        """Pass -> (bytes that any kernel moves, bytes of them that it has to read once more where no cache holds them)."""
+        """Pass -> (bytes that any kernel moves, bytes of them that it reads once more where no cache holds them).
+
+        A channel of batch normalisation that the registers of a multiprocessor hold is read once.
+        """
         size, bits = self.nbytes, self.nbytes // self.dtype.itemsize // 8 * self.fused
         if self.operation == "batch norm":
-            more = size * self.fused + bits
-            return {"forward": (2 * size + more, size), "backward": (3 * size + more, 2 * size)}
+            more, fits = size * self.fused + bits, size // self.shape[1] <= REGISTER_FILE
+            return {"forward": (2 * size + more, 0 if fits else size), "backward": (3 * size + more, 0 if fits else 2 * size)}
         if self.operation == "softmax":
             return {"forward": (2 * size, 0), "backward": (3 * size, 0)}
         early = self.option == 'gradient="forward"'

@@ -67,10 +67,11 @@ class Part:
     loaded: int = 0  # bytes
     stored: int = 0
     in_flight: int = 0  # the most bytes asked for and not waited for
+    ahead: int = 0  # and those at its end, which a later trip waits for
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: what is 0 is left out."""
-        values = {key: getattr(self, key) for key in ("loop", "cycles", "barriers", "loaded", "stored", "in_flight")}
+        values = {key: getattr(self, key) for key in ("loop", "cycles", "barriers", "loaded", "stored", "in_flight", "ahead")}
         return {key: value for key, value in values.items() if value} | dict(sorted(self.instructions.items()))
 
 
@@ -179,7 +180,8 @@ class _State:
         self.ready[x.sets] = self.clock + (0 if x.loads else LATENCY.get(x.name, OTHERWISE))
         self.ready[x.frees] = max(self.ready[x.frees], self.clock + OTHERWISE)
         self.clock += x.stall
-        part.in_flight = max(part.in_flight, sum(self.pending[:6]) + sum(self.groups) + self.group)
+        part.ahead = sum(self.pending[:6]) + sum(self.groups) + self.group
+        part.in_flight = max(part.in_flight, part.ahead)
 
 
 def _walked(state: _State, code: Sequence[Instruction], loop: bool) -> Part:

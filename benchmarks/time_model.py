@@ -18,7 +18,8 @@ from .evidence import FILE, kernels_of
 Kernel = Mapping[str, Any]  # what evidence.json says of a launch
 
 LAUNCH = 3e-6  # seconds that each launch takes beside its work
-SATURATED = 0.9  # of the bandwidth, with the bytes under way that `Device` asks for
+REACHED = 0.92  # of the bandwidth on the data sheet, at most
+SATURATED = 0.95  # of that, with the bytes under way that `Device` asks for
 CACHE_KEPT = 0.6  # of L2, of what was touched last
 CACHE_RATE = 2.0  # of the bandwidth of memory
 PORT = 64  # bytes a cycle, that one multiprocessor gets from L2 at most
@@ -59,9 +60,7 @@ def kernel_seconds(kernel: Kernel, device: Device, earlier: int = 0) -> float:
     """Of one launch's work. earlier: bytes that the launch before it read, of the same tensors, 0 if there was none."""
     clock = CLOCKS[device.name]
     program = _Program(kernel, device, clock, earlier)
-    at_once = max(
-        occupancy.programs(device, clock.arch, kernel["registers"], kernel["warps"], kernel["shared"]), 1
-    )  # fmt: skip
+    at_once = max(occupancy.programs(device, clock.arch, kernel["registers"], kernel["warps"], kernel["shared"]), 1)
     full, rest = divmod(-(-kernel["grid"] // device.multiprocessors), at_once)
     cycles = (full * program.cycles(at_once) if full else 0.0) + (program.cycles(rest) if rest else 0.0)
     return cycles / clock.frequency
@@ -71,60 +70,57 @@ class _Program:
     """A program of a launch, among others on its multiprocessor; times in cycles, bytes of a program."""
 
     def __init__(self, kernel: Kernel, device: Device, clock: Clock, earlier: int):
-        grid, warps = kernel["grid"], kernel["warps"]
-        read, written = kernel.get("read", 0), kernel.get("written", 0)
+        grid, self.warps, self.clock = kernel["grid"], kernel["warps"], clock
+        read, written = kernel.get("read", 0) / grid, kernel.get("written", 0) / grid
+        self.parts, again = _with_trips(kernel["parts"], read / self.warps)
+        again *= self.warps
         kept = CACHE_KEPT * device.l2
-        hit = min(kept / read, 1.0) if earlier and read else 0.0
-        parts, again = _with_trips(kernel["parts"], read / grid / warps)
-        self.again = again * warps  # bytes that the program reads a second time
-        at_once = self.again and read / grid * device.multiprocessors
-        again_hit = min(kept / at_once, 1.0) if at_once else 0.0
-        from_memory = read / grid * (1 - hit) + self.again * (1 - again_hit) + written / grid
-        from_cache = read / grid * hit + self.again * again_hit
-        self.rate = min(device.bandwidth / min(grid, device.multiprocessors) / clock.frequency, PORT)
-        self.memory = (from_memory + from_cache / CACHE_RATE) / self.rate
-        self.issue = sum(trips * _issue(part, clock) for part, trips in parts) * warps / 4
-        self.parts, self.clock = parts, clock
-        # the latency under load: so that `in_flight` bytes under way give SATURATED of the bandwidth
-        saturated = device.in_flight / (SATURATED * device.bandwidth / device.multiprocessors) * clock.frequency
-        self.queue = max(saturated - clock.memory, 0) * (1 - SATURATED) / SATURATED
-        self.in_memory = from_memory / (from_memory + from_cache) if from_memory else 0.0
-        self.warps = warps
+        cached = read * min(kept / (read * grid), 1.0) if earlier and read else 0.0  # what the launch before left in L2
+        cached += again * min(kept / (read * device.multiprocessors), 1.0) if again else 0.0
+        share = REACHED * device.bandwidth / clock.frequency  # bytes a cycle, of all
+        rate = min(share / min(grid, device.multiprocessors), PORT)
+        loaded = (read + again - cached) / rate
+        self.memory = loaded + written / rate  # what memory is busy with
+        # what the program itself waits for: a store is done when L2 has it, and what is asked for ahead comes meanwhile
+        waited = 1 - _share_ahead(self.parts)
+        self.transfer = waited * (loaded + cached / rate / CACHE_RATE) + written / rate / CACHE_RATE
+        self.issue = sum(trips * _issue(part, clock) for part, trips in self.parts) * self.warps / 4
+        self.from_cache = cached / (read + again) if read else 0.0
+        # the latency under load: `in_flight` bytes under way give SATURATED of the bandwidth
+        saturated = device.in_flight / (SATURATED * share / device.multiprocessors)
+        self.queue = max(saturated - clock.memory, 0.0) * (1 - SATURATED) / SATURATED
 
     def alone(self, latency: float) -> float:
         """With nobody else on the multiprocessor, where memory answers after `latency` and takes no time to send."""
         total = float(START)
         for part, trips in self.parts:
             busy = max(part["cycles"], _issue(part, self.clock) * self.warps / 4)
-            loads = part.get("loaded", 0)
-            if not loads:
-                total += trips * busy
-            elif part.get("loop") and part["in_flight"] >= loads:  # loads of other trips are under way too
-                total += trips * max(busy, (busy + latency) * loads / part["in_flight"])
+            loads, ahead = part.get("loaded", 0), part.get("ahead", 0)
+            if part.get("loop") and loads and ahead >= loads:
+                total += trips * max(busy, latency * loads / ahead)
             else:
-                total += trips * (busy + latency * loads / max(part["in_flight"], 1))
+                total += trips * (busy + (latency * loads / part["in_flight"] if loads else 0.0))
         return total
 
     def cycles(self, count: int) -> float:
-        """Until `count` of them, begun together, are done: the larger of what taking turns and what waiting leave."""
-        return max(self._in_turn(count), self._by_littles_law(count))
+        """Until `count` of them, begun together, are done: the largest of what bytes, taking turns and latency ask for."""
+        return max(count * self.memory, self._in_turn(count), self._by_littles_law(count))
 
     def _in_turn(self, count: int) -> float:
         """Programs take turns at memory and at the schedulers: mean value analysis of a closed network of queues."""
         think = max(self.alone(self._latency(0.0)) - self.issue, 0.0)
-        waiting = {"memory": 0.0, "issue": 0.0}
-        demand = {"memory": self.memory, "issue": self.issue}
-        total = 0.0
+        demand = (self.transfer, self.issue)
+        waiting, total = [0.0, 0.0], 0.0
         for n in range(1, count + 1):
-            stay = {name: demand[name] * (1 + waiting[name]) for name in demand}
-            total = think + sum(stay.values())
-            waiting = {name: n * stay[name] / total for name in demand}
+            stay = [d * (1 + w) for d, w in zip(demand, waiting, strict=True)]
+            total = think + sum(stay)
+            waiting = [n * s / total for s in stay]
         return total
 
     def _by_littles_law(self, count: int) -> float:
         """Bytes under way are bytes a second times latency, and latency grows with the share of the bandwidth in use."""
         need = count * self.memory
-        low, high = need, max(need, self.alone(self._latency(0.0))) * 1000
+        low, high = need, need + self.alone(self._latency(0.999))
         for _ in range(60):
             middle = (low + high) / 2
             if middle < self.alone(self._latency(min(need / middle, 0.999))):
@@ -135,8 +131,17 @@ class _Program:
 
     def _latency(self, used: float) -> float:
         """Cycles until a load is answered while the share `used` of the bandwidth is in use."""
-        idle = self.clock.memory * self.in_memory + self.clock.cache * (1 - self.in_memory)
+        idle = self.clock.memory + (self.clock.cache - self.clock.memory) * self.from_cache
         return idle + self.queue * used / (1 - used)
+
+
+def _share_ahead(parts: list[tuple[Mapping[str, Any], float]]) -> float:
+    """Of the bytes that a program loads, those that a loop asks for a trip or more before it needs them."""
+    loaded = sum(part.get("loaded", 0) * trips for part, trips in parts)
+    ahead = sum(
+        part["loaded"] * trips for part, trips in parts if part.get("loop") and part.get("ahead", 0) >= part.get("loaded", 1)
+    )
+    return ahead / loaded if loaded else 0.0
 
 
 def _issue(part: Mapping[str, Any], clock: Clock) -> float:
@@ -148,17 +153,15 @@ def _issue(part: Mapping[str, Any], clock: Clock) -> float:
 def _with_trips(parts: list[Mapping[str, Any]], need: float) -> tuple[list[tuple[Mapping[str, Any], float]], float]:
     """(parts with how often they are gone through, bytes read a second time) of a warp that has to read `need` bytes.
 
-    A loop after the first that loads reads again; a loop that loads nothing and one of a launch without whole tensors: once.
+    What straight code asks for ahead is of the loop behind it; a loop after the first that loads reads again. A loop that loads
+    nothing, and those of a launch that reads no whole tensor, are gone through once.
     """
-    once = sum(part.get("loaded", 0) for part in parts if not part.get("loop"))
+    once = sum(part.get("loaded", 0) - part.get("ahead", 0) for part in parts if not part.get("loop"))
     of_trip = next((part["loaded"] for part in parts if part.get("loop") and part.get("loaded")), 0)
     trips = max((need - once) / of_trip, 0.0) if of_trip and need else 1.0
-    out, loops = [], 0
-    for part in parts:
-        loop = bool(part.get("loop"))
-        loops += loop and bool(part.get("loaded"))
-        out.append((part, trips if loop else 1.0))
-    return out, (loops - 1) * trips * of_trip if loops > 1 and need else 0.0
+    loops = sum(1 for part in parts if part.get("loop") and part.get("loaded"))
+    again = (loops - 1) * trips * of_trip if loops > 1 and need else 0.0
+    return [(part, trips if part.get("loop") and part.get("loaded") else 1.0) for part in parts], again
 
 
 # ---------------------------------------------------------------------------------------------- of evidence.json
@@ -181,9 +184,9 @@ def predicted(label: str, device: Device = H100) -> dict[str, float]:
 
 
 def least_seconds(once: int, again: int, device: Device) -> float:
-    """What no kernel beats: a launch, and the bytes at SATURATED of the bandwidth.
+    """What no kernel beats: a launch, and the bytes at REACHED of the bandwidth.
 
     once: bytes, each once; again: those of them that are needed a second time, where L2 cannot keep them.
     """
     more = again * max(0.0, 1 - CACHE_KEPT * device.l2 / again) if again else 0.0
-    return (once + more) / (SATURATED * device.bandwidth) + LAUNCH
+    return (once + more) / (REACHED * device.bandwidth) + LAUNCH
