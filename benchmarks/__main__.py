@@ -13,6 +13,7 @@ COMMANDS = {
     "traffic": "bytes that cross entropy moves, counted in Triton's interpreter, beside Liger's",
     "evidence": "every plan compiled for every architecture; writes evidence.json",
     "overhead": "what a call on a GPU costs the host, by layer, under a driver that does nothing",
+    "gpu": "all that is worth measuring on a GPU, in minutes; --pretend: the same without one",
     "linear": "linear cross entropy on the CPU beside PyTorch's unfused and chunked paths",
     "processors": "every processor that this machine can play: bits, verify and the tests of the CPU kernels",
     "linalg": "minimize_trace beside the eigensolvers of NumPy, torch and SciPy",
@@ -25,6 +26,28 @@ def _turns(text: str) -> int:
     return int(text)
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 24 * 60:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return minutes
+
+
+def _gpu(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--minutes", type=_minutes, default=8.0, help="when to stop (%(default)g)")
+    command.add_argument("--tune", action="store_true", help="try other plans too, and write the best down")
+    command.add_argument("--pretend", action="store_true", help="on a driver that does nothing: no time is one of a GPU")
+    command.add_argument("--only", nargs="+", metavar="TEXT", help="the rows whose name has one of these in it")
+    command.add_argument("--into", metavar="FOLDER", help="where the results go (benchmarks/results/<device and time>)")
+    # of the process that measures: see supervisor.py
+    command.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    command.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    command.add_argument("--after", default="", help=argparse.SUPPRESS)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
@@ -33,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--json", metavar="FILE", help="write the figures there too")
         if name in ("cpu", "linear", "overhead"):
             command.add_argument("--turns", type=_turns, default=15, help="how often each contestant is measured (%(default)s)")
+        if name == "gpu":
+            _gpu(command)
         if name == "processors":
             from .processors import TESTS
 

@@ -127,10 +127,11 @@ def _checks(backend: str, kernels: str, places: list[Place], rows: Collection[st
                 # in the interpreter, which is slow, NumPy arrays, which reach the kernels as tensors, show that they do so
                 only = ("float32",) if kernels == INTERPRETED and place.kind == "numpy" else place.dtypes
                 for dtype in (dtype for dtype in operation.dtypes if dtype in only):
-                    yield from _check(operation, kernels, place, dtype)
+                    yield from check(operation, kernels, place, dtype)
 
 
-def _check(operation: Operation, kernels: str, place: Place, dtype: str) -> Iterator[Check]:
+def check(operation: Operation, kernels: str, place: Place, dtype: str) -> Iterator[Check]:
+    """Each output of one operation on one kind of array, as it is computed; one check that failed where it raises."""
     case = (operation.row, operation.name, kernels, place.kind, dtype)
     try:
         for output in operation.run(place, dtype):

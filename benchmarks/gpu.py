@@ -1,0 +1,346 @@
+"""`python -m benchmarks gpu [--minutes 8] [--tune] [--pretend]`: everything worth measuring on a GPU, the most valuable first.
+
+In this order, until the time is over: the environment, the speed of a copy, the correctness of every operation (at most a
+minute), then each row of `gpu_rows`: held to the answer sheet, timed with a cold cache, as it is called and in a CUDA graph,
+in turn with eager PyTorch, torch.compile, Liger, cuDNN and CuPy. `--tune` then tries other plans (`gpu_tune`). What fails is a
+note in its row. A process of its own measures: one that crashes, or hangs, loses the row it was at, and another goes on
+(`supervisor`). README.md tells what each column means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hw3gpu.kernels.gpu.device import A100, B200, H100, H200, RTX_5090, Device, read
+
+from . import gpu_checks, plots, time_model
+from .cuda_clock import Clock, Passes, Step, Times, told
+from .gpu_rows import ROWS, SEED, Row, contestants, inputs, solvers
+from .harness import Deadline, Results, Spread, environment
+from .progress import Progress
+
+COLUMNS = (
+    "row", "operation", "shape", "dtype", "pass", "contestant", "graph_us", "graph_low_us", "graph_high_us", "called_us",
+    "called_low_us", "called_high_us", "host_us", "speedup", "speedup_low", "speedup_high", "bytes", "GB_s", "share_of_copy",
+    "peak_MB", "predicted_us", "measured_over_predicted", "first_call_s", "right", "note",
+)  # fmt: skip
+COPIES = tuple(2**n for n in range(20, 31, 2))  # bytes
+ROW_SECONDS, COPY_SECONDS = 3.0, 3.0  # for the turns of a row, and of the copies
+PASSES = ("forward", "backward")
+KNOWN = (A100, B200, H100, H200, RTX_5090)  # to the time model
+
+
+class DeviceLostError(RuntimeError):
+    """The device does not answer any more: this process can measure nothing."""
+
+
+@dataclass
+class Gpu:
+    """What is measured on: the device, or what stands for it."""
+
+    cuda: Any
+    name: str  # of torch's devices: 'cuda' or 'meta'
+    device: Device
+    clock: Clock
+    compiled: Callable[[Callable[..., Any]], Callable[..., Any]]
+    pretended: bool
+    copy_rate: float | None = None  # bytes a second
+
+    def seconds(self, of: float) -> float:
+        """For turns; times of nothing need few."""
+        return of / 50 if self.pretended else of
+
+
+@contextlib.contextmanager
+def opened(pretend: bool) -> Iterator[Gpu]:
+    """The GPU at hand, or a pretended one."""
+    if not pretend:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        device = read(properties)
+        # a compiled backward that is called again for the same result, as `Clock` does, may not give its buffers away
+        with contextlib.suppress(ImportError, AttributeError):
+            torch._functorch.config.donated_buffer = False
+        compiled = lambda function: torch.compile(function, dynamic=False)  # noqa: E731
+        yield Gpu(torch.cuda, "cuda", device, Clock(torch.cuda, "cuda", device.l2), compiled, False)
+        return
+    from . import pretended
+    from .inside_triton import StandIn
+
+    with StandIn(90):
+        device = read(pretended.Cuda.get_device_properties())
+        yield Gpu(pretended.Cuda, "meta", device, Clock(pretended.Cuda, "meta", device.l2), pretended.compiled, True)
+
+
+# ---------------------------------------------------------------------------------------------- a row
+@dataclass
+class Contestant:
+    """What is found of one of them, besides the times."""
+
+    step: Step
+    first_call_s: float
+    results: tuple[Any, Any] | None  # of forward and backward, until they are checked
+    peak: int = 0
+    host: tuple[float, float] = (0.0, 0.0)
+
+
+def measure_row(gpu: Gpu, row: Row, deadline: Deadline) -> list[dict[str, Any]]:
+    """The measurements of one row: two passes of each contestant."""
+    if row.operation == "minimize_trace":
+        return measure_solvers(gpu, row)
+    given, notes = inputs(row, gpu.name), {}
+    found: dict[str, Contestant] = {}
+    for name, make in contestants(row, given, gpu.compiled).items():
+        try:
+            found[name] = prepared(gpu, make)
+        except Exception as error:
+            notes[name] = why(error)
+            gpu.clock.clear()
+    right = {name: "" for name in found}
+    if "hw3gpu" in found and "eager" in found and not gpu.pretended:
+        wrong = gpu_checks.row_check(row, given, found["hw3gpu"].results, found["eager"].results)
+        right["hw3gpu"] = "no" if wrong else "yes"
+        if wrong:  # what is wrong is not timed
+            notes["hw3gpu"] = f"wrong: {wrong}"
+            del found["hw3gpu"]
+    for contestant in found.values():
+        contestant.results = None
+    seconds = gpu.seconds(max(min(ROW_SECONDS, deadline.left / 4), 0.5)) / 4
+    called = timed(gpu, found, gpu.clock.called, notes, seconds)
+    graph = timed(gpu, found, gpu.clock.captured, notes, seconds)
+    return records(gpu, row, found, called, graph, notes, right)
+
+
+def prepared(gpu: Gpu, make: Callable[[], Step]) -> Contestant:
+    """A contestant that has run once, with what it needs of memory and of the host."""
+    start = time.perf_counter()
+    step = make()
+    result = step.forward()
+    results = result, step.backward(result)
+    gpu.cuda.synchronize()
+    one = Contestant(step, time.perf_counter() - start, results)
+    one.peak = gpu.clock.peak(step)
+    repeats = 1 if gpu.pretended else 5
+    one.host = gpu.clock.host(step.forward, repeats), gpu.clock.host(lambda: step.backward(result), repeats)
+    return one
+
+
+def why(error: BaseException) -> str:
+    """What an error says to the reader of a row."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(error, ImportError):
+        return f"not installed ({error})"
+    return told(error)
+
+
+def timed(
+    gpu: Gpu, found: dict[str, Contestant], how: Callable[[Step], Passes], notes: dict[str, str], seconds: float
+) -> tuple[Times, Times]:
+    """Times of all forward passes in turn, and of all backward passes."""
+    passes: dict[str, Passes] = {}
+    for name, contestant in found.items():
+        try:
+            passes[name] = how(contestant.step)
+        except Exception as error:
+            notes[name] = "; ".join(filter(None, (notes.get(name), why(error))))
+            gpu.clock.clear()
+    both = []
+    for which in PASSES:
+        times = gpu.clock.in_turn({name: getattr(of, which) for name, of in passes.items()}, seconds)
+        for name, failure in times.failed.items():
+            notes[name] = "; ".join(filter(None, (notes.get(name), failure)))
+        both.append(times)
+    passes.clear()
+    gpu.clock.clear()
+    return both[0], both[1]
+
+
+def records(
+    gpu: Gpu, row: Row, found: dict[str, Contestant], called: tuple[Times, Times], graph: tuple[Times, Times],
+    notes: dict[str, str], right: dict[str, str],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A record for each pass of each contestant; one that did not take part has its note alone."""
+    lines = []
+    predicted, nbytes = predictions(gpu, row), row.nbytes(gpu.device)
+    for which, of in enumerate(PASSES):
+        for name in [*found, *(name for name in notes if name not in found)]:
+            line = head(row, of, name, notes.get(name, ""), right.get(name, ""))
+            if name in found:
+                one = found[name]
+                line |= {"host_us": one.host[which], "peak_MB": one.peak / 1e6, "first_call_s": one.first_call_s}
+                line |= spread("called", called[which].turns.get(name)) | spread("graph", graph[which].turns.get(name))
+                line |= speedup(name, graph[which], called[which]) | rates(gpu, nbytes[of], line)
+                if name == "hw3gpu" and of in predicted:
+                    measured = plots.time_of(line)
+                    line["predicted_us"] = predicted[of]
+                    line["measured_over_predicted"] = measured and measured / predicted[of]
+            lines.append(line)
+    return lines
+
+
+def head(row: Row, of: str, contestant: str, note: str = "", right: str = "") -> dict[str, Any]:
+    """What a record says of its row."""
+    shape = "x".join(map(str, row.shape))
+    return {
+        "row": row.name, "operation": row.operation, "shape": shape, "dtype": row.dtype_name, "pass": of,
+        "contestant": contestant, "right": right, "note": note,
+    }  # fmt: skip
+
+
+def spread(kind: str, turns: list[float] | None) -> dict[str, float]:
+    if not turns:
+        return {}
+    of = Spread.of(turns)
+    return {f"{kind}_us": of.median, f"{kind}_low_us": of.low, f"{kind}_high_us": of.high}
+
+
+def predictions(gpu: Gpu, row: Row) -> dict[str, float]:
+    """Microseconds of hw3gpu's passes by the time model, where it knows the device and the evidence has the row."""
+    names = gpu.device.name.replace("-", " ").split()
+    known = next((device for device in KNOWN if device.name in gpu.device.name and device.name.split()[-1] in names), None)
+    try:
+        return time_model.predicted(row.call.label, known) if row.call and known else {}
+    except KeyError:
+        return {}
+
+
+def speedup(name: str, graph: Times, called: Times) -> dict[str, float]:
+    """How many times hw3gpu's time it took, turn by turn: in the graphs where both have one, else as called."""
+    for times in (graph, called):
+        theirs, ours = times.turns.get(name), times.turns.get("hw3gpu")
+        if theirs and ours:
+            of = Spread.ratio(theirs, ours)
+            return {"speedup": of.median, "speedup_low": of.low, "speedup_high": of.high}
+    return {}
+
+
+def rates(gpu: Gpu, nbytes: float, line: dict[str, Any]) -> dict[str, float]:
+    """Bytes, and their speed and its share of a copy's, by the graph's time where there is one, else as called."""
+    us = line.get("graph_us") or line.get("called_us")
+    if not nbytes or not us:
+        return {}
+    rate = nbytes / (1e-6 * us)
+    share = {"share_of_copy": rate / gpu.copy_rate} if gpu.copy_rate else {}
+    return {"bytes": nbytes, "GB_s": rate / 1e9, **share}
+
+
+def measure_solvers(gpu: Gpu, row: Row) -> list[dict[str, Any]]:
+    """A row of minimize_trace: no backward, no graph."""
+    given = inputs(row, gpu.name)
+    wrong = "" if gpu.pretended else gpu_checks.solver_check(row, given)
+    calls, notes = {}, {}
+    for name, call in solvers(row, given).items():
+        try:
+            call()
+            calls[name] = call
+        except Exception as error:
+            notes[name] = why(error)
+    times = gpu.clock.in_turn(calls, gpu.seconds(ROW_SECONDS), most=15)
+    notes |= times.failed | ({"hw3gpu": f"wrong: {wrong}"} if wrong else {})
+    lines = []
+    for name in [*times.turns, *(name for name in notes if name not in times.turns)]:
+        ours = name == "hw3gpu" and not gpu.pretended
+        line = head(row, "forward", name, notes.get(name, ""), ("no" if wrong else "yes") if ours else "")
+        lines.append(line | spread("called", times.turns.get(name)) | speedup(name, Times(), times))
+    gpu.clock.clear()
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------- what comes before the rows
+def copy_speed(gpu: Gpu, results: Results) -> None:
+    """The line that every row is held to, and what a launch takes that does nothing."""
+    rates = gpu.clock.copies(COPIES, gpu.seconds(COPY_SECONDS))
+    results.parts["copy_GB_s"] = {str(size): asdict(Spread.of([rate / 1e9 for rate in of])) for size, of in rates.items()}
+    results.parts["empty_graph_us"] = gpu.clock.overhead()
+    gpu.clock.clear()
+
+
+def best_copy(results: Results) -> float | None:
+    """Bytes a second of the fastest copy."""
+    found = results.parts.get("copy_GB_s", {})
+    return max((1e9 * of["median"] for of in found.values()), default=None)
+
+
+def correctness(gpu: Gpu, results: Results, deadline: Deadline, progress: Progress) -> None:
+    """Every operation, for a minute at most; pretended: on the host, with its kernels."""
+    until = Deadline(time.time() + gpu.seconds(min(60.0, deadline.left / 5)))
+    found = gpu_checks.verify("cpu" if gpu.pretended else "cuda", until, progress.announce)
+    results.parts["correctness"] = asdict(found)
+    for failure in found.failures:
+        progress.say(f"[red]wrong[/] {failure}")
+
+
+# ---------------------------------------------------------------------------------------------- the command
+Task = tuple[str, Callable[[], Any]]
+
+
+def tasks(gpu: Gpu, results: Results, deadline: Deadline, progress: Progress, args: argparse.Namespace) -> list[Task]:
+    """What is to be done, in its order: names, and what adds to the results."""
+
+    def row_task(row: Row) -> Task:
+        return row.name, lambda: results.add(measure_row(gpu, row, deadline))
+
+    rows = [row for row in ROWS if not args.only or any(text in row.name for text in args.only)]
+    return [
+        ("copy", lambda: copy_speed(gpu, results)),
+        ("correctness", lambda: correctness(gpu, results, deadline, progress)),
+        *(row_task(row) for row in rows),
+    ]
+
+
+def work(args: argparse.Namespace) -> None:
+    """Does what an earlier process of this run has not done. DeviceLostError where another one has to go on."""
+    results, deadline = Results.open(Path(args.into), COLUMNS), Deadline(args.until)
+    with opened(args.pretend) as gpu, Progress(deadline, gpu.pretended) as progress:
+        results.environment = environment(gpu.device.name, SEED, pretended=gpu.pretended)
+        if results.running is not None:
+            note = f"given up: the process that measured this ended ({args.after})"
+            results.add([{"row": results.running, "contestant": "hw3gpu", "note": note}])
+            results.finish()
+        todo = tasks(gpu, results, deadline, progress, args)
+        progress.total(len(todo))
+        for name, task in todo:
+            if name in results.done:
+                progress.advance(name)
+                continue
+            if deadline.left < 2:
+                results.parts.setdefault("not_reached", []).append(name)
+                continue
+            gpu.copy_rate = best_copy(results)
+            progress.announce(name)
+            results.begin(name)
+            try:
+                task()
+            except Exception as error:
+                results.add([{"row": name, "contestant": "hw3gpu", "note": why(error)}])
+            results.finish()
+            progress.advance(name)
+            try:
+                gpu.clock.clear()
+            except Exception as error:
+                raise DeviceLostError(told(error)) from error
+        results.write()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures; status 0 when all was done or the time is over, 130 when it was interrupted, 2 where there is no GPU."""
+    from . import supervisor
+
+    if not args.worker:
+        return supervisor.run(args)
+    try:
+        work(args)
+    except DeviceLostError as error:
+        print(f"the device does not answer any more: {error}", flush=True)
+        return supervisor.GO_ON
+    except KeyboardInterrupt:
+        return supervisor.INTERRUPTED
+    return 0

@@ -1,0 +1,161 @@
+"""Runs a measuring process, and another where it ends before its time: a crash or a hang costs the row it happened in.
+
+A kernel that faults leaves its process without a device, and one that never ends cannot be stopped from inside. The results say
+which task was begun; the next process writes that one off and goes on. Meanwhile this one draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .harness import ROOT, Deadline
+
+GO_ON, INTERRUPTED = 75, 130  # statuses of a measuring process
+TASK_SECONDS = 120.0  # after which one task is taken for hung
+GRACE = 10.0  # seconds to end in, after the time is over or an interrupt
+RESTARTS = 8
+PLOT_SECONDS = 10.0  # between two drawings
+
+
+def folder_of(args: argparse.Namespace, device: str) -> Path:
+    """benchmarks/results/<device and time>, or the folder that was asked for."""
+    if args.into:
+        return Path(args.into)
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def found(folder: Path) -> dict[str, Any]:
+    """What the measuring process has written."""
+    file = folder / "results.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def device_name(pretend: bool) -> str | None:
+    """The GPU's, for the folder's name; None where there is none. This process stays off the device."""
+    if pretend:
+        return "pretended"
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    try:
+        say = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(say, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "gpu"
+
+
+class Watch:
+    """One measuring process after another."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder, self.deadline = args, folder, Deadline(time.time() + 60 * args.minutes)
+        self.drawn, self.task, self.since = 0, None, time.time()
+        self.next_plots = time.time() + PLOT_SECONDS
+
+    def start(self, after: str) -> subprocess.Popen[bytes]:
+        given = self.args
+        flags = [f"--{name}" for name in ("tune", "pretend") if getattr(given, name)]
+        flags += ["--only", *given.only] if given.only else []
+        hidden = ["--into", str(self.folder.resolve()), "--until", str(self.deadline.at), "--after", after, "--worker"]
+        self.since = time.time()
+        return subprocess.Popen([sys.executable, "-m", "benchmarks", "gpu", *flags, *hidden], cwd=ROOT)
+
+    def draw(self) -> None:
+        """Plots of what is done by now."""
+        results = found(self.folder)
+        if results and len(results["done"]) != self.drawn and time.time() > self.next_plots:
+            self.drawn, self.next_plots = len(results["done"]), time.time() + PLOT_SECONDS
+            drawn(results, self.folder)
+
+    def look(self) -> str:
+        """Why the process has to be ended, or ''."""
+        running = found(self.folder).get("running")
+        if running != self.task:
+            self.task, self.since = running, time.time()
+        if running is not None and time.time() - self.since > TASK_SECONDS:
+            return f"it hung for {TASK_SECONDS:.0f} s"
+        return "the time is over" if self.deadline.left < -GRACE else ""
+
+    def wait(self, process: subprocess.Popen[bytes]) -> str:
+        """'' when it has ended by itself with status 0, else why it ended."""
+        while process.poll() is None:
+            self.draw()
+            reason = self.look()
+            if reason:
+                end(process)
+                return reason
+            time.sleep(0.2)
+        return f"status {process.returncode}" if process.returncode else ""
+
+    def run(self) -> int:
+        """The status of the whole."""
+        after = "not begun"
+        for _ in range(RESTARTS + 1):
+            process = self.start(after)
+            try:
+                after = self.wait(process)
+            except KeyboardInterrupt:
+                return INTERRUPTED
+            finally:
+                end(process)
+            if process.returncode == INTERRUPTED:
+                return INTERRUPTED
+            if not after or self.deadline.left <= 0:
+                return 0
+            state = found(self.folder)
+            if state.get("running") is None and process.returncode != GO_ON:
+                return process.returncode or 1  # it began nothing: another would not either
+            print(f"the measuring process ended ({after}) at {state.get('running')}: another goes on", flush=True)
+        return 1
+
+
+def drawn(results: dict[str, Any], folder: Path) -> str:
+    """'' when there are plots, else why not: no plot is worth a measurement."""
+    from . import plots
+
+    try:
+        return plots.draw(results, folder)
+    except Exception as error:
+        return f"no plots: {type(error).__name__}: {error}"
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Asks a process to end, if it has not, and ends it if it does not."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, and says where the results are."""
+    from . import plots
+
+    device = device_name(args.pretend)
+    if device is None:
+        print("python -m benchmarks gpu: torch finds no CUDA device; --pretend runs it all without one", file=sys.stderr)
+        return 2
+    folder = folder_of(args, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    status = Watch(args, folder).run()
+    results = found(folder)
+    if results:
+        plots.report(results)
+        print(drawn(results, folder) or f"plots in {folder}")
+        print(f"{folder / 'results.json'} and measurements.csv")
+        if args.json:
+            Path(args.json).write_text((folder / "results.json").read_text())
+    return status
