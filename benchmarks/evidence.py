@@ -24,6 +24,7 @@ import triton
 
 from hw3gpu.kernels.gpu import batch_norm
 
+from . import in_flight
 from .evidence_cases import Case, cases
 from .inside_triton import Launch, MachineCode, StandIn, machine_code, part
 from .occupancy import programs, waves
@@ -236,11 +237,12 @@ def run(args: argparse.Namespace) -> int:
                 head = {"schema": SCHEMA, "sources": source_hash(room), "triton": triton.__version__}
                 evidence[room] = {**head, "complaints": [], "waiting": labels, "kernels": {}}
             waiting = list(evidence[room]["waiting"])
-            for examined in track(pool.map(_examine, waiting), description=room, total=len(waiting), console=console):
-                add(evidence[room], *examined)
+            for result in track(pool.map(_examine, waiting), description=room, total=len(waiting), console=console):
+                add(evidence[room], *result)
                 file.write_text(as_text({name: evidence[name] for name in rooms if name in evidence}))
     if not args.json:
         README.write_text(readme_with(README.read_text(), kernels_of(evidence)))
     wrong = [complaint for room in rooms for complaint in evidence[room]["complaints"]]
+    wrong += in_flight.complaints(kernels_of(evidence))
     console.print(*wrong, f"{sum(map(len, rooms.values()))} cases on {len(ARCHITECTURES)} architectures: {file.name}", sep="\n")
     return 1 if wrong else 0

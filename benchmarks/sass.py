@@ -2,7 +2,7 @@
 
 An instruction of sm_70 and later has 128 bits, and its upper ones tell the hardware when it may be issued: after how many
 cycles the next one follows, which of six scoreboards it sets and which it waits for (Z. Jia, M. Maggioni, B. Staiger,
-D. P. Scarpazza, "Dissecting the NVIDIA Volta GPU architecture via microbenchmarking", 2018, arXiv:1804.06826, section 2.1).
+D. P. Scarpazza, "Dissecting the NVIDIA Volta GPU architecture via microbenchmarking", 2018, arXiv:1804.06826).
 A load sets one, and the first instruction that needs what it loads waits for it: what was asked for until then is under way at
 once.
 """
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WARP = 32
-# cycles until a result is there, where it does not come after a fixed number of cycles: arXiv:1804.06826 (tables 4.1, 4.2) and
-# W. Luo et al., arXiv:2402.13499 (table IV: shared memory of an H100); memory itself is the time model's
+# cycles until a result is there that sets a scoreboard: shared memory 10 to 20 ns (docs/time_model.md), the others assumed; of
+# global memory the time model knows more
 LATENCY = {"LDS": 30, "LDSM": 33, "SHFL": 24, "BAR": 22}
 OTHERWISE = 22
 PIPES = {

@@ -20,6 +20,7 @@ Kernel = Mapping[str, Any]  # what evidence.json says of a launch
 LAUNCH = 3e-6  # seconds that each launch takes beside its work
 REACHED = 0.92  # of the bandwidth on the data sheet, at most
 SATURATED = 0.95  # of that, with the bytes under way that `Device` asks for
+MEMORY, CACHE = 400e-9, 175e-9  # seconds until a load that nothing holds up comes from memory, and from L2
 CACHE_KEPT = 0.6  # of L2, of what was touched last
 CACHE_RATE = 2.0  # of the bandwidth of memory
 PORT = 64  # bytes a cycle, that one multiprocessor gets from L2 at most
@@ -31,19 +32,19 @@ class Clock:
     """What the model knows of a GPU beside `Device`."""
 
     arch: int
-    frequency: float  # Hz
-    memory: int  # cycles until a load that nothing holds up comes from memory
-    cache: int  # and from L2
-    fp32: int = 1  # cycles of a scheduler for a warp's instruction
+    frequency: float  # Hz: what the data sheet's rate of float32 comes to
+    fp32: int = 1  # cycles of a scheduler for a warp's instruction (CUDA C++ Programming Guide, arithmetic instructions)
     fp64: int = 2
 
 
 CLOCKS = {
-    A100.name: Clock(80, 1.41e9, 466, 262, fp32=2, fp64=4),
-    H100.name: Clock(90, 1.98e9, 479, 262),
-    H200.name: Clock(90, 1.98e9, 479, 262),
-    B200.name: Clock(100, 1.965e9, 479, 262),
-    RTX_5090.name: Clock(120, 2.41e9, 541, 273, fp64=64),
+    A100.name: Clock(80, 1.41e9, fp32=2, fp64=4),
+    H100.name: Clock(90, 1.98e9),
+    H200.name: Clock(90, 1.98e9),
+    "H100 NVL": Clock(90, 1.78e9),
+    "H20": Clock(90, 1.98e9),
+    B200.name: Clock(100, 1.96e9),
+    RTX_5090.name: Clock(120, 2.41e9, fp64=64),
 }
 
 
@@ -88,7 +89,7 @@ class _Program:
         self.from_cache = cached / (read + again) if read else 0.0
         # the latency under load: `in_flight` bytes under way give SATURATED of the bandwidth
         saturated = device.in_flight / (SATURATED * share / device.multiprocessors)
-        self.queue = max(saturated - clock.memory, 0.0) * (1 - SATURATED) / SATURATED
+        self.queue = max(saturated - MEMORY * clock.frequency, 0.0) * (1 - SATURATED) / SATURATED
 
     def alone(self, latency: float) -> float:
         """With nobody else on the multiprocessor, where memory answers after `latency` and takes no time to send."""
@@ -131,8 +132,8 @@ class _Program:
 
     def _latency(self, used: float) -> float:
         """Cycles until a load is answered while the share `used` of the bandwidth is in use."""
-        idle = self.clock.memory + (self.clock.cache - self.clock.memory) * self.from_cache
-        return idle + self.queue * used / (1 - used)
+        idle = MEMORY + (CACHE - MEMORY) * self.from_cache
+        return idle * self.clock.frequency + self.queue * used / (1 - used)
 
 
 def _share_ahead(parts: list[tuple[Mapping[str, Any], float]]) -> float:
