@@ -76,6 +76,9 @@ class Launch:
     binary: bytes  # the machine code: a cubin, or an hsaco on HIP
     num_warps: int
     shared: int  # bytes of shared memory
+    args: tuple[Any, ...]  # as given, constants among them
+    metadata: Any  # what the hooks are told
+    hooks: tuple[Any, Any]  # before and after
 
 
 class StandIn:
@@ -129,12 +132,14 @@ def _driver(device: StandIn) -> Any:
         def __init__(self, src: Any, metadata: Any):
             self.src, self.metadata = src, metadata
 
-        def __call__(self, x, y, z, stream, binary, *rest: Any) -> None:
+        def __call__(self, x, y, z, stream, binary, packed, told, enter, leave, *args: Any) -> None:
             signature = {str(name): str(kind) for name, kind in self.src.signature.items()}
-            metadata = self.metadata
+            metadata, hooks = self.metadata, (enter, leave)
             # Triton keeps compiled kernels and their launchers: one made under an earlier stand-in records for the present
             triton.runtime.driver.active.stand_in.launches.append(
-                Launch(self.src.fn.__name__, (x, y, z), signature, binary, metadata.num_warps, metadata.shared)
+                Launch(
+                    self.src.fn.__name__, (x, y, z), signature, binary, metadata.num_warps, metadata.shared, args, told, hooks
+                )
             )
 
     class Utils:

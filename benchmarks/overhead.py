@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 import hw3gpu.functional as HF
-from hw3gpu import _arrays
+from hw3gpu import _arrays, _batch_norm_autograd
 
 from .inside_triton import StandIn
 
@@ -154,14 +154,17 @@ def _each(calls: Sequence[Callable[[], Any]]) -> None:
         call()
 
 
-def _nothing(device_type: str) -> None:
-    """No reason against a launch, sooner than a mock says so."""
+def _no(*args: Any) -> None:
+    """Neither on the host nor a call of a small tensor there; sooner than a mock says so."""
 
 
 @contextlib.contextmanager
 def on_a_gpu() -> Iterator[None]:
     """Inside, calls of host tensors launch what they would for tensors on an H100."""
-    with StandIn(90, in_c=True), mock.patch.object(_arrays, "gpu_refusal", _nothing), _arrays.use_backend("gpu"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(StandIn(90, in_c=True))
+        stack.enter_context(mock.patch.object(_arrays, "on_host", _no))
+        stack.enter_context(mock.patch.object(_batch_norm_autograd, "by_address", _no))
         yield
 
 

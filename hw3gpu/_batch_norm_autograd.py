@@ -12,20 +12,35 @@ from __future__ import annotations
 
 import torch
 
-from . import _arrays, _ops, _small
+from . import _arrays, _bound, _ops, _small
 from ._autograd import accumulate_dtype, as_dtype, empty_of, graph_is_needed
 
 
-def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, residual=None, relu=False):
-    """y = x̂ γ + β, or relu(… + residual); the arguments are checked."""
+def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, residual=None, relu=False, call=None):
+    """y = x̂ γ + β, or relu(… + residual); the arguments are checked. `call`: what `_bound` knows of it."""
     args = (x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu)
-    if _ops.traced(x):
-        return _exported(*args) if torch.compiler.is_exporting() else _traced(*args)
-    if _ops.transformed():
-        return _formula(*args)
+    if call is None:
+        if _ops.traced(x):
+            return _exported(*args) if torch.compiler.is_exporting() else _traced(*args)
+        if _ops.transformed():
+            return _formula(*args)
     if graph_is_needed(x, weight, bias, residual):
-        return _BatchNorm.apply(x, weight, bias, residual, (running_mean, running_var, training, momentum, eps, relu))
-    return run(*args)[0]
+        return _BatchNorm.apply(x, weight, bias, residual, (running_mean, running_var, training, momentum, eps, relu, call))
+    return run(*args, call=call)[0]
+
+
+def call_of(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation):
+    """What `_bound` knows of a call of `functional.batch_norm`; None where it keeps none such."""
+    if _arrays.on_host(x) or not (type(training) is bool and type(momentum) is type(eps) is float):
+        return None
+    if activation is not None and activation != "relu":
+        return None
+    for v in (running_mean, running_var):
+        if getattr(v, "requires_grad", False):
+            return None
+    if residual is not None and getattr(residual, "dtype", None) is not x.dtype:  # under autocast
+        return None
+    return _bound.of(("batch norm", training, eps, activation), x, weight, bias, running_mean, running_var, residual)
 
 
 def by_address(x, weight, bias, running_mean, running_var, training, momentum, eps):
@@ -50,8 +65,15 @@ def by_address(x, weight, bias, running_mean, running_var, training, momentum, e
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def run(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu, *, new=torch.empty):
+def run(
+    x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu, *, new=torch.empty, call=None
+):  # fmt: skip
     """y, and what `run_backward` needs: stats (mean, what its rounding left, rstd, var in training) and the mask."""
+    if call is not None and call.launches is not None:
+        y, stats = torch.empty_like(x), new_statistics(x, running_mean, running_var, training, eps)
+        mask = new(mask_size(x), dtype=torch.uint8, device=x.device) if relu else None
+        call.launches(x, weight, bias, running_mean, running_var, residual, y, stats, mask, numbers=(momentum,))
+        return y, stats, mask
     which = _arrays.backend(x)
     if which == "cpu" and residual is None and not relu:
         way = _small.batch_norm_way(x, weight, bias, running_mean, running_var, training)
@@ -59,30 +81,36 @@ def run(x, weight, bias, running_mean, running_var, training, momentum, eps, res
             return *_small.batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps), None
     see, kernels = _arrays.viewer(which), _arrays.kernels("batch_norm", which)
     y, y_folded = _arrays.output(x, 1, see)
-    acc = accumulate_dtype(x)
-    if training:
-        stats = empty_of(x, acc, 4, x.shape[1])
-    else:
-        given = as_dtype(running_mean, acc)
-        stats = torch.stack((given, torch.zeros_like(given), (as_dtype(running_var, acc) + eps).rsqrt_()))
+    stats = new_statistics(x, running_mean, running_var, training, eps)
     if not x.numel():
         return y, stats.zero_(), None
     folded, seen = _arrays.folded(x, 1, which), see(stats)
     scale, shift = _arrays.vector_view(weight, which), _arrays.vector_view(bias, which)
     mask, fused = fused_operands(folded, residual, relu, x.device, see, kernels, new)
+    running = (_dense(running_mean), _dense(running_var)) if training else (None, None)
+    mean, rstd = parts(seen, which)
+    with _bound.noted(call, (x, weight, bias, running_mean, running_var, residual, y, stats, mask), y):
+        if training:
+            kernels.forward(
+                folded, scale, shift, y_folded, mean, seen[3], rstd, see(running[0]), see(running[1]),
+                eps=eps, momentum=momentum, **fused,
+            )  # fmt: skip
+        else:
+            kernels.normalize(folded, mean, rstd, scale, shift, y_folded, **fused)
     if training:
-        running = _dense(running_mean), _dense(running_var)
-        mean, rstd = parts(seen, which)
-        kernels.forward(
-            folded, scale, shift, y_folded, mean, seen[3], rstd, see(running[0]), see(running[1]),
-            eps=eps, momentum=momentum, **fused,
-        )  # fmt: skip
         for given, updated in zip((running_mean, running_var), running, strict=True):
             if updated is not given:
                 given.copy_(updated)
-    else:
-        kernels.normalize(folded, *parts(seen, which), scale, shift, y_folded, **fused)
     return y, stats, mask
+
+
+def new_statistics(x, running_mean, running_var, training, eps):
+    """Those of (4, C) to be written in training; mean, 0 and rstd of the running ones in evaluation."""
+    acc = accumulate_dtype(x)
+    if training:
+        return empty_of(x, acc, 4, x.shape[1])
+    given = as_dtype(running_mean, acc)
+    return torch.stack((given, torch.zeros_like(given), (as_dtype(running_var, acc) + eps).rsqrt_()))
 
 
 def parts(stats, which):
@@ -101,8 +129,19 @@ def fused_operands(folded, residual, relu, device, see, kernels, new):
     return mask, fused
 
 
-def run_backward(dy, x, weight, stats, mask, training, relu, residual):
+def _eager_backward(dy, x, weight, stats, mask, training, relu, residual):
+    call = _bound.of(("batch norm, backward", training, relu, residual), x, dy, weight, stats, mask)
+    return run_backward(dy, x, weight, stats, mask, training, relu, residual, call)
+
+
+def run_backward(dy, x, weight, stats, mask, training, relu, residual, call=None):
     """dx, dgamma, dbeta in the accumulation dtype, and dresidual where `residual` asks for it: dy itself without `relu`."""
+    if call is not None and call.launches is not None:
+        C = x.shape[1]
+        dx, dgamma, dbeta = torch.empty_like(x), stats.new_empty(C), stats.new_empty(C)
+        written = torch.empty_like(x) if relu and residual else None
+        call.launches(x, dy, weight, stats, mask, dx, dgamma, dbeta, written)
+        return dx, dgamma, dbeta, written if relu else dy if residual else None
     which = _arrays.backend(x)
     if which == "cpu" and not relu:
         found = _small.batch_norm_backward(dy, x, weight, stats, training)
@@ -114,16 +153,18 @@ def run_backward(dy, x, weight, stats, mask, training, relu, residual):
     dgamma, dbeta = stats.new_empty(C), stats.new_empty(C)
     if not x.numel():
         return dx, dgamma.zero_(), dbeta.zero_(), torch.empty_like(x) if residual else None
-    dresidual, fused = dy if residual else None, {}
+    dresidual, written, fused = dy if residual else None, None, {}
     if relu:
         fused["mask"] = see(mask)
         if residual:
-            dresidual, fused["dresidual"] = _arrays.output(x, 1, see)
+            written, fused["dresidual"] = _arrays.output(x, 1, see)
+            dresidual = written
     mean, rstd = parts(see(stats), which)
-    (kernels.backward if training else kernels.inference_backward)(
-        _arrays.folded(dy, 1, which), _arrays.folded(x, 1, which), mean, rstd, _arrays.vector_view(weight, which), dx_folded,
-        see(dgamma), see(dbeta), **fused,
-    )  # fmt: skip
+    with _bound.noted(call, (x, dy, weight, stats, mask, dx, dgamma, dbeta, written), dx):
+        (kernels.backward if training else kernels.inference_backward)(
+            _arrays.folded(dy, 1, which), _arrays.folded(x, 1, which), mean, rstd, _arrays.vector_view(weight, which),
+            dx_folded, see(dgamma), see(dbeta), **fused,
+        )  # fmt: skip
     return dx, dgamma, dbeta, dresidual
 
 
@@ -138,14 +179,14 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, rest):
-        running_mean, running_var, training, momentum, eps, relu = rest
-        y, stats, mask = run(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu)
+        running_mean, running_var, training, momentum, eps, relu, call = rest
+        y, stats, mask = run(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu, call=call)
         _save(ctx, x, weight, bias, training, eps, relu, stats, mask)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return *_gradients(ctx, dy, ctx.needs_input_grad, run_backward), None
+        return *_gradients(ctx, dy, ctx.needs_input_grad, _eager_backward), None
 
 
 class _ByAddress(torch.autograd.Function):

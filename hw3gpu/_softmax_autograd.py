@@ -9,39 +9,55 @@ from __future__ import annotations
 
 import torch
 
-from . import _arrays, _ops
+from . import _arrays, _bound, _ops
 from ._autograd import accumulate_dtype, graph_is_needed
 
 
-def softmax(z, dim):
-    """softmax(z) along `dim`; the arguments are checked."""
-    if _ops.traced(z):
-        return FORWARD(z, dim)
-    if _ops.transformed():
-        return torch.softmax(z, dim, dtype=accumulate_dtype(z)).to(z.dtype)
-    return _Softmax.apply(z, dim, run, run_backward) if graph_is_needed(z) else run(z, dim)
+def softmax(z, dim, call=None):
+    """softmax(z) along `dim`; the arguments are checked. `call`: what `_bound` knows of it."""
+    if call is None:
+        if _ops.traced(z):
+            return FORWARD(z, dim)
+        if _ops.transformed():
+            return torch.softmax(z, dim, dtype=accumulate_dtype(z)).to(z.dtype)
+    return _Softmax.apply(z, (dim, run, _eager_backward, call)) if graph_is_needed(z) else run(z, dim, call)
 
 
-def run(z, dim):
+def run(z, dim, call=None):
     """softmax(z) along `dim`."""
+    if call is not None and call.launches is not None:
+        y = torch.empty_like(z)
+        call.launches(z, y)
+        return y
     which = _arrays.backend(z)
     y, y_folded = _arrays.output(z, dim, _arrays.viewer(which))
-    _arrays.kernels("softmax", which).forward(_arrays.folded(z, dim, which), y_folded)
+    with _bound.noted(call, (z, y), y):
+        _arrays.kernels("softmax", which).forward(_arrays.folded(z, dim, which), y_folded)
     return y
 
 
-def run_backward(dy, y, dim):
+def _eager_backward(dy, y, dim):
+    return run_backward(dy, y, dim, _bound.of(("softmax, backward", dim), y, dy))
+
+
+def run_backward(dy, y, dim, call=None):
     """∂ℓ/∂z from ∂ℓ/∂y and y."""
+    if call is not None and call.launches is not None:
+        dz = torch.empty_like(y)
+        call.launches(y, dy, dz)
+        return dz
     which = _arrays.backend(y)
     dz, dz_folded = _arrays.output(y, dim, _arrays.viewer(which))
-    _arrays.kernels("softmax", which).backward(_arrays.folded(dy, dim, which), _arrays.folded(y, dim, which), dz_folded)
+    with _bound.noted(call, (y, dy, dz), dz):
+        _arrays.kernels("softmax", which).backward(_arrays.folded(dy, dim, which), _arrays.folded(y, dim, which), dz_folded)
     return dz
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, dim, forward, backward):
-        y = forward(z, dim)
+    def forward(ctx, z, rest):
+        dim, forward, backward, call = rest  # in one argument: PyTorch looks at each of them, each time
+        y = forward(z, dim, call)
         ctx.save_for_backward(y)
         ctx.dim, ctx.backward = dim, backward
         return y
@@ -54,10 +70,10 @@ class _Softmax(torch.autograd.Function):
             dz = (p * (g - (g * p).sum(ctx.dim, keepdim=True))).to(y.dtype)
         else:
             dz = ctx.backward(dy, y, ctx.dim)
-        return dz, None, None, None
+        return dz, None
 
 
-def _below_autograd(z, dim):
+def _below_autograd(z, dim, call):
     return _ops.below_autograd(FORWARD, z, dim)
 
 
@@ -65,7 +81,7 @@ FORWARD = _ops.define(
     "softmax(Tensor z, int dim) -> Tensor",
     run,
     _ops.fake_output,
-    lambda z, dim: _Softmax.apply(z, dim, _below_autograd, torch.ops.hw3gpu.softmax_backward),
+    lambda z, dim: _Softmax.apply(z, (dim, _below_autograd, torch.ops.hw3gpu.softmax_backward, None)),
 )
 BACKWARD = _ops.define(
     "softmax_backward(Tensor dy, Tensor y, int dim) -> Tensor",

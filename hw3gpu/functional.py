@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _batch_norm_autograd, _check, _cross_entropy, _linear_cross_entropy_graphs, _softmax_autograd
+from . import _batch_norm_autograd, _bound, _check, _cross_entropy, _linear_cross_entropy_graphs, _softmax_autograd
 from ._autograd import PLAIN, accumulate_dtype, as_dtype
 from ._cross_entropy_formula import CrossEntropyStatistics, Options, loss_shape
 from ._linear_cross_entropy import Problem
@@ -101,13 +101,17 @@ def batch_norm(
         y = _batch_norm_autograd.by_address(input, weight, bias, running_mean, running_var, training, momentum, eps)
         if y is not None:
             return y
-    beyond, momentum, eps = _batch_norm_arguments(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if residual is not None or activation is not None:
-        residual = _fused_arguments(input, residual, activation)
-    if beyond:
-        return _of_no_elements(input, weight, bias, residual)
+    call = _batch_norm_autograd.call_of(
+        input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation
+    )  # fmt: skip
+    if call is None or call.launches is None:
+        beyond, momentum, eps = _batch_norm_arguments(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if residual is not None or activation is not None:
+            residual = _fused_arguments(input, residual, activation)
+        if beyond:
+            return _of_no_elements(input, weight, bias, residual)
     return _batch_norm_autograd.batch_norm(
-        input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation == "relu"
+        input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation == "relu", call
     )
 
 
@@ -211,20 +215,24 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     _tensor(input, "input")
     if dtype is None and input.is_cuda and input.dtype in _HALVES and _autocast(input):
         dtype = torch.float32
-    if dim is None:
-        warnings.warn("softmax: give `dim`; PyTorch's implicit choice is deprecated", stacklevel=_stacklevel - 1)
-        dim = 0 if input.dim() in (0, 1, 3) else 1
-    if input.dim() == 0:
-        return softmax(input.reshape(1), dim, dtype=dtype).reshape(())
-    if type(dim) is not int:
-        dim = _check.integer_value(dim, "dim")
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype: expected None or a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
-    if not -input.dim() <= dim < input.dim():
-        raise IndexError(f"dim: expected an axis of input with shape {_check.shape_of(input)}, got {dim}")
-    z = input if dtype is None else input.to(dtype)
-    _check.floating(z, "input")
-    return _softmax_autograd.softmax(z, dim)
+    call = None
+    if type(dim) is int and (dtype is None or isinstance(dtype, torch.dtype)):
+        call = _bound.of(("softmax", dim, dtype), input)
+    if call is None or call.launches is None:
+        if dim is None:
+            warnings.warn("softmax: give `dim`; PyTorch's implicit choice is deprecated", stacklevel=_stacklevel - 1)
+            dim = 0 if input.dim() in (0, 1, 3) else 1
+        if input.dim() == 0:
+            return softmax(input.reshape(1), dim, dtype=dtype).reshape(())
+        if type(dim) is not int:
+            dim = _check.integer_value(dim, "dim")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype: expected None or a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
+        if not -input.dim() <= dim < input.dim():
+            raise IndexError(f"dim: expected an axis of input with shape {_check.shape_of(input)}, got {dim}")
+        if dtype not in _FLOATING and (dtype is not None or input.dtype not in _FLOATING):
+            _check.floating(input if dtype is None else input.to(dtype), "input")
+    return _softmax_autograd.softmax(input if dtype is None else input.to(dtype), dim, call)
 
 
 # ---------------------------------------------------------------------------------------------- cross entropy

@@ -87,6 +87,17 @@ PYTORCH = [
 ]
 
 
+TRITON = [
+    "triton.compiler.CompiledKernel.launch_metadata",
+    "triton.compiler.CompiledKernel.run",
+    "triton.knobs.runtime.interpret",
+    "triton.knobs.runtime.launch_enter_hook",
+    "triton.knobs.runtime.launch_exit_hook",
+    "triton.runtime.driver.active",
+    "triton.runtime.jit.JITFunction.run",
+]
+
+
 def found(name: str) -> object:
     """What a dotted name stands for; the failure says from where on it is gone."""
     parts = name.split(".")
@@ -122,6 +133,23 @@ def test_numba_has_the_options_and_the_members_of_arrays() -> None:
 @pytest.mark.parametrize("name", PYTORCH)
 def test_pytorch_has_what_the_library_uses(name: str) -> None:
     found(name)
+
+
+@pytest.mark.parametrize("name", [name for name in TRITON if not name.endswith(".active")])  # which asks for a GPU
+def test_triton_has_what_the_launches_use(name: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    found(name)
+
+
+def test_a_compiled_kernel_is_launched_as_triton_launches_it() -> None:
+    """The call of `JITFunction.run` that `_triton.run` repeats, word by word."""
+    jit = pytest.importorskip("triton.runtime.jit", reason="Triton is not installed")
+    call = re.search(r"kernel\.run\(.*?bound_args\.values\(\)\)", inspect.getsource(jit.JITFunction.run), re.DOTALL)
+    assert call
+    assert "".join(call[0].split()) == (
+        "kernel.run(grid_0,grid_1,grid_2,stream,kernel.function,kernel.packed_metadata,launch_metadata,"
+        "knobs.runtime.launch_enter_hook,knobs.runtime.launch_exit_hook,*bound_args.values())"
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from ._batch_norm_backward import (
     _backward_apply_kernel,
     _backward_kernel,
@@ -34,6 +32,7 @@ from ._batch_norm_forward import _forward_kernel, _merge_kernel, _normalize_kern
 from ._rows import ACC, follower_mode, run_mode, warps
 from .channel_plan import plan_batch_norm, plan_channels
 from .device import device_of
+from .launch import launch, numbers, scratch
 from .plan import ALIGNED, SHIFTED, cdiv, float_and_bits, next_power_of_2
 
 
@@ -112,17 +111,18 @@ def mask_size(x) -> int:
 
 
 def _moment_scalars(m, eps, momentum):
-    """(α, m, ε, momentum) as the kernels take them; α² is a power of four near 1/m."""
+    """(α, m, ε, momentum) as the kernels take them; α² is a power of four near 1/m. Only the momentum changes call by call."""
     alpha = 2.0 ** -(max(m - 1, 1).bit_length() // 2)
-    return alpha, (m, *float_and_bits(eps), *float_and_bits(momentum))
+    return alpha, (m, *float_and_bits(eps), *numbers(momentum))
 
 
 def _partial_statistics(x, mean, alpha):
     """(partial (4, splits, C), how many splits) of x, launched."""
     (x,) = _flatten(x)
     plan, sizes, constants = _plan(x, 1, sums=True)
-    partial = torch.empty((4, plan.splits, x.shape[1]), dtype=mean.dtype, device=x.device)
-    _statistics_kernel[(plan.channel_blocks * plan.splits,)](
+    partial = scratch(mean.dtype, x.device, 4, plan.splits, x.shape[1])
+    launch(
+        _statistics_kernel, plan.channel_blocks * plan.splits,
         x, partial, *sizes, *plan.split, alpha, *x.stride(),
         HALVINGS=plan.halvings, STAGES=plan.stages, **constants,
     )  # fmt: skip
@@ -135,7 +135,8 @@ def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, mom
     alpha, scalars = _moment_scalars(x.shape[0] * x.shape[2], eps, momentum)
     partial, splits = _partial_statistics(x, mean, alpha)
     block, programs = plan_channels(C, splits)
-    _merge_kernel[(programs,)](
+    launch(
+        _merge_kernel, programs,
         partial, mean, var, rstd, running_mean, running_var, C, splits, alpha, *scalars,
         SPLITS=next_power_of_2(splits), BLOCK_C=block, ACC=ACC[x.dtype],
     )  # fmt: skip
@@ -155,7 +156,8 @@ def _normalize(
     x, y, residual = _flatten(x, y, residual, mask=mask)
     plan, sizes, constants = _plan(x, 1, (residual, mask))
     stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
-    _normalize_kernel[(plan.channel_blocks * plan.splits,)](
+    launch(
+        _normalize_kernel, plan.channel_blocks * plan.splits,
         x, mean, rstd, gamma, beta, residual, y, mask, partial, var, running_mean, running_var,
         *sizes, *plan.split, summed, alpha, *scalars,
         *x.stride(), *stride_r, *y.stride(), *_mask_strides(x),
@@ -173,7 +175,8 @@ def forward(
     plan, sizes, constants = _plan(x, 1, (residual, mask), alike=(y,))
     if plan.tiles == 1:
         stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
-        _forward_kernel[(plan.channel_blocks,)](
+        launch(
+            _forward_kernel, plan.channel_blocks,
             x, gamma, beta, residual, y, mask, mean, var, rstd, running_mean, running_var, *sizes, alpha, *scalars,
             *x.stride(), *stride_r, *y.stride(), *_mask_strides(x),
             HALVINGS=plan.halvings, Y_MODE=_follower(x, y), **mode_r, **constants,
@@ -194,8 +197,9 @@ def _partial_sums(dy, x, mean, mask):
     """(partial (4, splits, C), how many splits) of the two sums, launched."""
     x, dy = _flatten(x, dy, mask=mask)
     plan, sizes, constants = _plan(x, 2, (mask,), sums=True)
-    partial = torch.empty((4, plan.splits, x.shape[1]), dtype=mean.dtype, device=x.device)
-    _backward_reduce_kernel[(plan.channel_blocks * plan.splits,)](
+    partial = scratch(mean.dtype, x.device, 4, plan.splits, x.shape[1])
+    launch(
+        _backward_reduce_kernel, plan.channel_blocks * plan.splits,
         dy, x, mask, mean, partial, *sizes, *plan.split,
         *dy.stride(), *x.stride(), *_mask_strides(x), HALVINGS=plan.halvings, STAGES=plan.stages,
         DY_MODE=_follower(x, dy), **constants,
@@ -212,7 +216,8 @@ def backward_reduce(dy, x, mean, rstd, dgamma, dbeta, *, mask=None) -> None:
     C = x.shape[1]
     partial, splits = _partial_sums(dy, x, mean, mask)
     block, programs = plan_channels(C, splits)
-    _backward_merge_kernel[(programs,)](
+    launch(
+        _backward_merge_kernel, programs,
         partial, rstd, dgamma, dbeta, C, splits, BLOCK_C=block, SPLITS=next_power_of_2(splits)
     )  # fmt: skip
 
@@ -229,7 +234,8 @@ def _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, 
     x, dy, dx, dresidual = _flatten(x, dy, dx, dresidual, mask=mask)
     plan, sizes, constants = _plan(x, 2 if trained else 1, (mask, dresidual))
     stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
-    _backward_apply_kernel[(plan.channel_blocks * plan.splits,)](
+    launch(
+        _backward_apply_kernel, plan.channel_blocks * plan.splits,
         dy, x, mask, mean, rstd, gamma, dgamma, dbeta, dx, dresidual, partial, *sizes, *plan.split, summed, count,
         *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r,
         SPLITS=next_power_of_2(summed), STAGES=plan.stages, TRAINED=trained,
@@ -246,7 +252,8 @@ def backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidua
     plan, sizes, constants = _plan(x, 2, (mask, dresidual), alike=(dy, dx))
     if plan.tiles == 1 and x.numel():
         stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
-        _backward_kernel[(plan.channel_blocks,)](
+        launch(
+            _backward_kernel, plan.channel_blocks,
             dy, x, mask, mean, rstd, gamma, dx, dresidual, dgamma, dbeta, *sizes, count,
             *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r, HALVINGS=plan.halvings,
             DY_MODE=_follower(x, dy), DX_MODE=_follower(x, dx), **mode_r, **constants,

@@ -18,7 +18,6 @@ NaN and leaves its number in `invalid`.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -28,6 +27,7 @@ from ._cross_entropy_forward import _forward_kernel
 from ._loss import hard_target
 from ._rows import ACC, follower_mode, of_plan, rows_along_s, run_mode, warps
 from .device import device_of
+from .launch import launch, scratch
 from .plan import cdiv, float_and_bits
 from .row_plan import plan_columns, plan_reduce, plan_rows
 
@@ -101,7 +101,8 @@ def _launch_forward(z, target, weight, loss, stats, denominator, dz, invalid, op
         stays=dz is not None, ahead=0 if rare else 1, device=device_of(z),
     )  # fmt: skip
     tiles = cdiv(S, plan.BLOCK_R)
-    _forward_kernel[(plan.grid(N * tiles),)](
+    launch(
+        _forward_kernel, plan.grid(N * tiles),
         z, target, weight, loss, stats, denominator, dz, invalid,
         V, S, N * S, tiles, *fixed, *strides,
         MORE=more, **constants, **of_plan(plan),
@@ -146,7 +147,8 @@ def backward(
     if unless_one:
         per_program = cdiv(N * tiles, device_of(z).multiprocessors * 8)
         programs = cdiv(N * tiles, per_program)
-    _backward_kernel[(programs,)](
+    launch(
+        _backward_kernel, programs,
         z, target, weight, stats, upstream, denominator, dz,
         V, S, N * S, tiles, columns, per_program, *fixed, *strides, *upstream.stride(),
         BLOCK_R=plan.BLOCK_R, BLOCK_V=plan.BLOCK_V, UNLESS_ONE=unless_one, **constants, num_warps=warps(plan.num_warps),
@@ -155,7 +157,7 @@ def backward(
 
 def count(target, weight, denominator, *, ignore_index: int) -> None:
     """denominator = Σ w_target over the rows that count (hard targets), the number of rows (soft)."""
-    _reduce(None, target, weight, torch.empty_like(denominator), denominator, ignore_index)
+    _reduce(None, target, weight, scratch(denominator.dtype, denominator.device), denominator, ignore_index)
 
 
 def reduce(loss, target, weight, total, denominator, *, ignore_index: int) -> None:
@@ -169,10 +171,11 @@ def _reduce(loss, target, weight, total, denominator, ignore_index):
     plan = plan_reduce(N * S)
     totals, denominators = total, denominator
     if plan.programs > 1:
-        totals, denominators = torch.empty((2, plan.programs), dtype=total.dtype, device=total.device)
-    _reduce_kernel[(plan.programs,)](
+        totals, denominators = scratch(total.dtype, total.device, 2, plan.programs)
+    launch(
+        _reduce_kernel, plan.programs,
         loss, target, weight, totals, denominators, 1 << 62, max(S, 1), N * S, plan.per_program, ignore_index,
         target.stride(0), target.stride(-1), BLOCK=plan.BLOCK, SOFT=soft, ACC=ACC[total.dtype], num_warps=4,
     )  # fmt: skip
     if plan.programs > 1:
-        _merge_kernel[(1,)](totals, denominators, total, denominator, plan.programs, BLOCK=plan.MERGE, num_warps=4)
+        launch(_merge_kernel, 1, totals, denominators, total, denominator, plan.programs, BLOCK=plan.MERGE, num_warps=4)

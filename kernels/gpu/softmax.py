@@ -16,6 +16,7 @@ import triton.language as tl
 from . import _tile
 from ._rows import ACC, excess_with, finite_base, merge_lanes, no_lanes, of_plan, online_lanes, rows_along_s, rows_of, run_mode
 from .device import device_of
+from .launch import launch
 from .plan import cdiv
 from .row_plan import plan_rows
 
@@ -173,7 +174,8 @@ def forward(z: torch.Tensor, y: torch.Tensor) -> None:
     unit_s = z.stride(2) == 1 and z.stride(1) != 1
     plan = plan_rows(V, S, z.element_size(), mode, unit_s, device=device_of(z))
     tiles = cdiv(S, plan.BLOCK_R)
-    _forward_kernel[(plan.grid(N * tiles),)](
+    launch(
+        _forward_kernel, plan.grid(N * tiles),
         z, y, V, S, N * S, tiles, *z.stride(), *y.stride(),
         MODE=mode, GROUP=16 // z.element_size(), ACC=ACC[z.dtype], **of_plan(plan),
     )  # fmt: skip
@@ -189,7 +191,8 @@ def backward(dy: torch.Tensor, y: torch.Tensor, dz: torch.Tensor) -> None:
     unit_s = y.stride(2) == 1 and y.stride(1) != 1
     plan = plan_rows(V, S, y.element_size(), mode, unit_s, beside=1, tensors=2, device=device_of(y))
     tiles = cdiv(S, plan.BLOCK_R)
-    _backward_kernel[(plan.grid(N * tiles),)](
+    launch(
+        _backward_kernel, plan.grid(N * tiles),
         dy, y, dz, V, S, N * S, tiles, *dy.stride(), *y.stride(), *dz.stride(),
         MODE=mode, GROUP=16 // y.element_size(), ACC=ACC[y.dtype], **of_plan(plan),
     )  # fmt: skip

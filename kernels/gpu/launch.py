@@ -1,0 +1,143 @@
+"""How kernels are launched: the first time through Triton, later by what that compiled, with other pointers.
+
+A launcher calls `launch(kernel, programs, …)`. Inside a `Recording` of the memory that a call works on, its launches become a
+`Bound`: compiled kernels, grids and arguments in launch order, of which only pointers and a few numbers change. Whoever
+keeps one decides which later calls it holds for: those of the same shapes, strides, dtypes, options and device, whose pointers
+are off 16 bytes by as much.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import types
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _triton
+from ._triton import device
+from .plan import float_and_bits
+
+__all__ = ["Bound", "Number", "Recording", "device", "launch", "numbers", "scratch"]
+
+_recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("hw3gpu_recording", default=None)
+
+
+class Number(NamedTuple):
+    """A number that may be another in a later call of the same `Bound`, or its bits: the `place`-th of all these."""
+
+    value: float
+    place: int
+
+
+def numbers(*values: float) -> tuple[Number, ...]:
+    """Each value and its bits, as kernels take them (`plan.float_and_bits`), to be replaced in later calls."""
+    return tuple(Number(part, i) for i, part in enumerate(part for value in values for part in float_and_bits(value)))
+
+
+def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """`kernel[(programs,)](…)`, noted where somebody records."""
+    compiled = kernel[(programs,)](*(a.value if type(a) is Number else a for a in args), **constants)
+    recording = _recording.get()
+    if recording is not None:
+        recording.note(compiled, programs, (*args, *(constants[name] for name in kernel.arg_names[len(args) :])))
+
+
+def scratch(dtype: torch.dtype, device: torch.device, *shape: int) -> torch.Tensor:
+    """Memory that a launcher's kernels share until the last of them is done."""
+    made = torch.empty(shape, dtype=dtype, device=device)
+    recording = _recording.get()
+    if recording is not None:
+        recording.own(made)
+    return made
+
+
+class _Launch(NamedTuple):
+    compiled: Any
+    programs: int
+    args: list[Any]
+    places: tuple[tuple[int, int, int], ...]  # (argument, which value, bytes beyond it)
+
+
+class Bound:
+    """The launches of a call, for other memory."""
+
+    __slots__ = ("_launches", "_scratch")
+
+    def __init__(self, launches: tuple[_Launch, ...], scratch: tuple[tuple[tuple[int, ...], torch.dtype], ...]):
+        self._launches, self._scratch = launches, scratch
+
+    def __call__(self, *operands: torch.Tensor | None, numbers: tuple[float, ...] = ()) -> None:
+        """operands: as were recorded, the first on the current device; numbers: those of the launchers' `numbers`."""
+        values: list[Any] = [None if x is None else x.data_ptr() for x in operands]
+        if self._scratch:
+            held = [operands[0].new_empty(shape, dtype=dtype) for shape, dtype in self._scratch]  # type: ignore[union-attr]
+            values += [x.data_ptr() for x in held]
+        for number in numbers:
+            values += float_and_bits(number)
+        stream = _triton.stream()
+        for compiled, programs, args, places in self._launches:
+            given = args.copy()
+            for i, which, offset in places:
+                given[i] = values[which] + offset if offset else values[which]
+            _triton.run(compiled, programs, stream, given)
+
+
+class Recording:
+    """Notes the launches made inside, on these tensors (or None) and on scratch."""
+
+    def __init__(self, operands: tuple[torch.Tensor | None, ...]):
+        self._memory = [None if x is None else _span(x) for x in operands]
+        self._scratch: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._launches: list[tuple[Any, int, tuple[Any, ...]]] = []
+
+    def __enter__(self) -> Recording:
+        self._token = _recording.set(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: types.TracebackType | None) -> None:
+        _recording.reset(self._token)
+
+    def note(self, compiled: Any, programs: int, args: tuple[Any, ...]) -> None:
+        """One launch."""
+        self._launches.append((compiled, programs, args))
+
+    def own(self, x: torch.Tensor) -> None:
+        """Scratch of the launches to come."""
+        self._memory.append(_span(x))
+        self._scratch.append((tuple(x.shape), x.dtype))
+
+    def bound(self) -> Bound | None:
+        """What was noted; None where it cannot be said of each pointer whose it is: of copies, and of operands that overlap."""
+        found = []
+        for compiled, programs, noted in self._launches:
+            args, places = list(noted), []
+            for i, arg in enumerate(noted):
+                if type(arg) is Number:
+                    places.append((i, len(self._memory) + arg.place, 0))
+                elif isinstance(arg, torch.Tensor):
+                    place = self._place(arg)
+                    if place is None:
+                        return None
+                    places.append((i, *place))
+            for i, *_ in places:
+                args[i] = None
+            found.append(_Launch(compiled, programs, args, tuple(places)))
+        return Bound(tuple(found), tuple(self._scratch)) if found and _triton.BINDS else None
+
+    def _place(self, x: torch.Tensor) -> tuple[int, int] | None:
+        storage, start, _ = _span(x)
+        fits = [
+            (which, start - memory[1])
+            for which, memory in enumerate(self._memory)
+            if memory is not None and memory[0] is storage and memory[1] <= start < memory[2]
+        ]
+        return fits[0] if len(fits) == 1 else None
+
+
+def _span(x: torch.Tensor) -> tuple[Any, int, int]:
+    """(storage, first byte, byte after the last) of what a tensor holds."""
+    size = x.element_size()
+    start = int(x.storage_offset()) * size
+    last = sum(int(n - 1) * int(stride) for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
+    return x.untyped_storage(), start, start + (last + 1) * size
