@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .device import H100, Device
 from .plan import SHIFTED, STRIDED, body_lanes, cdiv, next_power_of_2, warps_for
+from .tuned import of_channels, tunable
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class BatchNormPlan:
         return self.per_split, self.splits
 
 
+@tunable(of_channels)
 def plan_batch_norm(
     N: int,
     C: int,

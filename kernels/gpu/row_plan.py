@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .device import H100, Device
 from .plan import ALIGNED, SHIFTED, STRIDED, body_lanes, cdiv, next_power_of_2, warps_for
+from .tuned import of_rows, tunable
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def resident_lanes(beside: int, itemsize: int, mode: int) -> int:
     return (32768 >> beside) // (4 if itemsize == 8 else 1)
 
 
+@tunable(of_rows)
 def plan_rows(
     V: int,
     S: int,

@@ -1,0 +1,164 @@
+"""Plans that were measured to be faster on a device than those computed: `tuned.json` beside this file, where there is one.
+
+`python -m benchmarks gpu --tune` writes such a file. It holds, for the name of a device, entries like
+
+    {"plan": "plan_rows", "given": {"V": 32000, …}, "instead_of": {"num_warps": 16, …}, "use": {"num_warps": 8}}
+
+One counts for a call of that plan function with these arguments, as long as the function still gives the plan that the entry
+was measured against. What an entry may change is how a tile is shared out and how far ahead it is read, never with how much
+care sums are made: the bounds of docs/errors.md hold for every plan that passes here. Others raise ValueError when the file is
+read.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+FILE = Path(__file__).with_name("tuned.json")
+
+Plan = TypeVar("Plan", bound=Any)
+Given = dict[str, Any]  # the arguments of a plan function, without the device
+Trial = Callable[[str, str, Given, Any], Any]
+
+_changes: dict[str, tuple[type, Callable[[Any, Given, dict[str, int]], Any]]] = {}  # by plan function
+_trial: Trial | None = None
+
+
+def tunable(change: Callable[[Any, Given, dict[str, int]], Any]) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
+    """For a plan function whose plans a table may change; `change(plan, given, use)` gives that plan, or raises ValueError."""
+
+    def wrap(plan_function: Callable[..., Plan]) -> Callable[..., Plan]:
+        signature, name = inspect.signature(plan_function), plan_function.__name__
+
+        @functools.wraps(plan_function)
+        def planned(*args: Any, **kwargs: Any) -> Plan:
+            plan = plan_function(*args, **kwargs)
+            if _trial is None and not _table():
+                return plan
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = dict(bound.arguments)
+            device = given.pop("device").name
+            if _trial is not None:
+                return _trial(device, name, given, plan)
+            return _table().get((device, name, _key(given), plan), plan)
+
+        _changes[name] = plan_function.__globals__[signature.return_annotation], change
+        return planned
+
+    return wrap
+
+
+def changed(name: str, given: Given, plan: Plan, use: dict[str, int]) -> Plan:
+    """The plan of the function `name` with other numbers; ValueError where these could change more than its speed."""
+    of = _changes[name][1](plan, given, use)
+    if of == plan:
+        raise ValueError(f"use: expected something else than the plan has, got {use}")
+    return of
+
+
+# ---------------------------------------------------------------------------------------------- what may be changed
+def _is_power_of_2(n: Any) -> bool:
+    return isinstance(n, int) and n > 0 and n & (n - 1) == 0
+
+
+def _check(use: dict[str, int], rules: dict[str, bool], name: str) -> None:
+    """rules: of each number that may be there, whether it is one that may be used."""
+    if not use or set(use) - set(rules):
+        raise ValueError(f"use: expected some of {sorted(rules)} for {name}, got {use}")
+    for field, right in rules.items():
+        if field in use and not right:
+            raise ValueError(f"use: {field} = {use[field]!r} cannot be that of {name}")
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def of_rows(plan: Any, given: Given, use: dict[str, int]) -> Any:
+    """A `RowPlan`: what stays of a row that does not fit may become less, its loop's tile no shorter than 256 lanes."""
+    asked = asdict(plan) | use
+    least, loops = min(256, plan.BLOCK_V), not plan.FITS or plan.programs > 0
+    _check(use, {
+        "num_warps": _is_power_of_2(asked["num_warps"]) and asked["num_warps"] <= 32,
+        "STAGES": loops and _whole(asked["STAGES"], 1, 8),
+        "registers": asked["registers"] is None or (_whole(asked["registers"], 24, 248) and asked["registers"] % 8 == 0),
+        "programs": plan.programs > 0 and _whole(asked["programs"], 1, 1 << 16),
+        "KEEP": not plan.FITS and plan.KEEP > 0 and _is_power_of_2(asked["KEEP"]) and asked["KEEP"] <= plan.KEEP,
+        "BLOCK_V": not plan.FITS and _is_power_of_2(asked["BLOCK_V"]) and least <= asked["BLOCK_V"] <= (asked["KEEP"] or 8192),
+    }, "a RowPlan")  # fmt: skip
+    return replace(plan, **use)
+
+
+def of_channels(plan: Any, given: Given, use: dict[str, int]) -> Any:
+    """A `BatchNormPlan`: of one tile the warps alone; of more, their shape and who takes which.
+
+    What a thread adds up before it is careful (`halvings`) stays, as does whether a channel is one tile.
+    """
+    from .plan import body_lanes, cdiv
+
+    asked = asdict(plan) | use
+    loops = plan.tiles > 1
+    free = loops and not plan.flat
+    _check(use, {
+        "num_warps": _is_power_of_2(asked["num_warps"]) and asked["num_warps"] <= 32,
+        "stages": loops and _whole(asked["stages"], 1, 4),
+        "splits": loops and _whole(asked["splits"], 1, min(plan.tiles, 1024)),
+        "BLOCK_N": free and _is_power_of_2(asked["BLOCK_N"]),
+        "LANES": free and _is_power_of_2(asked["LANES"]) and asked["LANES"] >= min(64, plan.LANES),
+    }, "a BatchNormPlan")  # fmt: skip
+    if not loops:
+        return replace(plan, **use)
+    if plan.BLOCK_C * asked["BLOCK_N"] * asked["LANES"] > 16384:
+        raise ValueError(f"use: a tile of more than 16384 values, {use}, cannot be that of a BatchNormPlan")
+    lanes = body_lanes(given["S"], given["itemsize"], given["mode"])
+    lane_blocks = max(cdiv(lanes, asked["LANES"]), 1)
+    tiles = max(cdiv(given["N"], asked["BLOCK_N"]), 1) * lane_blocks
+    if tiles == 1:
+        raise ValueError(f"use: one tile of a channel, {use}, where the plan has {plan.tiles}")
+    per_split = cdiv(tiles, min(asked["splits"], tiles))
+    rest = {"ROWS": asked["BLOCK_N"], "lane_blocks": lane_blocks, "tiles": tiles, "per_split": per_split}
+    return replace(plan, **(use | rest | {"splits": cdiv(tiles, per_split)}))
+
+
+# ---------------------------------------------------------------------------------------------- the table
+def _key(given: Given) -> str:
+    return json.dumps(given, sort_keys=True)
+
+
+def read(text: str, name: str = "tuned.json") -> dict[tuple[str, str, str, Any], Any]:
+    """The plan to use, by (device, plan function, arguments, plan instead of which); ValueError for what is no such table."""
+    from . import channel_plan, row_plan  # noqa: F401  (whose plan functions are known then)
+
+    found: dict[tuple[str, str, str, Any], Any] = {}
+    try:
+        table = json.loads(text)
+        entries = [(device, entry) for device, of in table.items() for entry in of]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{name}: expected an object of lists, by device ({error})") from None
+    for device, entry in entries:
+        try:
+            of = _changes[entry["plan"]][0]
+            plan = of(**entry["instead_of"])
+            key = device, entry["plan"], _key(entry["given"]), plan
+            found[key] = changed(entry["plan"], entry["given"], plan, entry["use"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{name}: {device}: {entry}: {type(error).__name__}: {error}") from None
+    return found
+
+
+@functools.cache
+def _table() -> dict[tuple[str, str, str, Any], Any]:
+    return read(FILE.read_text(), str(FILE)) if FILE.exists() else {}
+
+
+def try_plans(trial: Trial | None) -> None:
+    """From now on trial(device, plan function, arguments, plan) gives the plans, until it is None: `--tune` measures so."""
+    global _trial
+    _trial = trial
