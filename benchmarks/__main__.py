@@ -12,6 +12,7 @@ COMMANDS = {
     "cpu": "the CPU kernels beside PyTorch's and beside a plain copy",
     "traffic": "bytes that cross entropy moves, counted in Triton's interpreter, beside Liger's",
     "evidence": "every plan compiled for every architecture; writes evidence.json",
+    "times": "predicted times from the evidence, beside published ones of others' kernels; writes docs/time_model.md",
     "overhead": "what a call on a GPU costs the host, by layer, under a driver that does nothing",
     "gpu": "all that is worth measuring on a GPU, in minutes; --pretend: the same without one",
     "linear": "linear cross entropy on the CPU beside PyTorch's unfused and chunked paths",
@@ -56,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--json", metavar="FILE", help="write the figures there too")
         if name in ("cpu", "linear", "overhead"):
             command.add_argument("--turns", type=_turns, default=15, help="how often each contestant is measured (%(default)s)")
+        if name == "times":
+            command.add_argument("--others", action="store_true", help="compile Liger's kernels anew: others.json")
         if name == "gpu":
             _gpu(command)
         if name == "processors":

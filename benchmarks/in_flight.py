@@ -12,8 +12,8 @@ from .inside_triton import part
 
 UNIT = 4096  # bytes: `Device` rounds its need up to these
 
-# what of "label, kernel, architecture" matches -> why it may keep less under way
-ALLOWED: dict[str, str] = {}
+# what of "label, kernel, architecture" matches -> (share of the need that it keeps at least, why it may keep less than all)
+ALLOWED: dict[str, tuple[float, str]] = {}
 
 
 def need(kernel: Mapping[str, Any], device: Device) -> float:
@@ -21,25 +21,22 @@ def need(kernel: Mapping[str, Any], device: Device) -> float:
     return min(device.in_flight, kernel.get("read", 0) / device.multiprocessors)
 
 
-def thin(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tuple[str, str]]:
-    """(launch, what it lacks) of each that keeps too little under way; found: findings by label, architecture and kernel."""
+def thin(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tuple[str, int, float]]:
+    """(launch, bytes under way, bytes that it needs) of each that keeps too few; found: by label, architecture and kernel."""
     for label, of in found.items():
         for arch, kernels in of.items():
-            if not arch.isdigit():
-                continue
-            for name, kernel in kernels.items():
+            for name, kernel in kernels.items() if arch.isdigit() else ():
                 least = need(kernel, part(int(arch)))
                 if kernel["in_flight"] <= least - UNIT:
-                    what = f"{kernel['in_flight'] / 1024:.0f} KB under way a multiprocessor, {least / 1024:.0f} are needed"
-                    yield f"{label}, {name}, {arch}", what
+                    yield f"{label}, {name}, {arch}", kernel["in_flight"], least
 
 
 def complaints(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """What is wrong: launches that keep too little under way without a reason, and reasons that no launch needs."""
     wrong, used = [], set()
-    for launch, what in thin(found):
-        reasons = {pattern for pattern in ALLOWED if re.search(pattern, launch)}
+    for launch, has, least in thin(found):
+        reasons = {pattern for pattern, (share, _) in ALLOWED.items() if re.search(pattern, launch) and has >= share * least}
         used |= reasons
         if not reasons:
-            wrong.append(f"{launch}: {what}")
+            wrong.append(f"{launch}: {has / 1024:.0f} KB under way a multiprocessor, {least / 1024:.0f} are needed")
     return wrong + [f"no launch needs to be allowed by {pattern!r}" for pattern in ALLOWED if pattern not in used]

@@ -20,6 +20,7 @@ WARP = 32
 # global memory the time model knows more
 LATENCY = {"LDS": 30, "LDSM": 33, "SHFL": 24, "BAR": 22}
 OTHERWISE = 22
+IN_A_LOOP = 16  # trips, to tell which accesses are many
 PIPES = {
     "fp32": ("FADD", "FMUL", "FFMA", "HFMA2", "HADD2", "HMUL2", "FADD2", "FMUL2", "FFMA2"),
     "fp64": ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX"),
@@ -110,31 +111,31 @@ def parts(code: Sequence[Instruction]) -> list[Part]:
     """
     end = max((i for i, x in enumerate(code) if x.text.split()[0] == "EXIT"), default=len(code) - 1)
     code = code[: end + 1]
-    least = {
-        True: _least_width(x.width for x in code if x.loads),
-        False: _least_width(x.width for x in code if x.name == "STG"),
-    }
+    spans = [(x.target, i) for i, x in enumerate(code) if x.target is not None and x.target <= i]
+    weights = [1 + IN_A_LOOP * any(a <= i <= b for a, b in spans) for i in range(len(code))]
+    of = {load: [(x.width, w) for x, w in zip(code, weights, strict=True) if (x.loads if load else x.name == "STG")]
+          for load in (True, False)}  # fmt: skip
+    least = {load: _least_width(accesses) for load, accesses in of.items()}
     state, found, at = _State(least), [], 0
-    for first, last in _loops(code, least[True]):
+    for first, last in _loops(code, spans, least[True]):
         found += [_walked(state, code[at:first], False), _walked(state, code[first : last + 1], True)]
         at = last + 1
     return [part for part in [*found, _walked(state, code[at:], False)] if part.instructions]
 
 
-def _least_width(widths: Iterable[int]) -> int:
+def _least_width(accesses: Iterable[tuple[int, int]]) -> int:
     """Accesses of this width and more are counted: 16 bytes where there are such, else the width that moves most.
 
-    The narrower ones are ends of rows, and a number a row.
+    The narrower ones are ends of rows, and a number a row. accesses: (width, how often about) of each.
     """
     moved: Counter = Counter()
-    for width in widths:
-        moved[width] += width
+    for width, times in accesses:
+        moved[width] += width * times
     return 16 if max(moved, default=0) >= 16 else max(moved, key=lambda width: (moved[width], width), default=1)
 
 
-def _loops(code: Sequence[Instruction], least: int) -> list[tuple[int, int]]:
+def _loops(code: Sequence[Instruction], spans: Sequence[tuple[int, int]], least: int) -> list[tuple[int, int]]:
     """(first, last) of the innermost loops that load or store what is counted."""
-    spans = [(x.target, i) for i, x in enumerate(code) if x.target is not None and x.target <= i]
     spans = [(a, b) for a, b in spans if any((x.loads and x.width >= least) or x.name == "STG" for x in code[a : b + 1])]
     loops: list[tuple[int, int]] = []
     for a, b in sorted(spans, key=lambda span: span[1] - span[0]):

@@ -154,15 +154,22 @@ def _issue(part: Mapping[str, Any], clock: Clock) -> float:
 def _with_trips(parts: list[Mapping[str, Any]], need: float) -> tuple[list[tuple[Mapping[str, Any], float]], float]:
     """(parts with how often they are gone through, bytes read a second time) of a warp that has to read `need` bytes.
 
-    What straight code asks for ahead is of the loop behind it; a loop after the first that loads reads again. A loop that loads
-    nothing, and those of a launch that reads no whole tensor, are gone through once.
+    What straight code asks for ahead is of the loop behind it; a loop after the first that loads reads again, unless it is what
+    an unrolled one leaves over. A loop that loads nothing, and those of a launch that reads no whole tensor: once.
     """
     once = sum(part.get("loaded", 0) - part.get("ahead", 0) for part in parts if not part.get("loop"))
     of_trip = next((part["loaded"] for part in parts if part.get("loop") and part.get("loaded")), 0)
-    trips = max((need - once) / of_trip, 0.0) if of_trip and need else 1.0
-    loops = sum(1 for part in parts if part.get("loop") and part.get("loaded"))
-    again = (loops - 1) * trips * of_trip if loops > 1 and need else 0.0
-    return [(part, trips if part.get("loop") and part.get("loaded") else 1.0) for part in parts], again
+    in_loops = max(need - once, 0.0) if of_trip else 0.0
+    out, passes, unrolled = [], 0, 0
+    for part in parts:
+        loads = part.get("loaded", 0) if part.get("loop") else 0
+        trips = 1.0
+        if loads and need:
+            trips = 0.0 if loads < unrolled else in_loops / loads
+            passes += trips > 0
+        unrolled = loads or (0 if part.get("barriers") else unrolled)
+        out.append((part, trips))
+    return out, max(passes - 1, 0) * in_loops
 
 
 # ---------------------------------------------------------------------------------------------- of evidence.json
