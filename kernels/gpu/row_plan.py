@@ -90,7 +90,8 @@ def plan_rows(
         if in_turn:
             return in_turn
         most = 8 if mode == STRIDED and not neighbours else 16
-        registers = 168 if mode == STRIDED and keep > 4096 else None  # else the compiler spills for a rounder number
+        # else the compiler spills for a rounder number
+        registers = (248 if itemsize == 8 else 168) if mode == STRIDED and keep > 4096 else None
         return RowPlan(block_r, keep, keep, True, min(warps_for(spread * block_r * keep), most), registers=registers)
     # the loop over the rest keeps strides, or the ends of float64, beside the lanes: more registers a thread
     if neighbours:
@@ -109,13 +110,16 @@ def plan_rows(
     else:
         keep, block_v, num_warps = resident, 4096 if mode == STRIDED else 8192, 16
     registers = 248 if beside > 1 and num_warps == 8 and not neighbours else None
+    if mode == STRIDED and num_warps == 16 and not neighbours:
+        registers = 128
     return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps, registers=registers)
 
 
 def _passing(itemsize: int, mode: int, beside: int) -> RowPlan:
     """Long rows of which nothing is kept: many small programs, none of whose threads waits for another before the row's end."""
     block_v = (1024 if beside else 2048) // (2 if itemsize == 8 else 1)
-    return RowPlan(1, 0, block_v, False, 4, 1 if mode == STRIDED else 3, registers=128 if beside > 1 else None)
+    registers = 128 if beside > 1 else 168 if itemsize == 8 and not beside else None
+    return RowPlan(1, 0, block_v, False, 4, 1 if mode == STRIDED else 3, registers=registers)
 
 
 def _in_turn(keep: int, itemsize: int, tensors: int, ahead: int, device: Device) -> RowPlan | None:
