@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.command == "traffic":
         os.environ["TRITON_INTERPRET"] = "1"  # counts only before Triton is imported
-    return importlib.import_module(f"benchmarks.{args.command}").run(args)
+    watched = args.command == "gpu" and not args.worker
+    return importlib.import_module(f"benchmarks.{'supervisor' if watched else args.command}").run(args)
 
 
 if __name__ == "__main__":

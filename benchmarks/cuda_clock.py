@@ -82,12 +82,17 @@ class Clock:
         return start, end
 
     def in_turn(self, calls: Mapping[str, Call], seconds: float, fewest: int = 5, most: int = 50) -> Times:
-        """`most` turns of all calls, or as many as `seconds` allow, after one that does not count."""
+        """`most` turns of all calls, or as many as `seconds` allow, after one that does not count.
+
+        Each turn begins with another call: the first one after a wait is at a disadvantage.
+        """
         found, calls = Times({name: [] for name in calls}), dict(calls)
         begun = time.perf_counter()
         for turn in range(-1, most):
             events = {}
-            for name, call in list(calls.items()):
+            order = list(calls.items())
+            first = turn % max(len(order), 1)
+            for name, call in order[first:] + order[:first]:
                 try:
                     events[name] = self._timed(call)
                 except Exception as error:  # the others still are measured
@@ -110,6 +115,7 @@ class Clock:
     def captured(self, step: Step) -> Passes:
         """Two graphs. RuntimeError if a call waits for the device."""
         cuda, side = self.cuda, self.cuda.Stream()
+        gc.collect()  # what is freed in the middle of a capture may spoil it
         side.wait_stream(cuda.current_stream())
         with cuda.stream(side):
             for _ in range(WARM - 1):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,9 +23,9 @@ import torch
 
 from hw3gpu.kernels.gpu.device import A100, B200, H100, H200, RTX_5090, Device, read
 
-from . import gpu_checks, plots, time_model
+from . import gpu_checks, gpu_tune, plots, time_model
 from .cuda_clock import Clock, Passes, Step, Times, told
-from .gpu_rows import ROWS, SEED, Row, contestants, inputs, solvers
+from .gpu_rows import ROWS, SEED, TABLE, Row, contestants, inputs, solvers
 from .harness import Deadline, Results, Spread, environment
 from .progress import Progress
 
@@ -288,17 +290,26 @@ def tasks(gpu: Gpu, results: Results, deadline: Deadline, progress: Progress, ar
     def row_task(row: Row) -> Task:
         return row.name, lambda: results.add(measure_row(gpu, row, deadline))
 
+    def tune_task(row: Row) -> Task:
+        return f"tune {row.name}", lambda: gpu_tune.tune_row(gpu, row, results, deadline)
+
     rows = [row for row in ROWS if not args.only or any(text in row.name for text in args.only)]
+    first = [row for row in rows if row in TABLE] or rows
+    to_tune = [row for row in first if row.operation in ("batch norm", "cross entropy", "softmax")] if args.tune else []
     return [
         ("copy", lambda: copy_speed(gpu, results)),
         ("correctness", lambda: correctness(gpu, results, deadline, progress)),
-        *(row_task(row) for row in rows),
+        *map(row_task, first),
+        *map(tune_task, to_tune),
+        *(row_task(row) for row in rows if row not in first),
     ]
 
 
 def work(args: argparse.Namespace) -> None:
     """Does what an earlier process of this run has not done. DeviceLostError where another one has to go on."""
     results, deadline = Results.open(Path(args.into), COLUMNS), Deadline(args.until)
+    importlib.import_module("torch._dynamo")
+    gc.freeze()  # modules, which no row leaves behind, are not looked through after each
     with opened(args.pretend) as gpu, Progress(deadline, gpu.pretended) as progress:
         results.environment = environment(gpu.device.name, SEED, pretended=gpu.pretended)
         if results.running is not None:
@@ -331,11 +342,9 @@ def work(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures; status 0 when all was done or the time is over, 130 when it was interrupted, 2 where there is no GPU."""
+    """A measuring process, which `supervisor` starts; its status is 0 when all was done or the time is over."""
     from . import supervisor
 
-    if not args.worker:
-        return supervisor.run(args)
     try:
         work(args)
     except DeviceLostError as error:

@@ -117,7 +117,7 @@ class Cuda:
         cls.recorded.clear()
 
     @classmethod
-    def set_sync_debug_mode(cls, mode: str) -> None:
+    def set_sync_debug_mode(cls, debug_mode: str) -> None:
         """Of a `meta` tensor nothing can be waited for: what would wait raises anyway."""
 
     @classmethod

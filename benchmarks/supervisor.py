@@ -7,6 +7,7 @@ which task was begun; the next process writes that one off and goes on. Meanwhil
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import signal
@@ -104,7 +105,9 @@ class Watch:
             process = self.start(after)
             try:
                 after = self.wait(process)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # a terminal has told the other process too
+                with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                    process.wait(GRACE)
                 return INTERRUPTED
             finally:
                 end(process)
@@ -137,11 +140,13 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.wait(GRACE)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # what waits for a driver is not waited for
+            process.wait(GRACE)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, and says where the results are."""
+    """Measures, and says where the results are; status 0 when all was done or the time is over, 130 when it was interrupted, 2
+    where there is no GPU."""
     from . import plots
 
     device = device_name(args.pretend)

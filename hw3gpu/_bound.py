@@ -55,6 +55,11 @@ def of(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor | None) 
     return Call(found, _kept.get(found))
 
 
+def forget() -> None:
+    """Every call is found anew: plans may be others now."""
+    _kept.clear()
+
+
 def _launch() -> Any:
     return _arrays.kernels("launch", "gpu")
 

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
+import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_checks
+from benchmarks import gpu, gpu_checks, gpu_tune, supervisor
+from benchmarks.cuda_clock import Clock, Step, Times
 from benchmarks.gpu_rows import BF16, F16, ROWS, Row, contestants, inputs
+from benchmarks.harness import Deadline, Results
+from benchmarks.inside_triton import StandIn
+from benchmarks.pretended import Cuda, RefusedError
+from hw3gpu import _bound
+from hw3gpu.kernels.gpu import tuned
 
-ONLY = ("entropy 32x10 ", "softmax 4096x1000 ", "256x64x64 ")
+ONLY = ("softmax 4096x1000 ", "256x64x64 ")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def command(folder, *options):
+def command(folder, *options, session=False):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "benchmarks", "gpu", "--pretend", "--into", str(folder), *options]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=session, **out)
 
 
 @pytest.fixture(scope="module")
 def pretended(tmp_path_factory):
     """(what was printed, the results, the folder) of the whole command for two small rows."""
     folder = tmp_path_factory.mktemp("pretended")
-    process = command(folder, "--minutes", "1", "--only", *ONLY)
+    process = command(folder, "--tune", "--minutes", "1.5", "--only", *ONLY)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
     return printed, json.loads((folder / "results.json").read_text()), folder
@@ -39,12 +50,11 @@ def pretended(tmp_path_factory):
 def test_the_whole_command_runs_pretended(pretended):
     _, results, folder = pretended
     small = [row.name for row in ROWS if any(text in row.name for text in ONLY)]
-    assert results["done"] == ["copy", "correctness", *small]
+    assert results["done"] == ["copy", "correctness", *small, f"tune {small[0]}"]
     assert results["running"] is None
     timed = {(line["row"], line["pass"], line["contestant"]) for line in results["measurements"] if line.get("graph_us")}
-    for row in small[:2]:
-        for of in ("forward", "backward"):
-            assert {name for r, p, name in timed if (r, p) == (row, of)} >= {"hw3gpu", "eager", "compiled"}
+    for of in ("forward", "backward"):
+        assert {name for row, p, name in timed if (row, p) == (small[0], of)} >= {"hw3gpu", "eager", "compiled"}
     assert len(list(csv.DictReader((folder / "measurements.csv").open()))) == len(results["measurements"])
     assert {file.name for file in folder.glob("*.png")} == {"bandwidth.png", "roofline.png", "speedup.png"}
     assert results["correctness"]["passed"]
@@ -62,7 +72,7 @@ def test_every_output_says_that_it_was_pretended(pretended):
 def test_a_peer_that_fails_is_a_note_of_its_row(pretended):
     _, results, _ = pretended
     notes = {(line["contestant"], line["note"]) for line in results["measurements"] if line["note"]}
-    assert any(name == "Liger" for name, _ in notes)  # it asks for a value, which a pretended tensor has not
+    assert any(name == "CuPy eigh" for name, _ in notes)
 
 
 # ---------------------------------------------------------------------------------------------- a row is verified
@@ -111,3 +121,268 @@ class _Wrong:
     @property
     def x(self):
         return next(self.looks)
+
+
+# ---------------------------------------------------------------------------------------------- CUDA's rules
+@pytest.fixture
+def clock():
+    Cuda.recorded.clear()
+    return Clock(Cuda, "meta", 50 << 20)
+
+
+def step(forward=lambda: None):
+    return Step(forward, (), torch.ones(()))
+
+
+def test_the_cache_is_flushed_before_each_event_and_nothing_waits_between_two_calls(clock, monkeypatch):
+    done = []
+    monkeypatch.setattr(clock, "flush", lambda: done.append("flush"))
+    monkeypatch.setattr(Cuda, "synchronize", classmethod(lambda cls: [done.append("wait"), _happen()]))
+    times = clock.in_turn({name: lambda name=name: done.append(name) for name in "ab"}, 0.0, fewest=2)
+    b_a, a_b = ["flush", "b", "flush", "a", "wait"], ["flush", "a", "flush", "b", "wait"]
+    assert done == b_a + a_b + b_a
+    assert {name: len(turns) for name, turns in times.turns.items()} == {"a": 2, "b": 2}
+
+
+def _happen():
+    for event in Cuda.recorded:
+        event.happened = True
+
+
+def test_one_that_fails_in_its_turn_leaves_the_others(clock):
+    def fails():
+        raise torch.OutOfMemoryError("no memory left")
+
+    times = clock.in_turn({"a": lambda: None, "b": fails}, 0.0, fewest=3)
+    assert times.failed == {"b": "OutOfMemoryError: no memory left"}
+    assert list(times.turns) == ["a"]
+    assert len(times.turns["a"]) == 3
+
+
+class Recorded:
+    """A step that says on which stream it ran, and whether inside which graph."""
+
+    def __init__(self):
+        self.calls = []
+
+    def forward(self):
+        self.calls.append(("forward", Cuda.current_stream(), Cuda.capturing))
+        return "result"
+
+    def backward(self, result):
+        self.calls.append(("backward", Cuda.current_stream(), Cuda.capturing))
+        return ("gradient",)
+
+
+def test_a_graph_is_captured_on_the_side_stream_that_warmed_up(clock):
+    of = Recorded()
+    passes = clock.captured(of)
+    streams = {stream for _, stream, _ in of.calls}
+    assert len(streams) == 1
+    assert Cuda.default not in streams
+    assert [graph is None for *_, graph in of.calls] == 6 * [True] + 2 * [False]
+    (_, _, forward), (_, _, backward) = of.calls[-2:]
+    assert (forward.replay, backward.replay) == (passes.forward, passes.backward)
+    assert forward is not backward
+    assert passes.held == ("result", ("gradient",))
+    assert Cuda.current_stream() is Cuda.default
+
+
+def test_what_waits_for_the_device_is_not_captured(clock, monkeypatch):
+    modes = []
+    monkeypatch.setattr(Cuda, "set_sync_debug_mode", classmethod(lambda cls, mode: modes.append(mode)))
+    of = Recorded()
+
+    def forward():
+        if modes and modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return Recorded.forward(of)
+
+    with pytest.raises(RuntimeError, match="no graph: a call waits for the device"):
+        clock.captured(_replaced(of, forward))
+    assert modes == ["error", "default"]
+    assert all(graph is None for *_, graph in of.calls)
+
+
+def _replaced(of, forward):
+    of.forward = forward
+    return of
+
+
+def test_the_stand_in_refuses_what_cuda_refuses():
+    start, end = Cuda.Event(enable_timing=True), Cuda.Event(enable_timing=True)
+    start.record()
+    end.record()
+    with pytest.raises(RefusedError, match="has not happened"):
+        start.elapsed_time(end)
+    Cuda.synchronize()
+    assert start.elapsed_time(end) >= 0
+    with pytest.raises(RefusedError, match="default stream"), Cuda.graph(Cuda.CUDAGraph(), stream=Cuda.default):
+        pass
+    for forbidden in (Cuda.synchronize, Cuda.empty_cache, start.record, Cuda.CUDAGraph().replay):
+        with pytest.raises(RefusedError), Cuda.graph(Cuda.CUDAGraph()):
+            forbidden()
+    assert Cuda.capturing is None
+
+
+def test_the_stand_in_has_no_names_of_its_own():
+    """What the clock calls is there in torch.cuda, with these parameters."""
+    for name, own in vars(Cuda).items():
+        if isinstance(own, classmethod) and name != "refuse_while_capturing":
+            taken, there = (set(inspect.signature(getattr(of, name)).parameters) for of in (Cuda, torch.cuda))
+            assert taken - {"graph"} <= there
+    for own in (Cuda.Event, Cuda.Stream, Cuda.CUDAGraph):
+        methods = {name for name in vars(own) if not name.startswith("_")}
+        assert methods <= set(dir(getattr(torch.cuda, own.__name__)))
+
+
+# ---------------------------------------------------------------------------------------------- other plans
+ROW = Row("softmax", (64, 1024))
+
+
+def test_plans_that_are_tried_are_launched_and_later_ones_are_as_computed():
+    with StandIn(90) as device:
+        step = contestants(ROW, inputs(ROW, "meta"), lambda function: function)["hw3gpu"]()
+        computed = step.forward() is not None and device.launches[-1].num_warps
+        with gpu_tune.Trial() as trial:
+            trial.watched(step)
+            forward, backward = trial.asked.values()
+            assert (forward.passes, backward.passes) == ({"forward"}, {"backward"})
+            for use in list(forward.candidates("num_warps")):
+                forward.use = use
+                _bound.forget()
+                step.forward()
+                assert device.launches[-1].num_warps == use["num_warps"] != computed
+        step.forward()
+        assert device.launches[-1].num_warps == computed
+
+
+@pytest.mark.parametrize(("share", "better"), [(0.5, True), (0.99, False)])
+def test_the_best_plan_is_written_for_the_plans_to_read(tmp_path, monkeypatch, share, better):
+    """Times of a clock for which fewer warps take `share` of the time."""
+
+    def in_turn(self, calls, seconds, **options):
+        warps = {name: json.loads(name).get("num_warps", 99) for name in calls}
+        return Times({name: 5 * [share if n <= 8 else 1.0] for name, n in warps.items()})
+
+    monkeypatch.setattr(gpu_tune, "FIELDS", {"plan_rows": {"num_warps": gpu_tune.FIELDS["plan_rows"]["num_warps"]}})
+    results = Results(tmp_path, ())
+    with gpu.opened(True) as pretended:
+        monkeypatch.setattr(Clock, "in_turn", in_turn)
+        gpu_tune.tune_row(pretended, ROW, results, Deadline(time.time() + 60))
+    assert (tmp_path / "tuned.json").exists() is better
+    if better:
+        table = tuned.read((tmp_path / "tuned.json").read_text())
+        assert {(device, name) for device, name, *_ in table} == {("pretended H100", "plan_rows")}
+        assert all(plan.num_warps < of.num_warps for (*_, of), plan in table.items())
+        assert len(results.parts["better_plans"]) == len(table) == 2
+
+
+# ---------------------------------------------------------------------------------------------- crashes, hangs and Ctrl-C
+ENDS = {
+    "crash": "os.kill(os.getpid(), signal.SIGSEGV)",
+    "hang": "time.sleep(60)",
+    "lost device": f"sys.exit({supervisor.GO_ON})",
+}
+MEASURES = """
+import json, os, pathlib, signal, sys, time
+file, after = pathlib.Path(sys.argv[1]) / "results.json", sys.argv[2]
+def write(done, running):
+    file.write_text(json.dumps({"environment": {}, "measurements": [], "done": done, "running": running, "after": after}))
+"""
+
+
+class Faked(supervisor.Watch):
+    """Its processes are scripts; `ends` is what each does in its turn."""
+
+    def __init__(self, folder, *ends, minutes=1.0):
+        super().__init__(argparse.Namespace(minutes=minutes), folder)
+        self.ends, self.afters = list(ends), []
+
+    def start(self, after):
+        self.afters.append(after)
+        self.since = time.time()
+        return subprocess.Popen([sys.executable, "-c", MEASURES + self.ends.pop(0), str(self.folder), after])
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_after_a_row_that_ends_its_process_another_goes_on(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(supervisor, "TASK_SECONDS", 1.0)
+    watch = Faked(tmp_path, f"write(['copy'], 'row'); {ENDS[how]}", "write(['copy', 'row', 'next'], None)")
+    assert watch.run() == 0
+    assert json.loads((tmp_path / "results.json").read_text())["done"] == ["copy", "row", "next"]
+    assert watch.afters == ["not begun", {"crash": "status -11", "hang": "it hung for 1 s", "lost device": "status 75"}[how]]
+
+
+def test_a_process_that_begins_nothing_is_not_started_again(tmp_path):
+    watch = Faked(tmp_path, "sys.exit(3)")
+    assert watch.run() == 3
+
+
+def test_a_process_that_does_not_stop_in_its_time_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "GRACE", 0.5)
+    ignoring = "signal.signal(signal.SIGINT, signal.SIG_IGN); write([], 'row'); time.sleep(60)"
+    assert Faked(tmp_path, ignoring, minutes=0.01).run() == 0
+
+
+def arguments(folder, **options):
+    given = {"pretend": True, "tune": False, "only": [], "into": str(folder), "until": time.time() + 60, "after": "status -11"}
+    return argparse.Namespace(**given | {"worker": True} | options)
+
+
+@pytest.fixture
+def faked_tasks(monkeypatch):
+    """The tasks of `work`; each entry is what it does."""
+    todo = {}
+    monkeypatch.setattr(gpu, "tasks", lambda *args: list(todo.items()))
+    return todo
+
+
+def test_the_row_that_ended_a_process_is_given_up_and_what_was_done_stays(tmp_path, faked_tasks):
+    left = Results.open(tmp_path, gpu.COLUMNS)
+    left.begin("one")
+    left.finish()
+    left.begin("two")
+    ran = []
+    faked_tasks |= {name: lambda name=name: ran.append(name) for name in ("one", "two", "three")}
+    assert gpu.run(arguments(tmp_path)) == 0
+    results = Results.open(tmp_path, gpu.COLUMNS)
+    assert ran == ["three"]
+    assert results.done == ["one", "two", "three"]
+    assert [(line["row"], line["note"]) for line in results.measurements] == [
+        ("two", "given up: the process that measured this ended (status -11)")
+    ]
+
+
+def test_a_row_that_fails_is_a_note_and_a_device_that_is_lost_ends_the_process(tmp_path, faked_tasks, monkeypatch):
+    def fails():
+        raise ValueError("no such thing")
+
+    def lost(self):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    faked_tasks |= {"one": fails, "two": lambda: monkeypatch.setattr(Clock, "clear", lost), "three": fails}
+    assert gpu.run(arguments(tmp_path)) == supervisor.GO_ON
+    results = Results.open(tmp_path, gpu.COLUMNS)
+    assert results.done == ["one", "two"]
+    assert [line["note"] for line in results.measurements] == ["ValueError: no such thing"]
+
+
+def test_what_the_time_does_not_reach_is_named(tmp_path, faked_tasks):
+    faked_tasks |= {"one": lambda: None}
+    assert gpu.run(arguments(tmp_path, until=time.time())) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["not_reached"] == ["one"]
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path):
+    process = command(tmp_path, "--minutes", "1", "--only", "entropy 32x10 ", "softmax 4096x1000 ", "56x56", session=True)
+    for line in process.stdout:
+        if "copy done" in line:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            break
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "copy" in results["done"]
+    assert results["copy_GB_s"]
+    assert (tmp_path / "measurements.csv").exists()

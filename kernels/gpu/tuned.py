@@ -106,18 +106,18 @@ def of_channels(plan: Any, given: Given, use: dict[str, int]) -> Any:
     asked = asdict(plan) | use
     loops = plan.tiles > 1
     free = loops and not plan.flat
+    lanes = body_lanes(given["S"], given["itemsize"], given["mode"])
     _check(use, {
         "num_warps": _is_power_of_2(asked["num_warps"]) and asked["num_warps"] <= 32,
         "stages": loops and _whole(asked["stages"], 1, 4),
         "splits": loops and _whole(asked["splits"], 1, min(plan.tiles, 1024)),
-        "BLOCK_N": free and _is_power_of_2(asked["BLOCK_N"]),
-        "LANES": free and _is_power_of_2(asked["LANES"]) and asked["LANES"] >= min(64, plan.LANES),
+        "BLOCK_N": free and _is_power_of_2(asked["BLOCK_N"]) and asked["BLOCK_N"] < 2 * given["N"],
+        "LANES": free and _is_power_of_2(asked["LANES"]) and min(64, plan.LANES) <= asked["LANES"] < 2 * lanes,
     }, "a BatchNormPlan")  # fmt: skip
     if not loops:
         return replace(plan, **use)
     if plan.BLOCK_C * asked["BLOCK_N"] * asked["LANES"] > 16384:
         raise ValueError(f"use: a tile of more than 16384 values, {use}, cannot be that of a BatchNormPlan")
-    lanes = body_lanes(given["S"], given["itemsize"], given["mode"])
     lane_blocks = max(cdiv(lanes, asked["LANES"]), 1)
     tiles = max(cdiv(given["N"], asked["BLOCK_N"]), 1) * lane_blocks
     if tiles == 1:
