@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -61,16 +62,22 @@ class Gpu:
         return of / 50 if self.pretended else of
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` for one shape; what cannot be compiled as a whole raises.
+
+    A backward that is called again for the same result, as `Clock` does, may not give its buffers away.
+    """
+    config: Any = importlib.import_module("torch._functorch.config")
+    config.donated_buffer = False
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
 @contextlib.contextmanager
 def opened(pretend: bool) -> Iterator[Gpu]:
     """The GPU at hand, or a pretended one."""
     if not pretend:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         device = read(properties)
-        # a compiled backward that is called again for the same result, as `Clock` does, may not give its buffers away
-        with contextlib.suppress(ImportError, AttributeError):
-            torch._functorch.config.donated_buffer = False
-        compiled = lambda function: torch.compile(function, dynamic=False)  # noqa: E731
         yield Gpu(torch.cuda, "cuda", device, Clock(torch.cuda, "cuda", device.l2), compiled, False)
         return
     from . import pretended
@@ -97,16 +104,19 @@ def measure_row(gpu: Gpu, row: Row, deadline: Deadline) -> list[dict[str, Any]]:
     """The measurements of one row: two passes of each contestant."""
     if row.operation == "minimize_trace":
         return measure_solvers(gpu, row)
+    torch.compiler.reset()  # after eight shapes of one function it would compile no more
     given, notes = inputs(row, gpu.name), {}
     found: dict[str, Contestant] = {}
     for name, make in contestants(row, given, gpu.compiled).items():
         try:
-            found[name] = prepared(gpu, make)
+            found[name] = prepared(gpu, make, keep=name in ("hw3gpu", "eager"))
         except Exception as error:
             notes[name] = why(error)
             gpu.clock.clear()
     right = {name: "" for name in found}
-    if "hw3gpu" in found and "eager" in found and not gpu.pretended:
+    if "hw3gpu" in found and "eager" not in found:
+        notes["hw3gpu"] = "not compared: eager PyTorch, whose error is part of the measure, failed"
+    elif "hw3gpu" in found and not gpu.pretended:
         wrong = gpu_checks.row_check(row, given, found["hw3gpu"].results, found["eager"].results)
         right["hw3gpu"] = "no" if wrong else "yes"
         if wrong:  # what is wrong is not timed
@@ -120,14 +130,14 @@ def measure_row(gpu: Gpu, row: Row, deadline: Deadline) -> list[dict[str, Any]]:
     return records(gpu, row, found, called, graph, notes, right)
 
 
-def prepared(gpu: Gpu, make: Callable[[], Step]) -> Contestant:
-    """A contestant that has run once, with what it needs of memory and of the host."""
+def prepared(gpu: Gpu, make: Callable[[], Step], keep: bool) -> Contestant:
+    """A contestant that has run once, with what it needs of memory and of the host; keep: its results, to be checked."""
     start = time.perf_counter()
     step = make()
     result = step.forward()
     results = result, step.backward(result)
     gpu.cuda.synchronize()
-    one = Contestant(step, time.perf_counter() - start, results)
+    one = Contestant(step, time.perf_counter() - start, results if keep else None)
     one.peak = gpu.clock.peak(step)
     repeats = 1 if gpu.pretended else 5
     one.host = gpu.clock.host(step.forward, repeats), gpu.clock.host(lambda: step.backward(result), repeats)
@@ -237,26 +247,43 @@ def rates(gpu: Gpu, nbytes: float, line: dict[str, Any]) -> dict[str, float]:
 def measure_solvers(gpu: Gpu, row: Row) -> list[dict[str, Any]]:
     """A row of minimize_trace: no backward, no graph."""
     given = inputs(row, gpu.name)
-    wrong = "" if gpu.pretended else gpu_checks.solver_check(row, given)
-    calls, notes = {}, {}
+    calls, notes, right = {}, {}, {}
     for name, call in solvers(row, given).items():
         try:
             call()
+            if name == "hw3gpu" and not gpu.pretended:
+                wrong = gpu_checks.solver_check(row, given)
+                right[name] = "no" if wrong else "yes"
+                if wrong:  # what is wrong is not timed
+                    notes[name] = f"wrong: {wrong}"
+                    continue
             calls[name] = call
         except Exception as error:
             notes[name] = why(error)
     times = gpu.clock.in_turn(calls, gpu.seconds(ROW_SECONDS), most=15)
-    notes |= times.failed | ({"hw3gpu": f"wrong: {wrong}"} if wrong else {})
+    notes |= times.failed
     lines = []
     for name in [*times.turns, *(name for name in notes if name not in times.turns)]:
-        ours = name == "hw3gpu" and not gpu.pretended
-        line = head(row, "forward", name, notes.get(name, ""), ("no" if wrong else "yes") if ours else "")
+        line = head(row, "forward", name, notes.get(name, ""), right.get(name, ""))
         lines.append(line | spread("called", times.turns.get(name)) | speedup(name, Times(), times))
     gpu.clock.clear()
     return lines
 
 
 # ---------------------------------------------------------------------------------------------- what comes before the rows
+def of_device(gpu: Gpu) -> dict[str, Any]:
+    """What the environment says of the device besides its name."""
+    found = {"multiprocessors": gpu.device.multiprocessors, "l2_MB": gpu.device.l2 / 2**20, "cuda": torch.version.cuda}
+    if gpu.pretended:
+        return found
+    fields = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    say = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        values = subprocess.run(say, capture_output=True, text=True, check=True, timeout=20).stdout.strip().split(", ")
+        found |= dict(zip(fields.split(","), values, strict=False))
+    return found | {"cudnn": torch.backends.cudnn.version()}
+
+
 def copy_speed(gpu: Gpu, results: Results) -> None:
     """The line that every row is held to, and what a launch takes that does nothing."""
     rates = gpu.clock.copies(COPIES, gpu.seconds(COPY_SECONDS))
@@ -277,7 +304,7 @@ def correctness(gpu: Gpu, results: Results, deadline: Deadline, progress: Progre
     found = gpu_checks.verify("cpu" if gpu.pretended else "cuda", until, progress.announce)
     results.parts["correctness"] = asdict(found)
     for failure in found.failures:
-        progress.say(f"[red]wrong[/] {failure}")
+        progress.say(f"wrong: {failure}")
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -308,10 +335,11 @@ def tasks(gpu: Gpu, results: Results, deadline: Deadline, progress: Progress, ar
 def work(args: argparse.Namespace) -> None:
     """Does what an earlier process of this run has not done. DeviceLostError where another one has to go on."""
     results, deadline = Results.open(Path(args.into), COLUMNS), Deadline(args.until)
-    importlib.import_module("torch._dynamo")
+    with contextlib.suppress(Exception):  # where it fails, torch.compile says so in its place
+        importlib.import_module("torch._dynamo")
     gc.freeze()  # modules, which no row leaves behind, are not looked through after each
     with opened(args.pretend) as gpu, Progress(deadline, gpu.pretended) as progress:
-        results.environment = environment(gpu.device.name, SEED, pretended=gpu.pretended)
+        results.environment = environment(gpu.device.name, SEED, pretended=gpu.pretended, **of_device(gpu))
         if results.running is not None:
             note = f"given up: the process that measured this ended ({args.after})"
             results.add([{"row": results.running, "contestant": "hw3gpu", "note": note}])

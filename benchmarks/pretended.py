@@ -156,4 +156,4 @@ for _name in (Stream, Event, CUDAGraph):
 
 def compiled(function: Any) -> Any:
     """`torch.compile` as far as its graph: what Inductor would make of it needs a device."""
-    return torch.compile(function, backend="eager", dynamic=False)
+    return torch.compile(function, backend="eager", fullgraph=True, dynamic=False)

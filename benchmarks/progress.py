@@ -41,4 +41,4 @@ class Progress:
         self.say(f"{self.mark}{what} done, {self.deadline}")
 
     def say(self, what: str) -> None:
-        self.console.print(what, markup=True)
+        self.console.print(what, markup=False)

@@ -20,7 +20,7 @@ from typing import Any
 from .harness import ROOT, Deadline
 
 GO_ON, INTERRUPTED = 75, 130  # statuses of a measuring process
-TASK_SECONDS = 120.0  # after which one task is taken for hung
+TASK_SECONDS = 180.0  # after which one task is taken for hung
 GRACE = 10.0  # seconds to end in, after the time is over or an interrupt
 RESTARTS = 8
 PLOT_SECONDS = 10.0  # between two drawings

@@ -24,7 +24,9 @@ from benchmarks.harness import Deadline, Results
 from benchmarks.inside_triton import StandIn
 from benchmarks.pretended import Cuda, RefusedError
 from hw3gpu import _bound
+from hw3gpu import functional as HF
 from hw3gpu.kernels.gpu import tuned
+from hw3gpu.kernels.gpu.device import H100
 
 ONLY = ("softmax 4096x1000 ", "256x64x64 ")
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +105,59 @@ def test_a_row_is_held_to_the_answer_sheet(row):
     for at in range(len(gradients)):
         wrong = tuple(1.05 * g if i == at else g for i, g in enumerate(gradients))
         assert "error" in gpu_checks.row_check(row, given, (result, wrong), eager)
+
+
+@pytest.fixture
+def on_the_host(monkeypatch):
+    """A GPU whose tensors are the host's: results are there to be checked, and CUDA's rules are kept."""
+    monkeypatch.setattr(Clock, "flush", lambda self: None)
+    return gpu.Gpu(Cuda, "cpu", H100, Clock(Cuda, "cpu", 0), lambda function: function, False, copy_rate=1e9)
+
+
+def measured(gpu_, row):
+    lines = gpu.measure_row(gpu_, row, Deadline(time.time() + 2))
+    assert len(lines) == len({(line["pass"], line["contestant"]) for line in lines})
+    return {line["contestant"]: line for line in lines if line["pass"] == "backward"}
+
+
+def test_a_row_is_verified_and_timed(on_the_host):
+    lines = measured(on_the_host, Row("softmax", (8, 32)))
+    ours = lines["hw3gpu"]
+    assert (ours["right"], ours["note"]) == ("yes", "")
+    assert ours["bytes"] == 3 * 8 * 32 * 4
+    assert ours["GB_s"] == pytest.approx(ours["bytes"] / ours["graph_us"] / 1e3) == pytest.approx(ours["share_of_copy"])
+    assert ours["speedup"] == 1.0
+    assert lines["eager"]["speedup_low"] <= lines["eager"]["speedup"] <= lines["eager"]["speedup_high"]
+    assert all(line["host_us"] > 0 and line["called_us"] > 0 for line in (ours, lines["eager"], lines["compiled"]))
+
+
+def test_what_is_wrong_is_not_timed(on_the_host, monkeypatch):
+    right = HF.softmax
+    monkeypatch.setattr(HF, "softmax", lambda *args: 1.05 * right(*args))
+    lines = measured(on_the_host, Row("softmax", (8, 32)))
+    assert lines["hw3gpu"]["right"] == "no"
+    assert lines["hw3gpu"]["note"].startswith("wrong: ")
+    assert "graph_us" not in lines["hw3gpu"]
+    assert lines["eager"]["graph_us"] > 0
+
+
+def test_a_peer_without_memory_is_a_note(on_the_host, monkeypatch):
+    def fails(*args, **options):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", fails)
+    lines = measured(on_the_host, Row("softmax", (8, 32)))
+    assert lines["eager"]["note"] == "out of memory"
+    assert lines["hw3gpu"]["note"].startswith("not compared")
+    assert lines["hw3gpu"]["graph_us"] > 0
+
+
+def test_a_minimum_is_timed_without_a_graph(on_the_host):
+    row = Row("minimize_trace", (4, 8, 8), torch.float64, k=2)
+    lines = {line["contestant"]: line for line in gpu.measure_row(on_the_host, row, Deadline(time.time() + 2))}
+    assert lines["hw3gpu"]["right"] == "yes"
+    assert lines["torch eigh"]["speedup"] > 0
+    assert all("graph_us" not in line for line in lines.values())
 
 
 def test_a_minimum_is_held_to_torchs():
