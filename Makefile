@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # Processes among which pytest divides the tests.
 WORKERS ?= 2
+# And those of the Triton leg where there is a GPU: most of their time goes into compiling kernels, side by side.
+GPU_WORKERS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nproc | awk '{ print $$1 < 8 ? $$1 : 8 }' || echo $(WORKERS))
 # Where the machine has an NVIDIA driver, CuPy comes too, for the CUDA of torch's own build.
 EXTRAS ?= dev$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
 
@@ -45,7 +47,7 @@ test-cpu: $(INSTALLED)
 
 # On a GPU where there is one, else in Triton's interpreter.
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --kernels gpu $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -n $(GPU_WORKERS) --dist worksteal --kernels gpu $(PYTEST_OPTIONS)
 
 # Every plan compiled for every architecture: the best part of an hour on two cores. Writes evidence.json and a table.
 evidence: $(INSTALLED)

@@ -62,6 +62,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
             shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, source / name)
+    (source / "kernels" / "gpu" / "tuned.json").write_text("{}")  # plans measured on a device, which a checkout may have
     _build(source, folder / "wheel", "--wheel")
     _build(source, folder / "sdist", "--sdist")
     sdist = _only(folder / "sdist", "*.tar.gz")
@@ -106,7 +107,7 @@ def test_wheel_holds_hw3gpu_and_nothing_else_at_the_top(built: Built) -> None:
 
 
 def test_wheel_holds_every_source_file(built: Built) -> None:
-    kept = (".py", ".md", "py.typed")
+    kept = (".py", ".md", ".json", "py.typed")
     sources = {
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, package in (("hw3gpu", "hw3gpu"), ("kernels", "hw3gpu/kernels"))
@@ -114,7 +115,7 @@ def test_wheel_holds_every_source_file(built: Built) -> None:
         if path.name.endswith(kept)
     }
     in_wheel = {name for name in _files(built.wheel) if ".dist-info/" not in name}
-    assert in_wheel == sources
+    assert in_wheel == sources | {"hw3gpu/kernels/gpu/tuned.json"}
     assert {"hw3gpu/kernels/gpu/batch_norm.py", "hw3gpu/kernels/cpu/batch_norm.py", "hw3gpu/py.typed"} <= in_wheel
     assert "hw3gpu/kernels/README.md" in in_wheel
 
