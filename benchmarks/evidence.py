@@ -30,7 +30,7 @@ from .inside_triton import Launch, MachineCode, StandIn, machine_code, part
 from .occupancy import programs, waves
 from .sass import barriers_a_tile, instructions_an_access
 
-SCHEMA = 2  # of what is recorded of a launch: evidence of another one is stale
+SCHEMA = 3  # of what is recorded of a launch: evidence of another one is stale
 ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, 120, "gfx942")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
 REGISTER_FILE = 65536

@@ -21,8 +21,10 @@ WARP = 32
 LATENCY = {"LDS": 30, "LDSM": 33, "SHFL": 24, "BAR": 22}
 OTHERWISE = 22
 IN_A_LOOP = 16  # trips, to tell which accesses are many
+# which unit of a scheduler takes an instruction; the others are the arithmetic and logic unit's ("alu"), or "uniform"
 PIPES = {
     "fp32": ("FADD", "FMUL", "FFMA", "HFMA2", "HADD2", "HMUL2", "FADD2", "FMUL2", "FFMA2"),
+    "imad": ("IMAD",),
     "fp64": ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX"),
     "xu": ("MUFU", "F2I", "I2F", "F2F", "FRND", "POPC"),
     "memory": ("LDG", "STG", "LDGSTS", "LDS", "STS", "LDSM", "STSM", "SHFL", "REDUX", "ATOMG", "RED"),
@@ -161,7 +163,7 @@ class _State:
             if x.waits >> board & 1:
                 self.clock, self.pending[board] = max(self.clock, self.ready[board]), 0
         part.instructions["all"] += 1
-        part.instructions[_PIPE_OF.get(x.name, "uniform" if x.name[0] == "U" else "int")] += 1
+        part.instructions[_PIPE_OF.get(x.name, "uniform" if x.name[0] == "U" else "alu")] += 1
         size = x.width * WARP if (x.loads or x.name == "STG") and x.width >= self.least[x.loads] else 0
         if x.name == "LDG":
             self.pending[x.sets] += size

@@ -146,9 +146,10 @@ def _share_ahead(parts: list[tuple[Mapping[str, Any], float]]) -> float:
 
 
 def _issue(part: Mapping[str, Any], clock: Clock) -> float:
-    """Cycles for which a warp's instructions keep its scheduler busy, or the pipe that most of them need."""
-    cost = {"all": 1, "int": 2, "fp32": clock.fp32, "fp64": clock.fp64, "xu": 8, "memory": 4}
-    return max(part.get(pipe, 0) * cycles for pipe, cycles in cost.items())
+    """Cycles for which a warp's instructions keep its scheduler busy, or the unit that most of them need."""
+    fma = clock.fp32 * part.get("fp32", 0) + 2 * part.get("imad", 0)
+    cost = {"all": 1, "alu": 2, "fp64": clock.fp64, "xu": 8, "memory": 4}
+    return max(fma, *(part.get(unit, 0) * cycles for unit, cycles in cost.items()))
 
 
 def _with_trips(parts: list[Mapping[str, Any]], need: float) -> tuple[list[tuple[Mapping[str, Any], float]], float]:

@@ -102,7 +102,17 @@ def test_a_loop_that_waits_in_the_trip_asks_for_nothing_ahead():
 # ---------------------------------------------------------------------------------------------- enough in flight
 def kernel(**changes):
     """A launch of 4096 programs of 4 warps that read a tile of 16 KB, and write it."""
-    part = {"cycles": 500, "loaded": 4096, "stored": 4096, "in_flight": 4096, "all": 200, "fp32": 60, "int": 80, "memory": 20}
+    part = {
+        "cycles": 500,
+        "loaded": 4096,
+        "stored": 4096,
+        "in_flight": 4096,
+        "all": 200,
+        "fp32": 60,
+        "alu": 60,
+        "imad": 20,
+        "memory": 20,
+    }
     found = {"grid": 4096, "warps": 4, "shared": 0, "registers": 64, "read": 4096 << 14, "written": 4096 << 14, "parts": [part]}
     return found | {"programs": 8, "in_flight": 8 << 14} | changes
 
