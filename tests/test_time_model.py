@@ -135,8 +135,8 @@ def test_a_small_launch_needs_no_more_than_it_reads(monkeypatch):
     assert in_flight.complaints(found(read=132 << 13, in_flight=2 << 10)) != []
 
 
-def test_a_reason_holds_down_to_its_share_and_must_be_needed(monkeypatch):
-    monkeypatch.setattr(in_flight, "ALLOWED", {"^softmax": (0.5, "for the test")})
+def test_a_reason_holds_down_to_its_bytes_and_must_be_needed(monkeypatch):
+    monkeypatch.setattr(in_flight, "ALLOWED", {"^softmax": (16, "for the test")})
     assert in_flight.complaints(found(in_flight=16 << 10)) == []
     assert in_flight.complaints(found(in_flight=12 << 10))[0].startswith("softmax")
     (complaint,) = in_flight.complaints(found())
