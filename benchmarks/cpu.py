@@ -37,6 +37,7 @@ from hw3gpu import _pool, _small
 from hw3gpu.kernels.cpu import batch_norm_small, cross_entropy_step
 
 from .cpu_cases import HALVES, KNOWN, ROWS, TINIES, Function, Step, Work
+from .harness import Spread
 
 THREADS = 2
 LIMIT = 1.6  # times the plain copy, for shapes of at least LARGE bytes
@@ -46,23 +47,6 @@ FIRST_CALL = 0.5  # s, in a process that finds the kernels compiled
 
 
 # ---------------------------------------------------------------------------------------------- figures
-@dataclass(frozen=True)
-class Spread:
-    """The median of some figures, and their quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}…{self.high:.2f})"
-
-
 @dataclass(frozen=True)
 class Ratio:
     """How one time compares with another, and the number that is promised: at least, or at most."""
@@ -149,10 +133,6 @@ def in_turn(contestants: Mapping[str, Callable[[], object]], turns: int, calls: 
     return seconds
 
 
-def _over(numerator: list[float], denominator: list[float]) -> Spread:
-    return Spread.of([a / b for a, b in zip(numerator, denominator, strict=True)])
-
-
 def verify(work: Work, step: Step) -> None:
     """AssertionError unless value and gradients lie as near to float64's as PyTorch's do: 1.5 times its error and an ulp."""
 
@@ -202,11 +182,11 @@ def measure_rows(result: Result, turns: int) -> None:
         ours, off = seconds["hw3gpu"], seconds["hw3gpu, pool off"]
         large = work.nbytes >= LARGE
         result.ratios += [
-            Ratio(work.name, "eager", _over(seconds["eager"], ours), work.eager),
-            Ratio(work.name, "compiled", _over(seconds["compiled"], ours), work.compiled),
-            Ratio(work.name, "eager, pool off", _over(seconds["eager"], off)),
-            Ratio(work.name, "compiled, pool off", _over(seconds["compiled"], off)),
-            Ratio(work.name, "copy", _over(ours, seconds["copy"]), LIMIT if large else None, at_most=True),
+            Ratio(work.name, "eager", Spread.ratio(seconds["eager"], ours), work.eager),
+            Ratio(work.name, "compiled", Spread.ratio(seconds["compiled"], ours), work.compiled),
+            Ratio(work.name, "eager, pool off", Spread.ratio(seconds["eager"], off)),
+            Ratio(work.name, "compiled, pool off", Spread.ratio(seconds["compiled"], off)),
+            Ratio(work.name, "copy", Spread.ratio(ours, seconds["copy"]), LIMIT if large else None, at_most=True),
         ]
         torch.compiler.reset()
 
@@ -220,7 +200,7 @@ def measure_halves(result: Result, turns: int) -> None:
         float32 = seconds[works[0].name]
         for work in works[1:]:
             result.milliseconds[work.name] = {"hw3gpu": 1e3 * statistics.median(seconds[work.name])}
-            result.ratios.append(Ratio(work.name, "float32 rate", _over(float32, seconds[work.name]), HALF_RATE))
+            result.ratios.append(Ratio(work.name, "float32 rate", Spread.ratio(float32, seconds[work.name]), HALF_RATE))
 
 
 def measure_known(result: Result, turns: int) -> None:
@@ -231,7 +211,7 @@ def measure_known(result: Result, turns: int) -> None:
         contestants = {"hw3gpu": partial(step, step.ours), "eager": partial(step, step.eager)}
         seconds = in_turn(contestants, turns, calls=max(1, LARGE // work.nbytes))
         result.milliseconds[work.name] = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
-        result.ratios.append(Ratio(work.name, "eager", _over(seconds["eager"], seconds["hw3gpu"]), work.eager))
+        result.ratios.append(Ratio(work.name, "eager", Spread.ratio(seconds["eager"], seconds["hw3gpu"]), work.eager))
 
 
 def measure_tinies(result: Result, turns: int) -> None:
@@ -241,7 +221,7 @@ def measure_tinies(result: Result, turns: int) -> None:
         contestants = {"hw3gpu": partial(step, step.ours), "eager": partial(step, step.eager)}
         seconds = in_turn(contestants, 4 * turns, calls=200)
         result.milliseconds[work.name] = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
-        result.ratios.append(Ratio(work.name, "eager", _over(seconds["eager"], seconds["hw3gpu"]), work.eager))
+        result.ratios.append(Ratio(work.name, "eager", Spread.ratio(seconds["eager"], seconds["hw3gpu"]), work.eager))
         result.layers[work.name] = layers(work, step, turns)
 
 

@@ -301,7 +301,7 @@ def best_copy(results: Results) -> float | None:
 def correctness(gpu: Gpu, results: Results, deadline: Deadline, progress: Progress) -> None:
     """Every operation, for a minute at most; pretended: on the host, with its kernels."""
     until = Deadline(time.time() + gpu.seconds(min(60.0, deadline.left / 5)))
-    found = gpu_checks.verify("cpu" if gpu.pretended else "cuda", until, progress.announce)
+    found = gpu_checks.verify("cpu" if gpu.pretended else "cuda", until, progress.announce, gpu.cuda.synchronize)
     results.parts["correctness"] = asdict(found)
     for failure in found.failures:
         progress.say(f"wrong: {failure}")

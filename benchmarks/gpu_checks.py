@@ -33,18 +33,28 @@ class Verified:
     unfinished: list[str] = field(default_factory=list)  # operations whose hard inputs were not all reached
     without_cupy: str | None = None
 
-    def add(self, found: Check) -> None:
+    def add(self, found: Check) -> bool:
+        """True if it passed."""
         if found.passed:
             self.passed += 1
-            return
+            return True
         where = ", ".join(filter(None, (*found.case, found.output)))
         kind = self.unavailable if found.note.startswith(_arrays.BackendError.__name__) else self.failures
         kind.append(f"{where}: {found.note or f'error {found.error:.2e}, allowed {found.tolerance:.2e}'}")
+        return False
 
 
-def verify(device: str, deadline: Deadline, announce: Callable[[str], None]) -> Verified:
+def _answers(alive: Callable[[], None]) -> bool:
+    try:
+        alive()
+    except Exception:  # whatever it was, the device has been lost
+        return False
+    return True
+
+
+def verify(device: str, deadline: Deadline, announce: Callable[[str], None], alive: Callable[[], None]) -> Verified:
     """Every operation on CUDA tensors and CuPy arrays, or on the host's for `device` 'cpu': an output of each in turn, ordinary
-    inputs first, until all are checked or the time is over."""
+    inputs first, until all are checked or the time is over, or `alive`, asked after a failure, raises."""
     refusal = cupy_refusal() if device == "cuda" else "no GPU"
     kinds = ["torch"] if refusal else ["torch", "cupy"]
     found = Verified(without_cupy=refusal)
@@ -63,8 +73,9 @@ def verify(device: str, deadline: Deadline, announce: Callable[[str], None]) -> 
             one = next(checks, None)
             if one is None:
                 del waiting[name]
-            else:
-                found.add(one)
+            elif not found.add(one) and not _answers(alive):
+                found.failures.append(f"{name}: after this the device does not answer any more")
+                deadline = Deadline(0.0)
     found.unfinished = list(waiting)
     return found
 

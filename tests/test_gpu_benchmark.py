@@ -14,10 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_tune, supervisor
+from benchmarks import gpu, gpu_checks, gpu_tune, supervisor, time_model
 from benchmarks.cuda_clock import Clock, Step, Times
 from benchmarks.gpu_rows import BF16, F16, ROWS, Row, contestants, inputs
 from benchmarks.harness import Deadline, Results
@@ -25,8 +26,9 @@ from benchmarks.inside_triton import StandIn
 from benchmarks.pretended import Cuda, RefusedError
 from hw3gpu import _bound
 from hw3gpu import functional as HF
+from hw3gpu._cli.operations import Operation, Output
 from hw3gpu.kernels.gpu import tuned
-from hw3gpu.kernels.gpu.device import H100
+from hw3gpu.kernels.gpu.device import A100, H100, RTX_5090
 
 ONLY = ("softmax 4096x1000 ", "256x64x64 ")
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,6 +133,19 @@ def test_a_row_is_verified_and_timed(on_the_host):
     assert all(line["host_us"] > 0 and line["called_us"] > 0 for line in (ours, lines["eager"], lines["compiled"]))
 
 
+def test_a_row_is_predicted_where_the_model_knows_the_device(on_the_host, monkeypatch):
+    asked = []
+    monkeypatch.setattr(time_model, "predicted", lambda *of: asked.append(of) or {"forward": 2.0, "backward": 4.0})
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 5090", "NVIDIA L40S"):
+        on_the_host.device = dataclasses.replace(H100, name=name)
+        ours = measured(on_the_host, Row("softmax", (8, 32)))["hw3gpu"]
+    assert asked == [("softmax, call 8x32 float32", device) for device in (H100, A100, RTX_5090)]
+    assert "predicted_us" not in ours
+    on_the_host.device = H100
+    ours = measured(on_the_host, Row("softmax", (8, 32)))["hw3gpu"]
+    assert (ours["predicted_us"], ours["measured_over_predicted"]) == (4.0, ours["graph_us"] / 4.0)
+
+
 def test_what_is_wrong_is_not_timed(on_the_host, monkeypatch):
     right = HF.softmax
     monkeypatch.setattr(HF, "softmax", lambda *args: 1.05 * right(*args))
@@ -176,6 +191,48 @@ class _Wrong:
     @property
     def x(self):
         return next(self.looks)
+
+
+# ---------------------------------------------------------------------------------------------- every operation
+def operations(monkeypatch, log, **found):
+    """Operations that yield so many results each, right ones, or raise."""
+
+    def run(name, outputs):
+        def yields(place, dtype):
+            for i in range(outputs):
+                log.append(f"{name}{i}")
+                yield Output(f"y{i}", np.ones(1, np.float32), np.ones(1), np.ones(1), 0.0)
+            if not outputs:
+                log.append(name)
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        return Operation("S2", name, yields, dtypes=("float32",))
+
+    monkeypatch.setattr(gpu_checks, "OPERATIONS", [run(name, outputs) for name, outputs in found.items()])
+
+
+def test_operations_take_turns_until_the_time_is_over(monkeypatch):
+    log = []
+    operations(monkeypatch, log, a=2, b=3)
+    found = gpu_checks.verify("cpu", Deadline(time.time() + 60), lambda name: None, lambda: None)
+    assert log == ["a0", "b0", "a1", "b1", "b2"]
+    assert (found.passed, found.failures, found.unfinished) == (5, [], [])
+    late = Deadline(1.0, iter([0.0, 0.0, 0.0, 2.0, 2.0]).__next__)  # asked before each turn and before each output
+    found = gpu_checks.verify("cpu", late, lambda name: None, lambda: None)
+    assert (found.passed, found.unfinished) == (2, ["S2 a, torch, float32", "S2 b, torch, float32"])
+
+
+def test_nothing_is_asked_of_a_device_that_was_lost(monkeypatch):
+    log = []
+    operations(monkeypatch, log, a=1, b=0, c=1)
+
+    def lost():
+        raise RuntimeError("CUDA error")
+
+    found = gpu_checks.verify("cpu", Deadline(time.time() + 60), lambda name: None, lost)
+    assert log == ["a0", "b"]
+    assert [failure.rpartition(":")[0] for failure in found.failures][1] == "S2 b, torch, float32"
+    assert "S2 c, torch, float32" in found.unfinished
 
 
 # ---------------------------------------------------------------------------------------------- CUDA's rules
