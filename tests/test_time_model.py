@@ -176,10 +176,12 @@ def test_less_under_way_and_more_to_do_take_longer(slower):
     assert us(**slower) > us()
 
 
-def test_loads_asked_for_ahead_take_less():
-    loop = {"loop": True, "cycles": 500, "loaded": 512, "in_flight": 512, "all": 100}
-    waits, ahead = (us(written=0, registers=255, parts=[loop | more]) for more in ({}, {"in_flight": 1024, "ahead": 1024}))
-    assert ahead < waits
+def test_what_is_asked_for_ahead_comes_while_a_program_computes():
+    """A program a multiprocessor, 64 KB a trip: computing and loading take turns, or the longer of the two."""
+    loop = {"loop": True, "cycles": 6000, "loaded": 4096, "in_flight": 4096, "all": 100}
+    launch = {"grid": 132, "warps": 16, "registers": 128, "read": 132 * 50 << 16, "written": 0}
+    in_turn, ahead = (us(parts=[loop | more], **launch) for more in ({}, {"ahead": 4096}))
+    assert ahead < 0.65 * in_turn
 
 
 def test_faster_memory_takes_less_and_fewer_programs_more():
