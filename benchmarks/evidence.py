@@ -1,8 +1,8 @@
 """Evidence step 3: every plan compiled ahead of time, for parts that need not be there, and what the machine code says.
 
 `make evidence` compiles all of `evidence_cases` whose sources or compiler have changed since, writes evidence.json and the
-table of kernels/README.md. It may be interrupted and goes on with the cases that wait. `make test` holds both files to the
-sources and compiles a few of the heaviest cases again, `make test-all` all of these.
+tables of kernels/README.md and docs/time_model.md. It may be interrupted and goes on with the cases that wait. `make test` holds
+these files to the sources and compiles a few of the heaviest cases again, `make test-all` all of these.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def readme_with(text: str, kernels: Findings) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compiles the cases of every room that changed, writes evidence.json and the table; 1 if anything is wrong."""
+    """Compiles the cases of every room that changed, writes evidence.json and the tables; 1 if anything is wrong."""
     from rich.console import Console
     from rich.progress import track
 
@@ -241,7 +241,10 @@ def run(args: argparse.Namespace) -> int:
                 add(evidence[room], *result)
                 file.write_text(as_text({name: evidence[name] for name in rooms if name in evidence}))
     if not args.json:
+        from . import published, times
+
         README.write_text(readme_with(README.read_text(), kernels_of(evidence)))
+        times.PAGE.write_text(times.page_with(times.PAGE.read_text(), kernels_of(evidence), published.others()))
     wrong = [complaint for room in rooms for complaint in evidence[room]["complaints"]]
     wrong += in_flight.complaints(kernels_of(evidence))
     console.print(*wrong, f"{sum(map(len, rooms.values()))} cases on {len(ARCHITECTURES)} architectures: {file.name}", sep="\n")

@@ -185,7 +185,8 @@ def passes(kernels: Mapping[str, Kernel]) -> dict[str, dict[str, Kernel]]:
 def predicted(label: str, device: Device = H100) -> dict[str, float]:
     """Microseconds of the forward and the backward pass of a case of evidence.json, predicted for a device.
 
-    Raises KeyError where the evidence has no such case, or the model no such device.
+    The code is that of the device's architecture: an H200's, for one, is compiled from the plans of an H100. Raises KeyError
+    where the evidence has no such case, or the model no such device.
     """
     clock = CLOCKS[device.name]
     found = kernels_of(json.loads(FILE.read_text()))[label][str(clock.arch)]
