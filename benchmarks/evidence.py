@@ -1,8 +1,8 @@
 """Evidence step 3: every plan compiled ahead of time, for parts that need not be there, and what the machine code says.
 
 `make evidence` compiles all of `evidence_cases` whose sources or compiler have changed since, writes evidence.json and the
-tables of kernels/README.md and docs/time_model.md. It may be interrupted and goes on with the cases that wait. `make test` holds
-these files to the sources and compiles a few of the heaviest cases again, `make test-all` all of these.
+tables of kernels/README.md and docs/time_model.md. It may be interrupted and goes on with the cases that wait. `make test`
+holds these files to the sources and compiles a few of the heaviest cases again, `make test-all` all of these.
 """
 
 from __future__ import annotations
@@ -246,6 +246,6 @@ def run(args: argparse.Namespace) -> int:
         README.write_text(readme_with(README.read_text(), kernels_of(evidence)))
         times.PAGE.write_text(times.page_with(times.PAGE.read_text(), kernels_of(evidence), published.others()))
     wrong = [complaint for room in rooms for complaint in evidence[room]["complaints"]]
-    wrong += in_flight.complaints(kernels_of(evidence))
+    wrong += in_flight.too_thin(kernels_of(evidence)) + in_flight.unneeded(kernels_of(evidence))
     console.print(*wrong, f"{sum(map(len, rooms.values()))} cases on {len(ARCHITECTURES)} architectures: {file.name}", sep="\n")
     return 1 if wrong else 0

@@ -45,14 +45,20 @@ def thin(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tuple
                     yield f"{label}, {name}, {arch}", kernel["in_flight"], least
 
 
-def complaints(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """What is wrong: launches that keep too little under way without a reason, and reasons that no launch needs."""
-    wrong, used = [], set()
-    for launch, has, least in thin(found):
-        reasons = {
-            pattern for pattern, (least_kb, _) in ALLOWED.items() if re.search(pattern, launch) and has >= least_kb << 10
-        }
-        used |= reasons
-        if not reasons:
-            wrong.append(f"{launch}: {has / 1024:.0f} KB under way a multiprocessor, {least / 1024:.0f} are needed")
-    return wrong + [f"no launch needs to be allowed by {pattern!r}" for pattern in ALLOWED if pattern not in used]
+def too_thin(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Launches that keep too little under way and have no reason, as complaints."""
+    return [
+        f"{launch}: {has / 1024:.0f} KB under way a multiprocessor, {least / 1024:.0f} are needed"
+        for launch, has, least in thin(found)
+        if not _reasons(launch, has)
+    ]
+
+
+def unneeded(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Reasons that no launch needs, as complaints; of the findings of all cases."""
+    used = {pattern for launch, has, _ in thin(found) for pattern in _reasons(launch, has)}
+    return [f"no launch needs to be allowed by {pattern!r}" for pattern in ALLOWED if pattern not in used]
+
+
+def _reasons(launch: str, has: int) -> list[str]:
+    return [pattern for pattern, (kilobytes, _) in ALLOWED.items() if re.search(pattern, launch) and has >= kilobytes << 10]
