@@ -65,14 +65,15 @@ def _cross_entropy_case(
         weight = _meta((V,), acc) if loss.more else None
         losses, stats = _meta((N, S), acc), _meta((5 if loss.more else 3, N, S), acc)
         one, invalid = _meta((1,), acc), _meta((1,), torch.int64)
+        reduced: dict[str, Any] = {"total": one, "denominator": one, "mean": True}
         options: dict[str, Any] = {
             "ignore_index": -100, "label_smoothing": loss.smoothing, "z_loss": 1e-4 * loss.more, "softcap": loss.softcap
         }  # fmt: skip
         if at_once:
-            extras: dict[str, Any] = {"stats": stats, "denominator": one} if loss.more else {}
+            extras: dict[str, Any] = {"stats": stats, **reduced} if loss.more else {}
             cross_entropy.forward_backward(z, target, weight, losses, dz, invalid, **extras, **options)
         else:
-            cross_entropy.forward(z, target, weight, losses, stats, invalid, **options)
+            cross_entropy.forward(z, target, weight, losses, stats, invalid, **reduced, **options)
             cross_entropy.backward(z, target, weight, stats, one.expand(N, S), one, dz, **options)
 
     return run

@@ -258,7 +258,12 @@ def machine_code(cubin: bytes) -> MachineCode:
 
 def copies_ahead(cubin: bytes) -> list[str]:
     """The kinds of the copies into shared memory that nobody waits for, such as `LDGSTS.E.BYPASS.128`."""
-    return [x.opcode for x in _disassembly(cubin) if x.name == "LDGSTS"]
+    return [opcode for opcode in opcodes(cubin) if opcode.startswith("LDGSTS")]
+
+
+def opcodes(cubin: bytes) -> list[str]:
+    """The instructions in their order, without operands."""
+    return [x.opcode for x in _disassembly(cubin)]
 
 
 def _disassembly(cubin: bytes) -> list[sass.Instruction]:

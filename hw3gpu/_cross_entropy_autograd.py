@@ -5,16 +5,18 @@ Everything here gives the loss in the precision of its sums, and `NUMBERS` or th
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
-from . import _arrays, _cross_entropy_formula, _expected_upstream, _small, _targets
+from . import _arrays, _bound, _cross_entropy_formula, _expected_upstream, _small, _targets
 from ._autograd import accumulate_dtype, empty_of
 from ._cross_entropy_formula import NUMBERS, class_axis, loss_shape
 
 
-def with_graph(logits, target, weight, options, gradient, stats):
-    """The loss and, if `stats`, the numbers of every row."""
+def with_graph(logits, target, weight, options, gradient, stats, call=None):
+    """The loss and, if `stats`, the numbers of every row. `call`: what `_bound` knows of it."""
     at_once = gradient != "backward" and logits.requires_grad and not target.requires_grad
     if at_once and options.reduction != "none" and _arrays.backend(logits) == "cpu":
         # a small call costs less than what it would remember
@@ -22,7 +24,7 @@ def with_graph(logits, target, weight, options, gradient, stats):
         return _CrossEntropyStep.apply(
             logits, target, weight, options, stats, _expected_upstream.of_caller() if remember else None
         )
-    rest = weight, options, gradient == "forward" and logits.requires_grad, stats
+    rest = weight, options, gradient == "forward" and logits.requires_grad, stats, call
     return _CrossEntropy.apply(logits, target, rest)
 
 
@@ -36,8 +38,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, rest):
-        weight, options, at_once, stats = rest  # in one argument: PyTorch looks at each of them, each time
-        found = run(logits, target, weight, options, NUMBERS if stats else 3, at_once)
+        weight, options, at_once, stats, call = rest  # in one argument: PyTorch looks at each of them, each time
+        found = run(logits, target, weight, options, NUMBERS if stats else 3, at_once, call)
         loss, numbers, denominator, dlogits = found
         ctx.save_for_backward(logits, target, weight, numbers, denominator, dlogits)
         ctx.options, ctx.handed_out = options, not at_once
@@ -62,7 +64,7 @@ class _CrossEntropy(torch.autograd.Function):
         # with a version count of its own, so that a write into it does not count as one into the saved tensor
         dlogits = None if ctx.handed_out else dlogits.data
         ctx.handed_out = True
-        return run_backward(*given, dlogits), dtarget, None
+        return _eager_backward(*given, dlogits), dtarget, None
 
 
 class _CrossEntropyStep(torch.autograd.Function):
@@ -117,11 +119,61 @@ def rows_of(logits, target, which):
     return z, _arrays.kernel_view(target.view(rows) if target.is_contiguous() else target.reshape(rows), which)
 
 
-def run(logits, target, weight, options, numbers=3, at_once=False):
+def call_of(logits, target, weight, options, gradient, numbers):
+    """What `_bound` knows of a call of `functional.cross_entropy` with these arguments; None where it keeps none such."""
+    if _arrays.on_host(logits) or not (type(options.ignore_index) is int and type(options.label_smoothing) is float):
+        return None
+    if type(options.z_loss) is not float or not (options.softcap is None or type(options.softcap) is float):
+        return None
+    if weight is not None and not (getattr(weight, "dtype", None) is accumulate_dtype(logits) and weight.is_contiguous()):
+        return None
+    at_once = gradient == "forward" and logits.requires_grad and torch.is_grad_enabled()
+    return _bound.of(("cross entropy", options, at_once, numbers), logits, target, weight)
+
+
+def run(logits, target, weight, options, numbers=3, at_once=False, call=None):
     """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradient if `at_once`."""
-    which = _arrays.backend(logits)
-    see, kernels = _arrays.viewer(which), _arrays.kernels("cross_entropy", which)
-    z, t = rows_of(logits, target, which)
+    if _arrays.backend(logits) == "cpu":
+        return _run_on_host(logits, target, weight, options, numbers, at_once)
+    N, S = rows_shape(logits)
+    loss = empty_of(logits, accumulate_dtype(logits), N, S)
+    stats = loss.new_empty(numbers, N, S)
+    invalid = _targets.flag(logits, N * S)
+    total = None if options.reduction == "none" else loss.new_empty(())
+    denominator = loss.new_empty(()) if options.reduction == "mean" else None
+    if call is not None and call.launches is not None:
+        dlogits = torch.empty_like(logits) if at_once else None
+        call.launches(logits, target, weight, loss, stats, invalid, total, denominator, dlogits)
+    else:
+        dlogits, dz = _arrays.output(logits, class_axis(logits), _arrays.viewer("gpu")) if at_once else (None, None)
+        operands = (logits, target, weight, loss, stats, invalid, total, denominator, dlogits)
+        with _bound.noted(call, operands, *(() if dlogits is None else (dlogits,))):
+            _launch_forward(*operands, dz, options)
+    if not target.is_floating_point():
+        _judge_targets(logits, target, invalid, options.ignore_index)
+    return loss.reshape(loss_shape(logits)) if total is None else total, stats, denominator, dlogits
+
+
+def _launch_forward(logits, target, weight, loss, stats, invalid, total, denominator, dlogits, dz, options):
+    see, kernels = _arrays.viewer("gpu"), _arrays.kernels("cross_entropy", "gpu")
+    z, t = rows_of(logits, target, "gpu")
+    weight, loss, stats, invalid = see(weight), see(loss), see(stats), see(invalid)
+    mean = {"mean": options.reduction == "mean", "zero_if_ignored": options.zero_if_ignored}
+    if dz is None:
+        kernels.forward(z, t, weight, loss, stats, invalid, total=total, denominator=denominator, **mean, **options.of_rows)
+        return
+    if mean["mean"] and t.ndim == 2:
+        kernels.count(
+            t, weight, denominator, ignore_index=options.ignore_index, zero_if_ignored=options.zero_if_ignored
+        )  # fmt: skip
+    kernels.forward_backward(
+        z, t, weight, loss, dz, invalid, stats=stats, denominator=denominator, total=total, **mean, **options.of_rows
+    )
+
+
+def _run_on_host(logits, target, weight, options, numbers, at_once):
+    see, kernels = _arrays.viewer("cpu"), _arrays.kernels("cross_entropy", "cpu")
+    z, t = rows_of(logits, target, "cpu")
     N, _, S = z.shape
     seen_weight = see(weight)
     loss = empty_of(logits, accumulate_dtype(logits), N, S)
@@ -133,8 +185,8 @@ def run(logits, target, weight, options, numbers=3, at_once=False):
     if at_once:
         over = None
         if options.reduction == "mean":
-            kernels.count(t, seen_weight, cell(denominator, which), ignore_index=options.ignore_index)
-            over = cell(never_zero(denominator, options), which)
+            kernels.count(t, seen_weight, _cell(denominator), ignore_index=options.ignore_index)
+            over = _cell(never_zero(denominator, options))
         dlogits, dz = _arrays.output(logits, class_axis(logits), see)
         kernels.forward_backward(
             z, t, seen_weight, see(loss), dz, see(invalid), stats=see(stats), denominator=over, **options.of_rows
@@ -145,20 +197,37 @@ def run(logits, target, weight, options, numbers=3, at_once=False):
         _judge_targets(logits, target, invalid, options.ignore_index)
     if total is None:
         return loss.reshape(loss_shape(logits)), stats, None, dlogits
-    sums = cell(total, which), cell(denominator, which)
-    kernels.reduce(see(loss), t, seen_weight, *sums, ignore_index=options.ignore_index)
+    kernels.reduce(see(loss), t, seen_weight, _cell(total), _cell(denominator), ignore_index=options.ignore_index)
     if options.reduction == "sum":
         return total, stats, None, dlogits
     return total / never_zero(denominator, options), stats, denominator, dlogits
 
 
-def cell(number, which):
-    """A tensor of one number as the `which` kernels see it: those on the CPU take (1,)."""
-    return number if which != "cpu" or number is None else number.numpy().reshape(1)
+def _cell(number):
+    """A tensor of one number as the kernels on the CPU see it: (1,)."""
+    return number.numpy().reshape(1)
 
 
-def run_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits=None):
+def rows_shape(logits):
+    """(N, S) of logits (C,), (N, C, …)."""
+    return (logits.shape[0], math.prod(logits.shape[2:])) if logits.dim() > 1 else (1, 1)
+
+
+def _eager_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits):
+    call = _bound.of(
+        ("cross entropy, backward", options, dlogits is None),
+        logits, target, weight, upstream, numbers, denominator, dlogits,
+    )  # fmt: skip
+    return run_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits, call)
+
+
+def run_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits=None, call=None):
     """∂loss/∂logits; where `dlogits` holds it for an upstream gradient of 1, in place and for the rows that have another."""
+    operands = logits, target, weight, upstream, numbers, denominator
+    if call is not None and call.launches is not None:
+        dlogits = torch.empty_like(logits) if dlogits is None else dlogits
+        call.launches(*operands, dlogits)
+        return dlogits
     which = _arrays.backend(logits)
     see, kernels = _arrays.viewer(which), _arrays.kernels("cross_entropy", which)
     z, t = rows_of(logits, target, which)
@@ -168,8 +237,9 @@ def run_backward(upstream, logits, target, weight, numbers, denominator, options
     else:
         dlogits, dz = _arrays.output(logits, class_axis(logits), see)
     upstream = see(_upstream_of_rows(upstream, numbers, options))
-    over = cell(denominator, which)
-    kernels.backward(z, t, see(weight), see(numbers), upstream, over, dz, unless_one=unless_one, **options.of_rows)
+    over = denominator if denominator is None or which == "gpu" else _cell(denominator)
+    with _bound.noted(call, (*operands, dlogits), *(() if unless_one else (dlogits,))):
+        kernels.backward(z, t, see(weight), see(numbers), upstream, over, dz, unless_one=unless_one, **options.of_rows)
     return dlogits
 
 

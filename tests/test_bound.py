@@ -71,8 +71,28 @@ def norm_of(make, *shape, vectors=None, residual=False, **options):
     return (*leaves, mean, var, dy), call
 
 
+def loss_of(make, N, V, weighted=False, soft=False, **options):
+    z, target = make(N, V).requires_grad_(), make(N, V) if soft else make(N, dtype=torch.int64)
+    weight = make(V) if weighted else None
+    upstream = make(N) if options.get("reduction") == "none" else make()
+
+    def call():
+        return torch.autograd.grad(HF.cross_entropy(z, target, weight, **options), z, upstream)
+
+    return (z, target, upstream, *(() if weight is None else (weight,))), call
+
+
 CALLS = {
     "softmax": softmax_of,
+    "cross entropy": lambda make: loss_of(make, 64, 1000),
+    "cross entropy, every option": lambda make: loss_of(
+        make, 64, 1000, weighted=True, label_smoothing=0.1, z_loss=0.1, softcap=30.0, all_ignored="zero"
+    ),
+    "cross entropy, at once": lambda make: loss_of(make, 64, 1000, weighted=True, gradient="forward"),
+    "cross entropy of probabilities": lambda make: loss_of(make, 64, 1000, soft=True, reduction="sum"),
+    "cross entropy of probabilities, at once": lambda make: loss_of(make, 64, 1000, soft=True, gradient="forward"),
+    "cross entropy of rows": lambda make: loss_of(make, 64, 1000, reduction="none"),
+    "cross entropy of many rows, at once": lambda make: loss_of(make, 10000, 8, weighted=True, gradient="forward"),
     "batch norm, one launch": lambda make: norm_of(make, 32, 8, 14, 14, training=True),
     "batch norm, two launches": lambda make: norm_of(make, 32, 2, 56, 56, training=True),
     "batch norm, evaluation": lambda make: norm_of(make, 32, 8, 14, 14),
@@ -89,16 +109,20 @@ def test_later_calls_launch_the_same_on_their_own_memory(gpu, monkeypatch, of):
         return torch.zeros(shape, dtype=dtype)
 
     allocated = []
-    for owner, name in ((torch, "empty_like"), (torch, "empty"), (torch, "stack"), (torch.Tensor, "new_empty")):
+    creates = ((torch, "empty_like"), (torch, "empty"), (torch, "full"), (torch, "stack"), (torch, "zeros"))
+    for owner, name in (*creates, (torch.Tensor, "new_empty")):
         made = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, made=made, **k: allocated.append(made(*a, **k)) or allocated[-1])
     monkeypatch.setitem(_batch_norm_autograd.run.__kwdefaults__, "new", torch.empty)
-    seen = []
+    monkeypatch.setattr(launching, "_counters", {})
+    HF.cross_entropy(make(10, 10), make(10, dtype=torch.int64))  # makes the counter
+    _bound._kept.clear()
+    seen, counters = [], list(launching._counters.values())
     for _ in range(3):
         tensors, call = of(make)
         allocated.clear()
         found = launches(gpu, call)
-        known = [*tensors, *(x for x in allocated if not x.is_meta)]
+        known = [*tensors, *counters, *(x for x in allocated if not x.is_meta)]
         seen.append([(name, grid, [place(a, known) if type(a) is int else a for a in args]) for name, grid, args in found])
         assert len(_bound._kept) == 2
     assert seen[0] == seen[1] == seen[2]
@@ -113,6 +137,24 @@ def test_the_momentum_of_a_call_is_its_own(gpu):
     for args, momentum in zip(found, (0.5, 0.25, 0.125), strict=True):
         assert momentum in args
         assert int.from_bytes(torch.tensor([momentum], dtype=torch.float64).numpy().tobytes(), sys.byteorder) in args
+
+
+FORWARD_AND_BACKWARD = {
+    "cross entropy": 1 + 1,
+    "cross entropy, every option": 1 + 1,
+    "cross entropy, at once": 2 + 1,
+    "cross entropy of probabilities": 1 + 1,
+    "cross entropy of probabilities, at once": 1 + 1,
+    "cross entropy of many rows, at once": 3 + 1,
+    "softmax": 1 + 1,
+    "batch norm, one launch": 1 + 1,
+}
+
+
+@pytest.mark.parametrize(("name", "most"), FORWARD_AND_BACKWARD.items())
+def test_how_many_launches_a_call_takes(gpu, name, most):
+    _, call = CALLS[name](lambda *shape, dtype=None: torch.zeros(shape, dtype=dtype))
+    assert len(launches(gpu, call)) == most
 
 
 # ---------------------------------------------------------------------------------------------- whose launches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from itertools import product
 
 import numpy as np
@@ -221,8 +221,12 @@ def test_rows_in_turn_on_an_h100(V, itemsize, beside, each):
 def test_nothing_of_a_long_row_stays_that_is_not_needed_again(V, S, itemsize, mode, unit_s, beside):
     p = R.plan_rows(V, S, itemsize, mode, unit_s, beside, stays=False)
     kept = R.plan_rows(V, S, itemsize, mode, unit_s, beside)
-    if lanes(V, itemsize, mode) <= 4096 or (unit_s and S > 1):
+    if unit_s and S > 1:
         assert p == kept
+    elif lanes(V, itemsize, mode) <= 4096:
+        assert p.num_warps * kept.BLOCK_R == kept.num_warps * p.BLOCK_R, "as many numbers a thread"
+        assert p.num_warps <= 4 or p.BLOCK_R == 1, "and many programs"
+        assert replace(p, num_warps=kept.num_warps, BLOCK_R=kept.BLOCK_R) == kept
     else:
         assert (p.KEEP, p.FITS, p.num_warps) == (0, False, 4)
         assert 4 <= p.BLOCK_V // (32 * p.num_warps) <= 16, "five numbers a lane fit the registers of many programs"
@@ -259,9 +263,9 @@ def test_row_grids_stay_within_cudas(V, itemsize, beside):
 def test_plan_reduce(rows):
     p = R.plan_reduce(rows)
     assert p.programs * p.per_program >= rows
-    assert p.per_program % p.BLOCK == 0
+    assert p.per_program % R.SUMMED == 0
     assert p.programs <= p.MERGE <= 1024
-    assert power_of_2(p.BLOCK)
+    assert power_of_2(R.SUMMED)
     assert power_of_2(p.MERGE)
 
 

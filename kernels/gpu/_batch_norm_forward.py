@@ -34,19 +34,9 @@ from ._moments import (
     splits_of,
     started,
 )
-from ._rows import real
+from ._rows import quotient, real
 
 COUNTS = ["N", "S", "lane_blocks", "row_lanes", "tiles", "per_split", "splits", "summed", "m", "eps_bits", "momentum_bits"]
-
-
-@triton.jit
-def _quotient(a, b, ACC: tl.constexpr):
-    """a / b, rounded to nearest in float32 too."""
-    if tl.float64 == ACC:
-        q = a / b
-    else:
-        q = tl.div_rn(a, tl.zeros_like(a) + b)
-    return q
 
 
 @triton.jit
@@ -65,7 +55,7 @@ def _finish(
 ):  # fmt: skip
     """Writes the statistics of those channels c (one-dimensional) below `end`, updates the running ones, and returns rstd."""
     count, M2 = tl.cast(m, ACC), tl.where(M2 < 0.0, 0.0, M2)
-    var = _quotient(M2, alpha * alpha * count, ACC)
+    var = quotient(M2, alpha * alpha * count, ACC)
     rstd = _reciprocal_std(var, real(eps, eps_bits, ACC), ACC)
     tl.store(mean_ptr + c, hi, mask=c < end)
     tl.store(mean_ptr + (C + c), lo, mask=c < end)
@@ -77,7 +67,7 @@ def _finish(
         tl.store(running_mean_ptr + c, old * (1.0 - weight) + weight * hi, mask=c < end)
     if running_var_ptr is not None:
         old = tl.load(running_var_ptr + c, mask=c < end, other=0.0).to(ACC)
-        new = _quotient(M2, alpha * alpha * tl.maximum(count - 1.0, 1.0), ACC)
+        new = quotient(M2, alpha * alpha * tl.maximum(count - 1.0, 1.0), ACC)
         tl.store(running_var_ptr + c, old * (1.0 - weight) + weight * new, mask=c < end)
     return rstd
 

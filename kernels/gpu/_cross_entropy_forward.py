@@ -20,6 +20,7 @@ from ._loss import (
     take_lanes,
     times,
 )
+from ._reduction import is_last, leave, reduce_rows
 from ._rows import finite_base, log_1_plus, real, rows_of
 
 OF_CALL = ["V", "S", "rows", "tiles", "ignore_index", "smoothing_bits", "z_loss_bits", "cap_bits"]
@@ -28,14 +29,16 @@ OF_CALL = ["V", "S", "rows", "tiles", "ignore_index", "smoothing_bits", "z_loss_
 @triton.jit(do_not_specialize=OF_CALL)
 def _forward_kernel(
     z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, denominator_ptr, dz_ptr, invalid_ptr,
-    V, S, rows, tiles, ignore_index, smoothing, smoothing_bits, z_loss, z_loss_bits, cap, cap_bits,
+    total_ptr, sum_of_weights_ptr, row_weight_ptr, arrived_ptr,
+    V, S, rows, tiles, ignore_index, smoothing, smoothing_bits, z_loss, z_loss_bits, cap, cap_bits, if_none,
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     LOOP: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr, Z_LOSS: tl.constexpr,
-    MORE: tl.constexpr,
+    MORE: tl.constexpr, MEAN: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pointers = z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, denominator_ptr, dz_ptr, invalid_ptr
+    """Where total_ptr is given, the last program adds up the rows' losses, and their weights where row_weight_ptr is."""
+    pointers = z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, denominator_ptr, dz_ptr, invalid_ptr, row_weight_ptr
     zeta, cap = real(z_loss, z_loss_bits, ACC) if Z_LOSS else None, real(cap, cap_bits, ACC)
     numbers = V, S, rows, tiles, ignore_index, real(smoothing, smoothing_bits, ACC), zeta, cap
     strides = stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds
@@ -45,15 +48,22 @@ def _forward_kernel(
         for pid in tl.range(tl.program_id(0), rows // S * tiles, tl.num_programs(0), num_stages=STAGES):
             late = _forward_tile(
                 pid, late, pointers, numbers, strides, BLOCK_R, KEEP, BLOCK_V, FITS, 1,
-                SOFT, DENSE, CAPPED, Z_LOSS, MORE, MODE, TARGET_MODE, DZ_MODE, GROUP, ACC,
+                SOFT, DENSE, CAPPED, Z_LOSS, MORE, MEAN, MODE, TARGET_MODE, DZ_MODE, GROUP, ACC,
             )  # fmt: skip
         tl.debug_barrier()
         tl.store(dz_ptr + late[0], late[1], mask=late[2])
     else:
         _forward_tile(
             tl.program_id(0), None, pointers, numbers, strides, BLOCK_R, KEEP, BLOCK_V, FITS, STAGES,
-            SOFT, DENSE, CAPPED, Z_LOSS, MORE, MODE, TARGET_MODE, DZ_MODE, GROUP, ACC,
+            SOFT, DENSE, CAPPED, Z_LOSS, MORE, MEAN, MODE, TARGET_MODE, DZ_MODE, GROUP, ACC,
         )  # fmt: skip
+    if total_ptr is not None:
+        last = is_last(arrived_ptr)
+        if last:
+            reduce_rows(
+                loss_ptr, row_weight_ptr, denominator_ptr, total_ptr, sum_of_weights_ptr, rows, if_none, MEAN, ACC
+            )  # fmt: skip
+        leave(arrived_ptr, last)
 
 
 @triton.jit
@@ -61,6 +71,7 @@ def _forward_tile(
     pid, late, pointers, numbers, strides,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr, Z_LOSS: tl.constexpr, MORE: tl.constexpr,
+    MEAN: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Loss, statistics and gradient of BLOCK_R rows.
@@ -69,7 +80,7 @@ def _forward_tile(
     row, once a reduction has brought the threads together: to pick it among them, a loop over tiles would keep the number of
     each lane in a register. None where it is picked. That of this tile is returned.
     """
-    z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, denominator_ptr, dz_ptr, invalid_ptr = pointers
+    z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, denominator_ptr, dz_ptr, invalid_ptr, row_weight_ptr = pointers
     V, S, rows, tiles, ignore_index, epsilon, zeta, cap = numbers
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds = strides
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
@@ -85,6 +96,8 @@ def _forward_tile(
         t, known, bad, w_t = hard_target(target_ptr, n * stride_tn + s * stride_ts, weight_ptr, s < S, V, ignore_index, ACC)
         z_t = logits_at(z_ptr, n * stride_zn + s * stride_zs + t * stride_zv, known, cap, CAPPED, ACC)
         tl.atomic_min(invalid_ptr + s * 0, row, mask=bad, sem="relaxed")
+        if row_weight_ptr is not None:
+            tl.store(row_weight_ptr + row, w_t, mask=s < S)
         t, known, bad, w_t, z_t = t[:, None].to(tl.int32), known[:, None], bad[:, None], w_t[:, None], z_t[:, None]
         q_t = w_t * (1.0 - epsilon)
     z_start = n * stride_zn + s[:, None] * stride_zs
@@ -155,6 +168,8 @@ def _forward_tile(
         g = tl.cast(1.0, ACC)
         if denominator_ptr is not None:
             g = 1.0 / tl.load(denominator_ptr).to(ACC)
+        elif MEAN:  # of soft targets every row counts 1
+            g = 1.0 / tl.cast(rows, ACC)
         if DENSE:
             g = tl.where(known, g, 0.0)
             q *= g

@@ -95,6 +95,16 @@ def log_1_plus(x, ACC: tl.constexpr):
 
 
 @triton.jit
+def quotient(a, b, ACC: tl.constexpr):
+    """a / b, rounded to nearest in float32 too."""
+    if tl.float64 == ACC:
+        q = a / b
+    else:
+        q = tl.div_rn(a, tl.zeros_like(a) + b)
+    return q
+
+
+@triton.jit
 def real(single, bits, ACC: tl.constexpr):
     """A number passed as `plan.float_and_bits`, in ACC."""
     if tl.float64 == ACC:

@@ -18,49 +18,17 @@ NaN and leaves its number in `invalid`.
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+import math
 
 from . import _tile
 from ._cross_entropy_backward import _backward_kernel
 from ._cross_entropy_forward import _forward_kernel
-from ._loss import hard_target
+from ._reduction import _reduce_kernel
 from ._rows import ACC, follower_mode, of_plan, rows_along_s, run_mode, warps
 from .device import device_of
-from .launch import launch, scratch
+from .launch import counter, launch, scratch
 from .plan import cdiv, float_and_bits
 from .row_plan import plan_columns, plan_reduce, plan_rows
-
-
-@triton.jit(do_not_specialize=["S", "rows", "per_program", "ignore_index"])
-def _reduce_kernel(
-    loss_ptr, target_ptr, weight_ptr, total_ptr, denominator_ptr, V, S, rows, per_program, ignore_index, stride_tn, stride_ts,
-    BLOCK: tl.constexpr, SOFT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Σ loss and Σ w_target over this program's rows, each lane in order, the lanes by a tree."""
-    pid = tl.program_id(0).to(tl.int64)
-    total = tl.zeros([BLOCK], ACC)
-    weights = tl.zeros([BLOCK], ACC)
-    for i in range(0, per_program, BLOCK):
-        row = pid * per_program + i + tl.arange(0, BLOCK)
-        live = row < rows
-        if loss_ptr is not None:
-            total += tl.load(loss_ptr + row, mask=live, other=0.0)
-        if SOFT:
-            weights += tl.where(live, 1.0, 0.0)
-        else:
-            at = (row // S) * stride_tn + (row % S) * stride_ts
-            _, _, _, w_t = hard_target(target_ptr, at, weight_ptr, live, V, ignore_index, ACC)
-            weights += w_t
-    tl.store(total_ptr + pid, tl.sum(total))
-    tl.store(denominator_ptr + pid, tl.sum(weights))
-
-
-@triton.jit(do_not_specialize=["count"])
-def _merge_kernel(totals_ptr, denominators_ptr, total_ptr, denominator_ptr, count, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    tl.store(total_ptr, tl.sum(tl.load(totals_ptr + i, mask=i < count, other=0.0)))
-    tl.store(denominator_ptr, tl.sum(tl.load(denominators_ptr + i, mask=i < count, other=0.0)))
 
 
 def _call(z, target, dz, options):
@@ -85,13 +53,19 @@ def _call(z, target, dz, options):
     return (*z.stride(), *stride_t, *dz.stride()), fixed, constants
 
 
-def _launch_forward(z, target, weight, loss, stats, denominator, dz, invalid, options):
+def _launch_forward(z, target, weight, loss, stats, dz, invalid, denominator, reduced, options):
+    """`reduced`: (total, denominator to be written or None, whether the mean is asked for, what stands for a denominator of 0);
+    None where losses are not added up."""
     if not z.numel():
+        _reduce_apart(loss, target, weight, reduced, options)
         return
-    z, target = rows_along_s(z), rows_along_s(target)
-    dz = None if dz is None else rows_along_s(dz)
+    rows_apart = reduced is not None and plan_reduce(loss.numel()).programs > 1
+    total, sum_of_weights, mean, if_none = reduced or (None, None, False, 0.0)
+    if rows_apart:
+        total = sum_of_weights = None
+    z, given, dz = rows_along_s(z), rows_along_s(target), None if dz is None else rows_along_s(dz)
     N, V, S = z.shape
-    strides, fixed, constants = _call(z, target, z if dz is None else dz, options)
+    strides, fixed, constants = _call(z, given, z if dz is None else dz, options)
     unit_s = z.stride(2) == 1 and z.stride(1) != 1
     more = stats is not None and len(stats) > 3
     beside = constants["DENSE"] + (constants["CAPPED"] or (constants["DENSE"] and more))
@@ -101,30 +75,57 @@ def _launch_forward(z, target, weight, loss, stats, denominator, dz, invalid, op
         stays=dz is not None, ahead=0 if rare else 1, device=device_of(z),
     )  # fmt: skip
     tiles = cdiv(S, plan.BLOCK_R)
+    weighed = sum_of_weights is not None and not constants["SOFT"]
     launch(
         _forward_kernel, plan.grid(N * tiles),
-        z, target, weight, loss, stats, denominator, dz, invalid,
-        V, S, N * S, tiles, *fixed, *strides,
-        MORE=more, **constants, **of_plan(plan),
+        z, given, weight, loss, stats, denominator, dz, invalid,
+        total, sum_of_weights, scratch(loss.dtype, z.device, N * S) if weighed else None,
+        None if total is None else counter(z.device),
+        V, S, N * S, tiles, *fixed, if_none, *strides,
+        MORE=more, MEAN=mean and (total is not None or dz is not None), **constants, **of_plan(plan),
     )  # fmt: skip
+    if rows_apart:
+        _reduce_apart(loss, target, weight, reduced, options)
+
+
+def _reduce_apart(loss, target, weight, reduced, options):
+    if reduced is not None:
+        total, sum_of_weights, mean, if_none = reduced
+        _reduce(loss, target, weight, total, sum_of_weights, options["ignore_index"], mean, if_none)
 
 
 def forward(
-    z, target, weight, loss, stats, invalid, *,
+    z, target, weight, loss, stats, invalid, *, total=None, denominator=None, mean: bool = False, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """Loss per row and stats, (3, N, S) or (5, N, S) and contiguous: m, Σ exp(z - m) - 1, W; z_target - m and entropy."""
+    """Loss per row and stats, (3, N, S) or (5, N, S) and contiguous: m, Σ exp(z - m) - 1, W; z_target - m and entropy.
+
+    Where `total` is given, also Σ loss, or its mean and as `denominator` what it is divided by (`reduce`).
+    """
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
-    _launch_forward(z, target, weight, loss, stats, None, None, invalid, options)
+    reduced = None if total is None else (total, denominator, mean, _if_none(zero_if_ignored))
+    _launch_forward(z, target, weight, loss, stats, None, invalid, None, reduced, options)
 
 
 def forward_backward(
     z, target, weight, loss, dz, invalid, *, stats=None, denominator=None,
+    total=None, mean: bool = False, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """Loss per row, stats where given, and the gradient for an upstream gradient of 1, over `denominator` where given."""
+    """Loss per row, stats where given, and the gradient for an upstream gradient of 1, over `denominator` where given.
+
+    Where `total` is given, also Σ loss, or its mean: for hard targets over `denominator`, which `count` has found; for soft
+    ones over their number, which is written there.
+    """
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
-    _launch_forward(z, target, weight, loss, stats, denominator, dz, invalid, options)
+    found = total is not None and mean and target.ndim == z.ndim
+    reduced = None if total is None else (total, denominator if found else None, mean, _if_none(zero_if_ignored))
+    _launch_forward(z, target, weight, loss, stats, dz, invalid, None if found else denominator, reduced, options)
+
+
+def _if_none(zero_if_ignored):
+    """What stands for a denominator of 0: a mean over nothing is 0/0, or 0."""
+    return math.inf if zero_if_ignored else 0.0
 
 
 def backward(
@@ -155,27 +156,25 @@ def backward(
     )  # fmt: skip
 
 
-def count(target, weight, denominator, *, ignore_index: int) -> None:
+def count(target, weight, denominator, *, ignore_index: int, zero_if_ignored: bool = False) -> None:
     """denominator = Σ w_target over the rows that count (hard targets), the number of rows (soft)."""
-    _reduce(None, target, weight, scratch(denominator.dtype, denominator.device), denominator, ignore_index)
+    _reduce(None, target, weight, None, denominator, ignore_index, False, _if_none(zero_if_ignored))
 
 
 def reduce(loss, target, weight, total, denominator, *, ignore_index: int) -> None:
     """total = Σ loss; denominator as of `count`."""
-    _reduce(loss, target, weight, total, denominator, ignore_index)
+    _reduce(loss, target, weight, total, denominator, ignore_index, False, 0.0)
 
 
-def _reduce(loss, target, weight, total, denominator, ignore_index):
-    soft = target.ndim == 3
+def _reduce(loss, target, weight, total, denominator, ignore_index, mean, if_none):
     N, S = target.shape[0], target.shape[-1]
     plan = plan_reduce(N * S)
-    totals, denominators = total, denominator
-    if plan.programs > 1:
-        totals, denominators = scratch(total.dtype, total.device, 2, plan.programs)
+    like = denominator if total is None else total
+    apart = plan.programs > 1
     launch(
         _reduce_kernel, plan.programs,
-        loss, target, weight, totals, denominators, 1 << 62, max(S, 1), N * S, plan.per_program, ignore_index,
-        target.stride(0), target.stride(-1), BLOCK=plan.BLOCK, SOFT=soft, ACC=ACC[total.dtype], num_warps=4,
+        loss, target, weight, scratch(like.dtype, like.device, 2, plan.programs) if apart else None,
+        counter(like.device) if apart else None, total, denominator,
+        1 << 62, max(S, 1), N * S, plan.per_program, ignore_index, if_none, target.stride(0), target.stride(-1),
+        PROGRAMS=plan.MERGE, SOFT=target.ndim == 3, MEAN=mean, ACC=ACC[like.dtype], num_warps=4,
     )  # fmt: skip
-    if plan.programs > 1:
-        launch(_merge_kernel, 1, totals, denominators, total, denominator, plan.programs, BLOCK=plan.MERGE, num_warps=4)

@@ -18,7 +18,7 @@ from . import _triton
 from ._triton import device
 from .plan import float_and_bits
 
-__all__ = ["Bound", "Number", "Recording", "device", "launch", "numbers", "scratch"]
+__all__ = ["Bound", "Number", "Recording", "counter", "device", "launch", "numbers", "scratch"]
 
 _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("hw3gpu_recording", default=None)
 
@@ -52,6 +52,33 @@ def scratch(dtype: torch.dtype, device: torch.device, *shape: int) -> torch.Tens
     return made
 
 
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def counter(device: torch.device) -> torch.Tensor:
+    """An int32 that is 0 wherever a kernel of the current stream begins: one for each stream, whose kernels leave it so.
+
+    In a CUDA graph, which may run beside the stream's kernels and other graphs, one of its own that the graph sets to 0.
+    """
+    made = _counter(device)
+    recording = _recording.get()
+    if recording is not None:
+        recording.own(made, counts=True)
+    return made
+
+
+def _counter(device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device, _triton.stream() if device.type == "cuda" else 0)
+    found = _counters.get(key)
+    if found is None:
+        if len(_counters) >= 1024:  # streams of others' that are no more
+            _counters.clear()
+        found = _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return found
+
+
 class _Launch(NamedTuple):
     compiled: Any
     programs: int
@@ -64,14 +91,16 @@ class Bound:
 
     __slots__ = ("_launches", "_scratch")
 
-    def __init__(self, launches: tuple[_Launch, ...], scratch: tuple[tuple[tuple[int, ...], torch.dtype], ...]):
+    def __init__(self, launches: tuple[_Launch, ...], scratch: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]):
         self._launches, self._scratch = launches, scratch
 
     def __call__(self, *operands: torch.Tensor | None, numbers: tuple[float, ...] = ()) -> None:
         """operands: as were recorded, the first on the current device; numbers: those of the launchers' `numbers`."""
         values: list[Any] = [None if x is None else x.data_ptr() for x in operands]
         if self._scratch:
-            held = [operands[0].new_empty(shape, dtype=dtype) for shape, dtype in self._scratch]  # type: ignore[union-attr]
+            x = operands[0]
+            assert x is not None
+            held = [_counter(x.device) if of is None else x.new_empty(of[0], dtype=of[1]) for of in self._scratch]
             values += [x.data_ptr() for x in held]
         for number in numbers:
             values += float_and_bits(number)
@@ -88,7 +117,7 @@ class Recording:
 
     def __init__(self, operands: tuple[torch.Tensor | None, ...]):
         self._memory = [None if x is None else _span(x) for x in operands]
-        self._scratch: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._scratch: list[tuple[tuple[int, ...], torch.dtype] | None] = []  # None: a counter
         self._launches: list[tuple[Any, int, tuple[Any, ...]]] = []
 
     def __enter__(self) -> Recording:
@@ -102,10 +131,12 @@ class Recording:
         """One launch."""
         self._launches.append((compiled, programs, args))
 
-    def own(self, x: torch.Tensor) -> None:
-        """Scratch of the launches to come."""
-        self._memory.append(_span(x))
-        self._scratch.append((tuple(x.shape), x.dtype))
+    def own(self, x: torch.Tensor, counts: bool = False) -> None:
+        """Scratch, or a counter, of the launches to come."""
+        span = _span(x)
+        if not (counts and span in self._memory):  # kernels in turn share a counter
+            self._memory.append(span)
+            self._scratch.append(None if counts else (tuple(x.shape), x.dtype))
 
     def bound(self) -> Bound | None:
         """What was noted; None where it cannot be said of each pointer whose it is: of copies, and of operands that overlap."""

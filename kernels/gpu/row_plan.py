@@ -92,7 +92,12 @@ def plan_rows(
         most = 8 if mode == STRIDED and not neighbours else 16
         # else the compiler spills for a rounder number
         registers = (248 if itemsize == 8 else 168) if mode == STRIDED and keep > 4096 else None
-        return RowPlan(block_r, keep, keep, True, min(warps_for(spread * block_r * keep), most), registers=registers)
+        num_warps = min(warps_for(spread * block_r * keep), most)
+        while (
+            not stays and not neighbours and block_r > 1 and num_warps > 4
+        ):  # programs that are read, reduced and gone in turn
+            block_r, num_warps = block_r // 2, num_warps // 2
+        return RowPlan(block_r, keep, keep, True, num_warps, registers=registers)
     # the loop over the rest keeps strides, or the ends of float64, beside the lanes: more registers a thread
     if neighbours:
         keep, block_v, num_warps = max(resident // 4, 1), max(resident // 4, 1), 16 if beside > 1 else 8
@@ -162,16 +167,18 @@ def plan_columns(V: int, S: int, itemsize: int, mode: int, unit_s: bool) -> Colu
 
 @dataclass(frozen=True)
 class ReducePlan:
-    """`programs` programs sum `per_program` rows each; one more sums their MERGE or fewer results."""
+    """`programs` programs sum `per_program` rows each; the last of them sums the MERGE or fewer results of all."""
 
     programs: int
     per_program: int
-    BLOCK: int
     MERGE: int
+
+
+SUMMED = 2048  # rows that a program adds up side by side
 
 
 def plan_reduce(rows: int) -> ReducePlan:
     """The plan for the sum of one number a row."""
     programs = min(max(cdiv(rows, 8192), 1), 1024)
-    per_program = cdiv(cdiv(rows, programs), 1024) * 1024
-    return ReducePlan(programs, per_program, 1024, next_power_of_2(programs))
+    per_program = cdiv(cdiv(rows, programs), SUMMED) * SUMMED
+    return ReducePlan(programs, per_program, next_power_of_2(programs))
