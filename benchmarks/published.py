@@ -2,7 +2,7 @@
 
 Of Liger's kernels the installed package has the code: they are compiled and predicted as this library's are. Of the others the
 model knows the bytes alone, and what it says is a floor. Taken were figures read at the address given, of kernels that reach
-two fifths of the bandwidth or more. docs/time_model.md says which choices were made with them in sight.
+half of the bandwidth or more. docs/time_model.md says which choices were made with them in sight.
 """
 
 from __future__ import annotations
