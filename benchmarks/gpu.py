@@ -16,7 +16,7 @@ import importlib
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ COLUMNS = (
 COPIES = tuple(2**n for n in range(20, 31, 2))  # bytes
 ROW_SECONDS, COPY_SECONDS = 3.0, 3.0  # for the turns of a row, and of the copies
 PASSES = ("forward", "backward")
+EVERY_ROW = "every row"
 KNOWN = (A100, B200, H100, H200, RTX_5090)  # to the time model
 
 
@@ -56,6 +57,11 @@ class Gpu:
     compiled: Callable[[Callable[..., Any]], Callable[..., Any]]
     pretended: bool
     copy_rate: float | None = None  # bytes a second
+    mark: Callable[[str], None] = lambda contestant: None  # which contestant it is at
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # contestants, by row or EVERY_ROW, that ended a process
+
+    def leaves_out(self, row: str, contestant: str) -> bool:
+        return contestant in [*self.left_out.get(EVERY_ROW, ()), *self.left_out.get(row, ())]
 
     def seconds(self, of: float) -> float:
         """For turns; times of nothing need few."""
@@ -108,11 +114,16 @@ def measure_row(gpu: Gpu, row: Row, deadline: Deadline) -> list[dict[str, Any]]:
     given, notes = inputs(row, gpu.name), {}
     found: dict[str, Contestant] = {}
     for name, make in contestants(row, given, gpu.compiled).items():
+        if gpu.leaves_out(row.name, name):
+            notes[name] = "left out: a process ended while it ran"
+            continue
+        gpu.mark(name)
         try:
             found[name] = prepared(gpu, make, keep=name in ("hw3gpu", "eager"))
         except Exception as error:
             notes[name] = why(error)
             gpu.clock.clear()
+    gpu.mark("")
     right = {name: "" for name in found}
     if "hw3gpu" in found and "eager" not in found:
         notes["hw3gpu"] = "not compared: eager PyTorch, whose error is part of the measure, failed"
@@ -159,11 +170,13 @@ def timed(
     """Times of all forward passes in turn, and of all backward passes."""
     passes: dict[str, Passes] = {}
     for name, contestant in found.items():
+        gpu.mark(name)
         try:
             passes[name] = how(contestant.step)
         except Exception as error:
             notes[name] = "; ".join(filter(None, (notes.get(name), why(error))))
             gpu.clock.clear()
+    gpu.mark("")
     both = []
     for which in PASSES:
         times = gpu.clock.in_turn({name: getattr(of, which) for name, of in passes.items()}, seconds)
@@ -249,6 +262,10 @@ def measure_solvers(gpu: Gpu, row: Row) -> list[dict[str, Any]]:
     given = inputs(row, gpu.name)
     calls, notes, right = {}, {}, {}
     for name, call in solvers(row, given).items():
+        if gpu.leaves_out(row.name, name):
+            notes[name] = "left out: a process ended while it ran"
+            continue
+        gpu.mark(name)
         try:
             call()
             if name == "hw3gpu" and not gpu.pretended:
@@ -260,6 +277,7 @@ def measure_solvers(gpu: Gpu, row: Row) -> list[dict[str, Any]]:
             calls[name] = call
         except Exception as error:
             notes[name] = why(error)
+    gpu.mark("")
     times = gpu.clock.in_turn(calls, gpu.seconds(ROW_SECONDS), most=15)
     notes |= times.failed
     lines = []
@@ -301,7 +319,12 @@ def best_copy(results: Results) -> float | None:
 def correctness(gpu: Gpu, results: Results, deadline: Deadline, progress: Progress) -> None:
     """Every operation, for a minute at most; pretended: on the host, with its kernels."""
     until = Deadline(time.time() + gpu.seconds(min(60.0, deadline.left / 5)))
-    found = gpu_checks.verify("cpu" if gpu.pretended else "cuda", until, progress.announce, gpu.cuda.synchronize)
+
+    def announce(operation: str) -> None:
+        progress.announce(operation)
+        gpu.mark("")
+
+    found = gpu_checks.verify("cpu" if gpu.pretended else "cuda", until, announce, gpu.cuda.synchronize)
     results.parts["correctness"] = asdict(found)
     for failure in found.failures:
         progress.say(f"wrong: {failure}")
@@ -332,6 +355,38 @@ def tasks(gpu: Gpu, results: Results, deadline: Deadline, progress: Progress, ar
     ]
 
 
+def resume(results: Results, after: str) -> None:
+    """Goes on after a process that ended in a task: without the contestant it was at, or without the task if it was at none."""
+    blamed, task = results.blamed(), str(results.running)
+    if blamed:
+        of = task if blamed == "hw3gpu" else EVERY_ROW
+        results.parts.setdefault("left_out", {}).setdefault(of, []).append(blamed)
+        results.parts.setdefault("ended", []).append(f"{task}, at {blamed}: {after}")
+        results.running = None
+    else:
+        results.add(
+            [{"row": task, "contestant": "hw3gpu", "note": f"given up: the process that measured this ended ({after})"}]
+        )
+        results.finish()
+
+
+def attempt(gpu: Gpu, results: Results, name: str, task: Callable[[], Any]) -> None:
+    """One task; DeviceLostError, and the task not done, where the device does not answer after it."""
+    results.begin(name)
+    failed = ""
+    try:
+        task()
+    except Exception as error:
+        failed = why(error)
+    try:
+        gpu.clock.clear()
+    except Exception as error:
+        raise DeviceLostError(f"{told(error)}; {failed}") from error
+    if failed:
+        results.add([{"row": name, "contestant": "hw3gpu", "note": failed}])
+    results.finish()
+
+
 def work(args: argparse.Namespace) -> None:
     """Does what an earlier process of this run has not done. DeviceLostError where another one has to go on."""
     results, deadline = Results.open(Path(args.into), COLUMNS), Deadline(args.until)
@@ -341,31 +396,18 @@ def work(args: argparse.Namespace) -> None:
     with opened(args.pretend) as gpu, Progress(deadline, gpu.pretended) as progress:
         results.environment = environment(gpu.device.name, SEED, pretended=gpu.pretended, **of_device(gpu))
         if results.running is not None:
-            note = f"given up: the process that measured this ended ({args.after})"
-            results.add([{"row": results.running, "contestant": "hw3gpu", "note": note}])
-            results.finish()
+            resume(results, args.after)
+        gpu.mark, gpu.left_out = results.mark, results.parts.get("left_out", {})
         todo = tasks(gpu, results, deadline, progress, args)
         progress.total(len(todo))
         for name, task in todo:
-            if name in results.done:
-                progress.advance(name)
-                continue
-            if deadline.left < 2:
+            if deadline.left < 2 and name not in results.done:
                 results.parts.setdefault("not_reached", []).append(name)
-                continue
-            gpu.copy_rate = best_copy(results)
-            progress.announce(name)
-            results.begin(name)
-            try:
-                task()
-            except Exception as error:
-                results.add([{"row": name, "contestant": "hw3gpu", "note": why(error)}])
-            results.finish()
-            progress.advance(name)
-            try:
-                gpu.clock.clear()
-            except Exception as error:
-                raise DeviceLostError(told(error)) from error
+            elif name not in results.done:
+                gpu.copy_rate = best_copy(results)
+                progress.announce(name)
+                attempt(gpu, results, name, task)
+                progress.advance(name)
         results.write()
 
 

@@ -157,6 +157,7 @@ def timed(
     for use in uses:
         asked.use = use
         _bound.forget()
+        gpu.mark("")
         try:
             if expected is not None:
                 agree(gpu, step, expected)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+MARK = ".mark.json"
 PACKAGES = ("numpy", "scipy", "numba", "torch", "triton", "liger-kernel", "cupy-cuda12x", "cupy-cuda13x", "matplotlib")
 
 
@@ -130,6 +131,7 @@ class Results:
 
     def begin(self, task: str) -> None:
         self.running = task
+        self.mark()
         self.write()
 
     def finish(self) -> None:
@@ -138,6 +140,15 @@ class Results:
             self.done.append(self.running)
         self.running = None
         self.write()
+
+    def mark(self, contestant: str = "") -> None:
+        """Tells who watches that the task goes on, and which contestant it is at, if at one alone."""
+        replace(self.folder / MARK, json.dumps({"at": time.time(), "contestant": contestant}))
+
+    def blamed(self) -> str:
+        """The contestant that an earlier process was at when it ended; '' if at none alone."""
+        mark = self.folder / MARK
+        return json.loads(mark.read_text())["contestant"] if mark.exists() else ""
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Measurements, each with the environment."""

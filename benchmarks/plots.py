@@ -59,6 +59,7 @@ def notes(results: dict[str, Any]) -> list[str]:
             found.append(f"not checked with all inputs in the time: {'; '.join(correct['unfinished'])}")
         found += [f"wrong: {failure}" for failure in correct["failures"]]
         found += [f"not available: {what}" for what in correct["unavailable"]]
+    found += [f"a process ended: {what}" for what in results.get("ended", [])]
     found += [f"better: {plan}" for plan in results.get("better_plans", [])]
     if results.get("not_reached"):
         found.append(f"not reached in the time: {', '.join(results['not_reached'])}")

@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .harness import ROOT, Deadline
+from .harness import MARK, ROOT, Deadline
 
 GO_ON, INTERRUPTED = 75, 130  # statuses of a measuring process
-TASK_SECONDS = 180.0  # after which one task is taken for hung
+STILL_SECONDS = 120.0  # without a mark, after which a process is taken for hung
 GRACE = 10.0  # seconds to end in, after the time is over or an interrupt
 RESTARTS = 8
 PLOT_SECONDS = 10.0  # between two drawings
@@ -60,7 +60,7 @@ class Watch:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder, self.deadline = args, folder, Deadline(time.time() + 60 * args.minutes)
-        self.drawn, self.task, self.since = 0, None, time.time()
+        self.drawn, self.marked, self.since = 0, "", time.time()
         self.next_plots = time.time() + PLOT_SECONDS
 
     def start(self, after: str) -> subprocess.Popen[bytes]:
@@ -80,11 +80,12 @@ class Watch:
 
     def look(self) -> str:
         """Why the process has to be ended, or ''."""
-        running = found(self.folder).get("running")
-        if running != self.task:
-            self.task, self.since = running, time.time()
-        if running is not None and time.time() - self.since > TASK_SECONDS:
-            return f"it hung for {TASK_SECONDS:.0f} s"
+        mark = self.folder / MARK
+        marked = mark.read_text() if mark.exists() else ""
+        if marked != self.marked:
+            self.marked, self.since = marked, time.time()
+        if time.time() - self.since > STILL_SECONDS:
+            return f"it hung for {STILL_SECONDS:.0f} s"
         return "the time is over" if self.deadline.left < -GRACE else ""
 
     def wait(self, process: subprocess.Popen[bytes]) -> str:

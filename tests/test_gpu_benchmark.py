@@ -419,7 +419,7 @@ class Faked(supervisor.Watch):
 
 @pytest.mark.parametrize("how", ENDS)
 def test_after_a_row_that_ends_its_process_another_goes_on(tmp_path, monkeypatch, how):
-    monkeypatch.setattr(supervisor, "TASK_SECONDS", 1.0)
+    monkeypatch.setattr(supervisor, "STILL_SECONDS", 1.0)
     watch = Faked(tmp_path, f"write(['copy'], 'row'); {ENDS[how]}", "write(['copy', 'row', 'next'], None)")
     assert watch.run() == 0
     assert json.loads((tmp_path / "results.json").read_text())["done"] == ["copy", "row", "next"]
@@ -476,8 +476,34 @@ def test_a_row_that_fails_is_a_note_and_a_device_that_is_lost_ends_the_process(t
     faked_tasks |= {"one": fails, "two": lambda: monkeypatch.setattr(Clock, "clear", lost), "three": fails}
     assert gpu.run(arguments(tmp_path)) == supervisor.GO_ON
     results = Results.open(tmp_path, gpu.COLUMNS)
-    assert results.done == ["one", "two"]
+    assert (results.done, results.running) == (["one"], "two")
     assert [line["note"] for line in results.measurements] == ["ValueError: no such thing"]
+
+
+@pytest.mark.parametrize(("blamed", "of"), [("compiled", gpu.EVERY_ROW), ("hw3gpu", "two")])
+def test_a_contestant_that_ended_a_process_is_left_out_and_its_row_measured_again(tmp_path, faked_tasks, blamed, of):
+    left = Results.open(tmp_path, gpu.COLUMNS)
+    left.begin("two")
+    left.mark(blamed)
+    ran = []
+    faked_tasks |= {name: lambda name=name: ran.append(name) for name in ("one", "two")}
+    assert gpu.run(arguments(tmp_path)) == 0
+    results = Results.open(tmp_path, gpu.COLUMNS)
+    assert ran == ["one", "two"]
+    assert results.parts["left_out"] == {of: [blamed]}
+    assert results.parts["ended"] == [f"two, at {blamed}: status -11"]
+
+
+def test_what_is_left_out_is_a_note(on_the_host):
+    on_the_host.left_out = {gpu.EVERY_ROW: ["compiled"], "another row": ["hw3gpu"]}
+    marks = []
+    on_the_host.mark = marks.append
+    lines = measured(on_the_host, Row("softmax", (8, 32)))
+    assert lines["compiled"]["note"].startswith("left out")
+    assert lines["hw3gpu"]["graph_us"] > 0
+    assert set(marks) >= {"hw3gpu", "eager", ""}
+    assert "compiled" not in marks
+    assert marks[-1] == ""
 
 
 def test_what_the_time_does_not_reach_is_named(tmp_path, faked_tasks):
