@@ -61,6 +61,7 @@ class Watch:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder, self.deadline = args, folder, Deadline(time.time() + 60 * args.minutes)
         self.drawn, self.marked, self.since = 0, "", time.time()
+        self.ended = ""  # why this process ended the other
         self.next_plots = time.time() + PLOT_SECONDS
 
     def start(self, after: str) -> subprocess.Popen[bytes]:
@@ -92,10 +93,10 @@ class Watch:
         """'' when it has ended by itself with status 0, else why it ended."""
         while process.poll() is None:
             self.draw()
-            reason = self.look()
-            if reason:
+            self.ended = self.look()
+            if self.ended:
                 end(process)
-                return reason
+                return self.ended
             time.sleep(0.2)
         return f"status {process.returncode}" if process.returncode else ""
 
@@ -112,7 +113,7 @@ class Watch:
                 return INTERRUPTED
             finally:
                 end(process)
-            if process.returncode == INTERRUPTED:
+            if process.returncode == INTERRUPTED and not self.ended:
                 return INTERRUPTED
             if not after or self.deadline.left <= 0:
                 return 0
