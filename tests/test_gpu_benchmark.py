@@ -369,6 +369,20 @@ def test_plans_that_are_tried_are_launched_and_later_ones_are_as_computed():
         assert device.launches[-1].num_warps == computed
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, 1.01, 0.0])
+def test_a_plan_with_other_results_is_none(on_the_host, wrong):
+    given = inputs(ROW, "cpu")
+    step = contestants(ROW, given, lambda function: function)["hw3gpu"]()
+    result = step.forward()
+    expected = result, step.backward(result)
+    gpu_tune.agree(on_the_host, step, expected)
+    assert gpu_tune.right(on_the_host, ROW, given, step, step)
+    off = dataclasses.replace(step, forward=lambda: wrong * step.forward())
+    with pytest.raises(AssertionError, match="off results of up to"):
+        gpu_tune.agree(on_the_host, off, expected)
+    assert not gpu_tune.right(on_the_host, ROW, given, off, step)
+
+
 @pytest.mark.parametrize(("share", "better"), [(0.5, True), (0.99, False)])
 def test_the_best_plan_is_written_for_the_plans_to_read(tmp_path, monkeypatch, share, better):
     """Times of a clock for which fewer warps take `share` of the time."""
