@@ -114,6 +114,14 @@ class Clock:
 
     def captured(self, step: Step) -> Passes:
         """Two graphs. RuntimeError if a call waits for the device."""
+        before = self.cuda.current_stream()
+        try:
+            return self._captured(step)
+        except Exception:
+            self.cuda.set_stream(before)  # a capture that fails may leave its own behind
+            raise
+
+    def _captured(self, step: Step) -> Passes:
         cuda, side = self.cuda, self.cuda.Stream()
         gc.collect()  # what is freed in the middle of a capture may spoil it
         side.wait_stream(cuda.current_stream())

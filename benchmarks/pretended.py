@@ -2,7 +2,7 @@
 
 Tensors are on the `meta` device, kernels are compiled and not run (`inside_triton.StandIn`), times are those of the host. What
 CUDA would refuse raises here: the time of an event that has not happened, waiting while a graph is captured, a capture on the
-default stream or of work that another stream has not been told to wait for.
+default stream, the pool of a graph that is not captured; and a capture that it gives up leaves its stream behind.
 """
 
 from __future__ import annotations
@@ -21,16 +21,10 @@ class RefusedError(RuntimeError):
 
 
 class Stream:
-    """Work in order; what it waits for counts from then on."""
+    """Work in order; nothing runs, so that there is nothing to wait for."""
 
-    def __init__(self) -> None:
-        self.sees: set[Stream] = {self}
-
-    def wait_stream(self, other: Stream) -> None:
-        self.sees |= other.sees
-
-    def synchronize(self) -> None:
-        Cuda.refuse_while_capturing("waiting for a stream")
+    def wait_stream(self, stream: Stream) -> None:
+        """Asked of CUDA before work moves from one stream to another."""
 
 
 class Event:
@@ -84,6 +78,10 @@ class Cuda:
         return cls.current
 
     @classmethod
+    def set_stream(cls, stream: Stream) -> None:
+        cls.current = stream
+
+    @classmethod
     @contextlib.contextmanager
     def stream(cls, stream: Stream) -> Iterator[None]:
         before, cls.current = cls.current, stream
@@ -101,13 +99,18 @@ class Cuda:
         if pool is not None and not pool.captured:
             raise RefusedError("the pool of a graph that is not captured")
         cls.synchronize()
-        with cls.stream(side):
-            cls.capturing = graph
-            try:
-                yield
-                graph.captured = True
-            finally:
-                cls.capturing = None
+        before, cls.current, cls.capturing = cls.current, side, graph
+        try:
+            yield
+            graph.captured = True
+            cls.current = before
+        except RefusedError:  # the end of a capture that CUDA has given up raises before torch.cuda.graph restores the stream
+            raise
+        except Exception:
+            cls.current = before
+            raise
+        finally:
+            cls.capturing = None
 
     @classmethod
     def synchronize(cls) -> None:

@@ -316,6 +316,19 @@ def test_what_waits_for_the_device_is_not_captured(clock, monkeypatch):
     assert all(graph is None for *_, graph in of.calls)
 
 
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(clock):
+    of = Recorded()
+
+    def forward():
+        if Cuda.capturing is not None:
+            Cuda.synchronize()
+        return Recorded.forward(of)
+
+    with pytest.raises(RefusedError):
+        clock.captured(_replaced(of, forward))
+    assert Cuda.current_stream() is Cuda.default
+
+
 def _replaced(of, forward):
     of.forward = forward
     return of
@@ -334,6 +347,8 @@ def test_the_stand_in_refuses_what_cuda_refuses():
     for forbidden in (Cuda.synchronize, Cuda.empty_cache, start.record, Cuda.CUDAGraph().replay):
         with pytest.raises(RefusedError), Cuda.graph(Cuda.CUDAGraph()):
             forbidden()
+        assert Cuda.current is not Cuda.default
+        Cuda.set_stream(Cuda.default)
     assert Cuda.capturing is None
 
 
