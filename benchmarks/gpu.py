@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -400,14 +401,19 @@ def work(args: argparse.Namespace) -> None:
         gpu.mark, gpu.left_out = results.mark, results.parts.get("left_out", {})
         todo = tasks(gpu, results, deadline, progress, args)
         progress.total(len(todo))
+        took = [2.0]
         for name, task in todo:
-            if deadline.left < 2 and name not in results.done:
+            if name in results.done:
+                continue
+            if deadline.left < statistics.median(took):  # it would hardly be finished
                 results.parts.setdefault("not_reached", []).append(name)
-            elif name not in results.done:
-                gpu.copy_rate = best_copy(results)
-                progress.announce(name)
-                attempt(gpu, results, name, task)
-                progress.advance(name)
+                continue
+            gpu.copy_rate = best_copy(results)
+            progress.announce(name)
+            start = time.time()
+            attempt(gpu, results, name, task)
+            took.append(time.time() - start)
+            progress.advance(name)
         results.write()
 
 

@@ -56,11 +56,13 @@ def notes(results: dict[str, Any]) -> list[str]:
     if correct:
         found.append(f"{correct['passed']} results right, {len(correct['failures'])} wrong")
         if correct["unfinished"]:
-            found.append(f"not checked with all inputs in the time: {'; '.join(correct['unfinished'])}")
+            found.append(f"{len(correct['unfinished'])} operations not checked on all inputs in the time (results.json)")
         found += [f"wrong: {failure}" for failure in correct["failures"]]
         found += [f"not available: {what}" for what in correct["unavailable"]]
     found += [f"a process ended: {what}" for what in results.get("ended", [])]
     found += [f"better: {plan}" for plan in results.get("better_plans", [])]
+    if results.get("running"):
+        found.append(f"not finished: {results['running']}")
     if results.get("not_reached"):
         found.append(f"not reached in the time: {', '.join(results['not_reached'])}")
     return found
