@@ -92,6 +92,8 @@ def plan_rows(
         most = 8 if mode == STRIDED and not neighbours else 16
         # else the compiler spills for a rounder number
         registers = (248 if itemsize == 8 else 168) if mode == STRIDED and keep > 4096 else None
+        if stays and not ahead and not beside and mode != STRIDED and itemsize == 4 and keep == 16384:
+            registers = 80  # else, for two programs a multiprocessor, it spills 8 bytes
         num_warps = min(warps_for(spread * block_r * keep), most)
         while (
             not stays and not neighbours and block_r > 1 and num_warps > 4
