@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,18 +35,39 @@ class Step:
     leaves: tuple[torch.Tensor, ...]
     upstream: torch.Tensor
 
-    def backward(self, result: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The gradients; it may be called again for the same result."""
-        return torch.autograd.grad(result, self.leaves, self.upstream, retain_graph=True)
+    def backward(self, result: torch.Tensor, retain: bool = False) -> tuple[torch.Tensor, ...]:
+        """The gradients; retain: what the forward pass saved is kept."""
+        return torch.autograd.grad(result, self.leaves, self.upstream, retain_graph=retain)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A call to be timed, and what comes before it each time, untimed."""
+
+    call: Call
+    before: Call = tuple  # nothing
 
 
 @dataclass
 class Passes:
     """The calls to be timed of one contestant, and what has to live as long as they."""
 
-    forward: Call
-    backward: Call
-    held: tuple[Any, ...]
+    forward: Timed
+    backward: Timed
+    held: tuple[Any, ...] = ()
+
+
+class Backward:
+    """Backward passes of a step: `before` makes the forward pass that `call` differentiates."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.result = step, torch.empty(())
+
+    def before(self) -> None:
+        self.result = self.step.forward()
+
+    def call(self) -> tuple[torch.Tensor, ...]:
+        return self.step.backward(self.result)
 
 
 @dataclass
@@ -73,15 +95,16 @@ class Clock:
         """Fills the cache with lines that nobody wants."""
         torch.sum(self.buffer, 0, out=self.total)
 
-    def _timed(self, call: Call) -> tuple[Any, Any]:
+    def _timed(self, of: Timed) -> tuple[Any, Any]:
         start, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
+        of.before()
         self.flush()
         start.record()
-        call()
+        of.call()
         end.record()
         return start, end
 
-    def in_turn(self, calls: Mapping[str, Call], seconds: float, fewest: int = 5, most: int = 50) -> Times:
+    def in_turn(self, calls: Mapping[str, Timed], seconds: float, fewest: int = 5, most: int = 50) -> Times:
         """`most` turns of all calls, or as many as `seconds` allow, after one that does not count.
 
         Each turn begins with another call: the first one after a wait is at a disadvantage.
@@ -107,10 +130,11 @@ class Clock:
         return found
 
     def called(self, step: Step) -> Passes:
-        """Forward and backward as they are called, the backward for one result that is kept."""
-        result = step.forward()
-        step.backward(result)  # what is compiled at the first call is
-        return Passes(step.forward, lambda: step.backward(result), (result,))
+        """Forward and backward as they are called; each backward pass is the first one of its own forward pass."""
+        again = Backward(step)
+        again.before()
+        again.call()  # what is compiled at the first call is
+        return Passes(Timed(step.forward), Timed(again.call, again.before))
 
     def captured(self, step: Step) -> Passes:
         """Two graphs. RuntimeError if a call waits for the device."""
@@ -135,10 +159,10 @@ class Clock:
         with cuda.graph(forward, stream=side):
             result = step.forward()
         with cuda.graph(backward, pool=forward.pool(), stream=side):
-            gradients = step.backward(result)
+            gradients = step.backward(result, retain=True)
         forward.replay()  # what the backward reads is there
         cuda.synchronize()
-        return Passes(forward.replay, backward.replay, (result, gradients))
+        return Passes(Timed(forward.replay), Timed(backward.replay), (result, gradients))
 
     def _without_waiting(self, step: Step) -> None:
         self.cuda.set_sync_debug_mode("error")
@@ -149,15 +173,16 @@ class Clock:
         finally:
             self.cuda.set_sync_debug_mode("default")
 
-    def host(self, call: Call, repeats: int, calls: int = 10) -> float:
-        """Microseconds of the host a call: the median of `repeats`, of few calls each, so that no queue is full."""
+    def host(self, of: Timed, repeats: int) -> float:
+        """Microseconds of the host a call: the median of ten times `repeats`; after each ten a wait, lest a queue is full."""
         found = []
-        for _ in range(repeats):
-            self.cuda.synchronize()
+        for at in range(10 * repeats):
+            if at % 10 == 0:
+                self.cuda.synchronize()
+            of.before()
             start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            found.append(1e6 * (time.perf_counter() - start) / calls)
+            of.call()
+            found.append(1e6 * (time.perf_counter() - start))
         self.cuda.synchronize()
         return statistics.median(found)
 
@@ -177,7 +202,7 @@ class Clock:
             if 3 * size > self.cuda.mem_get_info()[0]:
                 continue
             source, target = (torch.zeros(size // 4, dtype=torch.float32, device=self.device) for _ in range(2))
-            turns = self.in_turn({"copy": lambda s=source, t=target: t.copy_(s)}, seconds / len(sizes)).turns["copy"]  # type: ignore[misc]
+            turns = self.in_turn({"copy": Timed(partial(target.copy_, source))}, seconds / len(sizes)).turns["copy"]
             rates[size] = [2 * size / (1e-6 * us) for us in turns]
         return rates
 
@@ -191,7 +216,7 @@ class Clock:
         self.cuda.current_stream().wait_stream(side)
         with self.cuda.graph(graph, stream=side):
             one.add_(1)
-        return statistics.median(self.in_turn({"nothing": graph.replay}, 0.2).turns["nothing"])
+        return statistics.median(self.in_turn({"nothing": Timed(graph.replay)}, 0.2).turns["nothing"])
 
     def clear(self) -> None:
         """Gives memory back after a row; raises if the device does not answer any more."""

@@ -26,7 +26,7 @@ import torch
 from hw3gpu.kernels.gpu.device import A100, B200, H100, H200, RTX_5090, Device, read
 
 from . import gpu_checks, gpu_tune, plots, time_model
-from .cuda_clock import Clock, Passes, Step, Times, told
+from .cuda_clock import Clock, Passes, Step, Timed, Times, told
 from .gpu_rows import ROWS, SEED, TABLE, Row, contestants, inputs, solvers
 from .harness import Deadline, Results, Spread, environment
 from .progress import Progress
@@ -152,7 +152,8 @@ def prepared(gpu: Gpu, make: Callable[[], Step], keep: bool) -> Contestant:
     one = Contestant(step, time.perf_counter() - start, results if keep else None)
     one.peak = gpu.clock.peak(step)
     repeats = 1 if gpu.pretended else 5
-    one.host = gpu.clock.host(step.forward, repeats), gpu.clock.host(lambda: step.backward(result), repeats)
+    passes = gpu.clock.called(step)
+    one.host = gpu.clock.host(passes.forward, repeats), gpu.clock.host(passes.backward, repeats)
     return one
 
 
@@ -261,7 +262,8 @@ def rates(gpu: Gpu, nbytes: float, line: dict[str, Any]) -> dict[str, float]:
 def measure_solvers(gpu: Gpu, row: Row) -> list[dict[str, Any]]:
     """A row of minimize_trace: no backward, no graph."""
     given = inputs(row, gpu.name)
-    calls, notes, right = {}, {}, {}
+    calls: dict[str, Timed] = {}
+    notes, right = {}, {}
     for name, call in solvers(row, given).items():
         if gpu.leaves_out(row.name, name):
             notes[name] = "left out: a process ended while it ran"
@@ -275,7 +277,7 @@ def measure_solvers(gpu: Gpu, row: Row) -> list[dict[str, Any]]:
                 if wrong:  # what is wrong is not timed
                     notes[name] = f"wrong: {wrong}"
                     continue
-            calls[name] = call
+            calls[name] = Timed(call)
         except Exception as error:
             notes[name] = why(error)
     gpu.mark("")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from benchmarks import cuda_clock, gpu, gpu_checks, gpu_tune, supervisor, time_model
-from benchmarks.cuda_clock import Clock, Step, Times
+from benchmarks.cuda_clock import Clock, Timed, Times
 from benchmarks.gpu_rows import BF16, F16, ROWS, Row, contestants, inputs
 from benchmarks.harness import Deadline, Results
 from benchmarks.inside_triton import StandIn
@@ -251,16 +252,14 @@ def clock():
     return Clock(Cuda, "meta", 50 << 20)
 
 
-def step(forward=lambda: None):
-    return Step(forward, (), torch.ones(()))
-
-
 def test_the_cache_is_flushed_before_each_event_and_nothing_waits_between_two_calls(clock, monkeypatch):
     done = []
     monkeypatch.setattr(clock, "flush", lambda: done.append("flush"))
     monkeypatch.setattr(Cuda, "synchronize", classmethod(lambda cls: [done.append("wait"), _happen()]))
-    times = clock.in_turn({name: lambda name=name: done.append(name) for name in "ab"}, 0.0, fewest=2)
-    b_a, a_b = ["flush", "b", "flush", "a", "wait"], ["flush", "a", "flush", "b", "wait"]
+    pieces = {name: Timed(partial(done.append, name), partial(done.append, f"before {name}")) for name in "ab"}
+    times = clock.in_turn(pieces, 0.0, fewest=2)
+    a, b = (["before " + name, "flush", name] for name in "ab")
+    b_a, a_b = [*b, *a, "wait"], [*a, *b, "wait"]
     assert done == b_a + a_b + b_a
     assert {name: len(turns) for name, turns in times.turns.items()} == {"a": 2, "b": 2}
 
@@ -274,7 +273,7 @@ def test_one_that_fails_in_its_turn_leaves_the_others(clock):
     def fails():
         raise torch.OutOfMemoryError("no memory left")
 
-    times = clock.in_turn({"a": lambda: None, "b": fails}, 0.0, fewest=3)
+    times = clock.in_turn({"a": Timed(tuple), "b": Timed(fails)}, 0.0, fewest=3)
     assert times.failed == {"b": "OutOfMemoryError: no memory left"}
     assert list(times.turns) == ["a"]
     assert len(times.turns["a"]) == 3
@@ -290,7 +289,8 @@ class Recorded:
         self.calls.append(("forward", Cuda.current_stream(), Cuda.capturing))
         return "result"
 
-    def backward(self, result):
+    def backward(self, result, retain=False):
+        assert retain == (Cuda.capturing is not None), "what is replayed reads what the forward pass has saved"
         self.calls.append(("backward", Cuda.current_stream(), Cuda.capturing))
         return ("gradient",)
 
@@ -303,10 +303,20 @@ def test_a_graph_is_captured_on_the_side_stream_that_warmed_up(clock):
     assert Cuda.default not in streams
     assert [graph is None for *_, graph in of.calls] == 6 * [True] + 2 * [False]
     (_, _, forward), (_, _, backward) = of.calls[-2:]
-    assert (forward.replay, backward.replay) == (passes.forward, passes.backward)
+    assert (forward.replay, backward.replay) == (passes.forward.call, passes.backward.call)
     assert forward is not backward
     assert passes.held == ("result", ("gradient",))
     assert Cuda.current_stream() is Cuda.default
+
+
+def test_a_backward_pass_is_timed_after_a_forward_pass_of_its_own(clock):
+    """A second one of the same forward pass may be another computation: of a gradient that the first one has handed out."""
+    of = Recorded()
+    passes = clock.called(of)
+    of.calls.clear()
+    clock.in_turn({"a": passes.backward}, 0.0, fewest=2)
+    clock.host(passes.backward, 1)
+    assert [name for name, *_ in of.calls] == 13 * ["forward", "backward"]
 
 
 def test_what_waits_for_the_device_is_not_captured(clock, monkeypatch):
