@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
+from ._cli.arrays import DTYPES
 
 # of the table of operations, in README.md
 ROWS = tuple(f"S{i}" for i in range(1, 10))
@@ -27,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="every operation against the float64 answer sheet; status 1 on a failure")
     verify.add_argument("--kernels", choices=("all", "cpu", "gpu"), default="all", help="which kernels to verify (all)")
     verify.add_argument("--only", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help="S1 to S9 (all of them)")
+    verify.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, metavar="DTYPE", help="float64 … bfloat16 (all)")
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     train = commands.add_parser("train", help="a small net on handwritten digits, beside the same net of PyTorch's layers")
@@ -76,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "verify":
         from ._cli import verify
 
-        return verify.main(options.kernels, options.only, options.json)
+        return verify.main(options.kernels, options.only, options.dtypes, options.json)
     from ._cli import train
 
     return train.main(options.epochs, options.seed, options.output, options.device)

@@ -14,6 +14,7 @@ import torch
 
 from . import _arrays, _bound, _ops, _small
 from ._autograd import accumulate_dtype, as_dtype, empty_of, graph_is_needed
+from ._torch_internals import apply_of
 
 
 def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, residual=None, relu=False, call=None):
@@ -60,7 +61,7 @@ def by_address(x, weight, bias, running_mean, running_var, training, momentum, e
         if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
             return None
         if x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad):
-            return _ByAddress.apply(way, x, weight, bias, running_mean, running_var, training, momentum, eps)
+            return _apply_by_address(x, weight, bias, (way, running_mean, running_var, training, momentum, eps))
     return _small.batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps, False)[0]
 
 
@@ -190,10 +191,11 @@ class _BatchNorm(torch.autograd.Function):
 
 
 class _ByAddress(torch.autograd.Function):
-    """An eager call that `_small` takes: all its tensors are float32. `way`: what it has found."""
+    """An eager call that `_small` takes: all its tensors are float32."""
 
     @staticmethod
-    def forward(ctx, way, x, weight, bias, running_mean, running_var, training, momentum, eps):
+    def forward(ctx, x, weight, bias, rest):
+        way, running_mean, running_var, training, momentum, eps = rest
         y, stats = _small.batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps)
         ctx.save_for_backward(x, weight, stats)
         ctx.options = training, eps
@@ -209,14 +211,11 @@ class _ByAddress(torch.autograd.Function):
         elif _arrays.requested_backend() != "gpu":
             found = _small.batch_norm_backward(dy, x, weight, stats, training)
         dx, dgamma, dbeta, *_ = found or run_backward(dy, x, weight, stats, None, training, False, False)
-        _, x_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
-        return (
-            None,
-            dx if x_needs else None,
-            dgamma if weight_needs else None,
-            dbeta if bias_needs else None,
-            *(None,) * 5,
-        )
+        x_needs, weight_needs, bias_needs, _ = ctx.needs_input_grad
+        return dx if x_needs else None, dgamma if weight_needs else None, dbeta if bias_needs else None, None
+
+
+_apply_by_address = apply_of(_ByAddress)
 
 
 class _TracedBatchNorm(torch.autograd.Function):

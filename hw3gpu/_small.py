@@ -136,14 +136,15 @@ def batch_norm_backward(dy, x, weight, stats, training):
     if not (_is_plain(x) and _is_plain(dy)):
         return None
     way = _way(x.shape, x.stride())
-    if way is None or not way.trains or _way(dy.shape, dy.stride()) != way:
+    if way is None or not (way.trains if training else way.evaluates) or _way(dy.shape, dy.stride()) != way:
         return None
     if not (_is_adjacent(stats) and _is_adjacent(weight)):
         return None
     C = way.sizes[1]
     dx, dgamma, dbeta = _output(x, way), stats.new_empty(C), stats.new_empty(C)
-    _arrays.kernels("batch_norm_small", "cpu").backward(
+    kernels = _arrays.kernels("batch_norm_small", "cpu")
+    (kernels.backward if training else kernels.inference_backward)(
         dy.data_ptr(), x.data_ptr(), stats.data_ptr(), _address(weight), dx.data_ptr(), dgamma.data_ptr(), dbeta.data_ptr(),
-        *way.sizes, trained=training,
+        *way.sizes,
     )  # fmt: skip
     return dx, dgamma, dbeta

@@ -32,6 +32,7 @@ __all__ = [
     "BatchNormBase",
     "BelowAutograd",
     "NormBase",
+    "apply_of",
     "dispatch_modes",
     "in_a_dual_level",
     "in_a_functorch_transform",
@@ -41,6 +42,12 @@ __all__ = [
     "tracing_state",
     "wrapped_by_functorch",
 ]
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Any:
+    """`function.apply` without its search for functorch's tensors, some 4 µs: for calls in which there are none."""
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply
 
 
 def in_a_dual_level() -> bool:

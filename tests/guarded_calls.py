@@ -241,11 +241,15 @@ def known_statistics(g: Guard) -> Iterator[tuple[int, int, int]]:
     yield from ((N, 3, S) for N in (1, 5) for S in (2, 15, 16, 17, 33, 255, 257, 300))
 
 
-def evaluation_at_addresses(g: Guard, N: int, C: int, S: int) -> None:
+def known_statistics_at_addresses(g: Guard, N: int, C: int, S: int) -> None:
     x, y, stats, vectors = g.numbers(N, C, S), g.out(N, C, S), g.sums(3, C), [g.vector(C) for _ in range(4)]
     gamma, beta, mean, var = (v.ctypes.data for v in vectors)
     batch_norm_small.normalize(x.ctypes.data, gamma, beta, y.ctypes.data, stats.ctypes.data, mean, var, N, C, S, eps=1e-5)
     batch_norm_small.normalize(x.ctypes.data, 0, 0, y.ctypes.data, 0, mean, var, N, C, S, eps=1e-5)
+    dy, dx, dgamma, dbeta = g.numbers(N, C, S), g.out(N, C, S), g.sums(C), g.sums(C)
+    for given in (gamma, 0):
+        operands = (a if isinstance(a, int) else a.ctypes.data for a in (dy, x, stats, given, dx, dgamma, dbeta))
+        batch_norm_small.inference_backward(*operands, N, C, S)
 
 
 def batch_norms_at_addresses(g: Guard, N: int, C: int, S: int) -> None:
@@ -257,8 +261,7 @@ def batch_norms_at_addresses(g: Guard, N: int, C: int, S: int) -> None:
         operands = at["x"], given * at["gamma"], given * at["beta"], at["y"], at["stats"], *vectors
         batch_norm_small.forward(*operands, N, C, S, eps=1e-5, momentum=0.1)
         operands = at["dy"], at["x"], at["stats"], given * at["gamma"], at["dx"], at["dgamma"], at["dbeta"]
-        for trained in (True, False):
-            batch_norm_small.backward(*operands, N, C, S, trained=trained)
+        batch_norm_small.backward(*operands, N, C, S)
 
 
 # ---------------------------------------------------------------------------------------------- points and matrices
@@ -329,7 +332,7 @@ OF_EVERY_DTYPE = {
 OF_FLOAT32 = {
     "a step at addresses": (row_shapes, steps_at_addresses),
     "batch norm at addresses": (small_planes, batch_norms_at_addresses),
-    "evaluation at addresses": (known_statistics, evaluation_at_addresses),
+    "evaluation at addresses": (known_statistics, known_statistics_at_addresses),
 }
 OF_SINGLE_AND_DOUBLE = {"points": (point_shapes, points), "matrices": (matrix_shapes, matrices)}
 

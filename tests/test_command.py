@@ -74,6 +74,16 @@ def test_verify_runs_the_triton_kernels_too(capsys: Captured) -> None:
     assert "failed" not in printed
 
 
+def test_verify_of_some_dtypes(capsys: Captured) -> None:
+    """Those of both processes, in one order."""
+    assert main(["verify", "--kernels", "cpu", "--only", "S4", "S5", "S6", "--dtypes", "bfloat16", "float32", "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    found = list(dict.fromkeys((check["row"], check["arrays"], check["dtype"]) for check in checks))
+    assert found == [
+        (row, *of) for row in ("S4", "S5", "S6") for of in (("numpy", "float32"), ("torch", "float32"), ("torch", "bfloat16"))
+    ]
+
+
 def test_verify_finds_a_kernel_that_is_slightly_wrong(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     softmax = kernels("softmax", "cpu")
     right = softmax.forward

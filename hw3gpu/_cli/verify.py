@@ -15,14 +15,15 @@ from itertools import groupby
 from typing import Any
 
 from .. import _arrays, _pool
-from .arrays import Place, cupy_refusal, to_numpy
+from .arrays import DTYPES, KINDS, Place, cupy_refusal, to_numpy
 from .interpreter import mend_the_interpreter
 from .measure import max_error, share_of_bound, tolerance
 from .operations import OPERATIONS, Operation, Output
 
 INTERPRETED = "Triton kernels, interpreted"
-# Batch normalisation forward is a third of what there is to compile and to run, its backward another.
-FIRST_ROWS = ("S1", "S2")
+# In a new place the Numba kernels are compiled first, which takes most of the time. Each dtype has its own: two processes of
+# two dtypes each compile nothing twice and have as much to do, and where there are few rows the second is not worth its start.
+BESIDE, FEW_ROWS = ("float64", "bfloat16"), 2
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,11 @@ class Check:
         return min(self.error / self.tolerance, self.of_bound)
 
 
-def run(kernels: str, rows: Collection[str]) -> Iterator[Check]:
-    """The checks of the operations that answer `rows`, 'S1' to 'S9', for `kernels`, 'cpu', 'gpu' or 'all'.
+def run(kernels: str, rows: Collection[str], dtypes: Collection[str] = DTYPES) -> Iterator[Check]:
+    """The checks of the operations that answer `rows`, 'S1' to 'S9', for `kernels`, 'cpu', 'gpu' or 'all', on `dtypes`.
 
     The Triton kernels run on CUDA and CuPy arrays where a GPU is found, else on host arrays in Triton's interpreter.
-    That has to be asked for before Triton is imported: it runs in a process of its own, beside the Numba kernels. These
-    take two processes, for in a new place they are compiled first, which takes most of the time.
+    That has to be asked for before Triton is imported: it runs in a process of its own, beside the Numba kernels.
     """
     import torch
 
@@ -78,21 +78,22 @@ def run(kernels: str, rows: Collection[str]) -> Iterator[Check]:
     with contextlib.ExitStack() as processes:
         # NumPy, on which the interpreter computes, warns of every exp(-inf) and overflow
         quiet = ("-W", "ignore::RuntimeWarning:triton.runtime.interpreter")
-        interpreter = processes.enter_context(_process("gpu", rows, quiet, TRITON_INTERPRET="1")) if apart else None
+        interpreter = processes.enter_context(_process("gpu", rows, dtypes, quiet, TRITON_INTERPRET="1")) if apart else None
         if kernels in ("cpu", "all"):
-            here, there = ([row for row in rows if (row in FIRST_ROWS) is first] for first in (True, False))
-            beside = processes.enter_context(_process("cpu", there)) if here and there else None
-            yield from _checks("cpu", "Numba kernels", host, here or there)
+            here, there = ([dtype for dtype in dtypes if (dtype in BESIDE) is beside] for beside in (False, True))
+            shared = bool(here and there) and len(rows) > FEW_ROWS
+            beside = processes.enter_context(_process("cpu", rows, there)) if shared else None
+            yield from _checks("cpu", "Numba kernels", host, rows, here if shared else dtypes)
             if beside is not None:
                 yield from _checks_of(beside)
         if interpreter is not None:
             yield from _checks_of(interpreter)
         elif gpu and interpreted:
             mend_the_interpreter()
-            yield from _checks("gpu", INTERPRETED, host, rows)
+            yield from _checks("gpu", INTERPRETED, host, rows, dtypes)
         elif gpu:
             kinds = ["torch"] if cupy_refusal() else ["torch", "cupy"]
-            yield from _checks("gpu", "Triton kernels", [Place(kind, "cuda") for kind in kinds], rows)
+            yield from _checks("gpu", "Triton kernels", [Place(kind, "cuda") for kind in kinds], rows, dtypes)
 
 
 def _without_triton() -> bool:
@@ -102,10 +103,11 @@ def _without_triton() -> bool:
 
 @contextlib.contextmanager
 def _process(
-    kernels: str, rows: Collection[str], options: Sequence[str] = (), **environment: str
+    kernels: str, rows: Collection[str], dtypes: Collection[str], options: Sequence[str] = (), **environment: str
 ) -> Iterator[subprocess.Popen[str]]:
     """A process that verifies these kernels; ended with the block."""
-    command = [sys.executable, *options, "-m", "hw3gpu", "verify", "--kernels", kernels, "--json", "--only", *rows]
+    command = [sys.executable, *options, "-m", "hw3gpu", "verify", "--kernels", kernels, "--json"]
+    command += ["--only", *rows, "--dtypes", *dtypes]
     with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -120,13 +122,13 @@ def _checks_of(process: subprocess.Popen[str]) -> Iterator[Check]:
     yield from (Check(**check) for check in json.loads(output)["checks"])
 
 
-def _checks(backend: str, kernels: str, places: list[Place], rows: Collection[str]) -> Iterator[Check]:
+def _checks(backend: str, kernels: str, places: list[Place], rows: Collection[str], dtypes: Collection[str]) -> Iterator[Check]:
     with _arrays.use_backend(backend):
         for operation in (operation for operation in OPERATIONS if operation.row in rows):
             for place in (place for place in places if place.kind in operation.kinds):
                 # in the interpreter, which is slow, NumPy arrays, which reach the kernels as tensors, show that they do so
                 only = ("float32",) if kernels == INTERPRETED and place.kind == "numpy" else place.dtypes
-                for dtype in (dtype for dtype in operation.dtypes if dtype in only):
+                for dtype in (dtype for dtype in operation.dtypes if dtype in only and dtype in dtypes):
                     yield from check(operation, kernels, place, dtype)
 
 
@@ -164,7 +166,7 @@ def _measure(output: Output) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------- the command
-def main(kernels: str, rows: Collection[str], as_json: bool) -> int:
+def main(kernels: str, rows: Collection[str], dtypes: Collection[str], as_json: bool) -> int:
     """Run the checks and print them as a table or as JSON; 1 if one failed, else 0."""
     try:
         _arrays.requested_backend()
@@ -176,7 +178,7 @@ def main(kernels: str, rows: Collection[str], as_json: bool) -> int:
         print(f"hw3gpu verify: the Triton kernels cannot run: {_arrays.triton_refusal()}", file=sys.stderr)
         return 2
     if as_json:
-        checks = list(run(kernels, rows))
+        checks = _in_order(run(kernels, rows, dtypes))
         passed = all(check.passed for check in checks)
         print(json.dumps({"passed": passed, "checks": [asdict(check) for check in checks]}, indent=1))
     else:
@@ -184,9 +186,22 @@ def main(kernels: str, rows: Collection[str], as_json: bool) -> int:
 
         console = Console(highlight=False)
         with console.status("verifying") as status:
-            checks = list(_announced(run(kernels, rows), status))
+            checks = _in_order(_announced(run(kernels, rows, dtypes), status))
         _print(console, checks)
     return 0 if all(check.passed for check in checks) else 1
+
+
+def _in_order(checks: Iterable[Check]) -> list[Check]:
+    """By kernels, operation, kind of array and dtype, whichever process they come from."""
+    found = list(checks)
+    order = list(dict.fromkeys(check.kernels for check in found)), [operation.name for operation in OPERATIONS], KINDS, DTYPES
+    return sorted(
+        found,
+        key=lambda check: tuple(
+            names.index(name)
+            for names, name in zip(order, (check.kernels, check.operation, check.arrays, check.dtype), strict=True)
+        ),
+    )
 
 
 def _announced(checks: Iterable[Check], status: Any) -> Iterator[Check]:

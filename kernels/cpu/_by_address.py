@@ -24,9 +24,21 @@ def pointer(typingctx: Any, address: Any) -> Any:
     return types.voidptr(types.intp), codegen
 
 
+@intrinsic
+def _of_any_strides(typingctx: Any, array: Any) -> Any:
+    """The same array, of the type that kernels for all strides take."""
+    return array.copy(layout="A")(array), lambda context, builder, signature, args: args[0]
+
+
 @inline
 def floats(address, shape):
     return carray(pointer(address), shape, np.float32)
+
+
+@inline
+def planes(address, N, C, S):
+    """Floats (N, C, S), of the type that a launcher's arrays have: a kernel for these serves both."""
+    return _of_any_strides(floats(address, (N, C, S)))
 
 
 @inline

@@ -23,6 +23,9 @@ RUN_BYTES, GROUP_BYTES = 1 << 13, 1 << 22
 # done by lines; elements of a channels-last line where sums are taken: it has fewer parameters to keep in the nearest cache,
 # and longer lines are fetched ahead.
 LINE, SHORT_LINE, SMALL_PLANE, SUM_LINE = 512, 128, 256, 2048
+# The same where sums are taken and a result is written of what the nearest caches hold still, and the smallest plane that is
+# then a loop of its own.
+SUM_AND_RESULT_LINE, PLANE = 1024, 64
 # Rows of channels are cut into tiles up to so many bytes of a tile, and rows of a split's block are at least so many: a block
 # has two sums a channel.
 STRIP_BYTES, BLOCK_ROWS = 1 << 20, 32

@@ -19,13 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba
-
 from ._numba import (
     CacheImpl,
     CacheLocator,
     FunctionCache,
     HelperCompiler,
+    HelperDispatcher,
     KernelCompiler,
     KernelDispatcher,
     cached_in,
@@ -37,23 +36,27 @@ from ._numba import (
 # want it; `nnan` and `ninf` with none, since inputs carry NaN and infinities.
 _OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "fastmath": {"contract"}}
 # A helper is never called from Python: compiling the way in would double its time.
-_HELPER = {**_OPTIONS, "no_cpython_wrapper": True, "pipeline_class": HelperCompiler}
+_HELPER = {**_OPTIONS, "nopython": True, "no_cpython_wrapper": True}
 _INLINE = {**_HELPER, "forceinline": True}
+
+
+def _helper(function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    return HelperDispatcher(function, targetoptions=options, pipeline_class=HelperCompiler)
 
 
 def inline(function: Callable[..., Any]) -> Any:
     """Compile a helper into whatever calls it."""
-    return numba.njit(**_INLINE)(function)
+    return _helper(function, _INLINE)
 
 
 def outline(function: Callable[..., Any]) -> Any:
     """Compile a helper that stays a function of its own: what is seldom called, so that kernels compile sooner."""
-    return numba.njit(**_HELPER)(function)
+    return _helper(function, _HELPER)
 
 
 def exact(function: Callable[..., Any]) -> Any:
     """As `inline`, each operation of `function` rounded as it is written: for numbers held in two parts."""
-    return numba.njit(**{**_INLINE, "fastmath": set()})(function)
+    return _helper(function, {**_INLINE, "fastmath": set()})
 
 
 def reduction(function: Callable[..., Any]) -> Any:
@@ -62,7 +65,7 @@ def reduction(function: Callable[..., Any]) -> Any:
     It writes no difference: (x - high) - low may become x - (high + low), and low is lost. Differences come from an `inline`
     helper, whose operations keep their own flags where it is called.
     """
-    return numba.njit(**{**_INLINE, "fastmath": {"contract", "reassoc", "nsz"}})(function)
+    return _helper(function, {**_INLINE, "fastmath": {"contract", "reassoc", "nsz"}})
 
 
 def kernel(function: Callable[..., Any]) -> Any:

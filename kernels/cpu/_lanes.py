@@ -437,23 +437,21 @@ def write(row, around, lanes, args):
 
     `around` the caches, where that is asked for: whole lines of the row then.
     """
-    i, size, count = 0, row.size, width(row)
+    size, count = row.size, width(row)
     head = before_line(row) if around else -1
-    if head >= 0:
-        if head > size:
-            head = size
-        while i < head:
-            exist = min(count, head - i)
+    i, stop = 0, min(max(head, 0), size)
+    while True:  # up to the first whole line, the vectors, the last elements: `lanes` is part of the code twice
+        while i < stop:
+            exist = min(count, stop - i)
             store_lanes(row, i, exist, lanes(i, exist, args))
             i += exist
+        if stop == size:
+            break
         while i + count <= size:
-            stream_lanes(row, i, lanes(i, width(row), args))
+            v = lanes(i, width(row), args)
+            if head >= 0:
+                stream_lanes(row, i, v)
+            else:
+                store_lanes(row, i, width(row), v)
             i += count
-    else:
-        while i + count <= size:
-            store_lanes(row, i, width(row), lanes(i, width(row), args))
-            i += count
-    while i < size:
-        exist = min(count, size - i)
-        store_lanes(row, i, exist, lanes(i, exist, args))
-        i += exist
+        stop = size

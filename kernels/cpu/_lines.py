@@ -278,10 +278,10 @@ def sums(first, last, rows, x, shift, partial):
 
 
 @kernel
-def gradient_sums(first, last, rows, dy, x, mean, partial):
-    """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block."""
+def gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial):
+    """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
     N, C, S = x.shape
-    blocks, m, P = partial.shape[0], N * S, rows * C
+    blocks, m, P, scaled = partial.shape[0], N * S, rows * C, dx.size > 0
     about, total, product = np.empty((1, 2, P)), np.empty(P), np.empty(P)
     _wide_means(about, 0, C, 1, mean)
     for c in range(C, P):
@@ -289,8 +289,12 @@ def gradient_sums(first, last, rows, dy, x, mean, partial):
             about[0, MEAN, np.uintp(c - C)],
             about[0, REST, np.uintp(c - C)],
         )
+    at = parameters(P if scaled else 0, scale)
+    if scaled:
+        _repeat(at, SCALE, scale)
     for block in range(first, last):
-        v, end = m * block // blocks, m * (block + 1) // blocks
+        start, end = m * block // blocks, m * (block + 1) // blocks
+        v = start
         total[:] = 0.0
         product[:] = 0.0
         while v + 2 * rows <= end:
@@ -308,6 +312,12 @@ def gradient_sums(first, last, rows, dy, x, mean, partial):
             )
             v += rows
         _fold(total, product, C, partial[block])
+        v = start if scaled else end
+        while v < end:
+            size = min(rows, end - v) * C
+            _scale(_rows_of(dy, v, size), at, _rows_of(dx, v, size), _goes_around(dx))
+            v += rows
+    streamed()
 
 
 @kernel

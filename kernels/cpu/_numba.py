@@ -38,6 +38,7 @@ __all__ = [
     "Dispatcher",
     "FunctionCache",
     "HelperCompiler",
+    "HelperDispatcher",
     "KernelCompiler",
     "KernelDispatcher",
     "cached_in",
@@ -138,7 +139,17 @@ class HelperCompiler(KernelCompiler):
         self.state.library = _HelperLibrary(self.state.targetctx.codegen(), "helper")
 
 
-class KernelDispatcher(CPUDispatcher):
+class HelperDispatcher(CPUDispatcher):
+    """A helper: compiled once for a number, not again for each constant that it is called with. LLVM, which makes it part of
+    what calls it, knows the constant all the same."""
+
+    def get_call_template(self, args: Any, kws: Any) -> Any:
+        return super().get_call_template(
+            tuple(types.unliteral(of) for of in args), {name: types.unliteral(of) for name, of in kws.items()}
+        )
+
+
+class KernelDispatcher(HelperDispatcher):
     """A kernel: what is compiled for three-dimensional arrays serves all strides, and what may be written is read as well."""
 
     def typeof_pyval(self, val: Any) -> Any:

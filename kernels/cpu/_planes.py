@@ -12,7 +12,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from ._elements import gather, line_of, load, place, plane_of, scatter
+from ._elements import gather, line_of, load, place, plane_of, scatter, store
 from ._jit import inline, kernel, reduction
 from ._lanes import fetch, load_lanes, streamed, write
 from ._moments import add_to, better_shift, finish, first_mean, sums_of, two_sum, with_low
@@ -191,6 +191,15 @@ def _apply(dy, x, n, c, s0, s1, mean, scale, b, k, dx, around, dy_scratch, x_scr
         scatter(plane_of(dx, n, c, s, end), dx_scratch)
 
 
+@inline
+def _scale(dy, n, c, s0, s1, scale, dx, dy_scratch, dx_scratch):
+    """dx = scale dy for a run that is in the nearest cache."""
+    dy_run, dx_run = gather(plane_of(dy, n, c, s0, s1), dy_scratch), place(plane_of(dx, n, c, s0, s1), dx_scratch)
+    for i in range(dy_run.size):
+        store(dx_run, i, load(dy_run, i) * scale)
+    scatter(plane_of(dx, n, c, s0, s1), dx_scratch)
+
+
 # ---------------------------------------------------------------------------------------------- whole channels
 @inline
 def _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_var, eps, momentum, x_scratch):
@@ -245,13 +254,12 @@ def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean
 
 
 @kernel
-def backward(first, last, group, dy, x, mean, rstd, gamma, trained, dx, dgamma, dbeta):
-    """dgamma, dbeta and dx of the blocks first…last-1; dx = scale dy unless `trained`."""
+def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
+    """dgamma, dbeta and dx of the blocks first…last-1."""
     N, C, S = x.shape
     m = np.float64(N * S)
     dy_scratch, x_scratch, dx_scratch, around = _scratch(dy), _scratch(x), _scratch(dx), _goes_around(dx)
     sums, b, k = np.empty((2, 2, group)), np.empty(group, rstd.dtype), np.empty(group, rstd.dtype)
-    none = np.zeros((2, C), rstd.dtype)
     for block in range(first, last):
         c0, c1 = block * group, min(block * group + group, C)
         sums[:] = 0.0
@@ -262,10 +270,7 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, trained, dx, dgamma, 
         for n in range(N):
             for c in range(c0, c1):
                 j, scale = c - c0, rstd[c] * gamma[c]
-                if trained:
-                    _apply(dy, x, n, c, START, S, mean, scale, b[j], k[j], dx, around, dy_scratch, x_scratch, dx_scratch)
-                else:
-                    _normalize(dy, n, c, START, S, none, scale, none[0, c], dx, around, dy_scratch, dx_scratch)
+                _apply(dy, x, n, c, START, S, mean, scale, b[j], k[j], dx, around, dy_scratch, x_scratch, dx_scratch)
     streamed()
 
 
@@ -296,16 +301,20 @@ def sums(first, last, x, shift, partial):
 
 
 @kernel
-def gradient_sums(first, last, dy, x, mean, partial):
-    """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block."""
+def gradient_sums(first, last, dy, x, mean, scale, dx, partial):
+    """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
     C = x.shape[1]
     blocks, dy_scratch, x_scratch, pieces = partial.shape[0], _scratch(dy), _scratch(x), np.empty((2, 2, C))
+    dx_scratch = _scratch(dx)
     for block in range(first, last):
         v, end = x.size * block // blocks, x.size * (block + 1) // blocks
         pieces[:] = 0.0
         while v < end:
             n, c, s, stop = _run_at(x, v, end)
+            stop = min(stop, s + RUN)
             _add_gradients(dy, x, n, c, s, stop, mean, pieces, c, dy_scratch, x_scratch, False)
+            if dx.size:
+                _scale(dy, n, c, s, stop, scale[c], dx, dy_scratch, dx_scratch)
             v += stop - s
         for c in range(C):
             partial[block, 0, c], partial[block, 1, c] = sums_of(pieces, c)

@@ -81,11 +81,8 @@ def _tile_deviations(x, n0, n1, c0, c1, shift, total, square):
 
 
 @inline
-def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, scaled, at, dx):
-    """about (1, 2, positions): the mean in float64, and what is left of it.
-
-    `scaled`: dx = at[SCALE] dy as well, which needs no sum, while the lines are at hand.
-    """
+def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product):
+    """about (1, 2, positions): the mean in float64, and what is left of it."""
     size, n, mean, rest, fetches = (c1 - c0) * x.shape[2], n0, _of(about, MEAN), _of(about, REST), _is_far(x)
     total[:] = 0.0
     product[:] = 0.0
@@ -97,15 +94,10 @@ def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, scaled, at, dx
         dy0, dy1 = line_of(dy, n, c0, 0, size), line_of(dy, n + 1, c0, 0, size)
         x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
         _along(size, total, _add_two_gradients, (dy0, dy1, x0, x1, mean, rest, total, product))
-        if scaled:
-            _scale(dy0, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
-            _scale(dy1, at, line_of(dx, n + 1, c0, 0, size), _goes_around(dx))
         n += 2
     if n < n1:
         dy0, x0 = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
         _along(size, total, _add_gradients, (dy0, x0, mean, rest, total, product))
-        if scaled:
-            _scale(dy0, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
 
 
 @reduction
@@ -252,8 +244,8 @@ def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean
 
 
 @kernel
-def backward(first, last, group, dy, x, mean, rstd, gamma, trained, dx, dgamma, dbeta):
-    """dgamma, dbeta and dx of the tiles first…last-1; dx = scale dy unless `trained`."""
+def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
+    """dgamma, dbeta and dx of the tiles first…last-1."""
     N, C, S = x.shape
     m, step = np.float64(N * S), min(_at_once(group, x), last - first)
     P = step * group * S
@@ -265,13 +257,12 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, trained, dx, dgamma, 
         _means_of_tile(at, c0, c1, S, mean)
         _wide_means(about, c0, c1, S, mean)
         _scale_of_tile(at, c0, c1, S, rstd, gamma)
-        _tile_gradients(dy, x, 0, N, c0, c1, about, total, product, not trained, at, dx)
+        _tile_gradients(dy, x, 0, N, c0, c1, about, total, product)
         _tile_sums(x, total, product, c0, c1, sums)
         _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta)
-        if trained:
-            for n in range(N):
-                lines = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
-                _apply(lines[0], lines[1], at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+        for n in range(N):
+            lines = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
+            _apply(lines[0], lines[1], at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()
 
 
@@ -290,17 +281,24 @@ def sums(first, last, group, x, shift, partial):
 
 
 @kernel
-def gradient_sums(first, last, group, dy, x, mean, partial):
-    """partial (parts, 2, C): sum dy and sum dy (x - mean) of every block."""
-    S, P, parts = x.shape[2], group * x.shape[2], partial.shape[0]
+def gradient_sums(first, last, group, dy, x, mean, scale, dx, partial):
+    """partial (parts, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
+    S, P, parts, scaled = x.shape[2], group * x.shape[2], partial.shape[0], dx.size > 0
     sums, about, total, product = np.empty((2, group)), np.empty((1, 2, P)), np.empty(P), np.empty(P)
-    at, none = parameters(0, mean), np.empty((0, 0, 0), dy.dtype)
+    at = parameters(P if scaled else 0, scale)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
+        size = (c1 - c0) * S
         _wide_means(about, c0, c1, S, mean)
-        _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, False, at, none)
+        _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product)
         _tile_sums(x, total, product, c0, c1, sums)
         partial[block % parts, :, c0:c1] = sums[:, : c1 - c0]
+        if scaled:
+            for c in range(c0, c1):
+                _spread(at, SCALE, c - c0, S, scale[c])
+            for n in range(n0, n1):
+                _scale(line_of(dy, n, c0, 0, size), at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+    streamed()
 
 
 @kernel

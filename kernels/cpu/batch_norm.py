@@ -92,15 +92,32 @@ def _sum_deviations(x: np.ndarray, shift: np.ndarray) -> np.ndarray:
 
 def _sum_gradients(dy: np.ndarray, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """sum dy and sum dy (x - mean) of every channel: (2, C) float64."""
-    C = x.shape[1]
+    C, cost, no_dx = x.shape[1], 2 * x.nbytes, (mean[0], np.empty((0, 0, 0), x.dtype))
     group, parts, seen = _cut.tiled(dy, x)
     partial = np.empty((parts if group else _cut.blocks(x), 2, C))
     if group:
-        run(_tiles.gradient_sums, -(-C // group) * parts, 2 * x.nbytes, group, *seen, mean, partial)
+        run(_tiles.gradient_sums, -(-C // group) * parts, cost, group, *seen, mean, *no_dx, partial)
     elif _cut.in_rows(dy, x):
-        run(_lines.gradient_sums, len(partial), 2 * x.nbytes, _cut.rows_per_line(_cut.SUM_LINE, dy, x), dy, x, mean, partial)
+        rows = _cut.rows_per_line(_cut.SUM_LINE, dy, x)
+        run(_lines.gradient_sums, len(partial), cost, rows, dy, x, mean, *no_dx, partial)
     else:
-        run(_planes.gradient_sums, len(partial), 2 * x.nbytes, dy, x, mean, partial)
+        run(_planes.gradient_sums, len(partial), cost, dy, x, mean, *no_dx, partial)
+    return _merged(partial)
+
+
+def _sum_and_scale_gradients(dy, x, mean, scale, dx):
+    """As `_sum_gradients`, and dx = scale dy. No channel has to be done whole: in the order of memory."""
+    C, cost, operands = x.shape[1], 3 * x.nbytes, (dy, x, mean, scale, dx)
+    if _cut.in_rows(dy, x, dx):
+        partial, rows = np.empty((_cut.blocks(x), 2, C)), _cut.rows_per_line(_cut.SUM_AND_RESULT_LINE, dy, x, dx)
+        run(_lines.gradient_sums, len(partial), cost, rows, *operands, partial)
+    elif x.shape[2] < _cut.PLANE and _cut.small_planes(dy, x, dx):
+        group, parts = _cut.tiles(*x.shape, x.itemsize)
+        partial = np.empty((parts, 2, C))
+        run(_tiles.gradient_sums, -(-C // group) * parts, cost, group, *operands, partial)
+    else:
+        partial = np.empty((_cut.blocks(x), 2, C))
+        run(_planes.gradient_sums, len(partial), cost, *operands, partial)
     return _merged(partial)
 
 
@@ -374,15 +391,15 @@ def backward_apply(
     _apply(dy, x, mean, scale, b, k, dx)
 
 
-def _backward_whole(trained, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
+def _backward_whole(dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
     """Both parts of a backward pass without a mask, if channels are done whole; True if they were."""
     group, tiled, seen = _cut.whole(dy, x, dx)
     if not group:
         return False
     dy, x, dx = seen
     gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-    kernel, cost = _tiles.backward if tiled else _planes.backward, (5 if trained else 4) * x.nbytes
-    run(kernel, -(-rstd.size // group), cost, group, dy, x, mean, rstd, gamma, trained, dx, dgamma, dbeta)
+    kernel = _tiles.backward if tiled else _planes.backward
+    run(kernel, -(-rstd.size // group), 5 * x.nbytes, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
     return True
 
 
@@ -402,7 +419,7 @@ def backward(
     """`backward_reduce`, then `backward_apply` with count = m."""
     _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
     fused = mask is not None or dresidual is not None
-    if not fused and _backward_whole(True, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
+    if not fused and _backward_whole(dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
         return
     if fused:
         x, dy, dx, dresidual = _turned(x, dy, dx, dresidual)
@@ -433,15 +450,13 @@ def inference_backward(
 ) -> None:
     """dx = dy gamma rstd, for statistics that do not depend on x; dgamma and dbeta as in `backward_reduce`."""
     _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
-    fused = mask is not None or dresidual is not None
-    if not fused and _backward_whole(False, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
-        return
-    backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask)
     if x.size == 0:
+        backward_reduce(dy, x, mean, rstd, dgamma, dbeta)
         return
     scale = rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
+    if mask is None and dresidual is None:
+        finish_gradients(_sum_and_scale_gradients(dy, x, mean, scale, dx), rstd, dgamma, dbeta)
+        return
+    backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask)
     none = np.zeros_like(rstd)
-    if not fused:
-        _normalize(dy, np.zeros_like(mean), scale, none, dx)
-    else:
-        _fused_apply(dy, x, mean, scale, none, none, False, dx, mask, dresidual)
+    _fused_apply(dy, x, mean, scale, none, none, False, dx, mask, dresidual)

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from . import _lines, _planes, _tiles
-from ._by_address import floats, vector_or
-from ._cut import SMALL_PLANE, flat_blocks, strip, tiles
+from ._by_address import floats, planes, vector_or
+from ._cut import BLOCK_ROWS, PLANE, SMALL_PLANE, SUM_AND_RESULT_LINE, flat_blocks, strip, tiles
 from ._elements import line_of
 from ._jit import inline, kernel
 from ._lanes import streamed
+from ._moments import finish_gradients, merge
 from ._threads import run
 
-__all__ = ["backward", "does_whole", "forward", "normalize", "normalizes"]
+__all__ = ["backward", "does_whole", "forward", "inference_backward", "normalize", "normalizes"]
 
 # The shortest line, and the smallest plane, that is worth a loop of its own.
 SHORTEST, FEWEST_OF_A_PLANE = 32, 16
@@ -30,7 +31,7 @@ SHORTEST, FEWEST_OF_A_PLANE = 32, 16
 def _forward(
     first, last, group, x_at, gamma_at, beta_at, y_at, stats_at, running_mean_at, running_var_at, N, C, S, eps, momentum
 ):  # fmt: skip
-    x, y, stats = floats(x_at, (N, C, S)), floats(y_at, (N, C, S)), floats(stats_at, (4, C))
+    x, y, stats = planes(x_at, N, C, S), planes(y_at, N, C, S), floats(stats_at, (4, C))
     gamma, beta = vector_or(gamma_at, C, 1.0), vector_or(beta_at, C, 0.0)
     kept = C if running_mean_at else 0
     running_mean, running_var = floats(running_mean_at, kept), floats(running_var_at, kept)
@@ -39,11 +40,45 @@ def _forward(
 
 
 @kernel
-def _backward(first, last, group, dy_at, x_at, stats_at, gamma_at, trained, dx_at, dgamma_at, dbeta_at, N, C, S):
-    dy, x, dx = floats(dy_at, (N, C, S)), floats(x_at, (N, C, S)), floats(dx_at, (N, C, S))
+def _backward(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S):
+    dy, x, dx = planes(dy_at, N, C, S), planes(x_at, N, C, S), planes(dx_at, N, C, S)
     stats, gamma = floats(stats_at, (3, C)), vector_or(gamma_at, C, 1.0)
     dgamma, dbeta = floats(dgamma_at, C), floats(dbeta_at, C)
-    _tiles.backward(first, last, group, dy, x, stats[:2], stats[2], gamma, trained, dx, dgamma, dbeta)
+    _tiles.backward(first, last, group, dy, x, stats[:2], stats[2], gamma, dx, dgamma, dbeta)
+
+
+# ---------------------------------------------------------------------------------------------- backward of known statistics
+@inline
+def _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S):
+    """dy, x, mean, scale and dx."""
+    stats = floats(stats_at, (3, C))
+    scale = stats[2] * vector_or(gamma_at, C, 1.0)
+    return planes(dy_at, N, C, S), planes(x_at, N, C, S), stats[:2], scale, planes(dx_at, N, C, S)
+
+
+@kernel
+def _inference_tiles(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial):
+    dy, x, mean, scale, dx = _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S)
+    _tiles.gradient_sums(first, last, group, dy, x, mean, scale, dx, partial)
+
+
+@kernel
+def _inference_planes(first, last, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial):
+    dy, x, mean, scale, dx = _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S)
+    _planes.gradient_sums(first, last, dy, x, mean, scale, dx, partial)
+
+
+@kernel
+def _inference_rows(first, last, rows, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial):
+    dy, x, mean, scale, dx = _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S)
+    _lines.gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial)
+
+
+@kernel
+def _finish_gradients(partial, stats_at, dgamma_at, dbeta_at, C):
+    sums = np.empty((2, C))
+    merge(partial, sums)
+    finish_gradients(sums, floats(stats_at, (3, C))[2], floats(dgamma_at, C), floats(dbeta_at, C))
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -76,7 +111,7 @@ def _normalize_tiles(
 ):  # fmt: skip
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     pair = _pair(mean)
-    _tiles.normalize(first, last, group, parts, floats(x_at, (N, C, S)), pair, scale, beta, floats(y_at, (N, C, S)))
+    _tiles.normalize(first, last, group, parts, planes(x_at, N, C, S), pair, scale, beta, planes(y_at, N, C, S))
 
 
 @kernel
@@ -85,7 +120,7 @@ def _normalize_planes(
 ):  # fmt: skip
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     pair = _pair(mean)
-    _planes.normalize(first, last, blocks, floats(x_at, (N, C, S)), pair, scale, beta, floats(y_at, (N, C, S)))
+    _planes.normalize(first, last, blocks, planes(x_at, N, C, S), pair, scale, beta, planes(y_at, N, C, S))
 
 
 @kernel
@@ -152,11 +187,35 @@ def forward(
 
 
 def backward(
-    dy: int, x: int, stats: int, gamma: int, dx: int, dgamma: int, dbeta: int, N: int, C: int, S: int, *, trained: bool
-) -> None:
-    """`batch_norm.backward`, or `inference_backward` unless `trained`; of `stats` three rows count."""
-    group, cost = _group(N, C, S), (20 if trained else 16) * N * C * S
-    run(_backward, -(-C // group), cost, group, dy, x, stats, gamma, trained, dx, dgamma, dbeta, N, C, S)
+    dy: int, x: int, stats: int, gamma: int, dx: int, dgamma: int, dbeta: int, N: int, C: int, S: int
+) -> None:  # fmt: skip
+    """`batch_norm.backward`; of `stats` three rows count."""
+    group, cost = _group(N, C, S), 20 * N * C * S
+    run(_backward, -(-C // group), cost, group, dy, x, stats, gamma, dx, dgamma, dbeta, N, C, S)
+
+
+def inference_backward(
+    dy: int, x: int, stats: int, gamma: int, dx: int, dgamma: int, dbeta: int, N: int, C: int, S: int
+) -> None:  # fmt: skip
+    """`batch_norm.inference_backward`, of what `normalize` takes; of `stats` three rows count."""
+    kernel, blocks, parts, way = _inference(N, C, S)
+    partial = np.empty((parts, 2, C))
+    run(kernel, blocks, 12 * N * C * S, *way, dy, x, stats, gamma, dx, N, C, S, partial)
+    _finish_gradients(partial, stats, dgamma, dbeta, C)
+
+
+@functools.lru_cache(1024)
+def _inference(N: int, C: int, S: int) -> tuple[Any, int, int, tuple[int, ...]]:
+    """The kernel of `inference_backward`, the number of its blocks and of their sums, and what it is told of them."""
+    nbytes = 4 * N * C * S
+    if S == 1:
+        blocks = flat_blocks(nbytes, N // BLOCK_ROWS)
+        return _inference_rows, blocks, blocks, (max(1, min(SUM_AND_RESULT_LINE // C, N)),)
+    if S < PLANE:
+        group, parts = tiles(N, C, S, 4)
+        return _inference_tiles, -(-C // group) * parts, parts, (group,)
+    blocks = flat_blocks(nbytes, N * C * S)
+    return _inference_planes, blocks, blocks, ()
 
 
 def normalize(

@@ -15,7 +15,7 @@ import math
 import numpy as np
 from numba import carray
 
-from ._by_address import floats, pointer
+from ._by_address import floats, planes, pointer
 from ._jit import kernel
 from .cross_entropy import (
     _ANY_CLASS,
@@ -38,7 +38,7 @@ def _divide(loss, denominator, result):
 def _at_addresses(
     z_at, target_at, dz_at, result_at, N, V, S, upstream, mean, zero_if_ignored, ignore_index, smoothing
 ):  # fmt: skip
-    z, dz, result = floats(z_at, (N, V, S)), floats(dz_at, (N, V, S)), floats(result_at, 1)
+    z, dz, result = planes(z_at, N, V, S), planes(dz_at, N, V, S), floats(result_at, 1)
     target = carray(pointer(target_at), (N, S), np.int64)
     no_weight, loss, invalid = np.empty(0, np.float32), np.empty((N, S), np.float32), np.full(1, N * S)
     denominator = denominator_of(N * S, target, no_weight, _ANY_CLASS, ignore_index) if mean else 1.0

@@ -56,15 +56,15 @@ def _reaches(d, j, count, limit):
 
 
 @inline
-def _centre(x, first, count, d, unit, shift, rest):
-    """d (m, BLOCK_N + PAD) = the deviations of `count` points of x (n, m) from their mean, shift + rest (m), times unit (m).
+def _centre(x, b, m, first, count, d, unit, shift, rest):
+    """d (m, BLOCK_N + PAD) = the deviations of `count` points of x[b] from their mean, shift + rest (m), times unit (m).
 
     The units fall where values are too large for them; whether one did.
     """
-    m, fell = x.shape[1], False
+    fell = False
     for p in range(count):
         for j in range(m):
-            d[j, p] = np.float64(x[first + p, j])
+            d[j, p] = np.float64(x[b, first + p, j])
     for j in range(m):
         if unit[j] > 1.0 and _reaches(d, j, count, 1 / LARGE) > 0:
             unit[j], fell = 1.0, True
@@ -112,9 +112,9 @@ def _four_rows(d, i, count, rows):
 
 # ---------------------------------------------------------------------------------------------- merging
 @inline
-def _difference(count, shift, total, low, more, more_shift, more_rest, delta):
+def _difference(m, count, shift, total, low, more, more_shift, more_rest, delta):
     """delta (m) = the mean of `more` points less that of `count`; adds theirs to total + low = Σ (x - shift)."""
-    for j in range(shift.size):
+    for j in range(m):
         if count == 0:
             shift[j] = more_shift[j] if math.isfinite(more_shift[j]) else 0.0
             total[j], low[j] = 0.0, 0.0
@@ -138,8 +138,8 @@ def _add_row(scatter, low, i, count, more, weight, delta):
 
 
 @inline
-def _rescale(factor, shift, total, low):
-    for j in range(shift.size):
+def _rescale(m, factor, shift, total, low):
+    for j in range(m):
         shift[j] *= factor[j]
         total[j] *= factor[j]
         low[j] *= factor[j]
@@ -179,8 +179,7 @@ def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, old_unit,
         t, band = work // bands, work % bands
         b, (start, stop) = t // runs, _run_of(t % runs, n, runs)
         top, end = _band_row(band, bands, m), _band_row(band + 1, bands, m)
-        # variables beyond the band's last row are nothing to it; all bands find the same means of the others
-        points = x[b, :, :end]
+        # variables from `end` on are nothing to the band; all bands find the same means of the others
         if runs == 1:
             copy(old_shift[b], mean)
             copy(old_total[0, b], sums)
@@ -192,12 +191,12 @@ def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, old_unit,
         for begin in range(start, stop, BLOCK_N):
             before, count = seen + begin - start, min(BLOCK_N, stop - begin)
             copy(units, factor)
-            if _centre(points, begin, count, d, units, block_shift, block_rest) and before > 0:
+            if _centre(x, b, end, begin, count, d, units, block_shift, block_rest) and before > 0:
                 for j in range(end):
                     factor[j] = units[j] / factor[j]
-                _rescale(factor[:end], mean[:end], sums, lows)
+                _rescale(end, factor, mean, sums, lows)
                 _rescale_rows(factor, scatter[0, t], low, top, end)
-            _difference(before, mean[:end], sums, lows, count, block_shift, block_rest, delta)
+            _difference(end, before, mean, sums, lows, count, block_shift, block_rest, delta)
             weight = before * (count / (before + count))
             for i in range(top, end, 4):
                 _four_rows(d, i, count, rows)
@@ -235,9 +234,9 @@ def _merge(first, last, n, runs, seen, more_shift, more_total, more_scatter, mor
                 mean[j] = more_shift[t, j] * factor[j]
                 rest[j] = with_low(more_total[0, t, j], more_total[1, t, j]) / count * factor[j]
             if fell:
-                _rescale(own, shift[b], total[0, b], total[1, b])
+                _rescale(m, own, shift[b], total[0, b], total[1, b])
                 _rescale_rows(own, scatter[0, b], scatter[1, b], 0, m)
-            _difference(before, shift[b], total[0, b], total[1, b], count, mean, rest, delta)
+            _difference(m, before, shift[b], total[0, b], total[1, b], count, mean, rest, delta)
             weight = before * (count / (before + count))
             for i in range(m):
                 for j in range(i + 1):
