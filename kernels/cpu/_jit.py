@@ -36,12 +36,12 @@ from ._numba import (
 # want it; `nnan` and `ninf` with none, since inputs carry NaN and infinities.
 _OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "fastmath": {"contract"}}
 # A helper is never called from Python: compiling the way in would double its time.
-_HELPER = {**_OPTIONS, "nopython": True, "no_cpython_wrapper": True}
+_HELPER = {**_OPTIONS, "no_cpython_wrapper": True}
 _INLINE = {**_HELPER, "forceinline": True}
 
 
 def _helper(function: Callable[..., Any], options: dict[str, Any]) -> Any:
-    return HelperDispatcher(function, targetoptions=options, pipeline_class=HelperCompiler)
+    return HelperDispatcher(function, targetoptions={**options, "nopython": True}, pipeline_class=HelperCompiler)
 
 
 def inline(function: Callable[..., Any]) -> Any:
