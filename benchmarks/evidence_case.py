@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-ROOMS = ("softmax", "cross_entropy", "batch_norm", "moments")
+ROOMS = ("softmax", "cross_entropy", "token_log_probs", "batch_norm", "moments")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ def softmax_moves(size: int) -> dict[str, tuple[int, int]]:
 def cross_entropy_moves(size: int, soft: bool, at_once: bool) -> dict[str, tuple[int, int]]:
     read = size * (1 + soft)
     return {"_forward_kernel": (read, size * at_once), "_backward_kernel": (0 if at_once else read, 0 if at_once else size)}
+
+
+def token_log_probs_moves(size: int) -> dict[str, tuple[int, int]]:
+    return {"_forward_kernel": (size, 0), "_backward_kernel": (size, size)}
 
 
 def batch_norm_moves(size: int, values: int, fused: bool, training: bool) -> dict[str, tuple[int, int]]:

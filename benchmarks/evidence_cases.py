@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from hw3gpu.kernels.gpu import batch_norm, cross_entropy, moments, softmax
+from hw3gpu.kernels.gpu import batch_norm, cross_entropy, moments, softmax, token_log_probs
 
 from . import call_cases
-from .evidence_case import Case, batch_norm_moves, bytes_of, cross_entropy_moves, softmax_moves
+from .evidence_case import Case, batch_norm_moves, bytes_of, cross_entropy_moves, softmax_moves, token_log_probs_moves
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -85,6 +85,19 @@ def _reduce_case(rows: int, dtype: torch.dtype, soft: bool) -> Callable[[], None
         target = _meta((rows, 10, 1), dtype) if soft else _meta((rows, 1), torch.int64)
         one = _meta((1,), acc)
         cross_entropy.reduce(_meta((rows, 1), acc), target, _meta((10,), acc), one, one, ignore_index=-100)
+
+    return run
+
+
+def _token_log_probs_case(shape: tuple[int, int, int], dtype: torch.dtype, strided: bool = False) -> Callable[[], None]:
+    def run() -> None:
+        N, _, S = shape
+        z, dz, target = _rows(shape, dtype, strided), _rows(shape, dtype, strided), _meta((N, S), torch.int64)
+        log_prob, entropy, lse = (_meta((N, S), _acc(dtype)) for _ in range(3))
+        stats, invalid = _meta((3, N, S), _acc(dtype)), _meta((1,), torch.int64)
+        options: dict[str, Any] = {"ignore_index": -100, "temperature": 0.7}
+        token_log_probs.forward(z, target, log_prob, entropy, lse, stats, invalid, **options)
+        token_log_probs.backward(z, target, stats, log_prob, entropy, lse, dz, **options)
 
     return run
 
@@ -178,6 +191,18 @@ STRIDED = [
     for name in ("softmax", "hard, more", "soft, all")
     for V in (4096, 8192, 50257)
 ]
+# (shape, dtypes, strided, heavy ones): of log-probabilities, each plan of rows of which nothing stays
+TOKENS: tuple[tuple[tuple[int, int, int], tuple[torch.dtype, ...], bool, tuple[torch.dtype, ...]], ...] = (
+    ((4096, 10, 1), (F32,), False, ()),
+    ((4096, 1000, 1), (F32, BF16), False, ()),
+    ((4096, 1001, 1), (F32, BF16, F16, F64), False, ()),
+    ((512, 32768, 1), (F32, BF16), False, ()),
+    ((512, 50257, 1), (F32, BF16, F16, F64), False, (F32, BF16)),
+    ((8192, 128256, 1), (BF16,), False, ()),
+    ((8, 1000, 512), (F32, BF16, F64), False, ()),
+    ((512, 4096, 1), (F32, BF16, F64), True, ()),
+    ((512, 50257, 1), (F32, BF16, F64), True, ()),
+)
 # (shape, channels-last)
 CHANNELS = (
     ((16, 3000, 4), False),
@@ -265,6 +290,11 @@ def cases() -> Iterator[Case]:
             run = _cross_entropy_case(shape, dtype, LOSSES[name], at_once=True, strided=True)
             moves = cross_entropy_moves(size, LOSSES[name].soft, at_once=True)
             yield Case(f"cross entropy at once, {name}, strided {at}", dtype, heavy, run, moves)
+    for shape, dtypes, strided, heavies in TOKENS:
+        name = f"token log probs{', strided' if strided else ''} {'x'.join(map(str, shape))}"
+        for dtype in dtypes:
+            run, moves = _token_log_probs_case(shape, dtype, strided), token_log_probs_moves(bytes_of(shape, dtype, strided))
+            yield Case(name, dtype, dtype in heavies, run, moves)
     for shape in POINTS:
         moves = {"_add_runs_kernel": (bytes_of(shape, F64), 0)}
         yield Case(f"moments {'x'.join(map(str, shape))}", F64, False, _moments_case(shape), moves)

@@ -150,7 +150,7 @@ def run(logits, target, weight, options, numbers=3, at_once=False, call=None):
         with _bound.noted(call, operands, *(() if dlogits is None else (dlogits,))):
             _launch_forward(*operands, dz, options)
     if not target.is_floating_point():
-        _judge_targets(logits, target, invalid, options.ignore_index)
+        judge_targets(logits, target, invalid, logits.shape[class_axis(logits)], options.ignore_index)
     return loss.reshape(loss_shape(logits)) if total is None else total, stats, denominator, dlogits
 
 
@@ -194,7 +194,7 @@ def _run_on_host(logits, target, weight, options, numbers, at_once):
     else:
         kernels.forward(z, t, seen_weight, see(loss), see(stats), see(invalid), **options.of_rows)
     if t.ndim == 2:
-        _judge_targets(logits, target, invalid, options.ignore_index)
+        judge_targets(logits, target, invalid, logits.shape[class_axis(logits)], options.ignore_index)
     if total is None:
         return loss.reshape(loss_shape(logits)), stats, None, dlogits
     kernels.reduce(see(loss), t, seen_weight, _cell(total), _cell(denominator), ignore_index=options.ignore_index)
@@ -281,12 +281,12 @@ def _upstream_of_rows(upstream, numbers, options):
     return upstream.reshape(rows) if options.reduction == "none" else upstream.expand(rows)
 
 
-def _judge_targets(logits, target, invalid, ignore_index):
+def judge_targets(logits, target, invalid, V, ignore_index):
     """At once on the host; on a GPU the flag sets out."""
     if _arrays.on_host(logits):
         row = int(invalid)
         if row < target.numel():
-            refuse_class(target, row, logits.shape[class_axis(logits)], ignore_index)
+            refuse_class(target, row, V, ignore_index)
     elif _targets.looks(logits.device):
         _targets.watch(logits.device).send()
 

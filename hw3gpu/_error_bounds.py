@@ -10,6 +10,7 @@ The rounding of the result to its own dtype is not in the bound: `hw3gpu._cli.me
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -241,6 +242,53 @@ def cross_entropy_with_options(
     of_dz = tuple(np.where(kept[..., None], scale * (v + of_scale * terms), 0.0) for v in of_dz)
     loss, dlogits = _result(of_loss[0], dtype, of_loss[1]), _result(of_dz[0], dtype, of_dz[1])
     return reference.CrossEntropyWithOptions(loss, np.moveaxis(dlogits, -1, axis))
+
+
+@_ieee
+def token_log_probs(
+    logits: Any, target: Any, temperature: float = 1.0, ignore_index: int = -100, axis: int = -1,
+    upstream: tuple[Any, Any, Any] = (1.0, 0.0, 0.0), *, dtype: str,
+) -> reference.TokenLogProbs:  # fmt: skip
+    z, target = np.moveaxis(_extended(logits), axis, -1), np.asarray(target)
+    kept = (target != ignore_index)[..., None]
+    at_target = _one_hot(np.where(kept[..., 0], target, 0), z.shape[-1]) == 1.0
+    of_beta = 0.0 if math.frexp(temperature)[0] == 0.5 else 2.0  # 1/T and the product with it, exact for powers of two
+    beta = 1.0 / np.longdouble(temperature)
+    additions = _of_a_row(z.shape[-1], dtype, axis % z.ndim == z.ndim - 1)
+    e = _exponentials(z * beta, -1, additions)
+    each = np.where(e.below == 0.0, 0.0, e.each + of_beta * e.below)
+    e = e._replace(each=each, total=_sum(_times(e.p, each)) + additions)
+
+    # the first maximum, whose exponential is the 1 of Σ exp - 1 and whose difference is 0, has no error
+    first = np.arange(z.shape[-1]) == np.argmin(e.below, axis=-1)[..., None]
+    log_total = -np.log(np.max(e.p, axis=-1, keepdims=True, initial=0.0))
+    of_log = _sum(np.where(first, 0.0, _times(e.p, 2.0 * additions + each))) + LOG * log_total
+    mean = _sum(_times(e.p, e.below))
+    of_mean = _sum(_times(_times(e.p, e.below), 2.0 * additions + each + e.total + of_beta + 4.0))
+    below_t = _sum(np.where(at_target, e.below, 0.0))
+    top = abs(np.max(z, axis=-1, keepdims=True, initial=-np.inf)) * beta
+    log_prob = of_log + (of_beta + 2.0) * below_t + log_total
+    entropy = of_log + of_mean + log_total + mean
+    lse = of_log + (of_beta + 1.0) * top + log_total
+
+    g, h, u = (beta * abs(np.broadcast_to(_extended(of), kept.shape[:-1])[..., None]) for of in upstream)
+    of_entropy = h * ((of_beta + 4.0) * e.below + of_mean + (of_beta + 5.0) * mean)
+
+    def of_sum(lead: Any) -> Any:
+        """p (lead - h (d - mean))."""
+        return _times(e.p, (e.each + e.total + 4.0) * (lead + h * (e.below + mean)) + (of_beta + 2.0) * lead + of_entropy)
+
+    others = _sum(np.where(at_target, 0.0, e.p))
+    of_target = _at_target(e, at_target, g, additions, 0.0, 0.0) + (of_beta + 2.0) * g * others + of_sum(u)
+    dz = np.where(at_target, of_target, of_sum(g + u))
+    # the sheet rounds log p before it multiplies, and 1 - p_t
+    of_sheet = 3.0 * (1.0 + log_total + e.below)
+    sheet_dz = dz + of_sheet * _times(e.p, g + u + h * (1.0 + mean)) + np.where(at_target, g, 0.0)
+    sheet = of_sheet.max(axis=-1, keepdims=True, initial=0.0, where=np.isfinite(of_sheet))
+    rows = (_result(_times(kept, v)[..., 0], dtype, _times(kept, v + sheet)[..., 0]) for v in (log_prob, entropy, lse))
+    log_prob, entropy, lse = rows
+    dlogits, of_sheet = (np.moveaxis(_times(kept, v), -1, axis) for v in (dz, sheet_dz))
+    return reference.TokenLogProbs(log_prob, entropy, lse, _result(dlogits, dtype, of_sheet))
 
 
 # Batch normalisation: docs/errors.md, section 2 --------------------------------------------------------------------

@@ -13,22 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _batch_norm_autograd, _bound, _check, _cross_entropy, _linear_cross_entropy_graphs, _softmax_autograd
+from . import (
+    _batch_norm_autograd,
+    _bound,
+    _check,
+    _cross_entropy,
+    _linear_cross_entropy_graphs,
+    _softmax_autograd,
+    _token_log_probs,
+)
 from ._autograd import PLAIN, accumulate_dtype, as_dtype
 from ._cross_entropy_formula import CrossEntropyStatistics, Options, loss_shape
 from ._linear_cross_entropy import Problem
 from ._targets import check_targets
+from ._token_log_probs import TokenLogProbs
 from ._torch_internals import legacy_reduction
 from ._trace_autograd import minimize_trace
 
 __all__ = [
     "CrossEntropyStatistics",
+    "TokenLogProbs",
     "batch_norm",
     "check_targets",
     "cross_entropy",
     "linear_cross_entropy",
     "minimize_trace",
     "softmax",
+    "token_log_probs",
 ]
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -350,6 +361,57 @@ def _extra_arguments(z_loss, softcap, gradient, all_ignored):
         _check.positive(softcap, "softcap")
     _check.one_of(gradient, "gradient", _GRADIENTS)
     _check.one_of(all_ignored, "all_ignored", _ALL_IGNORED)
+
+
+# ---------------------------------------------------------------------------------------------- token log-probabilities
+def token_log_probs(
+    logits: Tensor, target: Tensor, *, temperature: float = 1.0, ignore_index: int = -100, dim: int = -1
+) -> TokenLogProbs:
+    """log p of the target class, entropy -Σ p log p and log Σ exp(logits / temperature) of every row, with gradients.
+
+    p = softmax(logits / temperature) along `dim`. All three come from one read of the logits, and have gradients, alone and
+    together, from one more read and one write (docs/derivations.md, section 3.8): the loss of a policy with a bonus on its
+    entropy costs no more passes than `cross_entropy`. No tensor of the logits' size is held in between.
+
+    logits: (…, V) of float16, bfloat16, float32 or float64, of any strides, the classes along `dim`. target: integer classes,
+    logits' shape without `dim`; a row whose target is `ignore_index` is not read: its three numbers, and its gradient, are 0.
+    temperature: from 1e-30 to 1e30; logits are subtracted before they are divided by it. The results have target's shape, in
+    float32 for half precision, which is not rounded to it.
+
+    Gradients of gradients, `torch.func` transforms and forward-mode derivatives are computed by the formula in PyTorch's
+    operations, without kernels. Raises TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a class
+    out of range and for a `dim` that logits does not have. On a GPU nothing waits for the device: a row whose class is out of
+    range gives NaN, and a later call, or `check_targets`, raises the IndexError.
+    """
+    temperature, dim = _token_arguments(logits, target, temperature, ignore_index, dim)
+    return _token_log_probs.token_log_probs(logits, target, temperature, ignore_index, dim)
+
+
+def _token_arguments(z, target, temperature, ignore_index, dim):
+    """Checks every argument; the temperature as a float, `dim` counted from the front."""
+    _floating_tensor(z, "logits")
+    _tensor(target, "target")
+    _check.rank_at_least(z, "logits", 1, "…, V")
+    if type(dim) is not int:
+        dim = _check.integer_value(dim, "dim")
+    if not -z.dim() <= dim < z.dim():
+        raise IndexError(f"dim: expected an axis of logits with shape {_check.shape_of(z)}, got {dim}")
+    dim %= z.dim()
+    if z.shape[dim] == 0:
+        raise ValueError(f"logits: expected at least one class, got shape {_check.shape_of(z)}")
+    _check.integer(target, "target")
+    _check.shape(target, "target", (*z.shape[:dim], *z.shape[dim + 1 :]), "one class per row of logits")
+    if target.device != z.device:
+        raise RuntimeError(f"target: expected a tensor on {z.device}, where logits is, got one on {target.device}")
+    _check.integer_value(ignore_index, "ignore_index")
+    return _temperature(temperature), dim
+
+
+def _temperature(temperature):
+    temperature = _number(temperature, "temperature")
+    if not 1e-30 <= temperature <= 1e30:  # beyond, its inverse or a quotient is no float32
+        raise ValueError(f"temperature: expected a number from 1e-30 to 1e30, got {temperature}")
+    return temperature
 
 
 # ---------------------------------------------------------------------------------------------- linear cross entropy

@@ -24,6 +24,7 @@ __all__ = [
     "CrossEntropyWithOptions",
     "Moments",
     "SoftmaxCrossEntropy",
+    "TokenLogProbs",
     "TraceMinimum",
     "batch_norm",
     "batch_norm_backward",
@@ -42,6 +43,7 @@ __all__ = [
     "softmax_backward",
     "softmax_cross_entropy",
     "softmax_jacobian",
+    "token_log_probs",
 ]
 
 Array = NDArray[np.float64]
@@ -238,6 +240,15 @@ class CrossEntropyStatistics(NamedTuple):
     correct: NDArray[np.bool_] | None
 
 
+class TokenLogProbs(NamedTuple):
+    """Of every row; ``dlogits`` of the shape of the logits. Ignored rows have zeros."""
+
+    log_prob: Array
+    entropy: Array
+    lse: Array
+    dlogits: Array
+
+
 def _log_sum_exp(z: Extended, axis: int) -> Extended:
     shift = np.max(z, axis=axis, keepdims=True, initial=-np.inf)
     shift = np.where(np.isneginf(shift), 0.0, shift)
@@ -393,6 +404,36 @@ def cross_entropy_statistics(
     z_t = np.take_along_axis(z, np.where(kept, target, 0)[..., None], -1)[..., 0]
     of_rows = [_float64(np.where(kept, v, 0.0)) for v in (lse, z_t - lse, entropy)]
     return CrossEntropyStatistics(of_rows[0], of_rows[1], of_rows[2], np.asarray(kept & (z_t == np.max(z, axis=-1))))
+
+
+@_ieee
+def token_log_probs(
+    logits: Any,
+    target: Any,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    axis: int = -1,
+    upstream: tuple[Any, Any, Any] = (1.0, 0.0, 0.0),
+) -> TokenLogProbs:
+    """log p_t, −Σ p log p and lse of p = S(z/T) over ``axis``, (3.24), and Σ upstream · their gradients (3.25).
+
+    ``target`` holds integer classes, of the shape of ``logits`` without ``axis``; ``upstream`` is ∂ℓ/∂ each of the three.
+    """
+    z, target = np.moveaxis(_extended(logits), axis, -1), np.asarray(target)
+    c = np.max(z, axis=-1, keepdims=True, initial=-np.inf)
+    d = (z - np.where(np.isneginf(c), 0.0, c)) / np.longdouble(temperature)
+    log_s = _log_sum_exp(d, -1)
+    p, log_p = np.exp(d - log_s), d - log_s
+    kept = target != ignore_index
+    one_hot = _one_hot(np.where(kept, target, 0), z.shape[-1])
+    terms = np.where(p == 0.0, 0.0, p * log_p)
+    entropy = -np.sum(terms, axis=-1, keepdims=True)
+    log_prob = np.sum(np.where(one_hot == 1.0, log_p, 0.0), axis=-1)
+    g, h, u = (np.broadcast_to(_extended(of), kept.shape)[..., None] for of in upstream)
+    dz = (g * (one_hot - p) - h * (terms + p * entropy) + u * p) / np.longdouble(temperature)
+    lse = (c / np.longdouble(temperature) + log_s)[..., 0]
+    log_prob, entropy, lse = (_float64(np.where(kept, v, 0.0)) for v in (log_prob, entropy[..., 0], lse))
+    return TokenLogProbs(log_prob, entropy, lse, _float64(np.moveaxis(np.where(kept[..., None], dz, 0.0), -1, axis)))
 
 
 # Points with given moments: docs/derivations.md, section 4 ---------------------------------------------------------

@@ -26,6 +26,7 @@ from hw3gpu.kernels.cpu import (
     eigh,
     moments,
     softmax,
+    token_log_probs,
 )
 
 # Every number of lanes of a partial vector, of one vector and of two; a chunk of 512 and a bit; a few long ones.
@@ -165,6 +166,14 @@ def cross_entropies(weighted: bool, soft: bool, *, stats_of_row: int = 3, **opti
             cross_entropy.forward_backward(z, target, weight, loss, dz, invalid, stats=stats, **settings)
 
     return call
+
+
+def tokens(g: Guard, N: int, V: int, S: int) -> None:
+    z, dz, target, invalid = g.numbers(N, V, S), g.out(N, V, S), g.classes(N, V, S), g.copy(np.full(1, N * S))
+    log_prob, entropy, lse, stats = g.sums(N, S), g.sums(N, S), g.sums(N, S), g.sums(3, N, S)
+    settings = {"ignore_index": -100, "temperature": 0.7}
+    token_log_probs.forward(z, target, log_prob, entropy, lse, stats, invalid, **settings)
+    token_log_probs.backward(z, target, stats, log_prob, entropy, lse, dz, **settings)
 
 
 def steps(soft: bool) -> Callable[..., None]:
@@ -309,6 +318,7 @@ def matrices(g: Guard, B: int, m: int) -> None:
 OF_EVERY_DTYPE = {
     "softmax": (row_shapes, softmaxes),
     "softmax, classes adjacent": (turned_shapes, softmaxes_turned),
+    "log-probabilities": (row_shapes, tokens),
     "classes": (row_shapes, cross_entropies(False, False)),
     "classes, weights": (row_shapes, cross_entropies(True, False)),
     "classes, smoothing": (row_shapes, cross_entropies(True, False, label_smoothing=0.1)),

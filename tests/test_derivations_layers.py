@@ -448,6 +448,33 @@ def test_3_20_merges_the_sum_of_the_entropy() -> None:
     assert sp.simplify(merged - sum(sp.exp(z - C) * (z - C) for z in Z)) == 0
 
 
+@proves("3.24", "3.25")
+def test_3_24_and_3_25_are_the_three_numbers_of_a_row_and_their_gradients() -> None:
+    """The gradients symbolically; the answer sheet beside PyTorch's distribution, at a temperature."""
+    T, g_l, g_h, g_u = sp.symbols("T g_l g_h g_u", positive=True)
+    d = [(z - C) / T for z in Z]
+    s, r = sum(map(sp.exp, d)), sum(sp.exp(v) * v for v in d)
+    p, t = [sp.exp(v) / s for v in d], 1
+    log_prob, entropy, lse = d[t] - sp.log(s), sp.log(s) - r / s, C / T + sp.log(s)
+    assert sp.simplify(entropy + sum(q * (v - sp.log(s)) for q, v in zip(p, d, strict=True))) == 0
+    total = g_l * log_prob + g_h * entropy + g_u * lse  # none of the three depends on c
+    assert sp.simplify(sp.diff(total, C)) == 0
+    for j in range(N):
+        gradient = (p[j] * (g_u - g_l - g_h * (d[j] - r / s)) + g_l * int(j == t)) / T
+        assert sp.simplify(sp.diff(total, Z[j]) - gradient) == 0
+
+    rng = np.random.default_rng(11)
+    z, t, upstream = rng.normal(size=(6, 4)) * 3, np.array([1, 2, 3, 0, -100, 2]), tuple(rng.normal(size=(3, 6)))
+    sheet = reference.token_log_probs(z, t, 0.7, upstream=upstream)
+    x, kept = torch.tensor(z, requires_grad=True), torch.tensor(t >= 0)
+    of = torch.distributions.Categorical(logits=x / 0.7)
+    numbers = of.log_prob(torch.tensor(np.maximum(t, 0))), of.entropy(), torch.logsumexp(x / 0.7, -1)
+    numbers = [torch.where(kept, v, 0.0) for v in numbers]
+    sum((v * torch.tensor(g)).sum() for v, g in zip(numbers, upstream, strict=True)).backward()
+    for ours, theirs in zip(sheet, (*(v.detach() for v in numbers), x.grad), strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-14)
+
+
 @proves("3.21")
 def test_3_21_sums_the_gradients_of_chunks() -> None:
     rng = np.random.default_rng(9)

@@ -169,10 +169,11 @@ def _launchers(path: Path) -> dict[str, str]:
     [
         ("softmax", {"forward", "backward"}),
         ("cross_entropy", {"forward", "backward", "forward_backward", "reduce"}),
+        ("token_log_probs", {"forward", "backward"}),
         ("batch_norm", {"statistics", "normalize", "forward", "backward", "backward_reduce", "backward_apply"}),
         ("moments", {"update", "merge", "finish"}),
     ],
-    ids=["softmax", "cross_entropy", "batch_norm", "moments"],
+    ids=["softmax", "cross_entropy", "token_log_probs", "batch_norm", "moments"],
 )
 def test_twins_have_the_same_launchers(room: str, expected: set[str]) -> None:
     gpu, cpu = (_launchers(ROOT / "kernels" / engine / f"{room}.py") for engine in ("gpu", "cpu"))

@@ -77,6 +77,7 @@ ARGUMENTS = {
     "softmax_cross_entropy": (_A, _A),
     "cross_entropy_with_options": (_A, _A, _C),
     "cross_entropy_statistics": (_A, _A),
+    "token_log_probs": (_A, [[0, 4, 2]] * 4),
     "points_with_moments": (_C, _SQUARE),
     "moments": (_A[0],),
     "minimize_trace": (_SQUARE, 2),

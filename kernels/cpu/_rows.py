@@ -63,7 +63,7 @@ def exp_and_excess(z, shift, e, ahead):
             store_lanes(e, i, width(z), x)
             a = a + x
         total += np.float64(sum_of(a))
-    return total - 1.0 if not total < SMALL else _small_excess(z, _stored, (e,))
+    return total - 1.0 if not total < SMALL else small_excess(z, _stored, (e,))
 
 
 @inline
@@ -80,7 +80,7 @@ def excess_of_logits(z, shift, ahead):
         if i < last:
             a = a + exp(load_lanes(z, i, last - i, -math.inf) - shift)
         total += np.float64(sum_of(a))
-    return total - 1.0 if not total < SMALL else _small_excess(z, _computed, (z, shift))
+    return total - 1.0 if not total < SMALL else small_excess(z, _computed, (z, shift))
 
 
 @inline
@@ -94,7 +94,7 @@ def _computed(i, exist, args):
 
 
 @inline
-def _small_excess(z, lanes, args):
+def small_excess(z, lanes, args):
     """sum e - 1 without the exponentials that are 1, e = lanes(i, exist, args)."""
     rest, others, size, count = 0.0, 0.0, z.size, width(z)
     for first in range(0, size, CHUNK):

@@ -1,0 +1,168 @@
+"""Log-probability of a class, entropy and log Σ exp of every row, with gradients: docs/derivations.md, section 3.8.
+
+A call takes one of three ways. Eager: `_TokenLogProbs`, or `run` alone where no graph is needed. Traced: the operators below,
+around the same functions. Inside `torch.func` transforms, in forward mode, and where a gradient is to be differentiated again:
+the formula in PyTorch's operations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _arrays, _ops, _targets
+from ._autograd import accumulate_dtype, graph_is_needed
+from ._cross_entropy_autograd import judge_targets
+
+
+class TokenLogProbs(NamedTuple):
+    """Of every row, of target's shape, in float32 (float64 for float64); each has a graph where the logits ask for one.
+
+    Attributes:
+        log_prob: log p of the target class, p = softmax(logits / temperature).
+        entropy: -Σ p log p.
+        lse: log Σ exp(logits / temperature).
+    """
+
+    log_prob: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
+def token_log_probs(logits, target, temperature, ignore_index, dim):
+    """`TokenLogProbs`; the arguments are checked, `dim` counts from the front."""
+    rest = temperature, ignore_index, dim
+    if _ops.traced(logits):
+        return TokenLogProbs(*FORWARD(logits, target, *rest)[:3])
+    if _ops.transformed():
+        return formula(logits, target, *rest)
+    if graph_is_needed(logits):
+        return TokenLogProbs(*_TokenLogProbs.apply(logits, target, rest))
+    return TokenLogProbs(*run(logits, target, *rest, save=False)[:3])
+
+
+# ---------------------------------------------------------------------------------------------- forward and backward
+def rows_of(logits, target, dim, which):
+    """Logits as (N, V, S) and targets as (N, S), as the `which` kernels see them."""
+    z = _arrays.folded(logits, dim, which)
+    return z, _arrays.kernel_view(target.reshape(z.shape[0], z.shape[2]), which)
+
+
+def run(logits, target, temperature, ignore_index, dim, save=True):
+    """The three numbers of every row, and what the backward pass needs if `save`, else None."""
+    which = _arrays.backend(logits)
+    see = _arrays.viewer(which)
+    z, t = rows_of(logits, target, dim, which)
+    rows = z.shape[0], z.shape[2]
+    found = [logits.new_empty(target.shape, dtype=accumulate_dtype(logits)) for _ in range(3)]
+    stats = found[0].new_empty(3, *rows) if save else None
+    invalid = _targets.flag(logits, rows[0] * rows[1])
+    _arrays.kernels("token_log_probs", which).forward(
+        z, t, *(see(v.view(rows)) for v in found), see(stats), see(invalid), ignore_index=ignore_index, temperature=temperature
+    )
+    judge_targets(logits, target, invalid, logits.shape[dim], ignore_index)
+    return *found, stats
+
+
+def run_backward(upstream, logits, target, stats, temperature, ignore_index, dim):
+    """∂ℓ/∂logits from the three upstream gradients, None where one is zero."""
+    which = _arrays.backend(logits)
+    see = _arrays.viewer(which)
+    z, t = rows_of(logits, target, dim, which)
+    dlogits, dz = _arrays.output(logits, dim, see)
+    upstream = [see(g if g is None else g.reshape(t.shape)) for g in upstream]
+    _arrays.kernels("token_log_probs", which).backward(
+        z, t, see(stats), *upstream, dz, ignore_index=ignore_index, temperature=temperature
+    )
+    return dlogits
+
+
+# ---------------------------------------------------------------------------------------------- in PyTorch's operations
+def formula(logits, target, temperature, ignore_index, dim):
+    """`TokenLogProbs` in PyTorch's operations, which have derivatives of every order and go through every transform."""
+    z = logits.to(accumulate_dtype(logits)) / temperature
+    log_p = torch.log_softmax(z, dim)
+    kept = target != ignore_index
+    log_prob = log_p.gather(dim, torch.where(kept, target, 0).long().unsqueeze(dim)).squeeze(dim)
+    p = log_p.exp()
+    # a class without probability adds nothing, nor to the gradient
+    entropy = -(p * torch.where(p == 0, 0.0, log_p)).sum(dim)
+    return TokenLogProbs(*(torch.where(kept, v, 0.0) for v in (log_prob, entropy, torch.logsumexp(z, dim))))
+
+
+def _gradient_with_a_graph(upstream, logits, target, rest):
+    with torch.enable_grad():
+        asked = [(v, g) for v, g in zip(formula(logits, target, *rest), upstream, strict=True) if g is not None]
+        return torch.autograd.grad([v for v, _ in asked], logits, [g for _, g in asked], create_graph=True)[0]
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+class _TokenLogProbs(torch.autograd.Function):
+    """Forward reads the logits once and keeps three numbers a row; backward reads them once and writes the gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, target, rest):
+        *found, stats = run(logits, target, *rest)
+        ctx.save_for_backward(logits, target, stats)
+        ctx.rest = rest
+        ctx.set_materialize_grads(False)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        logits, target, stats = ctx.saved_tensors
+        if all(g is None for g in upstream):
+            return None, None, None
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            return _gradient_with_a_graph(upstream, logits, target, ctx.rest), None, None
+        return run_backward(upstream, logits, target, stats, *ctx.rest), None, None
+
+
+class _TracedTokenLogProbs(torch.autograd.Function):
+    """The operators' autograd: as eagerly, with the operators in the place of what they run."""
+
+    @staticmethod
+    def forward(ctx, logits, target, *rest):
+        *found, stats = _ops.below_autograd(FORWARD, logits, target, *rest)
+        ctx.save_for_backward(logits, target, stats)
+        ctx.rest = rest
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return *found, stats
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        logits, target, stats = ctx.saved_tensors
+        upstream, rest = upstream[:3], (None,) * (1 + len(ctx.rest))
+        if all(g is None for g in upstream):
+            return None, *rest
+        if torch.is_grad_enabled():
+            return _gradient_with_a_graph(upstream, logits, target, ctx.rest), *rest
+        return BACKWARD(*upstream, logits, target, stats, *ctx.rest), *rest
+
+
+def _fake(logits, target, temperature, ignore_index, dim):
+    acc = accumulate_dtype(logits)
+    outer = inner = 1
+    for size in logits.shape[:dim]:
+        outer = outer * size
+    for size in logits.shape[dim + 1 :]:
+        inner = inner * size
+    return *(logits.new_empty(target.shape, dtype=acc) for _ in range(3)), logits.new_empty((3, outer, inner), dtype=acc)
+
+
+_OPTIONS = "float temperature, int ignore_index, int dim"
+FORWARD = _ops.define(
+    f"token_log_probs(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor log_prob, Tensor entropy, Tensor lse, Tensor stats)",
+    run,
+    _fake,
+    _TracedTokenLogProbs.apply,
+)
+BACKWARD = _ops.define(
+    "token_log_probs_backward(Tensor? g_log_prob, Tensor? g_entropy, Tensor? g_lse, Tensor logits, Tensor target, "
+    f"Tensor stats, {_OPTIONS}) -> Tensor",
+    lambda g_log_prob, g_entropy, g_lse, *rest: run_backward((g_log_prob, g_entropy, g_lse), *rest),
+    lambda g_log_prob, g_entropy, g_lse, logits, target, stats, temperature, ignore_index, dim: _ops.fake_output(logits, dim),
+)

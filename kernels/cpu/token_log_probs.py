@@ -1,0 +1,164 @@
+"""Log-probability of a class, entropy and log sum exp along the middle axis of (N, V, S), and their gradient, on the CPU.
+
+    d_c      = (z_c - m) / T,   m = max_c z_c,   T the temperature
+    excess   = sum exp(d) - 1,   mean = sum exp(d) d / sum exp(d)
+    lse      = m / T + log sum exp(d)
+    log_prob = d_t - log sum exp(d)
+    entropy  = log sum exp(d) - mean
+    dz_c     = (p_c (g_lse - g_log_prob - g_entropy (d_c - mean)) + g_log_prob delta_ct) / T,   p = exp(d) / sum exp(d)
+
+    forward     reads z               1 pass
+    backward    reads z, writes dz    2 passes
+
+A pass is one read or one write of the whole tensor. `forward` saves three numbers a row, m, excess and mean: of logits near 1e4
+a rounded lse would lose the digits of p, and where p -> 1 so would 1 - p in a sum near 1. Differences are taken before they
+are divided by T, which would round large logits. Everything is computed in float32 (float64 for float64), and sums are
+merged in float64. A row whose target is `ignore_index` gives zeros, one whose target is no class at all NaN, and the smallest
+such row number n S + s goes to `invalid`. The logits of neither are read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ._elements import (
+    accumulate_dtype,
+    atomic_min,
+    exp,
+    gather,
+    goes_around,
+    load,
+    place,
+    release,
+    row_ahead,
+    row_of,
+    row_scratch,
+    scatter,
+)
+from ._jit import inline, kernel
+from ._lanes import load_lanes, prefetch, streamed, sum_of, times, width, with_lane, write, zeros_like
+from ._rows import CHUNK, SMALL, fill, row_max, small_excess
+from ._threads import run
+
+
+@inline
+def _exps(i, exist, args):
+    z, m, beta = args
+    return exp((load_lanes(z, i, exist, -math.inf) - m) * beta)
+
+
+@inline
+def _sums(z, m, beta, ahead):
+    """sum exp(d) - 1 and sum exp(d) d, d = (z - m) beta. Meanwhile fetches the row `ahead`."""
+    total, spread, size, count = 0.0, 0.0, z.size, width(z)
+    for first in range(0, size, CHUNK):
+        i, last = first, min(first + CHUNK, size)
+        a = zeros_like(load_lanes(z, i, 0, 0.0))
+        b = a
+        while i + count <= last:
+            prefetch(ahead, i)
+            d = (load_lanes(z, i, width(z), 0.0) - m) * beta
+            e = exp(d)
+            a, b = a + e, b + times(e, d)
+            i += count
+        if i < last:
+            d = (load_lanes(z, i, last - i, -math.inf) - m) * beta
+            e = exp(d)
+            a, b = a + e, b + times(e, d)
+        total, spread = total + np.float64(sum_of(a)), spread + np.float64(sum_of(b))
+    return total - 1.0 if not total < SMALL else small_excess(z, _exps, (z, m, beta)), spread
+
+
+@kernel
+def _forward_rows(first, last, z, target, log_prob, entropy, lse, stats, invalid, ignore_index, over_temperature):
+    V, S, of = z.shape[1], z.shape[2], lse.dtype.type
+    beta, z_scratch = of(over_temperature), row_scratch(z)
+    for row in range(first, last):
+        n, s = row // S, row % S
+        t = target[n, s]
+        if 0 <= t < V and t != ignore_index:
+            z_row = gather(row_of(z, n, s), z_scratch)
+            m = row_max(z_row)
+            excess, spread = _sums(z_row, m, beta, row_ahead(z, row, last, z_row))
+            log_total, mean = math.log1p(excess), spread / (1.0 + excess)
+            log_prob[n, s] = np.float64(load(z_row, t) - m) * over_temperature - log_total
+            entropy[n, s] = log_total - mean
+            lse[n, s] = np.float64(m) * over_temperature + log_total
+            stats[0, n, s], stats[1, n, s], stats[2, n, s] = m, excess, mean
+        else:
+            value = 0.0 if t == ignore_index else math.nan
+            log_prob[n, s], entropy[n, s], lse[n, s] = value, value, value
+            stats[:, n, s] = 0.0
+            if t != ignore_index:
+                atomic_min(invalid, row)
+    release(z_scratch)
+
+
+@inline
+def _gradient(i, exist, args):
+    z, m, beta, mean, over, pull, g_entropy, t, at_target, ahead = args
+    prefetch(ahead, i)
+    d = (load_lanes(z, i, exist, 0.0) - m) * beta
+    return with_lane(times(exp(d) * over, pull - (d - mean) * g_entropy), t - i, at_target)
+
+
+@kernel
+def _backward_rows(
+    first, last, z, target, stats, g_log_prob, g_entropy, g_lse, dz, ignore_index, over_temperature
+):  # fmt: skip
+    V, S, of = z.shape[1], z.shape[2], stats.dtype.type
+    beta, z_scratch, dz_scratch, around = of(over_temperature), row_scratch(z), row_scratch(dz), goes_around(dz)
+    for row in range(first, last):
+        n, s = row // S, row % S
+        t = target[n, s]
+        dz_row = place(row_of(dz, n, s), dz_scratch)
+        if 0 <= t < V and t != ignore_index:
+            z_row = gather(row_of(z, n, s), z_scratch)
+            m, excess, mean = stats[0, n, s], np.float64(stats[1, n, s]), stats[2, n, s]
+            of_log_prob = np.float64(g_log_prob[n, s]) * over_temperature
+            of_entropy = np.float64(g_entropy[n, s]) * over_temperature
+            of_lse = np.float64(g_lse[n, s]) * over_temperature
+            total, d_t = 1.0 + excess, (load(z_row, t) - m) * beta
+            e_t = np.float64(exp(d_t))
+            # without the difference 1 - p_t, whose digits are lost where p_t -> 1
+            at_target = of_log_prob * ((excess + (1.0 - e_t)) / total)
+            if e_t != 0.0:
+                at_target += e_t / total * (of_lse - of_entropy * np.float64(d_t - mean))
+            numbers = of(1.0 / total), of(of_lse - of_log_prob), of(of_entropy), t, of(at_target)
+            write(dz_row, around, _gradient, (z_row, m, beta, mean, *numbers, row_ahead(z, row, last, z_row)))
+        else:
+            fill(dz_row, 0.0 if t == ignore_index else math.nan)
+        scatter(row_of(dz, n, s), dz_scratch)
+    streamed()
+    release(z_scratch)
+    release(dz_scratch)
+
+
+def _classes(target: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(target, np.int64)
+
+
+def forward(z, target, log_prob, entropy, lse, stats, invalid, *, ignore_index: int, temperature: float) -> None:
+    """The three numbers of each row, (N, S), and stats, (3, N, S) or None: m, sum exp(d) - 1, mean."""
+    N, _, S = z.shape
+    stats = np.empty((3, N, S), lse.dtype) if stats is None else stats
+    for values in (target, log_prob, entropy, lse, stats[0]):
+        assert values.shape == (N, S), (values.shape, z.shape)  # the kernels look at no bound
+    args = (z, _classes(target), log_prob, entropy, lse, stats, invalid, int(ignore_index), 1.0 / temperature)
+    run(_forward_rows, N * S, z.nbytes, *args)
+
+
+def backward(
+    z, target, stats, g_log_prob, g_entropy, g_lse, dz, *, ignore_index: int, temperature: float
+) -> None:  # fmt: skip
+    """dz from what `forward` saved; an upstream gradient is (N, S), of any strides, or None for one of zeros."""
+    N, _, S = z.shape
+    assert dz.shape == z.shape, (dz.shape, z.shape)
+    acc = accumulate_dtype(z)
+    upstream = [np.zeros((N, S), acc) if g is None else np.ascontiguousarray(g, acc) for g in (g_log_prob, g_entropy, g_lse)]
+    for values in (target, stats[0], *upstream):
+        assert values.shape == (N, S), (values.shape, z.shape)
+    args = (z, _classes(target), stats, *upstream, dz, int(ignore_index), 1.0 / temperature)
+    run(_backward_rows, N * S, 2 * z.nbytes, *args)

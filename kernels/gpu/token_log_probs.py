@@ -1,0 +1,258 @@
+"""Log-probability of a class, entropy and log Σ exp along the middle axis of (N, V, S), and their gradient.
+
+    d_c      = (z_c - m) / T,   m = max_c z_c,   T the temperature
+    excess   = Σ exp(d) - 1,   mean = Σ exp(d) d / Σ exp(d)
+    lse      = m / T + log Σ exp(d)
+    log_prob = d_t - log Σ exp(d)
+    entropy  = log Σ exp(d) - mean
+    dz_c     = (p_c (g_lse - g_log_prob - g_entropy (d_c - mean)) + g_log_prob δ_ct) / T,   p = exp(d) / Σ exp(d)
+    source: docs/derivations.md, section 3.8
+    bytes   forward: read z.  backward: read z, write dz.
+
+`forward` saves three numbers a row, m, excess and mean: of logits near 1e4 a rounded lse would lose the digits of p, and where
+p -> 1 so would 1 - p in a sum near 1. Differences are taken before they are divided by T, which would round large logits.
+A row whose target is `ignore_index` reads nothing and gives zeros; one whose target is out of range reads nothing, gives NaN
+and leaves its number in `invalid`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import _tile
+from ._loss import hard_target, times
+from ._rows import (
+    ACC,
+    excess_with,
+    finite_base,
+    follower_mode,
+    log_1_plus,
+    merge_lanes,
+    no_lanes,
+    of_plan,
+    real,
+    rows_along_s,
+    rows_of,
+    run_mode,
+    warps,
+)
+from .device import device_of
+from .launch import launch
+from .plan import cdiv, float_and_bits
+from .row_plan import plan_columns, plan_rows
+
+
+# ---------------------------------------------------------------------------------------------- the sums of a row
+@triton.jit
+def _take_lanes(m, excess, spread, z, beta):
+    """Each lane's maximum m, Σ exp(d) - 1 and Σ exp(d) d, d = (z - m) beta, after one more value: no thread waits."""
+    d = (z - m) * beta
+    e = tl.exp(-tl.abs(d))
+    rises = z > m
+    spread = tl.where(rises, times(e, spread - (1.0 + excess) * d), spread + times(e, d))
+    return tl.maximum(m, z), tl.where(rises, excess * e, excess) + e, spread
+
+
+@triton.jit
+def _merge(m, excess, spread, beta):
+    """The sums of each row from those of its lanes."""
+    top = tl.max(m, axis=1)[:, None]
+    moved = (m - top) * beta
+    of_top, total, shrunk = merge_lanes(moved, excess)
+    in_spread = tl.sum(times(shrunk, spread + times(1.0 + excess, moved)), axis=1)[:, None]
+    return tl.where(of_top == float("-inf"), of_top, top), total, in_spread
+
+
+@triton.jit
+def _take(m, excess, spread, z, z_ends, beta):
+    """The sums of rows after one more tile of logits and its ends, either None."""
+    top = _tile.max_with(m, z, z_ends)
+    base = finite_base(top)
+    d, d_ends, e, e_ends = None, None, None, None
+    if z is not None:
+        d = (z - base) * beta
+        e = tl.exp(d)
+        d = times(e, d)
+    if z_ends is not None:
+        d_ends = (z_ends - _tile.lone(base)) * beta
+        e_ends = tl.exp(d_ends)
+        d_ends = times(e_ends, d_ends)
+    moved = (m - base) * beta
+    shrunk = tl.where(top > m, tl.exp(moved), 1.0)
+    spread = _tile.plus_sum(times(shrunk, spread + times(1.0 + excess, moved)), d, d_ends)
+    return top, excess_with(moved, excess, tl.zeros_like(m), e, e_ends), spread
+
+
+# ---------------------------------------------------------------------------------------------- kernels
+@triton.jit(do_not_specialize=["V", "S", "rows", "tiles", "ignore_index", "beta_bits"])
+def _forward_kernel(
+    z_ptr, target_ptr, log_prob_ptr, entropy_ptr, lse_ptr, stats_ptr, invalid_ptr,
+    V, S, rows, tiles, ignore_index, beta, beta_bits, stride_zn, stride_zv, stride_zs, stride_tn, stride_ts,
+    BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
+    MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The three numbers of BLOCK_R rows and what the backward pass needs. beta = 1/T."""
+    NEG_INF: tl.constexpr = float("-inf")
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    beta = real(beta, beta_bits, ACC)
+    n, s = rows_of(tl.program_id(0), S, tiles, BLOCK_R)
+    row = n * S + s
+    # one number a row is read one-dimensionally: as a column of a tile, every thread of a row would do it
+    t, known, bad, _ = hard_target(target_ptr, n * stride_tn + s * stride_ts, None, s < S, V, ignore_index, ACC)
+    z_t = tl.load(z_ptr + (n * stride_zn + s * stride_zs + t * stride_zv), mask=known, other=NEG_INF).to(ACC)
+    tl.atomic_min(invalid_ptr + s * 0, row, mask=bad, sem="relaxed")
+    row, live, known, bad, z_t = row[:, None], (s < S)[:, None], known[:, None], bad[:, None], z_t[:, None]
+    start = n * stride_zn + s[:, None] * stride_zs
+    head = _tile.head_of(start, MODE, GROUP)
+
+    # one pass over z. The first KEEP lanes come last.
+    z, z_ends = None, None
+    zero = tl.zeros([BLOCK_R, 1], ACC)
+    if FITS:
+        m, excess, spread = zero + NEG_INF, zero - 1.0, zero
+    else:
+        tail = tl.arange(0, BLOCK_V)[None, :]
+        m, excess = no_lanes(BLOCK_R, BLOCK_V, ACC)
+        spread = tl.zeros([BLOCK_R, BLOCK_V], ACC)
+        for i in tl.range(0, tl.cdiv(V - KEEP, BLOCK_V), num_stages=STAGES):
+            offset = KEEP + i * BLOCK_V
+            hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
+            z_tail = _tile.load(z_ptr, start, head, offset, tail, hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
+            m, excess, spread = _take_lanes(m, excess, spread, z_tail, beta)
+        m, excess, spread = _merge(m, excess, spread, beta)
+    if KEEP:
+        lane = tl.arange(0, KEEP)[None, :]
+        hi = _tile.reach(head, 0, V, known, KEEP, MODE, GROUP)
+        z = _tile.load(z_ptr, start, head, 0, lane, hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
+    if ENDS:
+        c, inside = _tile.ends(_tile.lone(head), V, _tile.lone(known), GROUP)
+        z_ends = tl.load(z_ptr + (_tile.lone(start) + c), mask=inside, other=NEG_INF).to(ACC)
+    if KEEP or ENDS:
+        m, excess, spread = _take(m, excess, spread, z, z_ends, beta)
+
+    log_total = log_1_plus(excess, ACC)
+    mean = spread / (1.0 + excess)
+    otherwise = tl.where(bad, float("nan"), 0.0)
+    tl.store(log_prob_ptr + row, tl.where(known, (z_t - finite_base(m)) * beta - log_total, otherwise), mask=live)
+    tl.store(entropy_ptr + row, tl.where(known, log_total - mean, otherwise), mask=live)
+    tl.store(lse_ptr + row, tl.where(known, m * beta + log_total, otherwise), mask=live)
+    if stats_ptr is not None:
+        tl.store(stats_ptr + row, tl.where(known, m, 0.0), mask=live)
+        tl.store(stats_ptr + (row + rows), tl.where(known, excess, 0.0), mask=live)
+        tl.store(stats_ptr + (row + 2 * rows), tl.where(known, mean, 0.0), mask=live)
+
+
+@triton.jit
+def _upstream(ptr, at, known, ACC: tl.constexpr):
+    """The upstream gradient of one of the three numbers of each row, (R, 1); 0 where nobody asks for its gradient."""
+    if ptr is None:
+        g = tl.zeros(at.shape, ACC)
+    else:
+        g = tl.load(ptr + at, mask=known, other=0.0).to(ACC)
+    return g[:, None]
+
+
+@triton.jit
+def _gradient(z, m, mean, over, pull, g_entropy, beta):
+    """p (pull - g_entropy (d - mean)), p = exp(d) over; with 0·∞ = 0 for a class without probability."""
+    d = (z - finite_base(m)) * beta
+    return times(tl.exp(d) * over, pull - g_entropy * (d - mean))
+
+
+@triton.jit(do_not_specialize=["V", "S", "rows", "tiles", "columns", "ignore_index", "beta_bits"])
+def _backward_kernel(
+    z_ptr, target_ptr, stats_ptr, g_log_prob_ptr, g_entropy_ptr, g_lse_ptr, dz_ptr,
+    V, S, rows, tiles, columns, ignore_index, beta, beta_bits,
+    stride_zn, stride_zv, stride_zs, stride_tn, stride_ts, stride_dn, stride_dv, stride_ds,
+    stride_pn, stride_ps, stride_en, stride_es, stride_ln, stride_ls,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK_R rows, BLOCK_V lanes of each. beta = 1/T."""
+    NEG_INF: tl.constexpr = float("-inf")
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    beta = real(beta, beta_bits, ACC)
+    pid = tl.program_id(0).to(tl.int64)
+    offset = (pid % columns).to(tl.int32) * BLOCK_V
+    n, s = rows_of(pid // columns, S, tiles, BLOCK_R)
+    row = n * S + s
+    live = s < S
+    t, known, bad, _ = hard_target(target_ptr, n * stride_tn + s * stride_ts, None, live, V, ignore_index, ACC)
+    z_t = tl.load(z_ptr + (n * stride_zn + s * stride_zs + t * stride_zv), mask=known, other=NEG_INF).to(ACC)
+    m = tl.load(stats_ptr + row, mask=known, other=0.0)[:, None]
+    excess = tl.load(stats_ptr + (row + rows), mask=known, other=0.0)[:, None]
+    mean = tl.load(stats_ptr + (row + 2 * rows), mask=known, other=0.0)[:, None]
+    g_log_prob = _upstream(g_log_prob_ptr, n * stride_pn + s * stride_ps, known, ACC) * beta
+    g_entropy = _upstream(g_entropy_ptr, n * stride_en + s * stride_es, known, ACC) * beta
+    g_lse = _upstream(g_lse_ptr, n * stride_ln + s * stride_ls, known, ACC) * beta
+    first = (live & (offset == 0))[:, None]  # the rows' ends are the first column's
+    live, known, bad, t, z_t = live[:, None], known[:, None], bad[:, None], t[:, None].to(tl.int32), z_t[:, None]
+    otherwise = tl.where(bad, float("nan"), 0.0)
+    over = tl.where(known, 1.0 / (1.0 + excess), otherwise)
+    pull = g_lse - g_log_prob
+    # without the difference 1 - p_t, whose digits are lost where p_t -> 1
+    at_target = g_log_prob * ((excess + (1.0 - tl.exp((z_t - finite_base(m)) * beta))) * over)
+    at_target += _gradient(z_t, m, mean, over, g_lse, g_entropy, beta)
+    at_target = tl.where(known, at_target, otherwise)
+    start = n * stride_zn + s[:, None] * stride_zs
+    d_start = n * stride_dn + s[:, None] * stride_ds
+    head = _tile.head_of(start, MODE, GROUP)
+
+    lane = tl.arange(0, BLOCK_V)[None, :]
+    hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
+    z = _tile.load(z_ptr, start, head, offset, lane, hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
+    dz = _gradient(z, m, mean, over, pull, g_entropy, beta)
+    dz = tl.where(lane == t - (head + offset), at_target, dz)
+    hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+    _tile.store(dz_ptr, d_start, head, offset, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
+    if ENDS:
+        c, inside = _tile.ends(head, V, known & first, GROUP)
+        z = tl.load(z_ptr + (start + c), mask=inside, other=NEG_INF).to(ACC)
+        dz = tl.where(c == t, at_target, _gradient(z, m, mean, over, pull, g_entropy, beta))
+        _, inside = _tile.ends(head, V, first, GROUP)
+        tl.store(dz_ptr + (d_start + c * stride_dv), dz, mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------- launchers
+def forward(z, target, log_prob, entropy, lse, stats, invalid, *, ignore_index: int, temperature: float) -> None:
+    """The three numbers of each row, (N, S) and contiguous, and stats, (3, N, S) or None: m, Σ exp(d) - 1, mean."""
+    if not z.numel():
+        return
+    z, target = rows_along_s(z), rows_along_s(target)
+    N, V, S = z.shape
+    mode = run_mode(1, z)
+    unit_s = z.stride(2) == 1 and z.stride(1) != 1
+    plan = plan_rows(V, S, z.element_size(), mode, unit_s, stays=False, ahead=0, device=device_of(z))
+    tiles = cdiv(S, plan.BLOCK_R)
+    of_rows = of_plan(plan)
+    assert not of_rows.pop("LOOP"), plan  # ahead = 0: no program takes tile after tile
+    launch(
+        _forward_kernel, plan.grid(N * tiles),
+        z, target, log_prob, entropy, lse, stats, invalid,
+        V, S, N * S, tiles, ignore_index, *float_and_bits(1.0 / temperature), *z.stride(), *target.stride(),
+        MODE=mode, GROUP=16 // z.element_size(), ACC=ACC[z.dtype], **of_rows,
+    )  # fmt: skip
+
+
+def backward(
+    z, target, stats, g_log_prob, g_entropy, g_lse, dz, *, ignore_index: int, temperature: float
+) -> None:  # fmt: skip
+    """dz from what `forward` saved; an upstream gradient is (N, S), of any strides, or None for one of zeros."""
+    if not z.numel():
+        return
+    upstream = [g if g is None else rows_along_s(g) for g in (g_log_prob, g_entropy, g_lse)]
+    z, target, dz = (rows_along_s(x) for x in (z, target, dz))
+    N, V, S = z.shape
+    mode = run_mode(1, z)
+    plan = plan_columns(V, S, z.element_size(), mode, unit_s=z.stride(2) == 1 and z.stride(1) != 1)
+    tiles = cdiv(S, plan.BLOCK_R)
+    strides = [stride for g in upstream for stride in ((0, 0) if g is None else g.stride())]
+    launch(
+        _backward_kernel, N * tiles * plan.columns,
+        z, target, stats, *upstream, dz,
+        V, S, N * S, tiles, plan.columns, ignore_index, *float_and_bits(1.0 / temperature),
+        *z.stride(), *target.stride(), *dz.stride(), *strides,
+        BLOCK_R=plan.BLOCK_R, BLOCK_V=plan.BLOCK_V, MODE=mode, DZ_MODE=follower_mode(1, z, dz),
+        GROUP=16 // z.element_size(), ACC=ACC[z.dtype], num_warps=warps(plan.num_warps),
+    )  # fmt: skip
