@@ -45,7 +45,7 @@ def of(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor | None) 
         for t in (x, *beside):
             if t is None:
                 key.append(None)
-            elif type(t) in PLAIN:
+            elif type(t) in PLAIN and not t.is_neg():  # memory then holds the values with the other sign
                 key += t.shape, t.stride(), t.dtype, t.data_ptr() & 15, t.get_device()
             else:
                 return None

@@ -203,6 +203,14 @@ def test_shapes_strides_dtypes_and_options_have_launches_of_their_own(gpu):
         assert len(_bound._kept) == before + 1
 
 
+def test_a_lazy_sign_takes_no_launches_of_others(gpu):
+    numbers = torch.zeros(32, 48, dtype=torch.complex64)
+    for call in (lambda: HF.softmax(numbers.imag, 1), lambda: HF.softmax(numbers.conj().imag, 1)):
+        call()
+        assert len(_bound._kept) == 1
+    assert _bound.of(("softmax",), numbers.conj().imag) is None
+
+
 def test_operands_that_overlap_are_not_kept(gpu):
     x, weight = torch.zeros(32, 8, 14, 14), torch.zeros(8)
     for _ in range(2):
