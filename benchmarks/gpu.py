@@ -3,8 +3,8 @@
 In this order, until the time is over: the environment, the speed of a copy, the correctness of every operation (at most a
 minute), then each row of `gpu_rows`: held to the answer sheet, timed with a cold cache, as it is called and in a CUDA graph,
 in turn with eager PyTorch, torch.compile, Liger, cuDNN and CuPy. `--tune` then tries other plans (`gpu_tune`). What fails is a
-note in its row. A process of its own measures: one that crashes, or hangs, loses the row it was at, and another goes on
-(`supervisor`). README.md tells what each column means.
+note in its row. A process of its own measures: where it crashes, or hangs, another goes on (`supervisor`). docs/gpu.md tells
+what each column means.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def predictions(gpu: Gpu, row: Row) -> dict[str, float]:
     known = next((device for device in KNOWN if device.name in gpu.device.name and device.name.split()[-1] in names), None)
     try:
         return time_model.predicted(row.call.label, known) if row.call and known else {}
-    except KeyError:
+    except Exception:  # of evidence that is not there, or of another time: a row is worth measuring without
         return {}
 
 
@@ -313,10 +313,10 @@ def copy_speed(gpu: Gpu, results: Results) -> None:
     gpu.clock.clear()
 
 
-def best_copy(results: Results) -> float | None:
-    """Bytes a second of the fastest copy."""
+def copy_rate(results: Results) -> float | None:
+    """Bytes a second of the largest copy; what smaller ones write may stay in L2."""
     found = results.parts.get("copy_GB_s", {})
-    return max((1e9 * of["median"] for of in found.values()), default=None)
+    return 1e9 * found[max(found, key=int)]["median"] if found else None
 
 
 def correctness(gpu: Gpu, results: Results, deadline: Deadline, progress: Progress) -> None:
@@ -410,7 +410,7 @@ def work(args: argparse.Namespace) -> None:
             if deadline.left < statistics.median(took):  # it would hardly be finished
                 results.parts.setdefault("not_reached", []).append(name)
                 continue
-            gpu.copy_rate = best_copy(results)
+            gpu.copy_rate = copy_rate(results)
             progress.announce(name)
             start = time.time()
             attempt(gpu, results, name, task)

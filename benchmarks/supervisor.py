@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -151,6 +152,9 @@ def run(args: argparse.Namespace) -> int:
     where there is no GPU."""
     from . import plots
 
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("python -m benchmarks gpu: TRITON_INTERPRET=1 is set, which keeps Triton's kernels off the GPU", file=sys.stderr)
+        return 2
     device = device_name(args.pretend)
     if device is None:
         print("python -m benchmarks gpu: torch finds no CUDA device; --pretend runs it all without one", file=sys.stderr)

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from benchmarks import cuda_clock, gpu, gpu_checks, gpu_tune, supervisor, time_model
+from benchmarks.__main__ import main
 from benchmarks.cuda_clock import Clock, Timed, Times
 from benchmarks.gpu_rows import BF16, F16, ROWS, Row, contestants, inputs
 from benchmarks.harness import Deadline, Results
@@ -553,6 +554,18 @@ def test_what_is_left_out_is_a_note(on_the_host):
     assert set(marks) >= {"hw3gpu", "eager", ""}
     assert "compiled" not in marks
     assert marks[-1] == ""
+
+
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["gpu"]) == 2
+    assert "torch finds no CUDA device; --pretend" in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["gpu", "--pretend"]) == 2
+    assert "TRITON_INTERPRET=1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["gpu", "--minutes", "0"])
+    assert "--minutes: expected a number above 0, got 0" in capsys.readouterr().err
 
 
 def test_what_the_time_does_not_reach_is_named(tmp_path, faked_tasks):
