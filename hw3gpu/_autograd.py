@@ -23,7 +23,7 @@ def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def empty_of(x: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
     """`torch.empty` where `x` lives; sooner where that has the dtype."""
-    return x.new_empty(*shape) if x.dtype is dtype else x.new_empty(shape, dtype=dtype)
+    return x.new_empty(shape) if x.dtype is dtype else x.new_empty(shape, dtype=dtype)
 
 
 def graph_is_needed(*tensors: torch.Tensor | None) -> bool:

@@ -26,7 +26,9 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, e
         if _ops.transformed():
             return _formula(*args)
     if graph_is_needed(x, weight, bias, residual):
-        return _BatchNorm.apply(x, weight, bias, residual, (running_mean, running_var, training, momentum, eps, relu, call))
+        again = call is not None and call.launches is not None
+        rest = running_mean, running_var, training, momentum, eps, relu, call
+        return (_apply_again if again else _BatchNorm.apply)(x, weight, bias, residual, rest)
     return run(*args, call=call)[0]
 
 
@@ -188,6 +190,9 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return *_gradients(ctx, dy, ctx.needs_input_grad, _eager_backward), None
+
+
+_apply_again = apply_of(_BatchNorm)
 
 
 class _ByAddress(torch.autograd.Function):

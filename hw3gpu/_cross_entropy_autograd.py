@@ -13,10 +13,14 @@ import torch
 from . import _arrays, _bound, _cross_entropy_formula, _expected_upstream, _small, _targets
 from ._autograd import accumulate_dtype, empty_of
 from ._cross_entropy_formula import NUMBERS, class_axis, loss_shape
+from ._torch_internals import apply_of
 
 
-def with_graph(logits, target, weight, options, gradient, stats, call=None):
+def with_graph(logits, target, weight, options, gradient, stats, dtype=None, call=None):
     """The loss and, if `stats`, the numbers of every row. `call`: what `_bound` knows of it."""
+    if call is not None and call.launches is not None:
+        rest = weight, options, gradient == "forward" and logits.requires_grad, stats, dtype, call
+        return _apply_again(logits, target, rest)
     at_once = gradient != "backward" and logits.requires_grad and not target.requires_grad
     if at_once and options.reduction != "none" and _arrays.backend(logits) == "cpu":
         # a small call costs less than what it would remember
@@ -24,7 +28,7 @@ def with_graph(logits, target, weight, options, gradient, stats, call=None):
         return _CrossEntropyStep.apply(
             logits, target, weight, options, stats, _expected_upstream.of_caller() if remember else None
         )
-    rest = weight, options, gradient == "forward" and logits.requires_grad, stats, call
+    rest = weight, options, gradient == "forward" and logits.requires_grad, stats, dtype, call
     return _CrossEntropy.apply(logits, target, rest)
 
 
@@ -38,8 +42,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, rest):
-        weight, options, at_once, stats, call = rest  # in one argument: PyTorch looks at each of them, each time
-        found = run(logits, target, weight, options, NUMBERS if stats else 3, at_once, call)
+        weight, options, at_once, stats, dtype, call = rest  # in one argument: PyTorch looks at each of them, each time
+        found = run(logits, target, weight, options, NUMBERS if stats else 3, at_once, dtype, call)
         loss, numbers, denominator, dlogits = found
         ctx.save_for_backward(logits, target, weight, numbers, denominator, dlogits)
         ctx.options, ctx.handed_out = options, not at_once
@@ -65,6 +69,9 @@ class _CrossEntropy(torch.autograd.Function):
         dlogits = None if ctx.handed_out else dlogits.data
         ctx.handed_out = True
         return _eager_backward(*given, dlogits), dtarget, None
+
+
+_apply_again = apply_of(_CrossEntropy)
 
 
 class _CrossEntropyStep(torch.autograd.Function):
@@ -119,7 +126,7 @@ def rows_of(logits, target, which):
     return z, _arrays.kernel_view(target.view(rows) if target.is_contiguous() else target.reshape(rows), which)
 
 
-def call_of(logits, target, weight, options, gradient, numbers):
+def call_of(logits, target, weight, options, gradient, numbers, dtype):
     """What `_bound` knows of a call of `functional.cross_entropy` with these arguments; None where it keeps none such."""
     if _arrays.on_host(logits) or not (type(options.ignore_index) is int and type(options.label_smoothing) is float):
         return None
@@ -128,20 +135,30 @@ def call_of(logits, target, weight, options, gradient, numbers):
     if weight is not None and not (getattr(weight, "dtype", None) is accumulate_dtype(logits) and weight.is_contiguous()):
         return None
     at_once = gradient == "forward" and logits.requires_grad and torch.is_grad_enabled()
-    return _bound.of(("cross entropy", options, at_once, numbers), logits, target, weight)
+    return _bound.of(("cross entropy", options, at_once, numbers, dtype), logits, target, weight)
 
 
-def run(logits, target, weight, options, numbers=3, at_once=False, call=None):
-    """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradient if `at_once`."""
-    if _arrays.backend(logits) == "cpu":
+def run(logits, target, weight, options, numbers=3, at_once=False, dtype=None, call=None):
+    """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradient if `at_once`.
+
+    dtype: of the loss, for CUDA tensors; None for that of its sums.
+    """
+    known = call is not None and call.launches is not None
+    if not known and _arrays.backend(logits) == "cpu":
         return _run_on_host(logits, target, weight, options, numbers, at_once)
     N, S = rows_shape(logits)
-    loss = empty_of(logits, accumulate_dtype(logits), N, S)
-    stats = loss.new_empty(numbers, N, S)
+    acc = accumulate_dtype(logits)
+    stats = empty_of(logits, acc, numbers, N, S)
     invalid = _targets.flag(logits, N * S)
-    total = None if options.reduction == "none" else loss.new_empty(())
-    denominator = loss.new_empty(()) if options.reduction == "mean" else None
-    if call is not None and call.launches is not None:
+    total, denominator = None, None
+    if options.reduction == "none":
+        loss = empty_of(stats, dtype or acc, N, S)
+    else:
+        loss = stats.new_empty(N, S)
+        total = empty_of(stats, dtype or acc)
+        if options.reduction == "mean":
+            denominator = stats.new_empty(())
+    if known:
         dlogits = torch.empty_like(logits) if at_once else None
         call.launches(logits, target, weight, loss, stats, invalid, total, denominator, dlogits)
     else:

@@ -98,7 +98,7 @@ def gradients(upstream, logits, target, weight, options, needs):
     with torch.enable_grad():
         loss, _ = _loss(_capped(logits, options), target, weight, options)
         inputs = [x for x, needed in zip((logits, target), needs, strict=True) if needed]
-        found = iter(torch.autograd.grad(loss, inputs, upstream, create_graph=True))
+        found = iter(torch.autograd.grad(loss, inputs, upstream.to(loss.dtype), create_graph=True))
     return tuple(next(found) if needed else None for needed in needs)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from . import _arrays, _bound, _ops
 from ._autograd import accumulate_dtype, graph_is_needed
+from ._torch_internals import apply_of
 
 
 def softmax(z, dim, call=None):
@@ -20,7 +21,10 @@ def softmax(z, dim, call=None):
             return FORWARD(z, dim)
         if _ops.transformed():
             return torch.softmax(z, dim, dtype=accumulate_dtype(z)).to(z.dtype)
-    return _Softmax.apply(z, (dim, run, _eager_backward, call)) if graph_is_needed(z) else run(z, dim, call)
+    if not graph_is_needed(z):
+        return run(z, dim, call)
+    again = call is not None and call.launches is not None
+    return (_apply_again if again else _Softmax.apply)(z, (dim, run, _eager_backward, call))
 
 
 def run(z, dim, call=None):
@@ -71,6 +75,9 @@ class _Softmax(torch.autograd.Function):
         else:
             dz = ctx.backward(dy, y, ctx.dim)
         return dz, None
+
+
+_apply_again = apply_of(_Softmax)
 
 
 def _below_autograd(z, dim, call):

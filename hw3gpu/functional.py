@@ -292,15 +292,18 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     call = None
-    if reduction in _REDUCTIONS and gradient in _GRADIENTS and all_ignored in _ALL_IGNORED:
+    chosen = reduction in _REDUCTIONS and gradient in _GRADIENTS and all_ignored in _ALL_IGNORED
+    if chosen and isinstance(input, Tensor) and isinstance(target, Tensor):
+        dtype = _loss_dtype(input, target)
         options = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero")
-        call = _cross_entropy.call_of(input, target, weight, options, gradient, return_stats)
+        call = _cross_entropy.call_of(input, target, weight, options, gradient, return_stats, dtype)
     if call is None or call.launches is None:
         weight = _cross_entropy_arguments(input, target, weight, ignore_index, reduction, label_smoothing)
         _extra_arguments(z_loss, softcap, gradient, all_ignored)
         options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero")
-    loss, stats = _cross_entropy.cross_entropy(input, target, weight, options, gradient, return_stats, call)
-    loss = as_dtype(loss, _loss_dtype(input, target))
+        dtype = _loss_dtype(input, target)
+    loss, stats = _cross_entropy.cross_entropy(input, target, weight, options, gradient, return_stats, dtype, call)
+    loss = as_dtype(loss, dtype)
     return (loss, stats) if return_stats else loss
 
 

@@ -88,6 +88,9 @@ CALLS = {
     "cross entropy, every option": lambda make: loss_of(
         make, 64, 1000, weighted=True, label_smoothing=0.1, z_loss=0.1, softcap=30.0, all_ignored="zero"
     ),
+    "cross entropy of halves": lambda make: loss_of(
+        lambda *shape, dtype=None: make(*shape, dtype=dtype or BF16), 64, 1000, label_smoothing=0.1
+    ),
     "cross entropy, at once": lambda make: loss_of(make, 64, 1000, weighted=True, gradient="forward"),
     "cross entropy of probabilities": lambda make: loss_of(make, 64, 1000, soft=True, reduction="sum"),
     "cross entropy of probabilities, at once": lambda make: loss_of(make, 64, 1000, soft=True, gradient="forward"),

@@ -51,8 +51,8 @@ def norm(**options):
     return (x, weight, bias), lambda: HF.batch_norm(x, *running, weight, bias, **options)
 
 
-def loss(**options):
-    z, target = meta(8, 16, grad=True), meta(8, dtype=torch.int64)
+def loss(dtype=torch.float32, **options):
+    z, target = meta(8, 16, dtype=dtype, grad=True), meta(8, dtype=torch.int64)
     return (z,), lambda: HF.cross_entropy(z, target, **options)
 
 
@@ -68,6 +68,7 @@ CALLS = {
     "softmax of three axes": (probabilities(8, 16, 5), (3, 3), (2, 2)),
     "cross entropy": (loss(), (12, 10), (6, 1)),
     "cross entropy, gradient in the forward pass": (loss(gradient="forward"), (14, 10), (7, 2)),
+    "cross entropy of halves": (loss(dtype=torch.bfloat16), (12, 10), (6, 1)),
     "cross entropy of rows": (loss(reduction="none"), (9, 10), (4, 1)),
     "batch norm": (norm(training=True), (7, 8), (2, 3)),
     "batch norm, evaluation": (norm(training=False), (9, 9), (5, 4)),
