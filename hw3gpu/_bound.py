@@ -37,7 +37,10 @@ def of(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor | None) 
         return None
     if x.is_meta and _arrays.gpu_refusal("meta") is not None:
         return None
-    device = _launch().device()
+    launch = _launch()
+    if not launch.BINDS:
+        return None
+    device = launch.device()
     if x.is_cuda and x.get_device() != device:
         return None
     key = [options, device]

@@ -55,11 +55,6 @@ def in_a_dual_level() -> bool:
     return forward_ad._current_level >= 0
 
 
-def apply_of(function: Any) -> Any:
-    """`function.apply` of an autograd function, for tensors that are known to be no transform's: it looks for none."""
-    return super(torch.autograd.Function, function).apply
-
-
 def process_group(name: Any) -> Any:
     """The process group of that name; a process group is given back."""
     from torch.distributed.distributed_c10d import _resolve_process_group

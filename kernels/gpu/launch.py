@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _triton
-from ._triton import device
+from ._triton import BINDS, device
 from .plan import float_and_bits
 
-__all__ = ["Bound", "Number", "Recording", "counter", "device", "launch", "numbers", "scratch"]
+__all__ = ["BINDS", "Bound", "Number", "Recording", "counter", "device", "launch", "numbers", "scratch"]
 
 _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("hw3gpu_recording", default=None)
 
@@ -154,7 +154,7 @@ class Recording:
             for i, *_ in places:
                 args[i] = None
             found.append(_Launch(compiled, programs, args, tuple(places)))
-        return Bound(tuple(found), tuple(self._scratch)) if found and _triton.BINDS else None
+        return Bound(tuple(found), tuple(self._scratch)) if found else None
 
     def _place(self, x: torch.Tensor) -> tuple[int, int] | None:
         storage, start, _ = _span(x)
