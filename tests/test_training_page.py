@@ -53,6 +53,13 @@ def test_the_diff_of_a_residual_block_has_the_same_gradients():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_the_diff_of_a_policy_has_the_same_gradients():
+    before, after = (trained(side(DIFFS[2], sign)) for sign in "-+")
+    torch.testing.assert_close(after["loss"], before["loss"], rtol=1e-5, atol=1e-6)
+    for a, b in zip(after["head"].parameters(), before["head"].parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_the_diffs_of_several_processes_name_what_there_is():
     """They are run, among processes, by test_distributed.py."""
     import hw3gpu.distributed
