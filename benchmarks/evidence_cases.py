@@ -94,7 +94,7 @@ def _token_log_probs_case(shape: tuple[int, int, int], dtype: torch.dtype, strid
         N, _, S = shape
         z, dz, target = _rows(shape, dtype, strided), _rows(shape, dtype, strided), _meta((N, S), torch.int64)
         log_prob, entropy, lse = (_meta((N, S), _acc(dtype)) for _ in range(3))
-        stats, invalid = _meta((3, N, S), _acc(dtype)), _meta((1,), torch.int64)
+        stats, invalid = _meta((4, N, S), _acc(dtype)), _meta((1,), torch.int64)
         options: dict[str, Any] = {"ignore_index": -100, "temperature": 0.7}
         token_log_probs.forward(z, target, log_prob, entropy, lse, stats, invalid, **options)
         token_log_probs.backward(z, target, stats, log_prob, entropy, lse, dz, **options)

@@ -57,7 +57,7 @@ def run(logits, target, temperature, ignore_index, dim, save=True):
     z, t = rows_of(logits, target, dim, which)
     rows = z.shape[0], z.shape[2]
     found = [logits.new_empty(target.shape, dtype=accumulate_dtype(logits)) for _ in range(3)]
-    stats = found[0].new_empty(3, *rows) if save else None
+    stats = found[0].new_empty(4, *rows) if save else None
     invalid = _targets.flag(logits, rows[0] * rows[1])
     _arrays.kernels("token_log_probs", which).forward(
         z, t, *(see(v.view(rows)) for v in found), see(stats), see(invalid), ignore_index=ignore_index, temperature=temperature
@@ -150,7 +150,7 @@ def _fake(logits, target, temperature, ignore_index, dim):
         outer = outer * size
     for size in logits.shape[dim + 1 :]:
         inner = inner * size
-    return *(logits.new_empty(target.shape, dtype=acc) for _ in range(3)), logits.new_empty((3, outer, inner), dtype=acc)
+    return *(logits.new_empty(target.shape, dtype=acc) for _ in range(3)), logits.new_empty((4, outer, inner), dtype=acc)
 
 
 _OPTIONS = "float temperature, int ignore_index, int dim"

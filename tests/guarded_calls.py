@@ -170,7 +170,7 @@ def cross_entropies(weighted: bool, soft: bool, *, stats_of_row: int = 3, **opti
 
 def tokens(g: Guard, N: int, V: int, S: int) -> None:
     z, dz, target, invalid = g.numbers(N, V, S), g.out(N, V, S), g.classes(N, V, S), g.copy(np.full(1, N * S))
-    log_prob, entropy, lse, stats = g.sums(N, S), g.sums(N, S), g.sums(N, S), g.sums(3, N, S)
+    log_prob, entropy, lse, stats = g.sums(N, S), g.sums(N, S), g.sums(N, S), g.sums(4, N, S)
     settings = {"ignore_index": -100, "temperature": 0.7}
     token_log_probs.forward(z, target, log_prob, entropy, lse, stats, invalid, **settings)
     token_log_probs.backward(z, target, stats, log_prob, entropy, lse, dz, **settings)

@@ -203,7 +203,13 @@ def rows():
     """The arguments of launchers of rows, by name."""
     z = logits(1000, torch.float32)
     tensors = {name: torch.rand_like(z) for name in ("y", "dy", "dz")} | {"z": z, "loss": torch.rand(3, 1)}
-    others = {"weight": torch.ones(1000), "stats": torch.empty(3, 3, 1), "invalid": torch.full((1,), 3), "one": torch.ones(1)}
+    others = {
+        "weight": torch.ones(1000),
+        "stats": torch.empty(3, 3, 1),
+        "sums": torch.empty(4, 3, 1),
+        "invalid": torch.full((1,), 3),
+        "one": torch.ones(1),
+    }
     return tensors | {"targets": torch.randint(1000, (3, 1)), "upstream": torch.ones(3, 1)} | others
 
 
@@ -227,10 +233,10 @@ LAUNCHERS = {
     "cross_entropy.count": lambda t: cross_entropy.count(t.targets, t.weight, t.one, ignore_index=-100),
     "cross_entropy.reduce": lambda t: cross_entropy.reduce(t.loss, t.targets, t.weight, t.one, t.one, ignore_index=-100),
     "token_log_probs.forward": lambda t: token_log_probs.forward(
-        t.z, t.targets, t.loss, t.loss, t.loss, t.stats, t.invalid, **TOKENS
+        t.z, t.targets, t.loss, t.loss, t.loss, t.sums, t.invalid, **TOKENS
     ),
     "token_log_probs.backward": lambda t: token_log_probs.backward(
-        t.z, t.targets, t.stats, t.upstream, t.upstream, t.upstream, t.dz, **TOKENS
+        t.z, t.targets, t.sums, t.upstream, t.upstream, t.upstream, t.dz, **TOKENS
     ),
     "batch_norm.statistics": lambda t: batch_norm.statistics(t.x, t.mean, t.var, t.rstd, None, None, **SET),
     "batch_norm.normalize": lambda t: batch_norm.normalize(t.x, t.mean, t.rstd, None, None, t.y),

@@ -10,9 +10,9 @@
     forward     reads z               1 pass
     backward    reads z, writes dz    2 passes
 
-A pass is one read or one write of the whole tensor. `forward` saves three numbers a row, m, excess and mean: of logits near 1e4
-a rounded lse would lose the digits of p, and where p -> 1 so would 1 - p in a sum near 1. Differences are taken before they
-are divided by T, which would round large logits. Everything is computed in float32 (float64 for float64), and sums are
+A pass is one read or one write of the whole tensor. `forward` saves m, excess and mean for the backward pass, and z_t - m: of
+logits near 1e4 a rounded lse would lose the digits of p, and where p -> 1 so would 1 - p in a sum near 1. Differences are taken
+before they are divided by T, which would round large logits. Everything is computed in float32 (float64 for float64), and sums are
 merged in float64. A row whose target is `ignore_index` gives zeros, one whose target is no class at all NaN, and the smallest
 such row number n S + s goes to `invalid`. The logits of neither are read.
 """
@@ -83,10 +83,11 @@ def _forward_rows(first, last, z, target, log_prob, entropy, lse, stats, invalid
             m = row_max(z_row)
             excess, spread = _sums(z_row, m, beta, row_ahead(z, row, last, z_row))
             log_total, mean = math.log1p(excess), spread / (1.0 + excess)
-            log_prob[n, s] = np.float64(load(z_row, t) - m) * over_temperature - log_total
+            below = load(z_row, t) - m
+            log_prob[n, s] = np.float64(below) * over_temperature - log_total
             entropy[n, s] = log_total - mean
             lse[n, s] = np.float64(m) * over_temperature + log_total
-            stats[0, n, s], stats[1, n, s], stats[2, n, s] = m, excess, mean
+            stats[0, n, s], stats[1, n, s], stats[2, n, s], stats[3, n, s] = m, excess, mean, below
         else:
             value = 0.0 if t == ignore_index else math.nan
             log_prob[n, s], entropy[n, s], lse[n, s] = value, value, value
@@ -141,9 +142,10 @@ def _classes(target: np.ndarray) -> np.ndarray:
 
 
 def forward(z, target, log_prob, entropy, lse, stats, invalid, *, ignore_index: int, temperature: float) -> None:
-    """The three numbers of each row, (N, S), and stats, (3, N, S) or None: m, sum exp(d) - 1, mean."""
+    """The three numbers of each row, (N, S), and stats, (4, N, S) or None: m, sum exp(d) - 1, mean, z_t - m."""
     N, _, S = z.shape
-    stats = np.empty((3, N, S), lse.dtype) if stats is None else stats
+    stats = np.empty((4, N, S), lse.dtype) if stats is None else stats
+    assert len(stats) == 4, stats.shape
     for values in (target, log_prob, entropy, lse, stats[0]):
         assert values.shape == (N, S), (values.shape, z.shape)  # the kernels look at no bound
     args = (z, _classes(target), log_prob, entropy, lse, stats, invalid, int(ignore_index), 1.0 / temperature)

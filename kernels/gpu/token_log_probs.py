@@ -9,8 +9,9 @@
     source: docs/derivations.md, section 3.8
     bytes   forward: read z.  backward: read z, write dz.
 
-`forward` saves three numbers a row, m, excess and mean: of logits near 1e4 a rounded lse would lose the digits of p, and where
-p -> 1 so would 1 - p in a sum near 1. Differences are taken before they are divided by T, which would round large logits.
+`forward` saves m, excess and mean for the backward pass, and z_t - m: of logits near 1e4 a rounded lse would lose the digits of
+p, and where p -> 1 so would 1 - p in a sum near 1. Differences are taken before they are divided by T, which would round large
+logits.
 A row whose target is `ignore_index` reads nothing and gives zeros; one whose target is out of range reads nothing, gives NaN
 and leaves its number in `invalid`.
 """
@@ -141,6 +142,7 @@ def _forward_kernel(
         tl.store(stats_ptr + row, tl.where(known, m, 0.0), mask=live)
         tl.store(stats_ptr + (row + rows), tl.where(known, excess, 0.0), mask=live)
         tl.store(stats_ptr + (row + 2 * rows), tl.where(known, mean, 0.0), mask=live)
+        tl.store(stats_ptr + (row + 3 * rows), tl.where(known, z_t - finite_base(m), 0.0), mask=live)
 
 
 @triton.jit
@@ -216,7 +218,7 @@ def _backward_kernel(
 
 # ---------------------------------------------------------------------------------------------- launchers
 def forward(z, target, log_prob, entropy, lse, stats, invalid, *, ignore_index: int, temperature: float) -> None:
-    """The three numbers of each row, (N, S) and contiguous, and stats, (3, N, S) or None: m, Σ exp(d) - 1, mean."""
+    """The three numbers of each row, (N, S) and contiguous, and stats, (4, N, S) or None: m, Σ exp(d) - 1, mean, z_t - m."""
     if not z.numel():
         return
     z, target = rows_along_s(z), rows_along_s(target)
