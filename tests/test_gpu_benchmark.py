@@ -65,7 +65,7 @@ def pretended(tmp_path_factory):
 def test_the_whole_command_runs_pretended(pretended):
     _, results, folder = pretended
     small = [row.name for row in ROWS if any(text in row.name for text in ONLY)]
-    assert results["done"] == ["copy", "correctness", *small, f"tune {small[0]}"]
+    assert results["done"] == ["copy", "correctness", *small, f"tune {small[0]}", "correctness, all of it"]
     assert results["running"] is None
     timed = {(line["row"], line["pass"], line["contestant"]) for line in results["measurements"] if line.get("graph_us")}
     for of in ("forward", "backward"):
