@@ -154,7 +154,7 @@ def run(logits, target, weight, options, numbers=3, at_once=False, dtype=None, c
     if options.reduction == "none":
         loss = empty_of(stats, dtype or acc, N, S)
     else:
-        loss = stats.new_empty(N, S)
+        loss = stats.new_empty(2, N, S)  # and the rows' weights
         total = empty_of(stats, dtype or acc)
         if options.reduction == "mean":
             denominator = stats.new_empty(())
@@ -176,8 +176,14 @@ def _launch_forward(logits, target, weight, loss, stats, invalid, total, denomin
     z, t = rows_of(logits, target, "gpu")
     weight, loss, stats, invalid = see(weight), see(loss), see(stats), see(invalid)
     mean = {"mean": options.reduction == "mean", "zero_if_ignored": options.zero_if_ignored}
+    row_weights = None
+    if total is not None:
+        loss, row_weights = loss.unbind()
     if dz is None:
-        kernels.forward(z, t, weight, loss, stats, invalid, total=total, denominator=denominator, **mean, **options.of_rows)
+        kernels.forward(
+            z, t, weight, loss, stats, invalid, total=total, denominator=denominator, row_weights=row_weights, **mean,
+            **options.of_rows,
+        )  # fmt: skip
         return
     if mean["mean"] and t.ndim == 2:
         kernels.count(

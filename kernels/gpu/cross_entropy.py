@@ -53,7 +53,7 @@ def _call(z, target, dz, options):
     return (*z.stride(), *stride_t, *dz.stride()), fixed, constants
 
 
-def _launch_forward(z, target, weight, loss, stats, dz, invalid, denominator, reduced, options):
+def _launch_forward(z, target, weight, loss, stats, dz, invalid, denominator, reduced, options, row_weights=None):
     """`reduced`: (total, denominator to be written or None, whether the mean is asked for, what stands for a denominator of 0);
     None where losses are not added up."""
     if not z.numel():
@@ -76,10 +76,12 @@ def _launch_forward(z, target, weight, loss, stats, dz, invalid, denominator, re
     )  # fmt: skip
     tiles = cdiv(S, plan.BLOCK_R)
     weighed = sum_of_weights is not None and not constants["SOFT"]
+    if weighed and row_weights is None:
+        row_weights = scratch(loss.dtype, z.device, N * S)
     launch(
         _forward_kernel, plan.grid(N * tiles),
         z, given, weight, loss, stats, denominator, dz, invalid,
-        total, sum_of_weights, scratch(loss.dtype, z.device, N * S) if weighed else None,
+        total, sum_of_weights, row_weights if weighed else None,
         None if total is None else counter(z.device),
         V, S, N * S, tiles, *fixed, if_none, *strides,
         MORE=more, MEAN=mean and (total is not None or dz is not None), **constants, **of_plan(plan),
@@ -95,16 +97,18 @@ def _reduce_apart(loss, target, weight, reduced, options):
 
 
 def forward(
-    z, target, weight, loss, stats, invalid, *, total=None, denominator=None, mean: bool = False, zero_if_ignored: bool = False,
+    z, target, weight, loss, stats, invalid, *,
+    total=None, denominator=None, row_weights=None, mean: bool = False, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
     """Loss per row and stats, (3, N, S) or (5, N, S) and contiguous: m, Σ exp(z - m) - 1, W; z_target - m and entropy.
 
-    Where `total` is given, also Σ loss, or its mean and as `denominator` what it is divided by (`reduce`).
+    Where `total` is given, also Σ loss, or its mean and as `denominator` what it is divided by (`reduce`). row_weights: memory
+    for a number a row.
     """
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
     reduced = None if total is None else (total, denominator, mean, _if_none(zero_if_ignored))
-    _launch_forward(z, target, weight, loss, stats, None, invalid, None, reduced, options)
+    _launch_forward(z, target, weight, loss, stats, None, invalid, None, reduced, options, row_weights)
 
 
 def forward_backward(
