@@ -112,7 +112,7 @@ NOT_COMPILED = {"launch", "_triton"}  # how kernels are launched, not what they 
 def source_hash(room: str) -> str:
     """The hash of the sources of a room of kernels and of what they import: evidence of other sources is stale."""
     folder = Path(batch_norm.__file__).parent
-    pending, seen = [room], set()
+    pending, seen = [room], set[str]()
     while pending:
         name = pending.pop()
         if name not in seen | NOT_COMPILED:
