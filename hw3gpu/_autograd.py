@@ -36,16 +36,24 @@ def graph_is_needed(*tensors: torch.Tensor | None) -> bool:
 
 
 class _NoDerivative(torch.autograd.Function):
-    """Hands a gradient on, tied to what it depends on."""
+    """Hands a tensor on, tied to what it depends on: to differentiate it raises RuntimeError."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, gradient: torch.Tensor, *depends_on: torch.Tensor) -> torch.Tensor:
-        ctx.name = name
-        return gradient.view_as(gradient)
+    def forward(ctx: Any, message: str, copied: bool, x: torch.Tensor, *depends_on: torch.Tensor) -> torch.Tensor:
+        ctx.message = message
+        return x.clone() if copied else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{ctx.name}: a second derivative was asked for, and it has none here")
+        raise RuntimeError(ctx.message)
+
+
+def no_derivative(message: str, x: torch.Tensor, *depends_on: torch.Tensor, copied: bool = False) -> torch.Tensor:
+    """`x`, tied to what it depends on: to differentiate it raises RuntimeError, where else there was no gradient in silence.
+
+    `copied`: PyTorch lets nobody write into a result that is a view.
+    """
+    return _NoDerivative.apply(message, copied, x, *depends_on)
 
 
 def no_second_derivative(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -64,7 +72,8 @@ def no_second_derivative(name: str) -> Callable[[Callable[..., Any]], Callable[.
                 gradients = backward(ctx, *upstream)
             depends_on = [t for t in (*upstream, *ctx.saved_tensors) if t is not None and t.requires_grad]
             every = gradients if isinstance(gradients, tuple) else (gradients,)
-            return tuple(_NoDerivative.apply(name, g, *depends_on) if g is not None and depends_on else g for g in every)
+            message = f"{name}: a second derivative was asked for, and it has none here"
+            return tuple(no_derivative(message, g, *depends_on) if g is not None and depends_on else g for g in every)
 
         return tied
 

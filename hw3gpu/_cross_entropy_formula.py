@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import accumulate_dtype
+from ._autograd import accumulate_dtype, no_derivative
 
 NUMBERS = 5  # m, Σ exp(z - m) - 1, W, z_target - m, entropy; the first three are what the backward pass needs
 
@@ -36,7 +36,10 @@ class Options(NamedTuple):
 
 
 class CrossEntropyStatistics(NamedTuple):
-    """Of every row, from the pass that computed its loss; without a graph, in float32 (float64 for float64).
+    """Of every row, from the pass that computed its loss, in float32 (float64 for float64).
+
+    To differentiate one raises RuntimeError, unless they were asked for with `differentiable=True`; `.detach()` leaves the
+    graph.
 
     The shape is that of the loss of every row. Rows that are ignored have zeros, and are not `correct`.
 
@@ -73,16 +76,24 @@ def statistics(numbers, shape, V, target, ignore_index):
     return CrossEntropyStatistics(m + log_total, below - log_total, entropy, (below == 0) & known)
 
 
+def without_derivatives(statistics, *depends_on):
+    """Statistics that say so where somebody asks for their gradient."""
+    tied_to = [t for t in depends_on if t is not None and t.requires_grad]
+    message = "statistics of cross entropy: they have a gradient where differentiable=True asks for it"
+    return statistics._replace(**{
+        name: no_derivative(message, v, *tied_to, copied=True)
+        for name, v in statistics._asdict().items() if v is not None and v.is_floating_point()
+    })  # fmt: skip
+
+
 def loss_and_statistics(logits, target, weight, options, stats):
-    """The loss, and the statistics, or None."""
+    """The loss, and the statistics, or None; both with derivatives."""
     z = _capped(logits, options)
     loss, log_p = _loss(z, target, weight, options)
     if not stats:
         return loss, None
     axis = class_axis(logits)
-    z, log_p = z.detach(), log_p.detach()
-    p = log_p.exp()
-    lse, entropy = torch.logsumexp(z, axis), -torch.where(p == 0, 0.0, p * log_p).sum(axis)
+    lse, entropy = torch.logsumexp(z, axis), entropy_of(log_p, axis)
     if target.is_floating_point():
         return loss, CrossEntropyStatistics(lse, None, entropy, None)
     kept = target != options.ignore_index
@@ -91,6 +102,12 @@ def loss_and_statistics(logits, target, weight, options, stats):
     correct = z.gather(axis, at).squeeze(axis) == z.amax(axis)
     lse, log_prob, entropy = (torch.where(kept, v, 0.0) for v in (lse, log_prob, entropy))
     return loss, CrossEntropyStatistics(lse, log_prob, entropy, kept & correct)
+
+
+def entropy_of(log_p, axis):
+    """-Σ p log p; a class without probability adds nothing, nor to the gradient."""
+    p = log_p.exp()
+    return -(p * torch.where(p == 0, 0.0, log_p)).sum(axis)
 
 
 def gradients(upstream, logits, target, weight, options, needs):
@@ -119,14 +136,19 @@ def _loss(z, target, weight, options):
     kept = torch.ones((), dtype=torch.bool, device=z.device) if soft else target != options.ignore_index
     if options.z_loss:
         loss = loss + torch.where(kept, options.z_loss * torch.logsumexp(z, axis) ** 2, 0.0)
+    return reduced(loss, kept, target, weight, options), log_p
+
+
+def reduced(loss, kept, target, weight, options):
+    """The reduction of the losses of all rows; `kept`: those that are not ignored."""
     if options.reduction == "none":
-        return loss, log_p
+        return loss
     if options.reduction == "sum":
-        return loss.sum(), log_p
-    if soft:
-        return loss.sum() / loss.numel(), log_p
-    counted = kept.to(z.dtype) if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
+        return loss.sum()
+    if target.is_floating_point():
+        return loss.sum() / loss.numel()
+    counted = kept.to(loss.dtype) if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
     denominator = counted.sum()
     if options.zero_if_ignored:
         denominator = torch.where(denominator == 0, torch.inf, denominator)
-    return loss.sum() / denominator, log_p
+    return loss.sum() / denominator

@@ -70,12 +70,12 @@ def chunk_rows(problem: Problem) -> int:
     return max(1, min(max(part, LEAST // wide, 0 if half else D), MOST // wide))
 
 
-def _chunks(problem, rows):
+def chunks(problem, rows):
     N = problem.x.shape[0]
     return [(first, min(first + rows, N)) for first in range(0, N, rows)]
 
 
-def _logits(problem, out):
+def logits_of(problem, out):
     """x Wᵀ + b of a chunk into `out`, seen as (n, V, S)."""
     n, (_, V, S) = problem.x.shape[0], problem.sizes
     out = out[:n]
@@ -101,14 +101,14 @@ def run(problem, options, rows, numbers=3, needs=(False, False, False), of_sum=F
         kernels.count(seen_target, seen_weight, see(denominator), ignore_index=options.ignore_index)
         never_zero(denominator, options)
     over = see(denominator) if options.reduction == "mean" and not of_sum else None
-    gradients = _Gradients(problem, needs)
+    gradients = Gradients(problem, needs)
     largest = _float16_scale.largest_element(problem.W) if x.dtype == torch.float16 and any(needs) else None
     factor = None if largest is None else torch.ones((N, 1), dtype=acc, device=device)
     z = torch.empty((min(rows, N), V * S), dtype=x.dtype, device=device)
-    invalid = _judge_targets(problem, options)
-    for first, last in _chunks(problem, rows):
+    invalid = judge_targets(problem, options.ignore_index)
+    for first, last in chunks(problem, rows):
         part = problem.chunk(first, last)
-        logits, of_rows = _logits(part, z), torch.empty((numbers, last - first, S), dtype=acc, device=device)
+        logits, of_rows = logits_of(part, z), torch.empty((numbers, last - first, S), dtype=acc, device=device)
         given = (see(logits), see(part.target), seen_weight, see(loss[first:last]))
         if not any(needs) or factor is not None:
             kernels.forward(*given, see(of_rows), see(invalid), **options.of_rows)
@@ -136,13 +136,13 @@ def run_backward(upstream, problem, numbers, denominator, options, rows, needs):
     see, kernels = _arrays.viewer(which), _arrays.kernels("cross_entropy", which)
     rows = max(rows // 2, 1)  # of logits and dz
     upstream = upstream.reshape(N, S) if options.reduction == "none" else upstream.expand(N, S)
-    gradients = _Gradients(problem, needs[:3])
+    gradients = Gradients(problem, needs[:3])
     dtarget = torch.empty_like(problem.target) if needs[3] else None
     z, dz = (torch.empty((min(rows, N), V * S), dtype=x.dtype, device=x.device) for _ in range(2))
     of_rows = options._replace(reduction="none")  # upstream is one number a row by now
-    for first, last in _chunks(problem, rows):
+    for first, last in chunks(problem, rows):
         part, of_chunk, g = problem.chunk(first, last), numbers[:, first:last].contiguous(), upstream[first:last]
-        logits, out = _logits(part, z), dz[: last - first].view(last - first, V, S)
+        logits, out = logits_of(part, z), dz[: last - first].view(last - first, V, S)
         given = (logits, part.target, problem.weight, of_chunk)
         kernels.backward(*map(see, (*given, g, denominator, out)), **options.of_rows)
         gradients.add(part, out, first, last)
@@ -151,7 +151,7 @@ def run_backward(upstream, problem, numbers, denominator, options, rows, needs):
     return *gradients.found, dtarget
 
 
-class _Gradients:
+class Gradients:
     """∂ℓ/∂x, and the sums over chunks of ∂ℓ/∂W and ∂ℓ/∂b, where needed."""
 
     def __init__(self, problem, needs):
@@ -189,16 +189,16 @@ def _add_product(dW, dz, x, shrink):
             out.addcmul_(product, shrink)
 
 
-def _judge_targets(problem, options):
+def judge_targets(problem, ignore_index):
     """At once on the host, later on a GPU; what the kernels may write to."""
     target, (N, V, S) = problem.target, problem.sizes
     scratch = torch.full((1,), N * S, dtype=torch.int64, device=target.device)
     if target.is_floating_point() or not target.numel():
         return scratch
-    bad = ((target < 0) | (target >= V)) & (target != options.ignore_index)
+    bad = ((target < 0) | (target >= V)) & (target != ignore_index)
     if _arrays.on_host(target):
         if bad.any():
-            refuse_class(target, int(bad.reshape(-1).to(torch.uint8).argmax()), V, options.ignore_index)
+            refuse_class(target, int(bad.reshape(-1).to(torch.uint8).argmax()), V, ignore_index)
     elif target.device.type == "cuda":
         row = torch.where(bad.reshape(-1).any(), bad.reshape(-1).to(torch.uint8).argmax(), _targets.NONE)
         flag = _targets.flag(target, N * S)

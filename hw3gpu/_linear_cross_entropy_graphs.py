@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from . import _cross_entropy_formula, _ops
+from . import _cross_entropy_formula, _linear_token_log_probs, _ops
 from ._autograd import accumulate_dtype, graph_is_needed
+from ._cross_entropy import of_token_log_probs
 from ._cross_entropy_formula import NUMBERS, Options
 from ._linear_cross_entropy import (
     LinearCrossEntropy,
@@ -24,12 +25,12 @@ _OPTIONS = "str reduction, int ignore_index, float label_smoothing, float z_loss
 
 def linear_cross_entropy(problem, options, gradient, stats, rows):
     """(loss, CrossEntropyStatistics or None), of (N, S) rows; the arguments are checked."""
-    numbers = NUMBERS if stats else 3
+    numbers, with_graph = NUMBERS if stats else 3, False
     if _ops.traced(problem.x):
         found = FORWARD(*problem, rows or 0, numbers, *options)
     elif _ops.transformed():
         return formula(problem, options, stats)
-    elif graph_is_needed(*problem[:4]):
+    elif with_graph := graph_is_needed(*problem[:4]):
         at_once = gradient != "backward" and options.reduction != "none" and not problem.target.requires_grad
         found = LinearCrossEntropy.apply(*problem, options, rows or chunk_rows(problem), numbers, at_once)
     else:
@@ -37,7 +38,16 @@ def linear_cross_entropy(problem, options, gradient, stats, rows):
     if not stats:
         return found[0], None
     N, V, S = problem.sizes
-    return found[0], _cross_entropy_formula.statistics(found[1], (N, S), V, problem.target, options.ignore_index)
+    of_rows = _cross_entropy_formula.statistics(found[1], (N, S), V, problem.target, options.ignore_index)
+    return found[0], _cross_entropy_formula.without_derivatives(of_rows, *problem[:4]) if with_graph else of_rows
+
+
+def with_differentiable_statistics(problem, options, rows):
+    """(loss, CrossEntropyStatistics) of (N, S) rows, both with a graph; as of `_cross_entropy`, in chunks where kernels do it."""
+    if problem.target.is_floating_point() or options.label_smoothing or options.softcap is not None or _ops.transformed():
+        return formula(problem, options, True)
+    found, sums = _linear_token_log_probs.with_sums(problem, 1.0, options.ignore_index, rows)
+    return of_token_log_probs(found, sums[3], problem.target, problem.weight, options)
 
 
 def _run(x, W, b, target, weight, rows, numbers, *options):

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _arrays, _ops, _targets
 from ._autograd import accumulate_dtype, graph_is_needed
 from ._cross_entropy_autograd import judge_targets
+from ._cross_entropy_formula import entropy_of
 
 
 class TokenLogProbs(NamedTuple):
@@ -33,14 +34,21 @@ class TokenLogProbs(NamedTuple):
 
 def token_log_probs(logits, target, temperature, ignore_index, dim):
     """`TokenLogProbs`; the arguments are checked, `dim` counts from the front."""
+    if not _ops.traced(logits) and _ops.transformed():
+        return formula(logits, target, temperature, ignore_index, dim)
+    return with_sums(logits, target, temperature, ignore_index, dim, save=False)[0]
+
+
+def with_sums(logits, target, temperature, ignore_index, dim, save=True):
+    """`TokenLogProbs`, and the sums of every row by kernels if `save`; outside of transforms."""
     rest = temperature, ignore_index, dim
     if _ops.traced(logits):
-        return TokenLogProbs(*FORWARD(logits, target, *rest)[:3])
-    if _ops.transformed():
-        return formula(logits, target, *rest)
-    if graph_is_needed(logits):
-        return TokenLogProbs(*_TokenLogProbs.apply(logits, target, rest))
-    return TokenLogProbs(*run(logits, target, *rest, save=False)[:3])
+        *found, stats = FORWARD(logits, target, *rest)
+    elif graph_is_needed(logits):
+        *found, stats = _TokenLogProbs.apply(logits, target, rest)
+    else:
+        *found, stats = run(logits, target, *rest, save)
+    return TokenLogProbs(*found), stats
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
@@ -86,10 +94,7 @@ def formula(logits, target, temperature, ignore_index, dim):
     log_p = torch.log_softmax(z, dim)
     kept = target != ignore_index
     log_prob = log_p.gather(dim, torch.where(kept, target, 0).long().unsqueeze(dim)).squeeze(dim)
-    p = log_p.exp()
-    # a class without probability adds nothing, nor to the gradient
-    entropy = -(p * torch.where(p == 0, 0.0, log_p)).sum(dim)
-    return TokenLogProbs(*(torch.where(kept, v, 0.0) for v in (log_prob, entropy, torch.logsumexp(z, dim))))
+    return TokenLogProbs(*(torch.where(kept, v, 0.0) for v in (log_prob, entropy_of(log_p, dim), torch.logsumexp(z, dim))))
 
 
 def _gradient_with_a_graph(upstream, logits, target, rest):
@@ -107,12 +112,14 @@ class _TokenLogProbs(torch.autograd.Function):
         *found, stats = run(logits, target, *rest)
         ctx.save_for_backward(logits, target, stats)
         ctx.rest = rest
+        ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        return tuple(found)
+        return *found, stats
 
     @staticmethod
     def backward(ctx, *upstream):
         logits, target, stats = ctx.saved_tensors
+        upstream = upstream[:3]
         if all(g is None for g in upstream):
             return None, None, None
         if torch.is_grad_enabled():  # somebody will differentiate again

@@ -19,6 +19,7 @@ from . import (
     _check,
     _cross_entropy,
     _linear_cross_entropy_graphs,
+    _linear_token_log_probs,
     _softmax_autograd,
     _token_log_probs,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "check_targets",
     "cross_entropy",
     "linear_cross_entropy",
+    "linear_token_log_probs",
     "minimize_trace",
     "softmax",
     "token_log_probs",
@@ -262,6 +264,7 @@ def cross_entropy(
     gradient: str = "auto",
     all_ignored: str = "nan",
     return_stats: bool = False,
+    differentiable: bool = False,
 ) -> Any:
     """`torch.nn.functional.cross_entropy`: softmax cross entropy of logits with classes or class probabilities.
 
@@ -282,6 +285,10 @@ def cross_entropy(
         from call to call, in the backward pass. Else "backward". The bits are the same. A compiled graph takes "backward".
     all_ignored: what the mean over no rows is: "nan", as PyTorch's, or "zero".
     return_stats: return (loss, `CrossEntropyStatistics`): lse, log_prob, entropy and correct of every row, from the same pass.
+        To differentiate one of these raises RuntimeError; a compiled graph takes them for constants.
+    differentiable: with `return_stats`, statistics that have gradients, and `gradient` does not count. Of classes without
+        label_smoothing and softcap they come from the loss's pass, and all gradients from one more read and one write; of the
+        others by the formula in PyTorch's operations.
 
     Gradients of gradients, `torch.func` transforms and forward-mode derivatives are computed by the formula in PyTorch's
     operations, without kernels. Raises TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a class
@@ -292,6 +299,13 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     call = None
+    if differentiable:
+        _differentiable(return_stats)
+        weight = _cross_entropy_arguments(input, target, weight, ignore_index, reduction, label_smoothing)
+        _extra_arguments(z_loss, softcap, gradient, all_ignored)
+        options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero")
+        loss, stats = _cross_entropy.with_differentiable_statistics(input, target, weight, options)
+        return as_dtype(loss, _loss_dtype(input, target)), stats
     chosen = reduction in _REDUCTIONS and gradient in _GRADIENTS and all_ignored in _ALL_IGNORED
     if chosen and isinstance(input, Tensor) and isinstance(target, Tensor):
         dtype = _loss_dtype(input, target)
@@ -305,6 +319,11 @@ def cross_entropy(
     loss, stats = _cross_entropy.cross_entropy(input, target, weight, options, gradient, return_stats, dtype, call)
     loss = as_dtype(loss, dtype)
     return (loss, stats) if return_stats else loss
+
+
+def _differentiable(return_stats):
+    if not return_stats:
+        raise ValueError("differentiable: expected return_stats=True beside it: it is the statistics that get gradients")
 
 
 def _loss_dtype(x, target):
@@ -390,6 +409,60 @@ def token_log_probs(
     return _token_log_probs.token_log_probs(logits, target, temperature, ignore_index, dim)
 
 
+def linear_token_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    chunk_rows: int | None = None,
+) -> TokenLogProbs:
+    """`token_log_probs` of the logits input · linear_weightᵀ + linear_bias, of which there are never more than a chunk of rows.
+
+    The chunks are those of `linear_cross_entropy`, which `chunk_rows` sets. The backward pass makes each chunk's logits again:
+    four products in all, and ∂ℓ/∂linear_weight and ∂ℓ/∂linear_bias are summed over chunks in float32 (docs/derivations.md,
+    sections 3.7 and 3.8).
+
+    input: (…, D) of float16, bfloat16, float32 or float64. linear_weight: (V, D), linear_bias: (V,), of input's dtype. target:
+    integer classes (…). The results have target's shape. Under autocast the products are in its dtype, as those of PyTorch's
+    `linear`. What raises, second derivatives and transforms are as of `token_log_probs`; the latter two hold all logits.
+    """
+    _linear_token_arguments(input, linear_weight, target, linear_bias)
+    temperature, _ = _token_arguments(
+        input.detach().new_empty(()).expand(*input.shape[:-1], len(linear_weight)), target, temperature, ignore_index, -1
+    )
+    if chunk_rows is not None and _check.integer_value(chunk_rows, "chunk_rows") < 1:
+        raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
+    rows = input.reshape(target.numel(), input.shape[-1])
+    problem = _linear_problem(rows, linear_weight, target.reshape(-1), linear_bias, None)
+    found = _linear_token_log_probs.linear_token_log_probs(problem, temperature, ignore_index, chunk_rows)
+    return TokenLogProbs(*(v.view(target.shape) for v in found))
+
+
+def _linear_token_arguments(x, W, target, b):
+    _floating_tensor(x, "input")
+    _floating_tensor(W, "linear_weight")
+    _tensor(target, "target")
+    _check.rank_at_least(x, "input", 1, "…, D")
+    if W.dim() != 2:
+        raise _check.ShapeError(f"linear_weight: expected (V, D), got shape {_check.shape_of(W)}")
+    _check.shape(W, "linear_weight", (W.shape[0], x.shape[-1]), "last, the features of input")
+    _check.integer(target, "target")
+    _check.shape(target, "target", tuple(x.shape[:-1]), "one class per row of input")
+    beside = [("linear_weight", W)]
+    if b is not None:
+        _floating_tensor(b, "linear_bias")
+        _check.shape(b, "linear_bias", (W.shape[0],), "one number per row of linear_weight")
+        beside.append(("linear_bias", b))
+    for name, v in beside:
+        if not _autocast(x):
+            _check.same_dtype(v, name, x, "input")
+        if v.device != x.device:
+            raise RuntimeError(f"{name}: expected a tensor on {x.device}, where input is, got one on {v.device}")
+
+
 def _token_arguments(z, target, temperature, ignore_index, dim):
     """Checks every argument; the temperature as a float, `dim` counted from the front."""
     _floating_tensor(z, "logits")
@@ -434,6 +507,7 @@ def linear_cross_entropy(
     gradient: str = "auto",
     all_ignored: str = "nan",
     return_stats: bool = False,
+    differentiable: bool = False,
     chunk_rows: int | None = None,
 ) -> Any:
     """`torch.nn.functional.linear_cross_entropy`: cross entropy of the logits input · linear_weightᵀ + linear_bias.
@@ -466,7 +540,11 @@ def linear_cross_entropy(
     if rows is not None and _check.integer_value(rows, "chunk_rows") < 1:
         raise ValueError(f"chunk_rows: expected at least 1, got {rows}")
     problem = _linear_problem(input, linear_weight, target, linear_bias, weight)
-    loss, stats = _linear_cross_entropy_graphs.linear_cross_entropy(problem, asked, gradient, return_stats, rows)
+    if differentiable:
+        _differentiable(return_stats)
+        loss, stats = _linear_cross_entropy_graphs.with_differentiable_statistics(problem, asked, rows)
+    else:
+        loss, stats = _linear_cross_entropy_graphs.linear_cross_entropy(problem, asked, gradient, return_stats, rows)
     of_rows = (*input.shape[:-1], *linear_weight.shape[1:-1])
     loss = as_dtype(loss.reshape(of_rows) if reduction == "none" else loss, _loss_dtype(input, target))
     if not return_stats:

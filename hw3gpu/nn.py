@@ -270,7 +270,7 @@ class _Extras(torch.nn.Module):
     """The arguments that losses have beyond PyTorch's: those of `functional.cross_entropy` by keyword. No part of the state."""
 
     extras: dict[str, Any] = {}  # noqa: RUF012  of a module that was pickled without
-    _names: tuple[str, ...] = ("z_loss", "softcap", "gradient", "all_ignored", "return_stats")
+    _names: tuple[str, ...] = ("z_loss", "softcap", "gradient", "all_ignored", "return_stats", "differentiable")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         extras = {name: kwargs.pop(name) for name in self._names if name in kwargs}

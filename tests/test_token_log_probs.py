@@ -275,3 +275,54 @@ def test_the_ends_of_the_temperatures(device, V, temperature):
     expected = (0.0, 0.0) if temperature < 1 else (-math.log(V), math.log(V))
     assert [float(v.detach()) for v in found[:2]] == pytest.approx(expected, rel=1e-6)
     assert x.grad.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------- statistics of cross entropy
+def losses(kind, rng, device, dtype="float64"):
+    """(logits, target, options of `cross_entropy`) with a row that is ignored and a class without weight."""
+    x = tensor(2 * rng.standard_normal((3, 4, 2)), dtype, device, grad=True)
+    target = torch.tensor([[0, -100], [3, 1], [2, 1]], device=device)
+    if kind == "probabilities":
+        target = torch.softmax(tensor(rng.standard_normal((3, 4, 2)), dtype, device), 1)
+    weight = tensor(rng.random(4) + 0.25, dtype, device)
+    weight[3] = 0.0
+    options = {"plain": {}, "weights and z-loss": {"weight": weight, "z_loss": 0.1}, "softcap": {"softcap": 3.0}}
+    return x, target, options.get(kind, {"label_smoothing": 0.1})
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("kind", ["plain", "weights and z-loss", "softcap", "smoothing", "probabilities"])
+def test_differentiable_statistics(device, rng, kind, reduction):
+    """Loss and statistics as without a graph; gradients as numbers find them, of the loss and of its statistics together."""
+    x, target, options = losses(kind, rng, device)
+    loss, stats = HF.cross_entropy(x, target, reduction=reduction, return_stats=True, differentiable=True, **options)
+    plain_loss, plain = HF.cross_entropy(x.detach(), target, reduction=reduction, return_stats=True, **options)
+    same(loss.detach(), plain_loss)
+    for ours, theirs in zip(stats, plain, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            same(ours.detach(), theirs)
+
+    def function(x):
+        loss, stats = HF.cross_entropy(x, target, reduction=reduction, return_stats=True, differentiable=True, **options)
+        return loss.sum() + stats.entropy.square().sum() + (0.5 * stats.lse).sum()
+
+    gradcheck(function, (x,))
+
+
+@pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
+def test_statistics_without_a_gradient_say_so(device, rng, function):
+    x, W = (
+        tensor(rng.standard_normal((4, 3)), "float32", device, grad=True),
+        tensor(rng.standard_normal((3, 3)), "float32", device),
+    )
+    target = torch.tensor([0, 1, 2, -100], device=device)
+    given = (x, target) if function == "cross_entropy" else (x, W, target)
+    loss, stats = getattr(HF, function)(*given, return_stats=True)
+    for v in (stats.lse, stats.log_prob, stats.entropy):
+        with pytest.raises(RuntimeError, match="they have a gradient where differentiable=True asks for it"):
+            torch.autograd.grad(loss + v.sum(), x, retain_graph=True)
+    stats.entropy.masked_fill_(target < 0, 0.0)  # a result may be written into
+    assert torch.autograd.grad(loss, x)[0].any()
+    with pytest.raises(ValueError, match="differentiable: expected return_stats=True"):
+        getattr(HF, function)(*given, differentiable=True)

@@ -11,10 +11,10 @@
     backward    reads z, writes dz    2 passes
 
 A pass is one read or one write of the whole tensor. `forward` saves m, excess and mean for the backward pass, and z_t - m: of
-logits near 1e4 a rounded lse would lose the digits of p, and where p -> 1 so would 1 - p in a sum near 1. Differences are taken
-before they are divided by T, which would round large logits. Everything is computed in float32 (float64 for float64), and sums are
-merged in float64. A row whose target is `ignore_index` gives zeros, one whose target is no class at all NaN, and the smallest
-such row number n S + s goes to `invalid`. The logits of neither are read.
+logits near 1e4 a rounded lse would lose the digits of p, and where p -> 1 so would 1 - p in a sum near 1. Differences are
+taken before they are divided by T, which would round large logits. Everything is computed in float32 (float64 for float64),
+and sums are merged in float64. A row whose target is `ignore_index` gives zeros, one whose target is no class at all NaN, and
+the smallest such row number n S + s goes to `invalid`. The logits of neither are read.
 """
 
 from __future__ import annotations
