@@ -65,8 +65,8 @@ class Gpu:
         return contestant in [*self.left_out.get(EVERY_ROW, ()), *self.left_out.get(row, ())]
 
     def seconds(self, of: float) -> float:
-        """For turns; times of nothing need few."""
-        return of / 50 if self.pretended else of
+        """For turns and checks; times of nothing need few."""
+        return min(of / 50, 1.0) if self.pretended else of
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

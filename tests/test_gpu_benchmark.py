@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
-import inspect
 import json
 import os
 import signal
@@ -13,20 +11,19 @@ import subprocess
 import sys
 import time
 import types
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import cuda_clock, gpu, gpu_checks, gpu_tune, supervisor, time_model
+from benchmarks import cuda_clock, gpu, gpu_checks, gpu_tune, time_model
 from benchmarks.__main__ import main
-from benchmarks.cuda_clock import Clock, Timed, Times
+from benchmarks.cuda_clock import Clock, Times
 from benchmarks.gpu_rows import BF16, F16, ROWS, Row, contestants, inputs
 from benchmarks.harness import Deadline, Results
 from benchmarks.inside_triton import StandIn
-from benchmarks.pretended import Cuda, RefusedError
+from benchmarks.pretended import Cuda
 from hw3gpu import _bound
 from hw3gpu import functional as HF
 from hw3gpu._cli.operations import Operation, Output
@@ -246,143 +243,6 @@ def test_nothing_is_asked_of_a_device_that_was_lost(monkeypatch):
     assert "S2 c, torch, float32" in found.unfinished
 
 
-# ---------------------------------------------------------------------------------------------- CUDA's rules
-@pytest.fixture
-def clock():
-    Cuda.recorded.clear()
-    return Clock(Cuda, "meta", 50 << 20)
-
-
-def test_the_cache_is_flushed_before_each_event_and_nothing_waits_between_two_calls(clock, monkeypatch):
-    done = []
-    monkeypatch.setattr(clock, "flush", lambda: done.append("flush"))
-    monkeypatch.setattr(Cuda, "synchronize", classmethod(lambda cls: [done.append("wait"), _happen()]))
-    pieces = {name: Timed(partial(done.append, name), partial(done.append, f"before {name}")) for name in "ab"}
-    times = clock.in_turn(pieces, 0.0, fewest=2)
-    a, b = (["before " + name, "flush", name] for name in "ab")
-    b_a, a_b = [*b, *a, "wait"], [*a, *b, "wait"]
-    assert done == b_a + a_b + b_a
-    assert {name: len(turns) for name, turns in times.turns.items()} == {"a": 2, "b": 2}
-
-
-def _happen():
-    for event in Cuda.recorded:
-        event.happened = True
-
-
-def test_one_that_fails_in_its_turn_leaves_the_others(clock):
-    def fails():
-        raise torch.OutOfMemoryError("no memory left")
-
-    times = clock.in_turn({"a": Timed(tuple), "b": Timed(fails)}, 0.0, fewest=3)
-    assert times.failed == {"b": "OutOfMemoryError: no memory left"}
-    assert list(times.turns) == ["a"]
-    assert len(times.turns["a"]) == 3
-
-
-class Recorded:
-    """A step that says on which stream it ran, and whether inside which graph."""
-
-    def __init__(self):
-        self.calls = []
-
-    def forward(self):
-        self.calls.append(("forward", Cuda.current_stream(), Cuda.capturing))
-        return "result"
-
-    def backward(self, result, retain=False):
-        assert retain == (Cuda.capturing is not None), "what is replayed reads what the forward pass has saved"
-        self.calls.append(("backward", Cuda.current_stream(), Cuda.capturing))
-        return ("gradient",)
-
-
-def test_a_graph_is_captured_on_the_side_stream_that_warmed_up(clock):
-    of = Recorded()
-    passes = clock.captured(of)
-    streams = {stream for _, stream, _ in of.calls}
-    assert len(streams) == 1
-    assert Cuda.default not in streams
-    assert [graph is None for *_, graph in of.calls] == 6 * [True] + 2 * [False]
-    (_, _, forward), (_, _, backward) = of.calls[-2:]
-    assert (forward.replay, backward.replay) == (passes.forward.call, passes.backward.call)
-    assert forward is not backward
-    assert passes.held == ("result", ("gradient",))
-    assert Cuda.current_stream() is Cuda.default
-
-
-def test_a_backward_pass_is_timed_after_a_forward_pass_of_its_own(clock):
-    """A second one of the same forward pass may be another computation: of a gradient that the first one has handed out."""
-    of = Recorded()
-    passes = clock.called(of)
-    of.calls.clear()
-    clock.in_turn({"a": passes.backward}, 0.0, fewest=2)
-    clock.host(passes.backward, 1)
-    assert [name for name, *_ in of.calls] == 13 * ["forward", "backward"]
-
-
-def test_what_waits_for_the_device_is_not_captured(clock, monkeypatch):
-    modes = []
-    monkeypatch.setattr(Cuda, "set_sync_debug_mode", classmethod(lambda cls, mode: modes.append(mode)))
-    of = Recorded()
-
-    def forward():
-        if modes and modes[-1] == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
-        return Recorded.forward(of)
-
-    with pytest.raises(RuntimeError, match="no graph: a call waits for the device"):
-        clock.captured(_replaced(of, forward))
-    assert modes == ["error", "default"]
-    assert all(graph is None for *_, graph in of.calls)
-
-
-def test_a_capture_that_fails_leaves_the_stream_as_it_was(clock):
-    of = Recorded()
-
-    def forward():
-        if Cuda.capturing is not None:
-            Cuda.synchronize()
-        return Recorded.forward(of)
-
-    with pytest.raises(RefusedError):
-        clock.captured(_replaced(of, forward))
-    assert Cuda.current_stream() is Cuda.default
-
-
-def _replaced(of, forward):
-    of.forward = forward
-    return of
-
-
-def test_the_stand_in_refuses_what_cuda_refuses():
-    start, end = Cuda.Event(enable_timing=True), Cuda.Event(enable_timing=True)
-    start.record()
-    end.record()
-    with pytest.raises(RefusedError, match="has not happened"):
-        start.elapsed_time(end)
-    Cuda.synchronize()
-    assert start.elapsed_time(end) >= 0
-    with pytest.raises(RefusedError, match="default stream"), Cuda.graph(Cuda.CUDAGraph(), stream=Cuda.default):
-        pass
-    for forbidden in (Cuda.synchronize, Cuda.empty_cache, start.record, Cuda.CUDAGraph().replay):
-        with pytest.raises(RefusedError), Cuda.graph(Cuda.CUDAGraph()):
-            forbidden()
-        assert Cuda.current is not Cuda.default
-        Cuda.set_stream(Cuda.default)
-    assert Cuda.capturing is None
-
-
-def test_the_stand_in_has_no_names_of_its_own():
-    """What the clock calls is there in torch.cuda, with these parameters."""
-    for name, own in vars(Cuda).items():
-        if isinstance(own, classmethod) and name != "refuse_while_capturing":
-            taken, there = (set(inspect.signature(getattr(of, name)).parameters) for of in (Cuda, torch.cuda))
-            assert taken - {"graph"} <= there
-    for own in (Cuda.Event, Cuda.Stream, Cuda.CUDAGraph):
-        methods = {name for name in vars(own) if not name.startswith("_")}
-        assert methods <= set(dir(getattr(torch.cuda, own.__name__)))
-
-
 # ---------------------------------------------------------------------------------------------- other plans
 ROW = Row("softmax", (64, 1024))
 
@@ -439,116 +299,7 @@ def test_the_best_plan_is_written_for_the_plans_to_read(tmp_path, monkeypatch, s
         assert len(results.parts["better_plans"]) == len(table) == 2
 
 
-# ---------------------------------------------------------------------------------------------- crashes, hangs and Ctrl-C
-ENDS = {
-    "crash": "os.kill(os.getpid(), signal.SIGSEGV)",
-    "hang": "time.sleep(60)",
-    "hang that is interrupted": f"signal.signal(signal.SIGINT, lambda *_: sys.exit({supervisor.INTERRUPTED})); time.sleep(60)",
-    "lost device": f"sys.exit({supervisor.GO_ON})",
-}
-MEASURES = """
-import json, os, pathlib, signal, sys, time
-file, after = pathlib.Path(sys.argv[1]) / "results.json", sys.argv[2]
-def write(done, running):
-    new = {"environment": {}, "measurements": [], "done": done, "running": running, "after": after}
-    file.with_suffix(".new").write_text(json.dumps(new))
-    os.replace(file.with_suffix(".new"), file)
-"""
-
-
-class Faked(supervisor.Watch):
-    """Its processes are scripts; `ends` is what each does in its turn."""
-
-    def __init__(self, folder, *ends, minutes=1.0):
-        super().__init__(argparse.Namespace(minutes=minutes), folder)
-        self.ends, self.afters = list(ends), []
-
-    def start(self, after):
-        self.afters.append(after)
-        process = subprocess.Popen([sys.executable, "-c", MEASURES + self.ends.pop(0), str(self.folder), after])
-        while process.poll() is None and supervisor.found(self.folder).get("after") != after:
-            time.sleep(0.05)  # however long a busy machine takes to begin
-        self.since = time.time()
-        return process
-
-
-@pytest.mark.parametrize("how", ENDS)
-def test_after_a_row_that_ends_its_process_another_goes_on(tmp_path, monkeypatch, how):
-    monkeypatch.setattr(supervisor, "STILL_SECONDS", 1.0)
-    watch = Faked(tmp_path, f"write(['copy'], 'row'); {ENDS[how]}", "write(['copy', 'row', 'next'], None)")
-    assert watch.run() == 0
-    assert json.loads((tmp_path / "results.json").read_text())["done"] == ["copy", "row", "next"]
-    assert watch.afters == ["not begun", {"crash": "status -11", "lost device": "status 75"}.get(how, "it hung for 1 s")]
-
-
-def test_a_process_that_begins_nothing_is_not_started_again(tmp_path):
-    watch = Faked(tmp_path, "sys.exit(3)")
-    assert watch.run() == 3
-
-
-def test_a_process_that_does_not_stop_in_its_time_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "GRACE", 0.5)
-    ignoring = "signal.signal(signal.SIGINT, signal.SIG_IGN); write([], 'row'); time.sleep(60)"
-    assert Faked(tmp_path, ignoring, minutes=0.01).run() == 0
-
-
-def arguments(folder, **options):
-    given = {"pretend": True, "tune": False, "only": [], "into": str(folder), "until": time.time() + 60, "after": "status -11"}
-    return argparse.Namespace(**given | {"worker": True} | options)
-
-
-@pytest.fixture
-def faked_tasks(monkeypatch):
-    """The tasks of `work`; each entry is what it does."""
-    todo = {}
-    monkeypatch.setattr(gpu, "tasks", lambda *args: list(todo.items()))
-    return todo
-
-
-def test_the_row_that_ended_a_process_is_given_up_and_what_was_done_stays(tmp_path, faked_tasks):
-    left = Results.open(tmp_path, gpu.COLUMNS)
-    left.begin("one")
-    left.finish()
-    left.begin("two")
-    ran = []
-    faked_tasks |= {name: lambda name=name: ran.append(name) for name in ("one", "two", "three")}
-    assert gpu.run(arguments(tmp_path)) == 0
-    results = Results.open(tmp_path, gpu.COLUMNS)
-    assert ran == ["three"]
-    assert results.done == ["one", "two", "three"]
-    assert [(line["row"], line["note"]) for line in results.measurements] == [
-        ("two", "given up: the process that measured this ended (status -11)")
-    ]
-
-
-def test_a_row_that_fails_is_a_note_and_a_device_that_is_lost_ends_the_process(tmp_path, faked_tasks, monkeypatch):
-    def fails():
-        raise ValueError("no such thing")
-
-    def lost(self):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    faked_tasks |= {"one": fails, "two": lambda: monkeypatch.setattr(Clock, "clear", lost), "three": fails}
-    assert gpu.run(arguments(tmp_path)) == supervisor.GO_ON
-    results = Results.open(tmp_path, gpu.COLUMNS)
-    assert (results.done, results.running) == (["one"], "two")
-    assert [line["note"] for line in results.measurements] == ["ValueError: no such thing"]
-
-
-@pytest.mark.parametrize(("blamed", "of"), [("compiled", gpu.EVERY_ROW), ("hw3gpu", "two")])
-def test_a_contestant_that_ended_a_process_is_left_out_and_its_row_measured_again(tmp_path, faked_tasks, blamed, of):
-    left = Results.open(tmp_path, gpu.COLUMNS)
-    left.begin("two")
-    left.mark(blamed)
-    ran = []
-    faked_tasks |= {name: lambda name=name: ran.append(name) for name in ("one", "two")}
-    assert gpu.run(arguments(tmp_path)) == 0
-    results = Results.open(tmp_path, gpu.COLUMNS)
-    assert ran == ["one", "two"]
-    assert results.parts["left_out"] == {of: [blamed]}
-    assert results.parts["ended"] == [f"two, at {blamed}: status -11"]
-
-
+# ---------------------------------------------------------------------------------------------- what is left out, and Ctrl-C
 def test_what_is_left_out_is_a_note(on_the_host):
     on_the_host.left_out = {gpu.EVERY_ROW: ["compiled"], "another row": ["hw3gpu"]}
     marks = []
@@ -571,12 +322,6 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["gpu", "--minutes", "0"])
     assert "--minutes: expected a number above 0, got 0" in capsys.readouterr().err
-
-
-def test_what_the_time_does_not_reach_is_named(tmp_path, faked_tasks):
-    faked_tasks |= {"one": lambda: None}
-    assert gpu.run(arguments(tmp_path, until=time.time())) == 0
-    assert json.loads((tmp_path / "results.json").read_text())["not_reached"] == ["one"]
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
