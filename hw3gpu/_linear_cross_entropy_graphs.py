@@ -43,7 +43,7 @@ def linear_cross_entropy(problem, options, gradient, stats, rows):
 
 
 def with_differentiable_statistics(problem, options, rows):
-    """(loss, CrossEntropyStatistics) of (N, S) rows, both with a graph; as of `_cross_entropy`, in chunks where kernels do it."""
+    """(loss, CrossEntropyStatistics) of (N, S) rows, both with a graph; as of `_cross_entropy`, in chunks where by kernels."""
     if problem.target.is_floating_point() or options.label_smoothing or options.softcap is not None or _ops.transformed():
         return formula(problem, options, True)
     found, sums = _linear_token_log_probs.with_sums(problem, 1.0, options.ignore_index, rows)

@@ -55,9 +55,12 @@ def run(problem, temperature, ignore_index, rows):
     return *found, sums
 
 
-def run_backward(upstream, problem, sums, temperature, ignore_index, rows, needs):
-    """The gradients that `needs` names, of x, W and b, from logits made again; W's and b's in the sums' dtype."""
-    x, (N, V, S) = problem.x, problem.sizes
+def run_backward(upstream, problem, sums, options, rows, needs):
+    """The gradients that `needs` names, of x, W and b, from logits made again; W's and b's in the sums' dtype.
+
+    options: temperature and ignore_index.
+    """
+    x, (N, V, S), (temperature, ignore_index) = problem.x, problem.sizes, options
     which = _arrays.backend(x)
     see, kernels = _arrays.viewer(which), _arrays.kernels("token_log_probs", which)
     rows = max(rows // 2, 1)  # of logits and dz
@@ -97,7 +100,8 @@ class _LinearTokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, b, target, options, rows):
-        *found, sums = run(_problem(x, W, b, target), *options, rows)
+        temperature, ignore_index = options
+        *found, sums = run(_problem(x, W, b, target), temperature, ignore_index, rows)
         ctx.save_for_backward(x, W, b, target, sums)
         ctx.options, ctx.rows = options, rows
         ctx.mark_non_differentiable(sums)
@@ -112,7 +116,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
             return *(None,) * 3, *rest
         if torch.is_grad_enabled():  # somebody will differentiate again
             return *_gradients_with_a_graph(upstream, problem, ctx.options, needs), *rest
-        found = run_backward(upstream, problem, sums, *ctx.options, ctx.rows, needs)
+        found = run_backward(upstream, problem, sums, ctx.options, ctx.rows, needs)
         return *as_given((*found, None), problem)[:3], *rest
 
 
@@ -153,7 +157,7 @@ def _fake(x, W, b, target, *_):
 def _run_backward(g_log_prob, g_entropy, g_lse, x, W, b, target, sums, temperature, ignore_index, rows, needs):
     problem, upstream = _problem(x, W, b, target), (g_log_prob, g_entropy, g_lse)
     rows = rows or _linear_cross_entropy.chunk_rows(problem)
-    found = run_backward(upstream, problem, sums, temperature, ignore_index, rows, needs)
+    found = run_backward(upstream, problem, sums, (temperature, ignore_index), rows, needs)
     return tuple(x.new_empty(0) if g is None else g for g in as_given((*found, None), problem)[:3])
 
 
