@@ -147,7 +147,6 @@ class Clock:
 
     def _captured(self, step: Step) -> Passes:
         cuda, side = self.cuda, self.cuda.Stream()
-        gc.collect()  # what is freed in the middle of a capture may spoil it
         side.wait_stream(cuda.current_stream())
         with cuda.stream(side):
             for _ in range(WARM - 1):
@@ -220,8 +219,12 @@ class Clock:
             one.add_(1)
         return statistics.median(self.in_turn({"nothing": Timed(graph.replay)}, 0.2).turns["nothing"])
 
-    def clear(self) -> None:
-        """Gives memory back after a row; raises if the device does not answer any more."""
-        gc.collect()
+    def free(self) -> None:
+        """Gives back the memory that nothing holds; raises if the device does not answer any more."""
         self.cuda.synchronize()
         self.cuda.empty_cache()
+
+    def clear(self) -> None:
+        """As `free`, and what only cycles hold."""
+        gc.collect()
+        self.free()

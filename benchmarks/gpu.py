@@ -186,7 +186,7 @@ def timed(
             notes[name] = "; ".join(filter(None, (notes.get(name), failure)))
         both.append(times)
     passes.clear()
-    gpu.clock.clear()
+    gpu.clock.free()
     return both[0], both[1]
 
 
@@ -287,7 +287,6 @@ def measure_solvers(gpu: Gpu, row: Row) -> list[dict[str, Any]]:
     for name in [*times.turns, *(name for name in notes if name not in times.turns)]:
         line = head(row, "forward", name, notes.get(name, ""), right.get(name, ""))
         lines.append(line | spread("called", times.turns.get(name)) | speedup(name, Times(), times))
-    gpu.clock.clear()
     return lines
 
 
@@ -310,7 +309,6 @@ def copy_speed(gpu: Gpu, results: Results) -> None:
     rates = gpu.clock.copies(COPIES, gpu.seconds(COPY_SECONDS))
     results.parts["copy_GB_s"] = {str(size): asdict(Spread.of([rate / 1e9 for rate in of])) for size, of in rates.items()}
     results.parts["empty_graph_us"] = gpu.clock.overhead()
-    gpu.clock.clear()
 
 
 def copy_rate(results: Results) -> float | None:
@@ -398,13 +396,23 @@ def attempt(gpu: Gpu, results: Results, name: str, task: Callable[[], Any]) -> N
     results.finish()
 
 
+@contextlib.contextmanager
+def collected_by_hand() -> Iterator[None]:
+    """Garbage is collected between two tasks alone: what is freed in the middle of a capture may spoil it."""
+    gc.freeze()  # modules, which no row leaves behind, are not looked through each time
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def work(args: argparse.Namespace) -> None:
     """Does what an earlier process of this run has not done. DeviceLostError where another one has to go on."""
     results, deadline = Results.open(Path(args.into), COLUMNS), Deadline(args.until)
     with contextlib.suppress(Exception):  # where it fails, torch.compile says so in its place
         importlib.import_module("torch._dynamo")
-    gc.freeze()  # modules, which no row leaves behind, are not looked through after each
-    with opened(args.pretend) as gpu, Progress(deadline, gpu.pretended) as progress:
+    with collected_by_hand(), opened(args.pretend) as gpu, Progress(deadline, gpu.pretended) as progress:
         results.environment = environment(gpu.device.name, SEED, pretended=gpu.pretended, **of_device(gpu))
         if results.running is not None:
             resume(results, args.after)

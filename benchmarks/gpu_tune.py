@@ -191,7 +191,7 @@ def timed(
             results.parts.setdefault("tried", []).append(note | {"time_over": asdict(ratio)})
     graphs.clear()
     _bound.forget()
-    gpu.clock.clear()
+    gpu.clock.free()
     return found
 
 

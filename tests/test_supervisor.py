@@ -1,4 +1,4 @@
-"""What `python -m benchmarks gpu` does when the process that measures crashes, hangs or does not stop, and what the next one does."""
+"""What `python -m benchmarks gpu` does when the process that measures crashes, hangs or does not stop; and the next one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.harness import Results
 @pytest.fixture(autouse=True)
 def nothing_is_collected(monkeypatch):
     """Of a process that has run a whole suite that takes a third of a second, and no device's memory is waited for here."""
-    nothing = types.SimpleNamespace(collect=lambda: None, freeze=lambda: None)
+    nothing = types.SimpleNamespace(**dict.fromkeys(("collect", "freeze", "disable", "enable"), lambda: None))
     for module in (cuda_clock, gpu):
         monkeypatch.setattr(module, "gc", nothing)
 
@@ -112,7 +112,7 @@ def test_a_row_that_fails_is_a_note_and_a_device_that_is_lost_ends_the_process(t
     def lost(self):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    faked_tasks |= {"one": fails, "two": lambda: monkeypatch.setattr(Clock, "clear", lost), "three": fails}
+    faked_tasks |= {"one": fails, "two": lambda: monkeypatch.setattr(Clock, "free", lost), "three": fails}
     assert gpu.run(arguments(tmp_path)) == supervisor.GO_ON
     results = Results.open(tmp_path, gpu.COLUMNS)
     assert (results.done, results.running) == (["one"], "two")
