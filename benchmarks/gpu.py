@@ -123,6 +123,7 @@ def measure_row(gpu: Gpu, row: Row, deadline: Deadline) -> list[dict[str, Any]]:
             found[name] = prepared(gpu, make, keep=name in ("hw3gpu", "eager"))
         except Exception as error:
             notes[name] = why(error)
+        if name not in found:  # outside the handler, whose error holds what was allocated
             gpu.clock.clear()
     gpu.mark("")
     right = {name: "" for name in found}
@@ -177,6 +178,7 @@ def timed(
             passes[name] = how(contestant.step)
         except Exception as error:
             notes[name] = "; ".join(filter(None, (notes.get(name), why(error))))
+        if name not in passes:
             gpu.clock.clear()
     gpu.mark("")
     both = []

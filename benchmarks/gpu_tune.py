@@ -180,6 +180,7 @@ def timed(
             graphs[json.dumps(use)] = gpu.clock.captured(step)
         except Exception as error:  # a plan that does not compile, or does not fit, is none
             results.parts.setdefault("plans_that_failed", []).append(f"{asked.name} {asked.given} {use}: {told(error)}")
+        if json.dumps(use) not in graphs:
             gpu.clock.clear()
     asked.use, first = best, json.dumps(uses[0])
     found: dict[str, Spread] = {}
