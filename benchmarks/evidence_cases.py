@@ -248,7 +248,11 @@ FEW_LOSSES = {"hard", "hard, more", "soft, all"}
 
 
 def cases() -> Iterator[Case]:
-    """Of the rows, each set of options, loss and gradient at once and in two steps; of the channels, plain and fused."""
+    """Of the rows, each set of options, loss and gradient at once and in two steps; of the channels, plain and fused.
+
+    The calls come first: docs/time_model.md has a row for each.
+    """
+    yield from call_cases.cases()
     for dtype in (F32, BF16, F16, F64):
         few = dtype in (F16, F64)
         for shape in ROWS:
@@ -298,4 +302,3 @@ def cases() -> Iterator[Case]:
     for shape in POINTS:
         moves = {"_add_runs_kernel": (bytes_of(shape, F64), 0)}
         yield Case(f"moments {'x'.join(map(str, shape))}", F64, False, _moments_case(shape), moves)
-    yield from call_cases.cases()

@@ -240,12 +240,14 @@ def test_the_page_is_what_the_command_writes(kernels, others):
     assert times.page_with(text, kernels, others) == text
 
 
-def test_every_launch_of_the_sweep_keeps_enough_under_way(kernels):
-    rooms = json.loads(evidence.FILE.read_text()).values()
-    if any(room.get("schema") != evidence.SCHEMA for room in rooms):
+def test_every_launch_of_the_sweep_keeps_enough_under_way():
+    sweep = json.loads(evidence.FILE.read_text())
+    counted = {name: room for name, room in sweep.items() if room.get("schema") == evidence.SCHEMA}
+    if not counted:
         pytest.skip("evidence.json was made before bytes under way were counted: run `make evidence`")
+    kernels = evidence.kernels_of(counted)
     assert in_flight.too_thin(kernels) == []
-    if not any(room["waiting"] for room in rooms):
+    if counted == sweep and not any(room["waiting"] for room in sweep.values()):
         assert in_flight.unneeded(kernels) == []
 
 
