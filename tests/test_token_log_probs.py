@@ -107,12 +107,12 @@ def test_a_nearly_certain_class_keeps_the_digits_of_both(device):
     rest = 2 * math.exp(-30.0)
     x = tensor([[30.0, 0.0, 0.0]], "float32", device, grad=True)
     found = HF.token_log_probs(x, torch.tensor([0], device=device))
-    assert float(found.log_prob.detach()) == pytest.approx(-rest, rel=1e-6)
-    assert float(found.entropy.detach()) == pytest.approx(rest * 31.0, rel=1e-6)
+    assert float(found.log_prob.detach()) == pytest.approx(-rest, rel=1e-6, abs=0.0)
+    assert float(found.entropy.detach()) == pytest.approx(rest * 31.0, rel=1e-6, abs=0.0)
     (dx,) = torch.autograd.grad(found.log_prob, x, retain_graph=True)
-    assert dx[0].tolist() == pytest.approx([rest, -rest / 2, -rest / 2], rel=1e-6)
+    assert dx[0].tolist() == pytest.approx([rest, -rest / 2, -rest / 2], rel=1e-6, abs=0.0)
     (dx,) = torch.autograd.grad(found.entropy, x)
-    assert dx[0].tolist() == pytest.approx([-30.0 * rest, 30.0 * rest / 2, 30.0 * rest / 2], rel=1e-6)
+    assert dx[0].tolist() == pytest.approx([-30.0 * rest, 30.0 * rest / 2, 30.0 * rest / 2], rel=1e-6, abs=0.0)
 
 
 @pytest.mark.parametrize("row", [[math.nan, 1.0, 2.0], [math.inf, 1.0, 2.0], [-math.inf] * 3], ids=str)
