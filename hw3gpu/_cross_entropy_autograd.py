@@ -144,8 +144,8 @@ def run(logits, target, weight, options, numbers=3, at_once=False, dtype=None, c
     dtype: of the loss, for CUDA tensors; None for that of its sums.
     """
     known = call is not None and call.launches is not None
-    if not known and _arrays.backend(logits) == "cpu":
-        return _run_on_host(logits, target, weight, options, numbers, at_once)
+    which = "gpu" if known else _arrays.backend(logits)
+    dtype = None if which == "cpu" else dtype
     N, S = rows_shape(logits)
     acc = accumulate_dtype(logits)
     stats = empty_of(logits, acc, numbers, N, S)
@@ -162,73 +162,42 @@ def run(logits, target, weight, options, numbers=3, at_once=False, dtype=None, c
         dlogits = torch.empty_like(logits) if at_once else None
         call.launches(logits, target, weight, loss, stats, invalid, total, denominator, dlogits)
     else:
-        dlogits, dz = _arrays.output(logits, class_axis(logits), _arrays.viewer("gpu")) if at_once else (None, None)
+        dlogits, dz = _arrays.output(logits, class_axis(logits), _arrays.viewer(which)) if at_once else (None, None)
         operands = (logits, target, weight, loss, stats, invalid, total, denominator, dlogits)
         with _bound.noted(call, operands, *(() if dlogits is None else (dlogits,))):
-            _launch_forward(*operands, dz, options)
+            _launch_forward(which, *operands, dz, options)
     if not target.is_floating_point():
         judge_targets(logits, target, invalid, logits.shape[class_axis(logits)], options.ignore_index)
     return loss.reshape(loss_shape(logits)) if total is None else total, stats, denominator, dlogits
 
 
-def _launch_forward(logits, target, weight, loss, stats, invalid, total, denominator, dlogits, dz, options):
-    see, kernels = _arrays.viewer("gpu"), _arrays.kernels("cross_entropy", "gpu")
-    z, t = rows_of(logits, target, "gpu")
-    weight, loss, stats, invalid = see(weight), see(loss), see(stats), see(invalid)
-    mean = {"mean": options.reduction == "mean", "zero_if_ignored": options.zero_if_ignored}
+def _launch_forward(which, logits, target, weight, loss, stats, invalid, total, denominator, dlogits, dz, options):
+    see, kernels = _arrays.viewer(which), _arrays.kernels("cross_entropy", which)
+    z, t = rows_of(logits, target, which)
+    weight, stats, invalid, total, denominator = (
+        see(weight),
+        see(stats),
+        see(invalid),
+        cell(total, which),
+        cell(denominator, which),
+    )
     row_weights = None
     if total is not None:
         loss, row_weights = loss.unbind()
+    loss = see(loss)
+    mean, zero = options.reduction == "mean", options.zero_if_ignored
+    reduced = {"total": total, "denominator": denominator, "mean": mean, "zero_if_ignored": zero}
     if dz is None:
-        kernels.forward(
-            z, t, weight, loss, stats, invalid, total=total, denominator=denominator, row_weights=row_weights, **mean,
-            **options.of_rows,
-        )  # fmt: skip
+        kernels.forward(z, t, weight, loss, stats, invalid, row_weights=row_weights, **reduced, **options.of_rows)
         return
-    if mean["mean"] and t.ndim == 2:
-        kernels.count(
-            t, weight, denominator, ignore_index=options.ignore_index, zero_if_ignored=options.zero_if_ignored
-        )  # fmt: skip
-    kernels.forward_backward(
-        z, t, weight, loss, dz, invalid, stats=stats, denominator=denominator, total=total, **mean, **options.of_rows
-    )
+    if mean and t.ndim == 2:
+        kernels.count(t, weight, denominator, ignore_index=options.ignore_index, zero_if_ignored=zero)
+    kernels.forward_backward(z, t, weight, loss, dz, invalid, stats=stats, **reduced, **options.of_rows)
 
 
-def _run_on_host(logits, target, weight, options, numbers, at_once):
-    see, kernels = _arrays.viewer("cpu"), _arrays.kernels("cross_entropy", "cpu")
-    z, t = rows_of(logits, target, "cpu")
-    N, _, S = z.shape
-    seen_weight = see(weight)
-    loss = empty_of(logits, accumulate_dtype(logits), N, S)
-    stats = loss.new_empty(numbers, N, S)
-    invalid = _targets.flag(logits, N * S)
-    total, denominator, dlogits = None, None, None
-    if options.reduction != "none":
-        total, denominator = loss.new_empty(()), loss.new_empty(())
-    if at_once:
-        over = None
-        if options.reduction == "mean":
-            kernels.count(t, seen_weight, _cell(denominator), ignore_index=options.ignore_index)
-            over = _cell(never_zero(denominator, options))
-        dlogits, dz = _arrays.output(logits, class_axis(logits), see)
-        kernels.forward_backward(
-            z, t, seen_weight, see(loss), dz, see(invalid), stats=see(stats), denominator=over, **options.of_rows
-        )
-    else:
-        kernels.forward(z, t, seen_weight, see(loss), see(stats), see(invalid), **options.of_rows)
-    if t.ndim == 2:
-        judge_targets(logits, target, invalid, logits.shape[class_axis(logits)], options.ignore_index)
-    if total is None:
-        return loss.reshape(loss_shape(logits)), stats, None, dlogits
-    kernels.reduce(see(loss), t, seen_weight, _cell(total), _cell(denominator), ignore_index=options.ignore_index)
-    if options.reduction == "sum":
-        return total, stats, None, dlogits
-    return total / never_zero(denominator, options), stats, denominator, dlogits
-
-
-def _cell(number):
-    """A tensor of one number as the kernels on the CPU see it: (1,)."""
-    return number.numpy().reshape(1)
+def cell(number, which):
+    """A tensor of one number as the `which` kernels see it: those on the CPU take (1,)."""
+    return number if which != "cpu" or number is None else number.numpy().reshape(1)
 
 
 def rows_shape(logits):
@@ -260,7 +229,7 @@ def run_backward(upstream, logits, target, weight, numbers, denominator, options
     else:
         dlogits, dz = _arrays.output(logits, class_axis(logits), see)
     upstream = see(_upstream_of_rows(upstream, numbers, options))
-    over = denominator if denominator is None or which == "gpu" else _cell(denominator)
+    over = cell(denominator, which)
     with _bound.noted(call, (*operands, dlogits), *(() if unless_one else (dlogits,))):
         kernels.backward(z, t, see(weight), see(numbers), upstream, over, dz, unless_one=unless_one, **options.of_rows)
     return dlogits

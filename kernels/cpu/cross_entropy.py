@@ -268,9 +268,14 @@ def _classes(target: np.ndarray) -> np.ndarray:
 
 def forward(
     z, target, weight, loss, stats, invalid, *,
+    total=None, denominator=None, row_weights=None, mean: bool = False, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """Loss per row and stats, (3, N, S) or (5, N, S): m, sum exp(z - m) - 1, W; z_target - m and entropy."""
+    """Loss per row and stats, (3, N, S) or (5, N, S): m, sum exp(z - m) - 1, W; z_target - m and entropy.
+
+    Where `total` is given, also sum loss, or its mean and as `denominator` what it is divided by (`reduce`). row_weights:
+    memory that kernels on a GPU need.
+    """
     _check(z, target, weight, loss)
     assert stats.shape[0] in (3, 5), stats.shape
     assert stats.shape[1:] == loss.shape, (stats.shape, loss.shape)
@@ -282,12 +287,29 @@ def forward(
         rows_of = (z, target, weight, loss, stats, False, None, invalid, None, None, False)
         _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap)
     elif soft:
-        weight, _ = _weights(weight, z, False)
-        run(_soft_forward, rows, z.nbytes + target.nbytes, z, target, weight, loss, stats, smoothing)
+        of_classes, _ = _weights(weight, z, False)
+        run(_soft_forward, rows, z.nbytes + target.nbytes, z, target, of_classes, loss, stats, smoothing)
     else:
-        weight, weight_sum = _weights(weight, z, smoothing != 0.0)
-        args = (z, _classes(target), weight, loss, stats, invalid, int(ignore_index), smoothing, weight_sum)
+        of_classes, weight_sum = _weights(weight, z, smoothing != 0.0)
+        args = (z, _classes(target), of_classes, loss, stats, invalid, int(ignore_index), smoothing, weight_sum)
         run(_hard_forward, rows, z.nbytes, *args)
+    if total is not None:
+        found = np.empty(1, loss.dtype) if denominator is None else denominator
+        _reduce_rows(loss, target, weight, total, found, mean, zero_if_ignored, ignore_index)
+
+
+def _reduce_rows(loss, target, weight, total, denominator, mean, zero_if_ignored, ignore_index):
+    reduce(loss, target, weight, total, denominator, ignore_index=ignore_index)
+    _never_zero(denominator, zero_if_ignored)
+    if mean:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            np.divide(total, denominator, out=total)
+
+
+def _never_zero(denominator, zero_if_ignored):
+    """A mean over nothing is 0/0, or 0 where that is asked for: over an infinite number."""
+    if zero_if_ignored and denominator[0] == 0:
+        denominator[0] = math.inf
 
 
 def backward(
@@ -322,11 +344,20 @@ def backward(
 
 def forward_backward(
     z, target, weight, loss, dz, invalid, *, stats=None, denominator=None,
+    total=None, mean: bool = False, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """Loss per row, stats where given, and the gradient for an upstream gradient of 1, over `denominator` where given."""
+    """Loss per row, stats where given, and the gradient for an upstream gradient of 1, over `denominator` where given.
+
+    Where `total` is given, also sum loss, or its mean: for hard targets over `denominator`, which `count` has found; for soft
+    ones over their number, which is written there.
+    """
+    if total is not None and mean and target.ndim == 3:
+        count(target, weight, denominator, ignore_index=ignore_index, zero_if_ignored=zero_if_ignored)
     g = 1.0 if denominator is None else _quotient(1.0, denominator[0])
     _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap)
+    if total is not None:
+        _reduce_rows(loss, target, weight, total, np.empty(1, loss.dtype), mean, zero_if_ignored, ignore_index)
 
 
 def _quotient(upstream, denominator):
@@ -378,10 +409,11 @@ def _rows_with_options(
         run(hard_rows, loss.size, cost, *of_classes, int(ignore_index), *numbers)
 
 
-def count(target, weight, denominator, *, ignore_index: int) -> None:
+def count(target, weight, denominator, *, ignore_index: int, zero_if_ignored: bool = False) -> None:
     """denominator = sum w_target over the rows that count (hard targets), the number of rows (soft)."""
     rows = target.shape[0] * target.shape[-1]
     _count(rows, *_counted(target, weight, denominator.dtype), int(ignore_index), denominator)
+    _never_zero(denominator, zero_if_ignored)
 
 
 def reduce(loss, target, weight, total, denominator, *, ignore_index: int) -> None:

@@ -26,11 +26,17 @@ def stream() -> int:
     return active.get_current_stream(active.get_current_device())
 
 
-def run(compiled: Any, programs: int, stream: int, args: list[Any]) -> None:
-    """Launches a compiled kernel as `JITFunction.run` does once it has found it, constants among the arguments."""
+def hooked() -> bool:
+    """Whether somebody, a profiler, wants to be told of launches."""
     enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-        metadata = compiled.launch_metadata((programs,), stream, *args)
-    else:
-        enter = leave = metadata = None
-    compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *args)
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def run(compiled: Any, programs: int, stream: int, args: list[Any]) -> None:
+    """Launches a compiled kernel as `JITFunction.run` does once it has found it, constants among the arguments.
+
+    Where nobody is `hooked`, None may stand for metadata and hooks.
+    """
+    metadata = compiled.launch_metadata((programs,), stream, *args)
+    hooks = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
+    compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *args)

@@ -89,19 +89,22 @@ class _Launch(NamedTuple):
 class Bound:
     """The launches of a call, for other memory."""
 
-    __slots__ = ("_launches", "_scratch")
+    __slots__ = ("_direct", "_launches", "_scratch")
 
-    def __init__(self, launches: tuple[_Launch, ...], scratch: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]):
+    def __init__(self, launches: tuple[_Launch, ...], scratch: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...], n: int):
+        """n: how many operands there are."""
         self._launches, self._scratch = launches, scratch
+        self._direct = _as_code(launches, scratch, n)
 
     def __call__(self, *operands: torch.Tensor | None, numbers: tuple[float, ...] = ()) -> None:
         """operands: as were recorded, the first on the current device; numbers: those of the launchers' `numbers`."""
-        values: list[Any] = [None if x is None else x.data_ptr() for x in operands]
-        if self._scratch:
-            x = operands[0]
-            assert x is not None
-            held = [_counter(x.device) if of is None else x.new_empty(of[0], dtype=of[1]) for of in self._scratch]
-            values += [x.data_ptr() for x in held]
+        if not _triton.hooked():
+            self._direct(operands, numbers)
+            return
+        x = operands[0]
+        assert x is not None
+        held = [_counter(x.device) if of is None else x.new_empty(of[0], dtype=of[1]) for of in self._scratch]
+        values: list[Any] = [None if t is None else t.data_ptr() for t in (*operands, *held)]
         for number in numbers:
             values += float_and_bits(number)
         stream = _triton.stream()
@@ -112,10 +115,37 @@ class Bound:
             _triton.run(compiled, programs, stream, given)
 
 
+def _as_code(launches: tuple[_Launch, ...], scratch: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...], n: int) -> Any:
+    """f(operands, numbers): the launches written out, which takes half the time of a loop over their arguments."""
+    names: dict[str, Any] = {"counter": _counter, "bits": float_and_bits, "stream": _triton.stream}
+    used = {which for launched in launches for _, which, _ in launched.places}
+    lines = [f"{', '.join(f'x{i}' for i in range(n))}, = operands"]
+    for i, of in enumerate(scratch, n):
+        if of is None:
+            lines.append(f"x{i} = counter(x0.device)")
+        else:
+            names[f"dtype{i}"] = of[1]
+            lines.append(f"x{i} = x0.new_empty({of[0]}, dtype=dtype{i})")
+    total = n + len(scratch)
+    lines += [f"v{i} = x{i}.data_ptr()" for i in sorted(used) if i < total]
+    lines += [f"v{i}, v{i + 1} = bits(numbers[{(i - total) // 2}])" for i in range(total, max(used) + 1, 2)]
+    lines.append("now = stream()")
+    for k, (compiled, programs, args, places) in enumerate(launches):
+        names |= {f"run{k}": compiled.run, f"function{k}": compiled.function, f"packed{k}": compiled.packed_metadata}
+        names |= {f"c{k}_{i}": arg for i, arg in enumerate(args)}
+        given = [repr(arg) if type(arg) in (int, bool, type(None)) else f"c{k}_{i}" for i, arg in enumerate(args)]
+        for i, which, offset in places:
+            given[i] = f"v{which} + {offset}" if offset else f"v{which}"
+        lines.append(f"run{k}({programs}, 1, 1, now, function{k}, packed{k}, None, None, None, {', '.join(given)})")
+    exec("def direct(operands, numbers):\n    " + "\n    ".join(lines), names)
+    return names["direct"]
+
+
 class Recording:
     """Notes the launches made inside, on these tensors (or None) and on scratch."""
 
     def __init__(self, operands: tuple[torch.Tensor | None, ...]):
+        self._given = len(operands)
         self._memory = [None if x is None else _span(x) for x in operands]
         self._scratch: list[tuple[tuple[int, ...], torch.dtype] | None] = []  # None: a counter
         self._launches: list[tuple[Any, int, tuple[Any, ...]]] = []
@@ -154,7 +184,7 @@ class Recording:
             for i, *_ in places:
                 args[i] = None
             found.append(_Launch(compiled, programs, args, tuple(places)))
-        return Bound(tuple(found), tuple(self._scratch)) if found else None
+        return Bound(tuple(found), tuple(self._scratch), self._given) if found else None
 
     def _place(self, x: torch.Tensor) -> tuple[int, int] | None:
         storage, start, _ = _span(x)
