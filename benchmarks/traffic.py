@@ -26,6 +26,7 @@ COLUMNS = (
     "hw3gpu, loss and gradient at once",
     "hw3gpu, forward, backward, any upstream",
     "hw3gpu, soft targets, at once",
+    "hw3gpu, log-probability, entropy and lse, forward, backward",
     "Liger, upstream 1",
     "Liger, upstream not 1",
 )
@@ -58,6 +59,20 @@ def _in_two_steps(V: int, dtype: torch.dtype) -> float:
         cross_entropy.forward(z, target, None, loss, stats, invalid, **HARD)
         cross_entropy.backward(z, target, None, stats, upstream, None, dz, **HARD)
     return _verified(book, z, target, loss, dz, upstream)
+
+
+def _token_log_probs(V: int, dtype: torch.dtype) -> float:
+    """-log p is the loss here, and its gradient that of log p for the upstream gradient of the other sign."""
+    from hw3gpu.kernels.gpu import token_log_probs
+
+    z = _logits(V, dtype)[:, :, None]
+    target, upstream, zeros = torch.arange(ROWS)[:, None], torch.randn(ROWS, 1), torch.zeros(ROWS, 1)
+    log_prob, entropy, lse, sums, dz = *(torch.empty(ROWS, 1) for _ in range(3)), torch.empty(4, ROWS, 1), torch.empty_like(z)
+    options: dict[str, Any] = {"ignore_index": -100, "temperature": 1.0}
+    with ledger(z=z, dz=dz) as book:
+        token_log_probs.forward(z, target, log_prob, entropy, lse, sums, torch.full((1,), ROWS), **options)
+        token_log_probs.backward(z, target, sums, -upstream, zeros, zeros, dz, **options)
+    return _verified(book, z, target, -log_prob, dz, upstream)
 
 
 def _liger(V: int, dtype: torch.dtype, upstream: float) -> float:
@@ -95,6 +110,7 @@ def measure() -> dict[str, dict[str, float]]:
                 partial(_at_once, V, dtype, soft=False),
                 partial(_in_two_steps, V, dtype),
                 partial(_at_once, V, dtype, soft=True),
+                partial(_token_log_probs, V, dtype),
                 partial(_liger, V, dtype, 1.0),
                 partial(_liger, V, dtype, 2.0),
             )

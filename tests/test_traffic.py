@@ -289,6 +289,10 @@ def test_liger_stands_in_the_same_table():
     assert traffic._at_once(1000, torch.float32, soft=False) == pytest.approx(2.0, abs=0.02)
 
 
+def test_log_probabilities_stand_in_the_same_table():
+    assert traffic._token_log_probs(1000, torch.float32) == pytest.approx(3.0, abs=0.02)
+
+
 def test_the_ledger_counts_what_is_read_twice():
     z = logits(65536, torch.float32)
     with ledger(z=z) as book:
