@@ -306,7 +306,8 @@ def cross_entropy(
         options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero")
         loss, stats = _cross_entropy.with_differentiable_statistics(input, target, weight, options)
         return as_dtype(loss, _loss_dtype(input, target)), stats
-    chosen = reduction in _REDUCTIONS and gradient in _GRADIENTS and all_ignored in _ALL_IGNORED
+    chosen = type(reduction) is type(gradient) is type(all_ignored) is str  # to look for an array among strings raises
+    chosen = chosen and reduction in _REDUCTIONS and gradient in _GRADIENTS and all_ignored in _ALL_IGNORED
     if chosen and isinstance(input, Tensor) and isinstance(target, Tensor):
         dtype = _loss_dtype(input, target)
         options = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero")
