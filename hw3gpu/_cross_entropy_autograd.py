@@ -138,6 +138,9 @@ def call_of(logits, target, weight, options, gradient, numbers, dtype):
     return _bound.of(("cross entropy", options, at_once, numbers, dtype), logits, target, weight)
 
 
+IN_ONE_LAUNCH = 8192  # rows that are added up where their losses are made (`row_plan.plan_reduce`)
+
+
 def run(logits, target, weight, options, numbers=3, at_once=False, dtype=None, call=None):
     """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradient if `at_once`.
 
@@ -145,8 +148,9 @@ def run(logits, target, weight, options, numbers=3, at_once=False, dtype=None, c
     """
     known = call is not None and call.launches is not None
     which = "gpu" if known else _arrays.backend(logits)
-    dtype = None if which == "cpu" else dtype
     N, S = rows_shape(logits)
+    if which == "cpu" or (N * S > IN_ONE_LAUNCH and options.reduction != "none"):
+        dtype = None  # the caller casts it
     acc = accumulate_dtype(logits)
     stats = empty_of(logits, acc, numbers, N, S)
     invalid = _targets.flag(logits, N * S)
@@ -154,7 +158,7 @@ def run(logits, target, weight, options, numbers=3, at_once=False, dtype=None, c
     if options.reduction == "none":
         loss = empty_of(stats, dtype or acc, N, S)
     else:
-        loss = stats.new_empty(2, N, S)  # and the rows' weights
+        loss = stats.new_empty(2, -(-N * S // 4) * 4)  # and the rows' weights, on 16 bytes too
         total = empty_of(stats, dtype or acc)
         if options.reduction == "mean":
             denominator = stats.new_empty(())
@@ -184,6 +188,7 @@ def _launch_forward(which, logits, target, weight, loss, stats, invalid, total, 
     row_weights = None
     if total is not None:
         loss, row_weights = loss.unbind()
+        loss = loss[: stats.shape[1] * stats.shape[2]].view(stats.shape[1:])
     loss = see(loss)
     mean, zero = options.reduction == "mean", options.zero_if_ignored
     reduced = {"total": total, "denominator": denominator, "mean": mean, "zero_if_ignored": zero}

@@ -7,7 +7,9 @@ import torch
 
 import hw3gpu.functional as HF
 from benchmarks.inside_triton import StandIn, opcodes
+from hw3gpu._cross_entropy_autograd import IN_ONE_LAUNCH
 from hw3gpu.kernels.gpu import cross_entropy, launch
+from hw3gpu.kernels.gpu.row_plan import plan_reduce
 
 CLASSES = 5
 
@@ -58,6 +60,10 @@ def test_a_mean_of_nothing(gradient):
         for rows in (40, 0):
             found = HF.cross_entropy(z[:rows], target[:rows], weight, gradient=gradient, all_ignored=all_ignored)
             torch.testing.assert_close(found, torch.tensor(loss), equal_nan=True)
+
+
+def test_how_many_rows_are_added_up_in_one_launch():
+    assert plan_reduce(IN_ONE_LAUNCH).programs == 1 < plan_reduce(IN_ONE_LAUNCH + 1).programs
 
 
 def test_the_last_program_sees_what_the_others_have_stored():
