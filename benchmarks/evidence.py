@@ -1,19 +1,17 @@
 """Evidence step 3: every plan compiled ahead of time, for parts that need not be there, and what the machine code says.
 
-`make evidence` compiles all of `evidence_cases` whose sources or compiler have changed since, writes evidence.json and the
-tables of kernels/README.md and docs/time_model.md. It may be interrupted and goes on with the cases that wait. `make test`
-holds these files to the sources and compiles a few of the heaviest cases again, `make test-all` all of these.
+`make evidence` compiles all of `evidence_cases` whose kernels, launches or compiler have changed since, writes evidence.json
+and the tables of kernels/README.md and docs/time_model.md. It may be interrupted, and goes on where it was. `make test` holds
+these files to the kernels and compiles a few of the heaviest cases again, `make test-all` all of these.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import math
 import os
-import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,10 +20,10 @@ from typing import Any
 import torch
 import triton
 
-from hw3gpu.kernels.gpu import batch_norm
-
 from . import in_flight
-from .evidence_cases import Case, cases
+from .evidence_case import ROOMS, Case
+from .evidence_cases import cases
+from .evidence_keys import key
 from .inside_triton import Launch, MachineCode, StandIn, machine_code, part
 from .occupancy import programs, waves
 from .sass import barriers_a_tile, instructions_an_access
@@ -106,36 +104,16 @@ def examined(case: Case, arch: int | str) -> tuple[dict[str, dict[str, Any]], li
     return found, complaints
 
 
-NOT_COMPILED = {"launch", "_triton"}  # how kernels are launched, not what they are
+@functools.cache
+def keys_of(room: str) -> dict[str, str]:
+    """What decides the evidence of each case of a room (`evidence_keys.py`), by label."""
+    return {case.label: key(case, ARCHITECTURES, SCHEMA) for case in cases() if case.room == room}
 
 
-def source_hash(room: str) -> str:
-    """The hash of the sources of a room of kernels and of what they import: evidence of other sources is stale."""
-    folder = Path(batch_norm.__file__).parent
-    pending, seen = [room], set[str]()
-    while pending:
-        name = pending.pop()
-        if name not in seen | NOT_COMPILED:
-            seen.add(name)
-            for found in re.finditer(r"^from \.(\w*) import (\w+)", (folder / f"{name}.py").read_text(), re.MULTILINE):
-                pending.append(found[1] or found[2])
-    digest = hashlib.sha256()
-    for name in sorted(seen):
-        digest.update(name.encode() + (folder / f"{name}.py").read_bytes())
-    return digest.hexdigest()
-
-
-def stale(room: str, labels: list[str], evidence: dict[str, Any]) -> bool:
-    """True if the evidence is not of these sources and these cases, whatever compiler it is of; some may be `waiting`."""
-    of = evidence.get(room, {})
-    return of.get("schema") != SCHEMA or of.get("sources") != source_hash(room) or {*of["kernels"], *of["waiting"]} != {*labels}
-
-
-def labels_of_rooms() -> dict[str, list[str]]:
-    rooms: dict[str, list[str]] = {}
-    for case in cases():
-        rooms.setdefault(case.room, []).append(case.label)
-    return rooms
+def waiting(room: str, evidence: dict[str, Any]) -> list[str]:
+    """Labels of the cases whose evidence is missing, or is of other kernels or launches, whatever compiler it is of."""
+    kept = evidence.get(room, {}).get("keys", {})
+    return [label for label, of in keys_of(room).items() if kept.get(label) != of]
 
 
 def kernels_of(evidence: dict[str, Any]) -> Findings:
@@ -147,9 +125,14 @@ def as_text(evidence: dict[str, Any]) -> str:
     """JSON with a case a line: what changed is seen in a diff."""
     rooms = []
     for room, of in evidence.items():
-        head = json.dumps({key: value for key, value in of.items() if key != "kernels"})[:-1]
-        lines = ",\n".join(f"{json.dumps(label)}: {json.dumps(found)}" for label, found in of["kernels"].items())
-        rooms.append(f'{json.dumps(room)}: {head}, "kernels": {{\n{lines}\n}}}}')
+        head = json.dumps({name: value for name, value in of.items() if name not in ("keys", "kernels")})[:-1]
+        parts = (
+            f'"{name}": {{\n'
+            + ",\n".join(f"{json.dumps(label)}: {json.dumps(found)}" for label, found in of[name].items())
+            + "\n}"
+            for name in ("keys", "kernels")
+        )
+        rooms.append(f"{json.dumps(room)}: {head}, {', '.join(parts)}}}")
     return "{\n" + ",\n".join(rooms) + "\n}\n"
 
 
@@ -164,11 +147,23 @@ def _examine(label: str) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
     return case.label, found, complaints
 
 
-def add(of: dict[str, Any], label: str, found: dict[str, dict[str, Any]], complaints: list[str]) -> None:
+def add(of: dict[str, Any], its_key: str, label: str, found: dict[str, dict[str, Any]], complaints: list[str]) -> None:
     """Puts what `_examine` gave of a case into the evidence of a room."""
-    of["kernels"][label] = found
-    of["waiting"] = [other for other in of["waiting"] if other != label]
+    of["keys"][label], of["kernels"][label] = its_key, found
     of["complaints"] += complaints
+
+
+def begin(room: str, evidence: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Evidence without what is stale, and the labels of the cases to be compiled: all of them for another compiler."""
+    of = evidence.get(room, {})
+    if of.get("triton") != triton.__version__:
+        of = {"triton": triton.__version__, "complaints": [], "keys": {}, "kernels": {}}
+    stale = waiting(room, {room: of})
+    current = keys_of(room).keys() - {*stale}
+    for name in ("keys", "kernels"):
+        of[name] = {label: found for label, found in of[name].items() if label in current}
+    of["complaints"] = [complaint for complaint in of["complaints"] if complaint.partition(", _")[0] in current]
+    return of, stale
 
 
 # ---------------------------------------------------------------------------------------------- the table of kernels/README.md
@@ -233,22 +228,18 @@ def run(args: argparse.Namespace) -> int:
 
     console, file = Console(), Path(args.json or FILE)
     evidence: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    rooms = labels_of_rooms()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for room, labels in rooms.items():
-            if stale(room, labels, evidence) or evidence[room]["triton"] != triton.__version__:
-                head = {"schema": SCHEMA, "sources": source_hash(room), "triton": triton.__version__}
-                evidence[room] = {**head, "complaints": [], "waiting": labels, "kernels": {}}
-            waiting = list(evidence[room]["waiting"])
-            for result in track(pool.map(_examine, waiting), description=room, total=len(waiting), console=console):
-                add(evidence[room], *result)
-                file.write_text(as_text({name: evidence[name] for name in rooms if name in evidence}))
+        for room in ROOMS:
+            evidence[room], stale = begin(room, evidence)
+            for result in track(pool.map(_examine, stale), description=room, total=len(stale), console=console):
+                add(evidence[room], keys_of(room)[result[0]], *result)
+                file.write_text(as_text({name: evidence[name] for name in ROOMS if name in evidence}))
     if not args.json:
         from . import published, times
 
         README.write_text(readme_with(README.read_text(), kernels_of(evidence)))
         times.PAGE.write_text(times.page_with(times.PAGE.read_text(), kernels_of(evidence), published.others()))
-    wrong = [complaint for room in rooms for complaint in evidence[room]["complaints"]]
+    wrong = [complaint for room in ROOMS for complaint in evidence[room]["complaints"]]
     wrong += in_flight.too_thin(kernels_of(evidence)) + in_flight.unneeded(kernels_of(evidence))
-    console.print(*wrong, f"{sum(map(len, rooms.values()))} cases on {len(ARCHITECTURES)} architectures: {file.name}", sep="\n")
+    console.print(*wrong, f"{len(kernels_of(evidence))} cases on {len(ARCHITECTURES)} architectures: {file.name}", sep="\n")
     return 1 if wrong else 0

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import triton
 
-from benchmarks import evidence, evidence_case, evidence_cases
+from benchmarks import evidence, evidence_case, evidence_cases, evidence_keys
 from benchmarks.inside_triton import copies_ahead, machine_code
 
 HEAVY = {case.label: case for case in evidence_cases.cases() if case.heavy}
@@ -94,31 +94,46 @@ def sweep():
 
 
 @pytest.mark.parametrize("room", evidence_case.ROOMS)
-def test_the_sweep_is_of_these_sources(sweep, room):
-    labels = evidence.labels_of_rooms()[room]
-    assert not evidence.stale(room, labels, sweep), "evidence.json is of other sources: run `make evidence`"
+def test_the_sweep_is_of_these_kernels_and_launches(sweep, room):
+    """By hashes, 5 s for all rooms: `evidence_keys.py`."""
+    kept, keys = sweep[room]["keys"], evidence.keys_of(room)
+    assert kept.keys() == sweep[room]["kernels"].keys()
+    assert {label for label, of in kept.items() if keys.get(label) != of} == set(), "run `make evidence`"
 
 
 @pytest.mark.parametrize("room", evidence_case.ROOMS)
 def test_no_case_waits(sweep, room):
-    waiting = sweep[room]["waiting"]
+    waiting = evidence.waiting(room, sweep)
     if waiting:
-        pytest.skip(f"{len(waiting)} of {len(evidence.labels_of_rooms()[room])} cases wait for `make evidence`")
+        pytest.skip(f"{len(waiting)} of {len(evidence.keys_of(room))} cases wait for `make evidence`")
 
 
-def test_a_change_of_any_source_is_noticed(monkeypatch, tmp_path):
-    """`_tile` is imported by all but moments, `plan` by each of them."""
-    rooms = evidence_case.ROOMS
-    for path in Path(evidence.batch_norm.__file__).parent.glob("*.py"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(evidence.batch_norm, "__file__", str(tmp_path / "batch_norm.py"))
-    before = {room: evidence.source_hash(room) for room in rooms}
-    for changed, of in (("_tile", {*rooms} - {"moments"}), ("plan", {*rooms}), ("_mask", {"batch_norm"})):
-        source = tmp_path / f"{changed}.py"
-        text = source.read_text()
-        source.write_text(text + "\n")
-        assert {room for room in rooms if evidence.source_hash(room) != before[room]} == of
-        source.write_text(text)
+@triton.jit
+def _another_base(m):
+    return m
+
+
+def test_what_a_key_tells_apart(monkeypatch):
+    """Another plan, another grid, a helper of other text, other bytes: and nothing else does."""
+    from hw3gpu.kernels.gpu import softmax
+
+    def key_of(rows=64, **moves):
+        run = evidence_cases._softmax_case((rows, 1000, 1), torch.float32)
+        evidence_keys.text_hash.cache_clear()
+        return evidence_keys.key(evidence_case.Case("softmax", torch.float32, False, run, moves), (80, 90), evidence.SCHEMA)
+
+    plan_rows, keys = (
+        softmax.plan_rows,
+        {"as it is": key_of(), "rows": key_of(rows=65), "bytes": key_of(_forward_kernel=(1, 1))},
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(softmax, "plan_rows", lambda *a, **k: dataclasses.replace(plan_rows(*a, **k), num_warps=1))
+        keys["warps"] = key_of()
+    with monkeypatch.context() as patch:
+        patch.setattr(softmax, "finite_base", _another_base)
+        keys["a helper"] = key_of()
+    assert len({*keys.values()}) == len(keys)
+    assert key_of() == keys["as it is"]
 
 
 def test_the_sweep_found_nothing_wrong(sweep):

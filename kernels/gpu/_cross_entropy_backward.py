@@ -113,10 +113,12 @@ def _backward_tile(
     lane = tl.arange(0, BLOCK_V)[None, :]
     hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
     z = logits(z_ptr, z_start, head, offset, lane, hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
-    q = dense(
-        target_ptr, t_start, weight_ptr, head, offset, lane, hi, stride_tv, V, epsilon,
-        SOFT, DENSE, MODE, TARGET_MODE, GROUP, ACC,
-    )  # fmt: skip
+    q = None
+    if DENSE:
+        q = dense(
+            target_ptr, t_start, weight_ptr, head, offset, lane, hi, stride_tv, V, epsilon,
+            SOFT, MODE, TARGET_MODE, GROUP, ACC,
+        )  # fmt: skip
     if DENSE:
         q *= g
     dz = gradient(z, m, scale, pull, q, lane, head + offset, t, at_target, cap, CAPPED)
@@ -125,7 +127,9 @@ def _backward_tile(
     if ENDS:
         c, inside = _tile.ends(head, V, known & first, GROUP)
         z = logits_at(z_ptr, z_start + c, inside, cap, CAPPED, ACC)
-        q = dense_at(target_ptr, t_start, weight_ptr, c, inside, stride_tv, V, epsilon, SOFT, DENSE, ACC)
+        q = None
+        if DENSE:
+            q = dense_at(target_ptr, t_start, weight_ptr, c, inside, stride_tv, V, epsilon, SOFT, ACC)
         if DENSE:
             q *= g
         dz = gradient(z, m, scale, pull, q, c, 0, t, at_target, cap, CAPPED)

@@ -117,26 +117,32 @@ def _forward_tile(
             offset = KEEP + i * BLOCK_V
             t_hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
             z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
-            q_tail = dense(
-                target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
-                SOFT, DENSE, MODE, TARGET_MODE, GROUP, ACC,
-            )  # fmt: skip
+            q_tail = None
+            if DENSE:
+                q_tail = dense(
+                    target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
+                    SOFT, MODE, TARGET_MODE, GROUP, ACC,
+                )  # fmt: skip
             lanes = take_lanes(lanes, z_tail, q_tail, MORE, LOADED)
         sums = merge(lanes, DENSE, MORE)
     if KEEP:
         lane = tl.arange(0, KEEP)[None, :]
         hi = _tile.reach(head, 0, V, known, KEEP, MODE, GROUP)
         z = logits(z_ptr, z_start, head, 0, lane, hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
-        q = dense(
-            target_ptr, t_start, weight_ptr, head, 0, lane, hi, stride_tv, V, epsilon,
-            SOFT, DENSE, MODE, TARGET_MODE, GROUP, ACC,
-        )  # fmt: skip
+        q = None
+        if DENSE:
+            q = dense(
+                target_ptr, t_start, weight_ptr, head, 0, lane, hi, stride_tv, V, epsilon,
+                SOFT, MODE, TARGET_MODE, GROUP, ACC,
+            )  # fmt: skip
     if ENDS:
         c_ends, in_ends = _tile.ends(_tile.lone(head), V, _tile.lone(known), GROUP)
         z_ends = logits_at(z_ptr, _tile.lone(z_start) + c_ends, in_ends, cap, CAPPED, ACC)
-        q_ends = dense_at(
-            target_ptr, _tile.lone(t_start), weight_ptr, c_ends, in_ends, stride_tv, V, epsilon, SOFT, DENSE, ACC
-        )  # fmt: skip
+        q_ends = None
+        if DENSE:
+            q_ends = dense_at(
+                target_ptr, _tile.lone(t_start), weight_ptr, c_ends, in_ends, stride_tv, V, epsilon, SOFT, ACC
+            )  # fmt: skip
     if KEEP or ENDS:
         sums = take(sums, z, q, z_ends, q_ends, MORE, LOADED)
     m, excess, in_dense, inner, spread = sums
@@ -198,13 +204,16 @@ def _forward_tile(
                 offset = KEEP + (steps - 1 - i) * BLOCK_V
                 t_hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
                 z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
-                q_tail = dense(
-                    target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
-                    SOFT, DENSE, MODE, TARGET_MODE, GROUP, ACC,
-                )  # fmt: skip
+                q_tail = None
+                if DENSE:
+                    q_tail = dense(
+                        target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
+                        SOFT, MODE, TARGET_MODE, GROUP, ACC,
+                    )  # fmt: skip
                 if DENSE:
                     q_tail *= g
                 dz_tail = gradient(z_tail, m, scale, pull, q_tail, tail, head + offset, t, at_target, cap, CAPPED)
                 t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
                 _tile.store(dz_ptr, d_start, head, offset, tail, t_hi, dz_tail, stride_dv, DZ_MODE, GROUP)
-    return late
+    if late is not None:
+        return late

@@ -89,32 +89,24 @@ def _dense(y, weight_ptr, first, lane, inside, V, epsilon, ACC: tl.constexpr):
 @triton.jit
 def dense(
     target_ptr, start, weight_ptr, head, offset, lane, hi, stride, V, epsilon,
-    SOFT: tl.constexpr, DENSE: tl.constexpr, MODE: tl.constexpr, TARGET_MODE: tl.constexpr, GROUP: tl.constexpr,
-    ACC: tl.constexpr,
+    SOFT: tl.constexpr, MODE: tl.constexpr, TARGET_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """q of a tile of a row's body, whose logits are accessed by MODE; None where nothing is dense."""
-    q = None
-    if DENSE:
-        y = None
-        if SOFT:
-            y = _tile.load(target_ptr, start, head, offset, lane, hi, stride, 0.0, TARGET_MODE, GROUP, ACC)
-        q = _dense(y, weight_ptr, head + offset, lane, _tile.inside(lane, hi, MODE, GROUP), V, epsilon, ACC)
-    return q
+    """q of a tile of a row's body, whose logits are accessed by MODE, where every class has one."""
+    y = None
+    if SOFT:
+        y = _tile.load(target_ptr, start, head, offset, lane, hi, stride, 0.0, TARGET_MODE, GROUP, ACC)
+    return _dense(y, weight_ptr, head + offset, lane, _tile.inside(lane, hi, MODE, GROUP), V, epsilon, ACC)
 
 
 @triton.jit
 def dense_at(
-    target_ptr, start, weight_ptr, c, inside, stride, V, epsilon,
-    SOFT: tl.constexpr, DENSE: tl.constexpr, ACC: tl.constexpr,
+    target_ptr, start, weight_ptr, c, inside, stride, V, epsilon, SOFT: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """q of the classes c."""
-    q = None
-    if DENSE:
-        y = None
-        if SOFT:
-            y = tl.load(target_ptr + (start + c * stride), mask=inside, other=0.0).to(ACC)
-        q = _dense(y, weight_ptr, 0, c, inside, V, epsilon, ACC)
-    return q
+    """q of the classes c, where every class has one."""
+    y = None
+    if SOFT:
+        y = tl.load(target_ptr + (start + c * stride), mask=inside, other=0.0).to(ACC)
+    return _dense(y, weight_ptr, 0, c, inside, V, epsilon, ACC)
 
 
 @triton.jit
@@ -181,23 +173,28 @@ def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr, LOADED: tl.constexpr)
         d_ends = z_ends - _tile.lone(base)
         e_ends = tl.exp(d_ends)
     if q is not None or q_ends is not None:
-        inner = _tile.plus_sum(inner + dense * moved, _times(q, d), _times(q_ends, d_ends))
+        inner = _plus_products(inner + dense * moved, q, d, q_ends, d_ends)
         if not LOADED and q is not None:  # tied to d, lest q be laid out whole in every thread; a row with a NaN is NaN anyway
             q = tl.where(d == d, q, 0.0)
         dense = _tile.plus_sum(dense, q, q_ends)
     if SPREAD:
         shrunk = tl.where(top > m, tl.exp(m - base), 1.0)
         spread = shrunk * (spread + (1.0 + excess) * moved)
-        spread = _tile.plus_sum(spread, _times(e, d), _times(e_ends, d_ends))
+        spread = _plus_products(spread, e, d, e_ends, d_ends)
     return top, excess_with(m, excess, top, e, e_ends), dense, inner, spread
 
 
 @triton.jit
-def _times(q, d):
-    """q d with 0·∞ = 0, or None."""
+def _plus_products(start, q, d, q_ends, d_ends):
+    """`start` plus Σ q d of a tile's rows and of their ends, 0·∞ = 0; q or q_ends may be None.
+
+    No function of the kernels gives back None: Triton 3.6 refuses that.
+    """
     if q is not None:
-        q = times(q, d)
-    return q
+        start = _tile.plus_sum(start, times(q, d), None)
+    if q_ends is not None:
+        start = _tile.plus_sum(start, None, times(q_ends, d_ends))
+    return start
 
 
 @triton.jit

@@ -34,15 +34,13 @@ def _sum_and_excess(zero, e, e_ends):
     excess = total - 1.0
     near_one = (total >= 1.0) & (total < 2.0)
     if tl.max(tl.ravel(near_one.to(tl.int32)), axis=0) > 0:
-        excess = tl.where(near_one, _tile.plus_sum(zero, _but_ones(e), _but_ones(e_ends)), excess)
+        rest = zero
+        if e is not None:
+            rest = _tile.plus_sum(rest, tl.where(e == 1.0, 0.0, e), None)
+        if e_ends is not None:
+            rest = _tile.plus_sum(rest, None, tl.where(e_ends == 1.0, 0.0, e_ends))
+        excess = tl.where(near_one, rest, excess)
     return total, excess
-
-
-@triton.jit
-def _but_ones(e):
-    if e is not None:
-        e = tl.where(e == 1.0, 0.0, e)
-    return e
 
 
 @triton.jit

@@ -169,7 +169,12 @@ class Recording:
             self._scratch.append(None if counts else (tuple(x.shape), x.dtype))
 
     def bound(self) -> Bound | None:
-        """What was noted; None where it cannot be said of each pointer whose it is: of copies, and of operands that overlap."""
+        """What was noted; None where it cannot be said of each pointer whose it is: of copies, and of operands that overlap.
+
+        Also None where one of Triton's hooks has kept a kernel from being compiled.
+        """
+        if any(compiled is None for compiled, *_ in self._launches):
+            return None
         found = []
         for compiled, programs, noted in self._launches:
             args, places = list(noted), []

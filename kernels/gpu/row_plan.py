@@ -92,7 +92,7 @@ def plan_rows(
         most = 8 if mode == STRIDED and not neighbours else 16
         # else the compiler spills for a rounder number
         registers = (248 if itemsize == 8 else 168) if mode == STRIDED and keep > 4096 else None
-        if stays and not ahead and not beside and mode != STRIDED and itemsize == 4 and keep == 16384:
+        if stays and not ahead and not beside and mode != STRIDED and itemsize <= 4 and keep == 16384:
             registers = 80  # else, for two programs a multiprocessor, it spills 8 bytes
         num_warps = min(warps_for(spread * block_r * keep), most)
         while (
@@ -118,6 +118,8 @@ def plan_rows(
         keep, block_v, num_warps = resident, 4096 if mode == STRIDED else 8192, 16
     registers = 248 if beside > 1 and num_warps == 8 and not neighbours else None
     if mode == STRIDED and num_warps == 16 and not neighbours:
+        registers = 128
+    if itemsize == 8 and num_warps == 8 and stays and not beside and not neighbours:
         registers = 128
     return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps, registers=registers)
 
@@ -176,7 +178,7 @@ class ReducePlan:
     MERGE: int
 
 
-SUMMED = 2048  # rows that a program adds up side by side
+SUMMED = 512  # rows that a program adds up side by side
 
 
 def plan_reduce(rows: int) -> ReducePlan:
