@@ -39,7 +39,7 @@ def asked_for(case: Case, arch: int | str) -> list[tuple[Any, ...]]:
     launches: list[tuple[Any, ...]] = []
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        given = [_argument(a) for a in args], {name: _argument(a) for name, a in sorted(named.items())}
+        given = [_argument(a) for a in args], sorted((name, repr(constant)) for name, constant in named.items())
         launches.append((kernel.__name__, text_hash(kernel), tuple(grid), *given))
 
     with StandIn(arch), mock.patch.object(JITFunction, "run", run):
@@ -48,7 +48,7 @@ def asked_for(case: Case, arch: int | str) -> list[tuple[Any, ...]]:
 
 
 def _argument(value: Any) -> Any:
-    """A tensor by its dtype and how far it is off 16 bytes, an integer by what Triton asks of it; all else as it is."""
+    """A tensor by its dtype and how far it is off 16 bytes, a number by what Triton asks of it; all else as it is."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), value.storage_offset() * value.element_size() % 16
     if type(value) is int:

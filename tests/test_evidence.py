@@ -127,7 +127,7 @@ def test_what_a_key_tells_apart(monkeypatch):
         {"as it is": key_of(), "rows": key_of(rows=65), "bytes": key_of(_forward_kernel=(1, 1))},
     )
     with monkeypatch.context() as patch:
-        patch.setattr(softmax, "plan_rows", lambda *a, **k: dataclasses.replace(plan_rows(*a, **k), num_warps=1))
+        patch.setattr(softmax, "plan_rows", lambda *a, **k: dataclasses.replace(plan_rows(*a, **k), num_warps=2))
         keys["warps"] = key_of()
     with monkeypatch.context() as patch:
         patch.setattr(softmax, "finite_base", _another_base)

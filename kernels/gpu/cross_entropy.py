@@ -180,5 +180,6 @@ def _reduce(loss, target, weight, total, denominator, ignore_index, mean, if_non
         loss, target, weight, scratch(like.dtype, like.device, 2, plan.programs) if apart else None,
         counter(like.device) if apart else None, total, denominator,
         1 << 62, max(S, 1), N * S, plan.per_program, ignore_index, if_none, target.stride(0), target.stride(-1),
-        PROGRAMS=plan.MERGE, SOFT=target.ndim == 3, MEAN=mean, ACC=ACC[like.dtype], num_warps=4,
+        PROGRAMS=plan.MERGE, SOFT=target.ndim == 3, MEAN=mean, ACC=ACC[like.dtype],
+        num_warps=max(4, like.element_size()),  # with 4 for float64 it spills on sm_90
     )  # fmt: skip

@@ -119,7 +119,7 @@ def plan_rows(
     registers = 248 if beside > 1 and num_warps == 8 and not neighbours else None
     if mode == STRIDED and num_warps == 16 and not neighbours:
         registers = 128
-    if itemsize == 8 and num_warps == 8 and stays and not beside and not neighbours:
+    if itemsize == 8 and num_warps == 8 and stays and not beside and not neighbours and (ahead or mode == ALIGNED):
         registers = 128
     return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps, registers=registers)
 
