@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _check, _ops, _vocab_parallel, functional
+from . import _arguments, _check, _ops, _vocab_parallel, functional
 from ._autograd import accumulate_dtype, as_dtype
 from ._sync_batch_norm import sync_batch_norm as _sync_batch_norm
 
@@ -56,7 +56,7 @@ def sync_batch_norm(
         return functional.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual, activation=activation
         )
-    _, momentum, eps = functional._batch_norm_arguments(
+    _, momentum, eps = _arguments.batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, alone=False
     )
     if torch.compiler.is_exporting():
@@ -64,7 +64,7 @@ def sync_batch_norm(
             "sync_batch_norm: export the model in evaluation: what moves an exported model from training to evaluation would "
             "pass this over, and leave it in training"
         )
-    residual = functional._fused_arguments(input, residual, activation)
+    residual = _arguments.fused(input, residual, activation)
     relu, name = activation == "relu", group.group_name
     return _sync_batch_norm(input, weight, bias, running_mean, running_var, momentum, eps, residual, relu, name)
 
@@ -119,15 +119,15 @@ def vocab_parallel_cross_entropy(
 
 
 def _vocab_parallel_arguments(z, target, weight, ignore_index, reduction, label_smoothing):
-    functional._tensor(z, "logits_shard")
+    _arguments.tensor(z, "logits_shard")
     _check.floating(z, "logits_shard")
-    functional._tensor(target, "target")
+    _arguments.tensor(target, "target")
     _check.integer(target, "target")
     _check.rank_at_least(z, "logits_shard", 1, "(V_r,), (N, V_r) or (N, V_r, d1, …)")
     axis = min(z.dim() - 1, 1)
     _check.shape(target, "target", (*z.shape[:axis], *z.shape[axis + 1 :]), "one class per row of logits_shard")
     if weight is not None:
-        functional._tensor(weight, "weight")
+        _arguments.tensor(weight, "weight")
         _check.floating(weight, "weight")
         _check.shape(weight, "weight", (z.shape[axis],), "one weight per class of logits_shard")
     _check.integer_value(ignore_index, "ignore_index")

@@ -6,7 +6,6 @@ accumulates in float32 and is rounded once. Formulas: docs/derivations.md, secti
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import (
+    _arguments,
     _batch_norm_autograd,
     _bound,
     _check,
@@ -23,9 +23,8 @@ from . import (
     _softmax_autograd,
     _token_log_probs,
 )
-from ._autograd import PLAIN, accumulate_dtype, as_dtype
-from ._cross_entropy_formula import CrossEntropyStatistics, Options, loss_shape
-from ._linear_cross_entropy import Problem
+from ._autograd import as_dtype
+from ._cross_entropy_formula import CrossEntropyStatistics, Options
 from ._targets import check_targets
 from ._token_log_probs import TokenLogProbs
 from ._torch_internals import legacy_reduction
@@ -43,39 +42,6 @@ __all__ = [
     "softmax",
     "token_log_probs",
 ]
-
-_REDUCTIONS = ("none", "mean", "sum")
-_GRADIENTS = ("auto", "forward", "backward")
-_ALL_IGNORED = ("nan", "zero")
-_HALVES = (torch.float16, torch.bfloat16)
-_FLOATING = {getattr(torch, name) for name in _check.FLOATING}
-
-
-def _tensor(x: Tensor, name: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
-    if x.layout is not torch.strided or x.is_nested:
-        layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
-        raise _check.DtypeError(f"{name}: expected a dense tensor, got one of layout {layout}")
-
-
-def _floating_tensor(x: Tensor, name: str) -> None:
-    _tensor(x, name)
-    if x.dtype not in _FLOATING:
-        _check.floating(x, name)
-
-
-def _number(value: Any, name: str) -> float:
-    """A real number as a float; as in PyTorch, also one in a tensor () that asks for no gradient."""
-    if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad:
-        value = value.item()
-    _check.real_value(value, name)
-    return float(value)
-
-
-def _autocast(x: Tensor) -> bool:
-    """True inside autocast for the device of `x`."""
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 # ---------------------------------------------------------------------------------------------- batch normalisation
@@ -118,69 +84,14 @@ def batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation
     )  # fmt: skip
     if call is None or call.launches is None:
-        beyond, momentum, eps = _batch_norm_arguments(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        beyond, momentum, eps = _arguments.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         if residual is not None or activation is not None:
-            residual = _fused_arguments(input, residual, activation)
+            residual = _arguments.fused(input, residual, activation)
         if beyond:
             return _of_no_elements(input, weight, bias, residual)
     return _batch_norm_autograd.batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation == "relu", call
     )
-
-
-def _batch_norm_arguments(x, running_mean, running_var, weight, bias, training, momentum, eps, alone=True):
-    """(True for what only an input without an element may have, momentum and eps as floats); every argument is checked.
-
-    `alone`: no other process has values of the batch.
-    """
-    _floating_tensor(x, "input")
-    beyond = x.dim() < 2
-    if beyond and not (alone and x.dim() == 1 and not x.numel()):
-        _check.rank_at_least(x, "input", 2, "N, C, …")
-    if type(training) is not bool:
-        raise TypeError(f"training: expected a bool, got {training!r}")
-    if type(eps) is not float or type(momentum) is not float:
-        eps, momentum = _number(eps, "eps"), _number(momentum, "momentum")
-    if not eps >= 0 or (training and eps == 0):
-        raise ValueError(f"eps: expected a number {'above' if training else 'of at least'} 0, got {eps}")
-    if (running_mean is None) != (running_var is None) and training:
-        raise ValueError("running_mean and running_var: expected both or neither, got one")
-    if not training and (running_mean is None or running_var is None):
-        beyond = True
-        if x.numel() or not alone:
-            raise _check.ShapeError("running_mean and running_var: expected both in evaluation (training=False), got None")
-    vector, dtype, device = x.shape[1:2], x.dtype, x.device
-    acc = accumulate_dtype(x)
-    for name, v in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
-        if v is not None and not (
-            type(v) in PLAIN
-            and (v.dtype is acc or v.dtype is dtype)
-            and v.shape == vector
-            and v.device == device
-            and not (v.requires_grad and name.startswith("running"))
-            and v.layout is torch.strided
-            and not v.is_nested
-        ):
-            beyond |= _of_channels(v, name, x, v.shape if x.dim() == 1 else vector, alone)
-    if training and alone and x.shape[0] == 1 and math.prod(x.shape[2:]) == 1:
-        raise ValueError(f"input: expected more than 1 value per channel when training, got shape {_check.shape_of(x)}")
-    return beyond, momentum, eps
-
-
-def _of_channels(v, name, x, vector, alone):
-    """One number a channel of `x`, beside it; True where its dtype is one that only an input without an element may have."""
-    _tensor(v, name)
-    beyond = v.dtype is not x.dtype and v.dtype is not accumulate_dtype(x)
-    if beyond:
-        allowed = dict.fromkeys(str(of).removeprefix("torch.") for of in (x.dtype, accumulate_dtype(x)))
-        _check.floating(v, name, _check.FLOATING if alone and not x.numel() else tuple(allowed))
-    if v.shape != vector:
-        _check.shape(v, name, tuple(vector), "one number per channel of input")
-    if v.device != x.device:
-        raise RuntimeError(f"{name}: expected a tensor on {x.device}, where input is, got one on {v.device}")
-    if v.requires_grad and name.startswith("running") and torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: expected a tensor that asks for no gradient: there is none with respect to it")
-    return beyond
 
 
 def _of_no_elements(x, weight, bias, residual):
@@ -190,28 +101,6 @@ def _of_no_elements(x, weight, bias, residual):
         if v is not None and v.requires_grad:
             y = y + (v.sum() * 0).to(x.dtype)
     return y
-
-
-def _activation(activation):
-    if activation is not None and not isinstance(activation, str):
-        raise _check.ChoiceError(f"activation: expected None or 'relu', got {activation!r} ({type(activation).__name__})")
-    if activation not in (None, "relu"):
-        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
-
-
-def _fused_arguments(x, residual, activation):
-    """Checks `activation`; `residual` as the kernels take it."""
-    _activation(activation)
-    if residual is None:
-        return None
-    _tensor(residual, "residual")
-    _check.same_shape(residual, "residual", x, "input")
-    if residual.device != x.device:
-        raise RuntimeError(f"residual: expected a tensor on {x.device}, where input is, got one on {residual.device}")
-    if _autocast(x):
-        return as_dtype(residual, x.dtype)
-    _check.same_dtype(residual, "residual", x, "input")
-    return residual
 
 
 # ---------------------------------------------------------------------------------------------- softmax
@@ -225,8 +114,8 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     TypeError for kinds and dtypes, IndexError for a `dim` that input does not have; where PyTorch refuses an argument too, the
     exception is also of the type that PyTorch raises.
     """
-    _tensor(input, "input")
-    if dtype is None and input.is_cuda and input.dtype in _HALVES and _autocast(input):
+    _arguments.tensor(input, "input")
+    if dtype is None and input.is_cuda and input.dtype in _arguments.HALVES and _arguments.autocast(input):
         dtype = torch.float32
     call = None
     if type(dim) is int and (dtype is None or isinstance(dtype, torch.dtype)):
@@ -243,7 +132,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
             raise TypeError(f"dtype: expected None or a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
         if not -input.dim() <= dim < input.dim():
             raise IndexError(f"dim: expected an axis of input with shape {_check.shape_of(input)}, got {dim}")
-        if dtype not in _FLOATING and (dtype is not None or input.dtype not in _FLOATING):
+        if dtype not in _arguments.FLOATING and (dtype is not None or input.dtype not in _arguments.FLOATING):
             _check.floating(input if dtype is None else input.to(dtype), "input")
     return _softmax_autograd.softmax(input if dtype is None else input.to(dtype), dim, call)
 
@@ -300,90 +189,22 @@ def cross_entropy(
         reduction = legacy_reduction(size_average, reduce)
     call = None
     if differentiable:
-        _differentiable(return_stats)
-        weight = _cross_entropy_arguments(input, target, weight, ignore_index, reduction, label_smoothing)
-        _extra_arguments(z_loss, softcap, gradient, all_ignored)
-        options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero")
-        loss, stats = _cross_entropy.with_differentiable_statistics(input, target, weight, options)
-        return as_dtype(loss, _loss_dtype(input, target)), stats
-    chosen = type(reduction) is type(gradient) is type(all_ignored) is str  # to look for an array among strings raises
-    chosen = chosen and reduction in _REDUCTIONS and gradient in _GRADIENTS and all_ignored in _ALL_IGNORED
-    if chosen and isinstance(input, Tensor) and isinstance(target, Tensor):
-        dtype = _loss_dtype(input, target)
+        _arguments.differentiable(return_stats)
+    elif _arguments.may_be_known(input, target, reduction, gradient, all_ignored):
+        dtype = _arguments.loss_dtype(input, target)
         options = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero")
         call = _cross_entropy.call_of(input, target, weight, options, gradient, return_stats, dtype)
     if call is None or call.launches is None:
-        weight = _cross_entropy_arguments(input, target, weight, ignore_index, reduction, label_smoothing)
-        _extra_arguments(z_loss, softcap, gradient, all_ignored)
+        weight = _arguments.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        _arguments.extra(z_loss, softcap, gradient, all_ignored)
         options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero")
-        dtype = _loss_dtype(input, target)
-    loss, stats = _cross_entropy.cross_entropy(input, target, weight, options, gradient, return_stats, dtype, call)
+        dtype = _arguments.loss_dtype(input, target)
+    if differentiable:
+        loss, stats = _cross_entropy.with_differentiable_statistics(input, target, weight, options)
+    else:
+        loss, stats = _cross_entropy.cross_entropy(input, target, weight, options, gradient, return_stats, dtype, call)
     loss = as_dtype(loss, dtype)
     return (loss, stats) if return_stats else loss
-
-
-def _differentiable(return_stats):
-    if not return_stats:
-        raise ValueError("differentiable: expected return_stats=True beside it: it is the statistics that get gradients")
-
-
-def _loss_dtype(x, target):
-    if x.dtype is torch.float32 and target.dtype is torch.int64:
-        return x.dtype
-    if x.dtype in _HALVES and _autocast(x):
-        return torch.float32
-    return torch.promote_types(x.dtype, target.dtype) if target.is_floating_point() else x.dtype
-
-
-def _cross_entropy_arguments(z, target, weight, ignore_index, reduction, label_smoothing):
-    """Checks every argument that PyTorch's function has; the class weights in the kernels' dtype."""
-    _floating_tensor(z, "input")
-    _tensor(target, "target")
-    if z.dim() == 0:
-        raise _check.ShapeError("input: expected (C,), (N, C) or (N, C, d1, …), got shape ()")
-    C = z.shape[min(z.dim() - 1, 1)]
-    if C == 0:
-        raise ValueError(f"input: expected at least one class, got shape {_check.shape_of(z)}")
-    if target.is_floating_point():
-        if ignore_index >= 0:
-            raise _check.ShapeError(f"ignore_index: expected none with probabilities as target, got {ignore_index}")
-        _check.floating(target, "target")
-        _check.same_shape(target, "target", z, "input")
-    else:
-        if target.dtype is not torch.int64:
-            _check.integer(target, "target")
-        rows = loss_shape(z)
-        if target.shape != rows:
-            _check.shape(target, "target", rows, "one class per row of input")
-    if target.device != z.device:
-        raise RuntimeError(f"target: expected a tensor on {z.device}, where input is, got one on {target.device}")
-    if weight is not None:
-        _floating_tensor(weight, "weight")
-        _check.shape(weight, "weight", (C,), "one weight per class")
-        if weight.device != z.device:
-            raise RuntimeError(f"weight: expected a tensor on {z.device}, where input is, got one on {weight.device}")
-        weight = as_dtype(weight.detach(), accumulate_dtype(z)).contiguous()
-    if type(ignore_index) is not int:
-        _check.integer_value(ignore_index, "ignore_index")
-    _check.one_of(reduction, "reduction", _REDUCTIONS)
-    if type(label_smoothing) is not float:
-        _check.real_value(label_smoothing, "label_smoothing")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise _check.ShapeError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
-    return weight
-
-
-def _extra_arguments(z_loss, softcap, gradient, all_ignored):
-    """Checks the arguments that PyTorch's function does not have."""
-    if type(z_loss) is not float:
-        _check.real_value(z_loss, "z_loss")
-    if not 0.0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
-    if softcap is not None:
-        _check.real_value(softcap, "softcap")
-        _check.positive(softcap, "softcap")
-    _check.one_of(gradient, "gradient", _GRADIENTS)
-    _check.one_of(all_ignored, "all_ignored", _ALL_IGNORED)
 
 
 # ---------------------------------------------------------------------------------------------- token log-probabilities
@@ -406,7 +227,7 @@ def token_log_probs(
     out of range and for a `dim` that logits does not have. On a GPU nothing waits for the device: a row whose class is out of
     range gives NaN, and a later call, or `check_targets`, raises the IndexError.
     """
-    temperature, dim = _token_arguments(logits, target, temperature, ignore_index, dim)
+    temperature, dim = _arguments.token_log_probs(logits, target, temperature, ignore_index, dim)
     return _token_log_probs.token_log_probs(logits, target, temperature, ignore_index, dim)
 
 
@@ -430,65 +251,12 @@ def linear_token_log_probs(
     integer classes (…). The results have target's shape. Under autocast the products are in its dtype, as those of PyTorch's
     `linear`. What raises, second derivatives and transforms are as of `token_log_probs`; the latter two hold all logits.
     """
-    _linear_token_arguments(input, linear_weight, target, linear_bias)
-    temperature, _ = _token_arguments(
-        input.detach().new_empty(()).expand(*input.shape[:-1], len(linear_weight)), target, temperature, ignore_index, -1
-    )
-    if chunk_rows is not None and _check.integer_value(chunk_rows, "chunk_rows") < 1:
-        raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
+    temperature = _arguments.linear_token_log_probs(input, linear_weight, target, linear_bias, temperature, ignore_index)
+    _arguments.chunk_rows(chunk_rows)
     rows = input.reshape(target.numel(), input.shape[-1])
-    problem = _linear_problem(rows, linear_weight, target.reshape(-1), linear_bias, None)
+    problem = _arguments.linear_problem(rows, linear_weight, target.reshape(-1), linear_bias, None)
     found = _linear_token_log_probs.linear_token_log_probs(problem, temperature, ignore_index, chunk_rows)
     return TokenLogProbs(*(v.view(target.shape) for v in found))
-
-
-def _linear_token_arguments(x, W, target, b):
-    _floating_tensor(x, "input")
-    _floating_tensor(W, "linear_weight")
-    _tensor(target, "target")
-    _check.rank_at_least(x, "input", 1, "…, D")
-    if W.dim() != 2:
-        raise _check.ShapeError(f"linear_weight: expected (V, D), got shape {_check.shape_of(W)}")
-    _check.shape(W, "linear_weight", (W.shape[0], x.shape[-1]), "last, the features of input")
-    _check.integer(target, "target")
-    _check.shape(target, "target", tuple(x.shape[:-1]), "one class per row of input")
-    beside = [("linear_weight", W)]
-    if b is not None:
-        _floating_tensor(b, "linear_bias")
-        _check.shape(b, "linear_bias", (W.shape[0],), "one number per row of linear_weight")
-        beside.append(("linear_bias", b))
-    for name, v in beside:
-        if not _autocast(x):
-            _check.same_dtype(v, name, x, "input")
-        if v.device != x.device:
-            raise RuntimeError(f"{name}: expected a tensor on {x.device}, where input is, got one on {v.device}")
-
-
-def _token_arguments(z, target, temperature, ignore_index, dim):
-    """Checks every argument; the temperature as a float, `dim` counted from the front."""
-    _floating_tensor(z, "logits")
-    _tensor(target, "target")
-    _check.rank_at_least(z, "logits", 1, "…, V")
-    if type(dim) is not int:
-        dim = _check.integer_value(dim, "dim")
-    if not -z.dim() <= dim < z.dim():
-        raise IndexError(f"dim: expected an axis of logits with shape {_check.shape_of(z)}, got {dim}")
-    dim %= z.dim()
-    if z.shape[dim] == 0:
-        raise ValueError(f"logits: expected at least one class, got shape {_check.shape_of(z)}")
-    _check.integer(target, "target")
-    _check.shape(target, "target", (*z.shape[:dim], *z.shape[dim + 1 :]), "one class per row of logits")
-    if target.device != z.device:
-        raise RuntimeError(f"target: expected a tensor on {z.device}, where logits is, got one on {target.device}")
-    _check.integer_value(ignore_index, "ignore_index")
-    return _temperature(temperature), dim
-
-
-def _temperature(temperature):
-    temperature = _number(temperature, "temperature")
-    if not 1e-30 <= temperature <= 1e30:  # beyond, its inverse or a quotient is no float32
-        raise ValueError(f"temperature: expected a number from 1e-30 to 1e30, got {temperature}")
-    return temperature
 
 
 # ---------------------------------------------------------------------------------------------- linear cross entropy
@@ -530,63 +298,23 @@ def linear_cross_entropy(
     """
     if ignore_index is not None and isinstance(target, Tensor) and target.is_floating_point():
         raise _check.ShapeError(f"ignore_index: expected None with probabilities as target, got {ignore_index}")
-    _extra_arguments(z_loss, softcap, gradient, all_ignored)
+    _arguments.extra(z_loss, softcap, gradient, all_ignored)
     asked = Options(
         reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero"
     )
-    weight = _linear_arguments(input, linear_weight, target, linear_bias, weight, asked)
+    weight = _arguments.linear_cross_entropy(input, linear_weight, target, linear_bias, weight, asked)
     if gradient == "forward" and reduction == "none":
         raise ValueError("gradient: expected 'auto' or 'backward' with reduction 'none', got 'forward'")
     rows = getattr(options, "batch_chunk_size", None) if chunk_rows is None else chunk_rows
-    if rows is not None and _check.integer_value(rows, "chunk_rows") < 1:
-        raise ValueError(f"chunk_rows: expected at least 1, got {rows}")
-    problem = _linear_problem(input, linear_weight, target, linear_bias, weight)
+    _arguments.chunk_rows(rows)
+    problem = _arguments.linear_problem(input, linear_weight, target, linear_bias, weight)
     if differentiable:
-        _differentiable(return_stats)
+        _arguments.differentiable(return_stats)
         loss, stats = _linear_cross_entropy_graphs.with_differentiable_statistics(problem, asked, rows)
     else:
         loss, stats = _linear_cross_entropy_graphs.linear_cross_entropy(problem, asked, gradient, return_stats, rows)
     of_rows = (*input.shape[:-1], *linear_weight.shape[1:-1])
-    loss = as_dtype(loss.reshape(of_rows) if reduction == "none" else loss, _loss_dtype(input, target))
+    loss = as_dtype(loss.reshape(of_rows) if reduction == "none" else loss, _arguments.loss_dtype(input, target))
     if not return_stats:
         return loss
     return loss, type(stats)._make(None if v is None else v.reshape(of_rows) for v in stats)
-
-
-def _linear_arguments(x, W, target, b, weight, asked):
-    """Checks every argument that PyTorch's function has; the class weights in the kernels' dtype."""
-    _floating_tensor(x, "input")
-    _floating_tensor(W, "linear_weight")
-    if x.dim() not in (1, 2):
-        raise _check.ShapeError(f"input: expected (D,) or (N, D), got shape {_check.shape_of(x)}")
-    if W.dim() < 2:
-        raise _check.ShapeError(f"linear_weight: expected (C, D) or (C, d1, …, D), got shape {_check.shape_of(W)}")
-    if W.dim() > 2 and x.dim() == 1:
-        raise _check.ShapeError(f"input: expected (N, D) with linear_weight (C, d1, …, D), got shape {_check.shape_of(x)}")
-    _check.shape(W, "linear_weight", (*W.shape[:-1], x.shape[-1]), "last, the features of input")
-    beside = [("linear_weight", W)]
-    if b is not None:
-        _floating_tensor(b, "linear_bias")
-        _check.shape(b, "linear_bias", tuple(W.shape[:-1]), "one number per row of linear_weight")
-        beside.append(("linear_bias", b))
-    for name, v in beside:
-        if not _autocast(x):
-            _check.same_dtype(v, name, x, "input")
-        if v.device != x.device:
-            raise RuntimeError(f"{name}: expected a tensor on {x.device}, where input is, got one on {v.device}")
-    logits = x.detach().new_empty(()).expand(*x.shape[:-1], *W.shape[:-1])
-    return _cross_entropy_arguments(logits, target, weight, asked.ignore_index, asked.reduction, asked.label_smoothing)
-
-
-def _linear_problem(x, W, target, b, weight):
-    if _autocast(x):  # as PyTorch's `linear`
-        of = torch.get_autocast_dtype(x.device.type)
-        x, W, b = (v if v is None or v.dtype == torch.float64 else as_dtype(v, of) for v in (x, W, b))
-    C, S, N = W.shape[0], math.prod(W.shape[1:-1]), 1 if x.dim() == 1 else x.shape[0]
-    return Problem(
-        x.reshape(N, x.shape[-1]),
-        W.reshape(C * S, W.shape[-1]),
-        None if b is None else b.reshape(C * S),
-        target.reshape((N, C, S) if target.is_floating_point() else (N, S)),
-        weight,
-    )

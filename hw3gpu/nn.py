@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import distributed, functional
+from . import _arguments, distributed, functional
 from ._autograd import accumulate_dtype
 from ._torch_internals import BatchNormBase, NormBase
 from .shapes import conv2d_output_shape
@@ -97,7 +97,7 @@ class _BatchNormAct(_BatchNormForward):
 
     def __init__(self, *args: Any, activation: str | None = "relu", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        functional._activation(activation)
+        _arguments.activation_of(activation)
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
