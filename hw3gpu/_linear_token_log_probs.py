@@ -31,7 +31,7 @@ def with_sums(problem, temperature, ignore_index, rows):
         return TokenLogProbs(*found), sums
     rows = rows or _linear_cross_entropy.chunk_rows(problem)
     if graph_is_needed(*problem[:3]):
-        *found, sums = _LinearTokenLogProbs.apply(*problem[:4], options, rows)
+        *found, sums = _LinearTokenLogProbs.apply(*problem[:4], ((*options, rows), _run, _run_backward))
     else:
         *found, sums = run(problem, *options, rows)
     return TokenLogProbs(*found), sums
@@ -96,14 +96,14 @@ def _problem(x, W, b, target):
 
 
 class _LinearTokenLogProbs(torch.autograd.Function):
-    """Forward keeps four numbers a row, and no logits; backward makes them again."""
+    """Forward keeps four numbers a row, and no logits; backward makes them again. `rest`: as `_TokenLogProbs` has it."""
 
     @staticmethod
-    def forward(ctx, x, W, b, target, options, rows):
-        temperature, ignore_index = options
-        *found, sums = run(_problem(x, W, b, target), temperature, ignore_index, rows)
+    def forward(ctx, x, W, b, target, rest):
+        options, forward, backward = rest
+        *found, sums = forward(x, W, b, target, *options)
         ctx.save_for_backward(x, W, b, target, sums)
-        ctx.options, ctx.rows = options, rows
+        ctx.options, ctx.backward = options, backward
         ctx.mark_non_differentiable(sums)
         ctx.set_materialize_grads(False)
         return *found, sums
@@ -111,37 +111,17 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream):
         *problem, sums = ctx.saved_tensors
-        problem, upstream, needs, rest = _problem(*problem), upstream[:3], ctx.needs_input_grad[:3], (None,) * 3
+        upstream, needs = upstream[:3], ctx.needs_input_grad[:3]
         if all(g is None for g in upstream):
-            return *(None,) * 3, *rest
+            return (None,) * 5
         if torch.is_grad_enabled():  # somebody will differentiate again
-            return *_gradients_with_a_graph(upstream, problem, ctx.options, needs), *rest
-        found = run_backward(upstream, problem, sums, ctx.options, ctx.rows, needs)
-        return *as_given((*found, None), problem)[:3], *rest
+            return *_gradients_with_a_graph(upstream, _problem(*problem), ctx.options[:2], needs), None, None
+        found = ctx.backward(*upstream, *problem, sums, *ctx.options, needs)
+        return *(g if needed else None for g, needed in zip(found, needs, strict=True)), None, None
 
 
-class _TracedLinearTokenLogProbs(torch.autograd.Function):
-    """The operators' autograd: as eagerly, with the operators in the place of what they run."""
-
-    @staticmethod
-    def forward(ctx, x, W, b, target, *rest):
-        *found, sums = _ops.below_autograd(FORWARD, x, W, b, target, *rest)
-        ctx.save_for_backward(x, W, b, target, sums)
-        ctx.rest = rest
-        ctx.mark_non_differentiable(sums)
-        ctx.set_materialize_grads(False)
-        return *found, sums
-
-    @staticmethod
-    def backward(ctx, *upstream):
-        *problem, sums = ctx.saved_tensors
-        upstream, needs, rest = upstream[:3], ctx.needs_input_grad[:3], (None,) * (1 + len(ctx.rest))
-        if all(g is None for g in upstream):
-            return *(None,) * 3, *rest
-        if torch.is_grad_enabled():
-            return *_gradients_with_a_graph(upstream, _problem(*problem), ctx.rest[:2], needs), *rest
-        found = BACKWARD(*upstream, *problem, sums, *ctx.rest, needs)
-        return *(g if needed else None for g, needed in zip(found, needs, strict=True)), *rest
+def _below_autograd(*operands):
+    return _ops.below_autograd(FORWARD, *operands)
 
 
 def _run(x, W, b, target, temperature, ignore_index, rows):
@@ -167,15 +147,15 @@ def _fake_backward(g_log_prob, g_entropy, g_lse, x, W, b, target, sums, temperat
 
 
 _PROBLEM, _OPTIONS = "Tensor x, Tensor W, Tensor? b, Tensor target", "float temperature, int ignore_index, int rows"
-FORWARD = _ops.define(
-    f"linear_token_log_probs({_PROBLEM}, {_OPTIONS}) -> (Tensor log_prob, Tensor entropy, Tensor lse, Tensor sums)",
-    _run,
-    _fake,
-    _TracedLinearTokenLogProbs.apply,
-)
 BACKWARD = _ops.define(
     f"linear_token_log_probs_backward(Tensor? g_log_prob, Tensor? g_entropy, Tensor? g_lse, {_PROBLEM}, Tensor sums, "
     f"{_OPTIONS}, bool[] needs) -> (Tensor dx, Tensor dW, Tensor db)",
     _run_backward,
     _fake_backward,
+)
+FORWARD = _ops.define(
+    f"linear_token_log_probs({_PROBLEM}, {_OPTIONS}) -> (Tensor log_prob, Tensor entropy, Tensor lse, Tensor sums)",
+    _run,
+    _fake,
+    lambda *operands: _LinearTokenLogProbs.apply(*operands[:4], (operands[4:], _below_autograd, BACKWARD)),
 )

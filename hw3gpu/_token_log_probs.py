@@ -45,7 +45,7 @@ def with_sums(logits, target, temperature, ignore_index, dim, save=True):
     if _ops.traced(logits):
         *found, stats = FORWARD(logits, target, *rest)
     elif graph_is_needed(logits):
-        *found, stats = _TokenLogProbs.apply(logits, target, rest)
+        *found, stats = _TokenLogProbs.apply(logits, target, (rest, run, run_backward))
     else:
         *found, stats = run(logits, target, *rest, save)
     return TokenLogProbs(*found), stats
@@ -74,13 +74,13 @@ def run(logits, target, temperature, ignore_index, dim, save=True):
     return *found, stats
 
 
-def run_backward(upstream, logits, target, stats, temperature, ignore_index, dim):
+def run_backward(g_log_prob, g_entropy, g_lse, logits, target, stats, temperature, ignore_index, dim):
     """∂ℓ/∂logits from the three upstream gradients, None where one is zero."""
     which = _arrays.backend(logits)
     see = _arrays.viewer(which)
     z, t = rows_of(logits, target, dim, which)
     dlogits, dz = _arrays.output(logits, dim, see)
-    upstream = [see(g if g is None else g.reshape(t.shape)) for g in upstream]
+    upstream = [see(g if g is None else g.reshape(t.shape)) for g in (g_log_prob, g_entropy, g_lse)]
     _arrays.kernels("token_log_probs", which).backward(
         z, t, see(stats), *upstream, dz, ignore_index=ignore_index, temperature=temperature
     )
@@ -105,13 +105,17 @@ def _gradient_with_a_graph(upstream, logits, target, rest):
 
 # ---------------------------------------------------------------------------------------------- autograd
 class _TokenLogProbs(torch.autograd.Function):
-    """Forward reads the logits once and keeps three numbers a row; backward reads them once and writes the gradient."""
+    """Forward reads the logits once and keeps four numbers a row; backward reads them once and writes the gradient.
+
+    `rest` names what runs: the kernels, or the operators around them where somebody traces.
+    """
 
     @staticmethod
     def forward(ctx, logits, target, rest):
-        *found, stats = run(logits, target, *rest)
+        options, forward, backward = rest
+        *found, stats = forward(logits, target, *options)
         ctx.save_for_backward(logits, target, stats)
-        ctx.rest = rest
+        ctx.options, ctx.backward = options, backward
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return *found, stats
@@ -123,31 +127,12 @@ class _TokenLogProbs(torch.autograd.Function):
         if all(g is None for g in upstream):
             return None, None, None
         if torch.is_grad_enabled():  # somebody will differentiate again
-            return _gradient_with_a_graph(upstream, logits, target, ctx.rest), None, None
-        return run_backward(upstream, logits, target, stats, *ctx.rest), None, None
+            return _gradient_with_a_graph(upstream, logits, target, ctx.options), None, None
+        return ctx.backward(*upstream, logits, target, stats, *ctx.options), None, None
 
 
-class _TracedTokenLogProbs(torch.autograd.Function):
-    """The operators' autograd: as eagerly, with the operators in the place of what they run."""
-
-    @staticmethod
-    def forward(ctx, logits, target, *rest):
-        *found, stats = _ops.below_autograd(FORWARD, logits, target, *rest)
-        ctx.save_for_backward(logits, target, stats)
-        ctx.rest = rest
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return *found, stats
-
-    @staticmethod
-    def backward(ctx, *upstream):
-        logits, target, stats = ctx.saved_tensors
-        upstream, rest = upstream[:3], (None,) * (1 + len(ctx.rest))
-        if all(g is None for g in upstream):
-            return None, *rest
-        if torch.is_grad_enabled():
-            return _gradient_with_a_graph(upstream, logits, target, ctx.rest), *rest
-        return BACKWARD(*upstream, logits, target, stats, *ctx.rest), *rest
+def _below_autograd(*operands):
+    return _ops.below_autograd(FORWARD, *operands)
 
 
 def _fake(logits, target, temperature, ignore_index, dim):
@@ -161,15 +146,15 @@ def _fake(logits, target, temperature, ignore_index, dim):
 
 
 _OPTIONS = "float temperature, int ignore_index, int dim"
+BACKWARD = _ops.define(
+    "token_log_probs_backward(Tensor? g_log_prob, Tensor? g_entropy, Tensor? g_lse, Tensor logits, Tensor target, "
+    f"Tensor stats, {_OPTIONS}) -> Tensor",
+    run_backward,
+    lambda g_log_prob, g_entropy, g_lse, logits, target, stats, temperature, ignore_index, dim: _ops.fake_output(logits, dim),
+)
 FORWARD = _ops.define(
     f"token_log_probs(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor log_prob, Tensor entropy, Tensor lse, Tensor stats)",
     run,
     _fake,
-    _TracedTokenLogProbs.apply,
-)
-BACKWARD = _ops.define(
-    "token_log_probs_backward(Tensor? g_log_prob, Tensor? g_entropy, Tensor? g_lse, Tensor logits, Tensor target, "
-    f"Tensor stats, {_OPTIONS}) -> Tensor",
-    lambda g_log_prob, g_entropy, g_lse, *rest: run_backward((g_log_prob, g_entropy, g_lse), *rest),
-    lambda g_log_prob, g_entropy, g_lse, logits, target, stats, temperature, ignore_index, dim: _ops.fake_output(logits, dim),
+    lambda logits, target, *options: _TokenLogProbs.apply(logits, target, (options, _below_autograd, BACKWARD)),
 )
