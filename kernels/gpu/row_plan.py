@@ -89,39 +89,53 @@ def plan_rows(
         in_turn = _in_turn(keep, itemsize, tensors, ahead, device) if keep > 4096 and plain and ahead and not crowded else None
         if in_turn:
             return in_turn
-        most = 8 if mode == STRIDED and not neighbours else 16
-        # else the compiler spills for a rounder number
-        registers = (248 if itemsize == 8 else 168) if mode == STRIDED and keep > 4096 else None
-        if stays and not ahead and not beside and mode != STRIDED and itemsize <= 4 and keep == 16384:
-            registers = 80  # else, for two programs a multiprocessor, it spills 8 bytes
-        num_warps = min(warps_for(spread * block_r * keep), most)
-        while (
-            not stays and not neighbours and block_r > 1 and num_warps > 4
-        ):  # programs that are read, reduced and gone in turn
-            block_r, num_warps = block_r // 2, num_warps // 2
+        num_warps = min(warps_for(spread * block_r * keep), 8 if mode == STRIDED and not neighbours else 16)
+        if not stays and not neighbours:  # programs that are read, reduced and gone in turn
+            while block_r > 1 and num_warps > 4:
+                block_r, num_warps = block_r // 2, num_warps // 2
+        registers = _registers_of_one_tile(itemsize, mode, beside, keep, stays and not ahead)
         return RowPlan(block_r, keep, keep, True, num_warps, registers=registers)
-    # the loop over the rest keeps strides, or the ends of float64, beside the lanes: more registers a thread
-    if neighbours:
-        keep, block_v, num_warps = max(resident // 4, 1), max(resident // 4, 1), 16 if beside > 1 else 8
-    elif itemsize == 8:
-        keep, block_v, num_warps = resident // 2, 512 << (mode != SHIFTED or beside > 0), 16 if beside or mode == STRIDED else 8
-    elif beside > 1:
-        keep, block_v, num_warps = min(resident, 4096), 1024 * itemsize, 16 if mode == ALIGNED and itemsize == 4 else 8
-    elif dense:
-        keep, block_v, num_warps = min(resident, 8192), 16384 // itemsize, 16
-    elif mode != STRIDED and (not beside or (tensors == 2 and itemsize == 2)):
+    plain = mode != STRIDED and itemsize < 8 and not neighbours and not dense
+    if plain and (not beside or (beside == 1 and tensors == 2 and itemsize == 2)):
         # of two tensors of halves fewer stay, for two programs a multiprocessor: the rest comes back from the cache
         keep = resident if not beside else 8192
         ahead = min(64 << 10, device.shared_memory // 2) // (8192 * itemsize * tensors)
         return RowPlan(block_r, keep, 8192, False, 16, min(1 + ahead, 5), registers=64 if beside else None)
-    else:
-        keep, block_v, num_warps = resident, 4096 if mode == STRIDED else 8192, 16
-    registers = 248 if beside > 1 and num_warps == 8 and not neighbours else None
-    if mode == STRIDED and num_warps == 16 and not neighbours:
-        registers = 128
-    if itemsize == 8 and num_warps == 8 and stays and not beside and not neighbours and (ahead or mode == ALIGNED):
-        registers = 128
+    keep, block_v, num_warps = _tiles_of_a_long_row(resident, itemsize, mode, neighbours, beside, dense)
+    in_turn_or_on_16 = stays and (ahead > 0 or mode == ALIGNED)
+    registers = None if neighbours else _registers_of_tiles(itemsize, mode, beside, num_warps, in_turn_or_on_16)
     return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps, registers=registers)
+
+
+def _tiles_of_a_long_row(
+    resident: int, itemsize: int, mode: int, neighbours: bool, beside: int, dense: bool
+) -> tuple[int, int, int]:
+    """Lanes that stay, lanes of a tile of the rest, and warps. The loop over the rest keeps strides, or the ends of float64,
+    beside the lanes: more registers a thread."""
+    if neighbours:
+        return max(resident // 4, 1), max(resident // 4, 1), 16 if beside > 1 else 8
+    if itemsize == 8:
+        return resident // 2, 512 << (mode != SHIFTED or beside > 0), 16 if beside or mode == STRIDED else 8
+    if beside > 1:
+        return min(resident, 4096), 1024 * itemsize, 16 if mode == ALIGNED and itemsize == 4 else 8
+    if dense:
+        return min(resident, 8192), 16384 // itemsize, 16
+    return resident, 4096 if mode == STRIDED else 8192, 16
+
+
+# For one more program a multiprocessor the compiler spills 8 to 64 bytes: it is told that a thread may have more registers.
+def _registers_of_one_tile(itemsize: int, mode: int, beside: int, keep: int, with_all: bool) -> int | None:
+    """with_all: every option of a loss, whose row stays."""
+    if mode == STRIDED:
+        return None if keep <= 4096 else 248 if itemsize == 8 else 168
+    return 80 if with_all and not beside and itemsize < 8 and keep == 16384 else None
+
+
+def _registers_of_tiles(itemsize: int, mode: int, beside: int, num_warps: int, in_turn_or_on_16: bool) -> int | None:
+    """in_turn_or_on_16: a row stays, and may be taken in turn or lies on 16 bytes."""
+    if num_warps == 8:
+        return 248 if beside > 1 else 128 if itemsize == 8 and not beside and in_turn_or_on_16 else None
+    return 128 if mode == STRIDED else None
 
 
 def _passing(itemsize: int, mode: int, beside: int) -> RowPlan:
