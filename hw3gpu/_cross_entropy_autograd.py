@@ -178,13 +178,8 @@ def run(logits, target, weight, options, numbers=3, at_once=False, dtype=None, c
 def _launch_forward(which, logits, target, weight, loss, stats, invalid, total, denominator, dlogits, dz, options):
     see, kernels = _arrays.viewer(which), _arrays.kernels("cross_entropy", which)
     z, t = rows_of(logits, target, which)
-    weight, stats, invalid, total, denominator = (
-        see(weight),
-        see(stats),
-        see(invalid),
-        cell(total, which),
-        cell(denominator, which),
-    )
+    weight, stats, invalid = see(weight), see(stats), see(invalid)
+    total, denominator = cell(total, which), cell(denominator, which)
     row_weights = None
     if total is not None:
         loss, row_weights = loss.unbind()

@@ -29,7 +29,7 @@ def expected(z, target, weight, reduction):
     return torch.nn.functional.cross_entropy(z, target, weight, reduction=reduction)
 
 
-# 1024 rows are added up at once, 8192 in one launch
+# 512 rows are added up at once, 8192 in one launch
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("rows", "soft"), [(2, False), (1025, False), (1025, True), (8193, False)])
 @pytest.mark.parametrize("gradient", ["backward", "forward"])
