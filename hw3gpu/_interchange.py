@@ -28,6 +28,15 @@ _HOST, _GPU = (1, 3, 11), (2, 10, 13)
 _ordinary: set[type] = {np.ndarray, bool, int, float, str, type(None)}
 
 
+def _torch_is_loaded() -> bool:
+    return "torch" in sys.modules
+
+
+# What torch.compiler.assume_constant_result sets: the compiler calls the function instead of walking all of sys.modules, which
+# fails where another thread imports meanwhile.
+_torch_is_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def interchange(function: Function) -> Function:
     """The array function, for arrays of every namespace that exchanges them.
 
@@ -37,11 +46,13 @@ def interchange(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.compiler.is_compiling():
-            from ._outside_graphs import eagerly
+        if _torch_is_loaded():
+            import torch
 
-            return eagerly(call, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                from ._outside_graphs import eagerly
+
+                return eagerly(call, *args, **kwargs)
         if _ordinary.issuperset(map(type, args)) and (not kwargs or _ordinary.issuperset(map(type, kwargs.values()))):
             return function(*args, **kwargs)
         first: Any = next(filter(_is_array, (*args, *kwargs.values())), None)

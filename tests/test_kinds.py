@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import sys
 import tempfile
+import threading
+import types
 
 import numpy as np
 import pytest
@@ -167,4 +172,32 @@ def test_compiled_code_leaves_its_graph_for_an_array_function():
 
     with pytest.raises(Exception, match=r"the array functions are not traced: hw3gpu\.functional has those that are"):
         torch.compile(twice, backend="eager", fullgraph=True)(z)
-    assert torch.equal(torch.compile(twice, backend="eager")(z), twice(z))
+    torch.compiler.reset()
+    with _imports_in_another_thread():
+        compiled = torch.compile(twice, backend="eager")(z)
+    assert torch.equal(compiled, twice(z))
+
+
+@contextlib.contextmanager
+def _imports_in_another_thread():
+    """`sys.modules` changes all the time."""
+    ended, interval = threading.Event(), sys.getswitchinterval()
+
+    def imports():
+        for k in itertools.count():
+            sys.modules[f"_imported_{k % 50}"] = types.ModuleType("_imported")
+            sys.modules.pop(f"_imported_{(k + 25) % 50}", None)
+            if ended.is_set():
+                break
+
+    thread = threading.Thread(target=imports)
+    sys.setswitchinterval(1e-5)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+        for k in range(50):
+            sys.modules.pop(f"_imported_{k}", None)
