@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "traffic":
         os.environ["TRITON_INTERPRET"] = "1"  # counts only before Triton is imported
     watched = args.command == "gpu" and not args.worker
-    return importlib.import_module(f"benchmarks.{'supervisor' if watched else args.command}").run(args)
+    module = "supervisor" if watched else {"evidence": "evidence.run"}.get(args.command, args.command)
+    return importlib.import_module(f"benchmarks.{module}").run(args)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 import hw3gpu.functional as HF
 
-from .evidence_case import Case, batch_norm_moves, cross_entropy_moves, softmax_moves
+from .evidence.case import Case, batch_norm_moves, cross_entropy_moves, softmax_moves
 
 F32, BF16 = torch.float32, torch.bfloat16
 HELD = 16384  # values of a channel that a program keeps (kernels/README.md)

@@ -33,7 +33,8 @@ from rich.table import Table
 
 import hw3gpu
 import hw3gpu.functional
-from hw3gpu import _pool, _small
+from hw3gpu._core import pool as _pool
+from hw3gpu._torch import small_calls
 from hw3gpu.kernels.cpu import batch_norm_small, cross_entropy_step
 
 from .cpu_cases import HALVES, KNOWN, ROWS, TINIES, Function, Step, Work
@@ -289,7 +290,7 @@ def layers(work: Work, step: Step, turns: int) -> dict[str, float]:
         empty = Step(lambda f: f(*step.leaves, None), _Empty.apply, _Empty.apply, step.leaves)
     with_outputs: list[_Call] = []
     kernels: list[_Call] = []
-    with _noting(_small, names, with_outputs), _noting(room, kernel_names, kernels):
+    with _noting(small_calls, names, with_outputs), _noting(room, kernel_names, kernels):
         step(step.ours)
     contestants: dict[str, Callable[[], object]] = {
         "all": partial(step, step.ours),

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 import hw3gpu
-from hw3gpu import _arrays, _error_bounds, reference
+from hw3gpu import _error_bounds, reference
 from hw3gpu._cli.arrays import Place, cupy_refusal, to_numpy
 from hw3gpu._cli.operations import OPERATIONS, Operation, Output
 from hw3gpu._cli.verify import Check, check
+from hw3gpu._core import arrays, dispatch
 
 from .gpu_rows import Inputs, Row
 from .harness import Deadline
@@ -39,7 +40,7 @@ class Verified:
             self.passed += 1
             return True
         where = ", ".join(filter(None, (*found.case, found.output)))
-        kind = self.unavailable if found.note.startswith(_arrays.BackendError.__name__) else self.failures
+        kind = self.unavailable if found.note.startswith(dispatch.BackendError.__name__) else self.failures
         kind.append(f"{where}: {found.note or f'error {found.error:.2e}, allowed {found.tolerance:.2e}'}")
         return False
 
@@ -113,7 +114,7 @@ def _cross_entropy(row: Row, given: Inputs, ours: Any, eager: Any) -> Iterator[O
     of_rows = to_numpy(_rows_of(z, index)), target
     upstream = np.full(len(index), 1.0 / N)
     sheet = reference.cross_entropy_with_options(*of_rows, reduction="none", upstream=upstream)
-    acc = _arrays.accumulate_dtype(z)
+    acc = arrays.accumulate_dtype(z)
     bound = _error_bounds.cross_entropy_with_options(*of_rows, reduction="none", upstream=upstream, dtype=acc)
     yield Output("dz", _rows_of(dz, index), sheet.dlogits, _rows_of(their_dz, index), bound.dlogits)
     # the mean over all rows in float64, a piece at a time; rows are alike: twice the sampled rows' bound is that of all
@@ -130,7 +131,7 @@ def _cross_entropy(row: Row, given: Inputs, ours: Any, eager: Any) -> Iterator[O
 
 def _softmax(row: Row, given: Inputs, ours: Any, eager: Any) -> Iterator[Output]:
     index = _few(row.shape[0])
-    z, acc = to_numpy(_rows_of(given.x, index)), _arrays.accumulate_dtype(given.x)
+    z, acc = to_numpy(_rows_of(given.x, index)), arrays.accumulate_dtype(given.x)
     (y, (dz,)), (their_y, (their_dz,)) = ours, eager
     y, their_y = _rows_of(y, index), _rows_of(their_y, index)
     yield Output("y", y, reference.softmax(z), their_y, _error_bounds.softmax(z, dtype=acc))
@@ -141,7 +142,7 @@ def _softmax(row: Row, given: Inputs, ours: Any, eager: Any) -> Iterator[Output]
 
 def _batch_norm(row: Row, given: Inputs, ours: Any, eager: Any) -> Iterator[Output]:
     index = _few(row.shape[1])
-    acc = _arrays.accumulate_dtype(given.x)
+    acc = arrays.accumulate_dtype(given.x)
 
     def channels(t: torch.Tensor) -> torch.Tensor:
         return t.detach().index_select(1 if t.ndim > 1 else 0, torch.tensor(index, device=t.device))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hw3gpu import _bound
+from hw3gpu._torch import bound_launches
 from hw3gpu.kernels.gpu import tuned
 
 from . import gpu_checks
@@ -91,13 +91,13 @@ class Trial:
         self.during = PASSES[0]
 
     def __enter__(self) -> Trial:
-        _bound.forget()
+        bound_launches.forget()
         tuned.try_plans(self)
         return self
 
     def __exit__(self, *error: object) -> None:
         tuned.try_plans(None)
-        _bound.forget()
+        bound_launches.forget()
 
     def __call__(self, device: str, name: str, given: dict[str, Any], plan: Any) -> Any:
         asked = Asked(device, name, given, plan)
@@ -149,7 +149,7 @@ def right(gpu: Gpu, row: Row, given: Inputs, step: Step, eager: Step) -> bool:
     """Whether the results, with the plans as they are now, are held by the answer sheet."""
     if gpu.pretended:
         return True
-    _bound.forget()
+    bound_launches.forget()
     found = []
     for of in (step, eager):
         result = of.forward()
@@ -172,7 +172,7 @@ def timed(
     best = asked.use
     for use in uses:
         asked.use = use
-        _bound.forget()
+        bound_launches.forget()
         gpu.mark("")
         try:
             if expected is not None:
@@ -191,7 +191,7 @@ def timed(
             note = {"plan": asked.name, "given": asked.given, "over": uses[0], "use": json.loads(name)}
             results.parts.setdefault("tried", []).append(note | {"time_over": asdict(ratio)})
     graphs.clear()
-    _bound.forget()
+    bound_launches.forget()
     gpu.clock.free()
     return found
 

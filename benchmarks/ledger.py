@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .inside_triton import count_accesses
+from .evidence.compile_without_gpu import count_accesses
 
 SECTOR = 32  # bytes: the smallest piece that a GPU's cache moves
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import hw3gpu.functional as HF
-from hw3gpu._linear_cross_entropy import Problem, chunk_rows
+from hw3gpu._torch.linear_chunks import Problem, chunk_rows
 
 from .cpu import THREADS, Ratio, Spread, in_turn, machine
 

@@ -31,9 +31,11 @@ from rich.table import Table
 from torch import Tensor
 
 import hw3gpu.functional as HF
-from hw3gpu import _arrays, _batch_norm_autograd, _targets
+from hw3gpu._core import arrays
+from hw3gpu._torch import batch_norm as _batch_norm
+from hw3gpu._torch import class_range
 
-from .inside_triton import StandIn
+from .evidence.compile_without_gpu import StandIn
 
 CALLS = 100  # in each turn
 
@@ -170,9 +172,9 @@ def on_a_gpu() -> Iterator[None]:
     """Inside, calls of host tensors launch what they would for tensors on an H100."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(StandIn(90, in_c=True))
-        stack.enter_context(mock.patch.object(_arrays, "on_host", _no))
-        stack.enter_context(mock.patch.object(_batch_norm_autograd, "by_address", _no))
-        stack.enter_context(mock.patch.object(_targets, "flag", _the_flag))
+        stack.enter_context(mock.patch.object(arrays, "on_host", _no))
+        stack.enter_context(mock.patch.object(_batch_norm, "by_address", _no))
+        stack.enter_context(mock.patch.object(class_range, "flag", _the_flag))
         yield
 
 

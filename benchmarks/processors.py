@@ -140,7 +140,7 @@ def operations() -> dict[str, Callable[[], Sequence[np.ndarray]]]:
 
 def bits(path: str) -> None:
     """Writes what each operation gives with one thread to `path` (.npz); prints a digest for each number of threads (JSON)."""
-    from hw3gpu.kernels.cpu import _threads
+    from hw3gpu.kernels.cpu._numba import threads as _threads
 
     _threads.BYTES_PER_THREAD = 1  # small arrays too are shared
     digests: dict[int, str] = {}

@@ -22,8 +22,8 @@ import torch
 from hw3gpu.kernels.gpu.device import B200, H100, H200, Device, in_flight
 
 from . import time_model
-from .evidence import examined
-from .evidence_case import Case
+from .evidence.case import Case
+from .evidence.run import examined
 
 FILE = Path(__file__).with_name("others.json")
 F32, BF16 = torch.float32, torch.bfloat16

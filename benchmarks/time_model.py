@@ -12,8 +12,8 @@ from typing import Any
 
 from hw3gpu.kernels.gpu.device import A100, B200, H100, H200, RTX_5090, Device
 
-from . import occupancy
-from .evidence import FILE, kernels_of
+from .evidence import occupancy
+from .evidence.run import FILE, kernels_of
 
 Kernel = Mapping[str, Any]  # what evidence.json says of a launch
 

@@ -15,7 +15,7 @@ from hw3gpu.kernels.gpu.device import A100, B200, H100, Device
 
 from . import published, time_model
 from .call_cases import CALLS, Call
-from .evidence import FILE, Findings, kernels_of
+from .evidence.run import FILE, Findings, kernels_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "time_model.md"
 DEVICES = (H100, A100, B200)

@@ -11,12 +11,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ._arrays import BackendError, use_backend
-from ._pool import empty_cache
-from .batch_norm import BatchNorm, BatchNormGradients, batch_norm, batch_norm_backward
-from .points import MomentAccumulator, Moments, moments, points_with_moments
-from .shapes import conv2d_output_shape, conv2d_padding_for, conv_transpose2d_output_shape
-from .softmax import (
+from ._array_functions.batch_norm import BatchNorm, BatchNormGradients, batch_norm, batch_norm_backward
+from ._array_functions.points import MomentAccumulator, Moments, moments, points_with_moments
+from ._array_functions.shapes import conv2d_output_shape, conv2d_padding_for, conv_transpose2d_output_shape
+from ._array_functions.softmax import (
     SoftmaxCrossEntropy,
     cross_entropy,
     softmax,
@@ -24,7 +22,9 @@ from .softmax import (
     softmax_cross_entropy,
     softmax_jacobian,
 )
-from .trace import TraceMinimum, minimize_trace, minor_components
+from ._array_functions.trace import TraceMinimum, minimize_trace, minor_components
+from ._core.dispatch import BackendError, use_backend
+from ._core.pool import empty_cache
 
 __version__ = "0.1.0"
 

@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _arguments, _check, _ops, _vocab_parallel, functional
-from ._autograd import accumulate_dtype, as_dtype
-from ._sync_batch_norm import sync_batch_norm as _sync_batch_norm
+from . import functional
+from ._torch import arguments, operators
+from ._torch import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
+from ._torch.arguments import _vocab_parallel_arguments, _vocab_parallel_numbers
+from ._torch.autograd import accumulate_dtype, as_dtype
+from ._torch.sync_batch_norm import sync_batch_norm as _sync_batch_norm
 
 __all__ = ["sync_batch_norm", "vocab_parallel_cross_entropy"]
 
@@ -56,7 +59,7 @@ def sync_batch_norm(
         return functional.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual, activation=activation
         )
-    _, momentum, eps = _arguments.batch_norm(
+    _, momentum, eps = arguments.batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, alone=False
     )
     if torch.compiler.is_exporting():
@@ -64,7 +67,7 @@ def sync_batch_norm(
             "sync_batch_norm: export the model in evaluation: what moves an exported model from training to evaluation would "
             "pass this over, and leave it in training"
         )
-    residual = _arguments.fused(input, residual, activation)
+    residual = arguments.fused(input, residual, activation)
     relu, name = activation == "relu", group.group_name
     return _sync_batch_norm(input, weight, bias, running_mean, running_var, momentum, eps, residual, relu, name)
 
@@ -100,7 +103,7 @@ def vocab_parallel_cross_entropy(
     _vocab_parallel_numbers(z_loss, softcap, vocab_start)
     if weight is not None:
         weight = weight.detach().to(accumulate_dtype(logits_shard)).contiguous()
-    options = _vocab_parallel.Options(
+    options = _vocab_parallel_cross_entropy.Options(
         -1 if vocab_start is None else vocab_start,
         ignore_index,
         float(label_smoothing),
@@ -108,44 +111,14 @@ def vocab_parallel_cross_entropy(
         None if softcap is None else float(softcap),
         _or_all(group).group_name,
     )
-    loss, weights, taken = _vocab_parallel.vocab_parallel_cross_entropy(logits_shard, target, weight, options)
+    loss, weights, taken = _vocab_parallel_cross_entropy.vocab_parallel_cross_entropy(logits_shard, target, weight, options)
     shape = target.shape
-    if logits_shard.device.type == "cpu" and not _ops.traced(logits_shard):
+    if logits_shard.device.type == "cpu" and not operators.traced(logits_shard):
         _every_class_exists(taken, target, ignore_index)
     if reduction == "none":
         return as_dtype(loss.reshape(shape), logits_shard.dtype)
     total = loss.sum()
     return as_dtype(total if reduction == "sum" else total / weights.sum(), logits_shard.dtype)
-
-
-def _vocab_parallel_arguments(z, target, weight, ignore_index, reduction, label_smoothing):
-    _arguments.tensor(z, "logits_shard")
-    _check.floating(z, "logits_shard")
-    _arguments.tensor(target, "target")
-    _check.integer(target, "target")
-    _check.rank_at_least(z, "logits_shard", 1, "(V_r,), (N, V_r) or (N, V_r, d1, …)")
-    axis = min(z.dim() - 1, 1)
-    _check.shape(target, "target", (*z.shape[:axis], *z.shape[axis + 1 :]), "one class per row of logits_shard")
-    if weight is not None:
-        _arguments.tensor(weight, "weight")
-        _check.floating(weight, "weight")
-        _check.shape(weight, "weight", (z.shape[axis],), "one weight per class of logits_shard")
-    _check.integer_value(ignore_index, "ignore_index")
-    _check.one_of(reduction, "reduction", ("none", "mean", "sum"))
-    _check.real_value(label_smoothing, "label_smoothing")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
-
-
-def _vocab_parallel_numbers(z_loss, softcap, vocab_start):
-    _check.real_value(z_loss, "z_loss")
-    if not 0 <= z_loss < float("inf"):
-        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
-    if softcap is not None:
-        _check.real_value(softcap, "softcap")
-        _check.positive(softcap, "softcap")
-    if vocab_start is not None and _check.integer_value(vocab_start, "vocab_start") < 0:
-        raise ValueError(f"vocab_start: expected at least 0, got {vocab_start}")
 
 
 def _every_class_exists(taken: Tensor, target: Tensor, ignore_index: int) -> None:

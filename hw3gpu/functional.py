@@ -12,23 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import (
-    _arguments,
-    _batch_norm_autograd,
-    _bound,
-    _check,
-    _cross_entropy,
-    _linear_cross_entropy_graphs,
-    _linear_token_log_probs,
-    _softmax_autograd,
-    _token_log_probs,
-)
-from ._autograd import as_dtype
-from ._cross_entropy_formula import CrossEntropyStatistics, Options
-from ._targets import check_targets
-from ._token_log_probs import TokenLogProbs
-from ._torch_internals import legacy_reduction
-from ._trace_autograd import minimize_trace
+from ._core import check
+from ._core.torch_internals import legacy_reduction
+from ._torch import arguments, bound_launches
+from ._torch import batch_norm as _batch_norm
+from ._torch import cross_entropy as _cross_entropy
+from ._torch import linear_cross_entropy as _linear_cross_entropy
+from ._torch import linear_token_log_probs as _linear_token_log_probs
+from ._torch import softmax as _softmax
+from ._torch import token_log_probs as _token_log_probs
+from ._torch.autograd import as_dtype
+from ._torch.class_range import check_targets
+from ._torch.cross_entropy_formula import CrossEntropyStatistics, Options
+from ._torch.token_log_probs import TokenLogProbs
+from ._torch.trace import minimize_trace
 
 __all__ = [
     "CrossEntropyStatistics",
@@ -77,19 +74,19 @@ def batch_norm(
     too, the exception is also of the type that PyTorch raises.
     """
     if residual is None and activation is None:
-        y = _batch_norm_autograd.by_address(input, weight, bias, running_mean, running_var, training, momentum, eps)
+        y = _batch_norm.by_address(input, weight, bias, running_mean, running_var, training, momentum, eps)
         if y is not None:
             return y
-    call = _batch_norm_autograd.call_of(
+    call = _batch_norm.call_of(
         input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation
     )  # fmt: skip
     if call is None or call.launches is None:
-        beyond, momentum, eps = _arguments.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        beyond, momentum, eps = arguments.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         if residual is not None or activation is not None:
-            residual = _arguments.fused(input, residual, activation)
+            residual = arguments.fused(input, residual, activation)
         if beyond:
             return _of_no_elements(input, weight, bias, residual)
-    return _batch_norm_autograd.batch_norm(
+    return _batch_norm.batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation == "relu", call
     )
 
@@ -114,12 +111,12 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     TypeError for kinds and dtypes, IndexError for a `dim` that input does not have; where PyTorch refuses an argument too, the
     exception is also of the type that PyTorch raises.
     """
-    _arguments.tensor(input, "input")
-    if dtype is None and input.is_cuda and input.dtype in _arguments.HALVES and _arguments.autocast(input):
+    arguments.tensor(input, "input")
+    if dtype is None and input.is_cuda and input.dtype in arguments.HALVES and arguments.autocast(input):
         dtype = torch.float32
     call = None
     if type(dim) is int and (dtype is None or isinstance(dtype, torch.dtype)):
-        call = _bound.of(("softmax", dim, dtype), input)
+        call = bound_launches.of(("softmax", dim, dtype), input)
     if call is None or call.launches is None:
         if dim is None:
             warnings.warn("softmax: give `dim`; PyTorch's implicit choice is deprecated", stacklevel=_stacklevel - 1)
@@ -127,14 +124,14 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
         if input.dim() == 0:
             return softmax(input.reshape(1), dim, dtype=dtype).reshape(())
         if type(dim) is not int:
-            dim = _check.integer_value(dim, "dim")
+            dim = check.integer_value(dim, "dim")
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype: expected None or a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
         if not -input.dim() <= dim < input.dim():
-            raise IndexError(f"dim: expected an axis of input with shape {_check.shape_of(input)}, got {dim}")
-        if dtype not in _arguments.FLOATING and (dtype is not None or input.dtype not in _arguments.FLOATING):
-            _check.floating(input if dtype is None else input.to(dtype), "input")
-    return _softmax_autograd.softmax(input if dtype is None else input.to(dtype), dim, call)
+            raise IndexError(f"dim: expected an axis of input with shape {check.shape_of(input)}, got {dim}")
+        if dtype not in arguments.FLOATING and (dtype is not None or input.dtype not in arguments.FLOATING):
+            check.floating(input if dtype is None else input.to(dtype), "input")
+    return _softmax.softmax(input if dtype is None else input.to(dtype), dim, call)
 
 
 # ---------------------------------------------------------------------------------------------- cross entropy
@@ -189,16 +186,16 @@ def cross_entropy(
         reduction = legacy_reduction(size_average, reduce)
     call = None
     if differentiable:
-        _arguments.differentiable(return_stats)
-    elif _arguments.may_be_known(input, target, reduction, gradient, all_ignored):
-        dtype = _arguments.loss_dtype(input, target)
+        arguments.differentiable(return_stats)
+    elif arguments.may_be_known(input, target, reduction, gradient, all_ignored):
+        dtype = arguments.loss_dtype(input, target)
         options = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero")
         call = _cross_entropy.call_of(input, target, weight, options, gradient, return_stats, dtype)
     if call is None or call.launches is None:
-        weight = _arguments.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-        _arguments.extra(z_loss, softcap, gradient, all_ignored)
+        weight = arguments.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        arguments.extra(z_loss, softcap, gradient, all_ignored)
         options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero")
-        dtype = _arguments.loss_dtype(input, target)
+        dtype = arguments.loss_dtype(input, target)
     if differentiable:
         loss, stats = _cross_entropy.with_differentiable_statistics(input, target, weight, options)
     else:
@@ -227,7 +224,7 @@ def token_log_probs(
     out of range and for a `dim` that logits does not have. On a GPU nothing waits for the device: a row whose class is out of
     range gives NaN, and a later call, or `check_targets`, raises the IndexError.
     """
-    temperature, dim = _arguments.token_log_probs(logits, target, temperature, ignore_index, dim)
+    temperature, dim = arguments.token_log_probs(logits, target, temperature, ignore_index, dim)
     return _token_log_probs.token_log_probs(logits, target, temperature, ignore_index, dim)
 
 
@@ -251,10 +248,10 @@ def linear_token_log_probs(
     integer classes (…). The results have target's shape. Under autocast the products are in its dtype, as those of PyTorch's
     `linear`. What raises, second derivatives and transforms are as of `token_log_probs`; the latter two hold all logits.
     """
-    temperature = _arguments.linear_token_log_probs(input, linear_weight, target, linear_bias, temperature, ignore_index)
-    _arguments.chunk_rows(chunk_rows)
+    temperature = arguments.linear_token_log_probs(input, linear_weight, target, linear_bias, temperature, ignore_index)
+    arguments.chunk_rows(chunk_rows)
     rows = input.reshape(target.numel(), input.shape[-1])
-    problem = _arguments.linear_problem(rows, linear_weight, target.reshape(-1), linear_bias, None)
+    problem = arguments.linear_problem(rows, linear_weight, target.reshape(-1), linear_bias, None)
     found = _linear_token_log_probs.linear_token_log_probs(problem, temperature, ignore_index, chunk_rows)
     return TokenLogProbs(*(v.view(target.shape) for v in found))
 
@@ -297,24 +294,24 @@ def linear_cross_entropy(
     that need the formula in PyTorch's operations hold all logits.
     """
     if ignore_index is not None and isinstance(target, Tensor) and target.is_floating_point():
-        raise _check.ShapeError(f"ignore_index: expected None with probabilities as target, got {ignore_index}")
-    _arguments.extra(z_loss, softcap, gradient, all_ignored)
+        raise check.ShapeError(f"ignore_index: expected None with probabilities as target, got {ignore_index}")
+    arguments.extra(z_loss, softcap, gradient, all_ignored)
     asked = Options(
         reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero"
     )
-    weight = _arguments.linear_cross_entropy(input, linear_weight, target, linear_bias, weight, asked)
+    weight = arguments.linear_cross_entropy(input, linear_weight, target, linear_bias, weight, asked)
     if gradient == "forward" and reduction == "none":
         raise ValueError("gradient: expected 'auto' or 'backward' with reduction 'none', got 'forward'")
     rows = getattr(options, "batch_chunk_size", None) if chunk_rows is None else chunk_rows
-    _arguments.chunk_rows(rows)
-    problem = _arguments.linear_problem(input, linear_weight, target, linear_bias, weight)
+    arguments.chunk_rows(rows)
+    problem = arguments.linear_problem(input, linear_weight, target, linear_bias, weight)
     if differentiable:
-        _arguments.differentiable(return_stats)
-        loss, stats = _linear_cross_entropy_graphs.with_differentiable_statistics(problem, asked, rows)
+        arguments.differentiable(return_stats)
+        loss, stats = _linear_cross_entropy.with_differentiable_statistics(problem, asked, rows)
     else:
-        loss, stats = _linear_cross_entropy_graphs.linear_cross_entropy(problem, asked, gradient, return_stats, rows)
+        loss, stats = _linear_cross_entropy.linear_cross_entropy(problem, asked, gradient, return_stats, rows)
     of_rows = (*input.shape[:-1], *linear_weight.shape[1:-1])
-    loss = as_dtype(loss.reshape(of_rows) if reduction == "none" else loss, _arguments.loss_dtype(input, target))
+    loss = as_dtype(loss.reshape(of_rows) if reduction == "none" else loss, arguments.loss_dtype(input, target))
     if not return_stats:
         return loss
     return loss, type(stats)._make(None if v is None else v.reshape(of_rows) for v in stats)

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _arguments, distributed, functional
-from ._autograd import accumulate_dtype
-from ._torch_internals import BatchNormBase, NormBase
-from .shapes import conv2d_output_shape
+from . import distributed, functional
+from ._array_functions.shapes import conv2d_output_shape
+from ._core.torch_internals import BatchNormBase, NormBase
+from ._torch import arguments
+from ._torch.autograd import accumulate_dtype
 
 __all__ = [
     "BatchNorm1d",
@@ -97,7 +98,7 @@ class _BatchNormAct(_BatchNormForward):
 
     def __init__(self, *args: Any, activation: str | None = "relu", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _arguments.activation_of(activation)
+        arguments.activation_of(activation)
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import hw3gpu
 from hw3gpu import _error_bounds, reference
-from hw3gpu._arrays import accumulate_dtype
-from hw3gpu._torch_internals import softmax_backward as torch_softmax_backward
+from hw3gpu._core.arrays import accumulate_dtype
+from hw3gpu._core.torch_internals import softmax_backward as torch_softmax_backward
 from layouts import to_torch
 from measure import close, max_error
 

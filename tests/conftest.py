@@ -22,7 +22,7 @@ import fake_cupy
 import numpy as np
 import pytest
 
-from hw3gpu._arrays import use_backend
+from hw3gpu import use_backend
 from hw3gpu._cli.arrays import DTYPES, Place, cupy_refusal, to_numpy
 from layouts import Tensors
 

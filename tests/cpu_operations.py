@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hw3gpu.kernels.cpu import _elements, batch_norm, cross_entropy, softmax
+from hw3gpu.kernels.cpu import batch_norm, cross_entropy, softmax
+from hw3gpu.kernels.cpu._numba import elements
 
 HALVES = {"bfloat16": (torch.bfloat16, np.uint16), "float16": (torch.float16, np.int16)}
 
@@ -38,7 +39,7 @@ def run_softmax(rng, shape, dtype="float32"):
 def run_cross_entropy(rng, shape, dtype="float32", soft=False):
     N, V, S = shape
     z = random_array(rng, shape, dtype)
-    acc = _elements.accumulate_dtype(z)
+    acc = elements.accumulate_dtype(z)
     target = random_array(rng, shape, dtype) if soft else rng.integers(0, V, (N, S))
     weight, options = rng.uniform(0.5, 1, V).astype(acc), {"ignore_index": 1, "label_smoothing": 0.1}
 
@@ -57,7 +58,7 @@ def run_cross_entropy(rng, shape, dtype="float32", soft=False):
 def run_batch_norm(rng, shape, dtype="float32", layout=np.ascontiguousarray):
     C = shape[1]
     x, dy = layout(random_array(rng, shape, dtype)), layout(random_array(rng, shape, dtype))
-    acc = _elements.accumulate_dtype(x)
+    acc = elements.accumulate_dtype(x)
     gamma, beta = rng.standard_normal((2, C)).astype(acc)
 
     def call():

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from hw3gpu.kernels.cpu import (
-    _threads,
     batch_norm,
     batch_norm_small,
     cross_entropy,
@@ -28,6 +27,7 @@ from hw3gpu.kernels.cpu import (
     softmax,
     token_log_probs,
 )
+from hw3gpu.kernels.cpu._numba import threads
 
 # Every number of lanes of a partial vector, of one vector and of two; a chunk of 512 and a bit; a few long ones.
 LENGTHS = [*range(1, 71), 127, 128, 129, 255, 256, 257, 511, 513, 1000, 1001, 1030, 4097]
@@ -368,7 +368,7 @@ def run(name: str, dtype: str, note: int) -> None:
 
 
 def main(dtype: str, note_path: str, names: list[str]) -> None:
-    _threads.set_num_threads(1)
+    threads.set_num_threads(1)
     np.seterr(all="ignore")
     note = os.open(note_path, os.O_RDWR | os.O_CREAT)
     ones = np.ones((1, 1, 1), IN_MEMORY[dtype])

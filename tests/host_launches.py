@@ -7,12 +7,12 @@ import contextlib
 import fake_cupy
 import torch
 
-from hw3gpu import _arrays
+from hw3gpu._core import dispatch
 
 
 def launch_on_the_host(monkeypatch, log, which):
     """Launches for CuPy arrays run the `which` kernels ('gpu': in Triton's interpreter) on the host, and are recorded."""
-    kernels, view, place = _arrays.kernels, _arrays.viewer(which), []
+    kernels, view, place = dispatch.kernels, dispatch.viewer(which), []
 
     class Launcher:
         def __init__(self, room):
@@ -33,4 +33,4 @@ def launch_on_the_host(monkeypatch, log, which):
 
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda ptr, device: (device, ptr))
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(_arrays, "kernels", lambda room, ran: Launcher(room) if ran == "gpu" else kernels(room, ran))
+    monkeypatch.setattr(dispatch, "kernels", lambda room, ran: Launcher(room) if ran == "gpu" else kernels(room, ran))

@@ -1,4 +1,4 @@
-"""`hw3gpu._arrays`: which kernels run, how they see an array, and what comes back. No input is ever written."""
+"""`hw3gpu._core.arrays`: which kernels run, how they see an array, and what comes back. No input is ever written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import hw3gpu
-from hw3gpu import BackendError, _arrays, use_backend
+from hw3gpu import BackendError, use_backend
+from hw3gpu._core import dispatch, outputs
 from layouts import LAYOUTS, in_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -37,7 +38,7 @@ def launched(monkeypatch):
         names.append(f"{which}.{room}")
         return Recorder()
 
-    monkeypatch.setattr(_arrays, "kernels", kernels)
+    monkeypatch.setattr(dispatch, "kernels", kernels)
     return names
 
 
@@ -57,7 +58,7 @@ def test_arrays_on_the_host_run_the_numba_kernels(launched):
 
 @pytest.mark.usefixtures("no_backend_asked_for")
 def test_the_environment_variable_is_read_at_each_call(launched, monkeypatch):
-    monkeypatch.setattr(_arrays, "gpu_refusal", lambda device: None)
+    monkeypatch.setattr(dispatch, "gpu_refusal", lambda device: None)
     for name, expected in (("gpu", "gpu"), ("cpu", "cpu"), ("auto", "cpu"), ("", "cpu")):
         monkeypatch.setenv("HW3GPU_BACKEND", name)
         hw3gpu.softmax(np.ones(3))
@@ -65,7 +66,7 @@ def test_the_environment_variable_is_read_at_each_call(launched, monkeypatch):
 
 
 def test_use_backend_overrides_the_environment_and_nests(launched, monkeypatch):
-    monkeypatch.setattr(_arrays, "gpu_refusal", lambda device: None)
+    monkeypatch.setattr(dispatch, "gpu_refusal", lambda device: None)
     monkeypatch.setenv("HW3GPU_BACKEND", "gpu")
     z = np.ones(3)
 
@@ -88,13 +89,13 @@ def test_use_backend_overrides_the_environment_and_nests(launched, monkeypatch):
 
 @pytest.mark.usefixtures("no_backend_asked_for")
 def test_use_backend_is_for_its_thread_alone(monkeypatch):
-    monkeypatch.setattr(_arrays, "gpu_refusal", lambda device: None)
+    monkeypatch.setattr(dispatch, "gpu_refusal", lambda device: None)
     seen = []
     with use_backend("gpu"):
-        thread = threading.Thread(target=lambda: seen.append(_arrays.requested_backend()))
+        thread = threading.Thread(target=lambda: seen.append(dispatch.requested_backend()))
         thread.start()
         thread.join()
-        seen.append(_arrays.requested_backend())
+        seen.append(dispatch.requested_backend())
     assert seen == ["auto", "gpu"]
 
 
@@ -132,9 +133,9 @@ def test_the_triton_kernels_are_refused_on_a_device_that_the_driver_does_not_dri
 
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=Driver()))
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert _arrays.gpu_refusal(active) is None
+    assert dispatch.gpu_refusal(active) is None
     expected = f"the active Triton driver launches on '{active}' arrays and this array is on '{given}'"
-    assert _arrays.gpu_refusal(given) == expected
+    assert dispatch.gpu_refusal(given) == expected
 
 
 def test_the_numba_kernels_are_refused_on_a_device(monkeypatch):
@@ -153,7 +154,7 @@ def test_backend_errors_are_runtime_errors():
 def test_the_twins_share_their_names_and_arguments(which, room):
     import inspect
 
-    here = _arrays.kernels(room, which)
+    here = dispatch.kernels(room, which)
     there = importlib.import_module(f"hw3gpu.kernels.{'gpu' if which == 'cpu' else 'cpu'}.{room}")
 
     def launchers(module):
@@ -217,7 +218,7 @@ def address(x):
 )  # fmt: skip
 def test_fold(kit, shape, axis, folded):
     x = kit.array(np.arange(np.prod(shape, dtype=int), dtype=float).reshape(shape))
-    view = _arrays.fold(x, axis)
+    view = outputs.fold(x, axis)
     assert tuple(view.shape) == folded
     np.testing.assert_array_equal(kit.numpy(view), kit.numpy(x).reshape(folded))
     assert address(view) == address(x)
@@ -226,7 +227,7 @@ def test_fold(kit, shape, axis, folded):
 @pytest.mark.parametrize(("layout", "axis"), [("channels-last", 1), ("contiguous", 2), ("shifted", 1), ("sliced", -1)])
 def test_fold_is_a_view_where_strides_allow(kit, layout, axis):
     x = in_layout(kit, np.arange(60.0).reshape(3, 4, 5), "float32", layout)
-    view = _arrays.fold(x, axis)
+    view = outputs.fold(x, axis)
     assert address(view) == address(x)
     np.testing.assert_array_equal(kit.numpy(view).reshape(-1), np.moveaxis(kit.numpy(x), axis, axis).reshape(-1))
 
@@ -236,7 +237,7 @@ def test_fold_is_a_view_where_strides_allow(kit, layout, axis):
 def test_output_and_its_fold_are_one(kit, rng, layout, axis, dtype):
     """What a kernel writes into the fold is in the output, whatever the input's layout."""
     x = in_layout(kit, rng.standard_normal((3, 4, 5)), dtype, layout)
-    out, folded = _arrays.output_like(x, axis)
+    out, folded = outputs.output_like(x, axis)
     assert type(out) is type(x)
     assert out.dtype == x.dtype
     assert out.shape == x.shape
@@ -248,7 +249,7 @@ def test_output_and_its_fold_are_one(kit, rng, layout, axis, dtype):
 
 def test_output_keeps_the_layout(device):
     x = torch.zeros(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
-    assert _arrays.output_like(x, 1)[0].is_contiguous(memory_format=torch.channels_last)
+    assert outputs.output_like(x, 1)[0].is_contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------- inputs are never written
@@ -378,6 +379,6 @@ def test_kernels_write_their_output_and_nothing_beside_it(device, rng, shape, dt
     ]  # fmt: skip
     for room, name, operands, options in launches:
         out, *around = guarded(shape, dtype, device, layout)
-        _arrays.launch(room, name, x, *operands(out), **options)
+        dispatch.launch(room, name, x, *operands(out), **options)
         assert all((a == SENTINEL).all() for a in around), f"{room}.{name} wrote beside its output"
         assert not (out == SENTINEL).any(), f"{room}.{name} left a part of its output unwritten"

@@ -11,7 +11,8 @@ import torch
 
 import hw3gpu
 from hw3gpu import _error_bounds, reference
-from hw3gpu._arrays import accumulate_dtype, requested_backend
+from hw3gpu._core.arrays import accumulate_dtype
+from hw3gpu._core.dispatch import requested_backend
 from layouts import in_layout, to_torch
 from measure import close, max_error
 

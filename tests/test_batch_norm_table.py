@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from twins import layout_of
 
 import hw3gpu.functional as HF
-from hw3gpu._arrays import requested_backend
+from hw3gpu._core.dispatch import requested_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

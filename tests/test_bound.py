@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import hw3gpu.functional as HF
-from benchmarks.inside_triton import StandIn
-from hw3gpu import _arrays, _batch_norm_autograd, _bound
+from benchmarks.evidence.compile_without_gpu import StandIn
+from hw3gpu._core import arrays, dispatch
+from hw3gpu._torch import batch_norm, bound_launches
 from hw3gpu.kernels.gpu import launch as launching
 from hw3gpu.kernels.gpu import softmax
 
@@ -23,9 +24,9 @@ BF16 = torch.bfloat16
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """Calls of host tensors go the way of CUDA tensors; nothing is kept yet."""
-    monkeypatch.setattr(_arrays, "on_host", lambda x: False)
-    monkeypatch.setattr(_batch_norm_autograd, "by_address", lambda *args: None)
-    monkeypatch.setattr(_bound, "_kept", {})
+    monkeypatch.setattr(arrays, "on_host", lambda x: False)
+    monkeypatch.setattr(batch_norm, "by_address", lambda *args: None)
+    monkeypatch.setattr(bound_launches, "_kept", {})
 
 
 @pytest.fixture
@@ -116,10 +117,10 @@ def test_later_calls_launch_the_same_on_their_own_memory(gpu, monkeypatch, of):
     for owner, name in (*creates, (torch.Tensor, "new_empty")):
         made = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, made=made, **k: allocated.append(made(*a, **k)) or allocated[-1])
-    monkeypatch.setitem(_batch_norm_autograd.run.__kwdefaults__, "new", torch.empty)
+    monkeypatch.setitem(batch_norm.run.__kwdefaults__, "new", torch.empty)
     monkeypatch.setattr(launching, "_counters", {})
     HF.cross_entropy(make(10, 10), make(10, dtype=torch.int64))  # makes the counter
-    _bound._kept.clear()
+    bound_launches._kept.clear()
     seen, counters = [], list(launching._counters.values())
     for _ in range(3):
         tensors, call = of(make)
@@ -127,7 +128,7 @@ def test_later_calls_launch_the_same_on_their_own_memory(gpu, monkeypatch, of):
         found = launches(gpu, call)
         known = [*tensors, *counters, *(x for x in allocated if not x.is_meta)]
         seen.append([(name, grid, [place(a, known) if type(a) is int else a for a in args]) for name, grid, args in found])
-        assert len(_bound._kept) == 2
+        assert len(bound_launches._kept) == 2
     assert seen[0] == seen[1] == seen[2]
     assert {type(p) for _, _, args in seen[0] for p in args} >= {tuple, int}
 
@@ -136,7 +137,7 @@ def test_the_momentum_of_a_call_is_its_own(gpu):
     shape, C = (32, 8, 14, 14), 8
     x, mean, var = torch.zeros(shape), torch.zeros(C), torch.ones(C)
     found = [launches(gpu, lambda: HF.batch_norm(x, mean, var, training=True, momentum=m))[0][2] for m in (0.5, 0.25, 0.125)]  # noqa: B023
-    assert len(_bound._kept) == 1
+    assert len(bound_launches._kept) == 1
     for args, momentum in zip(found, (0.5, 0.25, 0.125), strict=True):
         assert momentum in args
         assert int.from_bytes(torch.tensor([momentum], dtype=torch.float64).numpy().tobytes(), sys.byteorder) in args
@@ -165,7 +166,7 @@ def test_a_pointer_off_16_bytes_takes_launches_of_its_own(gpu):
     memory = torch.zeros(64 * 1000 + 4)
     aligned, off = memory[:-4].view(64, 1000), memory[1:-3].view(64, 1000)
     once, other = (launches(gpu, lambda: HF.softmax(z, 1)) for z in (aligned, off))  # noqa: B023
-    assert len(_bound._kept) == 2
+    assert len(bound_launches._kept) == 2
     again, again_other = (launches(gpu, lambda: HF.softmax(z, 1)) for z in (aligned, off))  # noqa: B023
     assert once[0][2][0] == again[0][2][0] == aligned.data_ptr()
     assert other[0][2][0] == again_other[0][2][0] == off.data_ptr()
@@ -185,7 +186,7 @@ def test_two_devices_share_nothing():
         for arch in (80, 90):
             with StandIn(arch) as device:
                 binaries.setdefault(arch, set()).update(launched.binary for launched in kept_launches(device, z))
-    assert len(_bound._kept) == 2
+    assert len(bound_launches._kept) == 2
     assert [len(found) for found in binaries.values()] == [1, 1]
     assert binaries[80] != binaries[90]
 
@@ -200,36 +201,36 @@ def test_shapes_strides_dtypes_and_options_have_launches_of_their_own(gpu):
         lambda: HF.softmax(z.to(BF16), 1),
         lambda: HF.softmax(z, 1, dtype=torch.float64),
     ):
-        before = len(_bound._kept)
+        before = len(bound_launches._kept)
         for _ in range(2):
             call()
-        assert len(_bound._kept) == before + 1
+        assert len(bound_launches._kept) == before + 1
 
 
 def test_a_lazy_sign_takes_no_launches_of_others(gpu):
     numbers = torch.zeros(32, 48, dtype=torch.complex64)
     for call in (lambda: HF.softmax(numbers.imag, 1), lambda: HF.softmax(numbers.conj().imag, 1)):
         call()
-        assert len(_bound._kept) == 1
-    assert _bound.of(("softmax",), numbers.conj().imag) is None
+        assert len(bound_launches._kept) == 1
+    assert bound_launches.of(("softmax",), numbers.conj().imag) is None
 
 
 def test_operands_that_overlap_are_not_kept(gpu):
     x, weight = torch.zeros(32, 8, 14, 14), torch.zeros(8)
     for _ in range(2):
         HF.batch_norm(x, None, None, weight, weight, training=True)
-    assert not _bound._kept
+    assert not bound_launches._kept
     flat = torch.zeros(16)
     for _ in range(2):
         HF.batch_norm(x, None, None, flat[:8], flat[8:], training=True)
-    assert len(_bound._kept) == 1
+    assert len(bound_launches._kept) == 1
 
 
 def test_a_copy_of_an_argument_is_not_kept(gpu):
     for _ in range(2):
         HF.softmax(torch.zeros(4, 6, 8).transpose(0, 2)[:, ::2].movedim(1, 0), 0)
         HF.batch_norm(torch.zeros(32, 8, 14, 14), None, None, torch.zeros(16)[::2], training=True)
-    assert not _bound._kept
+    assert not bound_launches._kept
 
 
 def test_what_a_first_call_would_refuse_is_refused_later(gpu):
@@ -254,7 +255,7 @@ def test_what_a_first_call_would_refuse_is_refused_later(gpu):
         for bad in (True, 4, "1"):
             with pytest.raises((TypeError, IndexError)):
                 HF.softmax(x, bad)
-        with pytest.raises(_arrays.BackendError), _arrays.use_backend("cpu"):
+        with pytest.raises(dispatch.BackendError), dispatch.use_backend("cpu"):
             HF.softmax(x, 1)
 
 
@@ -265,16 +266,16 @@ def test_a_hundred_sizes_compile_nothing_and_are_kept_apart(gpu, monkeypatch):
 
     for V in (1040, 1056):
         HF.softmax(torch.zeros(8, V), 1)
-    before, kept = compilations(), len(_bound._kept)
+    before, kept = compilations(), len(bound_launches._kept)
     for _ in range(2):
         for i in range(100):
             HF.softmax(torch.zeros(8 + i, 1040 + 16 * (i % 4)), 1)
     assert compilations() == before
-    assert len(_bound._kept) == kept + 99  # one of them was there
-    monkeypatch.setattr(_bound, "MOST", 16)
+    assert len(bound_launches._kept) == kept + 99  # one of them was there
+    monkeypatch.setattr(bound_launches, "MOST", 16)
     for i in range(100):
         HF.softmax(torch.zeros(200 + i, 1032), 1)
-    assert 0 < len(_bound._kept) <= 16
+    assert 0 < len(bound_launches._kept) <= 16
 
 
 def test_hooks_see_every_launch(gpu):

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from hw3gpu.__main__ import ROWS, main
-from hw3gpu._arrays import kernels
 from hw3gpu._cli import train, verify
+from hw3gpu._core.dispatch import kernels
 
 Captured = pytest.CaptureFixture[str]
 

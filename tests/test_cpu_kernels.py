@@ -24,26 +24,29 @@ from cpu_operations import (
     same_bits,
 )
 
-from hw3gpu.kernels.cpu import _elements, _half, _jit, _team, batch_norm, cross_entropy, softmax
+from hw3gpu.kernels.cpu import batch_norm, cross_entropy, softmax
+from hw3gpu.kernels.cpu._cross_entropy import kernels
+from hw3gpu.kernels.cpu._numba import compile, elements, exp, openmp
+from hw3gpu.kernels.cpu._numba import half as _half
 
-KERNELS = Path(_jit.__file__).parent
+KERNELS = Path(batch_norm.__file__).parent
 
 
 # ---------------------------------------------------------------------------------------------- elements
 @numba.njit(error_model="numpy")
 def exp_of(x, y):
     for i in range(x.size):
-        _elements.store(y, i, _elements.exp(_elements.load(x, i)))
+        elements.store(y, i, exp.exp(elements.load(x, i)))
 
 
 def loaded(x, y):
     for i in range(x.size):
-        y[i] = _elements.load(x, i)
+        y[i] = elements.load(x, i)
 
 
 def stored(x, y):
     for i in range(x.size):
-        _elements.store(y, i, x[i])
+        elements.store(y, i, x[i])
 
 
 @pytest.mark.parametrize(("dtype", "lowest"), [(np.float32, -103.9), (np.float64, -745.1)], ids=["float32", "float64"])
@@ -75,8 +78,8 @@ def test_the_loop_over_a_row_is_packed(room):
     packed = {"x86_64": x86, "AMD64": x86, "aarch64": r"fml[as]\s+v\d+\.4s"}
     if platform.machine() not in packed:
         pytest.skip(f"no pattern for the instructions of {platform.machine()}")
-    original = softmax._forward_rows if room == "softmax" else cross_entropy._hard_forward_backward
-    kernel = numba.njit(**_jit._OPTIONS)(original.py_func)
+    original = softmax._forward_rows if room == "softmax" else kernels._hard_forward_backward
+    kernel = numba.njit(**compile._OPTIONS)(original.py_func)
     z, acc = np.zeros((2, 8, 1), np.float32), np.empty(0, np.float32)
     if room == "softmax":
         kernel(0, 2, z, np.empty_like(z), acc)
@@ -142,10 +145,11 @@ def test_halves_do_not_follow_the_processors_flush_to_zero(conversions):
 USE = """
 import sys
 import numpy as np
-from copied.cpu import _jit, softmax
+from copied.cpu import softmax
+from copied.cpu._numba import compile
 z, y = np.array([[0.0, 1.0]], np.float32)[:, :, None], np.empty((1, 2, 1), np.float32)
 softmax.forward(z, y)
-print(_jit.cache_folder(), sum(softmax._forward_rows.stats.cache_hits.values()), y.sum())
+print(compile.cache_folder(), sum(softmax._forward_rows.stats.cache_hits.values()), y.sum())
 """
 
 
@@ -180,35 +184,42 @@ def test_the_cache_is_used_by_the_next_process_and_notices_a_changed_helper(copi
 
 def test_another_package_of_the_same_sources_has_a_cache_of_its_own(copied, tmp_path):
     """What is in the cache names types by their modules, which only the package that compiled it has."""
-    code = "from copied.cpu import _jit; print(_jit.source_hash('softmax'))"
+    code = "from copied.cpu._numba import compile; print(compile.source_hash('softmax'))"
     theirs = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert theirs.stdout.strip() != _jit.source_hash("softmax")
+    assert theirs.stdout.strip() != compile.source_hash("softmax")
 
 
 def test_what_a_kernel_is_made_from_is_all_that_its_module_imports(monkeypatch, tmp_path):
-    """A change of any file changes the hash of each module that imports it at any depth, and of no other."""
-    for path in KERNELS.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    names = [path.stem for path in tmp_path.glob("*.py") if path.stem != "__init__"]
-    trees = {name: ast.walk(ast.parse((tmp_path / f"{name}.py").read_text())) for name in names}
-    direct = {
-        name: {part for node in tree if isinstance(node, ast.ImportFrom) and node.level for part in
-               ([node.module] if node.module else [alias.name for alias in node.names])}
-        for name, tree in trees.items()
-    }  # fmt: skip
-    monkeypatch.setattr(_jit, "__file__", str(tmp_path / "_jit.py"))
-    hashes = {name: _jit.source_hash.__wrapped__(name) for name in names}
-    for changed in names:
-        source = tmp_path / f"{changed}.py"
+    """A change of any file, of an inner folder too, changes the hash of each module that imports it at any depth, no other."""
+    shutil.copytree(KERNELS, tmp_path / "cpu", ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
+    files = {
+        ".".join(path.relative_to(tmp_path / "cpu").with_suffix("").parts): path for path in (tmp_path / "cpu").rglob("*.py")
+    }
+    direct = {name: _imports(name, path, files) for name, path in files.items()}
+    monkeypatch.setattr(compile, "__file__", str(tmp_path / "cpu" / "_numba" / "compile.py"))
+    hashes = {name: compile.source_hash.__wrapped__(name) for name in files}
+    assert "_numba.exp" in direct["_rows"]
+    assert "_batch_norm.planes" in direct["batch_norm"]
+    for changed, source in files.items():
         text = source.read_text()
         source.write_text(text + "\n")
         importers, found = set(), {changed}
         while found - importers:
             importers |= found
-            found = {name for name in names if direct[name] & importers}
-        expected = {*names} if "_team" in importers else importers
-        assert {name for name in names if _jit.source_hash.__wrapped__(name) != hashes[name]} == expected, changed
+            found = {name for name in files if direct[name] & importers}
+        expected = {*files} if "_numba.openmp" in importers else importers
+        assert {name for name in files if compile.source_hash.__wrapped__(name) != hashes[name]} == expected, changed
         source.write_text(text)
+
+
+def _imports(name, path, files):
+    """The modules among `files` that one of them imports, as Python reads it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*name.split(".")[: -node.level], *(node.module.split(".") if node.module else [])]
+            found |= {".".join(base), *(".".join([*base, alias.name]) for alias in node.names)}
+    return found & {*files}
 
 
 def test_a_kernel_is_compiled_once_whatever_the_strides_of_its_arrays(rng, monkeypatch):
@@ -216,7 +227,7 @@ def test_a_kernel_is_compiled_once_whatever_the_strides_of_its_arrays(rng, monke
         for n, c, s in np.ndindex(x.shape):
             y[n, c, s] = 2 * x[n, c, s]
 
-    kernel = _jit.kernel(double)
+    kernel = compile.kernel(double)
     x = rng.standard_normal((4, 6, 10))
     read_only = x.copy()
     read_only.flags.writeable = False
@@ -232,11 +243,12 @@ def test_a_kernel_is_compiled_once_whatever_the_strides_of_its_arrays(rng, monke
 
 
 def test_no_two_kernels_share_a_cache_file():
-    """Rooms have kernels of the same name, and all that run on OpenMP's threads have `_team.py` as their file."""
-    names = [p.stem for p in KERNELS.glob("*.py") if p.stem not in ("__init__", "_threads", "_team", "_jit")]
-    rooms = [importlib.import_module(f"hw3gpu.kernels.cpu.{name}") for name in names]
-    found = {v for room in rooms for v in vars(room).values() if isinstance(getattr(v, "_cache", None), _jit._KernelCache)}
-    files = [k._cache._impl.filename_base for kernel in found for k in (kernel, _team.team_of(kernel))]
+    """Modules have kernels of the same name, and all that run on OpenMP's threads have `_numba/openmp.py` as their file."""
+    apart = {"__init__", "threads", "openmp", "compile"}
+    paths = [path.relative_to(KERNELS).with_suffix("") for path in KERNELS.rglob("*.py") if path.stem not in apart]
+    modules = [importlib.import_module(".".join(["hw3gpu.kernels.cpu", *path.parts])) for path in paths]
+    found = {v for m in modules for v in vars(m).values() if isinstance(getattr(v, "_cache", None), compile._KernelCache)}
+    files = [k._cache._impl.filename_base for kernel in found for k in (kernel, openmp.team_of(kernel))]
     assert len(found) > 30
     assert len(set(files)) == len(files)
 
@@ -248,13 +260,13 @@ def test_a_cache_folder_that_cannot_be_written_is_no_error(copied, tmp_path):
 
 
 def test_the_cache_folder_is_under_the_users_cache_by_default(monkeypatch, tmp_path):
-    _jit.cache_folder.cache_clear()
-    monkeypatch.setattr(_jit.config, "CACHE_DIR", "")
+    compile.cache_folder.cache_clear()
+    monkeypatch.setattr(compile.config, "CACHE_DIR", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
-        assert Path(_jit.cache_folder()).parent == tmp_path / "hw3gpu"
+        assert Path(compile.cache_folder()).parent == tmp_path / "hw3gpu"
     finally:
-        _jit.cache_folder.cache_clear()
+        compile.cache_folder.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------- strides and memory
@@ -317,7 +329,8 @@ def test_first_values_unlike_the_rest(rng, shape, layout):
 PEAK = """
 import re, sys
 import numpy as np
-from hw3gpu.kernels.cpu import _threads, batch_norm, cross_entropy, softmax
+from hw3gpu.kernels.cpu._numba import threads
+from hw3gpu.kernels.cpu import batch_norm, cross_entropy, softmax
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
@@ -336,8 +349,8 @@ def run(x, y, dy, dx):
         batch_norm.forward(a, None, None, b, mean, var, rstd, None, None, eps=1e-5, momentum=0.1)
         batch_norm.backward(c, a, mean, rstd, None, d, dg, db)
 
-_threads.set_num_threads(4)
-_threads.BYTES_PER_THREAD = 1  # the small call compiles what the large one uses
+threads.set_num_threads(4)
+threads.BYTES_PER_THREAD = 1  # the small call compiles what the large one uses
 run(*(np.zeros((4, 64, 1024), "f4") for _ in range(4)))
 big = [np.ones((64, 256, 1024), "f4") for _ in range(4)]
 before = peak()

@@ -22,8 +22,10 @@ from cpu_operations import (
     same_bits,
 )
 
-from hw3gpu import _arrays
-from hw3gpu.kernels.cpu import _jit, _team, _threads, cross_entropy
+from hw3gpu._core import dispatch
+from hw3gpu.kernels.cpu import cross_entropy
+from hw3gpu.kernels.cpu._numba import compile, openmp
+from hw3gpu.kernels.cpu._numba import threads as _threads
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def helpers(request, monkeypatch):
     """Whose threads help: those of torch's OpenMP, or of the pool that stands in where there is none."""
     if request.param == "own":
         monkeypatch.setattr(_threads, "openmp", lambda: 0)
-    elif not _team.openmp():
+    elif not openmp.openmp():
         pytest.skip("torch has brought no OpenMP runtime with GOMP_parallel")
 
 
@@ -126,7 +128,7 @@ def test_child_processes_compute_what_the_parent_does(threads, eager_threads, me
         assert process.exitcode == 0
 
 
-@_jit.kernel
+@compile.kernel
 def count_blocks(first, last, times, size):
     """Counts the blocks, in no hurry, with `size` bytes of memory."""
     memory = np.zeros(size, np.uint8)
@@ -137,7 +139,7 @@ def count_blocks(first, last, times, size):
 
 
 def test_openmp_does_every_block_once(threads, eager_threads):
-    if not _team.openmp():
+    if not openmp.openmp():
         pytest.skip("torch has brought no OpenMP runtime with GOMP_parallel")
     for n in (2, 3, 5):
         threads(n)
@@ -158,13 +160,14 @@ def test_a_kernel_that_finds_no_memory_raises_from_any_thread(threads, eager_thr
 def test_openmp_is_left_alone_without_torch_and_in_a_forked_child():
     code = """
 import os, sys, numpy
-from hw3gpu.kernels.cpu import _elements, _jit, _team, _threads, batch_norm, cross_entropy, softmax
-assert _team.openmp() == 0 and "torch" not in sys.modules
+from hw3gpu.kernels.cpu._numba import compile, elements, openmp, threads
+from hw3gpu.kernels.cpu import batch_norm, cross_entropy, softmax
+assert openmp.openmp() == 0 and "torch" not in sys.modules
 import torch
-assert _team.openmp() != 0 or sys.platform != "linux"
+assert openmp.openmp() != 0 or sys.platform != "linux"
 child = os.fork()
 if child == 0:
-    os._exit(_team.openmp() != 0)
+    os._exit(openmp.openmp() != 0)
 sys.exit(os.waitpid(child, 0)[1])
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -259,7 +262,7 @@ def test_the_number_of_threads_is_torchs_unless_it_is_set(threads):
     ids=str,
 )
 def test_the_number_of_threads_from_the_environment(variables, expected):
-    code = "import os, hw3gpu.kernels.cpu._threads as t; print(t.num_threads(), len(os.sched_getaffinity(0)))"
+    code = "import os; from hw3gpu.kernels.cpu._numba import threads as t; print(t.num_threads(), len(os.sched_getaffinity(0)))"
     clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "HW3GPU_NUM_THREADS")}
     output = subprocess.run([sys.executable, "-c", code], env=clean | variables, capture_output=True, text=True, check=True)
     threads, cpus = output.stdout.split()
@@ -270,9 +273,9 @@ def test_the_number_of_threads_from_the_environment(variables, expected):
 def test_a_number_of_threads_that_is_none_is_refused_before_the_kernels_are_imported(text, monkeypatch):
     monkeypatch.setenv("HW3GPU_NUM_THREADS", text)
     with pytest.raises(ValueError, match=f"HW3GPU_NUM_THREADS: expected a number of threads of at least 1, got '{text}'"):
-        _arrays.kernels.__wrapped__("softmax", "cpu")
+        dispatch.kernels.__wrapped__("softmax", "cpu")
     monkeypatch.setenv("HW3GPU_NUM_THREADS", "3,2")
-    assert _arrays.kernels.__wrapped__("softmax", "cpu")
+    assert dispatch.kernels.__wrapped__("softmax", "cpu")
 
 
 def test_the_first_row_without_a_class_is_noted_by_whichever_thread(rng, threads, eager_threads):

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from twins import ACC, HARD, SINGLE, hold, layout_of, ones, same, tensor, values_of, zeros
 
 import hw3gpu.functional as HF
-from hw3gpu import _error_bounds, _targets, reference
-from hw3gpu._arrays import requested_backend
+from hw3gpu import _error_bounds, reference
+from hw3gpu._core.dispatch import requested_backend
+from hw3gpu._torch import class_range
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -290,7 +291,7 @@ def watch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "full", lambda *args, pin_memory=False, **options: full(*args, **options))
     monkeypatch.setattr(Event, "done", False)
-    return _targets.Watch(torch.device("cpu"))
+    return class_range.Watch(torch.device("cpu"))
 
 
 def test_a_wrong_class_is_reported_by_a_later_call_that_does_not_wait(watch, monkeypatch):

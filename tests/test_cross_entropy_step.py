@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import hw3gpu.functional as HF
 import hw3gpu.nn
-from hw3gpu import _expected_upstream
-from hw3gpu._arrays import kernels
+from hw3gpu._core.dispatch import kernels
+from hw3gpu._torch import expected_upstream
 
 KINDS = ["classes", "probabilities"]
 
@@ -30,7 +30,7 @@ def problem(kind, dtype=torch.float32, shape=(16, 21)):
 @pytest.fixture
 def calls(monkeypatch):
     """The launches of the step, each by its upstream gradient, and nothing expected; the two separate passes fail."""
-    _expected_upstream._of.cache_clear()
+    expected_upstream._of.cache_clear()
     made, step = [], kernels("cross_entropy_step", "cpu")
 
     def note(name):
@@ -168,7 +168,7 @@ def test_what_is_asked_for_is_not_outguessed(calls):
 
 
 def test_memories_are_bounded_and_shared_by_threads():
-    expected = _expected_upstream._of
+    expected = expected_upstream._of
     before = expected.cache_info()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: expected(None, i).was(float(i)), range(1000)))

@@ -10,8 +10,11 @@ import pytest
 import torch
 import triton
 
-from benchmarks import evidence, evidence_case, evidence_cases, evidence_keys
-from benchmarks.inside_triton import copies_ahead, machine_code
+from benchmarks.evidence import case as evidence_case
+from benchmarks.evidence import cases as evidence_cases
+from benchmarks.evidence import keys as evidence_keys
+from benchmarks.evidence import run as evidence
+from benchmarks.evidence.compile_without_gpu import copies_ahead, machine_code
 
 HEAVY = {case.label: case for case in evidence_cases.cases() if case.heavy}
 # Compiled in every run: every kind of kernel and every architecture, and the plans that leave a thread the fewest registers.

@@ -12,11 +12,12 @@ from proofs import proves
 from twins import hold, values_of
 
 import hw3gpu.functional as HF
-from hw3gpu import _float16_scale, reference
-from hw3gpu._arrays import requested_backend
-from hw3gpu._cross_entropy_autograd import run
-from hw3gpu._cross_entropy_formula import Options
-from hw3gpu._linear_cross_entropy import Problem
+from hw3gpu import reference
+from hw3gpu._core.dispatch import requested_backend
+from hw3gpu._torch import float16_scale
+from hw3gpu._torch.cross_entropy import run
+from hw3gpu._torch.cross_entropy_formula import Options
+from hw3gpu._torch.linear_chunks import Problem
 
 # fewer in Triton's interpreter, where each row of a tile takes milliseconds
 ROWS, FEATURES, CLASSES = (16, 8, 5025) if requested_backend() == "cpu" else (4, 8, 700)
@@ -120,7 +121,7 @@ def test_what_is_rounded_stays_in_range_and_near_its_end(rng, weights, kind):
     options = Options("none", -100, **asked, zero_if_ignored=False)
     loss, numbers, _, _ = run(z, target, weight, options)
     part = Problem(x, w, None, target[..., None], weight)
-    shrink = _float16_scale.of_chunk(part, loss[:, None], numbers, options, _float16_scale.largest_element(w))
+    shrink = float16_scale.of_chunk(part, loss[:, None], numbers, options, float16_scale.largest_element(w))
     assert shrink.frexp().mantissa == 0.5
     exact = reference.cross_entropy_with_options(
         z.numpy(), target.numpy(), weight if weight is None else weight.numpy(), reduction="none", **asked

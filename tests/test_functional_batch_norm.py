@@ -16,7 +16,7 @@ from twins import ACC, SINGLE, drawn, gradcheck, hold, layout_of, ones, same, te
 import hw3gpu.functional as HF
 import hw3gpu.nn as HN
 from hw3gpu import _error_bounds, reference
-from hw3gpu._arrays import requested_backend
+from hw3gpu._core.dispatch import requested_backend
 from measure import close
 
 # the values that the kernels are asked to spoil are spoilt in the interpreter with a warning

@@ -14,7 +14,7 @@ from twins import ACC, SINGLE, drawn, gradcheck, hold, layout_of, ones, same, te
 
 import hw3gpu.functional as HF
 from hw3gpu import _error_bounds, reference
-from hw3gpu._torch_internals import softmax_backward as torch_softmax_backward
+from hw3gpu._core.torch_internals import softmax_backward as torch_softmax_backward
 
 # the values that the kernels are asked to spoil are spoilt in the interpreter with a warning
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

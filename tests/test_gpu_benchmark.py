@@ -20,13 +20,13 @@ import torch
 from benchmarks import cuda_clock, gpu, gpu_checks, gpu_tune, time_model
 from benchmarks.__main__ import main
 from benchmarks.cuda_clock import Clock, Times
+from benchmarks.evidence.compile_without_gpu import StandIn
 from benchmarks.gpu_rows import BF16, F16, ROWS, Row, contestants, inputs
 from benchmarks.harness import Deadline, Results
-from benchmarks.inside_triton import StandIn
 from benchmarks.pretended import Cuda
-from hw3gpu import _bound
 from hw3gpu import functional as HF
 from hw3gpu._cli.operations import Operation, Output
+from hw3gpu._torch import bound_launches
 from hw3gpu.kernels.gpu import tuned
 from hw3gpu.kernels.gpu.device import A100, H100, RTX_5090
 
@@ -257,7 +257,7 @@ def test_plans_that_are_tried_are_launched_and_later_ones_are_as_computed():
             assert (forward.passes, backward.passes) == ({"forward"}, {"backward"})
             for use in list(forward.candidates("num_warps")):
                 forward.use = use
-                _bound.forget()
+                bound_launches.forget()
                 step.forward()
                 assert device.launches[-1].num_warps == use["num_warps"] != computed
         step.forward()

@@ -16,7 +16,8 @@ from pathlib import Path
 import numba
 import pytest
 
-from hw3gpu.kernels.cpu import _jit, _numba
+from hw3gpu.kernels.cpu._numba import compile
+from hw3gpu.kernels.cpu._numba import internals as _numba
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [path for folder in ("hw3gpu", "kernels", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -123,7 +124,7 @@ def test_numba_has_what_the_kernels_use(name: str) -> None:
 
 
 def test_numba_has_the_options_and_the_members_of_arrays() -> None:
-    for option, value in (_jit._OPTIONS | _jit._INLINE).items():
+    for option, value in (compile._OPTIONS | compile._INLINE).items():
         numba.njit(**{option: value})(lambda: 0)  # KeyError names one that is not known
     model = importlib.import_module("numba.core.datamodel").default_manager[numba.types.float32[::1]]
     assert set(model._fields) >= ARRAY
@@ -181,14 +182,14 @@ def _private(path: Path) -> list[str]:
 
 def test_one_module_for_each_library_holds_its_internals() -> None:
     inside = {path.relative_to(ROOT).as_posix() for path in SOURCES if _private(path)}
-    assert inside == {"kernels/cpu/_numba.py", "hw3gpu/_torch_internals.py"}
-    used = _private(ROOT / "hw3gpu/_torch_internals.py")
+    assert inside == {"kernels/cpu/_numba/internals.py", "hw3gpu/_core/torch_internals.py"}
+    used = _private(ROOT / "hw3gpu/_core/torch_internals.py")
     unlisted = [use for use in used if not any(f"{name}.".startswith(f"{use}.") for name in PYTORCH)]
     assert not unlisted, "not in this file's table"
 
 
 def test_the_versions_that_are_known_are_those_of_the_project() -> None:
     project = (ROOT / "pyproject.toml").read_text()
-    internals = importlib.import_module("hw3gpu._torch_internals")
+    internals = importlib.import_module("hw3gpu._core.torch_internals")
     for package, known in (("numba", _numba.KNOWN), ("torch", internals.KNOWN)):
         assert f'"{package}>={known.partition(" ")[0]}"' in project

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import hw3gpu.functional as HF
-from benchmarks.inside_triton import StandIn
-from hw3gpu.kernels.gpu import _batch_norm_backward as backward
-from hw3gpu.kernels.gpu import _batch_norm_forward as forward
+from benchmarks.evidence.compile_without_gpu import StandIn
 from hw3gpu.kernels.gpu import batch_norm, cross_entropy, softmax
+from hw3gpu.kernels.gpu._batch_norm import backward, forward
 
 GRID = (2**31 - 1, 65535, 65535)
 BF16 = torch.bfloat16

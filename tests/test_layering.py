@@ -1,9 +1,9 @@
 """The direction of imports, read from the source, and what `import hw3gpu` costs.
 
-    nn -> functional -> ground -> kernels        {batch_norm, softmax, points, trace} -> ground -> kernels
+    nn -> functional -> _torch -> {_linalg, _core} -> kernels        _array_functions -> {_linalg, _core} -> kernels
 
-The ground is `_arrays` (the one room that imports kernels), `_check` and the other private rooms. Neither wing imports
-the other.
+`_core.dispatch` is the one module that imports kernels. Neither side, PyTorch's functions and those of arrays, imports the
+other.
 """
 
 from __future__ import annotations
@@ -14,61 +14,74 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+
+import hw3gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted(path for path in (ROOT / "hw3gpu").rglob("*.py") if "kernels" not in path.parts)
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
-HOUSE = [
+EXPECTED = [
     *("pyproject.toml", "README.md", "Makefile", "constraints.txt", "CHANGELOG.md", "LICENSE", "docs/derivations.md"),
     "docs/errors.md",
-    *(f"kernels/{name}" for name in ("README.md", "gpu/plan.py")),
-    *(f"kernels/{wing}/{room}.py" for wing in ("gpu", "cpu") for room in ("batch_norm", "cross_entropy", "softmax")),
-    *(f"hw3gpu/{room}.py" for room in ("shapes", "batch_norm", "softmax", "points", "trace", "reference")),
-    *(f"hw3gpu/{room}.py" for room in ("__init__", "__main__", "_arrays", "_check", "functional", "nn")),
+    *(f"kernels/{name}" for name in ("README.md", "gpu/plan.py", "gpu/device.py")),
+    *(
+        f"kernels/{engine}/{name}.py"
+        for engine in ("gpu", "cpu")
+        for name in ("batch_norm", "cross_entropy", "softmax", "moments")
+    ),
+    *(f"kernels/{engine}/{name}/__init__.py" for engine in ("gpu", "cpu") for name in ("_batch_norm", "_cross_entropy")),
+    *(f"kernels/cpu/_numba/{name}.py" for name in ("compile", "threads", "openmp", "simd", "exp", "views")),
+    *(f"hw3gpu/{name}.py" for name in ("__init__", "__main__", "functional", "nn", "distributed", "reference")),
+    *(f"hw3gpu/_array_functions/{name}.py" for name in ("shapes", "batch_norm", "softmax", "points", "trace")),
+    *(f"hw3gpu/_core/{name}.py" for name in ("dispatch", "arrays", "outputs", "check", "dlpack")),
+    *(f"hw3gpu/_linalg/{name}.py" for name in ("numerics", "solvers", "certificate", "cusolver")),
+    *(
+        f"hw3gpu/_torch/{name}.py"
+        for name in ("arguments", "operators", "autograd", "batch_norm", "cross_entropy", "softmax", "trace")
+    ),
 ]
 
-GROUND = {path.stem for path in LIBRARY if path.parent.name == "hw3gpu" and path.stem.startswith("_")} - {
-    "__init__",
-    "__main__",
-    "_error_bounds",
-}
-PUBLIC = {"batch_norm", "distributed", "functional", "nn", "points", "reference", "shapes", "softmax", "trace"}
-
-# the rooms of hw3gpu that a room may import; the ground's rooms may import each other and no wing
+# What a part of hw3gpu may import of it: a part is a module or a folder, and a module of a folder may have a line of its own.
+PUBLIC = {"_array_functions", "distributed", "functional", "nn", "reference"}
 MAY_IMPORT = {
-    "shapes": set(),
-    "reference": {"shapes"},
+    "_array_functions.shapes": set(),
+    "_core.check": set(),
+    "_core": {"_core"},
+    "_linalg": {"_core", "_linalg"},
+    "_torch": {"_core", "_linalg", "_torch"},
+    "_array_functions": {"_core", "_linalg"},
+    "reference": set(),
     "_error_bounds": {"reference"},
-    "batch_norm": GROUND,
-    "softmax": GROUND,
-    "points": GROUND,
-    "trace": GROUND,
-    "functional": GROUND,
-    "distributed": GROUND | {"functional"},
-    "nn": GROUND | {"functional", "shapes", "distributed"},
-    "__init__": GROUND | PUBLIC,
+    "functional": {"_core", "_torch"},
+    "distributed": {"_core", "_torch", "functional"},
+    "nn": {"_core", "_torch", "functional", "distributed", "_array_functions.shapes"},
+    "__init__": {"_core", *PUBLIC},
     "__main__": {"__init__", "_cli"},
-    "_cli": GROUND | PUBLIC | {"__init__", "_cli", "_error_bounds"},
-    "_check": set(),
-} | {room: GROUND for room in GROUND - {"_check"}}
+    "_cli": {"__init__", "_cli", "_core", "_error_bounds", *PUBLIC},
+}
 
 # where fewer third-party packages may be imported, at any depth, than the project depends on
-MAY_IMPORT_PACKAGES = {"shapes": set(), "_check": {"numpy"}, "reference": {"numpy"}, "_error_bounds": {"numpy"}}
+MAY_IMPORT_PACKAGES = {
+    "_array_functions/shapes": set(), "_core/check": {"numpy"}, "reference": {"numpy"}, "_error_bounds": {"numpy"},
+}  # fmt: skip
 
 
 class Import(NamedTuple):
-    module: str  # absolute, with the imported names as a last part: 'hw3gpu._arrays.fold'
+    module: str  # absolute, with the imported names as a last part: 'hw3gpu._core.outputs.fold'
     line: int
 
 
-def _imports(path: Path, package: str) -> Iterator[Import]:
-    """Every import of a file, inside functions too, as absolute names."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def _imports(path: Path, package: str, at_load: bool = False) -> Iterator[Import]:
+    """Every import of a file, inside functions too (unless `at_load`), as absolute names."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_load else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (Import(alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -81,45 +94,84 @@ def _package(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).parent.parts)
 
 
-def _room(path: Path) -> str:
-    return "_cli" if path.parent.name == "_cli" else path.stem
+def _name(path: Path) -> str:
+    """The module of a file, without the package: `_core.arrays`."""
+    return ".".join(path.relative_to(ROOT / "hw3gpu").with_suffix("").parts)
 
 
-def _imported_room(module: str) -> str:
-    """The room of an absolute import; a name that is no room is one of `__init__`'s."""
-    name = [*module.split("."), ""][1]
-    return name if name in MAY_IMPORT or name == "kernels" else "__init__"
+def _allowed(path: Path) -> set[str]:
+    name = _name(path)
+    of = MAY_IMPORT.get(name, MAY_IMPORT[name.partition(".")[0]])
+    return of | {"kernels"} if name == "_core.dispatch" else of
+
+
+def _is_allowed(module: str, allowed: set[str]) -> bool:
+    """True for 'hw3gpu._core.arrays.kind' where '_core' or '_core.arrays' is; a name that is no part is `__init__`'s."""
+    parts = [*module.split("."), ""][1:]
+    if parts[0] not in {*(part.partition(".")[0] for part in MAY_IMPORT), "kernels"}:
+        return "__init__" in allowed
+    return not {".".join(parts[:k]) for k in range(1, len(parts) + 1)}.isdisjoint(allowed)
 
 
 def _wrong(path: Path, imports: list[Import]) -> list[str]:
     return [f"{path.relative_to(ROOT)}:{line} imports {module}" for module, line in imports]
 
 
-def test_house_has_its_rooms() -> None:
-    assert [name for name in HOUSE if not (ROOT / name).is_file()] == []
+def test_every_file_of_the_layout_is_there() -> None:
+    assert [name for name in EXPECTED if not (ROOT / name).is_file()] == []
+
+
+def test_no_module_bears_the_name_of_a_public_function() -> None:
+    """`import hw3gpu.softmax as m` would give the function."""
+    functions = [name for name in hw3gpu.__all__ if not isinstance(getattr(hw3gpu, name), ModuleType)]
+    assert len(functions) > 15
+    assert [name for name in functions if PathFinder.find_spec(f"hw3gpu.{name}", [str(ROOT / "hw3gpu")])] == []
+
+
+def _cycle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; empty where there are none."""
+    left = dict(imports)
+    while free := [name for name, of in left.items() if not of & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def test_no_modules_import_each_other() -> None:
+    """When they are loaded: what a function imports when it runs may be one that imports its module."""
+    files = {f"hw3gpu.{_name(path)}": path for path in LIBRARY}
+    files |= {f"hw3gpu.{_package(path)}.{path.stem}": path for path in KERNELS}
+    imports = {}
+    for name, path in files.items():
+        found = {i.module for i in _imports(path, name.rpartition(".")[0], at_load=True)}
+        imports[name] = {module for module in files if any(f"{one}.".startswith(f"{module}.") for one in found)} - {name}
+    assert sum(map(len, imports.values())) > 200
+    assert _cycle(imports) == []
+    assert _cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "d"]
 
 
 def _against_the_direction(path: Path) -> list[str]:
-    allowed = MAY_IMPORT[_room(path)] | ({"kernels"} if path.stem == "_arrays" else set())
     own = [found for found in _imports(path, _package(path)) if found.module.partition(".")[0] == "hw3gpu"]
-    return _wrong(path, [found for found in own if _imported_room(found.module) not in allowed])
+    return _wrong(path, [found for found in own if not _is_allowed(found.module, _allowed(path))])
 
 
 def test_library_imports_follow_the_direction() -> None:
+    assert {_name(path).partition(".")[0] for path in LIBRARY} <= MAY_IMPORT.keys()
     assert [wrong for path in LIBRARY for wrong in _against_the_direction(path)] == []
 
 
-def test_modules_are_named_at_run_time_in_two_rooms_alone() -> None:
-    """`import_module` hides an import from this file: kernels in `_arrays`, modules on first use in `__init__`."""
-    users = {path.stem for path in LIBRARY + KERNELS if "import_module(" in path.read_text()}
-    assert users <= {"_arrays", "__init__"}
+def test_modules_are_named_at_run_time_in_two_places_alone() -> None:
+    """`import_module` hides an import from this file: kernels in `_core.dispatch`, modules on first use in `__init__`."""
+    users = {path for path in LIBRARY + KERNELS if "import_module(" in path.read_text()}
+    assert users <= {ROOT / "hw3gpu" / "_core" / "dispatch.py", ROOT / "hw3gpu" / "__init__.py"}
 
 
 def _out_of_the_engine(path: Path) -> list[str]:
     # the folder's own package name, as installed, is hw3gpu.kernels: a relative import may not leave gpu/ or cpu/
     package = f"hw3gpu.{_package(path)}"
+    engine = ".".join(package.split(".")[:3])
     inside = [found for found in _imports(path, package) if found.module.partition(".")[0] in {"hw3gpu", "kernels"}]
-    return _wrong(path, [found for found in inside if not found.module.startswith(f"{package}.")])
+    return _wrong(path, [found for found in inside if not found.module.startswith(f"{engine}.")])
 
 
 def test_kernels_import_no_hw3gpu_and_no_other_engine() -> None:
@@ -135,10 +187,10 @@ def test_nothing_imports_tests_or_benchmarks() -> None:
     assert [wrong for path in LIBRARY + KERNELS for wrong in _of_packages(path, outside)] == []
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT_PACKAGES)
-def test_room_imports_few_packages(room: str) -> None:
-    path = ROOT / "hw3gpu" / f"{room}.py"
-    allowed = MAY_IMPORT_PACKAGES[room] | sys.stdlib_module_names | {"hw3gpu"}
+@pytest.mark.parametrize("module", MAY_IMPORT_PACKAGES)
+def test_module_imports_few_packages(module: str) -> None:
+    path = ROOT / "hw3gpu" / f"{module}.py"
+    allowed = MAY_IMPORT_PACKAGES[module] | sys.stdlib_module_names | {"hw3gpu"}
     assert not _wrong(path, [i for i in _imports(path, "hw3gpu") if i.module.partition(".")[0] not in allowed])
 
 

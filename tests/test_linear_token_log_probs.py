@@ -7,7 +7,7 @@ import torch
 from twins import gradcheck, gradgradcheck, ones, opcheck, same, tensor, values_of, zeros
 
 import hw3gpu.functional as HF
-from hw3gpu import _linear_cross_entropy, _linear_token_log_probs
+from hw3gpu._torch import linear_chunks, linear_token_log_probs
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -81,13 +81,13 @@ def test_there_is_never_more_than_a_chunk_of_logits(device, rng, monkeypatch):
     """Every product of both passes is of the rows of a chunk."""
     x, W, b, target = problem(rng, device, N=20)
     held = []
-    logits_of = _linear_cross_entropy.logits_of
+    logits_of = linear_chunks.logits_of
 
     def counted(part, out):
         held.append((out.shape, part.x.shape[0]))
         return logits_of(part, out)
 
-    monkeypatch.setattr(_linear_token_log_probs, "logits_of", counted)
+    monkeypatch.setattr(linear_token_log_probs, "logits_of", counted)
     HF.linear_token_log_probs(x, W, target, linear_bias=b, chunk_rows=6).entropy.sum().backward()
     assert [rows for _, rows in held] == [6, 6, 6, 2, *[3] * 6, 2]  # logits and dz share a chunk of the backward pass
     assert {shape for shape, _ in held} == {(6, 5), (3, 5)}

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from matrices import EPS, sine
 
-from hw3gpu import reference
-from hw3gpu.trace import minimize_trace, minor_components
+from hw3gpu import minimize_trace, minor_components, reference
 
 
 def points_with_singular_values(sigma, n, offset=3.0):

@@ -1,4 +1,4 @@
-"""S8: points with given moments (`hw3gpu.points.points_with_moments`)."""
+"""S8: points with given moments (`hw3gpu.points_with_moments`)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hw3gpu import reference
-from hw3gpu.points import moments, points_with_moments
+from hw3gpu import moments, points_with_moments, reference
 
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
 

@@ -15,7 +15,8 @@ import torch
 
 import hw3gpu
 import hw3gpu.functional as HF
-from hw3gpu import _arrays, _pool
+from hw3gpu._core import outputs as _outputs
+from hw3gpu._core import pool
 
 SHAPE = (300, 1000)  # 1.2 MB in float32
 NBYTES = 300 * 1000 * 4
@@ -33,7 +34,7 @@ def quick_collections():
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """An empty pool with its default bound."""
-    monkeypatch.delenv(_pool.VARIABLE, raising=False)
+    monkeypatch.delenv(pool.VARIABLE, raising=False)
     gc.collect()
     hw3gpu.empty_cache()
     yield
@@ -43,7 +44,7 @@ def fresh(monkeypatch):
 
 def outputs(n, value=None):
     """`n` new outputs, each written over whole."""
-    made = [_arrays.output_like(torch.empty(SHAPE), 1)[0] for _ in range(n)]
+    made = [_outputs.output_like(torch.empty(SHAPE), 1)[0] for _ in range(n)]
     for i, out in enumerate(made):
         out.numpy().fill(-1.0 - i if value is None else value)  # torch's own threads are no good in a forked child
     return made
@@ -53,12 +54,12 @@ def outputs(n, value=None):
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
 def test_memory_is_used_again_once_its_array_is_gone(kind):
     x = torch.zeros(SHAPE) if kind == "torch" else np.zeros(SHAPE, np.float32)
-    out = _arrays.output_like(x, 1)[0]
-    address = _arrays._address(out)
-    assert _pool.idle_bytes() == 0
+    out = _outputs.output_like(x, 1)[0]
+    address = _outputs._address(out)
+    assert pool.idle_bytes() == 0
     del out
-    assert NBYTES <= _pool.idle_bytes() <= 1.15 * NBYTES
-    assert _arrays._address(_arrays.output_like(x, 1)[0]) == address
+    assert NBYTES <= pool.idle_bytes() <= 1.15 * NBYTES
+    assert _outputs._address(_outputs.output_like(x, 1)[0]) == address
 
 
 class Keep(torch.autograd.Function):
@@ -130,11 +131,11 @@ def test_what_anything_still_sees_of_a_numpy_output_is_not_handed_out():
     del y
     while views:
         for _ in range(20):
-            _arrays.output_like(x, 1)[0].fill(-1.0)
+            _outputs.output_like(x, 1)[0].fill(-1.0)
         for view, expected in zip(views, before, strict=True):
             np.testing.assert_array_equal(np.array(view), expected)
         del views[0], before[0], view
-    assert _pool.idle_bytes() > 0
+    assert pool.idle_bytes() > 0
 
 
 def test_results_and_gradients_of_several_steps_stay_what_they_were():
@@ -169,18 +170,18 @@ def test_results_and_gradients_of_several_steps_stay_what_they_were():
 )
 def test_an_output_has_the_strides_that_torch_would_give_it(arrange, dtype):
     x = arrange(torch.zeros(32, 8, 64, 80, dtype=dtype))
-    out = _arrays.empty_like(x)
+    out = _outputs.empty_like(x)
     like = torch.empty_like(x)
     assert (out.shape, out.stride(), out.dtype) == (like.shape, like.stride(), like.dtype)
     assert out.data_ptr() % 64 == 0
     assert not out._is_view()
     del out
-    assert _pool.idle_bytes() > 0
+    assert pool.idle_bytes() > 0
 
 
 def test_a_numpy_output_has_the_strides_that_numpy_would_give_it():
     for x in (np.zeros((300, 1000)).T, np.zeros((8, 300, 1000))[::2, :, ::-1], np.zeros((1, 10**6))):
-        out = _arrays.empty_like(x)
+        out = _outputs.empty_like(x)
         assert out.strides == np.empty_like(x).strides
         assert out.flags.writeable
         assert out.flags.aligned
@@ -190,8 +191,8 @@ def test_a_subclass_gets_no_recycled_memory():
     class Marked(np.ndarray):
         pass
 
-    assert type(_arrays.empty_like(np.zeros(SHAPE).view(Marked))) is Marked
-    assert _pool.idle_bytes() == 0
+    assert type(_outputs.empty_like(np.zeros(SHAPE).view(Marked))) is Marked
+    assert pool.idle_bytes() == 0
 
 
 def test_a_storage_that_is_to_grow_refuses_and_stays_as_it_was():
@@ -220,48 +221,48 @@ def test_pickling():
 
 # ---------------------------------------------------------------------------------------------- the bound
 def test_small_outputs_are_not_recycled():
-    out = _arrays.output_like(torch.empty(_pool.SMALLEST // 4 - 1), 0)[0]
+    out = _outputs.output_like(torch.empty(pool.SMALLEST // 4 - 1), 0)[0]
     del out
-    assert _pool.idle_bytes() == 0
+    assert pool.idle_bytes() == 0
 
 
 def test_the_bound_holds_and_what_lay_idle_longest_goes_first(monkeypatch):
-    monkeypatch.setenv(_pool.VARIABLE, "4")
+    monkeypatch.setenv(pool.VARIABLE, "4")
     made = outputs(5)
     addresses = [y.data_ptr() for y in made]
     while made:
         del made[0]
-        assert _pool.idle_bytes() <= 4 * 2**20
-    assert _pool.idle_bytes() >= 3 * NBYTES
+        assert pool.idle_bytes() <= 4 * 2**20
+    assert pool.idle_bytes() >= 3 * NBYTES
     again = outputs(3)
     assert {y.data_ptr() for y in again} == set(addresses[2:])
 
 
 def test_one_output_beyond_the_bound_is_not_kept(monkeypatch):
-    monkeypatch.setenv(_pool.VARIABLE, "1")
+    monkeypatch.setenv(pool.VARIABLE, "1")
     outputs(2)
-    assert _pool.idle_bytes() == 0
+    assert pool.idle_bytes() == 0
 
 
 def test_the_default_bound():
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert _pool.limit() == min(2**30, memory // 8)
+    assert pool.limit() == min(2**30, memory // 8)
 
 
 def test_zero_turns_it_off_at_once(monkeypatch):
     made = outputs(2)
     del made
-    assert _pool.idle_bytes() > 0
-    monkeypatch.setenv(_pool.VARIABLE, "0")
+    assert pool.idle_bytes() > 0
+    monkeypatch.setenv(pool.VARIABLE, "0")
     (y,) = outputs(1)
-    assert _pool.idle_bytes() == 0
+    assert pool.idle_bytes() == 0
     del y
-    assert _pool.idle_bytes() == 0
+    assert pool.idle_bytes() == 0
 
 
 @pytest.mark.parametrize("text", ["-1", "much", "nan", "inf"])
 def test_a_bound_that_is_no_number_is_refused(monkeypatch, text):
-    monkeypatch.setenv(_pool.VARIABLE, text)
+    monkeypatch.setenv(pool.VARIABLE, text)
     with pytest.raises(ValueError, match=f"HW3GPU_CPU_CACHE_MB: expected a number of megabytes of at least 0, got '{text}'"):
         outputs(1)
 
@@ -270,9 +271,9 @@ def test_empty_cache_gives_back_what_is_idle_and_nothing_else():
     kept, _ = outputs(2)
     kept.fill_(5.0)
     del _
-    assert _pool.idle_bytes() > 0
+    assert pool.idle_bytes() > 0
     hw3gpu.empty_cache()
-    assert _pool.idle_bytes() == 0
+    assert pool.idle_bytes() == 0
     outputs(3)
     assert bool((kept == 5.0).all())
 
@@ -306,22 +307,22 @@ def test_many_threads_share_no_block():
         thread.join(60)
     assert sorted(done) == list(range(8)), "not done within 60 s"
     assert wrong == []
-    assert _pool.idle_bytes() == sum(b.nbytes for blocks in _pool._pool.idle.values() for _, b in blocks)
+    assert pool.idle_bytes() == sum(b.nbytes for blocks in pool._pool.idle.values() for _, b in blocks)
 
 
 def test_memory_that_comes_back_while_the_lock_is_held_waits_for_nobody():
     """As when the garbage collector runs inside the pool itself."""
     (y,) = outputs(1)
-    with _pool._pool.lock:
+    with pool._pool.lock:
         del y
-        assert len(_pool._pool.returned) == 1
-    assert _pool.idle_bytes() > 0
+        assert len(pool._pool.returned) == 1
+    assert pool.idle_bytes() > 0
 
 
 def in_a_child(y, answers):
-    _, idle = outputs(2), _pool.idle_bytes()
+    _, idle = outputs(2), pool.idle_bytes()
     del _
-    answers.put((idle, _pool.idle_bytes() > 0, float(y.numpy().min()), float(y.numpy().max())))
+    answers.put((idle, pool.idle_bytes() > 0, float(y.numpy().min()), float(y.numpy().max())))
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this platform")
@@ -329,17 +330,17 @@ def in_a_child(y, answers):
 def test_a_forked_child_starts_with_nothing_idle_and_changes_nothing_here(locked):
     (y,) = outputs(1, 4.0)
     outputs(2)
-    idle = _pool.idle_bytes()
+    idle = pool.idle_bytes()
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     child = context.Process(target=in_a_child, args=(y, answers), daemon=True)
     if locked:
-        with _pool._pool.lock:
+        with pool._pool.lock:
             child.start()
     else:
         child.start()
     assert answers.get(timeout=60) == (0, True, 4.0, 4.0)
     child.join(30)
     assert child.exitcode == 0
-    assert _pool.idle_bytes() == idle
+    assert pool.idle_bytes() == idle
     assert bool((y == 4.0).all())

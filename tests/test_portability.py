@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hw3gpu import _pool
-from hw3gpu.kernels.cpu import _jit, _team, _threads
+from hw3gpu._core import pool as _pool
+from hw3gpu.kernels.cpu._numba import compile, openmp, threads
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,8 +31,8 @@ sys.modules["triton"] = None
 np.longdouble = np.float64
 
 import hw3gpu
-from hw3gpu.kernels.cpu import _threads
-found = {"threads before torch": _threads.num_threads()}
+from hw3gpu.kernels.cpu._numba import threads
+found = {"threads before torch": threads.num_threads()}
 z = np.random.default_rng(0).standard_normal((300, 700)).astype("float32")
 alone = hw3gpu.softmax(z)
 
@@ -42,7 +42,7 @@ import hw3gpu.functional as F
 import hw3gpu.nn
 import hw3gpu.distributed
 found["compiler"] = "torch._dynamo" in sys.modules
-_threads.set_num_threads(2)
+threads.set_num_threads(2)
 t = torch.from_numpy(z).requires_grad_()
 loss = F.cross_entropy(t, torch.arange(300))
 loss.backward()
@@ -121,13 +121,13 @@ def no_program(name):
 @pytest.mark.parametrize("library", [NoSymbol, no_program], ids=["no GOMP_parallel", "no handle of the program"])
 def test_without_the_entry_to_openmp_our_own_threads_help(monkeypatch, library):
     monkeypatch.setattr(ctypes, "CDLL", library)
-    monkeypatch.setattr(_team, "_entry", _team._entry.__wrapped__)
-    assert _team.openmp() == 0
+    monkeypatch.setattr(openmp, "_entry", openmp._entry.__wrapped__)
+    assert openmp.openmp() == 0
     helped = set()
-    monkeypatch.setattr(_threads._Pool, "submit", lambda pool, job, helpers: helped.add(helpers))
-    monkeypatch.setattr(_threads, "_setting", 3)
+    monkeypatch.setattr(threads._Pool, "submit", lambda pool, job, helpers: helped.add(helpers))
+    monkeypatch.setattr(threads, "_setting", 3)
     done = []
-    _threads.run(lambda first, last: done.extend(range(first, last)), 50, 1 << 30)
+    threads.run(lambda first, last: done.extend(range(first, last)), 50, 1 << 30)
     assert (sorted(done), helped) == (list(range(50)), {2})
 
 
@@ -140,7 +140,7 @@ def test_a_user_without_a_home_folder_compiles_anew(monkeypatch):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(_jit.config, "CACHE_DIR", "")
+    monkeypatch.setattr(compile.config, "CACHE_DIR", "")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(_jit.Path, "home", no_home)
-    assert _jit.cache_folder.__wrapped__() is None
+    monkeypatch.setattr(compile.Path, "home", no_home)
+    assert compile.cache_folder.__wrapped__() is None

@@ -1,4 +1,4 @@
-"""`hw3gpu.shapes`: the law of docs/derivations.md, section 1, against PyTorch, and its errors."""
+"""`hw3gpu._array_functions.shapes`: the law of docs/derivations.md, section 1, against PyTorch, and its errors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hw3gpu import reference, shapes
-from hw3gpu.shapes import conv2d_output_shape, conv2d_padding_for, conv_transpose2d_output_shape
+from hw3gpu import conv2d_output_shape, conv2d_padding_for, conv_transpose2d_output_shape, reference
+from hw3gpu._array_functions import shapes
 
 SHAPE = (2, 17, 29, 3)
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as TF
 
 import hw3gpu.functional as HF
-from hw3gpu import _small
-from hw3gpu._arrays import kernels
+from hw3gpu._core.dispatch import kernels
+from hw3gpu._torch import small_calls
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def both_ways(monkeypatch, call):
     """The results of `call` by address and in the general way."""
     by_address = call()
     with monkeypatch.context() as patch:
-        patch.setattr(_small, "MOST_BYTES", 0)
-        patch.setattr(_small, "_way", lambda *layout: None)
+        patch.setattr(small_calls, "MOST_BYTES", 0)
+        patch.setattr(small_calls, "_way", lambda *layout: None)
         return by_address, call()
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from answers import CASES, HARD, LONG, backward_and_check, forward_and_check, judges, ones, probabilities, values
 
 import hw3gpu
-from hw3gpu._arrays import accumulate_dtype
+from hw3gpu._core.arrays import accumulate_dtype
 from layouts import in_layout, to_torch
 from measure import close, largest, max_error, ulp
 

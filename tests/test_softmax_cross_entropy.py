@@ -10,7 +10,7 @@ from answers import CASES, HARD, LONG, fused_and_check, ones, probabilities
 
 import hw3gpu
 from hw3gpu import reference
-from hw3gpu._arrays import accumulate_dtype
+from hw3gpu._core.arrays import accumulate_dtype
 from layouts import in_layout
 from measure import ulp
 

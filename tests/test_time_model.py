@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import call_cases, evidence, in_flight, occupancy, published, sass, time_model, times
+from benchmarks import call_cases, published, time_model, times
+from benchmarks.evidence import in_flight, occupancy, sass
+from benchmarks.evidence import run as evidence
 from hw3gpu.kernels.gpu.device import A100, B200, H100, RTX_5090
 
 

@@ -10,7 +10,8 @@ import torch
 from twins import ACC, HARD, SINGLE, gradcheck, gradgradcheck, hold, layout_of, ones, opcheck, same, tensor, values_of, zeros
 
 import hw3gpu.functional as HF
-from hw3gpu import _error_bounds, _token_log_probs, reference
+from hw3gpu import _error_bounds, reference
+from hw3gpu._torch import token_log_probs
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -31,7 +32,7 @@ def check(device, x, target, dtype, upstream, **options):
     (dx,) = torch.autograd.grad([v for v, _ in asked], x, [g for _, g in asked])
     assert (dx.dtype, dx.shape) == (x.dtype, x.shape)
     exact = x.detach().to(acc).requires_grad_()
-    theirs = _token_log_probs.formula(exact, target, options.get("temperature", 1.0), -100, dim % x.dim())
+    theirs = token_log_probs.formula(exact, target, options.get("temperature", 1.0), -100, dim % x.dim())
     (their_dx,) = torch.autograd.grad([v for v, g in zip(theirs, upstream, strict=True) if g is not None], exact,
                                       [g for g in upstream if g is not None])  # fmt: skip
     named = {"axis" if k == "dim" else k: v for k, v in options.items()}
@@ -156,7 +157,7 @@ def test_a_class_out_of_range(device):
 
 def test_a_class_out_of_range_gives_nan_where_nobody_waits(device, rng, monkeypatch):
     """As on a GPU: the flag is left alone there, and looked at later."""
-    monkeypatch.setattr(_token_log_probs, "judge_targets", lambda *_: None)
+    monkeypatch.setattr(token_log_probs, "judge_targets", lambda *_: None)
     x = tensor(rng.standard_normal((3, 21)), "float32", device, grad=True)
     target = torch.tensor([1, 21, -100], device=device)
     found = HF.token_log_probs(x, target)

@@ -1,4 +1,4 @@
-"""S9: the trace minimum, its diagnostics and its certificate (`hw3gpu.trace`)."""
+"""S9: the trace minimum, its diagnostics and its certificate (`hw3gpu._array_functions.trace`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 import scipy.linalg
 from matrices import DEGENERATE, EPS, MATRICES, check_against_reference, sine, spectrum, wishart
 
-from hw3gpu import _arrays, _certificate, _linalg, _numerics, reference
-from hw3gpu.trace import minimize_trace, minor_components
+from hw3gpu import minimize_trace, minor_components, reference
+from hw3gpu._core import dispatch
+from hw3gpu._linalg import certificate, numerics, solvers
 
 
 @pytest.fixture(params=MATRICES, ids=list(MATRICES))
@@ -161,7 +162,7 @@ def test_the_sign_rule():
     result = minimize_trace(np.array([[0.0, 1.0], [1.0, 0.0]]), 2)
     np.testing.assert_allclose(abs(result.phi), 2**-0.5)
     columns = np.array([[-1.0, 1.0, 0.0], [1.0, -1.0, -2.0]])
-    for signed in _linalg.fix_signs(_numerics.Numerics(np, None), columns, "float64"):
+    for signed in numerics.fix_signs(numerics.Numerics(np, None), columns, "float64"):
         np.testing.assert_array_equal(signed, [[1.0, 1.0, 0.0], [-1.0, -1.0, 2.0]])
     phi = minimize_trace(wishart(12), 12).phi
     assert np.all(phi[abs(phi).argmax(axis=0), range(12)] > 0)
@@ -223,7 +224,7 @@ def test_the_factorised_matrix_leaves_room_for_rounding(monkeypatch):
         shown.append(a + (phi * d) @ phi.T - shift * np.eye(len(a)))
         return np.array(True)
 
-    monkeypatch.setattr(_certificate, "deflated_is_definite", look)
+    monkeypatch.setattr(certificate, "deflated_is_definite", look)
     m, k = 60, 10
     result = minimize_trace(np.eye(m) / 2, k)  # scaled by one; every eigenvalue of Σ + S - tI is the margin
     u = EPS["float64"] / 2
@@ -236,7 +237,7 @@ def test_the_factorised_matrix_leaves_room_for_rounding(monkeypatch):
 @pytest.mark.parametrize(("m", "k"), [(12, 3), (200, 20), (700, 2)], ids=str)
 def test_the_margin_covers_what_a_factorisation_of_an_indefinite_matrix_hides(dtype, m, k):
     """The least eigenvalue lies below zero by less than the rounding: Cholesky may succeed, and the shift must exceed that."""
-    ns, u = _numerics.Numerics(np, None), EPS[dtype] / 2
+    ns, u = numerics.Numerics(np, None), EPS[dtype] / 2
     gamma = (m + 2) * u
     sigma, q = spectrum(np.linspace(0.5, 1, m))
     phi, d = q[:, :k].astype(dtype), np.full(k, 0.25)
@@ -244,7 +245,7 @@ def test_the_margin_covers_what_a_factorisation_of_an_indefinite_matrix_hides(dt
     hidden = []
     for shift in shifts:
         deflated = (sigma.astype(dtype) + 0).copy()
-        if _linalg.deflated_is_definite(ns, deflated, phi, d * 0, np.float64(shift)):
+        if solvers.deflated_is_definite(ns, deflated, phi, d * 0, np.float64(shift)):
             hidden.append(shift - 0.5)
     trace = np.trace(sigma) - m * 0.5
     assert max(hidden, default=0.0) <= gamma / (1 - gamma) * trace + (k + 8) * u * (np.linalg.norm(sigma) + 0.5)
@@ -255,14 +256,14 @@ def test_the_margin_covers_what_a_factorisation_of_an_indefinite_matrix_hides(dt
 def test_a_missed_eigenvalue_is_found(monkeypatch, swapped, m):
     """A solver that leaves one of the k smallest out: exact eigenvectors, orthonormal, and not the minimum."""
     k = 5
-    honest = _linalg.eigh
+    honest = solvers.eigh
 
     def misses_one(ns, s, method):
         values, vectors = honest(ns, s)
         order = [i for i in range(m) if i != swapped] + [swapped]
         return values[order], vectors[:, order]
 
-    monkeypatch.setattr(_linalg, "eigh", misses_one)
+    monkeypatch.setattr(solvers, "eigh", misses_one)
     result = minimize_trace(wishart(m), k, method="syevd")
     assert result.residual < 1e-14
     assert not result.certified
@@ -271,13 +272,13 @@ def test_a_missed_eigenvalue_is_found(monkeypatch, swapped, m):
 
 
 def test_wrong_eigenvectors_are_found(monkeypatch):
-    honest = _linalg.eigh
+    honest = solvers.eigh
 
     def of_another_matrix(ns, s, method):
         values = honest(ns, s)[0]
         return values, honest(ns, s + 1e-6 * np.diag(np.arange(20.0)))[1]
 
-    monkeypatch.setattr(_linalg, "eigh", of_another_matrix)
+    monkeypatch.setattr(solvers, "eigh", of_another_matrix)
     result = minimize_trace(wishart(20), 3, method="syevd")
     assert result.orthogonality < 1e-14
     assert result.residual > 1e-9
@@ -381,8 +382,8 @@ def test_arrays_on_a_gpu_without_cupy_say_what_is_missing(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "cupy", None)
     with (
-        pytest.raises(_arrays.BackendError, match=r"covariance: .*solved by CuPy.*pip install 'hw3gpu\[cuda12\]'"),
-        _numerics.numerics(torch.eye(3).as_subclass(OnCuda), "covariance"),
+        pytest.raises(dispatch.BackendError, match=r"covariance: .*solved by CuPy.*pip install 'hw3gpu\[cuda12\]'"),
+        numerics.numerics(torch.eye(3).as_subclass(OnCuda), "covariance"),
     ):
         pytest.fail("the block was entered")
 

@@ -1,4 +1,4 @@
-"""The differentiable trace minimum (`hw3gpu._trace_autograd`, in `hw3gpu.functional` for users)."""
+"""The differentiable trace minimum (`hw3gpu._torch.trace`, in `hw3gpu.functional` for users)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hw3gpu import _trace_autograd  # noqa: E402
-from hw3gpu._trace_autograd import minimize_trace  # noqa: E402
+from hw3gpu._torch import trace  # noqa: E402
+from hw3gpu._torch.trace import minimize_trace  # noqa: E402
 
 gradcheck = torch.autograd.gradcheck
 
@@ -131,7 +131,7 @@ def test_errors(sigma, k, options, error, message):
 def test_it_keeps_the_rules_of_torch_library_and_compiles(device, dtype, batch):
     """In one graph, with the numbers and gradients of the eager call."""
     sigma = symmetric(leaf(*batch, 4, 4, dtype=dtype, device=device).detach()).requires_grad_()
-    torch.library.opcheck(_trace_autograd.FORWARD, (sigma, 2, False, "auto"), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(trace.FORWARD, (sigma, 2, False, "auto"), test_utils=("test_schema", "test_faketensor"))
 
     def step(a):
         found = minimize_trace(a, 2, largest=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
 
-from hw3gpu._arrays import requested_backend
+from hw3gpu._core.dispatch import requested_backend
 from measure import close, max_error
 
 drawn = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

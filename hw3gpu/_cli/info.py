@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__, _arrays, _pool
+from .. import __version__
+from .._core import arrays as _arrays
+from .._core import dispatch, pool
 from .arrays import cupy_refusal
 
 PACKAGES = ("numpy", "scipy", "numba", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "scikit-learn", "matplotlib")
@@ -31,9 +33,9 @@ def collect() -> dict[str, Any]:
 
 def _cpu_kernels() -> dict[str, Any]:
     """Where compiled kernels are kept (None: nowhere, they are compiled anew), threads, and the bound of recycled outputs."""
-    _arrays.check_threads()
-    folder, threads = (_arrays.kernels(room, "cpu") for room in ("_jit", "_threads"))
-    return {"cache": folder.cache_folder(), "threads": threads.num_threads(), "recycled_MB": _pool.limit() // 2**20}
+    dispatch.check_threads()
+    folder, threads = (dispatch.kernels(room, "cpu") for room in ("_numba.compile", "_numba.threads"))
+    return {"cache": folder.cache_folder(), "threads": threads.num_threads(), "recycled_MB": pool.limit() // 2**20}
 
 
 def _version(package: str) -> str | None:
@@ -78,14 +80,14 @@ def _kernels() -> list[dict[str, str | None]]:
 def _choice(arrays: str, example: Any) -> dict[str, str | None]:
     where = "the host" if _arrays.on_host(example) else "a GPU"
     try:
-        which = _arrays.backend(example)
-    except (_arrays.BackendError, ValueError) as error:
+        which = dispatch.backend(example)
+    except (dispatch.BackendError, ValueError) as error:
         return {"arrays": arrays, "kernels": None, "why": str(error)}
     why = f"the array lives on {where}"
-    if _arrays.requested_backend() != "auto":
-        why = f"HW3GPU_BACKEND={_arrays.requested_backend()} asks for them"
+    if dispatch.requested_backend() != "auto":
+        why = f"HW3GPU_BACKEND={dispatch.requested_backend()} asks for them"
     elif which == "gpu":
-        refusal = _arrays.gpu_refusal("cuda")
+        refusal = dispatch.gpu_refusal("cuda")
         if refusal:
             return {"arrays": arrays, "kernels": None, "why": f"{why}, but {refusal}"}
     if which == "gpu" and os.environ.get("TRITON_INTERPRET") == "1":

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import _arrays, _error_bounds, reference
+from .. import _error_bounds, reference
+from .._core import arrays
 from .arrays import DTYPES, KINDS, Array, Place, to_numpy, to_torch
 
 
@@ -54,7 +55,7 @@ def _stacked(
 ) -> Output:
     """Results of one kind, measured together: the largest of many errors says more than the error of one small array."""
     ours, sheet, torchs, bound = (np.stack([to_numpy(x) for x in results]) for results in (actual, expected, theirs, bounds))
-    return Output(name, ours, sheet, torchs, bound, dtype or _arrays.dtype_name(actual[0]))
+    return Output(name, ours, sheet, torchs, bound, dtype or arrays.dtype_name(actual[0]))
 
 
 def _each(results: list[Any], name: str) -> list[Any]:
@@ -112,7 +113,7 @@ def convolution(place: Place, dtype: str) -> Iterator[Output]:
             expected += taps @ weight[:, :, i, j].T
             magnitude += np.abs(taps) @ np.abs(weight[:, :, i, j].T)
         theirs = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), layer.weight, layer.bias, stride, padding)
-        bound = _error_bounds.sum_of_products(magnitude, weight[0].size, dtype=_arrays.accumulate_dtype(x))
+        bound = _error_bounds.sum_of_products(magnitude, weight[0].size, dtype=arrays.accumulate_dtype(x))
         yield Output(f"y, kernel {kernel}", layer(x), expected, theirs.permute(0, 2, 3, 1), bound)
 
 
@@ -183,7 +184,7 @@ def batch_norm(place: Place, dtype: str) -> Iterator[Output]:
         for b in batches:
             found.append(batch_norm(b.x, b.gamma, b.beta, channel_axis=b.axis))
             x, gamma, beta = map(to_numpy, (b.x, b.gamma, b.beta))
-            acc = _arrays.accumulate_dtype(b.x)
+            acc = arrays.accumulate_dtype(b.x)
             sheets.append(reference.batch_norm(x, gamma, beta, channel_axis=b.axis))
             bounds.append(_error_bounds.batch_norm(x, gamma, beta, channel_axis=b.axis, dtype=acc))
             wide = to_torch(b.x).to(getattr(torch, acc))
@@ -204,7 +205,7 @@ def batch_norm_backward(place: Place, dtype: str) -> Iterator[Output]:
         for b in batches:
             dy, x, gamma = map(to_numpy, (b.dy, b.x, b.gamma))
             exact = reference.batch_norm(x, channel_axis=b.axis)
-            acc = _arrays.accumulate_dtype(b.x)
+            acc = arrays.accumulate_dtype(b.x)
             mean, var = place.array(exact.mean, acc), place.array(exact.var, acc)
             found.append(batch_norm_backward(b.dy, b.x, mean, var, b.gamma, channel_axis=b.axis, return_dx_hat=True))
             given = dy, x, to_numpy(mean), to_numpy(var), gamma
@@ -230,7 +231,7 @@ def _torch_gradients(b: _Batch) -> dict[str, Any]:
             leaf.requires_grad_()
         return torch.autograd.grad(_torch_batch_norm(x, gamma, beta, b.axis), (x, gamma, beta), dy)
 
-    acc = getattr(torch, _arrays.accumulate_dtype(b.x))
+    acc = getattr(torch, arrays.accumulate_dtype(b.x))
     dx, dgamma, dbeta = gradients(*map(to_torch, (b.x, b.dy, b.gamma, b.beta)))
     x, dy, gamma, beta = (to_torch(part).to(acc) for part in (b.x, b.dy, b.gamma, b.beta))
     scale = gamma * torch.rsqrt(x.var(b.reduced, correction=0) + 1e-5)
@@ -260,11 +261,11 @@ def softmax(place: Place, dtype: str) -> Iterator[Output]:
     import torch
 
     from .. import softmax, softmax_backward
-    from .._torch_internals import softmax_backward as torch_softmax_backward
+    from .._core.torch_internals import softmax_backward as torch_softmax_backward
 
     for what, values in _logits(dtype):
         z = place.array(values, dtype)
-        acc = _arrays.accumulate_dtype(z)
+        acc = arrays.accumulate_dtype(z)
         for axis, name in ((-1, "y"), (0, "y along axis 0")):
             if axis == 0 and (np.isinf(values).any() or values.shape[1] > 300):
                 continue
@@ -291,7 +292,7 @@ def softmax_jacobian(place: Place, dtype: str) -> Iterator[Output]:
         s = torch.softmax(to_torch(z), -1)
         theirs = torch.diag_embed(s) - s[..., :, None] * s[..., None, :]
         sheet = reference.softmax_jacobian(to_numpy(z))
-        bound = _error_bounds.softmax_jacobian(to_numpy(z), dtype=_arrays.accumulate_dtype(z))
+        bound = _error_bounds.softmax_jacobian(to_numpy(z), dtype=arrays.accumulate_dtype(z))
         yield Output(f"dS/dz {what}", softmax_jacobian(z), sheet, theirs, bound)
 
 
@@ -308,7 +309,7 @@ def cross_entropy(place: Place, dtype: str) -> Iterator[Output]:
         y = place.array(truth, dtype)
         theirs = -torch.special.xlogy(to_torch(y), to_torch(y_hat)).sum(-1)
         given = to_numpy(y), to_numpy(y_hat)
-        bound = _error_bounds.cross_entropy(*given, dtype=_arrays.accumulate_dtype(y))
+        bound = _error_bounds.cross_entropy(*given, dtype=arrays.accumulate_dtype(y))
         yield Output(f"loss {what}", cross_entropy(y, y_hat), reference.cross_entropy(*given), theirs, bound)
 
 
@@ -335,7 +336,7 @@ def softmax_cross_entropy(place: Place, dtype: str) -> Iterator[Output]:
             found = softmax_cross_entropy(z, y)
             given = to_numpy(z), hard if kind == "classes" else to_numpy(y)
             sheet = reference.softmax_cross_entropy(*given)
-            bound = _error_bounds.softmax_cross_entropy(*given, dtype=_arrays.accumulate_dtype(z))
+            bound = _error_bounds.softmax_cross_entropy(*given, dtype=arrays.accumulate_dtype(z))
             leaf = to_torch(z).requires_grad_()
             loss = cross_entropy(leaf, to_torch(y), reduction="none")
             if loss.isnan().any():  # 0 * inf at a masked class of weight 0

@@ -18,8 +18,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from .. import _arrays, _pool
 from .. import nn as hw3gpu_nn
+from .._core import dispatch, pool
 
 BATCH = 64
 LEARNING_RATE = 2e-3
@@ -179,10 +179,10 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cpu" and device.index:
         _refuse(f"argument --device: expected cpu, cuda or cuda:N, got {name!r}")
     try:
-        _pool.limit()
-        _arrays.check_threads()
-        _arrays.backend(torch.empty(1, device=device))
-    except (_arrays.BackendError, ValueError) as error:
+        pool.limit()
+        dispatch.check_threads()
+        dispatch.backend(torch.empty(1, device=device))
+    except (dispatch.BackendError, ValueError) as error:
         _refuse(str(error))
     return device
 

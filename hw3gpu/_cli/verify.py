@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from .. import _arrays, _pool
+from .._core import arrays as _arrays
+from .._core import dispatch, pool
 from .arrays import DTYPES, KINDS, Place, cupy_refusal, to_numpy
 from .interpreter import mend_the_interpreter
 from .measure import max_error, share_of_bound, tolerance
@@ -123,7 +124,7 @@ def _checks_of(process: subprocess.Popen[str]) -> Iterator[Check]:
 
 
 def _checks(backend: str, kernels: str, places: list[Place], rows: Collection[str], dtypes: Collection[str]) -> Iterator[Check]:
-    with _arrays.use_backend(backend):
+    with dispatch.use_backend(backend):
         for operation in (operation for operation in OPERATIONS if operation.row in rows):
             for place in (place for place in places if place.kind in operation.kinds):
                 # in the interpreter, which is slow, NumPy arrays, which reach the kernels as tensors, show that they do so
@@ -169,13 +170,13 @@ def _measure(output: Output) -> dict[str, Any]:
 def main(kernels: str, rows: Collection[str], dtypes: Collection[str], as_json: bool) -> int:
     """Run the checks and print them as a table or as JSON; 1 if one failed, else 0."""
     try:
-        _arrays.requested_backend()
-        _arrays.check_threads()
-        _pool.limit()
+        dispatch.requested_backend()
+        dispatch.check_threads()
+        pool.limit()
     except ValueError as error:
         raise SystemExit(str(error)) from None
     if kernels == "gpu" and _without_triton():
-        print(f"hw3gpu verify: the Triton kernels cannot run: {_arrays.triton_refusal()}", file=sys.stderr)
+        print(f"hw3gpu verify: the Triton kernels cannot run: {dispatch.triton_refusal()}", file=sys.stderr)
         return 2
     if as_json:
         checks = _in_order(run(kernels, rows, dtypes))
@@ -266,6 +267,6 @@ def _print_what_did_not_run(console: Any, checks: list[Check]) -> None:
     if any(check.kernels == INTERPRETED for check in checks):
         console.print("No GPU was used: Triton's interpreter ran the Triton kernels.")
     if _without_triton():
-        console.print(f"The Triton kernels did not run: {_arrays.triton_refusal()}.", soft_wrap=True)
+        console.print(f"The Triton kernels did not run: {dispatch.triton_refusal()}.", soft_wrap=True)
     if "cupy" not in {check.arrays for check in checks}:
         console.print(f"CuPy arrays did not run: {cupy_refusal() or 'they take the Triton kernels on a GPU'}.")

@@ -10,9 +10,11 @@ import math
 
 import numpy as np
 
-from ._elements import exp, room, store
-from ._jit import inline
-from ._lanes import larger, largest_of, load_lanes, prefetch, store_lanes, sum_of, unequal, width, write, zeros_like
+from ._numba.compile import inline
+from ._numba.elements import store
+from ._numba.exp import exp
+from ._numba.simd import larger, largest_of, load_lanes, prefetch, store_lanes, sum_of, unequal, width, write, zeros_like
+from ._numba.views import room
 
 # Elements whose sum is taken at once, in the row's own precision.
 CHUNK = 512

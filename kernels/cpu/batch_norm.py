@@ -13,15 +13,17 @@
 
 A pass is one read or one write of the whole tensor. `mean` is kept as two numbers, mean[0] the rounded mean and mean[1] what
 the rounding left, so that x - mean is right where the mean is large; y is never folded to a x + b. Sums are float64:
-`_moments.py` says how, `_planes.py`, `_lines.py` and `_tiles.py` hold the loops for the two layouts:
+`_batch_norm/statistics.py` says how, `_batch_norm/planes.py`, `_batch_norm/lines.py` and `_batch_norm/tiles.py` hold the loops
+for the two layouts:
 
     planes    S adjacent (NCHW); any other strides too, copied a piece at a time
     lines     C adjacent (channels-last), and planes too small to be a loop of their own. Of long rows of channels, and of
-              several small planes, a tile is a few channels of every sample: `_tiles.py` does these whole
+              several small planes, a tile is a few channels of every sample: `_batch_norm/tiles.py` does these whole
 
-and `_fused_planes.py` and `_fused_lines.py` those with a residual or a mask (`_mask.py`), whose layout that of x decides.
+and `_batch_norm/planes_fused.py` and `_batch_norm/lines_fused.py` those with a residual or a mask (`_batch_norm/mask.py`),
+whose layout that of x decides.
 
-How work is cut into blocks (`_cut.py`) depends on shapes and strides alone; blocks are merged in order.
+How work is cut into blocks (`_batch_norm/cut.py`) depends on shapes and strides alone; blocks are merged in order.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ from typing import Any
 
 import numpy as np
 
-from . import _cut, _fused_lines, _fused_planes, _lines, _planes, _tiles
-from ._elements import store, to_accumulate
-from ._jit import kernel
-from ._moments import better_shifts, finish_all, finish_gradients, first_means, merge
-from ._threads import run
+from ._batch_norm import cut, lines, lines_fused, planes, planes_fused, tiles
+from ._batch_norm.statistics import better_shifts, finish_all, finish_gradients, first_means, merge
+from ._numba.compile import kernel
+from ._numba.elements import store, to_accumulate
+from ._numba.threads import run
 
 
 # ---------------------------------------------------------------------------------------------- vectors
@@ -79,74 +81,74 @@ def _merged(partial: np.ndarray) -> np.ndarray:
 def _sum_deviations(x: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """sum (x - shift) and sum (x - shift)^2 of every channel: (2, C) float64."""
     C = x.shape[1]
-    group, parts, (seen,) = _cut.tiled(x)
-    partial = np.empty((parts if group else _cut.blocks(x), 2, C))
+    group, parts, (seen,) = cut.tiled(x)
+    partial = np.empty((parts if group else cut.blocks(x), 2, C))
     if group:
-        run(_tiles.sums, -(-C // group) * parts, x.nbytes, group, seen, shift, partial)
-    elif _cut.in_rows(x):
-        run(_lines.sums, len(partial), x.nbytes, _cut.rows_per_line(_cut.SUM_LINE, x), x, shift, partial)
+        run(tiles.sums, -(-C // group) * parts, x.nbytes, group, seen, shift, partial)
+    elif cut.in_rows(x):
+        run(lines.sums, len(partial), x.nbytes, cut.rows_per_line(cut.SUM_LINE, x), x, shift, partial)
     else:
-        run(_planes.sums, len(partial), x.nbytes, x, shift, partial)
+        run(planes.sums, len(partial), x.nbytes, x, shift, partial)
     return _merged(partial)
 
 
 def _sum_gradients(dy: np.ndarray, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """sum dy and sum dy (x - mean) of every channel: (2, C) float64."""
     C, cost, no_dx = x.shape[1], 2 * x.nbytes, (mean[0], np.empty((0, 0, 0), x.dtype))
-    group, parts, seen = _cut.tiled(dy, x)
-    partial = np.empty((parts if group else _cut.blocks(x), 2, C))
+    group, parts, seen = cut.tiled(dy, x)
+    partial = np.empty((parts if group else cut.blocks(x), 2, C))
     if group:
-        run(_tiles.gradient_sums, -(-C // group) * parts, cost, group, *seen, mean, *no_dx, partial)
-    elif _cut.in_rows(dy, x):
-        rows = _cut.rows_per_line(_cut.SUM_LINE, dy, x)
-        run(_lines.gradient_sums, len(partial), cost, rows, dy, x, mean, *no_dx, partial)
+        run(tiles.gradient_sums, -(-C // group) * parts, cost, group, *seen, mean, *no_dx, partial)
+    elif cut.in_rows(dy, x):
+        rows = cut.rows_per_line(cut.SUM_LINE, dy, x)
+        run(lines.gradient_sums, len(partial), cost, rows, dy, x, mean, *no_dx, partial)
     else:
-        run(_planes.gradient_sums, len(partial), cost, dy, x, mean, *no_dx, partial)
+        run(planes.gradient_sums, len(partial), cost, dy, x, mean, *no_dx, partial)
     return _merged(partial)
 
 
 def _sum_and_scale_gradients(dy, x, mean, scale, dx):
     """As `_sum_gradients`, and dx = scale dy. No channel has to be done whole: in the order of memory."""
     C, cost, operands = x.shape[1], 3 * x.nbytes, (dy, x, mean, scale, dx)
-    if _cut.in_rows(dy, x, dx):
-        partial, rows = np.empty((_cut.blocks(x), 2, C)), _cut.rows_per_line(_cut.SUM_AND_RESULT_LINE, dy, x, dx)
-        run(_lines.gradient_sums, len(partial), cost, rows, *operands, partial)
-    elif x.shape[2] < _cut.PLANE and _cut.small_planes(dy, x, dx):
-        group, parts = _cut.tiles(*x.shape, x.itemsize)
+    if cut.in_rows(dy, x, dx):
+        partial, rows = np.empty((cut.blocks(x), 2, C)), cut.rows_per_line(cut.SUM_AND_RESULT_LINE, dy, x, dx)
+        run(lines.gradient_sums, len(partial), cost, rows, *operands, partial)
+    elif x.shape[2] < cut.PLANE and cut.small_planes(dy, x, dx):
+        group, parts = cut.tiles(*x.shape, x.itemsize)
         partial = np.empty((parts, 2, C))
-        run(_tiles.gradient_sums, -(-C // group) * parts, cost, group, *operands, partial)
+        run(tiles.gradient_sums, -(-C // group) * parts, cost, group, *operands, partial)
     else:
-        partial = np.empty((_cut.blocks(x), 2, C))
-        run(_planes.gradient_sums, len(partial), cost, *operands, partial)
+        partial = np.empty((cut.blocks(x), 2, C))
+        run(planes.gradient_sums, len(partial), cost, *operands, partial)
     return _merged(partial)
 
 
 def _normalize(x: np.ndarray, mean: np.ndarray, scale: np.ndarray, beta: np.ndarray, y: np.ndarray) -> None:
-    blocks, cost = _cut.blocks(x), 2 * x.nbytes
-    if _cut.in_rows(x, y):
-        run(_lines.normalize, blocks, cost, blocks, _cut.rows_per_line(_cut.LINE, x, y), x, mean, scale, beta, y)
-    elif _cut.small_planes(x, y):
-        group, parts = _cut.tiles(*x.shape, x.itemsize)
-        run(_tiles.normalize, -(-x.shape[1] // group) * parts, cost, group, parts, x, mean, scale, beta, y)
+    blocks, cost = cut.blocks(x), 2 * x.nbytes
+    if cut.in_rows(x, y):
+        run(lines.normalize, blocks, cost, blocks, cut.rows_per_line(cut.LINE, x, y), x, mean, scale, beta, y)
+    elif cut.small_planes(x, y):
+        group, parts = cut.tiles(*x.shape, x.itemsize)
+        run(tiles.normalize, -(-x.shape[1] // group) * parts, cost, group, parts, x, mean, scale, beta, y)
     else:
-        run(_planes.normalize, blocks, cost, blocks, x, mean, scale, beta, y)
+        run(planes.normalize, blocks, cost, blocks, x, mean, scale, beta, y)
 
 
 def _apply(dy, x, mean, scale, b, k, dx):
-    blocks, cost = _cut.blocks(x), 3 * x.nbytes
-    if _cut.in_rows(dy, x, dx):
-        run(_lines.apply, blocks, cost, blocks, _cut.rows_per_line(_cut.LINE, dy, x, dx), dy, x, mean, scale, b, k, dx)
-    elif _cut.small_planes(dy, x, dx):
-        group, parts = _cut.tiles(*x.shape, x.itemsize)
-        run(_tiles.apply, -(-x.shape[1] // group) * parts, cost, group, parts, dy, x, mean, scale, b, k, dx)
+    blocks, cost = cut.blocks(x), 3 * x.nbytes
+    if cut.in_rows(dy, x, dx):
+        run(lines.apply, blocks, cost, blocks, cut.rows_per_line(cut.LINE, dy, x, dx), dy, x, mean, scale, b, k, dx)
+    elif cut.small_planes(dy, x, dx):
+        group, parts = cut.tiles(*x.shape, x.itemsize)
+        run(tiles.apply, -(-x.shape[1] // group) * parts, cost, group, parts, dy, x, mean, scale, b, k, dx)
     else:
-        run(_planes.apply, blocks, cost, blocks, dy, x, mean, scale, b, k, dx)
+        run(planes.apply, blocks, cost, blocks, dy, x, mean, scale, b, k, dx)
 
 
 # ---------------------------------------------------------------------------------------------- with a residual or a mask
 def _rows(C: int) -> int:
-    """Rows of a line of `_fused_lines`."""
-    return max(1, _cut.LINE // max(C, 1))
+    """Rows of a line of `_batch_norm.lines_fused`."""
+    return max(1, cut.LINE // max(C, 1))
 
 
 def _bytes(bits: int) -> int:
@@ -184,7 +186,7 @@ def _new_mask(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """`mask` to be written, what the layout of x does not need of it set to 0."""
     if mask is not None:
         N, C, S = x.shape
-        if _cut.in_rows(x):
+        if cut.in_rows(x):
             used = _bytes_of_lines(N * S, _rows(C), C)
         else:
             used = N * _bytes_of_lines(C, _tile(x) or 1, S)
@@ -194,32 +196,32 @@ def _new_mask(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 def _tile(x: np.ndarray) -> int:
     """Channels whose small planes are gone through at once; 0 where x has another layout, or they are not done whole."""
-    group, parts, _ = (0, 1, ()) if _cut.in_rows(x) else _cut.tiled(x)
+    group, parts, _ = (0, 1, ()) if cut.in_rows(x) else cut.tiled(x)
     return group if parts == 1 else 0
 
 
 def _whole_fused(x: np.ndarray) -> tuple[int, bool, tuple[np.ndarray, ...]]:
     """As `whole`, where the layout of x alone decides, and rows are never cut."""
     group = _tile(x)
-    return (group, True, (x,)) if group else (0 if _cut.small_planes(x) else _cut.whole_planes(x), False, (x,))
+    return (group, True, (x,)) if group else (0 if cut.small_planes(x) else cut.whole_planes(x), False, (x,))
 
 
 def _pieces(x: np.ndarray) -> int:
     """Blocks of a split into whole pieces of the mask."""
     N, C, S = x.shape
-    pieces = -(-(N * S) // _rows(C)) if _cut.in_rows(x) else N * -(-S // _planes.RUN)
-    return max(1, min(_cut.MOST_BLOCKS, x.nbytes // _cut.BLOCK_BYTES, pieces))
+    pieces = -(-(N * S) // _rows(C)) if cut.in_rows(x) else N * -(-S // planes.RUN)
+    return max(1, min(cut.MOST_BLOCKS, x.nbytes // cut.BLOCK_BYTES, pieces))
 
 
 def _fused_normalize(x, mean, scale, beta, y, residual, mask):
     x, y, residual = _turned(x, y, residual)
     operands, blocks, cost = (x, mean, scale, beta, _given(x, residual), y, _new_mask(x, mask)), _pieces(x), 3 * x.nbytes
-    if _cut.in_rows(x):
-        run(_fused_lines.rows_normalize, blocks, cost, blocks, _rows(x.shape[1]), *operands)
+    if cut.in_rows(x):
+        run(lines_fused.rows_normalize, blocks, cost, blocks, _rows(x.shape[1]), *operands)
     elif group := _tile(x):
-        run(_fused_lines.tile_normalize, -(-x.shape[1] // group), cost, group, *operands)
+        run(lines_fused.tile_normalize, -(-x.shape[1] // group), cost, group, *operands)
     else:
-        run(_fused_planes.normalize, blocks, cost, blocks, *operands)
+        run(planes_fused.normalize, blocks, cost, blocks, *operands)
 
 
 def _fused_gradient_sums(dy, x, mean, mask):
@@ -228,13 +230,13 @@ def _fused_gradient_sums(dy, x, mean, mask):
     C, cost = x.shape[1], 2 * x.nbytes
     sums, operands = np.empty((2, C)), (dy, x, _given_mask(mask), mean)
     if group := _tile(x):
-        run(_fused_lines.tile_gradient_sums, -(-C // group), cost, group, *operands, sums)
+        run(lines_fused.tile_gradient_sums, -(-C // group), cost, group, *operands, sums)
         return sums
     partial = np.empty((_pieces(x), 2, C))
-    if _cut.in_rows(x):
-        run(_fused_lines.rows_gradient_sums, len(partial), cost, _rows(C), *operands, partial)
+    if cut.in_rows(x):
+        run(lines_fused.rows_gradient_sums, len(partial), cost, _rows(C), *operands, partial)
     else:
-        run(_fused_planes.gradient_sums, len(partial), cost, *operands, partial)
+        run(planes_fused.gradient_sums, len(partial), cost, *operands, partial)
     return _merged(partial)
 
 
@@ -242,12 +244,12 @@ def _fused_apply(dy, x, mean, scale, b, k, trained, dx, mask, dresidual):
     dy, x, dx, dresidual = _turned(dy, x, dx, dresidual)
     operands = dy, x, _given_mask(mask), mean, scale, b, k, trained, dx, _given(x, dresidual)
     blocks, cost = _pieces(x), 4 * x.nbytes
-    if _cut.in_rows(x):
-        run(_fused_lines.rows_apply, blocks, cost, blocks, _rows(x.shape[1]), *operands)
+    if cut.in_rows(x):
+        run(lines_fused.rows_apply, blocks, cost, blocks, _rows(x.shape[1]), *operands)
     elif group := _tile(x):
-        run(_fused_lines.tile_apply, -(-x.shape[1] // group), cost, group, *operands)
+        run(lines_fused.tile_apply, -(-x.shape[1] // group), cost, group, *operands)
     else:
-        run(_fused_planes.apply, blocks, cost, blocks, *operands)
+        run(planes_fused.apply, blocks, cost, blocks, *operands)
 
 
 # ---------------------------------------------------------------------------------------------- launchers
@@ -324,7 +326,7 @@ def forward(
     fused = residual is not None or mask is not None
     if fused:
         x, y, residual = _turned(x, y, residual)
-    group, tiled, seen = _whole_fused(x) if fused else _cut.whole(x, y)
+    group, tiled, seen = _whole_fused(x) if fused else cut.whole(x, y)
     if not group:
         statistics(x, mean, var, rstd, running_mean, running_var, eps=eps, momentum=momentum)
         normalize(x, mean, rstd, gamma, beta, y, residual=residual, mask=mask)
@@ -334,10 +336,10 @@ def forward(
     gamma, beta = to_accumulate(gamma, C, dtype, 1.0), to_accumulate(beta, C, dtype, 0.0)
     results = mean, var, rstd, new_mean, new_var, float(eps), float(momentum)
     if fused:
-        kernel = _fused_lines.tile_forward if tiled else _fused_planes.forward
+        kernel = lines_fused.tile_forward if tiled else planes_fused.forward
         operands: tuple[Any, ...] = x, gamma, beta, _given(x, residual), y, _new_mask(x, mask)
     else:
-        kernel = _tiles.forward if tiled else _planes.forward
+        kernel = tiles.forward if tiled else planes.forward
         operands = seen[0], gamma, beta, seen[1]
     run(kernel, -(-C // group), 3 * x.nbytes, group, *operands, *results)
     _store_running(running_mean, new_mean)
@@ -393,12 +395,12 @@ def backward_apply(
 
 def _backward_whole(dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
     """Both parts of a backward pass without a mask, if channels are done whole; True if they were."""
-    group, tiled, seen = _cut.whole(dy, x, dx)
+    group, tiled, seen = cut.whole(dy, x, dx)
     if not group:
         return False
     dy, x, dx = seen
     gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-    kernel = _tiles.backward if tiled else _planes.backward
+    kernel = tiles.backward if tiled else planes.backward
     run(kernel, -(-rstd.size // group), 5 * x.nbytes, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
     return True
 
@@ -430,7 +432,7 @@ def backward(
         backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask=mask, dresidual=dresidual)
         return
     gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-    kernel = _fused_lines.tile_backward if tiled else _fused_planes.backward
+    kernel = lines_fused.tile_backward if tiled else planes_fused.backward
     operands = dy, x, _given_mask(mask), mean, rstd, gamma, dx, _given(x, dresidual)
     run(kernel, -(-rstd.size // group), 5 * x.nbytes, group, *operands, dgamma, dbeta)
 

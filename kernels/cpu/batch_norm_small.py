@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from . import _lines, _planes, _tiles
-from ._by_address import floats, planes, vector_or
-from ._cut import BLOCK_ROWS, PLANE, SMALL_PLANE, SUM_AND_RESULT_LINE, flat_blocks, strip, tiles
-from ._elements import line_of
-from ._jit import inline, kernel
-from ._lanes import streamed
-from ._moments import finish_gradients, merge
-from ._threads import run
+from ._batch_norm import lines
+from ._batch_norm import planes as _planes
+from ._batch_norm import tiles as _tiles
+from ._batch_norm.cut import BLOCK_ROWS, PLANE, SMALL_PLANE, SUM_AND_RESULT_LINE, flat_blocks, strip, tiles
+from ._batch_norm.statistics import finish_gradients, merge
+from ._numba.by_address import floats, planes, vector_or
+from ._numba.compile import inline, kernel
+from ._numba.simd import streamed
+from ._numba.threads import run
+from ._numba.views import line_of
 
 __all__ = ["backward", "does_whole", "forward", "inference_backward", "normalize", "normalizes"]
 
@@ -71,7 +73,7 @@ def _inference_planes(first, last, dy_at, x_at, stats_at, gamma_at, dx_at, N, C,
 @kernel
 def _inference_rows(first, last, rows, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial):
     dy, x, mean, scale, dx = _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S)
-    _lines.gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial)
+    lines.gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial)
 
 
 @kernel
@@ -146,14 +148,14 @@ def _normalize_rows(
     """Rows of channels, S = 1: several a line where they are short, a piece of each where they are long."""
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     x, y = floats(x_at, (1, N, C)), floats(y_at, (1, N, C))
-    rows, piece, at = max(1, _tiles.WIDE // C), min(C, _tiles.WIDE), _lines.parameters(max(C, _tiles.WIDE), x)
+    rows, piece, at = max(1, _tiles.WIDE // C), min(C, _tiles.WIDE), lines.parameters(max(C, _tiles.WIDE), x)
     start, end = N * first // blocks, N * last // blocks
     for c0 in range(0, C, piece):
         c1 = min(c0 + piece, C)
-        _lines.repeat_known(at, mean[c0:c1], scale[c0:c1], beta[c0:c1])
+        lines.repeat_known(at, mean[c0:c1], scale[c0:c1], beta[c0:c1])
         for n in range(start, end, rows):
             size = min(rows, end - n) * (c1 - c0)
-            _lines.normalize_known(line_of(x, 0, n, c0, size), at, line_of(y, 0, n, c0, size), y)
+            lines.normalize_known(line_of(x, 0, n, c0, size), at, line_of(y, 0, n, c0, size), y)
     streamed()
 
 

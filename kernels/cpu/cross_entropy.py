@@ -19,7 +19,7 @@ subtracted before that.
 
 A row whose target is `ignore_index` has loss 0 and dz 0 whatever its logits are. One whose target is no class at all has
 loss and dz NaN, and the smallest such row number n S + s goes to `invalid`. The logits of neither are read. The kernels here
-know neither z-loss nor softcap, and save no more than the three numbers: `_loss` has those that do.
+know neither z-loss nor softcap, and save no more than the three numbers: `_cross_entropy.row_with_options` has those that do.
 """
 
 from __future__ import annotations
@@ -28,216 +28,23 @@ import math
 
 import numpy as np
 
-from ._elements import (
-    accumulate_dtype,
-    atomic_min,
-    borrowed,
-    gather,
-    goes_around,
-    place,
-    release,
-    row_ahead,
-    row_of,
-    row_scratch,
-    scatter,
-    to_accumulate,
+from ._cross_entropy.kernels import (
+    _hard_backward,
+    _hard_forward,
+    _hard_forward_backward,
+    _soft_backward,
+    _soft_forward,
+    _soft_forward_backward,
 )
-from ._jit import inline, kernel
-from ._lanes import streamed
-from ._loss import hard_rows, soft_rows
-from ._rows import excess_of_logits, exp_and_excess, fill, room_for_exps, row_max
-from ._targets import (
-    class_weight,
-    hard_gradient,
-    hard_gradient_of_logits,
-    hard_loss,
-    soft_gradient,
-    soft_gradient_of_logits,
-    soft_sums,
-)
-from ._threads import run
+from ._cross_entropy.reduction import _count, _reduce
+from ._cross_entropy.row_with_options import hard_rows, soft_rows
+from ._numba.elements import accumulate_dtype, to_accumulate
+from ._numba.threads import run
 
 
 # ---------------------------------------------------------------------------------------------- kernels, hard targets
-@kernel
-def _hard_forward(first, last, z, target, weight, loss, stats, invalid, ignore_index, smoothing, weight_sum):
-    V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
-    uniform, z_scratch = smoothing / V, row_scratch(z)
-    for row in range(first, last):
-        n, s = row // S, row % S
-        t = target[n, s]
-        if 0 <= t < V and t != ignore_index:
-            z_row = gather(row_of(z, n, s), z_scratch)
-            m = row_max(z_row)
-            excess = excess_of_logits(z_row, m, row_ahead(z, row, last, z_row))
-            q = (1.0 - smoothing) * class_weight(weight, t)
-            W = q + uniform * weight_sum
-            loss[n, s] = hard_loss(z_row, m, excess, t, q, uniform, W, weight)
-            stats[0, n, s], stats[1, n, s], stats[2, n, s] = m, excess, W
-        else:
-            stats[:, n, s] = 0.0
-            loss[n, s] = 0.0
-            if t != ignore_index:
-                loss[n, s] = math.nan
-                atomic_min(invalid, row)
-    release(z_scratch)
-
-
-@kernel
-def _hard_backward(
-    first, last, z, target, weight, stats, upstream, denominator, dz, unless_one, ignore_index, smoothing
-):  # fmt: skip
-    V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
-    uniform, z_scratch, dz_scratch, around = smoothing / V, row_scratch(z), row_scratch(dz), goes_around(dz)
-    for row in range(first, last):
-        n, s = row // S, row % S
-        if unless_one and upstream[n, s] == 1.0:
-            continue
-        t = target[n, s]
-        dz_row = place(row_of(dz, n, s), dz_scratch)
-        if 0 <= t < V and t != ignore_index:
-            z_row = gather(row_of(z, n, s), z_scratch)
-            excess, W = np.float64(stats[1, n, s]), np.float64(stats[2, n, s])
-            q, g = (1.0 - smoothing) * class_weight(weight, t), np.float64(upstream[n, s]) / denominator[0]
-            ahead = row_ahead(z, row, last, z_row)
-            hard_gradient_of_logits(z_row, stats[0, n, s], excess, t, q, uniform, W, g, weight, dz_row, around, ahead)
-        else:
-            fill(dz_row, 0.0 if t == ignore_index else math.nan)
-        scatter(row_of(dz, n, s), dz_scratch)
-    streamed()
-    release(z_scratch)
-    release(dz_scratch)
-
-
-@kernel
-def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, g, ignore_index, smoothing, weight_sum):
-    V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
-    uniform, z_scratch, dz_scratch, around = smoothing / V, row_scratch(z), row_scratch(dz), goes_around(dz)
-    exps = room_for_exps(V, weight)
-    for row in range(first, last):
-        n, s = row // S, row % S
-        t = target[n, s]
-        dz_row = place(row_of(dz, n, s), dz_scratch)
-        if 0 <= t < V and t != ignore_index:
-            z_row = gather(row_of(z, n, s), z_scratch)
-            m = row_max(z_row)
-            excess = exp_and_excess(z_row, m, exps, row_ahead(z, row, last, z_row))
-            q = (1.0 - smoothing) * class_weight(weight, t)
-            W = q + uniform * weight_sum
-            loss[n, s] = hard_loss(z_row, m, excess, t, q, uniform, W, weight)
-            hard_gradient(exps, excess, t, q, uniform, W, g, weight, dz_row, around)
-        elif t == ignore_index:
-            loss[n, s] = 0.0
-            fill(dz_row, 0.0)
-        else:
-            loss[n, s] = math.nan
-            fill(dz_row, math.nan)
-            atomic_min(invalid, row)
-        scatter(row_of(dz, n, s), dz_scratch)
-    streamed()
-    release(z_scratch)
-    release(dz_scratch)
-    release(exps)
-
-
 # ---------------------------------------------------------------------------------------------- kernels, soft targets
-@kernel
-def _soft_forward(first, last, z, y, weight, loss, stats, smoothing):
-    S, weight = z.shape[2], borrowed(weight)
-    z_scratch, y_scratch = row_scratch(z), row_scratch(y)
-    for row in range(first, last):
-        n, s = row // S, row % S
-        z_row, y_row = gather(row_of(z, n, s), z_scratch), gather(row_of(y, n, s), y_scratch)
-        m = row_max(z_row)
-        excess = excess_of_logits(z_row, m, row_ahead(z, row, last, z_row))
-        W, dot = soft_sums(z_row, y_row, m, smoothing, weight, row_ahead(y, row, last, y_row))
-        loss[n, s] = W * math.log1p(excess) - dot
-        stats[0, n, s], stats[1, n, s], stats[2, n, s] = m, excess, W
-    release(z_scratch)
-    release(y_scratch)
-
-
-@kernel
-def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, unless_one, smoothing):
-    S, weight = z.shape[2], borrowed(weight)
-    z_scratch, y_scratch, dz_scratch, around = row_scratch(z), row_scratch(y), row_scratch(dz), goes_around(dz)
-    for row in range(first, last):
-        n, s = row // S, row % S
-        if unless_one and upstream[n, s] == 1.0:
-            continue
-        z_row, y_row = gather(row_of(z, n, s), z_scratch), gather(row_of(y, n, s), y_scratch)
-        dz_row = place(row_of(dz, n, s), dz_scratch)
-        excess, W = np.float64(stats[1, n, s]), np.float64(stats[2, n, s])
-        g = np.float64(upstream[n, s]) / denominator[0]
-        ahead = row_ahead(z, row, last, z_row)
-        soft_gradient_of_logits(z_row, stats[0, n, s], excess, y_row, W, g, smoothing, weight, dz_row, around, ahead)
-        scatter(row_of(dz, n, s), dz_scratch)
-    streamed()
-    release(z_scratch)
-    release(y_scratch)
-    release(dz_scratch)
-
-
-@kernel
-def _soft_forward_backward(first, last, z, y, weight, loss, dz, g, smoothing):
-    V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
-    z_scratch, y_scratch, dz_scratch, around = row_scratch(z), row_scratch(y), row_scratch(dz), goes_around(dz)
-    exps = room_for_exps(V, weight)
-    for row in range(first, last):
-        n, s = row // S, row % S
-        z_row, y_row = gather(row_of(z, n, s), z_scratch), gather(row_of(y, n, s), y_scratch)
-        dz_row = place(row_of(dz, n, s), dz_scratch)
-        m = row_max(z_row)
-        excess = exp_and_excess(z_row, m, exps, row_ahead(z, row, last, z_row))
-        W, dot = soft_sums(z_row, y_row, m, smoothing, weight, row_ahead(y, row, last, y_row))
-        loss[n, s] = W * math.log1p(excess) - dot
-        soft_gradient(exps, excess, y_row, W, g, smoothing, weight, dz_row, around)
-        scatter(row_of(dz, n, s), dz_scratch)
-    streamed()
-    release(z_scratch)
-    release(y_scratch)
-    release(dz_scratch)
-    release(exps)
-
-
 # ---------------------------------------------------------------------------------------------- reduction
-@inline
-def compensated_sum(loss):
-    losses, lost = 0.0, 0.0
-    for n in range(loss.shape[0]):
-        for s in range(loss.shape[1]):
-            value = np.float64(loss[n, s])
-            new = losses + value
-            lost += (losses - new) + value if abs(losses) >= abs(value) else (value - new) + losses
-            losses = new
-    return losses + lost if math.isfinite(lost) else losses
-
-
-@inline
-def denominator_of(rows, target, weight, V, ignore_index):
-    """sum w_target over the rows that have a class, or the number of rows if V < 0."""
-    if V < 0:
-        return np.float64(rows)
-    weights = 0.0
-    for n in range(target.shape[0]):
-        for s in range(target.shape[1]):
-            t = target[n, s]
-            if 0 <= t < V and t != ignore_index:
-                weights += class_weight(weight, t)
-    return weights
-
-
-@kernel
-def _count(rows, target, weight, V, ignore_index, denominator):
-    denominator[0] = denominator_of(rows, target, weight, V, ignore_index)
-
-
-@kernel
-def _reduce(loss, target, weight, V, ignore_index, total, denominator):
-    total[0] = compensated_sum(loss)
-    denominator[0] = denominator_of(loss.size, target, weight, V, ignore_index)
-
-
 # ---------------------------------------------------------------------------------------------- launchers
 def _weights(weight: np.ndarray | None, z: np.ndarray, dense: bool) -> tuple[np.ndarray, float]:
     """Class weights as the kernels take them, and their sum. Empty stands for ones, unless a sum over classes needs them."""
@@ -393,7 +200,7 @@ def _rows_with_options(
     z, target, weight, loss, stats, known, dz, invalid, upstream, denominator, unless_one,
     ignore_index, smoothing, z_loss, softcap,
 ):  # fmt: skip
-    """Loss and stats (unless None, or known), and dz (unless None) by the kernels of `_loss`."""
+    """Loss and stats (unless None, or known), and dz (unless None) by the kernels of `_cross_entropy.row_with_options`."""
     weight, _ = _weights(weight, z, True)
     stats = np.empty((0, *loss.shape), loss.dtype) if stats is None else stats
     dz = np.empty((0, 0, 0), z.dtype) if dz is None else dz

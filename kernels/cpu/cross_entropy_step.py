@@ -15,17 +15,11 @@ import math
 import numpy as np
 from numba import carray
 
-from ._by_address import floats, planes, pointer
-from ._jit import kernel
-from .cross_entropy import (
-    _ANY_CLASS,
-    _hard_forward_backward,
-    _loss_and_gradient,
-    _quotient,
-    compensated_sum,
-    count,
-    denominator_of,
-)
+from ._cross_entropy.kernels import _hard_forward_backward
+from ._cross_entropy.reduction import compensated_sum, denominator_of
+from ._numba.by_address import floats, planes, pointer
+from ._numba.compile import kernel
+from .cross_entropy import _ANY_CLASS, _loss_and_gradient, _quotient, count
 
 
 @kernel

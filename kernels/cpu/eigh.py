@@ -23,10 +23,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import get_cython_function_address, intrinsic
 
-from ._blas import one_thread
-from ._elements import copy
-from ._jit import inline, kernel, reduction
-from ._threads import run
+from ._numba.blas import one_thread
+from ._numba.compile import inline, kernel, reduction
+from ._numba.threads import run
+from ._numba.views import copy
 
 _PREFIX = {"float32": "s", "float64": "d", "complex64": "c", "complex128": "z"}
 # the arguments of BLAS and LAPACK that are characters, one byte each

@@ -20,10 +20,10 @@ import math
 
 import numpy as np
 
-from ._elements import copy
-from ._jit import inline, kernel, reduction
-from ._moments import two_sum, with_low
-from ._threads import run
+from ._batch_norm.statistics import two_sum, with_low
+from ._numba.compile import inline, kernel, reduction
+from ._numba.threads import run
+from ._numba.views import copy
 
 # Points centred at once. A variable's lie BLOCK_N + PAD apart, so that a column of them does not share one cache set.
 BLOCK_N = 128

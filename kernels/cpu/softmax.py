@@ -13,11 +13,12 @@ import math
 
 import numpy as np
 
-from ._elements import accumulate_dtype, gather, goes_around, place, release, row_ahead, row_of, row_scratch, scatter
-from ._jit import inline, kernel
-from ._lanes import load_lanes, prefetch, streamed, sum_of, wide, width, write, zeros_like
+from ._numba.compile import inline, kernel
+from ._numba.elements import accumulate_dtype
+from ._numba.simd import load_lanes, prefetch, streamed, sum_of, wide, width, write, zeros_like
+from ._numba.threads import run
+from ._numba.views import gather, goes_around, place, release, row_ahead, row_of, row_scratch, scatter
 from ._rows import divide_into, exp_and_excess, room_for_exps, row_max
-from ._threads import run
 
 
 @inline

@@ -23,24 +23,13 @@ import math
 
 import numpy as np
 
-from ._elements import (
-    accumulate_dtype,
-    atomic_min,
-    exp,
-    gather,
-    goes_around,
-    load,
-    place,
-    release,
-    row_ahead,
-    row_of,
-    row_scratch,
-    scatter,
-)
-from ._jit import inline, kernel
-from ._lanes import load_lanes, prefetch, streamed, sum_of, times, width, with_lane, write, zeros_like
+from ._numba.compile import inline, kernel
+from ._numba.elements import accumulate_dtype, atomic_min, load
+from ._numba.exp import exp
+from ._numba.simd import load_lanes, prefetch, streamed, sum_of, times, width, with_lane, write, zeros_like
+from ._numba.threads import run
+from ._numba.views import gather, goes_around, place, release, row_ahead, row_of, row_scratch, scatter
 from ._rows import CHUNK, SMALL, fill, row_max, small_excess
-from ._threads import run
 
 
 @inline

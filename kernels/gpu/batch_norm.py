@@ -13,22 +13,17 @@
               channel's few splits by the way; channels-last three, for there splits are many and channels side by side.
 
 μ is kept as two floats, mean[0] + mean[1], so that a mean of 1e4 with a spread of 1 costs no digits of x - μ. A program sums
-about the mean of its first tile, each lane for itself, and the lanes meet once, at the end (`_moments`); splits are merged
-by Chan's formulas. Squares are scaled by α², a power of two near 1/m, so that values near 1e18 do not overflow. Tiles are
-(samples, channels, lanes), or one channel's rows laid end to end (`_channels`).
+about the mean of its first tile, each lane for itself, and the lanes meet once, at the end (`_batch_norm.statistics`); splits
+are merged by Chan's formulas. Squares are scaled by α², a power of two near 1/m, so that values near 1e18 do not overflow.
+Tiles are (samples, channels, lanes), or one channel's rows laid end to end (`_batch_norm.tiles`).
 """
 
 from __future__ import annotations
 
 import math
 
-from ._batch_norm_backward import (
-    _backward_apply_kernel,
-    _backward_kernel,
-    _backward_merge_kernel,
-    _backward_reduce_kernel,
-)
-from ._batch_norm_forward import _forward_kernel, _merge_kernel, _normalize_kernel, _statistics_kernel
+from ._batch_norm.backward import _backward_apply_kernel, _backward_kernel, _backward_merge_kernel, _backward_reduce_kernel
+from ._batch_norm.forward import _forward_kernel, _merge_kernel, _normalize_kernel, _statistics_kernel
 from ._rows import ACC, follower_mode, run_mode, warps
 from .channel_plan import plan_batch_norm, plan_channels
 from .device import device_of

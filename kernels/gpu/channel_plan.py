@@ -18,7 +18,7 @@ class BatchNormPlan:
     LANES: int
     ROWS: int  # samples of a tile, rounded up to a power of two
     flat: bool  # one channel's rows end to end, `row_lanes` lanes each: BLOCK_N counts eights of lanes
-    halvings: int  # a thread adds up 2^halvings values of its own before it is careful (`_moments.held`)
+    halvings: int  # a thread adds up 2^halvings values of its own before it is careful (`_batch_norm.statistics.held`)
     lane_blocks: int  # tiles along the positions of one sample
     row_lanes: int
     tiles: int

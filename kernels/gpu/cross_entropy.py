@@ -21,9 +21,9 @@ from __future__ import annotations
 import math
 
 from . import _tile
-from ._cross_entropy_backward import _backward_kernel
-from ._cross_entropy_forward import _forward_kernel
-from ._reduction import _reduce_kernel
+from ._cross_entropy.backward import _backward_kernel
+from ._cross_entropy.forward import _forward_kernel
+from ._cross_entropy.reduction import _reduce_kernel
 from ._rows import ACC, follower_mode, of_plan, rows_along_s, run_mode, warps
 from .device import device_of
 from .launch import counter, launch, scratch

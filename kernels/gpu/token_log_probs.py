@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._loss import hard_target, times
+from ._cross_entropy.tile import hard_target, times
 from ._rows import (
     ACC,
     excess_with,

@@ -1,0 +1,1 @@
+"""The functions of NumPy, CuPy and torch arrays, an exercise a module."""

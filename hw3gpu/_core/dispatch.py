@@ -1,0 +1,244 @@
+"""Which kernels run for an array, and how these see it.
+
+A public function asks here which kernels run (`backend`), for their launchers (`kernels`, `launch`) and for its arrays as
+these take them (`kernel_view`). The GPU kernels take torch tensors, the CPU kernels NumPy arrays; every view shares the
+caller's memory. NumPy has no arithmetic on bfloat16 and Numba none on float16, so the CPU kernels take the bits: bfloat16
+as `uint16`, float16 as `int16`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from . import arrays
+from .arrays import Array, is_cupy
+from .check import dtype_name
+
+BACKENDS = ("auto", "gpu", "cpu")
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("hw3gpu_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """The kernels that `HW3GPU_BACKEND` or `use_backend` ask for cannot run on the arrays given."""
+
+
+# ---------------------------------------------------------------------------------------------- which kernels run
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the kernels inside a `with` block: 'gpu' (Triton), 'cpu' (Numba) or 'auto' (by where the array lives).
+
+    Overrides the environment variable HW3GPU_BACKEND, for this thread and context only. Raises ValueError for another
+    name; a choice that the arrays of a call cannot honour raises `BackendError` in that call.
+    """
+    token = _forced.set(_known_backend(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _known_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+# What `os.environ` keeps its names in, and how: to ask itself for one that is not there costs it two exceptions.
+_ENVIRONMENT = getattr(os.environ, "_data", os.environ)
+_ASKED = os.environ.encodekey("HW3GPU_BACKEND") if hasattr(os.environ, "_data") else "HW3GPU_BACKEND"
+
+
+def requested_backend() -> str:
+    """What `use_backend` or HW3GPU_BACKEND asks for; 'auto' when neither does."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    if _ASKED not in _ENVIRONMENT:
+        return "auto"
+    name = os.environ["HW3GPU_BACKEND"]
+    return _known_backend(name, "HW3GPU_BACKEND") if name else "auto"
+
+
+def check_threads() -> None:
+    """ValueError if HW3GPU_NUM_THREADS, which the CPU kernels read when they are imported, is no number of at least 1."""
+    text = os.environ.get("HW3GPU_NUM_THREADS", "")
+    first = text.partition(",")[0].strip()
+    if text and not (first.isdecimal() and int(first) > 0):
+        raise ValueError(f"HW3GPU_NUM_THREADS: expected a number of threads of at least 1, got {text!r}")
+
+
+def backend(x: Array) -> str:
+    """'gpu' or 'cpu': which kernels run for `x`. A forced choice that cannot be honoured raises `BackendError`."""
+    requested = requested_backend()
+    host = arrays.on_host(x)
+    if requested == "auto":
+        return "cpu" if host else "gpu"
+    if requested == "cpu" and not host:
+        raise BackendError("backend 'cpu' was asked for, but the array lives on a GPU: copy it to the host first")
+    if requested == "gpu":
+        why_not = gpu_refusal("cpu" if host else "cuda")
+        if why_not:
+            raise BackendError(f"backend 'gpu' was asked for, but {why_not}")
+    return requested
+
+
+def triton_refusal() -> str | None:
+    """Why Triton cannot be imported, or None when it can."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return None
+
+
+def gpu_refusal(device_type: str) -> str | None:
+    """Why the Triton kernels cannot run on arrays of this device type ('cpu', 'cuda'), or None when they can."""
+    missing = triton_refusal()
+    if missing:
+        return missing
+    triton = sys.modules["triton"]
+    if triton.knobs.runtime.interpret:
+        return "a meta tensor has no elements for the interpreter" if device_type == "meta" else None
+    try:
+        device = triton.runtime.driver.active.get_active_torch_device()
+    except RuntimeError as error:
+        return f"Triton finds no GPU driver ({error}), and TRITON_INTERPRET=1 was not set before Triton was imported"
+    if device.type != device_type:
+        return f"the active Triton driver launches on '{device.type}' arrays and this array is on '{device_type}'"
+    return None
+
+
+@functools.cache
+def kernels(room: str, which: str) -> ModuleType:
+    """The module `hw3gpu.kernels.<which>.<room>`, imported when first asked for.
+
+    Triton launches on the current device: each Triton launcher runs with the device of its first tensor as that.
+    """
+    if which == "cpu":
+        check_threads()
+    module = importlib.import_module(f"hw3gpu.kernels.{which}.{room}")
+    if which == "cpu":
+        return module
+    launchers = ModuleType(module.__name__, module.__doc__)
+    for name, value in vars(module).items():
+        own = inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+        setattr(launchers, name, _on_its_device(value) if own else value)
+    return launchers
+
+
+def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    @functools.wraps(launcher)
+    def launch(x: Array, *operands: Any, **options: Any) -> Any:
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return launcher(x, *operands, **options)
+        with torch.cuda.device(x.device):
+            return launcher(x, *operands, **options)
+
+    return launch
+
+
+def launch(room: str, name: str, like: Array, *operands: Array | None, **options: Any) -> None:
+    """Runs the launcher `name` of `kernels(room)` where `like` lives, on views of the operands."""
+    which = backend(like)
+    views = map(viewer(which), operands)
+    if which == "cpu":
+        getattr(kernels(room, which), name)(*views, **options)
+    else:
+        with launch_scope(like):
+            getattr(kernels(room, which), name)(*views, **options)
+
+
+@contextlib.contextmanager
+def launch_scope(x: Array) -> Iterator[None]:
+    """Launches inside run on the stream on which the caller of a CuPy array queues its work; nothing else changes."""
+    if not is_cupy(x):
+        yield
+        return
+    import cupy
+    import torch
+
+    stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream(x.device.id).ptr, device=x.device.id)
+    with torch.cuda.stream(stream):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------- views and outputs
+def kernel_view(x: Array, which: str) -> Array:
+    """`x` as the `which` kernels take it: a torch tensor ('gpu') or a NumPy array, halves as bits ('cpu'); None as None."""
+    return _host_view(x) if which == "cpu" else _torch_view(x)
+
+
+def viewer(which: str) -> Callable[[Array], Array]:
+    """`kernel_view` for the `which` kernels alone."""
+    return _host_view if which == "cpu" else _torch_view
+
+
+# How the CPU kernels see NumPy's float16 and the bfloat16 that ml_dtypes adds, by the dtype's char.
+_HALVES = {"e": np.int16, "E": np.uint16}
+
+
+def _host_view(x: Array) -> Array:
+    if x is None:
+        return None
+    if not isinstance(x, np.ndarray):
+        if x.dtype is sys.modules["torch"].bfloat16:
+            return x.detach().resolve_neg().view(sys.modules["torch"].uint16).numpy()
+        if x.requires_grad:
+            x = x.detach()
+        x = x.resolve_neg().numpy() if x.is_neg() else x.numpy()  # on the host no copy but for that lazy sign
+    elif not x.flags.aligned:
+        x = x.copy()  # an argument: outputs are aligned. For such memory Numba would compile each kernel anew
+    bits = _HALVES.get(x.dtype.char)
+    return x if bits is None else x.view(bits)
+
+
+def _torch_view(x: Array) -> Array:
+    if x is None:
+        return None
+    if hasattr(x, "is_neg"):  # flags first: one operation of PyTorch's takes longer than all that is asked here
+        if x.requires_grad and sys.modules["torch"].is_grad_enabled():
+            x = x.detach()
+        return x.resolve_neg() if x.is_neg() else x
+    import torch
+
+    if isinstance(x, np.ndarray):
+        # torch has neither read-only memory nor strides that are negative or no number of elements
+        plain = x.flags.writeable and all(stride >= 0 and stride % x.itemsize == 0 for stride in x.strides)
+        x = x if plain else x.copy()
+        return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16) if x.dtype.char == "E" else torch.from_numpy(x)
+    # with a negative stride torch ends the process
+    return torch.from_dlpack(x if all(stride >= 0 for stride in x.strides) else x.copy())
+
+
+_BITS = {
+    name: np.dtype(bits)
+    for name, bits in (("float16", np.int16), ("bfloat16", np.uint16), ("float32", np.float32), ("float64", np.float64))
+}
+
+
+def vector_view(x: Array, which: str) -> Array:
+    """`kernel_view` of a torch vector with unit stride (a copy where it has none), for as long as the caller holds `x`.
+
+    NumPy's view of a tensor makes its storage one that can no longer be resized, and FSDP resizes the storage of parameters to
+    nothing between their uses. This view leaves it as it is.
+    """
+    if which != "cpu":
+        return _torch_view(x if x is None or x.is_contiguous() else x.detach().contiguous())
+    if x is None or not x.is_contiguous() or x.is_neg() or not x.numel():
+        return kernel_view(x if x is None or x.is_contiguous() else x.detach().contiguous(), which)
+    memory = (ctypes.c_char * (x.numel() * x.element_size())).from_address(x.data_ptr())
+    return np.frombuffer(memory, _BITS[dtype_name(x)])

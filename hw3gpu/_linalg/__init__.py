@@ -1,0 +1,1 @@
+"""Eigenvectors of symmetric matrices, and how close they are."""

@@ -1,0 +1,1 @@
+"""The PyTorch side, an operation a module: arguments, eager autograd, operators, formula."""

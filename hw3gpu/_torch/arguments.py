@@ -1,0 +1,326 @@
+"""What the PyTorch functions are given, checked before anything is allocated or written."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core import arrays, check
+from .autograd import PLAIN, accumulate_dtype, as_dtype
+from .cross_entropy_formula import loss_shape
+from .linear_chunks import Problem
+
+REDUCTIONS = ("none", "mean", "sum")
+GRADIENTS = ("auto", "forward", "backward")
+ALL_IGNORED = ("nan", "zero")
+HALVES = (torch.float16, torch.bfloat16)
+FLOATING = {getattr(torch, name) for name in check.FLOATING}
+
+
+def tensor(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
+    if x.layout is not torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise check.DtypeError(f"{name}: expected a dense tensor, got one of layout {layout}")
+
+
+def floating_tensor(x: Tensor, name: str) -> None:
+    tensor(x, name)
+    if x.dtype not in FLOATING:
+        check.floating(x, name)
+
+
+def number(value: Any, name: str) -> float:
+    """A real number as a float; as in PyTorch, also one in a tensor () that asks for no gradient."""
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad:
+        value = value.item()
+    check.real_value(value, name)
+    return float(value)
+
+
+def _same_device(v: Tensor, name: str, x: Tensor, of: str) -> None:
+    if v.device != x.device:
+        raise RuntimeError(f"{name}: expected a tensor on {x.device}, where {of} is, got one on {v.device}")
+
+
+def autocast(x: Tensor) -> bool:
+    """True inside autocast for the device of `x`."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+# ---------------------------------------------------------------------------------------------- batch normalisation
+def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, alone=True):
+    """(True for what only an input without an element may have, momentum and eps as floats); every argument is checked.
+
+    `alone`: no other process has values of the batch.
+    """
+    floating_tensor(x, "input")
+    beyond = x.dim() < 2
+    if beyond and not (alone and x.dim() == 1 and not x.numel()):
+        check.rank_at_least(x, "input", 2, "N, C, …")
+    if type(training) is not bool:
+        raise TypeError(f"training: expected a bool, got {training!r}")
+    if type(eps) is not float or type(momentum) is not float:
+        eps, momentum = number(eps, "eps"), number(momentum, "momentum")
+    if not eps >= 0 or (training and eps == 0):
+        raise ValueError(f"eps: expected a number {'above' if training else 'of at least'} 0, got {eps}")
+    if (running_mean is None) != (running_var is None) and training:
+        raise ValueError("running_mean and running_var: expected both or neither, got one")
+    if not training and (running_mean is None or running_var is None):
+        beyond = True
+        if x.numel() or not alone:
+            raise check.ShapeError("running_mean and running_var: expected both in evaluation (training=False), got None")
+    vector, dtype, device = x.shape[1:2], x.dtype, x.device
+    acc = accumulate_dtype(x)
+    for name, v in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
+        if v is not None and not (
+            type(v) in PLAIN
+            and (v.dtype is acc or v.dtype is dtype)
+            and v.shape == vector
+            and v.device == device
+            and not (v.requires_grad and name.startswith("running"))
+            and v.layout is torch.strided
+            and not v.is_nested
+        ):
+            beyond |= _of_channels(v, name, x, v.shape if x.dim() == 1 else vector, alone)
+    if training and alone and x.shape[0] == 1 and math.prod(x.shape[2:]) == 1:
+        raise ValueError(f"input: expected more than 1 value per channel when training, got shape {check.shape_of(x)}")
+    return beyond, momentum, eps
+
+
+def _of_channels(v, name, x, vector, alone):
+    """One number a channel of `x`, beside it; True where its dtype is one that only an input without an element may have."""
+    tensor(v, name)
+    beyond = v.dtype is not x.dtype and v.dtype is not accumulate_dtype(x)
+    if beyond:
+        allowed = dict.fromkeys(str(of).removeprefix("torch.") for of in (x.dtype, accumulate_dtype(x)))
+        check.floating(v, name, check.FLOATING if alone and not x.numel() else tuple(allowed))
+    if v.shape != vector:
+        check.shape(v, name, tuple(vector), "one number per channel of input")
+    _same_device(v, name, x, "input")
+    if v.requires_grad and name.startswith("running") and torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: expected a tensor that asks for no gradient: there is none with respect to it")
+    return beyond
+
+
+def activation_of(activation):
+    if activation is not None and not isinstance(activation, str):
+        raise check.ChoiceError(f"activation: expected None or 'relu', got {activation!r} ({type(activation).__name__})")
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+
+
+def fused(x, residual, activation):
+    """Checks `activation`; `residual` as the kernels take it."""
+    activation_of(activation)
+    if residual is None:
+        return None
+    tensor(residual, "residual")
+    check.same_shape(residual, "residual", x, "input")
+    _same_device(residual, "residual", x, "input")
+    if autocast(x):
+        return as_dtype(residual, x.dtype)
+    check.same_dtype(residual, "residual", x, "input")
+    return residual
+
+
+# ---------------------------------------------------------------------------------------------- cross entropy
+def cross_entropy(z, target, weight, ignore_index, reduction, label_smoothing):
+    """Checks every argument that PyTorch's function has; the class weights in the kernels' dtype."""
+    floating_tensor(z, "input")
+    tensor(target, "target")
+    if z.dim() == 0:
+        raise check.ShapeError("input: expected (C,), (N, C) or (N, C, d1, …), got shape ()")
+    C = z.shape[min(z.dim() - 1, 1)]
+    if C == 0:
+        raise ValueError(f"input: expected at least one class, got shape {check.shape_of(z)}")
+    if target.is_floating_point():
+        if ignore_index >= 0:
+            raise check.ShapeError(f"ignore_index: expected none with probabilities as target, got {ignore_index}")
+        check.floating(target, "target")
+        check.same_shape(target, "target", z, "input")
+    else:
+        if target.dtype is not torch.int64:
+            check.integer(target, "target")
+        rows = loss_shape(z)
+        if target.shape != rows:
+            check.shape(target, "target", rows, "one class per row of input")
+    _same_device(target, "target", z, "input")
+    if weight is not None:
+        floating_tensor(weight, "weight")
+        check.shape(weight, "weight", (C,), "one weight per class")
+        _same_device(weight, "weight", z, "input")
+        weight = as_dtype(weight.detach(), accumulate_dtype(z)).contiguous()
+    if type(ignore_index) is not int:
+        check.integer_value(ignore_index, "ignore_index")
+    check.one_of(reduction, "reduction", REDUCTIONS)
+    if type(label_smoothing) is not float:
+        check.real_value(label_smoothing, "label_smoothing")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise check.ShapeError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+    return weight
+
+
+def may_be_known(z, target, reduction, gradient, all_ignored):
+    """True for a call on a GPU whose tensors are some and whose choices there are: an earlier one may have been like it."""
+    if not (isinstance(z, Tensor) and isinstance(target, Tensor)) or arrays.on_host(z):
+        return False
+    if not type(reduction) is type(gradient) is type(all_ignored) is str:  # to look for an array among strings raises
+        return False
+    return reduction in REDUCTIONS and gradient in GRADIENTS and all_ignored in ALL_IGNORED
+
+
+def extra(z_loss, softcap, gradient, all_ignored):
+    """Checks the arguments that PyTorch's function does not have."""
+    if type(z_loss) is not float:
+        check.real_value(z_loss, "z_loss")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
+    if softcap is not None:
+        check.real_value(softcap, "softcap")
+        check.positive(softcap, "softcap")
+    check.one_of(gradient, "gradient", GRADIENTS)
+    check.one_of(all_ignored, "all_ignored", ALL_IGNORED)
+
+
+def differentiable(return_stats):
+    """Checks what has to stand beside `differentiable`."""
+    if not return_stats:
+        raise ValueError("differentiable: expected return_stats=True beside it: it is the statistics that get gradients")
+
+
+def loss_dtype(x, target):
+    """The dtype of the loss, as PyTorch's."""
+    if x.dtype is torch.float32 and target.dtype is torch.int64:
+        return x.dtype
+    if x.dtype in HALVES and autocast(x):
+        return torch.float32
+    return torch.promote_types(x.dtype, target.dtype) if target.is_floating_point() else x.dtype
+
+
+# ---------------------------------------------------------------------------------------------- token log-probabilities
+def token_log_probs(z, target, temperature, ignore_index, dim):
+    """Checks every argument; the temperature as a float, `dim` counted from the front."""
+    floating_tensor(z, "logits")
+    tensor(target, "target")
+    check.rank_at_least(z, "logits", 1, "…, V")
+    if type(dim) is not int:
+        dim = check.integer_value(dim, "dim")
+    if not -z.dim() <= dim < z.dim():
+        raise IndexError(f"dim: expected an axis of logits with shape {check.shape_of(z)}, got {dim}")
+    dim %= z.dim()
+    if z.shape[dim] == 0:
+        raise ValueError(f"logits: expected at least one class, got shape {check.shape_of(z)}")
+    check.integer(target, "target")
+    check.shape(target, "target", (*z.shape[:dim], *z.shape[dim + 1 :]), "one class per row of logits")
+    _same_device(target, "target", z, "logits")
+    check.integer_value(ignore_index, "ignore_index")
+    return _temperature(temperature), dim
+
+
+def _temperature(temperature):
+    temperature = number(temperature, "temperature")
+    if not 1e-30 <= temperature <= 1e30:  # beyond, its inverse or a quotient is no float32
+        raise ValueError(f"temperature: expected a number from 1e-30 to 1e30, got {temperature}")
+    return temperature
+
+
+# ---------------------------------------------------------------------------------------------- of logits that are a product
+def _beside(x, W, b):
+    """Checks dtype and device of what is multiplied with `x` and added, and the bias."""
+    beside = [("linear_weight", W)]
+    if b is not None:
+        floating_tensor(b, "linear_bias")
+        check.shape(b, "linear_bias", tuple(W.shape[:-1]), "one number per row of linear_weight")
+        beside.append(("linear_bias", b))
+    for name, v in beside:
+        if not autocast(x):
+            check.same_dtype(v, name, x, "input")
+        _same_device(v, name, x, "input")
+
+
+def chunk_rows(rows):
+    """Checks the number of rows of a chunk, None for the library's own."""
+    if rows is not None and check.integer_value(rows, "chunk_rows") < 1:
+        raise ValueError(f"chunk_rows: expected at least 1, got {rows}")
+
+
+def linear_cross_entropy(x, W, target, b, weight, asked):
+    """Checks every argument that PyTorch's function has; the class weights in the kernels' dtype."""
+    floating_tensor(x, "input")
+    floating_tensor(W, "linear_weight")
+    if x.dim() not in (1, 2):
+        raise check.ShapeError(f"input: expected (D,) or (N, D), got shape {check.shape_of(x)}")
+    if W.dim() < 2:
+        raise check.ShapeError(f"linear_weight: expected (C, D) or (C, d1, …, D), got shape {check.shape_of(W)}")
+    if W.dim() > 2 and x.dim() == 1:
+        raise check.ShapeError(f"input: expected (N, D) with linear_weight (C, d1, …, D), got shape {check.shape_of(x)}")
+    check.shape(W, "linear_weight", (*W.shape[:-1], x.shape[-1]), "last, the features of input")
+    _beside(x, W, b)
+    logits = x.detach().new_empty(()).expand(*x.shape[:-1], *W.shape[:-1])
+    return cross_entropy(logits, target, weight, asked.ignore_index, asked.reduction, asked.label_smoothing)
+
+
+def linear_token_log_probs(x, W, target, b, temperature, ignore_index):
+    """Checks every argument but chunk_rows; the temperature as a float."""
+    floating_tensor(x, "input")
+    floating_tensor(W, "linear_weight")
+    tensor(target, "target")
+    check.rank_at_least(x, "input", 1, "…, D")
+    if W.dim() != 2:
+        raise check.ShapeError(f"linear_weight: expected (V, D), got shape {check.shape_of(W)}")
+    check.shape(W, "linear_weight", (W.shape[0], x.shape[-1]), "last, the features of input")
+    check.integer(target, "target")
+    check.shape(target, "target", tuple(x.shape[:-1]), "one class per row of input")
+    _beside(x, W, b)
+    logits = x.detach().new_empty(()).expand(*x.shape[:-1], len(W))
+    return token_log_probs(logits, target, temperature, ignore_index, -1)[0]
+
+
+def linear_problem(x, W, target, b, weight):
+    """The arguments as `Problem` has them, in autocast's dtype where that is on."""
+    if autocast(x):  # as PyTorch's `linear`
+        of = torch.get_autocast_dtype(x.device.type)
+        x, W, b = (v if v is None or v.dtype == torch.float64 else as_dtype(v, of) for v in (x, W, b))
+    C, S, N = W.shape[0], math.prod(W.shape[1:-1]), 1 if x.dim() == 1 else x.shape[0]
+    return Problem(
+        x.reshape(N, x.shape[-1]),
+        W.reshape(C * S, W.shape[-1]),
+        None if b is None else b.reshape(C * S),
+        target.reshape((N, C, S) if target.is_floating_point() else (N, S)),
+        weight,
+    )
+
+
+def _vocab_parallel_arguments(z, target, weight, ignore_index, reduction, label_smoothing):
+    tensor(z, "logits_shard")
+    check.floating(z, "logits_shard")
+    tensor(target, "target")
+    check.integer(target, "target")
+    check.rank_at_least(z, "logits_shard", 1, "(V_r,), (N, V_r) or (N, V_r, d1, …)")
+    axis = min(z.dim() - 1, 1)
+    check.shape(target, "target", (*z.shape[:axis], *z.shape[axis + 1 :]), "one class per row of logits_shard")
+    if weight is not None:
+        tensor(weight, "weight")
+        check.floating(weight, "weight")
+        check.shape(weight, "weight", (z.shape[axis],), "one weight per class of logits_shard")
+    check.integer_value(ignore_index, "ignore_index")
+    check.one_of(reduction, "reduction", ("none", "mean", "sum"))
+    check.real_value(label_smoothing, "label_smoothing")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+
+
+def _vocab_parallel_numbers(z_loss, softcap, vocab_start):
+    check.real_value(z_loss, "z_loss")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
+    if softcap is not None:
+        check.real_value(softcap, "softcap")
+        check.positive(softcap, "softcap")
+    if vocab_start is not None and check.integer_value(vocab_start, "vocab_start") < 0:
+        raise ValueError(f"vocab_start: expected at least 0, got {vocab_start}")

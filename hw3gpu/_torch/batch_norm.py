@@ -1,0 +1,450 @@
+"""Batch normalisation in torch's autograd: docs/derivations.md, section 2.
+
+A call takes one of three ways. Eager: `_BatchNorm`, or `run` alone where no graph is needed; what most calls are takes the same
+way without views (`by_address`). Traced: the operators below, around the same functions. Inside `torch.func` transforms, in
+forward mode, and where a gradient is to be differentiated again, the formula in PyTorch's own operations, which has derivatives
+of every order.
+
+With `relu`, `mask` keeps for each element whether it passed: a buffer of the kernels' own, one bit an element.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .._core import arrays, dispatch, outputs
+from .._core.torch_internals import apply_of
+from . import bound_launches, operators, small_calls
+from .autograd import accumulate_dtype, as_dtype, empty_of, graph_is_needed
+
+
+def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, residual=None, relu=False, call=None):
+    """y = x̂ γ + β, or relu(… + residual); the arguments are checked. `call`: what `bound_launches` knows of it."""
+    args = (x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu)
+    if call is None:
+        if operators.traced(x):
+            return _exported(*args) if torch.compiler.is_exporting() else _traced(*args)
+        if operators.transformed():
+            return _formula(*args)
+    if graph_is_needed(x, weight, bias, residual):
+        again = call is not None and call.launches is not None
+        rest = running_mean, running_var, training, momentum, eps, relu, call
+        return (_apply_again if again else _BatchNorm.apply)(x, weight, bias, residual, rest)
+    return run(*args, call=call)[0]
+
+
+def call_of(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation):
+    """What `bound_launches` knows of a call of `functional.batch_norm`; None where it keeps none such."""
+    if arrays.on_host(x) or not (type(training) is bool and type(momentum) is type(eps) is float):
+        return None
+    if activation is not None and activation != "relu":
+        return None
+    for v in (running_mean, running_var):
+        if getattr(v, "requires_grad", False):
+            return None
+    if residual is not None and getattr(residual, "dtype", None) is not x.dtype:  # under autocast
+        return None
+    return bound_launches.of(("batch norm", training, eps, activation), x, weight, bias, running_mean, running_var, residual)
+
+
+def by_address(x, weight, bias, running_mean, running_var, training, momentum, eps):
+    """What `batch_norm` gives for an eager call that `small_calls` takes, and whose arguments are right; None for any other."""
+    if (
+        not getattr(x, "is_cpu", False)
+        or not operators.eager()
+        or not (type(training) is bool and type(momentum) is type(eps) is float)
+    ):
+        return None
+    if not (eps > 0 or (eps == 0 and not training)) or dispatch.requested_backend() == "gpu":
+        return None
+    way = small_calls.batch_norm_way(x, weight, bias, running_mean, running_var, training)
+    if way is None:
+        return None
+    if torch.is_grad_enabled():
+        if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+            return None
+        if x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad):
+            return _apply_by_address(x, weight, bias, (way, running_mean, running_var, training, momentum, eps))
+    return small_calls.batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps, False)[0]
+
+
+# ---------------------------------------------------------------------------------------------- forward and backward
+def run(
+    x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu, *, new=torch.empty, call=None
+):  # fmt: skip
+    """y, and what `run_backward` needs: stats (mean, what its rounding left, rstd, var in training) and the mask."""
+    if call is not None and call.launches is not None:
+        y, stats = torch.empty_like(x), new_statistics(x, running_mean, running_var, training, eps)
+        mask = new(mask_size(x), dtype=torch.uint8, device=x.device) if relu else None
+        call.launches(x, weight, bias, running_mean, running_var, residual, y, stats, mask, numbers=(momentum,))
+        return y, stats, mask
+    which = dispatch.backend(x)
+    if which == "cpu" and residual is None and not relu:
+        way = small_calls.batch_norm_way(x, weight, bias, running_mean, running_var, training)
+        if way:
+            return *small_calls.batch_norm_forward(
+                way, x, weight, bias, running_mean, running_var, training, momentum, eps
+            ), None
+    see, kernels = dispatch.viewer(which), dispatch.kernels("batch_norm", which)
+    y, y_folded = outputs.output(x, 1, see)
+    stats = new_statistics(x, running_mean, running_var, training, eps)
+    if not x.numel():
+        return y, stats.zero_(), None
+    folded, seen = outputs.folded(x, 1, which), see(stats)
+    scale, shift = dispatch.vector_view(weight, which), dispatch.vector_view(bias, which)
+    mask, fused = fused_operands(folded, residual, relu, x.device, see, kernels, new)
+    running = (_dense(running_mean), _dense(running_var)) if training else (None, None)
+    mean, rstd = parts(seen, which)
+    with bound_launches.noted(call, (x, weight, bias, running_mean, running_var, residual, y, stats, mask), y):
+        if training:
+            kernels.forward(
+                folded, scale, shift, y_folded, mean, seen[3], rstd, see(running[0]), see(running[1]),
+                eps=eps, momentum=momentum, **fused,
+            )  # fmt: skip
+        else:
+            kernels.normalize(folded, mean, rstd, scale, shift, y_folded, **fused)
+    if training:
+        for given, updated in zip((running_mean, running_var), running, strict=True):
+            if updated is not given:
+                given.copy_(updated)
+    return y, stats, mask
+
+
+def new_statistics(x, running_mean, running_var, training, eps):
+    """Those of (4, C) to be written in training; mean, 0 and rstd of the running ones in evaluation."""
+    acc = accumulate_dtype(x)
+    if training:
+        return empty_of(x, acc, 4, x.shape[1])
+    given = as_dtype(running_mean, acc)
+    return torch.stack((given, torch.zeros_like(given), (as_dtype(running_var, acc) + eps).rsqrt_()))
+
+
+def parts(stats, which):
+    """mean (2, C) and rstd of stats as the kernels see them; those on a GPU know where mean ends, and need no view of it."""
+    return stats[:2] if which == "cpu" else stats, stats[2]
+
+
+def fused_operands(folded, residual, relu, device, see, kernels, new):
+    """The mask to be written, by `new`, or None; and what a launcher is given of residual and mask."""
+    mask, fused = None, {}
+    if residual is not None:
+        fused["residual"] = outputs.fold(see(residual), 1)
+    if relu:
+        mask = new(kernels.mask_size(folded), dtype=torch.uint8, device=device)
+        fused["mask"] = see(mask)
+    return mask, fused
+
+
+def _eager_backward(dy, x, weight, stats, mask, training, relu, residual):
+    call = bound_launches.of(("batch norm, backward", training, relu, residual), x, dy, weight, stats, mask)
+    return run_backward(dy, x, weight, stats, mask, training, relu, residual, call)
+
+
+def run_backward(dy, x, weight, stats, mask, training, relu, residual, call=None):
+    """dx, dgamma, dbeta in the accumulation dtype, and dresidual where `residual` asks for it: dy itself without `relu`."""
+    if call is not None and call.launches is not None:
+        C = x.shape[1]
+        dx, dgamma, dbeta = torch.empty_like(x), stats.new_empty(C), stats.new_empty(C)
+        written = torch.empty_like(x) if relu and residual else None
+        call.launches(x, dy, weight, stats, mask, dx, dgamma, dbeta, written)
+        return dx, dgamma, dbeta, written if relu else dy if residual else None
+    which = dispatch.backend(x)
+    if which == "cpu" and not relu:
+        found = small_calls.batch_norm_backward(dy, x, weight, stats, training)
+        if found:
+            return *found, dy if residual else None
+    see, kernels = dispatch.viewer(which), dispatch.kernels("batch_norm", which)
+    dx, dx_folded = outputs.output(x, 1, see)
+    C = x.shape[1]
+    dgamma, dbeta = stats.new_empty(C), stats.new_empty(C)
+    if not x.numel():
+        return dx, dgamma.zero_(), dbeta.zero_(), torch.empty_like(x) if residual else None
+    dresidual, written, fused = dy if residual else None, None, {}
+    if relu:
+        fused["mask"] = see(mask)
+        if residual:
+            written, fused["dresidual"] = outputs.output(x, 1, see)
+            dresidual = written
+    mean, rstd = parts(see(stats), which)
+    with bound_launches.noted(call, (x, dy, weight, stats, mask, dx, dgamma, dbeta, written), dx):
+        (kernels.backward if training else kernels.inference_backward)(
+            outputs.folded(dy, 1, which), outputs.folded(x, 1, which), mean, rstd, dispatch.vector_view(weight, which),
+            dx_folded, see(dgamma), see(dbeta), **fused,
+        )  # fmt: skip
+    return dx, dgamma, dbeta, dresidual
+
+
+def _dense(v):
+    """A number a channel with unit stride, as the kernels walk it."""
+    return None if v is None else v.detach().contiguous() if not v.is_contiguous() else v
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+class _BatchNorm(torch.autograd.Function):
+    """An eager call. What has no gradient stands in one argument: PyTorch looks at each of them, each time."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, rest):
+        running_mean, running_var, training, momentum, eps, relu, call = rest
+        y, stats, mask = run(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu, call=call)
+        _save(ctx, x, weight, bias, training, eps, relu, stats, mask)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return *_gradients(ctx, dy, ctx.needs_input_grad, _eager_backward), None
+
+
+_apply_again = apply_of(_BatchNorm)
+
+
+class _ByAddress(torch.autograd.Function):
+    """An eager call that `small_calls` takes: all its tensors are float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, rest):
+        way, running_mean, running_var, training, momentum, eps = rest
+        y, stats = small_calls.batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps)
+        ctx.save_for_backward(x, weight, stats)
+        ctx.options = training, eps
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, stats = ctx.saved_tensors
+        training, eps = ctx.options
+        found = None
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            found = _differentiable_backward(run_backward, eps)(dy, x, weight, stats, None, training, False, False)
+        elif dispatch.requested_backend() != "gpu":
+            found = small_calls.batch_norm_backward(dy, x, weight, stats, training)
+        dx, dgamma, dbeta, *_ = found or run_backward(dy, x, weight, stats, None, training, False, False)
+        x_needs, weight_needs, bias_needs, _ = ctx.needs_input_grad
+        return dx if x_needs else None, dgamma if weight_needs else None, dbeta if bias_needs else None, None
+
+
+_apply_by_address = apply_of(_ByAddress)
+
+
+class _TracedBatchNorm(torch.autograd.Function):
+    """The operators' autograd: the same, with the operators in the place of what they run."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        y, stats, mask = operators.below_autograd(*_operator(*args))
+        x, weight, bias, _, _, training, _, eps, _, relu = args
+        _save(ctx, x, weight, bias, training, eps, relu, stats, mask)
+        ctx.mark_non_differentiable(stats, mask)
+        ctx.set_materialize_grads(False)
+        return y, stats, mask
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 10
+        needs = *ctx.needs_input_grad[:3], ctx.needs_input_grad[8]
+        dx, dgamma, dbeta, dresidual = _gradients(ctx, dy, needs, _traced_backward)
+        return dx, dgamma, dbeta, *(None,) * 5, dresidual, None
+
+
+def _save(ctx, x, weight, bias, training, eps, relu, stats, mask):
+    ctx.save_for_backward(x, weight, stats, mask)
+    ctx.training, ctx.eps, ctx.relu = training, eps, relu
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(ctx, dy, needs, backward):
+    """Of x, weight, bias and residual, where `needs` says so."""
+    x, weight, stats, mask = ctx.saved_tensors
+    if torch.is_grad_enabled():  # somebody will differentiate again
+        backward = _differentiable_backward(backward, ctx.eps)
+    dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, mask, ctx.training, ctx.relu, needs[3])
+    return (
+        dx if needs[0] else None,
+        as_dtype(dgamma, weight.dtype) if needs[1] else None,
+        as_dtype(dbeta, ctx.bias_dtype) if needs[2] else None,
+        dresidual if needs[3] else None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- operators
+_OPTIONS = "float eps, Tensor? residual, bool relu"
+_RESULTS = "(Tensor y, Tensor stats, Tensor mask)"
+
+
+# Kernels leave some bytes of a mask unwritten. An operator's results are the same bits each time: there, these are 0.
+def _run_training(x, weight, bias, running_mean, running_var, momentum, *options):
+    return as_outputs(run(x, weight, bias, running_mean, running_var, True, momentum, *options, new=torch.zeros), x)
+
+
+def _run_evaluation(x, weight, bias, running_mean, running_var, *options):
+    return as_outputs(run(x, weight, bias, running_mean, running_var, False, 0.0, *options, new=torch.zeros), x)
+
+
+def as_outputs(results, like):
+    """An operator gives a tensor for every result."""
+    return tuple(like.new_empty(0, dtype=torch.uint8) if r is None else r for r in results)
+
+
+def _run_backward_operator(dy, x, weight, stats, mask, training, relu, residual):
+    return as_outputs(run_backward(dy, x, weight, stats, mask, training, relu, residual and relu), x)
+
+
+def _fake_training(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu):
+    return _fake(x, 4, relu)
+
+
+def _fake_evaluation(x, weight, bias, running_mean, running_var, eps, residual, relu):
+    return _fake(x, 3, relu)
+
+
+def _fake(x, rows, relu):
+    stats = x.new_empty((rows, x.shape[1]), dtype=accumulate_dtype(x))
+    return operators.fake_output(x, 1), stats, x.new_empty(mask_size(x) if relu else 0, dtype=torch.uint8)
+
+
+def mask_size(x):
+    """Bytes of the mask for x (N, C, …)."""
+    return dispatch.kernels("batch_norm", dispatch.backend(x)).mask_size(x)
+
+
+def _fake_backward(dy, x, weight, stats, mask, training, relu, residual):
+    dx, C = operators.fake_output(x, 1), x.shape[1]
+    return dx, stats.new_empty(C), stats.new_empty(C), torch.empty_like(dx) if residual and relu else mask.new_empty(0)
+
+
+def _autograd_training(x, weight, bias, running_mean, running_var, momentum, *options):
+    return _TracedBatchNorm.apply(x, weight, bias, running_mean, running_var, True, momentum, *options)
+
+
+def _autograd_evaluation(x, weight, bias, running_mean, running_var, *options):
+    return _TracedBatchNorm.apply(x, weight, bias, running_mean, running_var, False, 0.0, *options)
+
+
+TRAINING = operators.define(
+    "batch_norm_training(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    f"float momentum, {_OPTIONS}) -> {_RESULTS}",
+    _run_training,
+    _fake_training,
+    _autograd_training,
+)
+EVALUATION = operators.define(
+    "batch_norm_evaluation(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+    f"{_OPTIONS}) -> {_RESULTS}",
+    _run_evaluation,
+    _fake_evaluation,
+    _autograd_evaluation,
+)
+BACKWARD = operators.define(
+    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor mask, bool training, bool relu, "
+    "bool residual) -> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
+    _run_backward_operator,
+    _fake_backward,
+)
+
+
+def _operator(x, weight, bias, running_mean, running_var, training, momentum, *options):
+    """The operator of a call, and its arguments."""
+    if training:
+        return TRAINING, x, weight, bias, running_mean, running_var, momentum, *options
+    return EVALUATION, x, weight, bias, running_mean, running_var, *options
+
+
+def _traced(*args):
+    op, *args = _operator(*args)
+    return op(*args)[0]
+
+
+def _traced_backward(dy, x, weight, stats, mask, training, relu, residual):
+    dx, dgamma, dbeta, dresidual = BACKWARD(dy, x, weight, stats, mask, training, relu, residual)
+    return dx, dgamma, dbeta, dresidual if relu else dy
+
+
+# ---------------------------------------------------------------------------------------------- in PyTorch's operations
+def _exported(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu):
+    """PyTorch's own: what moves an exported model from training to evaluation, or back, looks for this operation alone."""
+    y = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, True)
+    if residual is not None:
+        y = y + residual
+    return y.relu() if relu else y
+
+
+def _formula(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu):
+    """The same function in PyTorch's operations."""
+    acc = accumulate_dtype(x)
+    values = x.to(acc)
+    if training:
+        deviations, var, rstd = _centred(values, eps)
+        if running_mean is not None and values.numel():
+            m = values.numel() / values.shape[1]
+            mean = (values - deviations).mean(_over(x))
+            new_mean = (1 - momentum) * running_mean.to(acc) + momentum * mean.detach()
+            new_var = (1 - momentum) * running_var.to(acc) + momentum * (m / (m - 1)) * var.detach().flatten()
+            _write(new_mean, running_mean, new_var, running_var)
+    else:
+        deviations = values - _wide(running_mean, x)
+        rstd = (_wide(running_var, x) + eps).rsqrt()
+    y = deviations * rstd
+    if weight is not None:
+        y = y * _wide(weight, x)
+    if bias is not None:
+        y = y + _wide(bias, x)
+    if residual is not None:
+        y = y + residual
+    return (y.relu() if relu else y).to(x.dtype)
+
+
+def _write(new_mean, running_mean, new_var, running_var):
+    """Under a transform PyTorch refuses to write to what is no argument of the transformed function, or has fewer elements."""
+    try:
+        running_mean.copy_(new_mean)
+        running_var.copy_(new_var)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "running_mean and running_var: training writes to them, so under torch.func expected arguments of the transformed "
+            "function, one of each for every mapped batch, or None (torch.func.replace_all_batch_norm_modules_, or "
+            f"track_running_stats=False); PyTorch says: {error}"
+        ) from error
+
+
+def _differentiable_backward(backward, eps):
+    """`run_backward` in PyTorch's operations; the mask is unpacked by the kernels of `backward`, as its gradient of ones."""
+
+    def formula(dy, x, weight, stats, mask, training, relu, residual):
+        if relu:
+            with torch.no_grad():
+                passed = backward(torch.ones_like(dy), x, weight, stats, mask, False, True, True)[3]
+            dy = dy * passed
+        upstream, values = dy.to(stats.dtype), x.to(stats.dtype)
+        if training:
+            deviations, _, rstd = _centred(values, eps)
+        else:
+            deviations = values - _wide(stats[0], x) - _wide(stats[1], x)
+            rstd = _wide(stats[2], x)
+        x_hat = deviations * rstd
+        dgamma, dbeta = (upstream * x_hat).sum(_over(x)), upstream.sum(_over(x))
+        scale = rstd if weight is None else rstd * _wide(weight, x)
+        dx = upstream
+        if training:
+            m = max(x.numel() // max(x.shape[1], 1), 1)
+            dx = dx - _wide(dbeta, x) / m - x_hat * (_wide(dgamma, x) / m)
+        return (dx * scale).to(x.dtype), dgamma, dbeta, dy if residual else None
+
+    return formula
+
+
+def _over(x):
+    return (0, *range(2, x.dim()))
+
+
+def _wide(v, x):
+    """A number a channel, as it broadcasts against x, in the accumulation dtype."""
+    return v.to(accumulate_dtype(x)).view(-1, *(1,) * (x.dim() - 2))
+
+
+def _centred(values, eps):
+    """x - μ, σ² and rstd. The second mean is what the rounding of the first has left."""
+    deviations = values - values.mean(_over(values), keepdim=True)
+    deviations = deviations - deviations.mean(_over(values), keepdim=True)
+    var = deviations.square().mean(_over(values), keepdim=True)
+    return deviations, var, (var + eps).rsqrt()

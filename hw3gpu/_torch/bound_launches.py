@@ -1,0 +1,90 @@
+"""The launches of earlier calls on a GPU, kept for later ones like them.
+
+What a call launches depends on shapes, strides, dtypes, options and the device, and on how far its pointers are off 16 bytes:
+its key. Memory that a call allocates itself lies on 16 bytes. A later call of the same key neither checks its arguments nor
+plans nor makes views: it allocates and launches. Nothing is kept in Triton's interpreter, for calls that copy an argument, and
+for operands that overlap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from .._core import arrays, dispatch
+from . import operators
+from .autograd import PLAIN
+
+MOST = 1024  # calls that are kept; beyond, all are forgotten and found anew
+
+_kept: dict[tuple[Any, ...], Any] = {}
+_NOTHING = contextlib.nullcontext()
+
+
+class Call(NamedTuple):
+    """A call on a GPU."""
+
+    key: tuple[Any, ...]
+    launches: Any  # `launch.Bound`, of an earlier call with this key; None where there was none
+
+
+def of(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor | None) -> Call | None:
+    """The call of `options` for these tensors; None on the host, where somebody traces or transforms, and for tensors that are
+    no plain ones, or on another device than the current one."""
+    if arrays.on_host(x) or dispatch.requested_backend() == "cpu" or not operators.eager():
+        return None
+    if x.is_meta and dispatch.gpu_refusal("meta") is not None:
+        return None
+    launch = _launch()
+    if not launch.BINDS:
+        return None
+    device = launch.device()
+    if x.is_cuda and x.get_device() != device:
+        return None
+    key = [options, device]
+    try:
+        for t in (x, *beside):
+            if t is None:
+                key.append(None)
+            elif type(t) in PLAIN and not t.is_neg():  # memory then holds the values with the other sign
+                key += t.shape, t.stride(), t.dtype, t.data_ptr() & 15, t.get_device()
+            else:
+                return None
+    except RuntimeError:  # tensors without strides or memory
+        return None
+    found = tuple(key)
+    return Call(found, _kept.get(found))
+
+
+def forget() -> None:
+    """Every call is found anew: plans may be others now."""
+    _kept.clear()
+
+
+def _launch() -> Any:
+    return dispatch.kernels("launch", "gpu")
+
+
+def noted(
+    call: Call | None, operands: tuple[torch.Tensor | None, ...], *like: torch.Tensor
+) -> contextlib.AbstractContextManager[None]:
+    """Keeps what is launched inside on `operands` for later calls with the key of `call`, if there is one. like: those of them
+    that later calls allocate as `torch.empty_like` of the first."""
+    if call is None or operands[0] is None:
+        return _NOTHING
+    layout = torch.empty_like(operands[0], device="meta").stride()
+    return _noted(call.key, operands) if all(x.stride() == layout for x in like) else _NOTHING
+
+
+@contextlib.contextmanager
+def _noted(key: tuple[Any, ...], operands: tuple[torch.Tensor | None, ...]) -> Iterator[None]:
+    with _launch().Recording(operands) as recording:
+        yield
+    bound = recording.bound()
+    if bound is not None:
+        if len(_kept) >= MOST:
+            _kept.clear()
+        _kept[key] = bound

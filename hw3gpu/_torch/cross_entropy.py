@@ -1,0 +1,426 @@
+"""Softmax cross entropy in PyTorch, by one of three ways: docs/derivations.md, sections 3.3, 3.4 and 3.6.
+
+Eager: an autograd function around kernels, or kernels alone where no graph is needed. Traced: operators around the same
+functions (`operators`). Inside `torch.func` transforms and in forward mode: the formula in PyTorch's operations
+(`cross_entropy_formula`). The loss is in the precision of its sums; of every row `NUMBERS` or three numbers are kept.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from .._core import arrays, dispatch, outputs
+from .._core.torch_internals import apply_of
+from . import bound_launches, class_range, cross_entropy_formula, expected_upstream, operators, small_calls, token_log_probs
+from .autograd import accumulate_dtype, empty_of, graph_is_needed
+from .class_range import judge_targets, refuse_class
+from .cross_entropy_formula import NUMBERS, CrossEntropyStatistics, Options, class_axis, loss_shape, without_derivatives
+
+
+def call_of(logits, target, weight, options, gradient, stats, dtype):
+    """What `bound_launches` knows of a call with these arguments, of which only the kinds of the first two are checked."""
+    return _bound_call(logits, target, weight, options, gradient, NUMBERS if stats else 3, dtype)
+
+
+def cross_entropy(logits, target, weight, options, gradient, stats, dtype=None, call=None):
+    """(loss, CrossEntropyStatistics or None); the arguments are checked, weight is in the kernels' dtype.
+
+    dtype: of the loss of CUDA tensors; others have that of its sums. `call`: what `bound_launches` knows of it.
+    """
+    with_graph = False
+    if call is None and operators.traced(logits):
+        found = traced(logits, target, weight, options, NUMBERS if stats else 3)
+    elif call is None and operators.transformed():
+        return cross_entropy_formula.loss_and_statistics(logits, target, weight, options, stats)
+    elif not (with_graph := graph_is_needed(logits, target)):
+        found = run(logits, target, weight, options, NUMBERS if stats else 3, False, dtype, call)
+    else:
+        found = _eager_with_graph(logits, target, weight, options, gradient, stats, dtype, call)
+    if not stats:
+        return found[0], None
+    V = logits.shape[class_axis(logits)]
+    of_rows = cross_entropy_formula.statistics(found[1], loss_shape(logits), V, target, options.ignore_index)
+    return found[0], without_derivatives(of_rows, logits, target) if with_graph else of_rows
+
+
+def with_differentiable_statistics(logits, target, weight, options):
+    """(loss, CrossEntropyStatistics), both with a graph; the arguments are checked, weight is in the kernels' dtype.
+
+    Of classes without smoothing and softcap the loss is that of `token_log_probs`: one pass for both. The rest is computed by
+    the formula in PyTorch's operations.
+    """
+    if target.is_floating_point() or options.label_smoothing or options.softcap is not None or operators.transformed():
+        return cross_entropy_formula.loss_and_statistics(logits, target, weight, options, True)
+    found, sums = token_log_probs.with_sums(logits, target, 1.0, options.ignore_index, class_axis(logits))
+    return of_token_log_probs(found, sums[3].view(target.shape), target, weight, options)
+
+
+def of_token_log_probs(found, below, target, weight, options):
+    """(loss, CrossEntropyStatistics) of classes, from the three numbers of every row and z_target - max z."""
+    kept, loss = target != options.ignore_index, -found.log_prob
+    if weight is not None:
+        w_t = torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
+        loss = torch.where(w_t == 0, 0.0, w_t * loss)  # 0 · ∞ = 0
+    if options.z_loss:
+        loss = loss + options.z_loss * found.lse**2
+    loss = cross_entropy_formula.reduced(loss, kept, target, weight, options)
+    return loss, CrossEntropyStatistics(found.lse, found.log_prob, found.entropy, (below == 0) & kept)
+
+
+def _eager_with_graph(logits, target, weight, options, gradient, stats, dtype=None, call=None):
+    """The loss and, if `stats`, the numbers of every row. `call`: what `bound_launches` knows of it."""
+    if call is not None and call.launches is not None:
+        rest = weight, options, gradient == "forward" and logits.requires_grad, stats, dtype, call
+        return _apply_again(logits, target, rest)
+    at_once = gradient != "backward" and logits.requires_grad and not target.requires_grad
+    if at_once and options.reduction != "none" and dispatch.backend(logits) == "cpu":
+        # a small call costs less than what it would remember
+        remember = gradient == "auto" and logits.nbytes > small_calls.MOST_BYTES
+        return _CrossEntropyStep.apply(
+            logits, target, weight, options, stats, expected_upstream.of_caller() if remember else None
+        )
+    rest = weight, options, gradient == "forward" and logits.requires_grad, stats, dtype, call
+    return _CrossEntropy.apply(logits, target, rest)
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+class _CrossEntropy(torch.autograd.Function):
+    """Forward reads the logits once and keeps three numbers a row; backward reads them once and writes the gradient.
+
+    `at_once` writes the gradient for an upstream gradient of 1 in the forward pass, and rewrites in backward the rows that have
+    another, from the logits: nothing is scaled that has been rounded.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, rest):
+        weight, options, at_once, stats, dtype, call = rest  # in one argument: PyTorch looks at each of them, each time
+        found = run(logits, target, weight, options, NUMBERS if stats else 3, at_once, dtype, call)
+        loss, numbers, denominator, dlogits = found
+        ctx.save_for_backward(logits, target, weight, numbers, denominator, dlogits)
+        ctx.options, ctx.handed_out = options, not at_once
+        if not stats:
+            return loss, None
+        ctx.mark_non_differentiable(numbers)
+        ctx.set_materialize_grads(False)
+        return loss, numbers
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        logits, target, weight, numbers, denominator, dlogits = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if upstream is None:
+            return (None,) * 3
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            return *cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), None
+        given = (upstream, logits, target, weight, numbers, denominator, ctx.options)
+        dtarget = target_gradient(*given) if needs[1] else None
+        if not needs[0]:
+            return None, dtarget, None
+        # with a version count of its own, so that a write into it does not count as one into the saved tensor
+        dlogits = None if ctx.handed_out else dlogits.data
+        ctx.handed_out = True
+        return _eager_backward(*given, dlogits), dtarget, None
+
+
+_apply_again = apply_of(_CrossEntropy)
+
+
+class _CrossEntropyStep(torch.autograd.Function):
+    """A reduced loss on the CPU: forward writes the gradient at once, for the upstream gradient expected, or 1, while it
+    has the logits in cache.
+
+    Backward hands that out, and computes it anew for another upstream gradient, where none was expected, and for a second call:
+    the caller may have written into what it got. The bits are the same each way.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, options, stats, expected):
+        ctx.upstream, ctx.expected = 1.0 if expected is None else expected.guess(), expected
+        if ctx.upstream is None:
+            loss, numbers, _, dlogits = run(logits, target, weight, options, NUMBERS if stats else 3)
+        else:
+            loss, numbers, dlogits = _run_step(logits, target, weight, ctx.upstream, options, stats=stats)
+        ctx.save_for_backward(logits, target, weight, dlogits)
+        ctx.options, ctx.handed_out = options, dlogits is None
+        if not stats:
+            return loss, None
+        ctx.mark_non_differentiable(numbers)
+        ctx.set_materialize_grads(False)
+        return loss, numbers
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        logits, target, weight, dlogits = ctx.saved_tensors
+        if upstream is None:
+            return (None,) * 6
+        if torch.is_grad_enabled():
+            needs = ctx.needs_input_grad[:2]
+            return *cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), *(None,) * 4
+        upstream = upstream.item()
+        if ctx.expected is not None:
+            ctx.expected.was(upstream)
+        dlogits = None if ctx.handed_out else dlogits.data
+        ctx.handed_out = True
+        if dlogits is None or upstream != ctx.upstream:
+            _, _, dlogits = _run_step(logits, target, weight, upstream, ctx.options, dlogits)
+        return dlogits, *(None,) * 5
+
+
+# ---------------------------------------------------------------------------------------------- forward and backward
+def rows_of(logits, target, which):
+    """Logits as (N, V, S) and targets as (N, S) or (N, V, S), as the `which` kernels see them."""
+    axis = class_axis(logits)
+    z = outputs.folded(logits, axis, which)
+    if target.ndim == logits.ndim:
+        return z, outputs.folded(target, axis, which)
+    rows = z.shape[0], z.shape[2]
+    return z, dispatch.kernel_view(target.view(rows) if target.is_contiguous() else target.reshape(rows), which)
+
+
+def _bound_call(logits, target, weight, options, gradient, numbers, dtype):
+    """What `bound_launches` knows of a call of `functional.cross_entropy` with these arguments; None where it keeps none
+    such."""
+    if arrays.on_host(logits) or not (type(options.ignore_index) is int and type(options.label_smoothing) is float):
+        return None
+    if type(options.z_loss) is not float or not (options.softcap is None or type(options.softcap) is float):
+        return None
+    if weight is not None and not (getattr(weight, "dtype", None) is accumulate_dtype(logits) and weight.is_contiguous()):
+        return None
+    at_once = gradient == "forward" and logits.requires_grad and torch.is_grad_enabled()
+    return bound_launches.of(("cross entropy", options, at_once, numbers, dtype), logits, target, weight)
+
+
+IN_ONE_LAUNCH = 8192  # rows that are added up where their losses are made (`row_plan.plan_reduce`)
+
+
+def run(logits, target, weight, options, numbers=3, at_once=False, dtype=None, call=None):
+    """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradient if `at_once`.
+
+    dtype: of the loss, for CUDA tensors; None for that of its sums.
+    """
+    known = call is not None and call.launches is not None
+    which = "gpu" if known else dispatch.backend(logits)
+    N, S = rows_shape(logits)
+    if which == "cpu" or (N * S > IN_ONE_LAUNCH and options.reduction != "none"):
+        dtype = None  # the caller casts it
+    acc = accumulate_dtype(logits)
+    stats = empty_of(logits, acc, numbers, N, S)
+    invalid = class_range.flag(logits, N * S)
+    total, denominator = None, None
+    if options.reduction == "none":
+        loss = empty_of(stats, dtype or acc, N, S)
+    else:
+        loss = stats.new_empty(2, -(-N * S // 4) * 4)  # and the rows' weights, on 16 bytes too
+        total = empty_of(stats, dtype or acc)
+        if options.reduction == "mean":
+            denominator = stats.new_empty(())
+    if known:
+        dlogits = torch.empty_like(logits) if at_once else None
+        call.launches(logits, target, weight, loss, stats, invalid, total, denominator, dlogits)
+    else:
+        dlogits, dz = outputs.output(logits, class_axis(logits), dispatch.viewer(which)) if at_once else (None, None)
+        operands = (logits, target, weight, loss, stats, invalid, total, denominator, dlogits)
+        with bound_launches.noted(call, operands, *(() if dlogits is None else (dlogits,))):
+            _launch_forward(which, *operands, dz, options)
+    if not target.is_floating_point():
+        judge_targets(logits, target, invalid, logits.shape[class_axis(logits)], options.ignore_index)
+    return loss.reshape(loss_shape(logits)) if total is None else total, stats, denominator, dlogits
+
+
+def _launch_forward(which, logits, target, weight, loss, stats, invalid, total, denominator, dlogits, dz, options):
+    see, kernels = dispatch.viewer(which), dispatch.kernels("cross_entropy", which)
+    z, t = rows_of(logits, target, which)
+    weight, stats, invalid = see(weight), see(stats), see(invalid)
+    total, denominator = cell(total, which), cell(denominator, which)
+    row_weights = None
+    if total is not None:
+        loss, row_weights = loss.unbind()
+        loss = loss[: stats.shape[1] * stats.shape[2]].view(stats.shape[1:])
+    loss = see(loss)
+    mean, zero = options.reduction == "mean", options.zero_if_ignored
+    reduced = {"total": total, "denominator": denominator, "mean": mean, "zero_if_ignored": zero}
+    if dz is None:
+        kernels.forward(z, t, weight, loss, stats, invalid, row_weights=row_weights, **reduced, **options.of_rows)
+        return
+    if mean and t.ndim == 2:
+        kernels.count(t, weight, denominator, ignore_index=options.ignore_index, zero_if_ignored=zero)
+    kernels.forward_backward(z, t, weight, loss, dz, invalid, stats=stats, **reduced, **options.of_rows)
+
+
+def cell(number, which):
+    """A tensor of one number as the `which` kernels see it: those on the CPU take (1,)."""
+    return number if which != "cpu" or number is None else number.numpy().reshape(1)
+
+
+def rows_shape(logits):
+    """(N, S) of logits (C,), (N, C, …)."""
+    return (logits.shape[0], math.prod(logits.shape[2:])) if logits.dim() > 1 else (1, 1)
+
+
+def _eager_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits):
+    call = bound_launches.of(
+        ("cross entropy, backward", options, dlogits is None),
+        logits, target, weight, upstream, numbers, denominator, dlogits,
+    )  # fmt: skip
+    return run_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits, call)
+
+
+def run_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits=None, call=None):
+    """∂loss/∂logits; where `dlogits` holds it for an upstream gradient of 1, in place and for the rows that have another."""
+    operands = logits, target, weight, upstream, numbers, denominator
+    if call is not None and call.launches is not None:
+        dlogits = torch.empty_like(logits) if dlogits is None else dlogits
+        call.launches(*operands, dlogits)
+        return dlogits
+    which = dispatch.backend(logits)
+    see, kernels = dispatch.viewer(which), dispatch.kernels("cross_entropy", which)
+    z, t = rows_of(logits, target, which)
+    unless_one = dlogits is not None
+    if unless_one:
+        dz = outputs.folded(dlogits, class_axis(logits), which)
+    else:
+        dlogits, dz = outputs.output(logits, class_axis(logits), see)
+    upstream = see(_upstream_of_rows(upstream, numbers, options))
+    over = cell(denominator, which)
+    with bound_launches.noted(call, (*operands, dlogits), *(() if unless_one else (dlogits,))):
+        kernels.backward(z, t, see(weight), see(numbers), upstream, over, dz, unless_one=unless_one, **options.of_rows)
+    return dlogits
+
+
+def _run_step(logits, target, weight, upstream, options, dlogits=None, stats=False):
+    """On the CPU: the reduced loss, the numbers of every row if `stats`, and the gradient for an upstream number."""
+    found = None if stats else small_calls.cross_entropy_step(logits, target, weight, upstream, options, dlogits)
+    if found:
+        loss, dlogits, row = found
+        if row < target.numel():
+            refuse_class(target, row, logits.shape[class_axis(logits)], options.ignore_index)
+        return loss, None, dlogits
+    see = dispatch.viewer("cpu")
+    z, t = rows_of(logits, target, "cpu")
+    N, _, S = z.shape
+    if dlogits is None:
+        dlogits, dz = outputs.output(logits, class_axis(logits), see)
+    else:
+        dz = outputs.fold(see(dlogits), class_axis(logits))
+    acc = accumulate_dtype(logits)
+    # a tensor on NumPy's memory: sooner made than NumPy's view of a tensor
+    result, invalid = np.empty(1, np.float64 if acc is torch.float64 else np.float32), np.array((N * S,))
+    numbers = torch.empty((NUMBERS, N, S), dtype=acc) if stats else None
+    dispatch.kernels("cross_entropy_step", "cpu").forward_backward(
+        z, t, see(weight), result, dz, invalid, stats=see(numbers), upstream=upstream,
+        mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored, **options.of_rows,
+    )  # fmt: skip
+    if invalid[0] < N * S:
+        refuse_class(target, int(invalid[0]), logits.shape[class_axis(logits)], options.ignore_index)
+    return torch.from_numpy(result.reshape(())), numbers, dlogits
+
+
+def never_zero(denominator, options):
+    """What counts nothing makes a loss of 0/0, or of 0 where that is asked for: over an infinite number."""
+    return denominator.masked_fill_(denominator == 0, torch.inf) if options.zero_if_ignored else denominator
+
+
+def _upstream_of_rows(upstream, numbers, options):
+    rows = numbers.shape[1:]
+    return upstream.reshape(rows) if options.reduction == "none" else upstream.expand(rows)
+
+
+def target_gradient(upstream, logits, target, weight, numbers, denominator, options):
+    """∂loss/∂y_c = -w_c (1 - ε) log p_c for probabilities."""
+    acc = numbers.dtype
+    z = outputs.fold(logits, class_axis(logits)).to(acc)
+    if options.softcap is not None:
+        z = options.softcap * (z / options.softcap).tanh()
+    log_p = (z - numbers[0][:, None]) - numbers[1].log1p()[:, None]
+    scale = _upstream_of_rows(upstream, numbers, options).to(acc)[:, None] * (options.label_smoothing - 1)
+    if denominator is not None:
+        scale = scale / denominator
+    if weight is not None:
+        scale = scale * weight.to(acc)[None, :, None]
+    return (scale * log_p).reshape(target.shape).to(target.dtype)
+
+
+# ---------------------------------------------------------------------------------------------- operators
+_OPTIONS = "str reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, bool zero_if_ignored"
+
+
+def traced(logits, target, weight, options, numbers):
+    """The loss and `numbers` of every row."""
+    return FORWARD(logits, target, weight, numbers, *options)[:2]
+
+
+def _forward_operator(logits, target, weight, numbers, *options):
+    loss, stats, denominator, _ = run(logits, target, weight, Options(*options), numbers)
+    return loss, stats, _present(denominator, stats)
+
+
+def _backward_operator(upstream, logits, target, weight, stats, denominator, *options):
+    denominator = denominator if denominator.numel() else None
+    return run_backward(upstream, logits, target, weight, stats, denominator, Options(*options))
+
+
+def _present(denominator, stats):
+    """An operator gives a tensor for every result."""
+    return stats.new_empty(0) if denominator is None else denominator.view(1)
+
+
+def _fake(logits, target, weight, numbers, *options):
+    acc, reduction = accumulate_dtype(logits), options[0]
+    rows = logits.shape[:1] if logits.dim() > 1 else (1,)
+    S = 1
+    for size in logits.shape[2:]:
+        S = S * size
+    loss = logits.new_empty(loss_shape(logits) if reduction == "none" else (), dtype=acc)
+    stats = logits.new_empty((numbers, *rows, S), dtype=acc)
+    return loss, stats, logits.new_empty(1 if reduction == "mean" else 0, dtype=acc)
+
+
+def _fake_backward(upstream, logits, *_):
+    return operators.fake_output(logits, class_axis(logits))
+
+
+class _TracedCrossEntropy(torch.autograd.Function):
+    """The operators' autograd: as eagerly, with the operators in the place of what they run."""
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, numbers, *options):
+        loss, stats, denominator = operators.below_autograd(FORWARD, logits, target, weight, numbers, *options)
+        ctx.save_for_backward(logits, target, weight, stats, denominator)
+        ctx.options = Options(*options)
+        ctx.mark_non_differentiable(stats, denominator)
+        ctx.set_materialize_grads(False)
+        return loss, stats, denominator
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        logits, target, weight, stats, denominator = ctx.saved_tensors
+        needs, rest = ctx.needs_input_grad[:2], (None,) * (2 + len(ctx.options))
+        if upstream is None:
+            return None, None, *rest
+        if torch.is_grad_enabled():
+            return *cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), *rest
+        dlogits = dtarget = None
+        if needs[0]:
+            dlogits = BACKWARD(upstream, logits, target, weight, stats, denominator, *ctx.options)
+        if needs[1]:
+            over = denominator if ctx.options.reduction == "mean" else None
+            dtarget = target_gradient(upstream, logits, target, weight, stats, over, ctx.options)
+        return dlogits, dtarget, *rest
+
+
+FORWARD = operators.define(
+    f"cross_entropy(Tensor logits, Tensor target, Tensor? weight, int numbers, {_OPTIONS}) "
+    "-> (Tensor loss, Tensor stats, Tensor denominator)",
+    _forward_operator,
+    _fake,
+    _TracedCrossEntropy.apply,
+)
+BACKWARD = operators.define(
+    "cross_entropy_backward(Tensor upstream, Tensor logits, Tensor target, Tensor? weight, Tensor stats, Tensor denominator, "
+    f"{_OPTIONS}) -> Tensor",
+    _backward_operator,
+    _fake_backward,
+)

@@ -1,0 +1,154 @@
+"""Cross entropy: what it is asked and says of a row, and the formula in PyTorch's own operations, which have derivatives of
+every order and go through every transform: docs/derivations.md, sections 3.3, 3.4 and 3.6."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .autograd import accumulate_dtype, no_derivative
+
+NUMBERS = 5  # m, Σ exp(z - m) - 1, W, z_target - m, entropy; the first three are what the backward pass needs
+
+
+class Options(NamedTuple):
+    """How a row's loss is made, and what becomes of the rows."""
+
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    zero_if_ignored: bool
+
+    @property
+    def of_rows(self) -> dict[str, Any]:
+        """What the kernels take."""
+        return {
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "softcap": self.softcap,
+        }
+
+
+class CrossEntropyStatistics(NamedTuple):
+    """Of every row, from the pass that computed its loss, in float32 (float64 for float64).
+
+    To differentiate one raises RuntimeError, unless they were asked for with `differentiable=True`; `.detach()` leaves the
+    graph.
+
+    The shape is that of the loss of every row. Rows that are ignored have zeros, and are not `correct`.
+
+    Attributes:
+        lse: log Σ exp z, of the capped logits where `softcap` is given.
+        log_prob: log p of the target class; None for probabilities.
+        entropy: -Σ p log p.
+        correct: True where no class has a larger logit than the target, which may tie with others; None for probabilities.
+    """
+
+    lse: Tensor
+    log_prob: Tensor | None
+    entropy: Tensor
+    correct: Tensor | None
+
+
+def loss_shape(logits: Tensor) -> tuple[int, ...]:
+    """The shape of the loss of every row: that of `logits` without the class axis."""
+    return (*logits.shape[:1], *logits.shape[2:]) if logits.dim() > 1 else ()
+
+
+def class_axis(logits):
+    """0 for (C,), 1 for (N, C, …)."""
+    return min(logits.ndim - 1, 1)
+
+
+def statistics(numbers, shape, V, target, ignore_index):
+    """What the `NUMBERS` of every row say; `shape` is that of the loss of every row."""
+    m, excess, _, below, entropy = numbers.reshape(NUMBERS, *shape).unbind()
+    log_total = excess.log1p()
+    if target.is_floating_point():
+        return CrossEntropyStatistics(m + log_total, None, entropy, None)
+    known = (target != ignore_index) & (target >= 0) & (target < V)
+    return CrossEntropyStatistics(m + log_total, below - log_total, entropy, (below == 0) & known)
+
+
+def without_derivatives(statistics, *depends_on):
+    """Statistics that say so where somebody asks for their gradient."""
+    tied_to = [t for t in depends_on if t is not None and t.requires_grad]
+    message = "statistics of cross entropy: they have a gradient where differentiable=True asks for it"
+    return statistics._replace(**{
+        name: no_derivative(message, v, *tied_to, copied=True)
+        for name, v in statistics._asdict().items() if v is not None and v.is_floating_point()
+    })  # fmt: skip
+
+
+def loss_and_statistics(logits, target, weight, options, stats):
+    """The loss, and the statistics, or None; both with derivatives."""
+    z = _capped(logits, options)
+    loss, log_p = _loss(z, target, weight, options)
+    if not stats:
+        return loss, None
+    axis = class_axis(logits)
+    lse, entropy = torch.logsumexp(z, axis), entropy_of(log_p, axis)
+    if target.is_floating_point():
+        return loss, CrossEntropyStatistics(lse, None, entropy, None)
+    kept = target != options.ignore_index
+    at = torch.where(kept, target, 0).long().unsqueeze(axis)
+    log_prob = log_p.gather(axis, at).squeeze(axis)
+    correct = z.gather(axis, at).squeeze(axis) == z.amax(axis)
+    lse, log_prob, entropy = (torch.where(kept, v, 0.0) for v in (lse, log_prob, entropy))
+    return loss, CrossEntropyStatistics(lse, log_prob, entropy, kept & correct)
+
+
+def entropy_of(log_p, axis):
+    """-Σ p log p; a class without probability adds nothing, nor to the gradient."""
+    p = log_p.exp()
+    return -(p * torch.where(p == 0, 0.0, log_p)).sum(axis)
+
+
+def gradients(upstream, logits, target, weight, options, needs):
+    """The gradients of logits and target, where needed, with a graph of their own."""
+    with torch.enable_grad():
+        loss, _ = _loss(_capped(logits, options), target, weight, options)
+        inputs = [x for x, needed in zip((logits, target), needs, strict=True) if needed]
+        found = iter(torch.autograd.grad(loss, inputs, upstream.to(loss.dtype), create_graph=True))
+    return tuple(next(found) if needed else None for needed in needs)
+
+
+def _capped(logits, options):
+    z = logits.to(accumulate_dtype(logits))
+    return z if options.softcap is None else options.softcap * (z / options.softcap).tanh()
+
+
+def _loss(z, target, weight, options):
+    """The reduced loss of capped logits, and log p."""
+    axis = class_axis(z)
+    soft = target.is_floating_point()
+    log_p = F.log_softmax(z, axis)
+    target = target.to(z.dtype) if soft else target.long()
+    loss = F.cross_entropy(
+        z, target, weight, reduction="none", ignore_index=options.ignore_index, label_smoothing=options.label_smoothing
+    )
+    kept = torch.ones((), dtype=torch.bool, device=z.device) if soft else target != options.ignore_index
+    if options.z_loss:
+        loss = loss + torch.where(kept, options.z_loss * torch.logsumexp(z, axis) ** 2, 0.0)
+    return reduced(loss, kept, target, weight, options), log_p
+
+
+def reduced(loss, kept, target, weight, options):
+    """The reduction of the losses of all rows; `kept`: those that are not ignored."""
+    if options.reduction == "none":
+        return loss
+    if options.reduction == "sum":
+        return loss.sum()
+    if target.is_floating_point():
+        return loss.sum() / loss.numel()
+    counted = kept.to(loss.dtype) if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
+    denominator = counted.sum()
+    if options.zero_if_ignored:
+        denominator = torch.where(denominator == 0, torch.inf, denominator)
+    return loss.sum() / denominator

@@ -1,0 +1,279 @@
+"""Cross entropy of logits x Wᵀ + b, of which there is never more than a chunk of rows: docs/derivations.md, section 3.7.
+
+    dz = ∂ℓ/∂z of a chunk,   ∂ℓ/∂x = dz W,   ∂ℓ/∂W = Σ_chunks dzᵀ x,   ∂ℓ/∂b = Σ_rows dz
+
+The products are torch's, loss and dz this library's kernels', sums over chunks are taken in float32 (float64 for float64).
+A reduced loss makes its gradients in the forward pass, for an upstream gradient of 1: three products, and dz takes the place of
+the chunk's logits. In half precision they are those of the sum, so that no 1/n makes them subnormal, and meet upstream/n when
+that is known; in float16 dz of a chunk is multiplied by a power of two, for which its rows' losses are computed first
+(`float16_scale`). Without a reduction, and for a second call of backward, backward makes each chunk's logits again: four
+products.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .._core import arrays, dispatch
+from . import class_range, cross_entropy_formula, float16_scale
+from .autograd import accumulate_dtype, as_dtype
+from .class_range import refuse_class
+from .cross_entropy import never_zero, target_gradient
+
+# A part of all rows keeps the peak below a tenth of the logits; on the host, half of it in half precision, whose products have
+# buffers of their own there. Fewer bytes make slow products, more make none faster. Where ∂ℓ/∂W is its own float32 sum there is
+# room for as many numbers as W has, which a chunk may take: its products are then no slower than unfused ones.
+PARTS, PARTS_OF_HALVES_ON_THE_HOST = 11, 22
+LEAST, MOST = 1 << 20, 1 << 29
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class Problem(NamedTuple):
+    """x (N, D), W (V S, D), b (V S) or None, target (N, S) or (N, V, S), and class weights (V,) or None."""
+
+    x: Any
+    W: Any
+    b: Any
+    target: Any
+    weight: Any
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(N, V, S) of the logits."""
+        S = self.target.shape[-1]
+        return self.x.shape[0], self.W.shape[0] // S if S else 0, S
+
+    def chunk(self, first: int, last: int) -> Problem:
+        """The same of some rows."""
+        return self._replace(x=self.x[first:last], target=self.target[first:last])
+
+
+class Found(NamedTuple):
+    """What the forward pass finds; the gradients of x, W and b are for an upstream gradient of 1, of the sum where `of_sum`.
+
+    Each row of the gradient of x is to be multiplied by its `factor`, (N, 1), unless that is None.
+    """
+
+    loss: Any
+    numbers: Any
+    denominator: Any
+    gradients: tuple[Any, Any, Any] = (None, None, None)
+    factor: Any = None
+
+
+def chunk_rows(problem: Problem) -> int:
+    """Rows of a chunk, unless the caller says otherwise."""
+    (N, D), wide = problem.x.shape, max(problem.W.shape[0] * problem.x.element_size(), 1)
+    half = problem.x.dtype in HALVES
+    part = N // (PARTS_OF_HALVES_ON_THE_HOST if half and arrays.on_host(problem.x) else PARTS)
+    return max(1, min(max(part, LEAST // wide, 0 if half else D), MOST // wide))
+
+
+def chunks(problem, rows):
+    N = problem.x.shape[0]
+    return [(first, min(first + rows, N)) for first in range(0, N, rows)]
+
+
+def logits_of(problem, out):
+    """x Wᵀ + b of a chunk into `out`, seen as (n, V, S)."""
+    n, (_, V, S) = problem.x.shape[0], problem.sizes
+    out = out[:n]
+    if problem.b is None:
+        torch.mm(problem.x, problem.W.t(), out=out)
+    else:
+        torch.addmm(problem.b, problem.x, problem.W.t(), out=out)
+    return out.view(n, V, S)
+
+
+# ---------------------------------------------------------------------------------------------- forward and backward
+def run(problem, options, rows, numbers=3, needs=(False, False, False), of_sum=False):
+    """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradients that `needs`
+    names, of x, W and b."""
+    x, (N, V, S) = problem.x, problem.sizes
+    which = dispatch.backend(x)
+    see, kernels = dispatch.viewer(which), dispatch.kernels("cross_entropy", which)
+    acc, device = accumulate_dtype(x), x.device
+    loss, stats = torch.empty((N, S), dtype=acc, device=device), torch.empty((numbers, N, S), dtype=acc, device=device)
+    seen_weight, seen_target = see(problem.weight), see(problem.target)
+    total, denominator = (torch.empty(1, dtype=acc, device=device) for _ in range(2))
+    if options.reduction == "mean":
+        kernels.count(seen_target, seen_weight, see(denominator), ignore_index=options.ignore_index)
+        never_zero(denominator, options)
+    over = see(denominator) if options.reduction == "mean" and not of_sum else None
+    gradients = Gradients(problem, needs)
+    largest = float16_scale.largest_element(problem.W) if x.dtype == torch.float16 and any(needs) else None
+    factor = None if largest is None else torch.ones((N, 1), dtype=acc, device=device)
+    z = torch.empty((min(rows, N), V * S), dtype=x.dtype, device=device)
+    invalid = judge_targets(problem, options.ignore_index)
+    for first, last in chunks(problem, rows):
+        part = problem.chunk(first, last)
+        logits, of_rows = logits_of(part, z), torch.empty((numbers, last - first, S), dtype=acc, device=device)
+        given = (see(logits), see(part.target), seen_weight, see(loss[first:last]))
+        if not any(needs) or factor is not None:
+            kernels.forward(*given, see(of_rows), see(invalid), **options.of_rows)
+        if factor is not None:
+            shrink = float16_scale.of_chunk(part, loss[first:last], of_rows, options, largest)
+            kernels.forward_backward(*given, given[0], see(invalid), denominator=see(shrink), **options.of_rows)
+            factor[first:last] = shrink
+            gradients.add(part, logits, first, last, shrink)
+        elif any(needs):  # dz takes the place of the logits
+            kernels.forward_backward(*given, given[0], see(invalid), stats=see(of_rows), denominator=over, **options.of_rows)
+            gradients.add(part, logits, first, last)
+        stats[:, first:last] = of_rows
+    if options.reduction == "none":
+        return Found(loss, stats, None)
+    kernels.reduce(see(loss), seen_target, seen_weight, see(total), see(denominator), ignore_index=options.ignore_index)
+    if options.reduction == "sum":
+        return Found(total[0], stats, None, gradients.found, factor)
+    return Found((total / never_zero(denominator, options))[0], stats, denominator, gradients.found, factor)
+
+
+def run_backward(upstream, problem, numbers, denominator, options, rows, needs):
+    """The gradients that `needs` names, of x, W, b and target, from logits made again; W's and b's in the sums' dtype."""
+    x, (N, V, S) = problem.x, problem.sizes
+    which = dispatch.backend(x)
+    see, kernels = dispatch.viewer(which), dispatch.kernels("cross_entropy", which)
+    rows = max(rows // 2, 1)  # of logits and dz
+    upstream = upstream.reshape(N, S) if options.reduction == "none" else upstream.expand(N, S)
+    gradients = Gradients(problem, needs[:3])
+    dtarget = torch.empty_like(problem.target) if needs[3] else None
+    z, dz = (torch.empty((min(rows, N), V * S), dtype=x.dtype, device=x.device) for _ in range(2))
+    of_rows = options._replace(reduction="none")  # upstream is one number a row by now
+    for first, last in chunks(problem, rows):
+        part, of_chunk, g = problem.chunk(first, last), numbers[:, first:last].contiguous(), upstream[first:last]
+        logits, out = logits_of(part, z), dz[: last - first].view(last - first, V, S)
+        given = (logits, part.target, problem.weight, of_chunk)
+        kernels.backward(*map(see, (*given, g, denominator, out)), **options.of_rows)
+        gradients.add(part, out, first, last)
+        if dtarget is not None:
+            dtarget[first:last] = target_gradient(g, *given, denominator, of_rows)
+    return *gradients.found, dtarget
+
+
+class Gradients:
+    """∂ℓ/∂x, and the sums over chunks of ∂ℓ/∂W and ∂ℓ/∂b, where needed."""
+
+    def __init__(self, problem, needs):
+        acc = accumulate_dtype(problem.x)
+        self.dx = torch.empty_like(problem.x, memory_format=torch.contiguous_format) if needs[0] else None
+        self.dW = torch.zeros_like(problem.W, dtype=acc, memory_format=torch.contiguous_format) if needs[1] else None
+        self.db = torch.zeros_like(problem.b, dtype=acc) if needs[2] else None
+
+    @property
+    def found(self):
+        return self.dx, self.dW, self.db
+
+    def add(self, part, dz, first, last, shrink=None):
+        """What the rows first…last give, whose dz is (n, V, S); ∂ℓ/∂W and ∂ℓ/∂b are multiplied by `shrink`, (1,)."""
+        dz = dz.view(last - first, part.W.shape[0])
+        if self.dx is not None:
+            torch.mm(dz, part.W, out=self.dx[first:last])
+        if self.dW is not None and self.dW.dtype == dz.dtype:
+            self.dW.addmm_(dz.t(), part.x)
+        elif self.dW is not None:
+            _add_product(self.dW, dz, part.x, shrink)
+        if self.db is not None:
+            of_rows = dz.sum(0, dtype=self.db.dtype)
+            self.db += of_rows if shrink is None else of_rows * shrink
+
+
+def _add_product(dW, dz, x, shrink):
+    """dW += dzᵀ x of half precision, of so many classes at a time that their product is a small part of dz."""
+    step = max(dz.numel() // (8 * max(x.shape[1], 1)), 256)
+    for first in range(0, dz.shape[1], step):
+        product, out = dz[:, first : first + step].t() @ x, dW[first : first + step]
+        if shrink is None:
+            out += product
+        else:
+            out.addcmul_(product, shrink)
+
+
+def judge_targets(problem, ignore_index):
+    """At once on the host, later on a GPU; what the kernels may write to."""
+    target, (N, V, S) = problem.target, problem.sizes
+    scratch = torch.full((1,), N * S, dtype=torch.int64, device=target.device)
+    if target.is_floating_point() or not target.numel():
+        return scratch
+    bad = ((target < 0) | (target >= V)) & (target != ignore_index)
+    if arrays.on_host(target):
+        if bad.any():
+            refuse_class(target, int(bad.reshape(-1).to(torch.uint8).argmax()), V, ignore_index)
+    elif target.device.type == "cuda":
+        row = torch.where(bad.reshape(-1).any(), bad.reshape(-1).to(torch.uint8).argmax(), class_range.NONE)
+        flag = class_range.flag(target, N * S)
+        torch.minimum(flag, row, out=flag)
+        if class_range.looks(target.device):
+            class_range.watch(target.device).send()
+    return scratch
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+class LinearCrossEntropy(torch.autograd.Function):
+    """`at_once` makes the gradients in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x, W, b, target, weight, options, rows, numbers, at_once):
+        problem = Problem(x, W, b, target, weight)
+        needs = ctx.needs_input_grad[:3] if at_once else (False,) * 3
+        ctx.of_sum = options.reduction == "mean" and x.dtype in HALVES
+        found = run(problem, options, rows, numbers, needs, ctx.of_sum)
+        ctx.save_for_backward(*problem, found.numbers, found.denominator, found.factor, *found.gradients)
+        ctx.options, ctx.rows, ctx.handed_out = options, rows, not at_once
+        ctx.mark_non_differentiable(found.numbers)
+        ctx.set_materialize_grads(False)
+        return found.loss, found.numbers
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        saved = ctx.saved_tensors
+        problem, (numbers, denominator, factor, *held) = Problem(*saved[:5]), saved[5:]
+        needs, rest = ctx.needs_input_grad[:4], (None,) * 5
+        if upstream is None:
+            return *(None,) * 4, *rest
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            return *formula_gradients(upstream, problem, ctx.options, needs), *rest
+        if ctx.handed_out:
+            found = run_backward(upstream, problem, numbers, denominator, ctx.options, ctx.rows, needs)
+        else:
+            ctx.handed_out = True
+            found = (*_scaled(held, upstream, denominator if ctx.of_sum else None, factor), None)
+        return *as_given(found, problem), *rest
+
+
+def as_given(found, problem):
+    """Gradients in the dtypes of what they are of."""
+    return tuple(None if g is None else as_dtype(g, of.dtype) for g, of in zip(found, problem[:4], strict=True))
+
+
+def _scaled(held, upstream, denominator, factor):
+    """The gradients of the forward pass for another upstream gradient, in place."""
+    # with version counts of their own, so that a write into one does not count as one into the saved tensor
+    held = [None if g is None else g.data for g in held]
+    scale = upstream if denominator is None else upstream / denominator[0]
+    if factor is not None and held[0] is not None:
+        held[0].mul_(scale * factor)
+    if not (arrays.on_host(scale) and scale == 1):
+        for g in held if factor is None else held[1:]:
+            if g is not None:
+                g.mul_(scale)
+    return held
+
+
+# ---------------------------------------------------------------------------------------------- the formula
+def formula(problem, options, stats=False):
+    """The loss and its statistics in PyTorch's operations, which hold all logits."""
+    N, V, S = problem.sizes
+    logits = F.linear(problem.x, problem.W, problem.b).view(N, V, S)
+    return cross_entropy_formula.loss_and_statistics(logits, problem.target, problem.weight, options, stats)
+
+
+def formula_gradients(upstream, problem, options, needs):
+    """The gradients of x, W, b and target, where needed, with a graph of their own."""
+    with torch.enable_grad():
+        loss, _ = formula(problem, options)
+        inputs = [x for x, needed in zip(problem[:4], needs, strict=True) if needed]
+        found = iter(torch.autograd.grad(loss, inputs, upstream, create_graph=True))
+    return tuple(next(found) if needed else None for needed in needs)

@@ -1,0 +1,162 @@
+"""Log-probability, entropy and lse of logits x Wᵀ + b, of which there is never more than a chunk of rows.
+
+The chunks and the products are those of `linear_chunks`, the three numbers and dz `token_log_probs`': the forward pass
+makes each chunk's logits, the backward pass makes them again beside dz, and ∂ℓ/∂W and ∂ℓ/∂b are summed over chunks in float32:
+four products (docs/derivations.md, sections 3.7 and 3.8).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .._core import dispatch
+from . import linear_chunks, operators, token_log_probs
+from .autograd import accumulate_dtype, graph_is_needed
+from .linear_chunks import Gradients, as_given, chunks, logits_of
+from .token_log_probs import TokenLogProbs
+
+
+def linear_token_log_probs(problem, temperature, ignore_index, rows):
+    """`TokenLogProbs` of (N, S) rows; the arguments are checked."""
+    if not operators.traced(problem.x) and operators.transformed():
+        return formula(problem, temperature, ignore_index)
+    return with_sums(problem, temperature, ignore_index, rows)[0]
+
+
+def with_sums(problem, temperature, ignore_index, rows):
+    """`TokenLogProbs`, and the sums of every row by kernels; outside of transforms."""
+    options = temperature, ignore_index
+    if operators.traced(problem.x):
+        *found, sums = FORWARD(*problem[:4], *options, rows or 0)
+        return TokenLogProbs(*found), sums
+    rows = rows or linear_chunks.chunk_rows(problem)
+    if graph_is_needed(*problem[:3]):
+        *found, sums = _LinearTokenLogProbs.apply(*problem[:4], ((*options, rows), _run, _run_backward))
+    else:
+        *found, sums = run(problem, *options, rows)
+    return TokenLogProbs(*found), sums
+
+
+# ---------------------------------------------------------------------------------------------- forward and backward
+def run(problem, temperature, ignore_index, rows):
+    """The three numbers of every row, and what the backward pass needs, (4, N, S)."""
+    x, (N, V, S) = problem.x, problem.sizes
+    which = dispatch.backend(x)
+    see, kernels = dispatch.viewer(which), dispatch.kernels("token_log_probs", which)
+    found = [x.new_empty((N, S), dtype=accumulate_dtype(x)) for _ in range(3)]
+    sums = found[0].new_empty(4, N, S)
+    z = x.new_empty(min(rows, N), V * S)
+    invalid = linear_chunks.judge_targets(problem, ignore_index)
+    for first, last in chunks(problem, rows):
+        part, of_chunk = problem.chunk(first, last), sums.new_empty(4, last - first, S)
+        given = (logits_of(part, z), part.target, *(v[first:last] for v in found), of_chunk, invalid)
+        kernels.forward(*map(see, given), ignore_index=ignore_index, temperature=temperature)
+        sums[:, first:last] = of_chunk
+    return *found, sums
+
+
+def run_backward(upstream, problem, sums, options, rows, needs):
+    """The gradients that `needs` names, of x, W and b, from logits made again; W's and b's in the sums' dtype.
+
+    options: temperature and ignore_index.
+    """
+    x, (N, V, S), (temperature, ignore_index) = problem.x, problem.sizes, options
+    which = dispatch.backend(x)
+    see, kernels = dispatch.viewer(which), dispatch.kernels("token_log_probs", which)
+    rows = max(rows // 2, 1)  # of logits and dz
+    gradients = Gradients(problem, needs)
+    z, dz = (x.new_empty(min(rows, N), V * S) for _ in range(2))
+    for first, last in chunks(problem, rows):
+        part, out = problem.chunk(first, last), dz[: last - first].view(last - first, V, S)
+        g = [None if of is None else of[first:last] for of in upstream]
+        given = (logits_of(part, z), part.target, sums[:, first:last].contiguous(), *g, out)
+        kernels.backward(*map(see, given), ignore_index=ignore_index, temperature=temperature)
+        gradients.add(part, out, first, last)
+    return gradients.found
+
+
+# ---------------------------------------------------------------------------------------------- in PyTorch's operations
+def formula(problem, temperature, ignore_index):
+    """`TokenLogProbs` in PyTorch's operations, which hold all logits."""
+    logits = F.linear(problem.x, problem.W, problem.b).view(problem.sizes)
+    return token_log_probs.formula(logits, problem.target, temperature, ignore_index, 1)
+
+
+def _gradients_with_a_graph(upstream, problem, options, needs):
+    with torch.enable_grad():
+        asked = [(v, g) for v, g in zip(formula(problem, *options), upstream, strict=True) if g is not None]
+        inputs = [v for v, needed in zip(problem[:3], needs, strict=True) if needed]
+        found = iter(torch.autograd.grad([v for v, _ in asked], inputs, [g for _, g in asked], create_graph=True))
+    return tuple(next(found) if needed else None for needed in needs)
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+def _problem(x, W, b, target):
+    return linear_chunks.Problem(x, W, b, target, None)
+
+
+class _LinearTokenLogProbs(torch.autograd.Function):
+    """Forward keeps four numbers a row, and no logits; backward makes them again. `rest`: as `_TokenLogProbs` has it."""
+
+    @staticmethod
+    def forward(ctx, x, W, b, target, rest):
+        options, forward, backward = rest
+        *found, sums = forward(x, W, b, target, *options)
+        ctx.save_for_backward(x, W, b, target, sums)
+        ctx.options, ctx.backward = options, backward
+        ctx.mark_non_differentiable(sums)
+        ctx.set_materialize_grads(False)
+        return *found, sums
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        *problem, sums = ctx.saved_tensors
+        upstream, needs = upstream[:3], ctx.needs_input_grad[:3]
+        if all(g is None for g in upstream):
+            return (None,) * 5
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            return *_gradients_with_a_graph(upstream, _problem(*problem), ctx.options[:2], needs), None, None
+        found = ctx.backward(*upstream, *problem, sums, *ctx.options, needs)
+        return *(g if needed else None for g, needed in zip(found, needs, strict=True)), None, None
+
+
+def _below_autograd(*operands):
+    return operators.below_autograd(FORWARD, *operands)
+
+
+def _run(x, W, b, target, temperature, ignore_index, rows):
+    problem = _problem(x, W, b, target)
+    return run(problem, temperature, ignore_index, rows or linear_chunks.chunk_rows(problem))
+
+
+def _fake(x, W, b, target, *_):
+    rows = x.new_empty(target.shape, dtype=accumulate_dtype(x))
+    return *(torch.empty_like(rows) for _ in range(3)), rows.new_empty((4, *target.shape))
+
+
+def _run_backward(g_log_prob, g_entropy, g_lse, x, W, b, target, sums, temperature, ignore_index, rows, needs):
+    problem, upstream = _problem(x, W, b, target), (g_log_prob, g_entropy, g_lse)
+    rows = rows or linear_chunks.chunk_rows(problem)
+    found = run_backward(upstream, problem, sums, (temperature, ignore_index), rows, needs)
+    return tuple(x.new_empty(0) if g is None else g for g in as_given((*found, None), problem)[:3])
+
+
+def _fake_backward(g_log_prob, g_entropy, g_lse, x, W, b, target, sums, temperature, ignore_index, rows, needs):
+    of = zip((x, W, b), needs, strict=True)
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) if n else x.new_empty(0) for t, n in of)
+
+
+_PROBLEM, _OPTIONS = "Tensor x, Tensor W, Tensor? b, Tensor target", "float temperature, int ignore_index, int rows"
+BACKWARD = operators.define(
+    f"linear_token_log_probs_backward(Tensor? g_log_prob, Tensor? g_entropy, Tensor? g_lse, {_PROBLEM}, Tensor sums, "
+    f"{_OPTIONS}, bool[] needs) -> (Tensor dx, Tensor dW, Tensor db)",
+    _run_backward,
+    _fake_backward,
+)
+FORWARD = operators.define(
+    f"linear_token_log_probs({_PROBLEM}, {_OPTIONS}) -> (Tensor log_prob, Tensor entropy, Tensor lse, Tensor sums)",
+    _run,
+    _fake,
+    lambda *operands: _LinearTokenLogProbs.apply(*operands[:4], (operands[4:], _below_autograd, BACKWARD)),
+)

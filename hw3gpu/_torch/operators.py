@@ -1,0 +1,72 @@
+"""The kernels as operators of `torch.library`, for `torch.compile`, `torch.export` and whatever else reads a graph.
+
+An eager call goes from an autograd function straight to a launcher: an operator costs several times as much. Where somebody
+traces (`traced`), the call goes through `torch.ops.hw3gpu.*` instead, which stays in the graph as one opaque node. An operator
+is made of a schema, in which what is written is marked (`Tensor(a!)`), of `run`, what an eager call does too, of `fake`, its
+outputs without their elements, and of `autograd`, which calls an autograd function. Its outputs never share memory with inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .._core import dispatch
+from .._core.torch_internals import BelowAutograd, dispatch_modes, in_a_dual_level, in_a_functorch_transform, tracing_state
+from .autograd import PLAIN
+
+__all__ = ["below_autograd", "define", "eager", "fake_output", "traced", "transformed"]
+
+_LIBRARY = torch.library.Library("hw3gpu", "DEF")
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any] | None = None) -> Any:
+    """Registers `hw3gpu::name(…) -> …` and returns it. Without `autograd` a graph through it is refused by PyTorch."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"hw3gpu::{name}", fake, lib=_LIBRARY)
+    if autograd is not None:
+        _LIBRARY.impl(name, autograd, "Autograd")
+    return getattr(torch.ops.hw3gpu, name).default
+
+
+def below_autograd(op: Any, *args: Any) -> Any:
+    """The operator without its `autograd`: for the forward of the autograd function that `autograd` calls."""
+    with BelowAutograd():
+        return op(*args)
+
+
+def traced(x: torch.Tensor) -> bool:
+    """True where a call for `x` is to be an operator: under a compiler, tracer or dispatch mode, for fake and meta tensors."""
+    return _somebody_traces() or type(x) not in PLAIN or (x.is_meta and dispatch.gpu_refusal("meta") is not None)
+
+
+def eager() -> bool:
+    """True where nobody traces or transforms: what `traced` is for every plain tensor with memory, and `transformed`."""
+    return not (_somebody_traces() or transformed())
+
+
+def _somebody_traces() -> bool:
+    return torch.compiler.is_compiling() or dispatch_modes() > 0 or tracing_state() is not None
+
+
+def transformed() -> bool:
+    """True inside `torch.func` transforms (vmap, grad, jvp, …) and forward-mode differentiation."""
+    return in_a_functorch_transform() or in_a_dual_level()
+
+
+def fake_output(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """What `outputs.output` makes for `x`, without its elements: its layout, or a contiguous one where that does not fold."""
+    out = torch.empty_like(x)
+    axis %= x.dim()
+    outer, inner = x.shape[:axis], x.shape[axis + 1 :]
+    try:
+        out.view(math.prod(outer), x.shape[axis], math.prod(inner))
+    except (RuntimeError, ValueError):  # of tensors, of fakes
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return out

@@ -1,0 +1,150 @@
+"""Calls on the host in float32, the way of least overhead: kernels take addresses, and no views are made.
+
+Each function gives what the general way gives, to the bit, or None where the call is not one of these.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .._core import dispatch, pool
+from .autograd import PLAIN
+
+# Bytes of a tensor up to which a kernel runs on the calling thread alone, counting what it reads and writes.
+MOST_BYTES = 1 << 16
+
+_FLOAT = np.dtype(np.float32)
+
+
+def _is_plain(v: torch.Tensor) -> bool:
+    """True for a tensor of float32 on the host whose memory holds its values; what is asked for first refuses no tensor."""
+    return (
+        type(v) in PLAIN
+        and v.dtype is torch.float32
+        and v.layout is torch.strided
+        and v.is_cpu
+        and not v.is_nested
+        and not v.is_neg()
+    )
+
+
+def _is_adjacent(v: torch.Tensor | None) -> bool:
+    """True for a plain tensor whose elements follow one another, and for None."""
+    return v is None or (_is_plain(v) and v.is_contiguous())
+
+
+def _fit(x: torch.Tensor, *beside: torch.Tensor | None) -> bool:
+    return 0 < x.nbytes <= MOST_BYTES and _is_adjacent(x) and all(map(_is_adjacent, beside))
+
+
+def _address(v: torch.Tensor | None) -> int:
+    return 0 if v is None else v.data_ptr()
+
+
+def cross_entropy_step(logits, target, weight, upstream, options, dlogits=None):
+    """The reduced loss, its gradient for an upstream number (into `dlogits` where given), and the first wrong row."""
+    if weight is not None or options.z_loss or options.softcap is not None or not _fit(logits, dlogits):
+        return None
+    if target.dtype is not torch.int64 or not target.is_contiguous():
+        return None
+    shape = logits.shape
+    N, V = shape[:2] if len(shape) > 1 else (1, shape[0])
+    loss = logits.new_empty(())
+    dlogits = torch.empty_like(logits) if dlogits is None else dlogits
+    row = dispatch.kernels("cross_entropy_step", "cpu").at_addresses(
+        logits.data_ptr(), target.data_ptr(), dlogits.data_ptr(), loss.data_ptr(), N, V, logits.numel() // (N * V),
+        upstream=upstream, mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored,
+        ignore_index=options.ignore_index, label_smoothing=options.label_smoothing,
+    )  # fmt: skip
+    return loss, dlogits, row
+
+
+# ---------------------------------------------------------------------------------------------- batch normalisation
+class _Way(NamedTuple):
+    """How the kernels walk an input: N, C, S (S = 1 for channels-last), and what an output is made by."""
+
+    sizes: tuple[int, int, int]
+    nbytes: int
+    shape: torch.Size
+    byte_strides: tuple[int, ...]
+    trains: bool
+    evaluates: bool
+
+
+@functools.lru_cache(1024)
+def _way(shape: torch.Size, strides: tuple[int, ...]) -> _Way | None:
+    """Decided once for a layout; None for what the kernels do not take."""
+    x = torch.empty_strided(shape, strides, dtype=torch.float32, device="meta")
+    if x.dim() < 2 or not x.numel():
+        return None
+    N, C, count = shape[0], shape[1], x.numel()
+    if x.is_contiguous():
+        sizes = N, C, count // (N * C)
+    elif x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        sizes = count // C, C, 1
+    else:
+        return None
+    kernels = dispatch.kernels("batch_norm_small", "cpu")
+    whole = kernels.does_whole(*sizes)
+    return _Way(
+        sizes, 4 * count, shape, tuple(4 * s for s in strides), whole and count > C, kernels.normalizes(*sizes)
+    )  # fmt: skip
+
+
+def batch_norm_way(x, weight, bias, running_mean, running_var, training):
+    """For `batch_norm_forward`, of a call that needs no further check of its tensors; None for other calls."""
+    if not _is_plain(x):
+        return None
+    way = _way(x.shape, x.stride())
+    if way is None or not (way.trains if training else way.evaluates):
+        return None
+    if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
+        return None
+    C = way.sizes[1]
+    for v in (weight, bias, running_mean, running_var):
+        if v is not None and not (_is_adjacent(v) and v.dim() == 1 and v.shape[0] == C):
+            return None
+    return way
+
+
+def _output(x, way):
+    memory = pool.empty(way.shape, _FLOAT, way.byte_strides) if way.nbytes >= pool.SMALLEST else None
+    return torch.empty_like(x) if memory is None else torch.from_numpy(memory)
+
+
+def batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps, backward=True):
+    """y and stats: mean (2, C), rstd, and in training var. Without a `backward` pass evaluation needs none."""
+    y, kernels = _output(x, way), dispatch.kernels("batch_norm_small", "cpu")
+    stats = x.new_empty((4 if training else 3, way.sizes[1])) if training or backward else None
+    addresses = (
+        x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), _address(stats), _address(running_mean),
+        _address(running_var), *way.sizes,
+    )  # fmt: skip
+    if training:
+        kernels.forward(*addresses, eps=eps, momentum=momentum)
+    else:
+        kernels.normalize(*addresses, eps=eps)
+    return y, stats
+
+
+def batch_norm_backward(dy, x, weight, stats, training):
+    """dx, dgamma and dbeta; None for what the kernels do not take."""
+    if not (_is_plain(x) and _is_plain(dy)):
+        return None
+    way = _way(x.shape, x.stride())
+    if way is None or not (way.trains if training else way.evaluates) or _way(dy.shape, dy.stride()) != way:
+        return None
+    if not (_is_adjacent(stats) and _is_adjacent(weight)):
+        return None
+    C = way.sizes[1]
+    dx, dgamma, dbeta = _output(x, way), stats.new_empty(C), stats.new_empty(C)
+    kernels = dispatch.kernels("batch_norm_small", "cpu")
+    (kernels.backward if training else kernels.inference_backward)(
+        dy.data_ptr(), x.data_ptr(), stats.data_ptr(), _address(weight), dx.data_ptr(), dgamma.data_ptr(), dbeta.data_ptr(),
+        *way.sizes,
+    )  # fmt: skip
+    return dx, dgamma, dbeta

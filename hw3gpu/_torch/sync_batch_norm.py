@@ -1,0 +1,194 @@
+"""Batch normalisation over the batches of several processes, in torch's autograd.
+
+    forward   every process sends m, μ and M2 = Σ (x - μ)² of its batch, and merges what all have sent, in order of rank:
+              m = Σ m_r,  μ = Σ m_r μ_r / m,  M2 = Σ M2_r + m_r (μ_r - μ)²                    (docs/derivations.md, section 2)
+    backward  dβ and dγ stay each process's own; their sums over all processes, divided by m, are what dx needs
+
+One collective each way, of 2 C + 1 and 2 C numbers in float64. The counts stay on the device, so that batches may differ in
+size, or be empty, and nothing waits for the host. A process without samples takes part in both collectives.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .._core import dispatch, outputs
+from . import operators
+from .autograd import accumulate_dtype, as_dtype, graph_is_needed, no_second_derivative
+from .batch_norm import as_outputs, fused_operands, mask_size
+from .collectives import gathered, summed
+
+
+def sync_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu, group):
+    """y = x̂ γ + β, or relu(… + residual), x̂ by the batches of all processes in the group of that name."""
+    args = (x, weight, bias, running_mean, running_var, momentum, eps, residual, relu, group)
+    if operators.traced(x):
+        return FORWARD(*args)[0]
+    if operators.transformed():
+        raise RuntimeError("sync_batch_norm: torch.func transforms and forward mode do not reach the other processes")
+    if graph_is_needed(x, weight, bias, residual):
+        return _SyncBatchNorm.apply(*args)
+    return _run(*args)[0]
+
+
+# ---------------------------------------------------------------------------------------------- forward and backward
+def _run(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu, group, *, new=torch.empty):
+    """y, and what the backward pass needs: stats (mean, what its rounding left, rstd), the number of values, the mask."""
+    which = dispatch.backend(x)
+    see, kernels = dispatch.viewer(which), dispatch.kernels("batch_norm", which)
+    y, y_folded = outputs.output(x, 1, see)
+    folded = outputs.fold(see(x), 1)
+    stats, total, mean, var = _statistics(x, folded, see, kernels, eps, group)
+    if running_mean is not None:
+        _update(running_mean, mean, momentum, total)
+        _update(running_var, var * (total / (total - 1).clamp(min=1)), momentum, total)
+    mask, fused = fused_operands(folded, residual, relu, x.device, see, kernels, new)
+    if x.numel():
+        seen = see(stats)
+        scale, shift = dispatch.vector_view(weight, which), dispatch.vector_view(bias, which)
+        kernels.normalize(folded, seen[:2], seen[2], scale, shift, y_folded, **fused)
+    return y, stats, total, mask
+
+
+def _statistics(x, folded, see, kernels, eps, group):
+    """Of the values of all processes: mean, what its rounding left, rstd; their number a channel; mean and var in float64."""
+    C, acc = x.shape[1], accumulate_dtype(x)
+    own = torch.zeros((4, C), dtype=acc, device=x.device)
+    if x.numel():
+        seen = see(own)
+        kernels.statistics(folded, seen[:2], seen[3], seen[2], None, None, eps=eps, momentum=0.0)
+    count = x.numel() // max(C, 1)
+    sent = own.new_empty(2 * C + 1, dtype=torch.float64)
+    sent[0] = count
+    torch.add(own[0].double(), own[1], out=sent[1 : C + 1])
+    torch.mul(own[3].double(), count, out=sent[C + 1 :])
+    received = gathered(sent, group)
+    counts, means, squares = received[:, :1], received[:, 1 : C + 1], received[:, C + 1 :]
+    total = counts.sum(0)
+    divisor = total.clamp(min=1)
+    mean = (counts * means).sum(0) / divisor
+    var = (squares + counts * (means - mean).square()).sum(0) / divisor
+    stats = own[:3]
+    stats[0] = mean
+    stats[1] = mean - stats[0]
+    stats[2] = (var + eps).rsqrt()
+    return stats, total, mean, var
+
+
+def _update(running, value, momentum, total):
+    """r <- (1 - momentum) r + momentum · value, unless all batches are empty."""
+    new = (1 - momentum) * running.double() + momentum * value
+    running.copy_(torch.where(total > 0, new, running))
+
+
+def _run_backward(dy, x, weight, stats, total, mask, relu, residual, dx_needed, group):
+    """dx where it is needed, this process's dgamma and dbeta, and dresidual where `residual` asks for it."""
+    which = dispatch.backend(x)
+    see, kernels = dispatch.viewer(which), dispatch.kernels("batch_norm", which)
+    seen, scale = see(stats), dispatch.vector_view(weight, which)
+    dgamma, dbeta = (torch.zeros(x.shape[1], dtype=stats.dtype, device=x.device) for _ in range(2))
+    folded, upstream, fused = outputs.fold(see(x), 1), outputs.fold(see(dy), 1), {"mask": see(mask)} if relu else {}
+    if x.numel():
+        kernels.backward_reduce(upstream, folded, seen[:2], seen[2], see(dgamma), see(dbeta), **fused)
+    dresidual = dy if residual else None
+    if residual and relu:
+        dresidual, fused["dresidual"] = outputs.output(x, 1, see)
+    elif not dx_needed:
+        return None, dgamma, dbeta, dresidual
+    means = torch.stack([dgamma, dbeta]).double()
+    if dx_needed:
+        means = summed(means, group) / total.clamp(min=1)
+    means = see(means.to(stats.dtype))
+    dx, dx_folded = outputs.output(x, 1, see)
+    if x.numel():
+        kernels.backward_apply(upstream, folded, seen[:2], seen[2], scale, means[0], means[1], 1, dx_folded, **fused)
+    return dx if dx_needed else None, dgamma, dbeta, dresidual
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+class _SyncBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        y, stats, total, mask = _run(*args)
+        _save(ctx, args, stats, total, mask)
+        return y
+
+    @staticmethod
+    @no_second_derivative("sync_batch_norm")
+    def backward(ctx, dy):
+        return _gradients(ctx, dy, _run_backward)
+
+
+class _TracedSyncBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        y, stats, total, mask = operators.below_autograd(FORWARD, *args)
+        _save(ctx, args, stats, total, mask)
+        ctx.mark_non_differentiable(stats, total, mask)
+        ctx.set_materialize_grads(False)
+        return y, stats, total, mask
+
+    @staticmethod
+    @no_second_derivative("sync_batch_norm")
+    def backward(ctx, dy, *_):
+        return (None,) * 10 if dy is None else _gradients(ctx, dy, _traced_backward)
+
+
+def _save(ctx, args, stats, total, mask):
+    x, weight, bias, *_, ctx.relu, ctx.group = args
+    ctx.save_for_backward(x, weight, stats, total, mask)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(ctx, dy, backward):
+    x, weight, stats, total, mask = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, total, mask, ctx.relu, needs[7], needs[0], ctx.group)
+    return (
+        dx,
+        as_dtype(dgamma, weight.dtype) if needs[1] else None,
+        as_dtype(dbeta, ctx.bias_dtype) if needs[2] else None,
+        *(None,) * 4,
+        dresidual,
+        None,
+        None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- operators
+def _fake(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu, group):
+    stats = x.new_empty((3, x.shape[1]), dtype=accumulate_dtype(x))
+    mask = x.new_empty(mask_size(x) if relu else 0, dtype=torch.uint8)
+    return operators.fake_output(x, 1), stats, x.new_empty(1, dtype=torch.float64), mask
+
+
+def _fake_backward(dy, x, weight, stats, total, mask, relu, residual, dx_needed, group):
+    dx, C = operators.fake_output(x, 1), x.shape[1]
+    nothing = mask.new_empty(0)
+    sums = stats.new_empty(C), stats.new_empty(C)
+    return dx if dx_needed else nothing, *sums, torch.empty_like(dx) if residual and relu else nothing
+
+
+def _run_backward_operator(dy, x, weight, stats, total, mask, relu, residual, dx_needed, group):
+    results = _run_backward(dy, x, weight, stats, total, mask, relu, residual and relu, dx_needed, group)
+    return as_outputs(results, mask)
+
+
+FORWARD = operators.define(
+    "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "float momentum, float eps, Tensor? residual, bool relu, str group) -> (Tensor y, Tensor stats, Tensor total, Tensor mask)",
+    lambda *args: as_outputs(_run(*args, new=torch.zeros), args[0]),  # of a mask some bytes are left unwritten
+    _fake,
+    lambda *args: _TracedSyncBatchNorm.apply(*args),
+)
+BACKWARD = operators.define(
+    "sync_batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor total, Tensor mask, bool relu, "
+    "bool residual, bool dx_needed, str group) -> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
+    _run_backward_operator,
+    _fake_backward,
+)
+
+
+def _traced_backward(dy, x, weight, stats, total, mask, relu, residual, dx_needed, group):
+    dx, dgamma, dbeta, dresidual = BACKWARD(dy, x, weight, stats, total, mask, relu, residual, dx_needed, group)
+    return dx if dx_needed else None, dgamma, dbeta, (dresidual if relu else dy) if residual else None

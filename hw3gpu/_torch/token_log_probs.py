@@ -1,0 +1,163 @@
+"""Log-probability of a class, entropy and log Σ exp of every row, with gradients: docs/derivations.md, section 3.8.
+
+A call takes one of three ways. Eager: `_TokenLogProbs`, or `run` alone where no graph is needed. Traced: the operators below,
+around the same functions. Inside `torch.func` transforms, in forward mode, and where a gradient is to be differentiated again:
+the formula in PyTorch's operations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._core import dispatch, outputs
+from . import class_range, operators
+from .autograd import accumulate_dtype, graph_is_needed
+from .class_range import judge_targets
+from .cross_entropy_formula import entropy_of
+
+
+class TokenLogProbs(NamedTuple):
+    """Of every row, of target's shape, in float32 (float64 for float64); each has a graph where the logits ask for one.
+
+    Attributes:
+        log_prob: log p of the target class, p = softmax(logits / temperature).
+        entropy: -Σ p log p.
+        lse: log Σ exp(logits / temperature).
+    """
+
+    log_prob: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
+def token_log_probs(logits, target, temperature, ignore_index, dim):
+    """`TokenLogProbs`; the arguments are checked, `dim` counts from the front."""
+    if not operators.traced(logits) and operators.transformed():
+        return formula(logits, target, temperature, ignore_index, dim)
+    return with_sums(logits, target, temperature, ignore_index, dim, save=False)[0]
+
+
+def with_sums(logits, target, temperature, ignore_index, dim, save=True):
+    """`TokenLogProbs`, and the sums of every row by kernels if `save`; outside of transforms."""
+    rest = temperature, ignore_index, dim
+    if operators.traced(logits):
+        *found, stats = FORWARD(logits, target, *rest)
+    elif graph_is_needed(logits):
+        *found, stats = _TokenLogProbs.apply(logits, target, (rest, run, run_backward))
+    else:
+        *found, stats = run(logits, target, *rest, save)
+    return TokenLogProbs(*found), stats
+
+
+# ---------------------------------------------------------------------------------------------- forward and backward
+def rows_of(logits, target, dim, which):
+    """Logits as (N, V, S) and targets as (N, S), as the `which` kernels see them."""
+    z = outputs.folded(logits, dim, which)
+    return z, dispatch.kernel_view(target.reshape(z.shape[0], z.shape[2]), which)
+
+
+def run(logits, target, temperature, ignore_index, dim, save=True):
+    """The three numbers of every row, and what the backward pass needs if `save`, else None."""
+    which = dispatch.backend(logits)
+    see = dispatch.viewer(which)
+    z, t = rows_of(logits, target, dim, which)
+    rows = z.shape[0], z.shape[2]
+    found = [logits.new_empty(target.shape, dtype=accumulate_dtype(logits)) for _ in range(3)]
+    stats = found[0].new_empty(4, *rows) if save else None
+    invalid = class_range.flag(logits, rows[0] * rows[1])
+    dispatch.kernels("token_log_probs", which).forward(
+        z, t, *(see(v.view(rows)) for v in found), see(stats), see(invalid), ignore_index=ignore_index, temperature=temperature
+    )
+    judge_targets(logits, target, invalid, logits.shape[dim], ignore_index)
+    return *found, stats
+
+
+def run_backward(g_log_prob, g_entropy, g_lse, logits, target, stats, temperature, ignore_index, dim):
+    """∂ℓ/∂logits from the three upstream gradients, None where one is zero."""
+    which = dispatch.backend(logits)
+    see = dispatch.viewer(which)
+    z, t = rows_of(logits, target, dim, which)
+    dlogits, dz = outputs.output(logits, dim, see)
+    upstream = [see(g if g is None else g.reshape(t.shape)) for g in (g_log_prob, g_entropy, g_lse)]
+    dispatch.kernels("token_log_probs", which).backward(
+        z, t, see(stats), *upstream, dz, ignore_index=ignore_index, temperature=temperature
+    )
+    return dlogits
+
+
+# ---------------------------------------------------------------------------------------------- in PyTorch's operations
+def formula(logits, target, temperature, ignore_index, dim):
+    """`TokenLogProbs` in PyTorch's operations, which have derivatives of every order and go through every transform."""
+    z = logits.to(accumulate_dtype(logits)) / temperature
+    log_p = torch.log_softmax(z, dim)
+    kept = target != ignore_index
+    log_prob = log_p.gather(dim, torch.where(kept, target, 0).long().unsqueeze(dim)).squeeze(dim)
+    return TokenLogProbs(*(torch.where(kept, v, 0.0) for v in (log_prob, entropy_of(log_p, dim), torch.logsumexp(z, dim))))
+
+
+def _gradient_with_a_graph(upstream, logits, target, rest):
+    with torch.enable_grad():
+        asked = [(v, g) for v, g in zip(formula(logits, target, *rest), upstream, strict=True) if g is not None]
+        return torch.autograd.grad([v for v, _ in asked], logits, [g for _, g in asked], create_graph=True)[0]
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+class _TokenLogProbs(torch.autograd.Function):
+    """Forward reads the logits once and keeps four numbers a row; backward reads them once and writes the gradient.
+
+    `rest` names what runs: the kernels, or the operators around them where somebody traces.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, rest):
+        options, forward, backward = rest
+        *found, stats = forward(logits, target, *options)
+        ctx.save_for_backward(logits, target, stats)
+        ctx.options, ctx.backward = options, backward
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return *found, stats
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        logits, target, stats = ctx.saved_tensors
+        upstream = upstream[:3]
+        if all(g is None for g in upstream):
+            return None, None, None
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            return _gradient_with_a_graph(upstream, logits, target, ctx.options), None, None
+        return ctx.backward(*upstream, logits, target, stats, *ctx.options), None, None
+
+
+def _below_autograd(*operands):
+    return operators.below_autograd(FORWARD, *operands)
+
+
+def _fake(logits, target, temperature, ignore_index, dim):
+    acc = accumulate_dtype(logits)
+    outer = inner = 1
+    for size in logits.shape[:dim]:
+        outer = outer * size
+    for size in logits.shape[dim + 1 :]:
+        inner = inner * size
+    return *(logits.new_empty(target.shape, dtype=acc) for _ in range(3)), logits.new_empty((4, outer, inner), dtype=acc)
+
+
+_OPTIONS = "float temperature, int ignore_index, int dim"
+BACKWARD = operators.define(
+    "token_log_probs_backward(Tensor? g_log_prob, Tensor? g_entropy, Tensor? g_lse, Tensor logits, Tensor target, "
+    f"Tensor stats, {_OPTIONS}) -> Tensor",
+    run_backward,
+    lambda g_log_prob, g_entropy, g_lse, logits, target, stats, temperature, ignore_index, dim: operators.fake_output(
+        logits, dim
+    ),
+)
+FORWARD = operators.define(
+    f"token_log_probs(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor log_prob, Tensor entropy, Tensor lse, Tensor stats)",
+    run,
+    _fake,
+    lambda logits, target, *options: _TokenLogProbs.apply(logits, target, (options, _below_autograd, BACKWARD)),
+)

@@ -1,0 +1,349 @@
+"""Batch normalisation where a channel's values are scattered: channels-last, and planes too small to be a loop of their own.
+
+The data is taken as *lines* of adjacent elements in which the channels come in the same pattern: k rows of C channels
+(channels-last), or the small planes of a few channels of one sample (`tiles.py`). Each position of the line has its own mean,
+scale and sums, so that the inner loop runs along memory whatever the number of channels; the positions of a channel are added
+up at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from .._numba.compile import exact, inline, kernel
+from .._numba.simd import load_lanes, load_lanes_like, store_lanes, streamed, width, write
+from .._numba.views import line_of
+from .planes import AROUND
+from .statistics import add_to, sums_of
+
+# ---------------------------------------------------------------------------------------------- one line
+# Parameters of a position: at (1, rows, positions), three axes for `line_of`; its rows are named here.
+MEAN, REST, SCALE, SHIFT_1, SHIFT_2 = range(5)
+
+
+@inline
+def parameters(positions, like):
+    """For the parameters of a line; the last vector of them is read whole."""
+    return np.empty((1, 5, positions + width(like)), like.dtype)
+
+
+@inline
+def _of(at, row):
+    """A row of parameters. It counts no reference: `at` has to be used after it, or in the same loop."""
+    return line_of(at, 0, row, 0, at.shape[2])
+
+
+# Sums are float64, and so is what they are sums of, from where it is loaded. Several lines at once: a sum is read and written
+# once for all of them.
+@inline
+def _add(sums, p, exist, v):
+    store_lanes(sums, p, exist, load_lanes(sums, p, exist, 0.0) + v)
+
+
+@inline
+def _add_deviations(p, exist, args):
+    x, shift, total, square = args
+    d = load_lanes_like(x, p, exist, 0.0, total) - load_lanes(shift, p, exist, 0.0)
+    _add(total, p, exist, d)
+    _add(square, p, exist, d * d)
+
+
+@inline
+def _add_four_deviations(p, exist, args):
+    x0, x1, x2, x3, shift, total, square = args
+    about = load_lanes(shift, p, exist, 0.0)
+    d0, d1 = load_lanes_like(x0, p, exist, 0.0, total) - about, load_lanes_like(x1, p, exist, 0.0, total) - about
+    d2, d3 = load_lanes_like(x2, p, exist, 0.0, total) - about, load_lanes_like(x3, p, exist, 0.0, total) - about
+    _add(total, p, exist, (d0 + d1) + (d2 + d3))
+    _add(square, p, exist, (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
+
+
+@inline
+def _from_one(x, p, exist, mean, rest, like):
+    return load_lanes_like(x, p, exist, 0.0, like) - load_lanes_like(mean, p, exist, 0.0, like)
+
+
+@inline
+def _from_two(x, p, exist, mean, rest, like):
+    return _from_one(x, p, exist, mean, rest, like) - load_lanes_like(rest, p, exist, 0.0, like)
+
+
+def _from_mean(x: Any, p: Any, exist: Any, mean: Any, rest: Any, like: Any) -> Any:
+    """(x - mean) - rest; `rest` counts unless float64 holds the mean of what has fewer digits: it is below 2^-53 of it."""
+    return _from_two(x, p, exist, mean, rest, like)
+
+
+@overload(_from_mean)
+def _choose_from_mean(x, p, exist, mean, rest, like):
+    if mean.dtype == types.float64 and x.dtype != types.float64:
+        return lambda x, p, exist, mean, rest, like: _from_one(x, p, exist, mean, rest, like)
+    return lambda x, p, exist, mean, rest, like: _from_two(x, p, exist, mean, rest, like)
+
+
+@inline
+def _add_gradients(p, exist, args):
+    dy, x, mean, rest, total, product = args
+    g = load_lanes_like(dy, p, exist, 0.0, total)
+    _add(total, p, exist, g)
+    _add(product, p, exist, g * _from_mean(x, p, exist, mean, rest, total))
+
+
+@inline
+def _add_two_gradients(p, exist, args):
+    dy0, dy1, x0, x1, mean, rest, total, product = args
+    g0, g1 = load_lanes_like(dy0, p, exist, 0.0, total), load_lanes_like(dy1, p, exist, 0.0, total)
+    d0, d1 = _from_mean(x0, p, exist, mean, rest, total), _from_mean(x1, p, exist, mean, rest, total)
+    _add(total, p, exist, g0 + g1)
+    _add(product, p, exist, g0 * d0 + g1 * d1)
+
+
+@inline
+def _along(size, like, lanes, args):
+    """lanes(p, exist, args) for the positions of a line, vector by vector of `like`."""
+    p, count = 0, width(like)
+    while p + count <= size:
+        lanes(p, width(like), args)
+        p += count
+    if p < size:
+        lanes(p, size - p, args)
+
+
+@inline
+def _normalized(i, exist, args):
+    x, mean, rest, scale, beta = args
+    whole = width(mean)
+    d = (load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, whole, 0.0)) - load_lanes(rest, i, whole, 0.0)
+    return d * load_lanes(scale, i, whole, 0.0) + load_lanes(beta, i, whole, 0.0)
+
+
+@inline
+def _normalize(x, at, y, around):
+    """at[SHIFT_1] is beta."""
+    write(y, around, _normalized, (x, _of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1)))
+
+
+@inline
+def _normalized_by_known(i, exist, args):
+    """As `_normalized`, of a mean that has no second part."""
+    x, mean, scale, beta = args
+    whole = width(mean)
+    d = load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, whole, 0.0)
+    return d * load_lanes(scale, i, whole, 0.0) + load_lanes(beta, i, whole, 0.0)
+
+
+@inline
+def normalize_known(x, at, y, of):
+    """A line, by means that have no second part; y is one of `of`."""
+    write(y, _goes_around(of), _normalized_by_known, (x, _of(at, MEAN), _of(at, SCALE), _of(at, SHIFT_1)))
+
+
+@inline
+def _applied(i, exist, args):
+    dy, x, mean, rest, scale, b, k = args
+    whole = width(mean)
+    d = (load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, whole, 0.0)) - load_lanes(rest, i, whole, 0.0)
+    g = load_lanes(dy, i, exist, 0.0) - load_lanes(b, i, whole, 0.0)
+    return (g - d * load_lanes(k, i, whole, 0.0)) * load_lanes(scale, i, whole, 0.0)
+
+
+@inline
+def _apply(dy, x, at, dx, around):
+    """at[SHIFT_1] is dbeta / m, at[SHIFT_2] is rstd dgamma / m."""
+    of = (_of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1), _of(at, SHIFT_2))
+    write(dx, around, _applied, (dy, x, *of))
+
+
+@inline
+def _scaled(i, exist, args):
+    dy, scale = args
+    return load_lanes(dy, i, exist, 0.0) * load_lanes(scale, i, width(scale), 0.0)
+
+
+@inline
+def _scale(dy, at, dx, around):
+    write(dx, around, _scaled, (dy, _of(at, SCALE)))
+
+
+@inline
+def _goes_around(y):
+    """True where the lines of a result are to be written around the caches."""
+    return y.size * y.itemsize >= AROUND
+
+
+@inline
+def _spread(at, row, j, S, value):
+    """`value` at the positions of the tile's channel j. (The index is unsigned: a signed one may count from the end.)"""
+    for s in range(S):
+        at[0, row, np.uintp(j * S + s)] = value
+
+
+@exact
+def _left(high, low):
+    """What high + low loses, |high| >= |low|."""
+    left = (high - (high + low)) + low
+    return left if math.isfinite(left) else 0.0
+
+
+@inline
+def _wide_means(about, c0, c1, S, mean):
+    for c in range(c0, c1):
+        high, low = np.float64(mean[0, c]), np.float64(mean[1, c])
+        _spread(about, MEAN, c - c0, S, high + low)
+        _spread(about, REST, c - c0, S, _left(high, low))
+
+
+# ---------------------------------------------------------------------------------------------- channels-last, split
+# Row v is x[v // S, :, v % S]; its C channels are adjacent. A line is `rows` rows, which are adjacent too if rows > 1; position
+# j C + c. Block b is the rows m b / blocks … m (b + 1) / blocks - 1.
+@inline
+def _rows_of(x, v, size):
+    S = x.shape[2]
+    return line_of(x, v // S, 0, v % S, size)
+
+
+@inline
+def _repeat(at, row, values):
+    """`values`, a number a channel, at the positions of every row of a line."""
+    start, C = 0, values.size
+    while start + C <= at.shape[2]:
+        for c in range(C):
+            at[0, row, np.uintp(start + c)] = values[c]
+        start += C
+
+
+@inline
+def repeat_known(at, mean, scale, beta):
+    """What `normalize_known` needs of a line of rows."""
+    _repeat(at, MEAN, mean)
+    _repeat(at, SCALE, scale)
+    _repeat(at, SHIFT_1, beta)
+
+
+@inline
+def _means_of_rows(at, mean):
+    _repeat(at, MEAN, mean[0])
+    _repeat(at, REST, mean[1])
+
+
+@inline
+def _normalization_of_rows(at, mean, scale, beta):
+    _means_of_rows(at, mean)
+    _repeat(at, SCALE, scale)
+    _repeat(at, SHIFT_1, beta)
+
+
+@inline
+def _slopes_of_rows(at, mean, scale, b, k):
+    _normalization_of_rows(at, mean, scale, b)
+    _repeat(at, SHIFT_2, k)
+
+
+@inline
+def _fold(first, second, C, partial):
+    """partial[i, c] = the sum over the positions of channel c."""
+    pieces = np.zeros((2, 2, C))
+    for start in range(0, first.size, C):
+        for c in range(C):
+            add_to(pieces, c, first[np.uintp(start + c)], second[np.uintp(start + c)])
+    for c in range(C):
+        partial[0, c], partial[1, c] = sums_of(pieces, c)
+
+
+@kernel
+def sums(first, last, rows, x, shift, partial):
+    """partial (blocks, 2, C): sum (x - shift) and sum (x - shift)^2 of every block."""
+    N, C, S = x.shape
+    blocks, m, P = partial.shape[0], N * S, rows * C
+    at, total, square = np.empty((1, 1, P)), np.empty(P), np.empty(P)
+    _repeat(at, 0, shift)
+    for block in range(first, last):
+        v, end = m * block // blocks, m * (block + 1) // blocks
+        total[:] = 0.0
+        square[:] = 0.0
+        while v + 4 * rows <= end:
+            x0, x1 = _rows_of(x, v, P), _rows_of(x, v + rows, P)
+            x2, x3 = _rows_of(x, v + 2 * rows, P), _rows_of(x, v + 3 * rows, P)
+            _along(P, total, _add_four_deviations, (x0, x1, x2, x3, _of(at, 0), total, square))
+            v += 4 * rows
+        while v < end:
+            size = min(rows, end - v) * C
+            _along(size, total, _add_deviations, (_rows_of(x, v, size), _of(at, 0), total, square))
+            v += rows
+        _fold(total, square, C, partial[block])
+
+
+@kernel
+def gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial):
+    """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
+    N, C, S = x.shape
+    blocks, m, P, scaled = partial.shape[0], N * S, rows * C, dx.size > 0
+    about, total, product = np.empty((1, 2, P)), np.empty(P), np.empty(P)
+    _wide_means(about, 0, C, 1, mean)
+    for c in range(C, P):
+        about[0, MEAN, np.uintp(c)], about[0, REST, np.uintp(c)] = (
+            about[0, MEAN, np.uintp(c - C)],
+            about[0, REST, np.uintp(c - C)],
+        )
+    at = parameters(P if scaled else 0, scale)
+    if scaled:
+        _repeat(at, SCALE, scale)
+    for block in range(first, last):
+        start, end = m * block // blocks, m * (block + 1) // blocks
+        v = start
+        total[:] = 0.0
+        product[:] = 0.0
+        while v + 2 * rows <= end:
+            dy0, dy1, x0, x1 = _rows_of(dy, v, P), _rows_of(dy, v + rows, P), _rows_of(x, v, P), _rows_of(x, v + rows, P)
+            mean_at, rest_at = _of(about, MEAN), _of(about, REST)
+            _along(P, total, _add_two_gradients, (dy0, dy1, x0, x1, mean_at, rest_at, total, product))
+            v += 2 * rows
+        while v < end:
+            size = min(rows, end - v) * C
+            _along(
+                size,
+                total,
+                _add_gradients,
+                (_rows_of(dy, v, size), _rows_of(x, v, size), _of(about, MEAN), _of(about, REST), total, product),
+            )
+            v += rows
+        _fold(total, product, C, partial[block])
+        v = start if scaled else end
+        while v < end:
+            size = min(rows, end - v) * C
+            _scale(_rows_of(dy, v, size), at, _rows_of(dx, v, size), _goes_around(dx))
+            v += rows
+    streamed()
+
+
+@kernel
+def normalize(first, last, blocks, rows, x, mean, scale, beta, y):
+    N, C, S = x.shape
+    m, at = N * S, parameters(rows * C, mean)
+    _normalization_of_rows(at, mean, scale, beta)
+    for block in range(first, last):
+        v, end = m * block // blocks, m * (block + 1) // blocks
+        while v < end:
+            size = min(rows, end - v) * C
+            _normalize(_rows_of(x, v, size), at, _rows_of(y, v, size), _goes_around(y))
+            v += rows
+    streamed()
+
+
+@kernel
+def apply(first, last, blocks, rows, dy, x, mean, scale, b, k, dx):
+    """dx = scale (dy - b - (x - mean) k)."""
+    N, C, S = x.shape
+    m, at = N * S, parameters(rows * C, mean)
+    _slopes_of_rows(at, mean, scale, b, k)
+    for block in range(first, last):
+        v, end = m * block // blocks, m * (block + 1) // blocks
+        while v < end:
+            size = min(rows, end - v) * C
+            _apply(_rows_of(dy, v, size), _rows_of(x, v, size), at, _rows_of(dx, v, size), _goes_around(dx))
+            v += rows
+    streamed()

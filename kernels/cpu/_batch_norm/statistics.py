@@ -1,0 +1,182 @@
+"""The statistics of a channel from sums that were taken in pieces.
+
+Sums are of d = x - shift, in float64, where `shift` is the mean of a few first values of the channel, or 0 where they spread
+around it. With m values
+
+    mean = shift + sum d / m,    var = sum d^2 / m - (sum d / m)^2
+
+and what that difference cancels is (mean - shift)^2 / var. Where this is large, which takes first values unlike the rest,
+the sums are taken again about the mean just found. Pieces are added in order with the rounding of each addition carried
+along, so that float64 input has the accuracy of float64 too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .._numba.compile import exact, inline, kernel
+from .._numba.elements import fma, load
+from .._numba.views import plane_of
+
+# Values of a channel whose mean is the shift.
+SHIFT_VALUES = 16
+# (mean - shift)^2 / var above which the sums are taken again: the difference cancels at most 6 bits.
+FAR_SHIFT = 64.0
+
+
+# ---------------------------------------------------------------------------------------------- sums in pieces
+@exact
+def two_sum(a, b):
+    """a + b in two parts: the rounded sum, and what the rounding left (Knuth)."""
+    high = a + b
+    part = high - a
+    return high, (a - (high - part)) + (b - part)
+
+
+@exact
+def with_low(total, low):
+    """A sum and what its roundings left; an infinite sum has left NaN."""
+    return total + low if math.isfinite(low) else total
+
+
+@inline
+def add_to(sums, j, first, second):
+    """Add to the two sums of channel j. sums (2, 2, channels): the sums, and what their roundings left."""
+    sums[0, 0, j], low = two_sum(sums[0, 0, j], first)
+    sums[1, 0, j] += low
+    sums[0, 1, j], low = two_sum(sums[0, 1, j], second)
+    sums[1, 1, j] += low
+
+
+@inline
+def sums_of(sums, j):
+    """The two sums of channel j."""
+    return with_low(sums[0, 0, j], sums[1, 0, j]), with_low(sums[0, 1, j], sums[1, 1, j])
+
+
+@kernel
+def merge(partial, sums):
+    """sums (2, C) = the sum over the blocks of partial (blocks, 2, C), in order."""
+    C = sums.shape[1]
+    pieces = np.zeros((2, 2, C))
+    for b in range(partial.shape[0]):
+        for c in range(C):
+            add_to(pieces, c, partial[b, 0, c], partial[b, 1, c])
+    for c in range(C):
+        sums[0, c], sums[1, c] = sums_of(pieces, c)
+
+
+# ---------------------------------------------------------------------------------------------- shift
+@inline
+def shift_of(total, size, count):
+    """The mean of `count` values of this sum; 0 if they spread as far as that, or if it is no finite number."""
+    mean = total / count
+    return mean if math.isfinite(mean) and abs(total) > 0.7 * size else 0.0
+
+
+@inline
+def first_mean(x, c):
+    """The shift by the first values of channel c."""
+    N, S = x.shape[0], x.shape[2]
+    total, size, count = 0.0, 0.0, 0
+    for n in range(N):
+        values = plane_of(x, n, c, 0, min(S, SHIFT_VALUES - count))
+        for s in range(values.size):
+            value = np.float64(load(values, s))
+            total += value
+            size += abs(value)
+        count += values.size
+        if count >= SHIFT_VALUES:
+            break
+    return shift_of(total, size, count)
+
+
+@inline
+def better_shift(shift, total, square, m):
+    """The mean, if `shift` is too far from it for `finish`; else NaN."""
+    of_m = 1.0 / m
+    d = total * of_m
+    return shift + d if d * d > FAR_SHIFT * (square * of_m - d * d) and math.isfinite(d) else math.nan
+
+
+@kernel
+def first_means(x, shift):
+    for c in range(x.shape[1]):
+        shift[c] = first_mean(x, c)
+
+
+@kernel
+def better_shifts(shift, sums, m):
+    """Replace every shift that is too far from its channel's mean; True if there was one."""
+    found = False
+    for c in range(shift.size):
+        better = better_shift(shift[c], sums[0, c], sums[1, c], m)
+        if better == better:
+            shift[c] = better
+            found = True
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+# A number in two parts, high + low, is held to about twice the digits of float64.
+@exact
+def _divide(a, m):
+    """a / m in two parts, the first perhaps an ulp off: the second has what it left. 1 / m is taken once for all channels."""
+    of_m = 1.0 / m
+    high = a * of_m
+    return high, fma(-high, m, a) * of_m
+
+
+@exact
+def _reciprocal_root(high, low):
+    """1 / sqrt(high + low): a Newton step on the rounded one, with its square in two parts."""
+    root = 1.0 / math.sqrt(high)
+    square = root * root
+    left = fma(-high, square, 1.0) - high * fma(root, root, -square) - low * square
+    return root + 0.5 * root * left if math.isfinite(left) else root
+
+
+@exact
+def finish(c, shift, total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var):
+    """The statistics of channel c from its sums about `shift`, each with one rounding in float64, then to their dtype."""
+    of = var.dtype.type
+    d, d_low = _divide(total, m)
+    mu, mu_low = two_sum(shift, d)
+    mu_low += d_low
+    mean[0, c] = of(mu)
+    rest = (mu - np.float64(mean[0, c])) + mu_low
+    mean[1, c] = of(rest) if math.isfinite(rest) else of(0)
+
+    square, square_low = _divide(square, m)
+    d2 = d * d
+    variance, low = two_sum(square, -d2)
+    low += square_low - (fma(d, d, -d2) + 2.0 * d * d_low)
+    if math.isfinite(low):
+        variance, low = (variance, low) if variance + low > 0.0 else (0.0, 0.0)
+    else:
+        low = 0.0
+    with_eps, eps_low = two_sum(variance, eps)
+    rstd[c] = of(_reciprocal_root(with_eps, eps_low + low))
+    variance += low
+    var[c] = of(variance)
+    if running_mean.size:
+        running_mean[c] = of((1.0 - momentum) * running_mean[c] + momentum * mu)
+    if running_var.size:
+        running_var[c] = of((1.0 - momentum) * running_var[c] + momentum * (variance * (m / (m - 1.0))))
+
+
+@kernel
+def finish_all(shift, sums, m, eps, momentum, mean, var, rstd, running_mean, running_var):
+    for c in range(shift.size):
+        finish(c, shift[c], sums[0, c], sums[1, c], m, eps, momentum, mean, var, rstd, running_mean, running_var)
+
+
+@kernel
+def finish_gradients(sums, rstd, dgamma, dbeta):
+    """dbeta and dgamma from sum dy and sum dy (x - mean)."""
+    of = rstd.dtype.type
+    for c in range(rstd.size):
+        dbeta[c] = of(sums[0, c])
+        dgamma[c] = of(sums[1, c] * rstd[c])

@@ -1,0 +1,327 @@
+"""Batch normalisation by tiles: several small planes, or a few channels of channels-last rows, one position a line's element.
+
+A tile is `group` channels; its lines are x[n, c0:c1, :], position (c - c0) S + s. Block b is the samples N p / parts …
+N (p + 1) / parts - 1 of a tile, p = b % parts; a channel that is done whole has one part. Whole tiles that one thread does
+in turn are done as one of up to WIDE positions: what is done to a channel is the same, in the order of memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from .._numba.compile import inline, kernel, reduction
+from .._numba.elements import load
+from .._numba.simd import LARGE, fetch, streamed
+from .._numba.views import line_of
+from .lines import (
+    MEAN,
+    REST,
+    SCALE,
+    SHIFT_1,
+    SHIFT_2,
+    _add_deviations,
+    _add_four_deviations,
+    _add_gradients,
+    _add_two_gradients,
+    _along,
+    _apply,
+    _goes_around,
+    _normalize,
+    _of,
+    _scale,
+    _spread,
+    _wide_means,
+    parameters,
+)
+from .statistics import SHIFT_VALUES, better_shift, finish, shift_of, two_sum, with_low
+
+# Positions of tiles done as one, and their bytes over all samples: rows of 1024 channels took 1.4 times as long by 128.
+WIDE, STRIP_BYTES = 1024, 1 << 20
+
+
+@inline
+def _at_once(group, x):
+    """Tiles that are done as one, STRIP_BYTES of them at most."""
+    N, S = x.shape[0], x.shape[2]
+    return max(1, min(WIDE // (group * S), STRIP_BYTES // (N * group * S * x.itemsize)))
+
+
+@inline
+def _block_of(block, parts, group, x):
+    """The samples n0…n1-1 and channels c0…c1-1 of a block."""
+    N, tile, part = x.shape[0], block // parts, block % parts
+    return N * part // parts, N * (part + 1) // parts, tile * group, min(tile * group + group, x.shape[1])
+
+
+@inline
+def _is_far(x):
+    """True where the next lines are worth asking for: those of a small array come by themselves."""
+    return x.size * x.itemsize >= LARGE
+
+
+@inline
+def _tile_deviations(x, n0, n1, c0, c1, shift, total, square):
+    size, n, fetches = (c1 - c0) * x.shape[2], n0, _is_far(x)
+    total[:] = 0.0
+    square[:] = 0.0
+    while n + 4 <= n1:
+        if fetches:
+            for ahead in range(n + 4, min(n + 8, n1)):
+                fetch(line_of(x, ahead, c0, 0, size))
+        x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
+        x2, x3 = line_of(x, n + 2, c0, 0, size), line_of(x, n + 3, c0, 0, size)
+        _along(size, total, _add_four_deviations, (x0, x1, x2, x3, shift, total, square))
+        n += 4
+    while n < n1:
+        _along(size, total, _add_deviations, (line_of(x, n, c0, 0, size), shift, total, square))
+        n += 1
+
+
+@inline
+def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product):
+    """about (1, 2, positions): the mean in float64, and what is left of it."""
+    size, n, mean, rest, fetches = (c1 - c0) * x.shape[2], n0, _of(about, MEAN), _of(about, REST), _is_far(x)
+    total[:] = 0.0
+    product[:] = 0.0
+    while n + 2 <= n1:
+        if fetches:
+            for ahead in range(n + 2, min(n + 4, n1)):
+                fetch(line_of(x, ahead, c0, 0, size))
+                fetch(line_of(dy, ahead, c0, 0, size))
+        dy0, dy1 = line_of(dy, n, c0, 0, size), line_of(dy, n + 1, c0, 0, size)
+        x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
+        _along(size, total, _add_two_gradients, (dy0, dy1, x0, x1, mean, rest, total, product))
+        n += 2
+    if n < n1:
+        dy0, x0 = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
+        _along(size, total, _add_gradients, (dy0, x0, mean, rest, total, product))
+
+
+@reduction
+def _fast_sums(first, second, start, S):
+    a, b = 0.0, 0.0
+    for s in range(S):
+        p = np.uintp(start + s)
+        a += first[p]
+        b += second[p]
+    return a, b
+
+
+@inline
+def _exact_sums(first, second, start, S):
+    a, b, a_low, b_low = 0.0, 0.0, 0.0, 0.0
+    for s in range(S):
+        a, low = two_sum(a, first[start + s])
+        a_low += low
+        b, low = two_sum(b, second[start + s])
+        b_low += low
+    return with_low(a, a_low), with_low(b, b_low)
+
+
+def _position_sums(first: Any, second: Any, start: Any, S: Any, x: Any) -> Any:
+    """The sums of first[start : start + S] and of second, float64, as what they are sums of, x, has digits."""
+    return _exact_sums(first, second, start, S)
+
+
+@overload(_position_sums)
+def _choose_position_sums(first, second, start, S, x):
+    if x.dtype == types.float64:
+        return lambda first, second, start, S, x: _exact_sums(first, second, start, S)
+    return lambda first, second, start, S, x: _fast_sums(first, second, start, S)
+
+
+@inline
+def _tile_sums(x, first, second, c0, c1, sums):
+    """sums (2, ≥ c1 - c0) = the positions of each channel added up."""
+    S = x.shape[2]
+    for j in range(c1 - c0):
+        sums[0, j], sums[1, j] = _position_sums(first, second, j * S, S, x)
+
+
+@inline
+def _tile_shifts(x, c0, c1, shift, total, size, sums):
+    """As `first_mean`, of all the tile's channels."""
+    S = x.shape[2]
+    count = min(x.shape[0], -(-SHIFT_VALUES // S))
+    total[:] = 0.0
+    size[:] = 0.0
+    for n in range(count):
+        line = line_of(x, n, c0, 0, (c1 - c0) * S)
+        for p in range(line.size):
+            value = np.float64(load(line, p))
+            total[p] += value
+            size[p] += abs(value)
+    _tile_sums(x, total, size, c0, c1, sums)
+    for j in range(c1 - c0):
+        shift[j] = shift_of(sums[0, j], sums[1, j], count * S)
+
+
+@inline
+def _statistics(x, c0, c1, shift, sums, at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum):
+    """Statistics of the channels c0…c1-1 of a tile, and room for them; at (1, 1, positions) float64."""
+    N, S = x.shape[0], x.shape[2]
+    m = np.float64(N * S)
+    _tile_shifts(x, c0, c1, shift, total, square, sums)
+    far = True
+    for _ in range(2):
+        if far:
+            for j in range(c1 - c0):
+                _spread(at, 0, j, S, shift[j])
+            _tile_deviations(x, 0, N, c0, c1, _of(at, 0), total, square)
+            _tile_sums(x, total, square, c0, c1, sums)
+            far = False
+            for j in range(c1 - c0):
+                better = better_shift(shift[j], sums[0, j], sums[1, j], m)
+                if better == better:
+                    shift[j], far = better, True
+    for c in range(c0, c1):
+        j = c - c0
+        about = at[0, 0, j * S]
+        finish(c, about, sums[0, j], sums[1, j], m, eps, momentum, mean, var, rstd, running_mean, running_var)
+
+
+@inline
+def _means_of_tile(at, c0, c1, S, mean):
+    for c in range(c0, c1):
+        _spread(at, MEAN, c - c0, S, mean[0, c])
+        _spread(at, REST, c - c0, S, mean[1, c])
+
+
+@inline
+def _scale_of_tile(at, c0, c1, S, rstd, gamma):
+    for c in range(c0, c1):
+        _spread(at, SCALE, c - c0, S, rstd[c] * gamma[c])
+
+
+@inline
+def _normalization_of_tile(at, c0, c1, S, mean, scale, beta):
+    _means_of_tile(at, c0, c1, S, mean)
+    for c in range(c0, c1):
+        _spread(at, SCALE, c - c0, S, scale[c])
+        _spread(at, SHIFT_1, c - c0, S, beta[c])
+
+
+@inline
+def _slopes_of_tile(at, c0, c1, S, mean, scale, b, k):
+    _normalization_of_tile(at, c0, c1, S, mean, scale, b)
+    for c in range(c0, c1):
+        _spread(at, SHIFT_2, c - c0, S, k[c])
+
+
+@inline
+def _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta):
+    """dgamma and dbeta of the tile's channels from their sums, and what dx needs of them."""
+    of = rstd.dtype.type
+    for c in range(c0, c1):
+        db, dg = sums[0, c - c0], sums[1, c - c0] * rstd[c]
+        dbeta[c], dgamma[c] = of(db), of(dg)
+        _spread(at, SHIFT_1, c - c0, S, of(db / m))
+        _spread(at, SHIFT_2, c - c0, S, of(dg * rstd[c] / m))
+
+
+@kernel
+def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum):
+    """Statistics and y of the tiles first…last-1."""
+    N, C, S = x.shape
+    step = min(_at_once(group, x), last - first)
+    P = step * group * S
+    shift, sums, scale, at = np.empty(step * group), np.empty((2, step * group)), np.empty_like(rstd), parameters(P, var)
+    shift_at, total, square = np.empty((1, 1, P)), np.empty(P), np.empty(P)
+    for tile in range(first, last, step):
+        c0, c1 = tile * group, min(min(tile + step, last) * group, C)
+        _statistics(
+            x, c0, c1, shift, sums, shift_at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum
+        )  # fmt: skip
+        for c in range(c0, c1):
+            scale[c] = rstd[c] * gamma[c]
+        _normalization_of_tile(at, c0, c1, S, mean, scale, beta)
+        for n in range(N):
+            _normalize(line_of(x, n, c0, 0, (c1 - c0) * S), at, line_of(y, n, c0, 0, (c1 - c0) * S), _goes_around(y))
+    streamed()
+
+
+@kernel
+def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
+    """dgamma, dbeta and dx of the tiles first…last-1."""
+    N, C, S = x.shape
+    m, step = np.float64(N * S), min(_at_once(group, x), last - first)
+    P = step * group * S
+    sums, at, total, product = np.empty((2, step * group)), parameters(P, rstd), np.empty(P), np.empty(P)
+    about = np.empty((1, 2, P))
+    for tile in range(first, last, step):
+        c0, c1 = tile * group, min(min(tile + step, last) * group, C)
+        size = (c1 - c0) * S
+        _means_of_tile(at, c0, c1, S, mean)
+        _wide_means(about, c0, c1, S, mean)
+        _scale_of_tile(at, c0, c1, S, rstd, gamma)
+        _tile_gradients(dy, x, 0, N, c0, c1, about, total, product)
+        _tile_sums(x, total, product, c0, c1, sums)
+        _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta)
+        for n in range(N):
+            lines = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
+            _apply(lines[0], lines[1], at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+    streamed()
+
+
+@kernel
+def sums(first, last, group, x, shift, partial):
+    """partial (parts, 2, C): sum (x - shift) and sum (x - shift)^2 of every block."""
+    S, P, parts = x.shape[2], group * x.shape[2], partial.shape[0]
+    sums, at, total, square = np.empty((2, group)), np.empty((1, 1, P)), np.empty(P), np.empty(P)
+    for block in range(first, last):
+        n0, n1, c0, c1 = _block_of(block, parts, group, x)
+        for c in range(c0, c1):
+            _spread(at, 0, c - c0, S, shift[c])
+        _tile_deviations(x, n0, n1, c0, c1, _of(at, 0), total, square)
+        _tile_sums(x, total, square, c0, c1, sums)
+        partial[block % parts, :, c0:c1] = sums[:, : c1 - c0]
+
+
+@kernel
+def gradient_sums(first, last, group, dy, x, mean, scale, dx, partial):
+    """partial (parts, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
+    S, P, parts, scaled = x.shape[2], group * x.shape[2], partial.shape[0], dx.size > 0
+    sums, about, total, product = np.empty((2, group)), np.empty((1, 2, P)), np.empty(P), np.empty(P)
+    at = parameters(P if scaled else 0, scale)
+    for block in range(first, last):
+        n0, n1, c0, c1 = _block_of(block, parts, group, x)
+        size = (c1 - c0) * S
+        _wide_means(about, c0, c1, S, mean)
+        _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product)
+        _tile_sums(x, total, product, c0, c1, sums)
+        partial[block % parts, :, c0:c1] = sums[:, : c1 - c0]
+        if scaled:
+            for c in range(c0, c1):
+                _spread(at, SCALE, c - c0, S, scale[c])
+            for n in range(n0, n1):
+                _scale(line_of(dy, n, c0, 0, size), at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+    streamed()
+
+
+@kernel
+def normalize(first, last, group, parts, x, mean, scale, beta, y):
+    S, at = x.shape[2], parameters(group * x.shape[2], mean)
+    for block in range(first, last):
+        n0, n1, c0, c1 = _block_of(block, parts, group, x)
+        size = (c1 - c0) * S
+        _normalization_of_tile(at, c0, c1, S, mean, scale, beta)
+        for n in range(n0, n1):
+            _normalize(line_of(x, n, c0, 0, size), at, line_of(y, n, c0, 0, size), _goes_around(y))
+    streamed()
+
+
+@kernel
+def apply(first, last, group, parts, dy, x, mean, scale, b, k, dx):
+    """dx = scale (dy - b - (x - mean) k)."""
+    S, at = x.shape[2], parameters(group * x.shape[2], mean)
+    for block in range(first, last):
+        n0, n1, c0, c1 = _block_of(block, parts, group, x)
+        size = (c1 - c0) * S
+        _slopes_of_tile(at, c0, c1, S, mean, scale, b, k)
+        for n in range(n0, n1):
+            _apply(line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size), at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+    streamed()

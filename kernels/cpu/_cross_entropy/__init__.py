@@ -1,0 +1,1 @@
+"""The loops behind `cross_entropy`."""

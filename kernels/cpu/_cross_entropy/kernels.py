@@ -1,0 +1,164 @@
+"""The kernels of cross entropy on the CPU without options but weight and smoothing: rows `first` to `last - 1` of (N, S)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .._numba.compile import kernel
+from .._numba.elements import atomic_min
+from .._numba.simd import streamed
+from .._numba.views import borrowed, gather, goes_around, place, release, row_ahead, row_of, row_scratch, scatter
+from .._rows import excess_of_logits, exp_and_excess, fill, room_for_exps, row_max
+from .row import (
+    class_weight,
+    hard_gradient,
+    hard_gradient_of_logits,
+    hard_loss,
+    soft_gradient,
+    soft_gradient_of_logits,
+    soft_sums,
+)
+
+
+# ---------------------------------------------------------------------------------------------- kernels, hard targets
+@kernel
+def _hard_forward(first, last, z, target, weight, loss, stats, invalid, ignore_index, smoothing, weight_sum):
+    V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
+    uniform, z_scratch = smoothing / V, row_scratch(z)
+    for row in range(first, last):
+        n, s = row // S, row % S
+        t = target[n, s]
+        if 0 <= t < V and t != ignore_index:
+            z_row = gather(row_of(z, n, s), z_scratch)
+            m = row_max(z_row)
+            excess = excess_of_logits(z_row, m, row_ahead(z, row, last, z_row))
+            q = (1.0 - smoothing) * class_weight(weight, t)
+            W = q + uniform * weight_sum
+            loss[n, s] = hard_loss(z_row, m, excess, t, q, uniform, W, weight)
+            stats[0, n, s], stats[1, n, s], stats[2, n, s] = m, excess, W
+        else:
+            stats[:, n, s] = 0.0
+            loss[n, s] = 0.0
+            if t != ignore_index:
+                loss[n, s] = math.nan
+                atomic_min(invalid, row)
+    release(z_scratch)
+
+
+@kernel
+def _hard_backward(
+    first, last, z, target, weight, stats, upstream, denominator, dz, unless_one, ignore_index, smoothing
+):  # fmt: skip
+    V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
+    uniform, z_scratch, dz_scratch, around = smoothing / V, row_scratch(z), row_scratch(dz), goes_around(dz)
+    for row in range(first, last):
+        n, s = row // S, row % S
+        if unless_one and upstream[n, s] == 1.0:
+            continue
+        t = target[n, s]
+        dz_row = place(row_of(dz, n, s), dz_scratch)
+        if 0 <= t < V and t != ignore_index:
+            z_row = gather(row_of(z, n, s), z_scratch)
+            excess, W = np.float64(stats[1, n, s]), np.float64(stats[2, n, s])
+            q, g = (1.0 - smoothing) * class_weight(weight, t), np.float64(upstream[n, s]) / denominator[0]
+            ahead = row_ahead(z, row, last, z_row)
+            hard_gradient_of_logits(z_row, stats[0, n, s], excess, t, q, uniform, W, g, weight, dz_row, around, ahead)
+        else:
+            fill(dz_row, 0.0 if t == ignore_index else math.nan)
+        scatter(row_of(dz, n, s), dz_scratch)
+    streamed()
+    release(z_scratch)
+    release(dz_scratch)
+
+
+@kernel
+def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, g, ignore_index, smoothing, weight_sum):
+    V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
+    uniform, z_scratch, dz_scratch, around = smoothing / V, row_scratch(z), row_scratch(dz), goes_around(dz)
+    exps = room_for_exps(V, weight)
+    for row in range(first, last):
+        n, s = row // S, row % S
+        t = target[n, s]
+        dz_row = place(row_of(dz, n, s), dz_scratch)
+        if 0 <= t < V and t != ignore_index:
+            z_row = gather(row_of(z, n, s), z_scratch)
+            m = row_max(z_row)
+            excess = exp_and_excess(z_row, m, exps, row_ahead(z, row, last, z_row))
+            q = (1.0 - smoothing) * class_weight(weight, t)
+            W = q + uniform * weight_sum
+            loss[n, s] = hard_loss(z_row, m, excess, t, q, uniform, W, weight)
+            hard_gradient(exps, excess, t, q, uniform, W, g, weight, dz_row, around)
+        elif t == ignore_index:
+            loss[n, s] = 0.0
+            fill(dz_row, 0.0)
+        else:
+            loss[n, s] = math.nan
+            fill(dz_row, math.nan)
+            atomic_min(invalid, row)
+        scatter(row_of(dz, n, s), dz_scratch)
+    streamed()
+    release(z_scratch)
+    release(dz_scratch)
+    release(exps)
+
+
+# ---------------------------------------------------------------------------------------------- kernels, soft targets
+@kernel
+def _soft_forward(first, last, z, y, weight, loss, stats, smoothing):
+    S, weight = z.shape[2], borrowed(weight)
+    z_scratch, y_scratch = row_scratch(z), row_scratch(y)
+    for row in range(first, last):
+        n, s = row // S, row % S
+        z_row, y_row = gather(row_of(z, n, s), z_scratch), gather(row_of(y, n, s), y_scratch)
+        m = row_max(z_row)
+        excess = excess_of_logits(z_row, m, row_ahead(z, row, last, z_row))
+        W, dot = soft_sums(z_row, y_row, m, smoothing, weight, row_ahead(y, row, last, y_row))
+        loss[n, s] = W * math.log1p(excess) - dot
+        stats[0, n, s], stats[1, n, s], stats[2, n, s] = m, excess, W
+    release(z_scratch)
+    release(y_scratch)
+
+
+@kernel
+def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, unless_one, smoothing):
+    S, weight = z.shape[2], borrowed(weight)
+    z_scratch, y_scratch, dz_scratch, around = row_scratch(z), row_scratch(y), row_scratch(dz), goes_around(dz)
+    for row in range(first, last):
+        n, s = row // S, row % S
+        if unless_one and upstream[n, s] == 1.0:
+            continue
+        z_row, y_row = gather(row_of(z, n, s), z_scratch), gather(row_of(y, n, s), y_scratch)
+        dz_row = place(row_of(dz, n, s), dz_scratch)
+        excess, W = np.float64(stats[1, n, s]), np.float64(stats[2, n, s])
+        g = np.float64(upstream[n, s]) / denominator[0]
+        ahead = row_ahead(z, row, last, z_row)
+        soft_gradient_of_logits(z_row, stats[0, n, s], excess, y_row, W, g, smoothing, weight, dz_row, around, ahead)
+        scatter(row_of(dz, n, s), dz_scratch)
+    streamed()
+    release(z_scratch)
+    release(y_scratch)
+    release(dz_scratch)
+
+
+@kernel
+def _soft_forward_backward(first, last, z, y, weight, loss, dz, g, smoothing):
+    V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
+    z_scratch, y_scratch, dz_scratch, around = row_scratch(z), row_scratch(y), row_scratch(dz), goes_around(dz)
+    exps = room_for_exps(V, weight)
+    for row in range(first, last):
+        n, s = row // S, row % S
+        z_row, y_row = gather(row_of(z, n, s), z_scratch), gather(row_of(y, n, s), y_scratch)
+        dz_row = place(row_of(dz, n, s), dz_scratch)
+        m = row_max(z_row)
+        excess = exp_and_excess(z_row, m, exps, row_ahead(z, row, last, z_row))
+        W, dot = soft_sums(z_row, y_row, m, smoothing, weight, row_ahead(y, row, last, y_row))
+        loss[n, s] = W * math.log1p(excess) - dot
+        soft_gradient(exps, excess, y_row, W, g, smoothing, weight, dz_row, around)
+        scatter(row_of(dz, n, s), dz_scratch)
+    streamed()
+    release(z_scratch)
+    release(y_scratch)
+    release(dz_scratch)
+    release(exps)

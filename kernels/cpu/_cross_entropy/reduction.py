@@ -1,0 +1,48 @@
+"""The sum of the rows' losses, and what it is divided by."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .._numba.compile import inline, kernel
+from .row import class_weight
+
+
+# ---------------------------------------------------------------------------------------------- reduction
+@inline
+def compensated_sum(loss):
+    losses, lost = 0.0, 0.0
+    for n in range(loss.shape[0]):
+        for s in range(loss.shape[1]):
+            value = np.float64(loss[n, s])
+            new = losses + value
+            lost += (losses - new) + value if abs(losses) >= abs(value) else (value - new) + losses
+            losses = new
+    return losses + lost if math.isfinite(lost) else losses
+
+
+@inline
+def denominator_of(rows, target, weight, V, ignore_index):
+    """sum w_target over the rows that have a class, or the number of rows if V < 0."""
+    if V < 0:
+        return np.float64(rows)
+    weights = 0.0
+    for n in range(target.shape[0]):
+        for s in range(target.shape[1]):
+            t = target[n, s]
+            if 0 <= t < V and t != ignore_index:
+                weights += class_weight(weight, t)
+    return weights
+
+
+@kernel
+def _count(rows, target, weight, V, ignore_index, denominator):
+    denominator[0] = denominator_of(rows, target, weight, V, ignore_index)
+
+
+@kernel
+def _reduce(loss, target, weight, V, ignore_index, total, denominator):
+    total[0] = compensated_sum(loss)
+    denominator[0] = denominator_of(loss.size, target, weight, V, ignore_index)

@@ -1,0 +1,168 @@
+"""Cross entropy of one row, all of it adjacent in memory: its loss and its gradient, of a class or of probabilities.
+
+The formulas and their symbols are those of `cross_entropy.py`. The functions named `..._of_logits` compute the exponentials
+again; the others find them in a row of their own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .._numba.compile import inline
+from .._numba.elements import load
+from .._numba.exp import exp
+from .._numba.simd import first_lanes, load_lanes, load_lanes_like, prefetch, sum_of, times, width, with_lane, write, zeros_like
+from .._rows import CHUNK
+
+
+# ---------------------------------------------------------------------------------------------- of a class
+@inline
+def class_weight(weight, t):
+    return np.float64(weight[t]) if weight.size else 1.0
+
+
+@inline
+def _uniform_sum(z, m, weight):
+    """sum w (z - m)."""
+    total, size, count = 0.0, z.size, width(z)
+    for first in range(0, size, CHUNK):
+        last = min(first + CHUNK, size)
+        i, part = first, zeros_like(load_lanes(weight, first, 0, 0.0))
+        while i + count <= last:
+            part = part + times(load_lanes(weight, i, width(z), 0.0), load_lanes(z, i, width(z), 0.0) - m)
+            i += count
+        if i < last:
+            part = part + times(load_lanes(weight, i, last - i, 0.0), load_lanes(z, i, last - i, 0.0) - m)
+        total += np.float64(sum_of(part))
+    return total
+
+
+@inline
+def hard_loss(z, m, excess, t, q, uniform, W, weight):
+    """q and `uniform` are the parts of q_t and of every q_c / w_c."""
+    loss = W * math.log1p(excess)
+    if q != 0.0:
+        loss -= q * np.float64(load(z, t) - m)
+    if uniform != 0.0:
+        loss -= uniform * _uniform_sum(z, m, weight)
+    return loss
+
+
+@inline
+def _at_target(e_t, excess, q, W, g):
+    """g (W p_t - q) without the difference p_t - 1, whose digits are lost where p_t -> 1."""
+    return g * ((W - q) - W * ((excess + (1.0 - e_t)) / (1.0 + excess)))
+
+
+@inline
+def _of_exps(i, exist, args):
+    e, scale, t, at_target = args
+    return with_lane(load_lanes(e, i, width(e), 0.0) * scale, t - i, at_target)
+
+
+@inline
+def _of_exps_and_weights(i, exist, args):
+    e, scale, t, at_target, shift, weight = args
+    return with_lane(load_lanes(e, i, width(e), 0.0) * scale - load_lanes(weight, i, exist, 0.0) * shift, t - i, at_target)
+
+
+@inline
+def hard_gradient(e, excess, t, q, uniform, W, g, weight, dz, around):
+    """dz from e = exp(z - m) and its sum - 1."""
+    of = weight.dtype.type
+    scale = of(g * W / (1.0 + excess))
+    at_target = _at_target(np.float64(e[t]), excess, q, W, g)
+    if uniform == 0.0:
+        write(dz, around, _of_exps, (e, scale, t, of(at_target)))
+    else:
+        at_target -= g * uniform * weight[t]
+        write(dz, around, _of_exps_and_weights, (e, scale, t, of(at_target), of(g * uniform), weight))
+
+
+@inline
+def _of_logits(i, exist, args):
+    z, m, scale, t, at_target, ahead = args
+    prefetch(ahead, i)
+    return with_lane(exp(load_lanes(z, i, exist, 0.0) - m) * scale, t - i, at_target)
+
+
+@inline
+def _of_logits_and_weights(i, exist, args):
+    z, m, scale, t, at_target, shift, weight = args
+    dz = exp(load_lanes(z, i, exist, 0.0) - m) * scale - load_lanes(weight, i, exist, 0.0) * shift
+    return with_lane(dz, t - i, at_target)
+
+
+@inline
+def hard_gradient_of_logits(z, m, excess, t, q, uniform, W, g, weight, dz, around, ahead):
+    """dz from the logits in one sweep, where m and sum exp(z - m) - 1 are known."""
+    of = weight.dtype.type
+    scale = of(g * W / (1.0 + excess))
+    at_target = _at_target(np.float64(exp(load(z, t) - m)), excess, q, W, g)
+    if uniform == 0.0:
+        write(dz, around, _of_logits, (z, m, scale, t, of(at_target), ahead))
+    else:
+        at_target -= g * uniform * weight[t]
+        write(dz, around, _of_logits_and_weights, (z, m, scale, t, of(at_target), of(g * uniform), weight))
+
+
+# ---------------------------------------------------------------------------------------------- of probabilities
+@inline
+def _probabilities(i, exist, args):
+    """q of a vector; 0 in lanes that do not exist."""
+    y, keep, uniform, weight = args
+    q = first_lanes(load_lanes_like(y, i, exist, 0.0, weight) * keep + uniform, exist)
+    return q * load_lanes(weight, i, exist, 0.0) if weight.size else q
+
+
+@inline
+def soft_sums(z, y, m, smoothing, weight, ahead):
+    """W and sum q (z - m) of a row. Meanwhile fetches the row `ahead` of y."""
+    of, size, count = weight.dtype.type, z.size, width(z)
+    W, dot = 0.0, 0.0
+    args = y, of(1.0 - smoothing), of(smoothing / size), weight
+    for first in range(0, size, CHUNK):
+        last = min(first + CHUNK, size)
+        i, a = first, zeros_like(load_lanes(z, first, 0, 0.0))
+        b = a
+        while i + count <= last:
+            prefetch(ahead, i)
+            q = _probabilities(i, width(z), args)
+            a, b = a + q, b + times(q, load_lanes(z, i, width(z), 0.0) - m)
+            i += count
+        if i < last:
+            q = _probabilities(i, last - i, args)
+            a, b = a + q, b + times(q, load_lanes(z, i, last - i, 0.0) - m)
+        W, dot = W + np.float64(sum_of(a)), dot + np.float64(sum_of(b))
+    return W, dot
+
+
+@inline
+def _minus_probabilities(i, exist, args):
+    e, scale, of_probabilities = args
+    return load_lanes(e, i, width(e), 0.0) * scale - _probabilities(i, exist, of_probabilities)
+
+
+@inline
+def soft_gradient(e, excess, y, W, g, smoothing, weight, dz, around):
+    """dz from e = exp(z - m) and its sum - 1."""
+    of = weight.dtype.type
+    scale, keep, uniform = of(g * W / (1.0 + excess)), of(g * (1.0 - smoothing)), of(g * smoothing / dz.size)
+    write(dz, around, _minus_probabilities, (e, scale, (y, keep, uniform, weight)))
+
+
+@inline
+def _exp_minus_probabilities(i, exist, args):
+    z, m, scale, of_probabilities, ahead = args
+    prefetch(ahead, i)
+    return exp(load_lanes(z, i, exist, 0.0) - m) * scale - _probabilities(i, exist, of_probabilities)
+
+
+@inline
+def soft_gradient_of_logits(z, m, excess, y, W, g, smoothing, weight, dz, around, ahead):
+    """dz from the logits in one sweep, where m and sum exp(z - m) - 1 are known."""
+    of = weight.dtype.type
+    scale, keep, uniform = of(g * W / (1.0 + excess)), of(g * (1.0 - smoothing)), of(g * smoothing / z.size)
+    write(dz, around, _exp_minus_probabilities, (z, m, scale, (y, keep, uniform, weight), ahead))

@@ -1,0 +1,171 @@
+"""How the CPU kernels are compiled, and where what was compiled is kept.
+
+`kernel` compiles a function that a launcher calls: it runs without the GIL and is cached on disk. `inline` compiles a
+helper, which becomes part of the kernels that call it. Numba's own cache looks at the file a function stands in and
+nowhere else, so a kernel would outlive a change of its helpers; here the name of what is cached carries a hash of the
+kernel's file and of all files of `kernels/cpu` that it imports, so that a change compiles again what depends on it and no
+more. A folder that cannot be written costs the time to compile, never an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .internals import (
+    CacheImpl,
+    CacheLocator,
+    FunctionCache,
+    HelperCompiler,
+    HelperDispatcher,
+    KernelCompiler,
+    KernelDispatcher,
+    cached_in,
+    config,
+    processor,
+)
+
+# `contract` lets a multiply and an add become one fused operation. Flags that reorder sums go with the few helpers that
+# want it; `nnan` and `ninf` with none, since inputs carry NaN and infinities.
+_OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "fastmath": {"contract"}}
+# A helper is never called from Python: compiling the way in would double its time.
+_HELPER = {**_OPTIONS, "no_cpython_wrapper": True}
+_INLINE = {**_HELPER, "forceinline": True}
+
+
+def _helper(function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    return HelperDispatcher(function, targetoptions={**options, "nopython": True}, pipeline_class=HelperCompiler)
+
+
+def inline(function: Callable[..., Any]) -> Any:
+    """Compile a helper into whatever calls it."""
+    return _helper(function, _INLINE)
+
+
+def outline(function: Callable[..., Any]) -> Any:
+    """Compile a helper that stays a function of its own: what is seldom called, so that kernels compile sooner."""
+    return _helper(function, _HELPER)
+
+
+def exact(function: Callable[..., Any]) -> Any:
+    """As `inline`, each operation of `function` rounded as it is written: for numbers held in two parts."""
+    return _helper(function, {**_INLINE, "fastmath": set()})
+
+
+def reduction(function: Callable[..., Any]) -> Any:
+    """As `inline`, and the sums that `function` itself writes may be taken in any order, fixed when it is compiled.
+
+    It writes no difference: (x - high) - low may become x - (high + low), and low is lost. Differences come from an `inline`
+    helper, whose operations keep their own flags where it is called.
+    """
+    return _helper(function, {**_INLINE, "fastmath": {"contract", "reassoc", "nsz"}})
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile on the first call for each set of types, without the GIL; cached on disk where that is possible.
+
+    What another package has compiled in this way is not: the cache knows the sources of this one.
+    """
+    dispatcher = KernelDispatcher(function, targetoptions={**_OPTIONS, "nopython": True}, pipeline_class=KernelCompiler)
+    if function.__module__.startswith(f"{_PACKAGE}.") and cache_folder() is not None:
+        cached_in(_KernelCache(function), dispatcher)
+    return dispatcher
+
+
+@functools.cache
+def cache_folder() -> str | None:
+    """Where compiled kernels are kept: under NUMBA_CACHE_DIR, else the user's cache folder; None if not writable."""
+    try:
+        if config.CACHE_DIR:
+            base = Path(config.CACHE_DIR)
+        else:
+            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hw3gpu"
+        folder = base / "kernels-cpu"
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        return None
+    return str(folder)
+
+
+# what a kernel may be of: `hw3gpu.kernels.cpu`
+_PACKAGE = __package__.rpartition(".")[0]
+# `from .simd import …`, `from .._batch_norm import lines, planes`, on one line or in brackets
+_IMPORT = re.compile(r"^ *from (\.+)([\w.]*) import (\([^)]*\)|.*)", re.MULTILINE)
+
+
+@functools.cache
+def source_hash(module: str) -> str:
+    """A hash of what a kernel of a module of `kernels/cpu`, named from there (`_numba.simd`), is made from.
+
+    That is the module, what it imports of this folder and of those inside it at any depth, and the package's name, by which
+    what was compiled finds its types again.
+    """
+    root = Path(__file__).parents[1]
+    pending, sources = [module, "_numba.openmp"], {}  # a kernel may run on OpenMP's threads, whoever compiles it
+    while pending:
+        name = pending.pop()
+        if name not in sources:
+            sources[name] = _file(root, name).read_text()
+            pending += _imported(root, name, sources[name])
+    return hashlib.sha256(repr((_PACKAGE, sorted(sources.items()))).encode()).hexdigest()
+
+
+def _file(root: Path, module: str) -> Path:
+    return root.joinpath(*module.split(".")).with_suffix(".py")
+
+
+def _imported(root: Path, module: str, source: str) -> Iterator[str]:
+    """The modules of `kernels/cpu` that a module with this source imports."""
+    for dots, base, names in _IMPORT.findall(source):
+        found = ".".join([*module.split(".")[: -len(dots)], *filter(None, base.split("."))])
+        beside = [f"{found}.{name}".lstrip(".") for name in re.findall(r"\w+", names)]
+        yield from (name for name in [found, *beside] if name and _file(root, name).is_file())
+
+
+class _Locator(CacheLocator):
+    """Tells Numba's cache the folder above, and names whose hash says what they hold, so that no entry can be stale."""
+
+    def __init__(self, function: Callable[..., Any], source: str) -> None:
+        self._py_file = source
+        # a team's own file is `openmp.py`, whatever kernel it calls
+        self._module = function.__module__.removeprefix(f"{_PACKAGE}.")
+
+    @classmethod
+    def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _Locator:
+        return cls(py_func, py_file)
+
+    def get_cache_path(self) -> str | None:
+        return cache_folder()
+
+    def get_source_stamp(self) -> str:
+        return source_hash(self._module)
+
+    def get_disambiguator(self) -> str:
+        return f"{self._module}-{source_hash(self._module)[:16]}"
+
+
+class _KernelCacheImpl(CacheImpl):
+    _locator_classes = (_Locator,)
+
+
+class _KernelCache(FunctionCache):
+    _impl_class = _KernelCacheImpl
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return sig, processor(codegen)  # the file's name stands for the code, a kernel within a closure included
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        with contextlib.suppress(OSError, EOFError):
+            return super().load_overload(sig, target_context)
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)

@@ -1,0 +1,143 @@
+"""One element at a time: how the kernels read and write float64, float32, bfloat16 and float16, and their exponential.
+
+Numba knows neither bfloat16 nor float16 on the CPU, so arrays of these come as bits: bfloat16 as uint16, float16 as
+int16. `load` gives float32 for both and for float32, and float64 for float64; `store` rounds to nearest even, once.
+Everything here becomes a few packed instructions once LLVM has vectorised the loop around it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from . import half
+from .internals import cgutils, load_item, make_array, store_item
+
+BFLOAT16 = np.dtype(np.uint16)
+FLOAT16 = np.dtype(np.int16)
+_FLOATING = (types.float32, types.float64, types.uint16, types.int16)
+
+
+def accumulate_dtype(x: np.ndarray) -> np.dtype:
+    """float64 for float64; float32 for float32 and for the bits of the halves."""
+    return np.dtype(np.float64) if x.dtype == np.float64 else np.dtype(np.float32)
+
+
+def to_accumulate(values: np.ndarray | None, size: int, dtype: np.dtype, default: float) -> np.ndarray:
+    """A short vector in `dtype`, contiguous: `values` converted from any float dtype (bits too), or `default` for None."""
+    if values is None:
+        return np.full(size, default, dtype)
+    if values.dtype == BFLOAT16:
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    elif values.dtype == FLOAT16:
+        values = values.view(np.float16)
+    return np.ascontiguousarray(values, dtype)
+
+
+# ---------------------------------------------------------------------------------------------- bits
+@intrinsic
+def bits(typingctx: Any, x: Any) -> Any:
+    """The bits of a float32 as an int32, of a float64 as an int64."""
+    integer = {types.float32: types.int32, types.float64: types.int64}[x]
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(integer))
+
+    return integer(x), codegen
+
+
+@intrinsic
+def from_bits(typingctx: Any, i: Any) -> Any:
+    """The inverse of `bits`."""
+    floating = {types.int32: types.float32, types.int64: types.float64}[i]
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(floating))
+
+    return floating(i), codegen
+
+
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c in float64, rounded once."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return types.float64(types.float64, types.float64, types.float64), codegen
+
+
+# ---------------------------------------------------------------------------------------------- load and store
+@intrinsic
+def load(typingctx: Any, row: Any, i: Any) -> Any:
+    """`row[i]`, 0 <= i < row.size, as a float32 (bfloat16, float16 and float32) or a float64."""
+    if not (isinstance(row, types.Array) and row.ndim == 1 and row.dtype in _FLOATING):
+        return None
+    result = types.float64 if row.dtype == types.float64 else types.float32
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = make_array(row)(context, builder, args[0])
+        index = context.cast(builder, args[1], i, types.intp)
+        pointer = cgutils.get_item_pointer(context, builder, row, array, [index], wraparound=False)
+        value = load_item(context, builder, row, pointer)
+        if row.dtype == types.uint16:
+            wide = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+            return builder.bitcast(wide, ir.FloatType())
+        if row.dtype == types.int16:
+            return half.to_float(context, builder, value)
+        return value
+
+    return result(row, i), codegen
+
+
+@intrinsic
+def store(typingctx: Any, row: Any, i: Any, value: Any) -> Any:
+    """`row[i] = value`, 0 <= i < row.size, rounded to nearest even to the dtype that `row` stands for."""
+    if not (isinstance(row, types.Array) and row.ndim == 1 and row.dtype in _FLOATING):
+        return None
+    computed = types.float64 if row.dtype == types.float64 else types.float32
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = make_array(row)(context, builder, args[0])
+        index = context.cast(builder, args[1], i, types.intp)
+        pointer = cgutils.get_item_pointer(context, builder, row, array, [index], wraparound=False)
+        result = context.cast(builder, args[2], value, computed)
+        if row.dtype == types.uint16:
+            result = _round_to_bfloat16(builder, result)
+        elif row.dtype == types.int16:
+            result = builder.bitcast(half.from_float(context, builder, result), ir.IntType(16))
+        store_item(context, builder, row, result, pointer)
+        return context.get_dummy_value()
+
+    return types.void(row, i, value), codegen
+
+
+def _round_to_bfloat16(builder: Any, value: Any) -> Any:
+    """The upper half of the bits after adding just under half a unit, and the unit's own last bit; NaN stays NaN."""
+    int32 = ir.IntType(32)
+    word = builder.bitcast(value, int32)
+    last = builder.and_(builder.lshr(word, ir.Constant(int32, 16)), ir.Constant(int32, 1))
+    rounded = builder.add(builder.add(word, ir.Constant(int32, 0x7FFF)), last)
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    rounded = builder.select(is_nan, ir.Constant(int32, 0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(rounded, ir.Constant(int32, 16)), ir.IntType(16))
+
+
+@intrinsic
+def atomic_min(typingctx: Any, array: Any, value: Any) -> Any:
+    """array[0] = min(array[0], value) in one step, for an int64 array that several threads share."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = make_array(array)(context, builder, args[0]).data
+        builder.atomic_rmw("min", pointer, context.cast(builder, args[1], value, types.int64), "monotonic")
+        return context.get_dummy_value()
+
+    return types.void(array, value), codegen
+
+
+# ---------------------------------------------------------------------------------------------- views
+# ---------------------------------------------------------------------------------------------- exp

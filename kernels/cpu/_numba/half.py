@@ -1,0 +1,95 @@
+"""float16 to float32 and back, a number or a vector, on processors with the instruction for it and without.
+
+x86-64 has it since F16C (2012). Where it is missing, LLVM calls functions of the compiler's own library, number by number,
+which a Python process need not have loaded: the call then jumps to address 0. There the conversions are arithmetic on bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from .internals import processor
+
+_PROBE = """
+target triple = "{triple}"
+define float @widened(half %x) {{
+  %y = fpext half %x to float
+  ret float %y
+}}
+define half @narrowed(float %x) {{
+  %y = fptrunc float %x to half
+  ret half %y
+}}
+"""
+# as they stand in the bits of a float32: the exponents' difference, and a number whose last bit is a subnormal half's
+_BIAS = (127 - 15) << 23
+_SMALLEST_NORMAL = (127 - 14) << 23
+_UNIT_OF_SUBNORMALS = (127 - 15 + 23 - 10 + 1) << 23
+
+
+@functools.cache
+def has_instruction(triple: str, cpu: str, features: str) -> bool:
+    """True where LLVM converts by instructions, as its own code for that processor shows."""
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
+    assembly = machine.emit_assembly(llvm.parse_assembly(_PROBE.format(triple=triple)))
+    return not any(name in assembly for name in ("extendhfsf2", "truncsfhf2", "gnu_h2f", "gnu_f2h"))
+
+
+def _like(of: Any, element: Any) -> Any:
+    """`element`, or as many of them as the vector `of` has."""
+    return ir.VectorType(element, of.count) if isinstance(of, ir.VectorType) else element
+
+
+def _every(of: Any, number: int) -> Any:
+    return ir.Constant(of, [number] * of.count if isinstance(of, ir.VectorType) else number)
+
+
+def to_float(context: Any, builder: Any, value: Any) -> Any:
+    """The halves, or their bits as int16, in float32: exactly."""
+    floating = _like(value.type, ir.FloatType())
+    if has_instruction(*processor(context.codegen())):
+        return builder.fpext(builder.bitcast(value, _like(value.type, ir.HalfType())), floating)
+    word = _like(value.type, ir.IntType(32))
+    bits = builder.zext(builder.bitcast(value, _like(value.type, ir.IntType(16))), word)
+    place = builder.shl(builder.and_(bits, _every(word, 0x7FFF)), _every(word, 13))
+    normal = builder.add(place, _every(word, _BIAS))
+    # the exponent of infinity and NaN is the largest in both
+    special = builder.add(place, _every(word, 2 * _BIAS))
+    # 2^-14 (1 + fraction) - 2^-14: no operand is subnormal, so that it holds where those count as 0
+    smallest = builder.bitcast(_every(word, _SMALLEST_NORMAL), floating)
+    subnormal = builder.fsub(builder.bitcast(builder.add(place, _every(word, _SMALLEST_NORMAL)), floating), smallest)
+    is_special = builder.icmp_unsigned(">=", place, _every(word, 0x1F << 23))
+    is_subnormal = builder.icmp_unsigned("<", place, _every(word, 1 << 23))
+    result = builder.select(is_special, special, normal)
+    result = builder.select(is_subnormal, builder.bitcast(subnormal, word), result)
+    sign = builder.shl(builder.and_(bits, _every(word, 0x8000)), _every(word, 16))
+    return builder.bitcast(builder.or_(result, sign), floating)
+
+
+def from_float(context: Any, builder: Any, value: Any) -> Any:
+    """float32 rounded to nearest, ties to even, as halves; what is beyond them is infinity, NaN stays NaN."""
+    half = _like(value.type, ir.HalfType())
+    if has_instruction(*processor(context.codegen())):
+        return builder.fptrunc(value, half)
+    word = _like(value.type, ir.IntType(32))
+    bits = builder.bitcast(value, word)
+    sign = builder.and_(bits, _every(word, -1 << 31))
+    size = builder.xor(bits, sign)
+    # half a unit less 1, and the unit's own last bit, as bfloat16 is rounded; the carry may reach infinity
+    odd = builder.and_(builder.lshr(size, _every(word, 13)), _every(word, 1))
+    normal = builder.add(builder.sub(size, _every(word, _BIAS)), builder.add(odd, _every(word, 0xFFF)))
+    normal = builder.lshr(normal, _every(word, 13))
+    # the addition rounds to a subnormal half's unit
+    unit = _every(word, _UNIT_OF_SUBNORMALS)
+    sum_ = builder.fadd(builder.bitcast(size, value.type), builder.bitcast(unit, value.type))
+    subnormal = builder.sub(builder.bitcast(sum_, word), unit)
+    result = builder.select(builder.icmp_unsigned("<", size, _every(word, _SMALLEST_NORMAL)), subnormal, normal)
+    beyond = builder.icmp_unsigned(">=", size, _every(word, (127 + 16) << 23))
+    is_nan = builder.icmp_unsigned(">", size, _every(word, 0xFF << 23))
+    special = builder.select(is_nan, _every(word, 0x7E00), _every(word, 0x7C00))
+    result = builder.or_(builder.select(beyond, special, result), builder.lshr(sign, _every(word, 16)))
+    return builder.bitcast(builder.trunc(result, _like(value.type, ir.IntType(16))), half)

@@ -1,0 +1,457 @@
+"""A vector of adjacent elements as one value, for the loops that LLVM's own vectoriser would leave slower than memory.
+
+A value of `Lanes` holds two cache lines of accumulators, 32 float32 or 16 float64; LLVM maps it to the machine's
+registers. +, - and * work on it, lane by lane, with numbers too. `load_lanes` and `store_lanes` convert as `load` and `store`
+of `elements.py` do; both take the number of lanes that exist, of which a constant costs nothing: the last elements of a row
+are one more vector and no other loop. Neither touches what lies beyond them, not even where a processor would let it.
+
+`stream_lanes` writes around the caches. A store into a line that is in no cache reads the line first: a large result
+would cost two passes instead of one, and put out of the caches what is read again. `prefetch` asks for a line ahead.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, lower_builtin
+
+from . import half
+from .compile import inline
+from .internals import AbstractTemplate, cgutils, infer_global, make_array, models, register_default
+from .internals import signature as typed
+
+# Bytes of a line, and of the smallest result that goes around the caches.
+LINE = 64
+LARGE = 4 << 20
+
+_FLOATING = (types.float32, types.float64, types.uint16, types.int16)
+_BYTE, _WORD, _INT = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_CONTRACT = ("contract",)
+
+
+class Lanes(types.Type):
+    """`count` numbers of `dtype`."""
+
+    def __init__(self, dtype: Any, count: int) -> None:
+        self.dtype, self.count = dtype, count
+        super().__init__(f"Lanes({dtype}, {count})")
+
+
+@register_default(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, of: Any) -> None:
+        element = ir.DoubleType() if of.dtype == types.float64 else ir.FloatType()
+        super().__init__(manager, of, ir.VectorType(element, of.count))
+
+
+def _lanes_of(dtype: Any) -> Lanes:
+    return Lanes(types.float64, 16) if dtype == types.float64 else Lanes(types.float32, 32)
+
+
+@intrinsic
+def width(typingctx: Any, row: Any) -> Any:
+    """Lanes of a vector of `row`."""
+    count = _lanes_of(row.dtype).count
+    return types.intp(row), lambda context, builder, signature, args: context.get_constant(types.intp, count)
+
+
+def _splat(builder: Any, value: Any, vector: Any) -> Any:
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_WORD, 0))
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(_WORD, vector.count), None))
+
+
+def _operand(context: Any, builder: Any, value: Any, of: Any, lanes: Any) -> Any:
+    """`value` as `lanes`: itself, or a number in every lane."""
+    if of == lanes:
+        return value
+    return _splat(builder, context.cast(builder, value, of, lanes.dtype), context.get_value_type(lanes))
+
+
+def _lane_by_lane(result: Callable[..., Any], a: Any, b: Any) -> Callable[..., Any]:
+    """The code of `result(builder, a, b)` for types of which one at least is `Lanes`, or neither and both the same."""
+    lanes = a if isinstance(a, Lanes) else b
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        left, right = (_operand(context, builder, v, of, lanes) for v, of in zip(args, (a, b), strict=True))
+        return result(builder, left, right)
+
+    return codegen
+
+
+def _of_lanes(result: Callable[..., Any]) -> Any:
+    """An intrinsic of two operands: `result(builder, a, b)` lane by lane."""
+
+    @intrinsic
+    def operation(typingctx: Any, a: Any, b: Any) -> Any:
+        return (a if isinstance(a, Lanes) else b)(a, b), _lane_by_lane(result, a, b)
+
+    return operation
+
+
+def _choice(comparison: str, then: str) -> Callable[..., Any]:
+    """a where `a comparison b`, else b; or 1 and 0."""
+
+    def result(builder: Any, a: Any, b: Any) -> Any:
+        unordered = comparison == "!="
+        flag = (builder.fcmp_unordered if unordered else builder.fcmp_ordered)(comparison, a, b)
+        if then == "a":
+            return builder.select(flag, a, b)
+        return builder.uitofp(flag, a.type)
+
+    return result
+
+
+def _product_or_zero(builder: Any, q: Any, d: Any) -> Any:
+    zero = ir.Constant(q.type, None)
+    return builder.select(builder.fcmp_ordered("==", q, zero), zero, builder.fmul(q, d))
+
+
+larger = _of_lanes(_choice(">", "a"))  # a where a > b, else b: of a NaN and a number the second; of two numbers too
+unequal = _of_lanes(_choice("!=", "1"))  # 1 where a differs from b, else 0
+times = _of_lanes(_product_or_zero)  # q d, and 0 where q is 0 whatever d is
+
+
+def _operator(operation: Callable[..., Any], instruction: str) -> None:
+    """`operation` of two `Lanes`, or of `Lanes` and a number, as one instruction: an overload would take longer to compile."""
+
+    @infer_global(operation)
+    class Typing(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            lanes = [a for a in args if isinstance(a, Lanes)]
+            return typed(lanes[0], *args) if lanes and len(args) == 2 else None
+
+    def lowered(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code = _lane_by_lane(lambda builder, a, b: getattr(builder, instruction)(a, b, flags=_CONTRACT), *signature.args)
+        return code(context, builder, signature, args)
+
+    for kinds in ((Lanes, Lanes), (Lanes, types.Number), (types.Number, Lanes)):
+        lower_builtin(operation, *kinds)(lowered)
+
+
+for _operation, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    _operator(_operation, _instruction)
+
+
+# ---------------------------------------------------------------------------------------------- within a vector
+@intrinsic
+def wide(typingctx: Any, v: Any) -> Any:
+    """The same numbers in float64."""
+    result = Lanes(types.float64, v.count)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[0] if v.dtype == types.float64 else builder.fpext(args[0], context.get_value_type(result))
+
+    return result(v), codegen
+
+
+@intrinsic
+def first_lanes(typingctx: Any, v: Any, exist: Any) -> Any:
+    """`v` with 0 in the lanes from `exist` on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        exists = _existing(builder, v.count, context.cast(builder, args[1], exist, types.intp))
+        return builder.select(exists, args[0], ir.Constant(args[0].type, None))
+
+    return v(v, exist), codegen
+
+
+@intrinsic
+def with_lane(typingctx: Any, v: Any, k: Any, value: Any) -> Any:
+    """`v` with `value` in lane k, or as it is where it has no such lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lane = context.cast(builder, args[1], k, types.intp)
+        result = cgutils.alloca_once_value(builder, args[0])
+        with cgutils.if_unlikely(builder, builder.icmp_unsigned("<", lane, ir.Constant(_INT, v.count))):
+            number = context.cast(builder, args[2], value, v.dtype)
+            builder.store(builder.insert_element(args[0], number, lane), result)
+        return builder.load(result)
+
+    return v(v, k, value), codegen
+
+
+@intrinsic
+def zeros_like(typingctx: Any, v: Any) -> Any:
+    return v(v), lambda context, builder, signature, args: ir.Constant(args[0].type, None)
+
+
+def _folded(builder: Any, value: Any, join: Callable[..., Any]) -> Any:
+    """The lanes joined in pairs, halves onto halves, in one order on every machine."""
+    count = value.type.count
+    while count > 1:
+        count //= 2
+        undefined = ir.Constant(value.type, ir.Undefined)
+        halves = (
+            builder.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(_WORD, count), [*range(k, k + count)]))
+            for k in (0, count)
+        )
+        value = join(builder, *halves)
+    return builder.extract_element(value, ir.Constant(_WORD, 0))
+
+
+@intrinsic
+def sum_of(typingctx: Any, v: Any) -> Any:
+    """The sum over the lanes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _folded(builder, args[0], lambda builder, a, b: builder.fadd(a, b))
+
+    return v.dtype(v), codegen
+
+
+@intrinsic
+def largest_of(typingctx: Any, v: Any) -> Any:
+    """The largest lane, as `larger` compares."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _folded(builder, args[0], _choice(">", "a"))
+
+    return v.dtype(v), codegen
+
+
+# ---------------------------------------------------------------------------------------------- memory
+def _is_row(row: Any) -> bool:
+    return isinstance(row, types.Array) and row.ndim == 1 and row.layout == "C" and row.dtype in _FLOATING
+
+
+def _memory_type(row: Any, lanes: Any) -> Any:
+    """As many of the row's elements, as they lie in memory, as there are lanes."""
+    element = {types.float64: ir.DoubleType(), types.float32: ir.FloatType(), types.uint16: ir.IntType(16)}
+    return ir.VectorType(element.get(row.dtype, ir.HalfType()), lanes.count)
+
+
+def _pointer(context: Any, builder: Any, row: Any, value: Any, index: Any, to: Any) -> Any:
+    array = make_array(row)(context, builder, value)
+    pointer = cgutils.get_item_pointer(context, builder, row, array, [index], wraparound=False)
+    return builder.bitcast(pointer, to.as_pointer())
+
+
+def _existing(builder: Any, count: int, exist: Any) -> Any:
+    """True for the first `exist` of `count` lanes, 0 <= exist <= count."""
+    numbers = ir.Constant(ir.VectorType(_WORD, count), [*range(count)])
+    return builder.icmp_signed("<", numbers, _splat(builder, builder.trunc(exist, _WORD), numbers.type))
+
+
+def _number_in_memory(context: Any, builder: Any, number: Any, row: Any) -> Any:
+    """0 or an infinity, which every dtype holds, as an element of `row`."""
+    if row.dtype == types.uint16:
+        return builder.trunc(builder.lshr(builder.bitcast(number, _WORD), ir.Constant(_WORD, 16)), ir.IntType(16))
+    return half.from_float(context, builder, number) if row.dtype == types.int16 else number
+
+
+def _load_first(builder: Any, pointer: Any, align: int, exist: Any, rest: Any) -> Any:
+    """The 0 <= `exist` < count elements at `pointer`, then `rest`: for each bit of `exist` so many at once, the last first.
+
+    Not by LLVM's masked load: one that is wider than a register is taken apart, and where another select has the same mask
+    LLVM 22's code for AVX-512 reads lanes that do not exist.
+    """
+    vector = pointer.type.pointee
+    first = builder.bitcast(pointer, vector.element.as_pointer())
+    size, value = 1, _splat(builder, rest, ir.VectorType(vector.element, 1))
+    while size < vector.count:  # value: exist % size elements, then `rest`; size lanes
+        piece = ir.VectorType(vector.element, size)
+        both = ir.Constant(ir.VectorType(_WORD, 2 * size), [*range(2 * size)])
+        without, before = builder.shuffle_vector(value, _splat(builder, rest, piece), both), builder.block
+        with builder.if_then(cgutils.is_not_null(builder, builder.and_(exist, exist.type(size)))):
+            start = builder.gep(first, [builder.and_(exist, exist.type(-2 * size))])
+            loaded = builder.load(builder.bitcast(start, piece.as_pointer()), align=align)
+            joined, loading = builder.shuffle_vector(loaded, value, both), builder.block
+        value = builder.phi(without.type)
+        value.add_incoming(without, before)
+        value.add_incoming(joined, loading)
+        size *= 2
+    return value
+
+
+def _load(builder: Any, pointer: Any, align: int, exist: Any, rest: Any) -> Any:
+    """The `exist` elements at `pointer`, then `rest`: a plain load where all exist, without a branch where LLVM sees that."""
+    count = pointer.type.pointee.count
+    with builder.if_else(builder.icmp_signed("==", exist, exist.type(count))) as (then, otherwise):
+        with then:
+            loaded, of_all = builder.load(pointer, align=align), builder.block
+        with otherwise:
+            joined = _load_first(builder, pointer, align, exist, rest)
+            of_some = builder.block
+    value = builder.phi(loaded.type)
+    value.add_incoming(loaded, of_all)
+    value.add_incoming(joined, of_some)
+    return value
+
+
+@intrinsic
+def load_lanes_like(typingctx: Any, row: Any, i: Any, exist: Any, rest: Any, like: Any) -> Any:
+    """As `load_lanes`, in a vector of `like`'s width and precision."""
+    if not _is_row(row):
+        return None
+    lanes = _lanes_of(like.dtype)
+    computed = types.float64 if row.dtype == types.float64 else types.float32
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = _memory_type(row, lanes)
+        pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), vector)
+        others = _number_in_memory(context, builder, context.cast(builder, args[3], rest, computed), row)
+        value = _load(
+            builder, pointer, row.dtype.bitwidth // 8, context.cast(builder, args[2], exist, types.intp),
+            builder.bitcast(others, vector.element),
+        )  # fmt: skip
+        wanted = context.get_value_type(lanes)
+        if row.dtype == types.uint16:
+            words = ir.VectorType(_WORD, lanes.count)
+            value = builder.shl(builder.zext(value, words), ir.Constant(words, [16] * lanes.count))
+            value = builder.bitcast(value, ir.VectorType(ir.FloatType(), lanes.count))
+        elif row.dtype == types.int16:
+            value = half.to_float(context, builder, value)
+        if value.type.element != wanted.element:
+            narrow = wanted.element == ir.FloatType() and row.dtype == types.float64
+            value = (builder.fptrunc if narrow else builder.fpext)(value, wanted)
+        return value
+
+    return lanes(row, i, exist, rest, like), codegen
+
+
+@inline
+def load_lanes(row, i, exist, rest):
+    """row[i : i + exist] in the first lanes, `rest` in the others, 0 or an infinity; 0 <= exist <= width(row)."""
+    return load_lanes_like(row, i, exist, rest, row)
+
+
+def _to_memory(context: Any, builder: Any, value: Any, row: Any, vector: Any) -> Any:
+    """Rounded to nearest even to the dtype that `row` stands for, as `store` does."""
+    if row.dtype == types.int16:
+        return half.from_float(context, builder, value)
+    if row.dtype != types.uint16:
+        return value
+    words = ir.VectorType(_WORD, vector.count)
+
+    def every(number: int) -> Any:
+        return ir.Constant(words, [number] * vector.count)
+
+    word = builder.bitcast(value, words)
+    last = builder.and_(builder.lshr(word, every(16)), every(1))
+    rounded = builder.add(builder.add(word, every(0x7FFF)), last)
+    rounded = builder.select(builder.fcmp_unordered("uno", value, value), every(0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(rounded, every(16)), vector)
+
+
+@intrinsic
+def store_lanes(typingctx: Any, row: Any, i: Any, exist: Any, v: Any) -> Any:
+    """row[i : i + exist] = the first lanes, rounded once."""
+    if not (_is_row(row) and v == _lanes_of(row.dtype)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = _memory_type(row, v)
+        pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), vector)
+        value, align = _to_memory(context, builder, args[3], row, vector), row.dtype.bitwidth // 8
+        exists = context.cast(builder, args[2], exist, types.intp)
+        whole = builder.icmp_signed("==", exists, ir.Constant(_INT, vector.count))
+        with builder.if_else(whole) as (then, otherwise):
+            with then:
+                builder.store(value, pointer, align=align)
+            with otherwise:  # one by one: a store under a mask costs some 40 ns on AMD's processors
+                there = cgutils.alloca_once(builder, vector)
+                builder.store(value, there)
+                source, target = (builder.bitcast(p, vector.element.as_pointer()) for p in (there, pointer))
+                with cgutils.for_range(builder, exists) as loop:
+                    element = builder.load(builder.gep(source, [loop.index]))
+                    builder.store(element, builder.gep(target, [loop.index]), align=align)
+        return context.get_dummy_value()
+
+    return types.void(row, i, exist, v), codegen
+
+
+@intrinsic
+def stream_lanes(typingctx: Any, row: Any, i: Any, v: Any) -> Any:
+    """row[i : i + width(row)] = v around the caches; the address is a multiple of the vector's bytes."""
+    if not (_is_row(row) and v == _lanes_of(row.dtype)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = _memory_type(row, v)
+        pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), vector)
+        align = min(LINE, v.count * row.dtype.bitwidth // 8)
+        store = builder.store(_to_memory(context, builder, args[2], row, vector), pointer, align=align)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_WORD, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(row, i, v), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, row: Any, i: Any) -> Any:
+    """Asks for the line of row[i]; where that is no memory nothing happens."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), _BYTE)
+        of = ir.FunctionType(ir.VoidType(), [pointer.type, _WORD, _WORD, _WORD])
+        function = cgutils.get_or_insert_function(builder.module, of, "llvm.prefetch.p0i8")
+        for line in range(0, _lanes_of(row.dtype).count * row.dtype.bitwidth // 8, LINE):
+            there = builder.gep(pointer, [ir.Constant(_INT, line)])
+            builder.call(function, [there, *(ir.Constant(_WORD, k) for k in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(row, i), codegen
+
+
+@inline
+def fetch(row):
+    """Asks for the lines of a row."""
+    for i in range(0, row.size, LINE // row.itemsize):
+        prefetch(row, i)
+
+
+@intrinsic
+def _address(typingctx: Any, row: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(make_array(row)(context, builder, args[0]).data, _INT)
+
+    return types.intp(row), codegen
+
+
+@intrinsic
+def streamed(typingctx: Any) -> Any:
+    """Orders what was streamed before whatever tells another thread that it is there."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@inline
+def before_line(row):
+    """Elements of `row` before its first whole line; -1 if an element has no address of its own size."""
+    head = -_address(row) % LINE
+    return head // row.itemsize if head % row.itemsize == 0 else -1
+
+
+# ---------------------------------------------------------------------------------------------- a row of results
+@inline
+def write(row, around, lanes, args):
+    """row = lanes(i, exist, args), vector by vector: a compiled function of the elements i…i+exist-1 of its arguments.
+
+    `around` the caches, where that is asked for: whole lines of the row then.
+    """
+    size, count = row.size, width(row)
+    head = before_line(row) if around else -1
+    i, stop = 0, min(max(head, 0), size)
+    while True:  # up to the first whole line, the vectors, the last elements: `lanes` is part of the code twice
+        while i < stop:
+            exist = min(count, stop - i)
+            store_lanes(row, i, exist, lanes(i, exist, args))
+            i += exist
+        if stop == size:
+            break
+        while i + count <= size:
+            v = lanes(i, width(row), args)
+            if head >= 0:
+                stream_lanes(row, i, v)
+            else:
+                store_lanes(row, i, width(row), v)
+            i += count
+        stop = size

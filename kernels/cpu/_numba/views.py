@@ -1,0 +1,205 @@
+"""Rows, planes and lines of an array, and the memory that holds one where its elements are not adjacent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from .compile import inline, outline
+from .internals import cgutils, make_array, raise_error
+from .simd import LARGE, LINE
+
+# Rows of at most so many bytes are fetched while the row before them is computed.
+AHEAD = 1 << 14
+
+
+# ---------------------------------------------------------------------------------------------- views
+# A view that these make borrows the memory of its array and counts no reference: making one is a few additions.
+@intrinsic
+def row_of(typingctx: Any, x: Any, n: Any, s: Any) -> Any:
+    """x[n, :, s], indices in range."""
+    result = types.Array(x.dtype, 1, "A")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = make_array(x)(context, builder, args[0])
+        return _view(context, builder, x, array, (args[1], None, args[2]), None, 1, result)
+
+    return result(x, types.intp, types.intp), codegen
+
+
+@intrinsic
+def plane_of(typingctx: Any, x: Any, n: Any, c: Any, first: Any, last: Any) -> Any:
+    """x[n, c, first:last], indices in range."""
+    result = types.Array(x.dtype, 1, "A")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = make_array(x)(context, builder, args[0])
+        size = builder.sub(args[4], args[3])
+        return _view(context, builder, x, array, (args[1], args[2], args[3]), size, 2, result)
+
+    return result(x, types.intp, types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def line_of(typingctx: Any, x: Any, n: Any, c: Any, s: Any, size: Any) -> Any:
+    """`size` elements adjacent in memory from x[n, c, s] on; the caller knows that they are."""
+    result = types.Array(x.dtype, 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = make_array(x)(context, builder, args[0])
+        return _view(context, builder, x, array, args[1:4], args[4], None, result)
+
+    return result(x, types.intp, types.intp, types.intp, types.intp), codegen
+
+
+def _view(context: Any, builder: Any, x: Any, array: Any, start: Any, size: Any, axis: int | None, result: Any) -> Any:
+    """A 1-d view of the 3-d `array` from the index `start` on, along `axis`, or of adjacent elements for None.
+
+    None within `start` stands for the whole of that axis.
+    """
+    shape, strides = (cgutils.unpack_tuple(builder, t, 3) for t in (array.shape, array.strides))
+    address = builder.ptrtoint(array.data, strides[0].type)
+    for k, index in enumerate(start):
+        if index is None:
+            size = shape[k]
+        else:
+            address = builder.add(address, builder.mul(index, strides[k]))
+    view = make_array(result)(context, builder)
+    view.data = builder.inttoptr(address, array.data.type)
+    view.shape = cgutils.pack_array(builder, [size])
+    view.strides = cgutils.pack_array(builder, [array.itemsize if axis is None else strides[axis]])
+    view.itemsize = array.itemsize
+    view.nitems = size
+    view.meminfo = cgutils.get_null_value(view.meminfo.type)
+    view.parent = cgutils.get_null_value(view.parent.type)
+    return view._getvalue()
+
+
+@intrinsic
+def borrowed(typingctx: Any, row: Any) -> Any:
+    """The same one-dimensional array of adjacent elements, as a view that counts no references; the caller holds one."""
+    result = types.Array(row.dtype, 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        view = make_array(result)(context, builder, args[0])
+        view.meminfo = cgutils.get_null_value(view.meminfo.type)
+        view.parent = cgutils.get_null_value(view.parent.type)
+        return view._getvalue()
+
+    return result(row), codegen
+
+
+@intrinsic
+def room(typingctx: Any, size: Any, like: Any) -> Any:
+    """`size` elements of `like`'s dtype, at the start of a line, to be given to `release` at the end.
+
+    Not np.empty, whose references are counted: a count is an atomic operation, which waits for every store before it, and the
+    loop over the rows would have some.
+    """
+    result = types.Array(like.dtype, 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        view = make_array(result)(context, builder)
+        elements = context.cast(builder, args[0], size, types.intp)
+        itemsize = context.get_constant(types.intp, like.dtype.bitwidth // 8)
+        nbytes = builder.add(builder.mul(elements, itemsize), context.get_constant(types.intp, 2 * LINE))
+        block = _libc(builder, "malloc", ir.IntType(8).as_pointer(), nbytes)
+        with cgutils.if_unlikely(builder, cgutils.is_null(builder, block)):
+            raise_error(context, builder, MemoryError, "a kernel found no memory")
+        address = builder.ptrtoint(block, nbytes.type)
+        start = builder.and_(builder.add(address, nbytes.type(2 * LINE - 1)), nbytes.type(-LINE))
+        builder.store(block, _before(builder, start, block.type))
+        view.data = builder.inttoptr(start, view.data.type)
+        view.shape = cgutils.pack_array(builder, [elements])
+        view.strides = cgutils.pack_array(builder, [itemsize])
+        view.itemsize, view.nitems = itemsize, elements
+        view.meminfo = cgutils.get_null_value(view.meminfo.type)
+        view.parent = cgutils.get_null_value(view.parent.type)
+        return view._getvalue()
+
+    return result(size, like), codegen
+
+
+def _libc(builder: Any, name: str, result: Any, argument: Any) -> Any:
+    function = ir.FunctionType(result, [argument.type])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), [argument])
+
+
+def _before(builder: Any, start: Any, kind: Any) -> Any:
+    """Where the line before a room keeps the address of its block."""
+    return builder.inttoptr(builder.sub(start, start.type(LINE)), kind.as_pointer())
+
+
+@intrinsic
+def release(typingctx: Any, scratch: Any) -> Any:
+    """Gives the memory of a `room` back."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        start = builder.ptrtoint(make_array(scratch)(context, builder, args[0]).data, ir.IntType(64))
+        _libc(builder, "free", ir.VoidType(), builder.load(_before(builder, start, ir.IntType(8).as_pointer())))
+        return context.get_dummy_value()
+
+    return types.void(scratch), codegen
+
+
+@inline
+def row_scratch(x):
+    """`room` for one row x[n, :, s] where rows are not adjacent in memory; empty where they are."""
+    return room(0 if x.strides[1] == x.itemsize else x.shape[1], x)
+
+
+@outline
+def copy(source, destination):
+    for i in range(source.size):
+        destination[i] = source[i]
+
+
+@inline
+def prefix(scratch, size):
+    """The first `size` elements of a one-dimensional array whose elements are adjacent."""
+    return borrowed(scratch[:size])
+
+
+@inline
+def _is_adjacent(row):
+    return row.strides[0] == row.itemsize or row.size <= 1
+
+
+@inline
+def gather(row, scratch):
+    """`row` with adjacent elements: itself where that is so already, else a copy in `scratch`."""
+    if _is_adjacent(row):
+        return borrowed(row)
+    copy(row, scratch)
+    return prefix(scratch, row.size)
+
+
+@inline
+def place(row, scratch):
+    """Where to write what shall stand in `row`: itself or `scratch`, which `scatter` then copies out."""
+    if _is_adjacent(row):
+        return borrowed(row)
+    return prefix(scratch, row.size)
+
+
+@inline
+def scatter(row, scratch):
+    if not _is_adjacent(row):
+        copy(scratch[: row.size], row)
+
+
+@inline
+def goes_around(y):
+    """True where the rows y[n, :, s] of a result are to be written around the caches."""
+    return y.size * y.itemsize >= LARGE and y.strides[1] == y.itemsize
+
+
+@inline
+def row_ahead(x, row, last, z_row):
+    """The row after `row`, below `last`, to fetch meanwhile: `z_row`, the row itself, where that would not help."""
+    if row + 1 < last and x.strides[1] == x.itemsize and x.shape[1] * x.itemsize <= AHEAD:
+        return line_of(x, (row + 1) // x.shape[2], 0, (row + 1) % x.shape[2], x.shape[1])
+    return z_row

@@ -1,0 +1,267 @@
+"""The kernels of batch normalisation's backward pass; `batch_norm.py` has the formulas and the launchers."""
+
+import triton
+import triton.language as tl
+
+from .. import _tile
+from .mask import fetch_bits, fetch_end_bits
+from .statistics import compensated_add, held, of_channels, over_splits, per_channel, per_channel_with_ends, splits_of
+from .tiles import ends_of, fetch, fetch_ends, line, lone, place, put, put_ends, tile_after, tile_at, tile_before, vector
+
+COUNTS = ["N", "S", "lane_blocks", "row_lanes", "tiles", "per_split", "splits", "summed", "m"]
+
+
+@triton.jit
+def _fetch_dy(
+    dy, mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The tile's values of dy, 0 where the activation let nothing through."""
+    values = fetch(dy, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+    if mask[0] is not None:
+        values = tl.where(fetch_bits(mask, c, at, walk, LANES, FLAT), values, 0.0)
+    return values
+
+
+@triton.jit
+def _fetch_ends(dy, x, mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
+    """dy and x of the ends of the rows that begin in the tile."""
+    ends = ends_of(c, tile, walk, ROWS, GROUP)
+    values = fetch_ends(dy, c, ends, 0.0, ACC)
+    if mask[0] is not None:
+        values = tl.where(fetch_end_bits(mask, c, tile, walk, ROWS, GROUP), values, 0.0)
+    return values, fetch_ends(x, c, ends, 0.0, ACC)
+
+
+@triton.jit
+def _started(dy, x, mean_hi, mean_lo, HALVINGS: tl.constexpr, MODE: tl.constexpr):
+    """Σ dy and Σ dy (x - μ) of a first tile, lane by lane, each with what it lost; dy is 0 in the lanes that hold no value."""
+    dbeta, dgamma = held(dy, HALVINGS, MODE), held(dy * ((x - mean_hi) - mean_lo), HALVINGS, MODE)
+    return dbeta, tl.zeros_like(dbeta), dgamma, tl.zeros_like(dbeta)
+
+
+@triton.jit
+def _continued(sums, dy, x, mean_hi, mean_lo, HALVINGS: tl.constexpr, MODE: tl.constexpr):
+    """The sums after one more tile."""
+    total, lost, total_dgamma, lost_dgamma = sums
+    total, lost = compensated_add(total, lost, held(dy, HALVINGS, MODE))
+    total_dgamma, lost_dgamma = compensated_add(total_dgamma, lost_dgamma, held(dy * ((x - mean_hi) - mean_lo), HALVINGS, MODE))
+    return total, lost, total_dgamma, lost_dgamma
+
+
+@triton.jit
+def _ended(sums):
+    """The two sums of each lane as two floats each."""
+    return sums[0], -sums[1], sums[2], -sums[3]
+
+
+@triton.jit
+def _sums_of(
+    dy, x, mask, mean_hi, mean_lo, c, first, stop, walk,
+    BLOCK_N: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr,
+    STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """(hi, lo) of Σ dy and of Σ dy (x - μ), an infinite or NaN one all in hi, over the tiles first…stop-1, ONE where that is
+    one; and dy and x of the first of them and of its ends."""
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    tile = tile_at(first, walk, BLOCK_N)
+    dy_ends, x_ends = c, c  # of no use: a compiled function returns no None
+    at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
+    x_tile = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+    dy_tile = _fetch_dy(dy, mask, c, at, walk, LANES, FLAT, DY_MODE, GROUP, ACC)
+    sums = _started(dy_tile, x_tile, mean_hi, mean_lo, HALVINGS, MODE)
+    if ENDS:
+        dy_ends, x_ends = _fetch_ends(dy, x, mask, c, tile, walk, ROWS, GROUP, ACC)
+        end_sums = _started(dy_ends, x_ends, lone(mean_hi), lone(mean_lo), 0, MODE)
+    if not ONE:
+        for _ in tl.range(first + 1, stop, num_stages=STAGES):
+            tile = tile_after(tile, walk, BLOCK_N)
+            at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
+            x_more = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+            dy_more = _fetch_dy(dy, mask, c, at, walk, LANES, FLAT, DY_MODE, GROUP, ACC)
+            sums = _continued(sums, dy_more, x_more, mean_hi, mean_lo, HALVINGS, MODE)
+            if ENDS:
+                dy_more, x_more = _fetch_ends(dy, x, mask, c, tile, walk, ROWS, GROUP, ACC)
+                end_sums = _continued(end_sums, dy_more, x_more, lone(mean_hi), lone(mean_lo), 0, MODE)
+    if ENDS:
+        sums = per_channel_with_ends(_ended(sums), _ended(end_sums))
+    else:
+        sums = per_channel(_ended(sums))
+    dbeta_hi, dbeta_lo, dgamma_hi, dgamma_lo = sums
+    dbeta_lo = tl.where(tl.abs(dbeta_hi) < float("inf"), dbeta_lo, 0.0)
+    dgamma_lo = tl.where(tl.abs(dgamma_hi) < float("inf"), dgamma_lo, 0.0)
+    return dbeta_hi, dbeta_lo, dgamma_hi, dgamma_lo, dy_tile, x_tile, dy_ends, x_ends
+
+
+@triton.jit
+def _write(
+    dy_tile, x_tile, slope, dx, dresidual, c, at, LANES: tl.constexpr, FLAT: tl.constexpr,
+    DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """dx, and the residual's gradient, of a tile."""
+    put(dx, _dx(dy_tile, x_tile, slope), c, at, LANES, FLAT, DX_MODE, GROUP)
+    if dresidual[0] is not None:
+        put(dresidual, dy_tile, c, at, LANES, FLAT, DRESIDUAL_MODE, GROUP)
+
+
+@triton.jit
+def _write_ends(dy_ends, x_ends, slope, dx, dresidual, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    ends = ends_of(c, tile, walk, ROWS, GROUP)
+    slope = lone(slope[0]), lone(slope[1]), lone(slope[2]), lone(slope[3]), lone(slope[4])
+    put_ends(dx, _dx(dy_ends, x_ends, slope), c, ends)
+    if dresidual[0] is not None:
+        put_ends(dresidual, dy_ends, c, ends)
+
+
+@triton.jit
+def _dx(dy, x, slope):
+    """γ rstd (dy - dβ/m - x̂ dγ/m), or γ rstd dy where the statistics were not the batch's (no x)."""
+    a, b, k, mean_hi, mean_lo = slope
+    if x is not None:
+        dy = (dy - b) - ((x - mean_hi) - mean_lo) * k
+    return dy * a
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _backward_reduce_kernel(
+    dy_ptr, x_ptr, mask_ptr, mean_ptr, partial_ptr, N, C, S, lane_blocks, row_lanes, tiles, per_split, splits,
+    stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_mn, stride_mc, stride_mb,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
+    STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """partial (4, splits, C): hi and lo of Σ dy (x - μ) and of Σ dy, of each split of each channel."""
+    pid = tl.program_id(0).to(tl.int64)
+    split = pid % splits
+    channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel[None, :, None]
+    first = split * per_split
+    dbeta_hi, dbeta_lo, dgamma_hi, dgamma_lo, _, _, _, _ = _sums_of(
+        (dy_ptr, stride_gn, stride_gc, stride_gs), (x_ptr, stride_xn, stride_xc, stride_xs),
+        (mask_ptr, stride_mn, stride_mc, stride_mb),
+        vector(mean_ptr, channel, C, 0.0, ACC), vector(mean_ptr + C, channel, C, 0.0, ACC),
+        c, first, tl.minimum(first + per_split, tiles), (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs),
+        BLOCK_N, LANES, ROWS, FLAT, False, STAGES, HALVINGS, MODE, DY_MODE, GROUP, ACC,
+    )  # fmt: skip
+    out = partial_ptr + (split * C + c)
+    step = splits.to(tl.int64) * C
+    tl.store(out, dgamma_hi, mask=c < C)
+    tl.store(out + step, dgamma_lo, mask=c < C)
+    tl.store(out + 2 * step, dbeta_hi, mask=c < C)
+    tl.store(out + 3 * step, dbeta_lo, mask=c < C)
+
+
+@triton.jit
+def _merged(partial_ptr, channel, C, splits, rstd, SPLITS: tl.constexpr):
+    """(dγ, dβ) of channels (one-dimensional) from their splits."""
+    dgamma, dgamma_lo, dbeta, dbeta_lo = over_splits(*splits_of(partial_ptr, channel, C, splits, SPLITS))
+    dgamma += tl.where(tl.abs(dgamma) < float("inf"), dgamma_lo, 0.0)
+    dbeta += tl.where(tl.abs(dbeta) < float("inf"), dbeta_lo, 0.0)
+    return of_channels(dgamma, channel) * rstd, of_channels(dbeta, channel)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _backward_merge_kernel(
+    partial_ptr, rstd_ptr, dgamma_ptr, dbeta_ptr, C, splits, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """The splits' sums as one."""
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rstd = tl.load(rstd_ptr + channel, mask=channel < C, other=0.0)
+    dgamma, dbeta = _merged(partial_ptr, channel, C, splits, rstd, SPLITS)
+    tl.store(dgamma_ptr + channel, dgamma, mask=channel < C)
+    tl.store(dbeta_ptr + channel, dbeta, mask=channel < C)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _backward_apply_kernel(
+    dy_ptr, x_ptr, mask_ptr, mean_ptr, rstd_ptr, gamma_ptr, dgamma_ptr, dbeta_ptr, dx_ptr, dresidual_ptr, partial_ptr,
+    N, C, S, lane_blocks, row_lanes, tiles, per_split, splits, summed, m,
+    stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_mn, stride_mc, stride_mb,
+    stride_dn, stride_dc, stride_ds, stride_rn, stride_rc, stride_rs,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, TRAINED: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr,
+    DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx, of statistics that are the batch's (TRAINED) or constants; the last tiles first, for the sums have just read them.
+
+    Where partial_ptr is given, each program joins the `summed` splits of its channels itself, SPLITS or fewer, and the first
+    split of each channel writes dγ and dβ.
+    """
+    pid = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
+    first = (pid % splits) * per_split
+    channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel[None, :, None]
+    walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
+    dy, x = (dy_ptr, stride_gn, stride_gc, stride_gs), (x_ptr, stride_xn, stride_xc, stride_xs)
+    dx, dresidual = (dx_ptr, stride_dn, stride_dc, stride_ds), (dresidual_ptr, stride_rn, stride_rc, stride_rs)
+    mask = (mask_ptr, stride_mn, stride_mc, stride_mb)
+    rstd = vector(rstd_ptr, channel, C, 0.0, ACC)
+    a = rstd * vector(gamma_ptr, channel, C, 1.0, ACC)
+    b, k, mean_hi, mean_lo = a, a, a, a
+    if TRAINED:
+        mean_hi = vector(mean_ptr, channel, C, 0.0, ACC)
+        mean_lo = vector(mean_ptr + C, channel, C, 0.0, ACC)
+        if partial_ptr is None:
+            dgamma, dbeta = vector(dgamma_ptr, channel, C, 0.0, ACC), vector(dbeta_ptr, channel, C, 0.0, ACC)
+        else:
+            dgamma, dbeta = _merged(partial_ptr, channel, C, summed, line(rstd), SPLITS)
+            write = channel < tl.where(first == 0, C, 0)
+            tl.store(dgamma_ptr + channel, dgamma, mask=write)
+            tl.store(dbeta_ptr + channel, dbeta, mask=write)
+            dgamma, dbeta = dgamma[None, :, None], dbeta[None, :, None]
+        k = rstd * (dgamma / tl.cast(m, ACC))
+        b = dbeta / tl.cast(m, ACC)
+    slope = (a, b, k, mean_hi, mean_lo)
+    stop = tl.minimum(first + per_split, tiles)
+    tile = tile_at(stop - 1, walk, BLOCK_N)
+    for _ in tl.range(first, stop, num_stages=STAGES):
+        at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
+        dy_tile = _fetch_dy(dy, mask, c, at, walk, LANES, FLAT, DY_MODE, GROUP, ACC)
+        x_tile = None
+        if TRAINED:
+            x_tile = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+        _write(dy_tile, x_tile, slope, dx, dresidual, c, at, LANES, FLAT, DX_MODE, DRESIDUAL_MODE, GROUP)
+        if MODE == _tile.SHIFTED:
+            dy_ends, x_ends = _fetch_ends(dy, x, mask, c, tile, walk, ROWS, GROUP, ACC)
+            if not TRAINED:
+                x_ends = None
+            _write_ends(dy_ends, x_ends, slope, dx, dresidual, c, tile, walk, ROWS, GROUP)
+        tile = tile_before(tile, walk, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _backward_kernel(
+    dy_ptr, x_ptr, mask_ptr, mean_ptr, rstd_ptr, gamma_ptr, dx_ptr, dresidual_ptr, dgamma_ptr, dbeta_ptr,
+    N, C, S, lane_blocks, row_lanes, tiles, m,
+    stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_mn, stride_mc, stride_mb,
+    stride_dn, stride_dc, stride_ds, stride_rn, stride_rc, stride_rs,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
+    HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr,
+    GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The whole backward of a block of channels that is one tile, which stays in registers."""
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel[None, :, None]
+    walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
+    dy, x = (dy_ptr, stride_gn, stride_gc, stride_gs), (x_ptr, stride_xn, stride_xc, stride_xs)
+    dx, dresidual = (dx_ptr, stride_dn, stride_dc, stride_ds), (dresidual_ptr, stride_rn, stride_rc, stride_rs)
+    mask = (mask_ptr, stride_mn, stride_mc, stride_mb)
+    mean_hi = vector(mean_ptr, channel, C, 0.0, ACC)
+    mean_lo = vector(mean_ptr + C, channel, C, 0.0, ACC)
+    rstd = vector(rstd_ptr, channel, C, 0.0, ACC)
+    dbeta, dbeta_lo, dgamma, dgamma_lo, dy_tile, x_tile, dy_ends, x_ends = _sums_of(
+        dy, x, mask, mean_hi, mean_lo, c, tl.program_id(1), tiles, walk,
+        BLOCK_N, LANES, ROWS, FLAT, True, 1, HALVINGS, MODE, DY_MODE, GROUP, ACC,
+    )  # fmt: skip
+    dbeta += dbeta_lo
+    dgamma = (dgamma + dgamma_lo) * rstd
+    tl.store(dgamma_ptr + c, dgamma, mask=c < C)
+    tl.store(dbeta_ptr + c, dbeta, mask=c < C)
+    a = rstd * vector(gamma_ptr, channel, C, 1.0, ACC)
+    slope = (a, dbeta / tl.cast(m, ACC), rstd * (dgamma / tl.cast(m, ACC)), mean_hi, mean_lo)
+    # placed anew by a number that the compiler does not know: addresses kept through the sums would spill
+    tile = (tl.cast(tiles - 1, tl.int64), tiles - 1)
+    at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
+    _write(dy_tile, x_tile, slope, dx, dresidual, c, at, LANES, FLAT, DX_MODE, DRESIDUAL_MODE, GROUP)
+    if MODE == _tile.SHIFTED:
+        _write_ends(dy_ends, x_ends, slope, dx, dresidual, c, tile, walk, ROWS, GROUP)

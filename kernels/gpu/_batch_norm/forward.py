@@ -1,0 +1,313 @@
+"""The kernels of batch normalisation's forward pass; `batch_norm.py` has the formulas and the launchers."""
+
+import triton
+import triton.language as tl
+
+from .. import _tile
+from .._rows import quotient, real
+from .mask import put_bits, put_end_bits
+from .statistics import (
+    continued,
+    finite_or_zero,
+    first_mean,
+    moments,
+    of_channels,
+    over_splits,
+    per_channel,
+    per_channel_with_ends,
+    renewed,
+    splits_of,
+    started,
+)
+from .tiles import (
+    count_between,
+    ends_of,
+    fetch,
+    fetch_ends,
+    inside_of,
+    line,
+    lone,
+    place,
+    put,
+    put_ends,
+    tile_after,
+    tile_at,
+    tile_before,
+    vector,
+)
+
+COUNTS = ["N", "S", "lane_blocks", "row_lanes", "tiles", "per_split", "splits", "summed", "m", "eps_bits", "momentum_bits"]
+
+
+@triton.jit
+def _reciprocal_std(var, eps, ACC: tl.constexpr):
+    if tl.float64 == ACC:
+        rstd = 1.0 / tl.sqrt(var + eps)
+    else:
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    return rstd
+
+
+@triton.jit
+def _finish(
+    hi, lo, M2, alpha, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, c, C, end,
+    m, eps, eps_bits, momentum, momentum_bits, ACC: tl.constexpr,
+):  # fmt: skip
+    """Writes the statistics of those channels c (one-dimensional) below `end`, updates the running ones, and returns rstd."""
+    count, M2 = tl.cast(m, ACC), tl.where(M2 < 0.0, 0.0, M2)
+    var = quotient(M2, alpha * alpha * count, ACC)
+    rstd = _reciprocal_std(var, real(eps, eps_bits, ACC), ACC)
+    tl.store(mean_ptr + c, hi, mask=c < end)
+    tl.store(mean_ptr + (C + c), lo, mask=c < end)
+    tl.store(var_ptr + c, var, mask=c < end)
+    tl.store(rstd_ptr + c, rstd, mask=c < end)
+    weight = real(momentum, momentum_bits, ACC)
+    if running_mean_ptr is not None:
+        old = tl.load(running_mean_ptr + c, mask=c < end, other=0.0).to(ACC)
+        tl.store(running_mean_ptr + c, old * (1.0 - weight) + weight * hi, mask=c < end)
+    if running_var_ptr is not None:
+        old = tl.load(running_var_ptr + c, mask=c < end, other=0.0).to(ACC)
+        new = quotient(M2, alpha * alpha * tl.maximum(count - 1.0, 1.0), ACC)
+        tl.store(running_var_ptr + c, old * (1.0 - weight) + weight * new, mask=c < end)
+    return rstd
+
+
+@triton.jit
+def _moments_of(
+    x, channel, first, stop, walk, alpha,
+    BLOCK_N: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr,
+    STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(mean hi, mean lo, scaled M2, count) of the tiles with the numbers first…stop-1, ONE where that is one; and the values of
+    the first of them and of its ends."""
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    N, C, S, _, _, stride_n, stride_c, stride_s = walk
+    c = channel[None, :, None]
+    tile = tile_at(first, walk, BLOCK_N)
+    if ENDS:
+        ends = ends_of(c, tile, walk, ROWS, GROUP)
+        end_values = fetch_ends(x, c, ends, 0.0, ACC)
+    at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
+    values = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+    start = tile[0] * stride_n + tl.minimum(tile[1].to(tl.int64) * LANES, S - 1) * stride_s
+    one = tl.load(x[0] + (start + channel * stride_c), mask=channel < C, other=0.0).to(ACC)[None, :, None]
+    inside = inside_of(at, LANES, MODE, GROUP)
+    after = tile_after(tile, walk, BLOCK_N)
+    if ONE:
+        count = tl.zeros(c.shape, ACC) + tl.cast(N * S, ACC)
+    else:
+        count = count_between(tile, after, c, walk, BLOCK_N, LANES, FLAT, MODE, GROUP).to(ACC)
+    if ENDS:
+        origin = first_mean(values, inside, end_values, ends[2], count, one)
+    else:
+        origin = first_mean(values, inside, None, None, count, one)
+    origin = origin.to(x[0].dtype.element_ty)  # as it is read in lanes outside
+    shift = alpha * origin.to(ACC)
+    sums = started(tl.where(inside, alpha * values - shift, 0.0), HALVINGS, MODE)
+    if ENDS:
+        end_shift = lone(shift)
+        end_sums = started(tl.where(ends[2], alpha * end_values - end_shift, 0.0), 0, MODE)
+    if not ONE:
+        for _ in tl.range(first + 1, stop, num_stages=STAGES):
+            at = place(c, after, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
+            more = fetch(x, c, at, origin, LANES, FLAT, MODE, GROUP, ACC)
+            sums = continued(sums, alpha * more - shift, HALVINGS, MODE)
+            if ENDS:
+                more = fetch_ends(x, c, ends_of(c, after, walk, ROWS, GROUP), lone(origin), ACC)
+                end_sums = continued(end_sums, alpha * more - end_shift, 0, MODE)
+            after = tile_after(after, walk, BLOCK_N)
+        count = count_between(tile, after, c, walk, BLOCK_N, LANES, FLAT, MODE, GROUP).to(ACC)
+    if ENDS:
+        sums = per_channel_with_ends(
+            (sums[0], sums[1], sums[2], -sums[3]), (end_sums[0], end_sums[1], end_sums[2], -end_sums[3])
+        )
+    else:
+        end_values = c  # of no use: a compiled function returns no None
+        sums = per_channel((sums[0], sums[1], sums[2], -sums[3]))
+    hi, lo, M2 = moments(sums, count, origin.to(ACC), alpha)
+    return hi, lo, M2, count, values, end_values
+
+
+@triton.jit
+def _activated(values, affine, residual, RELU: tl.constexpr):
+    """(y, which y are let through) of values of x: γ x̂ + β + residual, and what is below 0 as 0; NaN stays."""
+    mean_hi, mean_lo, scale, beta = affine
+    y = ((values - mean_hi) - mean_lo) * scale + beta
+    if residual is not None:
+        y += residual
+    on = (y <= 0.0) == 0
+    if RELU:
+        y = tl.where(on, y, 0.0)
+    return y, on
+
+
+@triton.jit
+def _write(
+    values, affine, residual, y, mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr,
+    RESIDUAL_MODE: tl.constexpr, Y_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y of a tile's values of x."""
+    more = None
+    if residual[0] is not None:
+        more = fetch(residual, c, at, 0.0, LANES, FLAT, RESIDUAL_MODE, GROUP, ACC)
+    out, on = _activated(values, affine, more, mask[0] is not None)
+    put(y, out, c, at, LANES, FLAT, Y_MODE, GROUP)
+    if mask[0] is not None:
+        put_bits(mask, on, c, at, walk, LANES, FLAT)
+
+
+@triton.jit
+def _write_ends(
+    values, affine, residual, y, mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """y of the ends of the rows that begin in the tile."""
+    ends = ends_of(c, tile, walk, ROWS, GROUP)
+    more = None
+    if residual[0] is not None:
+        more = fetch_ends(residual, c, ends, 0.0, ACC)
+    affine = lone(affine[0]), lone(affine[1]), lone(affine[2]), lone(affine[3])
+    out, on = _activated(values, affine, more, mask[0] is not None)
+    put_ends(y, out, c, ends)
+    if mask[0] is not None:
+        put_end_bits(mask, on, c, tile, walk, ROWS, GROUP)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _statistics_kernel(
+    x_ptr, partial_ptr, N, C, S, lane_blocks, row_lanes, tiles, per_split, splits, alpha, stride_xn, stride_xc, stride_xs,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
+    STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """partial (4, splits, C): mean hi and lo, scaled M2 and count of each split of each channel."""
+    pid = tl.program_id(0).to(tl.int64)
+    split = pid % splits
+    channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel[None, :, None]
+    first = split * per_split
+    walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
+    mean_hi, mean_lo, M2, count, _, _ = _moments_of(
+        (x_ptr, stride_xn, stride_xc, stride_xs), channel, first, tl.minimum(first + per_split, tiles), walk, alpha,
+        BLOCK_N, LANES, ROWS, FLAT, False, STAGES, HALVINGS, MODE, GROUP, ACC,
+    )  # fmt: skip
+    out = partial_ptr + (split * C + c)
+    tl.store(out, mean_hi, mask=c < C)
+    tl.store(out + splits * C, mean_lo, mask=c < C)
+    tl.store(out + 2 * splits * C, M2, mask=c < C)
+    tl.store(out + 3 * splits * C, count, mask=c < C)
+
+
+@triton.jit
+def _merged(partial_ptr, channel, C, splits, alpha, SPLITS: tl.constexpr):
+    """(mean hi, mean lo, scaled M2) of channels (one-dimensional) from their splits: means by their distance from the first,
+    then squares about the common mean."""
+    hi, lo, M2, count = splits_of(partial_ptr, channel, C, splits, SPLITS)
+    first = finite_or_zero(tl.load(partial_ptr + channel, mask=channel < C, other=0.0))
+    if channel.shape[0] == 1:
+        origin = tl.max(first, axis=0)
+    else:
+        origin = first[None, :]
+    delta = (hi - origin) + lo
+    none = tl.zeros_like(delta)
+    # a split that is not there counts as none; its 0 - origin is finite
+    u, _, total, _ = over_splits(delta * count, none, count, none)
+    u /= tl.maximum(total, 1.0)
+    d = alpha * (delta - u) if channel.shape[0] == 1 else alpha * (delta - u[None, :])
+    M2, more, _, _ = over_splits(M2, count * d * d, none, none)
+    hi, lo = renewed(first, of_channels(u, channel))
+    return hi, lo, of_channels(M2 + more, channel)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _merge_kernel(
+    partial_ptr, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, C, splits, alpha,
+    m, eps, eps_bits, momentum, momentum_bits,
+    SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The statistics of each channel from its splits."""
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    hi, lo, M2 = _merged(partial_ptr, channel, C, splits, alpha, SPLITS)
+    _finish(
+        hi, lo, M2, alpha, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C, C,
+        m, eps, eps_bits, momentum, momentum_bits, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _normalize_kernel(
+    x_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, residual_ptr, y_ptr, mask_ptr,
+    partial_ptr, var_ptr, running_mean_ptr, running_var_ptr,
+    N, C, S, lane_blocks, row_lanes, tiles, per_split, splits, summed, alpha, m, eps, eps_bits, momentum, momentum_bits,
+    stride_xn, stride_xc, stride_xs, stride_rn, stride_rc, stride_rs, stride_yn, stride_yc, stride_ys,
+    stride_mn, stride_mc, stride_mb,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr, RESIDUAL_MODE: tl.constexpr, Y_MODE: tl.constexpr,
+    GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y = (x - μ) (rstd γ) + β + residual; the last tiles first, for the statistics have just read them.
+
+    Where partial_ptr is given, each program joins the `summed` splits of its channels itself, SPLITS or fewer, and the first
+    split of each channel writes the statistics.
+    """
+    pid = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
+    first = (pid % splits) * per_split
+    channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel[None, :, None]
+    walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
+    x, y = (x_ptr, stride_xn, stride_xc, stride_xs), (y_ptr, stride_yn, stride_yc, stride_ys)
+    residual, mask = (residual_ptr, stride_rn, stride_rc, stride_rs), (mask_ptr, stride_mn, stride_mc, stride_mb)
+    gamma, beta = vector(gamma_ptr, channel, C, 1.0, ACC), vector(beta_ptr, channel, C, 0.0, ACC)
+    if partial_ptr is None:
+        mean_hi, mean_lo = vector(mean_ptr, channel, C, 0.0, ACC), vector(mean_ptr + C, channel, C, 0.0, ACC)
+        rstd = vector(rstd_ptr, channel, C, 0.0, ACC)
+    else:
+        mean_hi, mean_lo, M2 = _merged(partial_ptr, channel, C, summed, alpha, SPLITS)
+        rstd = _finish(
+            mean_hi, mean_lo, M2, alpha, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
+            channel, C, tl.where(first == 0, C, 0), m, eps, eps_bits, momentum, momentum_bits, ACC,
+        )[None, :, None]  # fmt: skip
+        mean_hi, mean_lo = mean_hi[None, :, None], mean_lo[None, :, None]
+    affine = (mean_hi, mean_lo, rstd * gamma, beta)
+    stop = tl.minimum(first + per_split, tiles)
+    tile = tile_at(stop - 1, walk, BLOCK_N)
+    for _ in tl.range(first, stop, num_stages=STAGES):
+        at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
+        values = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+        _write(values, affine, residual, y, mask, c, at, walk, LANES, FLAT, RESIDUAL_MODE, Y_MODE, GROUP, ACC)
+        if MODE == _tile.SHIFTED:
+            end_values = fetch_ends(x, c, ends_of(c, tile, walk, ROWS, GROUP), 0.0, ACC)
+            _write_ends(end_values, affine, residual, y, mask, c, tile, walk, ROWS, GROUP, ACC)
+        tile = tile_before(tile, walk, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _forward_kernel(
+    x_ptr, gamma_ptr, beta_ptr, residual_ptr, y_ptr, mask_ptr, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
+    N, C, S, lane_blocks, row_lanes, tiles, alpha, m, eps, eps_bits, momentum, momentum_bits,
+    stride_xn, stride_xc, stride_xs, stride_rn, stride_rc, stride_rs, stride_yn, stride_yc, stride_ys,
+    stride_mn, stride_mc, stride_mb,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
+    HALVINGS: tl.constexpr, MODE: tl.constexpr, RESIDUAL_MODE: tl.constexpr, Y_MODE: tl.constexpr,
+    GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Statistics and normalisation of a block of channels that is one tile, which stays in registers."""
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel[None, :, None]
+    walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
+    x, y = (x_ptr, stride_xn, stride_xc, stride_xs), (y_ptr, stride_yn, stride_yc, stride_ys)
+    residual, mask = (residual_ptr, stride_rn, stride_rc, stride_rs), (mask_ptr, stride_mn, stride_mc, stride_mb)
+    mean_hi, mean_lo, M2, _, values, end_values = _moments_of(
+        x, channel, tl.program_id(1), tiles, walk, alpha, BLOCK_N, LANES, ROWS, FLAT, True, 1, HALVINGS, MODE, GROUP, ACC
+    )  # fmt: skip
+    rstd = _finish(
+        line(mean_hi), line(mean_lo), line(M2), alpha,
+        mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, C, C,
+        m, eps, eps_bits, momentum, momentum_bits, ACC,
+    )  # fmt: skip
+    scale = rstd[None, :, None] * vector(gamma_ptr, channel, C, 1.0, ACC)
+    affine = (mean_hi, mean_lo, scale, vector(beta_ptr, channel, C, 0.0, ACC))
+    # placed anew by a number that the compiler does not know: addresses kept through the sums would spill
+    tile = (tl.cast(tiles - 1, tl.int64), tiles - 1)
+    at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
+    _write(values, affine, residual, y, mask, c, at, walk, LANES, FLAT, RESIDUAL_MODE, Y_MODE, GROUP, ACC)
+    if MODE == _tile.SHIFTED:
+        _write_ends(end_values, affine, residual, y, mask, c, tile, walk, ROWS, GROUP, ACC)

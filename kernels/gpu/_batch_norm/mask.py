@@ -1,0 +1,84 @@
+"""One bit for each value of (N, C, S), set where an activation let it through.
+
+Each row has its own bytes: one for every eight lanes of its body, from the least bit on, then two for its ends (`_tile`). A
+mask is (pointer, stride_n, stride_c, stride_b), b counting a row's bytes. It is read with the x it was written with: where a
+body begins depends on the strides and the address of x.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import eights, lone, rows_of
+
+
+@triton.jit
+def _bytes_at(mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr):
+    """(pointers to the tile's bytes, which are there), (samples, channels, bytes)."""
+    ptr, stride_n, stride_c, stride_b = mask
+    n, _, offset, hi = at
+    b = tl.arange(0, (LANES + 7) // 8)[None, None, :]
+    there = 8 * b < hi
+    if FLAT:
+        n, b = eights(0, walk[4], hi.shape[0])
+        n, b = n[:, None, None].to(tl.int64), b[:, None, None]
+    else:
+        b += offset // 8
+    return ptr + (n * stride_n + c * stride_c + b * stride_b), there
+
+
+@triton.jit
+def _packed(on, WIDTH: tl.constexpr):
+    """WIDTH bits along the last axis as a byte."""
+    if len(on.shape) == 1:
+        bits = tl.reshape(on.to(tl.int32), [on.shape[0] // WIDTH, WIDTH])
+        packed = tl.sum(bits << tl.arange(0, WIDTH)[None, :], axis=1)
+    else:
+        bits = tl.reshape(on.to(tl.int32), [on.shape[0], on.shape[1], on.shape[2] // WIDTH, WIDTH])
+        packed = tl.sum(bits << tl.arange(0, WIDTH)[None, None, None, :], axis=3)
+    return packed.to(tl.uint8)
+
+
+@triton.jit
+def _unpacked(packed, WIDTH: tl.constexpr):
+    """WIDTH bits of each byte along the last axis."""
+    packed = packed.to(tl.int32)
+    if len(packed.shape) == 1:
+        bits = (packed[:, None] >> tl.arange(0, WIDTH)[None, :]) & 1
+        bits = tl.reshape(bits, [packed.shape[0] * WIDTH])
+    else:
+        bits = (packed[:, :, :, None] >> tl.arange(0, WIDTH)[None, None, None, :]) & 1
+        bits = tl.reshape(bits, [packed.shape[0], packed.shape[1], packed.shape[2] * WIDTH])
+    return bits != 0
+
+
+@triton.jit
+def put_bits(mask, on, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr):
+    where, there = _bytes_at(mask, c, at, walk, LANES, FLAT)
+    tl.store(where, _packed(on, 8 if LANES >= 8 else LANES), mask=there)
+
+
+@triton.jit
+def fetch_bits(mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr):
+    where, there = _bytes_at(mask, c, at, walk, LANES, FLAT)
+    return _unpacked(tl.load(where, mask=there, other=0), 8 if LANES >= 8 else LANES)
+
+
+@triton.jit
+def _end_bytes_at(mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """(pointers to the bytes of the ends of the tile's rows, which are there)."""
+    ptr, stride_n, stride_c, stride_b = mask
+    n, begins, b = rows_of(tile, walk, ROWS, (2 * GROUP + 7) // 8, c.shape[1] == 1)
+    c = lone(c)
+    return ptr + (n * stride_n + c * stride_c + ((walk[2] + 7) // 8 + b) * stride_b), begins & (c < walk[1])
+
+
+@triton.jit
+def put_end_bits(mask, on, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    where, there = _end_bytes_at(mask, c, tile, walk, ROWS, GROUP)
+    tl.store(where, _packed(on, 8 if GROUP >= 4 else 2 * GROUP), mask=there)
+
+
+@triton.jit
+def fetch_end_bits(mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    where, there = _end_bytes_at(mask, c, tile, walk, ROWS, GROUP)
+    return _unpacked(tl.load(where, mask=there, other=0), 8 if GROUP >= 4 else 2 * GROUP)

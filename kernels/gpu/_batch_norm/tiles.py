@@ -1,0 +1,209 @@
+"""How the batch normalisation kernels walk (N, C, S): tiles of (samples, channels, lanes), and the ends of rows (`_tile`).
+
+A tile is named by (its first sample, its number along the lanes); a loop steps from one to the next, for to divide in each
+trip would take longer than to add up the tile's values.
+
+A tensor is (pointer, stride_n, stride_c, stride_s). What a kernel's tensors share is `walk` = (N, C, S, lane_blocks, row_lanes,
+stride_xn, stride_xc, stride_xs). It lies `at` = (n, head, offset, hi): its samples, the head of each of their rows, its first
+lane and how many lanes hold values. The tile of a row's first lanes answers for the row's ends as well: `ends` = (n, position,
+whether there is one). Of a single channel these are one-dimensional, ROWS times 2 GROUP lanes, and what belongs to the channel
+is a scalar (`lone`): tied to the body through its columns, the ends would be laid out as the body, many in every thread.
+
+A FLAT tile is one channel whose rows, padded to a power of two each, would not fit one program: of each row the lanes by
+eights, all rows' end to end; LANES is 8, BLOCK_N the eights. All tensors have the strides of x, and a channel spans less than
+2³⁰ elements: its `at` = (the channel's first element, each eight's from there in 32 bits, each eight's first lane, hi).
+"""
+
+import triton
+import triton.language as tl
+
+from .. import _tile
+
+
+@triton.jit
+def tile_at(number, walk, BLOCK_N: tl.constexpr):
+    """The tile with this number; those of the same samples follow each other."""
+    number = number.to(tl.int32)
+    return (number // walk[3]).to(tl.int64) * BLOCK_N, (number % walk[3]).to(tl.int32)
+
+
+@triton.jit
+def tile_after(tile, walk, BLOCK_N: tl.constexpr):
+    n, block = tile
+    last = block + 1 == walk[3]
+    return tl.where(last, n + BLOCK_N, n), tl.where(last, 0, block + 1)
+
+
+@triton.jit
+def tile_before(tile, walk, BLOCK_N: tl.constexpr):
+    n, block = tile
+    first = block == 0
+    return tl.where(first, n - BLOCK_N, n), tl.where(first, walk[3] - 1, block - 1).to(tl.int32)
+
+
+@triton.jit
+def place(c, tile, walk, BLOCK_N: tl.constexpr, LANES: tl.constexpr, FLAT: tl.constexpr,
+          MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """`at` of one tile of the channels c."""
+    N, C, S, _, row_lanes, stride_n, stride_c, stride_s = walk
+    if FLAT:
+        n, offset = eights(tile[1], row_lanes, BLOCK_N)
+        n, offset = n[:, None, None], 8 * offset[:, None, None]
+        start, row = c * stride_c, n * stride_n
+        if MODE == _tile.SHIFTED:
+            row += (start % GROUP).to(tl.int32)
+        head = _tile.head_of(row, MODE, GROUP)
+        if MODE == _tile.STRIDED:
+            element = row + offset * stride_s
+        else:
+            start = start // GROUP * GROUP
+            element = (row + head) // GROUP * GROUP + offset
+        at = start, element, offset, _tile.reach(head, offset, S, n < N, LANES, MODE, GROUP)
+    else:
+        n = (tile[0] + tl.arange(0, BLOCK_N).to(tl.int64))[:, None, None]
+        offset = tl.cast(tile[1], tl.int64) * LANES
+        head = _tile.head_of(n * stride_n + c * stride_c, MODE, GROUP)
+        at = n, head, offset, _tile.reach(head, offset, S, (n < N) & (c < C), LANES, MODE, GROUP)
+    return at
+
+
+@triton.jit
+def eights(tile, row_lanes, BLOCK_N: tl.constexpr):
+    """(row, number in the row) of each eight of a FLAT tile, of which there is one, number 0."""
+    eight = tile + tl.arange(0, BLOCK_N)
+    n = eight // (row_lanes // 8)
+    return n, eight - n * (row_lanes // 8)
+
+
+@triton.jit
+def lone(x):
+    """A number a channel, (1, BLOCK_C, 1), as it is; that of one channel as a scalar."""
+    if x.shape[1] == 1:
+        x = tl.max(tl.ravel(x), axis=0)
+    return x
+
+
+@triton.jit
+def alone(x, c):
+    """What `lone` made a scalar in the shape of c again."""
+    if c.shape[1] == 1:
+        x = tl.zeros(c.shape, x.dtype) + x
+    return x
+
+
+@triton.jit
+def rows_of(tile, walk, ROWS: tl.constexpr, WIDTH: tl.constexpr, LONE: tl.constexpr):
+    """(n, whether it begins in the tile, lane) of WIDTH lanes for each row of the tile, one-dimensional where LONE."""
+    if LONE:
+        k = tl.arange(0, ROWS * WIDTH)
+        n, k = tile[0] + (k // WIDTH).to(tl.int64), k % WIDTH
+    else:
+        n, k = (tile[0] + tl.arange(0, ROWS).to(tl.int64))[:, None, None], tl.arange(0, WIDTH)[None, None, :]
+    return n, n < tl.where(tile[1] == 0, walk[0], 0), k
+
+
+@triton.jit
+def ends_of(c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """`ends` of the rows that begin in the tile; none where none begins."""
+    n, begins, k = rows_of(tile, walk, ROWS, 2 * GROUP, c.shape[1] == 1)
+    c = lone(c)
+    head = _tile.head_of(n * walk[5] + c * walk[6], _tile.SHIFTED, GROUP)
+    position, inside = _tile.end_of(k, head, walk[2], begins & (c < walk[1]), GROUP)
+    return n, position, inside
+
+
+@triton.jit
+def _flat(x, at, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
+    """(pointers to the values of a FLAT tile, which are there)."""
+    ptr, _, _, stride_s = x
+    start, element, _, hi = at
+    lane = tl.arange(0, LANES)[None, None, :]
+    step = lane * stride_s if MODE == _tile.STRIDED else lane
+    return ptr + start + (element + step), _tile.inside(lane, hi, MODE, GROUP)
+
+
+@triton.jit
+def fetch(x, c, at, other, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
+    """The tile's values in ACC, `other` in the lanes that hold none."""
+    ptr, stride_n, stride_c, stride_s = x
+    if FLAT:
+        where, inside = _flat(x, at, LANES, MODE, GROUP)
+        values = tl.load(where, mask=inside, other=other).to(ACC)
+    else:
+        n, head, offset, hi = at
+        lane = tl.arange(0, LANES)[None, None, :]
+        values = _tile.load(ptr, n * stride_n + c * stride_c, head, offset, lane, hi, stride_s, other, MODE, GROUP, ACC)
+    return values
+
+
+@triton.jit
+def put(x, values, c, at, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
+    ptr, stride_n, stride_c, stride_s = x
+    if FLAT:
+        where, inside = _flat(x, at, LANES, MODE, GROUP)
+        tl.store(where, values, mask=inside)
+    else:
+        n, head, offset, hi = at
+        lane = tl.arange(0, LANES)[None, None, :]
+        _tile.store(ptr, n * stride_n + c * stride_c, head, offset, lane, hi, values, stride_s, MODE, GROUP)
+
+
+@triton.jit
+def fetch_ends(x, c, ends, other, ACC: tl.constexpr):
+    ptr, stride_n, stride_c, stride_s = x
+    n, position, inside = ends
+    return tl.load(ptr + (n * stride_n + lone(c) * stride_c + position * stride_s), mask=inside, other=other).to(ACC)
+
+
+@triton.jit
+def put_ends(x, values, c, ends):
+    ptr, stride_n, stride_c, stride_s = x
+    n, position, inside = ends
+    tl.store(ptr + (n * stride_n + lone(c) * stride_c + position * stride_s), values, mask=inside)
+
+
+@triton.jit
+def inside_of(at, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
+    """Which lanes of the tile hold values."""
+    _, _, _, hi = at
+    return _tile.inside(tl.arange(0, LANES)[None, None, :], hi, MODE, GROUP)
+
+
+@triton.jit
+def count_between(first, stop, c, walk, BLOCK_N: tl.constexpr, LANES: tl.constexpr, FLAT: tl.constexpr,
+                  MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """(1, BLOCK_C, 1): how many values each of the channels c has from the tile `first` up to `stop`, with their rows' ends."""
+    N, _, S, lane_blocks, _, _, _, _ = walk
+    if FLAT:
+        count = tl.zeros(c.shape, tl.int64) + N * S
+    else:
+        count = tl.zeros(c.shape, tl.int64) + (tl.minimum(stop[0], N) - tl.minimum(first[0], N)) * S
+        if lane_blocks > 1:
+            count += _begun(stop, c, walk, BLOCK_N, LANES, MODE, GROUP) - _begun(first, c, walk, BLOCK_N, LANES, MODE, GROUP)
+    return count
+
+
+@triton.jit
+def _begun(tile, c, walk, BLOCK_N: tl.constexpr, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
+    """How many values of a tile's rows the tiles before it have: whole tiles of the rows' bodies, and all their ends."""
+    N, _, S, _, _, stride_n, stride_c, _ = walk
+    n, block = tile[0] + tl.arange(0, BLOCK_N).to(tl.int64)[:, None, None], tl.cast(tile[1], tl.int64)
+    head = _tile.head_of(n * stride_n + c * stride_c, MODE, GROUP)
+    of_row = block * LANES + (S - _tile.body_of(head, S, MODE, GROUP))
+    return tl.sum(tl.sum(tl.where((n < N) & (block > 0), of_row, 0), axis=2), axis=0)[None, :, None]
+
+
+@triton.jit
+def line(x):
+    """(1, BLOCK_C, 1) as (BLOCK_C,)."""
+    return tl.reshape(x, [x.shape[1]])
+
+
+@triton.jit
+def vector(ptr, channel, C, default: tl.constexpr, ACC: tl.constexpr):
+    """One number a channel, `default` where there is none, read one-dimensionally: as a tile every thread would read it."""
+    if ptr is None:
+        v = tl.full(channel.shape, default, ACC)
+    else:
+        v = tl.load(ptr + channel, mask=channel < C, other=0.0).to(ACC)
+    return v[None, :, None]

@@ -1,0 +1,137 @@
+"""Gradient of cross entropy from the rows' statistics; formulas, names and bytes are `cross_entropy`'s."""
+
+import triton
+import triton.language as tl
+
+from .. import _tile
+from .._rows import log_1_plus, real, rows_of
+from .tile import at_target_of, dense, dense_at, gradient, hard_target, logits, logits_at, pull_of, scale_of
+
+OF_CALL = ["V", "S", "rows", "tiles", "columns", "per_program", "ignore_index", "smoothing_bits", "z_loss_bits", "cap_bits"]
+
+
+@triton.jit(do_not_specialize=OF_CALL)
+def _backward_kernel(
+    z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr,
+    V, S, rows, tiles, columns, per_program, ignore_index, smoothing, smoothing_bits, z_loss, z_loss_bits, cap, cap_bits,
+    stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds, stride_un, stride_us,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr,
+    Z_LOSS: tl.constexpr, UNLESS_ONE: tl.constexpr,
+    MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    pointers = z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr
+    zeta, cap = real(z_loss, z_loss_bits, ACC) if Z_LOSS else None, real(cap, cap_bits, ACC)
+    numbers = V, S, rows, tiles, ignore_index, real(smoothing, smoothing_bits, ACC), zeta, cap
+    strides = stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds
+    strides_u = stride_un, stride_us
+    pid = tl.program_id(0).to(tl.int64)
+    if UNLESS_ONE:  # a few programs look over all rows, for as a rule none has another upstream gradient
+        first = pid * per_program
+        last = tl.minimum(first + per_program, rows // S * tiles)
+        if _any_but_one(upstream_ptr, first, last, S, tiles, strides_u, BLOCK_R):
+            _rewrite(
+                first * columns, last * columns, columns, pointers, numbers, strides, strides_u,
+                BLOCK_R, BLOCK_V, SOFT, DENSE, CAPPED, Z_LOSS, UNLESS_ONE, MODE, TARGET_MODE, DZ_MODE, GROUP, ACC,
+            )  # fmt: skip
+    else:
+        _backward_tile(
+            pid // columns, (pid % columns).to(tl.int32) * BLOCK_V, pointers, numbers, strides, strides_u,
+            BLOCK_R, BLOCK_V, SOFT, DENSE, CAPPED, Z_LOSS, UNLESS_ONE, MODE, TARGET_MODE, DZ_MODE, GROUP, ACC,
+        )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def _rewrite(
+    first, last, columns, pointers, numbers, strides, strides_u,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr,
+    Z_LOSS: tl.constexpr, UNLESS_ONE: tl.constexpr,
+    MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    for i in range(first, last):
+        _backward_tile(
+            i // columns, (i % columns).to(tl.int32) * BLOCK_V, pointers, numbers, strides, strides_u,
+            BLOCK_R, BLOCK_V, SOFT, DENSE, CAPPED, Z_LOSS, UNLESS_ONE, MODE, TARGET_MODE, DZ_MODE, GROUP, ACC,
+        )  # fmt: skip
+
+
+@triton.jit
+def _any_but_one(upstream_ptr, first, last, S, tiles, strides, BLOCK_R: tl.constexpr):
+    """Whether a row of the tiles first…last-1 has an upstream gradient that is not 1."""
+    found = tl.zeros([256], tl.int32)
+    for i in range(first * BLOCK_R, last * BLOCK_R, 256):
+        of_tiles = i + tl.arange(0, 256)
+        n = of_tiles // BLOCK_R // tiles
+        s = of_tiles // BLOCK_R % tiles * BLOCK_R + of_tiles % BLOCK_R
+        inside = (of_tiles < last * BLOCK_R) & (s < S)
+        found |= (tl.load(upstream_ptr + (n * strides[0] + s * strides[1]), mask=inside, other=1.0) != 1.0).to(tl.int32)
+    return tl.max(found, axis=0) > 0
+
+
+@triton.jit
+def _backward_tile(
+    tile, offset, pointers, numbers, strides, strides_u,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr,
+    Z_LOSS: tl.constexpr, UNLESS_ONE: tl.constexpr,
+    MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK_R rows from lane `offset` on."""
+    z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr = pointers
+    V, S, rows, tiles, ignore_index, epsilon, zeta, cap = numbers
+    stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds = strides
+    stride_un, stride_us = strides_u
+    ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    n, s = rows_of(tile, S, tiles, BLOCK_R)
+    row = n * S + s
+    live = s < S
+    g = tl.load(upstream_ptr + (n * stride_un + s * stride_us), mask=live, other=1.0).to(ACC)
+    if UNLESS_ONE:
+        live = live & (g != 1.0)
+    if denominator_ptr is not None:
+        g = g / tl.load(denominator_ptr).to(ACC)
+    t, known, bad, w_t, z_t = None, live, None, None, None
+    if not SOFT:
+        t, known, bad, w_t = hard_target(target_ptr, n * stride_tn + s * stride_ts, weight_ptr, live, V, ignore_index, ACC)
+        z_t = logits_at(z_ptr, n * stride_zn + s * stride_zs + t * stride_zv, known, cap, CAPPED, ACC)
+        t, bad, w_t, z_t = t[:, None].to(tl.int32), bad[:, None], w_t[:, None], z_t[:, None]
+    m = tl.load(stats_ptr + row, mask=known, other=0.0)[:, None]
+    excess = tl.load(stats_ptr + (row + rows), mask=known, other=0.0)[:, None]
+    W = tl.load(stats_ptr + (row + 2 * rows), mask=known, other=0.0)[:, None]
+    first = (live & (offset == 0))[:, None]  # the rows' ends are the first column's
+    live, known, g = live[:, None], known[:, None], g[:, None]
+    g = tl.where(known, g, 1.0)  # what is no class gives 0, or NaN, whatever the upstream gradient
+    lse = m + log_1_plus(excess, ACC)
+    scale = scale_of(g, known, bad, excess, W)
+    pull = pull_of(g, known, excess, lse, zeta) if Z_LOSS else None
+    at_target = None
+    if not SOFT:
+        at_target = at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, zeta, cap, V, CAPPED)
+    z_start = n * stride_zn + s[:, None] * stride_zs
+    t_start = n * stride_tn + s[:, None] * stride_ts
+    d_start = n * stride_dn + s[:, None] * stride_ds
+    head = _tile.head_of(z_start, MODE, GROUP)
+
+    lane = tl.arange(0, BLOCK_V)[None, :]
+    hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
+    z = logits(z_ptr, z_start, head, offset, lane, hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
+    q = None
+    if DENSE:
+        q = dense(
+            target_ptr, t_start, weight_ptr, head, offset, lane, hi, stride_tv, V, epsilon,
+            SOFT, MODE, TARGET_MODE, GROUP, ACC,
+        )  # fmt: skip
+    if DENSE:
+        q *= g
+    dz = gradient(z, m, scale, pull, q, lane, head + offset, t, at_target, cap, CAPPED)
+    hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+    _tile.store(dz_ptr, d_start, head, offset, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
+    if ENDS:
+        c, inside = _tile.ends(head, V, known & first, GROUP)
+        z = logits_at(z_ptr, z_start + c, inside, cap, CAPPED, ACC)
+        q = None
+        if DENSE:
+            q = dense_at(target_ptr, t_start, weight_ptr, c, inside, stride_tv, V, epsilon, SOFT, ACC)
+        if DENSE:
+            q *= g
+        dz = gradient(z, m, scale, pull, q, c, 0, t, at_target, cap, CAPPED)
+        _, inside = _tile.ends(head, V, first, GROUP)
+        tl.store(dz_ptr + (d_start + c * stride_dv), dz, mask=inside)

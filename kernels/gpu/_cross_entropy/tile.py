@@ -1,0 +1,251 @@
+"""What the kernels of cross entropy do to a tile of logits: targets, the sums that make the loss, the gradient.
+
+Sums of a row are a tuple (m, excess, dense, inner, spread), all (R, 1):
+
+    m = max z,  excess = Σ exp(z - m) - 1,  dense = Σ q,  inner = Σ q (z - m),  spread = Σ exp(z - m) (z - m)
+
+where q is the dense part of the target, what every class has. Which of them are taken is a matter of constants.
+"""
+
+import triton
+import triton.language as tl
+
+from .. import _tile
+from .._rows import excess_with, finite_base, merge_lanes, no_lanes
+
+
+@triton.jit
+def hard_target(target_ptr, at, weight_ptr, live, V, ignore_index, ACC: tl.constexpr):
+    """(t, known, bad, w_t) of each row, all one-dimensional; t and w_t are 0 where the target is not a class."""
+    t = tl.load(target_ptr + at, mask=live, other=0).to(tl.int64)
+    ignored = t == ignore_index
+    bad = live & (ignored == 0) & ((t < 0) | (t >= V))
+    known = live & (ignored == 0) & (bad == 0)
+    t = tl.where(known, t, 0)
+    if weight_ptr is None:
+        w_t = tl.where(known, 1.0, 0.0).to(ACC)
+    else:
+        w_t = tl.load(weight_ptr + t, mask=known, other=0.0).to(ACC)
+    return t, known, bad, w_t
+
+
+@triton.jit
+def soft_cap(z, cap, ACC: tl.constexpr):
+    """cap tanh(z / cap) to a few units in the last place, also near 0, where 1 - exp(-2 |x|) would lose its digits."""
+    x = z / cap
+    y = -2.0 * tl.abs(x)
+    u = tl.exp(y)
+    if tl.float64 == ACC:
+        below = tl.where(u == 1.0, y, (u - 1.0) * (y / tl.log(u)))  # exp(y) - 1, after Kahan
+        t = tl.where(u > 0.5, -below / (2.0 + below), 1.0 - 2.0 * u / (1.0 + u))
+    else:
+        x2 = x * x
+        series = 1.0 - x2 * (1 / 3 - x2 * (2 / 15 - x2 * (17 / 315 - x2 * (62 / 2835 - x2 * (1382 / 155925)))))
+        far = u < 0.25  # 1 less a little has one rounding
+        t = tl.where(far, 1.0, 0.0) + tl.where(far, -2.0 * u, 1.0 - u) / (1.0 + u)
+        t = tl.where(x2 < 0.0625, tl.abs(x) * series, t)
+    return cap * tl.where(x < 0.0, -t, t)
+
+
+@triton.jit
+def _slope(capped, cap):
+    """∂ cap tanh(z / cap) / ∂z = 1 - (capped / cap)²; the difference is taken before anything else is rounded."""
+    return (cap - capped) * (cap + capped) / (cap * cap)
+
+
+@triton.jit
+def logits(
+    z_ptr, start, head, offset, lane, hi, stride, cap,
+    CAPPED: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A tile of a row's body, -inf in the lanes that hold none: after the cap, which would make probability mass of them."""
+    z = _tile.load(z_ptr, start, head, offset, lane, hi, stride, float("-inf"), MODE, GROUP, ACC)
+    if CAPPED:
+        z = tl.where(_tile.inside(lane, hi, MODE, GROUP), soft_cap(z, cap, ACC), float("-inf"))
+    return z
+
+
+@triton.jit
+def logits_at(z_ptr, at, inside, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
+    """The logits at these addresses, -inf where `inside` is not."""
+    z = tl.load(z_ptr + at, mask=inside, other=float("-inf")).to(ACC)
+    if CAPPED:
+        z = tl.where(inside, soft_cap(z, cap, ACC), float("-inf"))
+    return z
+
+
+@triton.jit
+def _dense(y, weight_ptr, first, lane, inside, V, epsilon, ACC: tl.constexpr):
+    """The part of q that every class c = first + lane has: w_c ((1 - ε) y_c + ε/V) for soft targets, w_c ε/V for hard ones
+    (y None)."""
+    q = epsilon / V
+    if y is not None:
+        q += y * (1.0 - epsilon)
+    if weight_ptr is not None:
+        q *= tl.load(weight_ptr + first + lane, mask=inside, other=0.0).to(ACC)
+    return tl.where(inside, q, 0.0)
+
+
+@triton.jit
+def dense(
+    target_ptr, start, weight_ptr, head, offset, lane, hi, stride, V, epsilon,
+    SOFT: tl.constexpr, MODE: tl.constexpr, TARGET_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """q of a tile of a row's body, whose logits are accessed by MODE, where every class has one."""
+    y = None
+    if SOFT:
+        y = _tile.load(target_ptr, start, head, offset, lane, hi, stride, 0.0, TARGET_MODE, GROUP, ACC)
+    return _dense(y, weight_ptr, head + offset, lane, _tile.inside(lane, hi, MODE, GROUP), V, epsilon, ACC)
+
+
+@triton.jit
+def dense_at(
+    target_ptr, start, weight_ptr, c, inside, stride, V, epsilon, SOFT: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """q of the classes c, where every class has one."""
+    y = None
+    if SOFT:
+        y = tl.load(target_ptr + (start + c * stride), mask=inside, other=0.0).to(ACC)
+    return _dense(y, weight_ptr, 0, c, inside, V, epsilon, ACC)
+
+
+@triton.jit
+def times(q, d):
+    """q d with 0·∞ = 0."""
+    return q * tl.where(q == 0.0, 0.0, d)
+
+
+@triton.jit
+def no_sums(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr):
+    """The sums of nothing for each of L lanes, those of rows without lanes where L is 0."""
+    if L:
+        zero = tl.zeros([R, L], ACC)
+        m, excess = no_lanes(R, L, ACC)
+    else:
+        zero = tl.zeros([R, 1], ACC)
+        m, excess = zero + float("-inf"), zero - 1.0
+    return m, excess, zero, zero, zero
+
+
+@triton.jit
+def take_lanes(sums, z, q, SPREAD: tl.constexpr, LOADED: tl.constexpr):
+    """The sums of each lane after one more logit in it; `take` for lanes, which no thread waits for."""
+    m, excess, dense, inner, spread = sums
+    d = z - m
+    e = tl.exp(-tl.abs(d))
+    rises = z > m
+    if q is not None:
+        inner += tl.where(rises, -times(dense, d), times(q, d))
+        dense += q if LOADED else tl.where(d == d, q, 0.0)
+    if SPREAD:
+        spread = tl.where(rises, times(e, spread - (1.0 + excess) * d), spread + times(e, d))
+    return tl.maximum(m, z), tl.where(rises, excess * e, excess) + e, dense, inner, spread
+
+
+@triton.jit
+def merge(sums, DENSE: tl.constexpr, SPREAD: tl.constexpr):
+    """The sums of each row from those of its lanes."""
+    m, excess, dense, inner, spread = sums
+    top, total, shrunk = merge_lanes(m, excess)
+    moved = m - finite_base(top)
+    zero = tl.zeros_like(top)
+    in_dense, in_inner, in_spread = zero, zero, zero
+    if DENSE:
+        in_dense = tl.sum(dense, axis=1)[:, None]
+        in_inner = tl.sum(inner + times(dense, moved), axis=1)[:, None]
+    if SPREAD:
+        in_spread = tl.sum(times(shrunk, spread + times(1.0 + excess, moved)), axis=1)[:, None]
+    return top, total, in_dense, in_inner, in_spread
+
+
+@triton.jit
+def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr, LOADED: tl.constexpr):
+    """The sums of rows after one more tile of logits and its ends, either None; so may be q. LOADED: q comes of a load."""
+    m, excess, dense, inner, spread = sums
+    top = _tile.max_with(m, z, z_ends)
+    base = finite_base(top)
+    moved = finite_base(m) - base
+    d, d_ends, e, e_ends = None, None, None, None
+    if z is not None:
+        d = z - base
+        e = tl.exp(d)
+    if z_ends is not None:
+        d_ends = z_ends - _tile.lone(base)
+        e_ends = tl.exp(d_ends)
+    if q is not None or q_ends is not None:
+        inner = _plus_products(inner + dense * moved, q, d, q_ends, d_ends)
+        if not LOADED and q is not None:  # tied to d, lest q be laid out whole in every thread; a row with a NaN is NaN anyway
+            q = tl.where(d == d, q, 0.0)
+        dense = _tile.plus_sum(dense, q, q_ends)
+    if SPREAD:
+        shrunk = tl.where(top > m, tl.exp(m - base), 1.0)
+        spread = shrunk * (spread + (1.0 + excess) * moved)
+        spread = _plus_products(spread, e, d, e_ends, d_ends)
+    return top, excess_with(m, excess, top, e, e_ends), dense, inner, spread
+
+
+@triton.jit
+def _plus_products(start, q, d, q_ends, d_ends):
+    """`start` plus Σ q d of a tile's rows and of their ends, 0·∞ = 0; q or q_ends may be None.
+
+    No function of the kernels gives back None: Triton 3.6 refuses that.
+    """
+    if q is not None:
+        start = _tile.plus_sum(start, times(q, d), None)
+    if q_ends is not None:
+        start = _tile.plus_sum(start, None, times(q_ends, d_ends))
+    return start
+
+
+@triton.jit
+def scale_of(g, known, bad, excess, W):
+    """What exp(z - m) is multiplied by in the loss's gradient: 0 or NaN in rows without a class."""
+    return tl.where(known, g * W / (1.0 + excess), _otherwise(bad))
+
+
+@triton.jit
+def pull_of(g, known, excess, lse, z_loss):
+    """What exp(z - m) is multiplied by in the z-loss's gradient."""
+    return tl.where(known, g * times(2.0 * z_loss, lse) / (1.0 + excess), 0.0)
+
+
+@triton.jit
+def at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED: tl.constexpr):
+    """The gradient at the class of a hard target, (W + 2 ζ lse) p_t - q_t, without the difference p_t - 1, whose digits are
+    lost where p_t -> 1."""
+    e_t, total = tl.exp(z_t - finite_base(m)), 1.0 + excess
+    q_t = w_t * (1.0 - epsilon)
+    dz = ((W - q_t) - W * ((excess + (1.0 - e_t)) / total)) - w_t * (epsilon / V)
+    if z_loss is not None:
+        dz += times(2.0 * z_loss, lse) * (e_t / total)
+    if CAPPED:
+        dz *= _slope(z_t, cap)
+    return tl.where(known, g * dz, _otherwise(bad))
+
+
+@triton.jit
+def _otherwise(bad):
+    """The gradient of a row without a class: NaN where its target is out of range."""
+    if bad is None:
+        value = 0.0
+    else:
+        value = tl.where(bad, float("nan"), 0.0)
+    return value
+
+
+@triton.jit
+def gradient(z, m, scale, pull, q, lane, first, t, at_target, cap, CAPPED: tl.constexpr):
+    """(scale + pull) exp(z - m) - q, `at_target` at the hard target's class t; all hold the factor g. The classes are
+    first + lane; pull is None without a z-loss, q where nothing is dense, t for soft targets. Where scale exp(z - m) and q
+    cancel, the z-loss's pull keeps its digits."""
+    e = tl.exp(z - finite_base(m))
+    dz = e * scale
+    if q is not None:
+        dz -= q
+    if pull is not None:
+        dz += e * pull
+    if CAPPED:
+        dz *= tl.where(z == float("-inf"), 0.0, _slope(z, cap))  # a row that is not read has no logits
+    if t is not None:
+        dz = tl.where(lane == t - first, at_target, dz)
+    return dz
