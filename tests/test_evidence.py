@@ -116,6 +116,18 @@ def _another_base(m):
     return m
 
 
+def test_prose_is_not_in_a_key():
+    """Docstrings, comments and line breaks may change; each word of code counts."""
+    bare = "@jit\ndef f(x, y):\n    if x:\n        y = 'a'\n    return g(x, y)\n"
+    told = (
+        '@jit\ndef f(x, y):  # why\n    """What it does.\n\n    More."""\n    # a line\n'
+        "    if x:\n\n        y = 'a'\n    return g(\n        x, y)\n"
+    )
+    assert evidence_keys.code_of(told) == evidence_keys.code_of(bare)
+    others = [bare.replace("y)\n", "x)\n"), bare.replace("'a'", "'b'"), bare.replace("    return", "        return"), bare[1:]]
+    assert len({evidence_keys.code_of(text) for text in (bare, *others)}) == 5
+
+
 def test_what_a_key_tells_apart(monkeypatch):
     """Another plan, another grid, a helper of other text, other bytes: and nothing else does."""
     from hw3gpu.kernels.gpu import softmax

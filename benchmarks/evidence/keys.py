@@ -10,7 +10,10 @@ import ast
 import functools
 import hashlib
 import inspect
+import io
+import itertools
 import textwrap
+import tokenize
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -70,13 +73,26 @@ def _texts(kernel: Any, seen: set[Any]) -> Iterator[str]:
         return
     seen.add(kernel)
     text = textwrap.dedent(inspect.getsource(kernel.fn))
-    yield text
+    yield code_of(text)
     for node in ast.walk(ast.parse(text)):
         name, value = _global(node, kernel.fn.__globals__)
         if isinstance(value, JITFunction):
             yield from _texts(value, seen)
         elif isinstance(value, tl.constexpr | int | float | str | tuple):
             yield f"{name} = {value!r}"
+
+
+def code_of(text: str) -> str:
+    """A function's tokens without comments, docstrings and line breaks inside a statement: prose decides no machine code."""
+    read = tokenize.generate_tokens(io.StringIO(text).readline)
+    tokens = [token for token in read if token.type not in (tokenize.COMMENT, tokenize.NL)]
+    found = [""]
+    for token, after in itertools.pairwise(tokens):
+        at_start = found[-1] in ("NEWLINE", "INDENT", "DEDENT")
+        if at_start and (token.type == tokenize.NEWLINE or (token.type == tokenize.STRING and after.type == tokenize.NEWLINE)):
+            continue
+        found.append(token.string if token.string.strip() else tokenize.tok_name[token.type])
+    return " ".join(found)
 
 
 def _global(node: ast.AST, of: dict[str, Any]) -> tuple[str, Any]:
