@@ -1,4 +1,8 @@
-"""What the row-wise kernels share: which rows a program owns, the online maximum and sum, and how tensors are walked."""
+"""What the kernels of rows share: the rows of a program, the online maximum and sum of a row, and how tensors are accessed.
+
+Σ exp(z - m) of a row is kept as `excess` = Σ exp(z - m) - 1. The largest term of the sum is exactly 1; where one class has
+nearly all probability the other terms are far below 1, and added to 1 they would lose their digits.
+"""
 
 import functools
 from typing import Any
@@ -15,21 +19,24 @@ ACC = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.
 
 @triton.jit
 def rows_of(tile, S, tiles, BLOCK_R: tl.constexpr):
-    """(n, s) of the rows of a tile, s of shape (BLOCK_R,)."""
+    """The rows of tile number `tile`: n, a scalar, and s, (BLOCK_R,). `tiles`: how many tiles the S rows of one n take."""
     tile = tl.cast(tile, tl.int64)
     return tile // tiles, (tile % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
 
 
 @triton.jit
 def finite_base(m):
-    """What to subtract: m, but 0 for a row that has seen only -inf, whose z - m would be NaN."""
+    """m, or 0 where m is -inf: a row of nothing but -inf then gives exp(z - 0) = 0, and not NaN."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def _sum_and_excess(zero, e, e_ends):
-    """(Σ e, Σ e - 1) of each row of e = exp(z - max z), with its ends; either may be None. Where p -> 1, the rest is summed
-    again without its 1, beside which it would lose its digits. A row of zeros has the excess -1."""
+    """(Σ e, Σ e - 1) of each row of e = exp(z - max z) and of its ends; e or e_ends may be None.
+
+    Where Σ e is below 2 the terms other than the 1 are summed again without it, to keep their digits. A row of zeros has the
+    excess -1.
+    """
     total = _tile.plus_sum(zero, e, e_ends)
     excess = total - 1.0
     near_one = (total >= 1.0) & (total < 2.0)
@@ -45,21 +52,22 @@ def _sum_and_excess(zero, e, e_ends):
 
 @triton.jit
 def excess_with(m, excess, m_new, e, e_ends):
-    """Σ exp(z - m_new) - 1 of each row after one more tile: `excess` was that about m, and e is the tile's exp(z - m_new)."""
+    """Σ exp(z - m_new) - 1 of each row after one more tile. `excess`: the same sum about m, before the tile. e: the tile's
+    exp(z - m_new)."""
     total, more = _sum_and_excess(tl.zeros_like(m), e, e_ends)
     return tl.where(m_new > m, more + (1.0 + excess) * tl.exp(m - finite_base(m_new)), excess + total)
 
 
 @triton.jit
 def no_lanes(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr):
-    """(m, excess) of lanes that have seen nothing: the lowest number instead of -inf, which nothing finite is off by a NaN."""
+    """(m, excess) of lanes that have seen no value. m is the lowest finite number: -inf - (-inf) would be NaN."""
     lowest: tl.constexpr = -1.7976931348623157e308 if tl.float64 == ACC else -3.4028234663852886e38
     return tl.full([R, L], lowest, ACC), tl.full([R, L], -1.0, ACC)
 
 
 @triton.jit
 def online_lanes(m, excess, z):
-    """Each lane's maximum m and Σ exp(z - m) - 1 after one more value: no thread waits for another."""
+    """Each lane's m and Σ exp(z - m) - 1 after one more value z a lane. Lanes do not meet, so no thread waits for another."""
     d = z - m
     e = tl.exp(-tl.abs(d))
     return tl.maximum(m, z), tl.where(z > m, excess * e, excess) + e
@@ -67,9 +75,9 @@ def online_lanes(m, excess, z):
 
 @triton.jit
 def merge_lanes(m, excess):
-    """(m, Σ exp(z - m) - 1) of each row from those of its lanes, and what each lane's sum was multiplied by.
+    """(m, Σ exp(z - m) - 1) of each row from those of its lanes, and the factor exp(m_lane - m) of each lane.
 
-    The 1 of the largest is not added and subtracted again: where p -> 1 the rest keeps its digits.
+    The 1 of the largest value is never added and subtracted again, so the other terms keep their digits.
     """
     top = tl.max(m, axis=1)[:, None]
     shrunk = tl.exp(m - top)
@@ -80,7 +88,7 @@ def merge_lanes(m, excess):
 
 @triton.jit
 def log_1_plus(x, ACC: tl.constexpr):
-    """log(1 + x) with the digits of a small x; -1 gives -inf."""
+    """log(1 + x), accurate for small x too; -inf at x = -1."""
     u = 1.0 + x
     if tl.float64 == ACC:
         y = tl.where(u == 1.0, x, tl.log(u) * tl.where(x == 0.0, 1.0, x / (u - 1.0)))
@@ -104,7 +112,7 @@ def quotient(a, b, ACC: tl.constexpr):
 
 @triton.jit
 def real(single, bits, ACC: tl.constexpr):
-    """A number passed as `plan.float_and_bits`, in ACC."""
+    """A scalar argument in the dtype ACC. Triton passes floats as float32: float64 kernels take the bits (`float_and_bits`)."""
     if tl.float64 == ACC:
         value = tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True)
     else:
@@ -113,12 +121,12 @@ def real(single, bits, ACC: tl.constexpr):
 
 
 def rows_along_s(x: torch.Tensor) -> torch.Tensor:
-    """(N, V, 1) seen as (1, V, N), and (N, 1) as (1, N): a program's rows are always neighbours along the last axis."""
+    """A view with the rows along the last axis: (N, V, 1) as (1, V, N), and (N, 1) as (1, N)."""
     return x.transpose(0, -1) if x.shape[-1] == 1 else x
 
 
 def run_mode(axis: int, *tensors: torch.Tensor, width: int = 16) -> int:
-    """`plan.row_mode` of three-axis tensors walked together along `axis`, `width` bytes of the first in an access."""
+    """`plan.row_mode` of tensors with three axes that are read together along `axis`, `width` bytes of the first an access."""
     x = tensors[0]
     if any(t.stride(axis) != x.stride(axis) or t.element_size() < x.element_size() for t in tensors):
         return _tile.STRIDED.value
@@ -128,10 +136,10 @@ def run_mode(axis: int, *tensors: torch.Tensor, width: int = 16) -> int:
 
 
 def follower_mode(axis: int, lead: torch.Tensor, x: torch.Tensor, width: int = 16) -> int:
-    """MODE of `x` in a kernel whose lanes count from the shift of `lead`, `width` bytes of it in an access."""
+    """MODE of an operand `x` in a kernel whose lanes follow the bodies of the rows of `lead`, `width` bytes of it an access."""
     if run_mode(axis, lead, width=width) == _tile.SHIFTED.value:
         return run_mode(axis, lead, x, width=width)
-    whole_groups = x.shape[axis] % (width // lead.element_size()) == 0  # of the lead's lanes, by which x is masked too
+    whole_groups = x.shape[axis] % (width // lead.element_size()) == 0  # x is masked by the lanes of the lead
     aligned = whole_groups and run_mode(axis, x, width=width) == _tile.ALIGNED.value
     return _tile.ALIGNED.value if aligned else _tile.STRIDED.value
 
@@ -142,7 +150,7 @@ def _warp_size(driver: Any) -> int:
 
 
 def warps(planned: int) -> int:
-    """A plan's warps of 32 threads as warps of this device, of 64 threads on AMD's."""
+    """Warps of this device (64 threads on AMD) for a plan's warps of 32 threads."""
     if triton.knobs.runtime.interpret:
         return planned
     return max(planned * 32 // _warp_size(triton.runtime.driver.active), 1)
@@ -153,7 +161,7 @@ def _takes_maxnreg() -> bool:
 
 
 def of_plan(plan: Any) -> dict[str, Any]:
-    """A `row_plan.RowPlan` as the kernels of rows take it."""
+    """The constants of a kernel of rows from its `row_plan.RowPlan`."""
     registers = {"maxnreg": plan.registers} if plan.registers and _takes_maxnreg() else {}
     return {
         "BLOCK_R": plan.BLOCK_R, "KEEP": plan.KEEP, "BLOCK_V": plan.BLOCK_V, "FITS": plan.FITS, "STAGES": plan.STAGES,

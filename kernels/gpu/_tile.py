@@ -1,14 +1,16 @@
-"""Loads and stores of tiles whose rows begin anywhere, 16 bytes at a time.
+"""Loads and stores of tiles whose rows may begin at any address, 16 bytes at a time.
 
-A tile row is a run of `count` elements that begins `start` elements after the pointer. Rows of V = 50257 halves begin off a
-16-byte boundary, where a plain load falls to one element an access. So a row is its body, the whole groups of GROUP
-elements that lie on 16 bytes, and its ends: the fewer than GROUP elements before the body (the head) and after it. Lanes
-count from the body's first element, `head` elements into the row; `reach` of them hold elements. The ends are a small tile
-of their own, (rows, 2 GROUP), read and written one by one.
+A tile row has `count` elements and begins `start` elements after the pointer. Rows of V = 50257 halves begin between two
+16-byte boundaries, where a plain load moves one element an access. So each row is divided into
 
-MODE  STRIDED  a stride between elements, or a pointer off 16 bytes: the body is the row, element by element
-      ALIGNED  every row begins and ends on 16 bytes: the body is the row
-      SHIFTED  unit stride, rows begin anywhere; all SHIFTED tensors of a kernel share their rows' heads
+    body    the whole groups of GROUP elements that begin on 16 bytes; lane 0 is `head` elements into the row
+    ends    the fewer than GROUP elements before the body (the head) and after it: a small tile of its own, (rows, 2 GROUP)
+
+The body is moved 16 bytes at a time, the ends one element at a time. `reach` says how many lanes of a tile hold elements.
+
+MODE  STRIDED  the elements have a stride, or the pointer is not on 16 bytes: the body is the whole row, one element at a time
+      ALIGNED  every row begins and ends on 16 bytes: the body is the whole row
+      SHIFTED  unit stride, rows begin anywhere; all SHIFTED tensors of a kernel have equal heads, row by row
 """
 
 import triton
@@ -21,7 +23,7 @@ SHIFTED = tl.constexpr(2)
 
 @triton.jit
 def head_of(start, MODE: tl.constexpr, GROUP: tl.constexpr):
-    """Elements of each row before its body; a SHIFTED row has more than these."""
+    """How many elements of each row lie before its body; a SHIFTED row has more than these."""
     if MODE == SHIFTED:
         head = ((GROUP - start % GROUP) % GROUP).to(tl.int32)
     else:
@@ -31,7 +33,7 @@ def head_of(start, MODE: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def body_of(head, count, MODE: tl.constexpr, GROUP: tl.constexpr):
-    """Elements of each row's body."""
+    """How many elements each row's body has."""
     body = count - head
     if MODE == SHIFTED:
         body = body // GROUP * GROUP
@@ -40,14 +42,14 @@ def body_of(head, count, MODE: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def reach(head, offset, count, live, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
-    """How many of the lanes offset…offset+LANES-1 hold elements of each row's body; none where not `live`."""
+    """How many of the LANES lanes from `offset` on hold elements of each row's body; 0 for rows that are not `live`."""
     body = body_of(head, count, MODE, GROUP)
     return tl.minimum(tl.maximum(tl.where(live, body - offset, 0), 0), LANES).to(tl.int32)
 
 
 @triton.jit
 def ends(head, count, live, GROUP: tl.constexpr):
-    """(element of the row, whether there is one) of each lane of the tile of a SHIFTED row's ends."""
+    """For the 2 GROUP lanes of a SHIFTED row's ends: (number of the element in its row, mask of the lanes that have one)."""
     k = tl.arange(0, 2 * GROUP)
     for _ in tl.static_range(len(head.shape) - 1):
         k = k[None]
@@ -56,7 +58,7 @@ def ends(head, count, live, GROUP: tl.constexpr):
 
 @triton.jit
 def end_of(k, head, count, live, GROUP: tl.constexpr):
-    """(element of the row, whether there is one) of lane k of a SHIFTED row's ends."""
+    """`ends` for the lanes k: lanes below GROUP are the head, the others follow the body."""
     after = head + body_of(head, count, SHIFTED, GROUP) + (k - GROUP)
     inside = ((k < GROUP) & (k < head)) | ((k >= GROUP) & (after < count))
     return tl.where(k < GROUP, k, after), live & inside
@@ -64,10 +66,10 @@ def end_of(k, head, count, live, GROUP: tl.constexpr):
 
 @triton.jit
 def lone(x):
-    """A column of rows, (R, 1), as it is; that of one row as a scalar.
+    """A column of numbers, one a row: (R, 1) unchanged, and (1, 1) as a scalar.
 
-    The ends of one row are a one-dimensional tile, one lane a thread. Tied to the body through two-dimensional columns, the
-    compiler lays them out as the body, eight lanes of them in every thread.
+    With a scalar, the ends of a single row are a one-dimensional tile of their own, one lane a thread. With a (1, 1) column the
+    compiler gives them the layout of the body, eight lanes in every thread, most of them unused.
     """
     if x.shape[0] == 1:
         if x.dtype == tl.int1:
@@ -79,7 +81,7 @@ def lone(x):
 
 @triton.jit
 def _sum_ends(x):
-    """The sum of each row's ends, as `lone` of a column."""
+    """The sum of each row's ends, in the shape that `lone` gives a column."""
     if len(x.shape) == 1:
         total = tl.sum(x, axis=0)
     else:
@@ -89,7 +91,7 @@ def _sum_ends(x):
 
 @triton.jit
 def _max_ends(x):
-    """The maximum of each row's ends, as `lone` of a column."""
+    """The maximum of each row's ends, in the shape that `lone` gives a column."""
     if len(x.shape) == 1:
         top = tl.max(x, axis=0)
     else:
@@ -99,7 +101,7 @@ def _max_ends(x):
 
 @triton.jit
 def plus_sum(start, x, x_ends):
-    """A column of rows, (R, 1), plus the sums of a tile's rows and of their ends, either of which may be None."""
+    """`start` (R, 1) plus the sums of the rows of a tile x and of their ends; x or x_ends may be None."""
     if x is not None:
         start += tl.sum(x, axis=1)[:, None]
     if x_ends is not None:
@@ -109,7 +111,7 @@ def plus_sum(start, x, x_ends):
 
 @triton.jit
 def max_with(start, x, x_ends):
-    """The maximum of a column of rows and of what `plus_sum` adds."""
+    """The maximum of `start` (R, 1), the rows of a tile x and their ends; x or x_ends may be None."""
     if x is not None:
         start = tl.maximum(start, tl.max(x, axis=1)[:, None])
     if x_ends is not None:
@@ -122,28 +124,29 @@ def _pointers(ptr, start, head, offset, lane, stride, MODE: tl.constexpr, GROUP:
     if MODE == STRIDED:
         at = ptr + (start + (head + offset) * stride + lane.to(tl.int64) * stride)
     else:
-        at = ptr + ((start + head) // GROUP * GROUP + offset + lane)  # the product shows the compiler the alignment
+        at = ptr + ((start + head) // GROUP * GROUP + offset + lane)  # // and * show the compiler the alignment
     return at
 
 
 @triton.jit
 def inside(lane, hi, MODE: tl.constexpr, GROUP: tl.constexpr):
+    """Mask of the lanes below `hi`, a number from `reach`."""
     if MODE == STRIDED:
         inside = lane < hi
     else:
-        inside = lane < hi // GROUP * GROUP  # one answer for each access, as the product shows the compiler
+        inside = lane < hi // GROUP * GROUP  # // and * show the compiler that one access has one answer
     return inside
 
 
 @triton.jit
 def load(ptr, start, head, offset, lane, hi, stride, other, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
-    """The body's elements at lanes offset + lane in ACC, `other` in the lanes from `hi` on; `offset` is a multiple of GROUP."""
+    """The body's elements offset + lane in the dtype ACC, `other` in the lanes from `hi` on. `offset`: a multiple of GROUP."""
     at = _pointers(ptr, start, head, offset, lane, stride, MODE, GROUP)
     return tl.load(at, mask=inside(lane, hi, MODE, GROUP), other=other).to(ACC)
 
 
 @triton.jit
 def store(ptr, start, head, offset, lane, hi, x, stride, MODE: tl.constexpr, GROUP: tl.constexpr):
-    """Writes the body's elements at lanes offset + lane below offset + hi."""
+    """Writes x to the body's elements offset + lane, for the lanes below `hi`."""
     at = _pointers(ptr, start, head, offset, lane, stride, MODE, GROUP)
     tl.store(at, x, mask=inside(lane, hi, MODE, GROUP))

@@ -1,6 +1,6 @@
-"""What the library uses of Triton beyond its documented interface: all of it stands here, since any release may move it.
+"""What the library uses of Triton beyond its documented interface: all of it is here, because any release may change it.
 
-`tests/test_internals.py` names each thing that a release has moved.
+`tests/test_internals.py` fails with the name of what a release has moved.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 KNOWN = "3.6 to 3.9"
 _RUNTIME, _DRIVER = triton.knobs.runtime, triton.runtime.driver
 
-BINDS = not _RUNTIME.interpret  # what the interpreter runs is not compiled
+BINDS = not _RUNTIME.interpret  # the interpreter compiles nothing that could be kept
 
 
 def device() -> int:
@@ -27,15 +27,15 @@ def stream() -> int:
 
 
 def hooked() -> bool:
-    """Whether somebody, a profiler, wants to be told of launches."""
+    """True where a profiler has set hooks on launches."""
     enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def run(compiled: Any, programs: int, stream: int, args: list[Any]) -> None:
-    """Launches a compiled kernel as `JITFunction.run` does once it has found it, constants among the arguments.
+    """Launches a compiled kernel as `JITFunction.run` does; args include the constants.
 
-    Where nobody is `hooked`, None may stand for metadata and hooks.
+    Unless `hooked`, metadata and hooks may be None.
     """
     metadata = compiled.launch_metadata((programs,), stream, *args)
     hooks = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook

@@ -5,17 +5,18 @@
     fused     y = relu(γ x̂ + β + residual), one bit a value kept of where it is above 0; dy is 0 where it is not
     running   r <- (1 - momentum) r + momentum · new,  the new variance being σ² m/(m - 1)
     source    docs/derivations.md, section 2
-    bytes     a channel block in one tile: forward read x, write y; backward read x, read dy, write dx.
-              longer: x (and dy) are read twice, the second time from the far end back, where the cache still has them.
-              residual: read once; its gradient: written once; the mask: an eighth of a byte a value, each time.
+    bytes     channels that fit one tile: forward reads x, writes y; backward reads x and dy, writes dx.
+              longer channels: x (and dy) are read twice, the second time from the end backwards, while the cache holds them.
+              residual: read once; its gradient: written once; the mask: an eighth of a byte a value, written or read once.
 
-    launches  one where a channel fits one tile; else two, statistics (or sums) and what is made of them, whose programs join a
-              channel's few splits by the way; channels-last three, for there splits are many and channels side by side.
+    launches  one where a channel fits one tile. Else two: statistics (backward: sums), and what follows from them, where each
+              program merges the few splits of its channels itself. Channels-last three, with a merge between: there many splits
+              share the channels of a line.
 
-μ is kept as two floats, mean[0] + mean[1], so that a mean of 1e4 with a spread of 1 costs no digits of x - μ. A program sums
-about the mean of its first tile, each lane for itself, and the lanes meet once, at the end (`_batch_norm.statistics`); splits
-are merged by Chan's formulas. Squares are scaled by α², a power of two near 1/m, so that values near 1e18 do not overflow.
-Tiles are (samples, channels, lanes), or one channel's rows laid end to end (`_batch_norm.tiles`).
+μ is kept as two floats, mean[0] + mean[1]: a mean of 1e4 with a standard deviation of 1 then costs no digits of x - μ. A
+program sums differences from the mean of its first tile, each lane for itself; the lanes are merged once, at the end
+(`_batch_norm.statistics`), and splits by Chan's formulas. Squares are scaled by α², a power of two near 1/m, so that values
+near 1e18 do not overflow. Tiles are (samples, channels, lanes), or all rows of one channel end to end (`_batch_norm.tiles`).
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from .plan import ALIGNED, SHIFTED, cdiv, float_and_bits, next_power_of_2
 
 
 def _is_one_run(x):
-    """Whether the samples and positions of a channel of (N, C, S) are one run: channels-last, N = 1, S = 1."""
+    """True where the samples and positions of a channel of (N, C, S) have one stride: channels-last, N = 1, S = 1."""
     N, _, S = x.shape
     return N == 1 or S == 1 or x.stride(0) == S * x.stride(2)
 
 
 def _as_one_run(x):
+    """(N, C, S) as a view (1, C, N·S); `_is_one_run` holds."""
     N, C, S = x.shape
     if N == 1:
         return x
@@ -47,14 +49,15 @@ def _as_one_run(x):
 
 
 def _flatten(x, *others, mask=None):
-    """(N, C, S) seen as (1, C, N·S) where every tensor allows it; where a mask is in it, what x is like decides."""
+    """Views (1, C, N·S) of the tensors where every one allows it, else the tensors. With a mask x alone decides: its layout is
+    the mask's."""
     if _is_one_run(x) if mask is not None else all(_is_one_run(t) for t in (x, *others) if t is not None):
         return tuple(None if t is None else _as_one_run(t) for t in (x, *others))
     return (x, *others)
 
 
 def _access(x):
-    """(MODE, bytes of an access) of x: 8 where all rows begin and end on 8 bytes though not on 16, as 14 x 14 halves do."""
+    """(MODE, bytes of an access) of x: 8 bytes where all rows begin and end on 8 but not on 16, as 14 x 14 halves do."""
     mode = run_mode(2, x)
     if mode == SHIFTED and run_mode(2, x, width=8) == ALIGNED:
         return ALIGNED, 8
@@ -67,9 +70,9 @@ def _follower(x, t):
 
 
 def _plan(x, operands, extra=(), alike=None, sums=False):
-    """(plan, sizes as the kernels take them, constants) for a pass over `x` and its other operands.
+    """(plan, sizes and constants as the kernels take them) for a pass over `x`; operands: how many tensors it reads.
 
-    extra: a residual and a mask, or None. alike: the tensors beside x where a program may own whole channels.
+    extra: a residual and a mask, or None. alike: the other tensors, where a program may own whole channels; else None.
     """
     N, C, S = x.shape
     mode, width = _access(x)
@@ -87,19 +90,19 @@ def _plan(x, operands, extra=(), alike=None, sums=False):
 
 
 def _strides_and_mode(name, x, t):
-    """(strides of an operand that may be None, its mode as a constant)."""
+    """(strides, {name: MODE}) of an operand t beside x; t may be None."""
     return ((0, 0, 0), {name: 0}) if t is None else (t.stride(), {name: _follower(x, t)})
 
 
 def _mask_strides(x):
-    """Strides of the mask of a flattened x: each row's bytes side by side, or those of the channels as x has them."""
+    """Strides of the mask of x (N, C, S): each row's bytes side by side, or the channels' where x is channels-last."""
     _, C, S = x.shape
     row = cdiv(S, 8) + 2
     return (row * C, 1, C) if x.stride(1) == 1 and C > 1 else (C * row, row, 1)
 
 
 def mask_size(x) -> int:
-    """Bytes of the mask of x (N, C, …), by its shape alone: an eighth of a byte a value, and up to three more a row."""
+    """Bytes of the mask of x (N, C, …), a function of its shape: an eighth of a byte a value, and up to three bytes a row."""
     N, C, *positions = x.shape
     S = math.prod(positions)
     return C * (cdiv(N, 8) + 2) if S == 1 else N * C * (cdiv(S, 8) + 2)
@@ -112,7 +115,7 @@ def _moment_scalars(m, eps, momentum):
 
 
 def _partial_statistics(x, mean, alpha):
-    """(partial (4, splits, C), how many splits) of x, launched."""
+    """Launches the statistics of each split: (partial (4, splits, C), number of splits)."""
     (x,) = _flatten(x)
     plan, sizes, constants = _plan(x, 1, sums=True)
     partial = scratch(mean.dtype, x.device, 4, plan.splits, x.shape[1])
@@ -138,7 +141,7 @@ def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, mom
 
 
 def normalize(x, mean, rstd, gamma, beta, y, *, residual=None, mask=None) -> None:
-    """y = (x - mean) (rstd γ) + β + residual, what is below 0 as 0 where a mask is given to be written."""
+    """y = (x - mean) (rstd γ) + β + residual. Where a mask is given: y = relu(…), and the mask says where it is above 0."""
     if x.numel():
         alone = None, 1, None, None, None, 1.0, (0, 0.0, 0, 0.0, 0)
         _normalize(x, mean, rstd, gamma, beta, y, residual, mask, *alone)
@@ -147,7 +150,7 @@ def normalize(x, mean, rstd, gamma, beta, y, *, residual=None, mask=None) -> Non
 def _normalize(
     x, mean, rstd, gamma, beta, y, residual, mask, partial, summed, var, running_mean, running_var, alpha, scalars
 ):  # fmt: skip
-    """`normalize`, of the statistics whose `summed` splits are in `partial` where that is given; they are written too."""
+    """`normalize`. Where `partial` is given, its `summed` splits are merged first, and mean, var and rstd are written too."""
     x, y, residual = _flatten(x, y, residual, mask=mask)
     plan, sizes, constants = _plan(x, 1, (residual, mask))
     stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
@@ -163,7 +166,7 @@ def _normalize(
 def forward(
     x, gamma, beta, y, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float, residual=None, mask=None
 ) -> None:
-    """`statistics` and `normalize`: one launch where a channel is one tile, else two where few splits are to be joined."""
+    """`statistics`, then `normalize`: in one launch where a channel is one tile, in two where it has few splits."""
     given = x, y, residual
     alpha, scalars = _moment_scalars(x.shape[0] * x.shape[2], eps, momentum)
     x, y, residual = _flatten(x, y, residual, mask=mask)
@@ -189,7 +192,7 @@ def forward(
 
 
 def _partial_sums(dy, x, mean, mask):
-    """(partial (4, splits, C), how many splits) of the two sums, launched."""
+    """Launches the two sums of each split: (partial (4, splits, C), number of splits)."""
     x, dy = _flatten(x, dy, mask=mask)
     plan, sizes, constants = _plan(x, 2, (mask,), sums=True)
     partial = scratch(mean.dtype, x.device, 4, plan.splits, x.shape[1])
@@ -203,7 +206,7 @@ def _partial_sums(dy, x, mean, mask):
 
 
 def backward_reduce(dy, x, mean, rstd, dgamma, dbeta, *, mask=None) -> None:
-    """dγ = Σ dy x̂ and dβ = Σ dy, (C,) each; dy counts where the mask, if given, is set."""
+    """dγ = Σ dy x̂ and dβ = Σ dy, (C,) each; dy counts as 0 where a mask is given and not set."""
     if not x.numel():
         dgamma.zero_()
         dbeta.zero_()
@@ -218,12 +221,12 @@ def backward_reduce(dy, x, mean, rstd, dgamma, dbeta, *, mask=None) -> None:
 
 
 def backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count: int, dx, *, mask=None, dresidual=None) -> None:
-    """dx = γ rstd (dy - dβ/count - x̂ dγ/count); dresidual, where given, is the dy that the mask lets through."""
+    """dx = γ rstd (dy - dβ/count - x̂ dγ/count); dresidual, where given, is dy where the mask is set, else 0."""
     _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, trained=True)
 
 
 def _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, trained, partial=None, summed=1):
-    """dx, of the sums whose `summed` splits are in `partial` where that is given; dγ and dβ are written then."""
+    """dx. Where `partial` is given, its `summed` splits are merged first, and dγ and dβ are written too."""
     if not x.numel():
         return
     x, dy, dx, dresidual = _flatten(x, dy, dx, dresidual, mask=mask)
@@ -239,8 +242,7 @@ def _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, 
 
 
 def backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidual=None) -> None:
-    """`backward_reduce` and `backward_apply`: one launch where a channel is one tile, else two where few splits are to be
-    joined."""
+    """`backward_reduce`, then `backward_apply`: in one launch where a channel is one tile, in two where it has few splits."""
     given = dy, x, dx, dresidual
     count = x.shape[0] * x.shape[2]
     x, dy, dx, dresidual = _flatten(x, dy, dx, dresidual, mask=mask)

@@ -1,4 +1,7 @@
-"""Block sizes and warps of batch normalisation: plain functions of (shape, dtype, layout, device) that return a frozen plan."""
+"""Plans of batch normalisation's kernels: block sizes, splits, warps.
+
+Plain functions of (shape, dtype, layout, device) that return a frozen plan. kernels/README.md says why each plan is as it is.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,17 @@ from .tuned import of_channels, tunable
 
 @dataclass(frozen=True)
 class BatchNormPlan:
-    """Tiles of (BLOCK_C channels, BLOCK_N samples, LANES positions); each split of a channel block has `per_split` tiles."""
+    """Tiles of (BLOCK_C channels, BLOCK_N samples, LANES positions), and how programs share them.
+
+    A channel block is BLOCK_C channels. Its `tiles` are divided among `splits` programs, `per_split` tiles each.
+    """
 
     BLOCK_C: int
     BLOCK_N: int
     LANES: int
     ROWS: int  # samples of a tile, rounded up to a power of two
-    flat: bool  # one channel's rows end to end, `row_lanes` lanes each: BLOCK_N counts eights of lanes
-    halvings: int  # a thread adds up 2^halvings values of its own before it is careful (`_batch_norm.statistics.held`)
+    flat: bool  # a FLAT tile (`_batch_norm.tiles`): rows of `row_lanes` lanes end to end, BLOCK_N groups of 8 lanes
+    halvings: int  # a thread adds 2^halvings values plainly before each Kahan step (`_batch_norm.statistics.held`)
     lane_blocks: int  # tiles along the positions of one sample
     row_lanes: int
     tiles: int
@@ -26,11 +32,11 @@ class BatchNormPlan:
     splits: int
     channel_blocks: int
     num_warps: int
-    stages: int  # tiles under way in a loop over them
+    stages: int  # num_stages of the loop over tiles
 
     @property
     def split(self) -> tuple[int, int]:
-        """(per_split, splits), as the kernels that split a channel take them."""
+        """(per_split, splits), arguments of the kernels whose channels may have several splits."""
         return self.per_split, self.splits
 
 
@@ -49,16 +55,17 @@ def plan_batch_norm(
     sums: bool = False,
     device: Device = H100,
 ) -> BatchNormPlan:
-    """The plan for the statistics and sums of C channels with N runs of S values each.
+    """The plan for a pass over (N, C, S). Long channels are split among several programs, to fill the device.
 
-    operands: tensors read at each position (1 forward, 2 backward). whole: a channel that fits is one tile, and of many small
-    ones several share a program; what does not fit has more tiles than one. may_be_flat: all tensors have the strides of x.
-    busy: a residual or a mask takes part. sums: the pass adds values up. Long channels are split, to fill the device.
+    operands: how many tensors are read at each position (1 forward, 2 backward). whole: the kernel needs whole channels: one
+    that fits is one tile, and several small ones share a program; one that does not fit has more than one tile, and the caller
+    takes other kernels. may_be_flat: all tensors have the strides of x. busy: there is a residual or a mask. sums: the pass
+    adds values up.
     """
     most = 16384 // (2 if itemsize == 8 else 1)
     lanes = body_lanes(S, itemsize, mode)
-    row_lanes = cdiv(lanes, 8) * 8  # bits of a mask go by eight
-    # a pointer to each lane takes registers too, and so do the rows' ends, beside two operands and where there are many
+    row_lanes = cdiv(lanes, 8) * 8  # a byte of the mask has the bits of 8 lanes
+    # a pointer a lane takes registers, and so do the rows' ends, with two operands or many rows
     crowded = mode == STRIDED or (mode == SHIFTED and (busy or (operands == 2 and itemsize != 2)))
     ends = 32 // itemsize if mode == SHIFTED else 0  # lanes for the ends of a row
     most_rows = most // (8 if busy or itemsize * operands >= 8 else 4) // ends if ends else most
@@ -66,9 +73,9 @@ def plan_batch_norm(
     passes = LONG_CHANNELS_LAST if channels_last else LONG
     of_thread, num_warps, registers, stages = passes[sums, operands][itemsize]
     if channels_last and C * itemsize % 16:
-        of_thread = min(of_thread, 16)  # an address for each
+        of_thread = min(of_thread, 16)  # each value has an address of its own
     long = of_thread * 32 * num_warps
-    # where addresses of 64 bits would spill beside two operands and many ends: those of 32 bits of rows end to end
+    # 64-bit addresses would spill with two operands and many ends: a FLAT tile has 32-bit ones
     short_of_registers = mode == SHIFTED and itemsize == operands == 2 and may_be_flat
     flat, fits = False, True
     if whole and channels_last and next_power_of_2(S) * min(next_power_of_2(C), 32 // itemsize) <= most:
@@ -90,7 +97,7 @@ def plan_batch_norm(
     else:
         fits = False
         block_c, block_n, block_l = _long_tile(N, C, lanes, channels_last, long)
-        if ends:  # at most eight of a thread, four of two operands
+        if ends:  # at most 8 lanes of ends a thread, 4 with two operands
             block_n = max(min(block_n, 8 // operands * 32 * num_warps // ends), 1)
     elements = block_c * block_n * block_l
     lane_blocks = 1 if flat else max(cdiv(lanes, block_l), 1)
@@ -112,7 +119,7 @@ def plan_batch_norm(
     accesses = elements * itemsize // (16 * 32 * num_warps)
     halvings = _halvings(accesses, S, block_l, itemsize, mode, channels_last, operands, flat)
     if mode == SHIFTED and elements >= most:
-        halvings = min(halvings, 1)  # more of them spill beside the ends
+        halvings = min(halvings, 1)  # more of them would spill with the ends
     return BatchNormPlan(
         block_c, block_n, block_l, next_power_of_2(N) if flat else block_n, flat, halvings, lane_blocks, row_lanes, tiles,
         per_split, cdiv(tiles, per_split), channel_blocks, num_warps, stages,
@@ -136,9 +143,10 @@ def _resident_warps(
 def _halvings(
     accesses: int, S: int, block_l: int, itemsize: int, mode: int, channels_last: bool, operands: int, flat: bool
 ) -> int:
-    """How often a thread halves its values, of which it has `accesses` of 16 bytes, before it adds them up with care.
+    """How often a thread halves its values before a Kahan step; it has `accesses` of 16 bytes.
 
-    Two roundings, or three of halves of one operand. Channels-last a thread's values of one channel are of several accesses.
+    Two plain roundings, or three of half-precision values of one operand. Channels-last the values of one channel that a thread
+    has come from several accesses.
     """
     if itemsize == 8:
         return 0
@@ -147,16 +155,16 @@ def _halvings(
     return 2 if channels_last and accesses >= 4 else 0
 
 
-# (values of a thread, warps, registers of a thread, tiles under way) by itemsize, of a pass over long channels: with its sums
-# or without, of one operand or two. Registers are what the compiler takes, so that the splits fill a device: found with a model
-# of an H100's time.
+# (values a thread, warps, registers a thread, num_stages) by itemsize, for a pass over long channels, by (sums, operands).
+# Registers are what the compiler takes: from them follows how many programs fill a device. Found with the time model of an
+# H100.
 LONG = {
     (True, 1): {2: (16, 4, 64, 2), 4: (16, 4, 64, 2), 8: (4, 8, 64, 1)},
     (True, 2): {2: (16, 8, 64, 2), 4: (16, 4, 64, 2), 8: (4, 8, 64, 1)},
     (False, 1): {2: (16, 8, 40, 1), 4: (16, 4, 40, 1), 8: (8, 8, 64, 1)},
     (False, 2): {2: (16, 8, 40, 1), 4: (16, 8, 48, 1), 8: (8, 8, 64, 1)},
 }
-# a thread has eight channels of two bytes, or four of four, and keeps the numbers of each
+# a thread has 8 channels of 2 bytes, or 4 of 4 bytes, and keeps the numbers of each
 LONG_CHANNELS_LAST = {
     (True, 1): {2: (32, 8, 128, 1), 4: (16, 4, 64, 1), 8: (4, 8, 64, 1)},
     (True, 2): {2: (32, 4, 128, 1), 4: (16, 8, 64, 2), 8: (4, 8, 64, 1)},
@@ -166,20 +174,20 @@ LONG_CHANNELS_LAST = {
 
 
 def _long_tile(N: int, C: int, lanes: int, channels_last: bool, elements: int) -> tuple[int, int, int]:
-    """(channels, samples, positions) of the tiles of long channels."""
+    """(BLOCK_C, BLOCK_N, LANES) for long channels."""
     if channels_last:
         block_c = min(next_power_of_2(C), 64)
         return block_c, 1, min(elements // block_c, next_power_of_2(lanes))
-    # few lanes that hold nothing, and long runs
+    # few empty lanes, and long runs
     block_l = min((2**i for i in range(6, 13) if 2**i <= elements), key=lambda b: (cdiv(lanes, b) * (512 + b), -b))
     block_l = min(block_l, next_power_of_2(lanes))
     return 1, max(min(elements // block_l, next_power_of_2(N)), 1), block_l
 
 
 def _splits(tiles: int, channel_blocks: int, slots: int) -> int:
-    """How many programs share a channel block, so that those of all blocks fill `slots` places evenly.
+    """How many programs share a channel block, so that all programs fill the `slots` of the device evenly.
 
-    The time of a program is its tiles and about one more for its start and its end.
+    A program's time is taken as its tiles and one more, for its start and end.
     """
     counts = {min(max(k * slots // channel_blocks, 1), tiles, 1024) for k in (1, 2, 3, 4)}
     return min(sorted(counts), key=lambda s: cdiv(channel_blocks * s, slots) * (cdiv(tiles, s) + 1))

@@ -10,10 +10,10 @@
             program, the part beyond KEEP lanes is read twice, the second time from the far end back.  Soft targets: y is
             read wherever z is.
 
-`forward` saves three numbers a row, m, Σ exp(z - m) - 1 and W: logits near 1e4 would lose the digits of p in a rounded
-lse, and where p -> 1 so would 1 - p in a Σ near 1. The 1 of a one-hot y is subtracted in float32 and the result rounded
-once. A row whose target is `ignore_index` reads nothing and gives zeros; one whose target is out of range reads nothing, gives
-NaN and leaves its number in `invalid`.
+`forward` saves three numbers a row: m, Σ exp(z - m) - 1 and W. An lse rounded near 1e4 would lose the digits of p, and a sum
+near 1 those of 1 - p. The 1 of a one-hot y is subtracted in float32, and the result is rounded once. A row whose target is
+`ignore_index` reads no logits and gives zeros; one whose target is out of range reads none, gives NaN and writes its number to
+`invalid`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .row_plan import plan_columns, plan_reduce, plan_rows
 
 
 def _call(z, target, dz, options):
-    """(strides, what a call fixes, constants) as the kernels take them."""
+    """(strides, ignore_index and options, constants) as the kernels take them."""
     soft = target.ndim == z.ndim
     mode = run_mode(1, z)
     smoothing, cap = options["label_smoothing"], options["softcap"]
@@ -54,8 +54,11 @@ def _call(z, target, dz, options):
 
 
 def _launch_forward(z, target, weight, loss, stats, dz, invalid, denominator, reduced, options, row_weights=None):
-    """`reduced`: (total, denominator to be written or None, whether the mean is asked for, what stands for a denominator of 0);
-    None where losses are not added up."""
+    """Launches the forward kernel, with the gradient where dz is given.
+
+    reduced: (total, denominator to write or None, whether the mean is asked for, what replaces a denominator of 0), or None
+    where losses are not added up.
+    """
     if not z.numel():
         _reduce_apart(loss, target, weight, reduced, options)
         return
@@ -91,6 +94,7 @@ def _launch_forward(z, target, weight, loss, stats, dz, invalid, denominator, re
 
 
 def _reduce_apart(loss, target, weight, reduced, options):
+    """The sum of the losses in a launch of its own: of many rows, or of none."""
     if reduced is not None:
         total, sum_of_weights, mean, if_none = reduced
         _reduce(loss, target, weight, total, sum_of_weights, options["ignore_index"], mean, if_none)
@@ -101,10 +105,9 @@ def forward(
     total=None, denominator=None, row_weights=None, mean: bool = False, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """Loss per row and stats, (3, N, S) or (5, N, S) and contiguous: m, Σ exp(z - m) - 1, W; z_target - m and entropy.
+    """Loss per row (N, S), and stats (3, N, S) or (5, N, S), contiguous: m, Σ exp(z - m) - 1, W; z_target - m, entropy.
 
-    Where `total` is given, also Σ loss, or its mean and as `denominator` what it is divided by (`reduce`). row_weights: memory
-    for a number a row.
+    Where `total` is given, also Σ loss, or the mean and its `denominator`. row_weights: memory for one number a row.
     """
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
     reduced = None if total is None else (total, denominator, mean, _if_none(zero_if_ignored))
@@ -116,10 +119,10 @@ def forward_backward(
     total=None, mean: bool = False, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """Loss per row, stats where given, and the gradient for an upstream gradient of 1, over `denominator` where given.
+    """Loss per row, stats where given, and dz for an upstream gradient of 1, divided by `denominator` where given.
 
-    Where `total` is given, also Σ loss, or its mean: for hard targets over `denominator`, which `count` has found; for soft
-    ones over their number, which is written there.
+    Where `total` is given, also Σ loss or the mean. Hard targets: divided by `denominator`, which `count` has computed before.
+    Soft targets: divided by the number of rows, which is written to `denominator`.
     """
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
     found = total is not None and mean and target.ndim == z.ndim
@@ -128,7 +131,7 @@ def forward_backward(
 
 
 def _if_none(zero_if_ignored):
-    """What stands for a denominator of 0: a mean over nothing is 0/0, or 0."""
+    """What replaces a denominator of 0, so that the mean over no rows is 0/0 = NaN, or 0."""
     return math.inf if zero_if_ignored else 0.0
 
 
@@ -136,9 +139,9 @@ def backward(
     z, target, weight, stats, upstream, denominator, dz, *, unless_one: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """dz from what `forward` saved, for any upstream gradient per row, divided by `denominator` where given.
+    """dz from what `forward` saved, for an upstream gradient a row, divided by `denominator` where given.
 
-    `unless_one` leaves the rows alone whose upstream gradient is 1: dz holds theirs already.
+    unless_one: rows with an upstream of 1 are not computed, since dz already holds their gradient.
     """
     if not z.numel():
         return

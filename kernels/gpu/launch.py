@@ -1,9 +1,9 @@
-"""How kernels are launched: the first time through Triton, later by what that compiled, with other pointers.
+"""How kernels are launched: the first call goes through Triton, later ones run what it has compiled, with other pointers.
 
-A launcher calls `launch(kernel, programs, …)`. Inside a `Recording` of the memory that a call works on, its launches become a
-`Bound`: compiled kernels, grids and arguments in launch order, of which only pointers and a few numbers change. Whoever
-keeps one decides which later calls it holds for: those of the same shapes, strides, dtypes, options and device, whose pointers
-are off 16 bytes by as much.
+A launcher calls `launch(kernel, programs, …)`. Inside a `Recording` of a call's operands its launches become a `Bound`:
+compiled kernels, grids and arguments in the order of their launches, of which only pointers and a few numbers change. The
+caller that keeps a `Bound` decides for which later calls it holds: those with the same shapes, strides, dtypes, options, device
+and alignment to 16 bytes.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("h
 
 
 class Number(NamedTuple):
-    """A number that may be another in a later call of the same `Bound`, or its bits: the `place`-th of all these."""
+    """An argument that may differ in later calls of the same `Bound`: a number or its bits, the `place`-th of such
+    arguments."""
 
     value: float
     place: int
 
 
 def numbers(*values: float) -> tuple[Number, ...]:
-    """Each value and its bits, as kernels take them (`plan.float_and_bits`), to be replaced in later calls."""
+    """Each value and its bits (`plan.float_and_bits`), as arguments that later calls replace."""
     return tuple(Number(part, i) for i, part in enumerate(part for value in values for part in float_and_bits(value)))
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """`kernel[(programs,)](…)`, noted where somebody records."""
+    """`kernel[(programs,)](…)`, noted in the current `Recording` if there is one."""
     compiled = kernel[(programs,)](*(a.value if type(a) is Number else a for a in args), **constants)
     recording = _recording.get()
     if recording is not None:
@@ -44,7 +45,7 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
 
 
 def scratch(dtype: torch.dtype, device: torch.device, *shape: int) -> torch.Tensor:
-    """Memory that a launcher's kernels share until the last of them is done."""
+    """Memory that the kernels of one launcher share."""
     made = torch.empty(shape, dtype=dtype, device=device)
     recording = _recording.get()
     if recording is not None:
@@ -56,9 +57,9 @@ _counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def counter(device: torch.device) -> torch.Tensor:
-    """An int32 that is 0 wherever a kernel of the current stream begins: one for each stream, whose kernels leave it so.
+    """An int32 that is 0 when a kernel of the current stream begins: each stream has one, and each kernel sets it to 0 again.
 
-    In a CUDA graph, which may run beside the stream's kernels and other graphs, one of its own that the graph sets to 0.
+    A CUDA graph may run beside the stream's kernels and other graphs: it has one of its own, which the graph sets to 0.
     """
     made = _counter(device)
     recording = _recording.get()
@@ -73,7 +74,7 @@ def _counter(device: torch.device) -> torch.Tensor:
     key = (device, _triton.stream() if device.type == "cuda" else 0)
     found = _counters.get(key)
     if found is None:
-        if len(_counters) >= 1024:  # streams of others' that are no more
+        if len(_counters) >= 1024:  # of streams that may no longer exist
             _counters.clear()
         found = _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
     return found
@@ -87,7 +88,7 @@ class _Launch(NamedTuple):
 
 
 class Bound:
-    """The launches of a call, for other memory."""
+    """The launches of a call, ready to run on other memory."""
 
     __slots__ = ("_direct", "_launches", "_scratch")
 
@@ -97,7 +98,8 @@ class Bound:
         self._direct = _as_code(launches, scratch, n)
 
     def __call__(self, *operands: torch.Tensor | None, numbers: tuple[float, ...] = ()) -> None:
-        """operands: as were recorded, the first on the current device; numbers: those of the launchers' `numbers`."""
+        """operands: as in the recording, the first on the current device. numbers: those that the launchers gave to
+        `numbers`."""
         if not _triton.hooked():
             self._direct(operands, numbers)
             return
@@ -116,7 +118,7 @@ class Bound:
 
 
 def _as_code(launches: tuple[_Launch, ...], scratch: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...], n: int) -> Any:
-    """f(operands, numbers): the launches written out, which takes half the time of a loop over their arguments."""
+    """f(operands, numbers) with each launch written out: half the time of a loop over launches and arguments."""
     names: dict[str, Any] = {"counter": _counter, "bits": float_and_bits, "stream": _triton.stream}
     used = {which for launched in launches for _, which, _ in launched.places}
     lines = [f"{', '.join(f'x{i}' for i in range(n))}, = operands"]
@@ -142,7 +144,7 @@ def _as_code(launches: tuple[_Launch, ...], scratch: tuple[tuple[tuple[int, ...]
 
 
 class Recording:
-    """Notes the launches made inside, on these tensors (or None) and on scratch."""
+    """Notes the launches inside its `with` block, on these tensors (or None) and on scratch memory."""
 
     def __init__(self, operands: tuple[torch.Tensor | None, ...]):
         self._given = len(operands)
@@ -158,13 +160,13 @@ class Recording:
         _recording.reset(self._token)
 
     def note(self, compiled: Any, programs: int, args: tuple[Any, ...]) -> None:
-        """One launch."""
+        """Notes one launch."""
         self._launches.append((compiled, programs, args))
 
     def own(self, x: torch.Tensor, counts: bool = False) -> None:
-        """Scratch, or a counter, of the launches to come."""
+        """Notes scratch memory, or a counter, that the next launches use."""
         span = _span(x)
-        if not (counts and span in self._memory):  # kernels in turn share a counter
+        if not (counts and span in self._memory):  # launches that follow each other share a counter
             self._memory.append(span)
             self._scratch.append(None if counts else (tuple(x.shape), x.dtype))
 
@@ -202,7 +204,7 @@ class Recording:
 
 
 def _span(x: torch.Tensor) -> tuple[Any, int, int]:
-    """(storage, first byte, byte after the last) of what a tensor holds."""
+    """(storage, first byte, byte after the last) of a tensor's memory."""
     size = x.element_size()
     start = int(x.storage_offset()) * size
     last = sum(int(n - 1) * int(stride) for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1

@@ -44,28 +44,32 @@ def _finite(x):
 
 @triton.jit
 def _with_low(total, low):
-    """A sum and what its roundings left; an infinite sum has left NaN."""
+    """total + low: a sum and what its roundings have left. An infinite sum has left NaN, and stays as it is."""
     return tl.where(_finite(low), total + low, total)
 
 
 @triton.jit
 def _block_mean(x_columns, p, stop, stride_xn, inside, count, unit):
-    """The mean of the points p < stop, a block (BLOCK_N, BLOCK_M), as (shift, rest), and the unit in which these are."""
+    """The mean of a block of `count` points p < stop (BLOCK_N, BLOCK_M) as (shift, rest, unit): shift + rest, in units of
+    1/unit.
+
+    It is found twice: rest is the mean of what the first mean leaves.
+    """
     live = (p < stop)[:, None]
     x = tl.load(x_columns + p[:, None] * stride_xn, mask=live & inside, other=0.0)
-    if x.dtype == tl.float64:  # of which alone a square can leave float64
+    if x.dtype == tl.float64:  # only its squares can leave the range of float64
         largest = tl.max(tl.abs(x), axis=0)
         unit = tl.where(largest >= LARGE, 1 / STEP, tl.where(largest >= TINY, tl.minimum(unit, 1.0), unit))
         x *= unit[None, :]
     x = x.to(tl.float64)
     shift = tl.sum(x, axis=0) / count
     rest = tl.sum(tl.where(live, x - shift[None, :], 0.0), axis=0) / count
-    return shift, tl.where(_finite(shift), rest, 0.0), unit  # an infinite mean has nothing left; the deviations are NaN
+    return shift, tl.where(_finite(shift), rest, 0.0), unit  # of an infinite mean the deviations are NaN
 
 
 @triton.jit
 def _deviations(x_columns, p, stop, stride_xn, inside, shift, rest, unit):
-    """The points p < stop (GROUP, BLOCK_M), in units of 1 / unit, less their block's mean; 0 for the others."""
+    """x - mean of the points p < stop (GROUP, BLOCK_M), in units of 1/unit; 0 for the other lanes."""
     live = (p < stop)[:, None]
     x = tl.load(x_columns + p[:, None] * stride_xn, mask=live & inside, other=0.0)
     if x.dtype == tl.float64:
@@ -76,7 +80,7 @@ def _deviations(x_columns, p, stop, stride_xn, inside, shift, rest, unit):
 
 @triton.jit
 def _moved(seen, shift, total, low, more, more_shift, more_rest):
-    """(shift, total, low, delta) after `more` points: delta is how far their mean lies from that of the `seen`."""
+    """(shift, total, low, delta) after `more` points; delta: their mean minus the mean of the `seen` points."""
     shift = tl.where(seen > 0, shift, tl.where(_finite(more_shift), more_shift, 0.0))
     away = (more_shift - shift) + more_rest
     delta = tl.where(seen > 0, away - (total + low) / tl.maximum(seen, 1.0), 0.0)
@@ -86,7 +90,7 @@ def _moved(seen, shift, total, low, more, more_shift, more_rest):
 
 @triton.jit
 def _grown(scatter, low, product, seen, more, delta_i, delta_j):
-    """scatter + low of `seen` points after `more`, whose scatter about their own mean is `product`."""
+    """scatter + low of `seen` points after `more` points with the scatter `product`: Chan's formula."""
     between = tl.where(seen > 0, ((seen * (more / (seen + more))) * delta_i)[:, None] * delta_j[None, :], 0.0)
     scatter, lost = _two_sum(scatter, product + between)
     return scatter, low + lost
@@ -94,19 +98,19 @@ def _grown(scatter, low, product, seen, more, delta_i, delta_j):
 
 @triton.jit
 def _factor(now, unit):
-    """now / unit, of units that are STEP, 1 or 1 / STEP, without a division, which takes registers."""
+    """now / unit for units that are STEP, 1 or 1 / STEP; 0 where that is not representable. A division would take registers."""
     return tl.where(now == unit, 1.0, tl.where(now * STEP == unit, 1 / STEP, 0.0))
 
 
 @triton.jit
 def _rescaled(scatter, factor_i, factor_j):
-    """A tile after its variables' units have changed; a factor after the other, as their product may be no number."""
+    """A tile of the scatter in new units. One factor after the other: their product may leave the range of float64."""
     return scatter * factor_i[:, None] * factor_j[None, :]
 
 
 @triton.jit
 def _place(program, tiles, m, BLOCK_M: tl.constexpr):
-    """(first index, rows, columns, whether these are a tile of the lower triangle) of a program."""
+    """(set or run, rows, columns, whether the tile is in the lower triangle) of a program."""
     pair = program % (tiles * tiles)
     i, j = pair // tiles, pair % tiles
     lane = tl.arange(0, BLOCK_M).to(tl.int64)
@@ -115,37 +119,39 @@ def _place(program, tiles, m, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _run_of(r, per_run, longer):
-    """The points start…stop of run r: the first `longer` runs have one more than `per_run`."""
+    """(start, stop) of the points of run r: `per_run` points, one more in each of the first `longer` runs."""
     start = tl.cast(r, tl.int64) * per_run + tl.minimum(r, longer)
     return start, start + per_run + (r < longer).to(tl.int64)
 
 
 @triton.jit
 def _lower(t, rows, columns, m):
-    """(offsets, mask) of a tile of the lower triangle of matrix t."""
+    """(offsets, mask) of the elements of a tile in the lower triangle of matrix t."""
     row, column = rows[:, None], columns[None, :]
     return (t * m + row) * m + column, (row < m) & (column <= row)
 
 
 @triton.jit
 def _vector(ptr, t, index, m, live):
+    """One number a variable of set t; 0 where the state holds nothing yet."""
     return tl.load(ptr + t * m + index, mask=(index < m) & live, other=0.0)
 
 
 @triton.jit
 def _units(ptr, t, index, m, live, otherwise):
+    """The units of the variables of set t; `otherwise` where the state holds nothing yet."""
     return tl.load(ptr + t * m + index, mask=(index < m) & live, other=otherwise)
 
 
 @triton.jit
 def _two_parts(ptr, plane, offsets, mask):
-    """A sum and what its roundings left, as one number."""
+    """A sum of the state, with what its roundings have left, as one number."""
     return _with_low(tl.load(ptr + offsets, mask=mask, other=0.0), tl.load(ptr + plane + offsets, mask=mask, other=0.0))
 
 
 @triton.jit
 def _store(shift_ptr, total_ptr, scatter_ptr, unit_ptr, B, t, m, rows, columns, shift, total, total_low, scatter, low, unit):
-    """The state of a tile; tiles on the diagonal store that of the mean."""
+    """Stores a tile of the scatter; tiles on the diagonal store shift, total and unit too."""
     offsets, mask = _lower(t, rows, columns, m)
     tl.store(scatter_ptr + offsets, scatter, mask=mask)
     tl.store(scatter_ptr + B * m * m + offsets, low, mask=mask)
@@ -162,7 +168,11 @@ def _add_runs_kernel(
     per_run, longer, m, runs, tiles, count, B, stride_xb, stride_xn, stride_xm,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One run of each set: add it to the state of `count` points. Else a state of index b · runs + r for each run."""
+    """Adds points to states: with one run a set to the state of `count` points, with several a new state b · runs + r each.
+
+    Grid: one program a run and tile of the scatter (those above the diagonal end at once). Reads x (B, n, m) once for each row
+    and column of tiles, and the old state; writes the state.
+    """
     m, B = tl.cast(m, tl.int64), tl.cast(B, tl.int64)
     run, rows, columns, is_lower = _place(tl.program_id(0), tiles, m, BLOCK_M)
     if is_lower:
@@ -212,7 +222,10 @@ def _merge_kernel(
     shift_ptr, total_ptr, scatter_ptr, unit_ptr,
     per_run, longer, m, runs, tiles, count, B, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Add the states of `runs` runs to the state of `count` points."""
+    """Adds the states of `runs` runs, in order, to the state of `count` points.
+
+    Grid: one program a set and tile of the scatter. Reads the states of the runs, reads and writes the state of the set.
+    """
     m, B = tl.cast(m, tl.int64), tl.cast(B, tl.int64)
     index, rows, columns, is_lower = _place(tl.program_id(0), tiles, m, BLOCK_M)
     if is_lower:
@@ -254,6 +267,10 @@ def _merge_kernel(
 def _finish_kernel(
     shift_ptr, total_ptr, scatter_ptr, unit_ptr, mean_ptr, covariance_ptr, m, tiles, count, divisor, B, BLOCK_M: tl.constexpr
 ):  # fmt: skip
+    """mean = shift + total / count and covariance = scatter / divisor, in the units of the points.
+
+    Grid: one program a set and tile of the scatter. Reads the state; writes the mean and both triangles of the covariance.
+    """
     m, B = tl.cast(m, tl.int64), tl.cast(B, tl.int64)
     index, rows, columns, is_lower = _place(tl.program_id(0), tiles, m, BLOCK_M)
     if is_lower:
@@ -261,7 +278,7 @@ def _finish_kernel(
         offsets, mask = _lower(b, rows, columns, m)
         covariance = _two_parts(scatter_ptr, B * m * m, offsets, mask) / tl.cast(divisor, tl.float64)
         unit, unit_j = _units(unit_ptr, b, rows, m, True, 1.0), _units(unit_ptr, b, columns, m, True, 1.0)
-        alike = unit[:, None] == unit_j[None, :]  # whose product may be no number; that of others is one
+        alike = unit[:, None] == unit_j[None, :]  # equal units: their product may leave the range of float64
         first = tl.where(alike, unit[:, None], unit[:, None] * unit_j[None, :])
         covariance = (covariance / first / tl.where(alike, unit_j[None, :], 1.0)).to(covariance_ptr.dtype.element_ty)
         tl.store(covariance_ptr + offsets, covariance, mask=mask)
@@ -275,7 +292,7 @@ def _finish_kernel(
 def update(
     x: torch.Tensor, shift: torch.Tensor, total: torch.Tensor, scatter: torch.Tensor, unit: torch.Tensor, *, count: int
 ) -> None:  # fmt: skip
-    """Add the points x (B, n, m), n ≥ 1, to the state of `count` points; at 0 what the state holds is not read."""
+    """Adds the points x (B, n, m), n ≥ 1, to the state of `count` points; where that is 0 the state is not read."""
     B, n, m = x.shape
     given = shift, total, scatter, unit
     assert (n >= 1, *(a.shape for a in given)) == (True, (B, m), (2, B, m), (2, B, m, m), (B, m)), x.shape
@@ -288,7 +305,7 @@ def update(
     if plan.runs > 1:
         before, sizes = 0, ((B * plan.runs, m), (2, B * plan.runs, m), (2, B * plan.runs, m, m), (B * plan.runs, m))
         state = tuple(torch.empty(size, dtype=shift.dtype, device=shift.device) for size in sizes)
-    # every tile of a set reads the state of its mean, and one of them writes it
+    # every tile of a set reads the state of the mean while one of them writes it: they read a copy
     old = (shift.clone(), total.clone(), unit.clone())
     _add_runs_kernel[(B * plan.runs * tiles * tiles,)](
         x, *old, *state, *divmod(n, plan.runs), m, plan.runs, tiles, before, B, *x.stride(),
@@ -305,7 +322,7 @@ def merge(
     more_shift: torch.Tensor, more_total: torch.Tensor, more_scatter: torch.Tensor, more_unit: torch.Tensor,
     shift: torch.Tensor, total: torch.Tensor, scatter: torch.Tensor, unit: torch.Tensor, *, more: int, count: int,
 ) -> None:  # fmt: skip
-    """Add the state of `more` ≥ 1 points to that of `count` points."""
+    """Adds the state of `more` ≥ 1 points to the state of `count` points."""
     B, m = shift.shape
     plan = plan_moments(B, 1, m, device_of(shift))
     tiles = cdiv(m, plan.BLOCK_M)

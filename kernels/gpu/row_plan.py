@@ -1,5 +1,7 @@
-"""Block sizes and warps of softmax and cross entropy: plain functions of (shape, dtype, layout, device) that return a frozen
-plan."""
+"""Plans of the kernels of rows (softmax, cross entropy, token log-probabilities): block sizes, warps, registers.
+
+Plain functions of (shape, dtype, layout, device) that return a frozen plan. kernels/README.md says why each plan is as it is.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from .tuned import of_rows, tunable
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Tiles of (BLOCK_R rows, lanes): the first KEEP lanes stay in registers, the rest goes by in tiles of BLOCK_V.
+    """A program owns BLOCK_R rows. Their first KEEP lanes stay in registers, the tail is read in tiles of BLOCK_V lanes.
 
-    STAGES: loads of a loop are issued STAGES - 1 turns ahead, into shared memory.
+    FITS: rows have no tail. STAGES: the loads of a loop are issued STAGES - 1 turns ahead, into shared memory.
     """
 
     BLOCK_R: int
@@ -23,20 +25,19 @@ class RowPlan:
     FITS: bool
     num_warps: int
     STAGES: int = 1
-    programs: int = 0  # that take tile after tile, as many as the device holds at once; 0: a program a tile
-    registers: int | None = None  # a thread may have, so that a multiprocessor holds that many
+    programs: int = 0  # persistent programs, as many as the device holds at once; 0: a program a tile
+    registers: int | None = None  # maxnreg: the most registers of a thread, so that a multiprocessor holds enough programs
 
     def grid(self, tiles: int) -> int:
-        """Programs for so many tiles."""
+        """How many programs run for this many tiles."""
         return min(tiles, self.programs or tiles)
 
 
 def resident_lanes(beside: int, itemsize: int, mode: int) -> int:
-    """The most lanes of a row that stay in registers when a kernel keeps `beside` numbers a lane beside exp(z): what compiles
-    without a spill.
+    """The most lanes of a row that can stay in registers without a spill.
 
-    beside: 0 softmax, cross entropy of hard targets; 1 softmax backward, soft targets or smoothing, a softcap alone; 2 soft
-    targets or smoothing with the rows' statistics or a softcap.
+    beside: how many numbers a lane the kernel keeps beside exp(z): 0 softmax, cross entropy of hard targets; 1 softmax
+    backward, soft targets or smoothing, a softcap alone; 2 soft targets or smoothing with the rows' statistics or a softcap.
     """
     if mode == STRIDED:
         return 8192 if not beside else 2048 if itemsize == 8 else 4096
@@ -59,17 +60,17 @@ def plan_rows(
 ) -> RowPlan:
     """The plan for rows of V values, S of them neighbours.
 
-    unit_s: neighbouring rows lie side by side and V does not (the class axis in the middle). beside: as `resident_lanes`.
-    dense: soft targets or smoothing, a q for every lane. tensors: how many are read. stays: what is read is needed again.
-    ahead: the most rows on their way to one of several programs of a multiprocessor, as their registers allow; 0: rows are not
-    taken in turn.
+    unit_s: neighbouring rows are adjacent in memory and classes are not (the class axis in the middle). beside: as in
+    `resident_lanes`. dense: soft targets or smoothing, a q for every lane. tensors: how many tensors are read. stays: the row
+    is needed again after the first pass. ahead: how many rows may be loaded ahead by a persistent program, as its registers
+    allow; 0: no persistent programs.
     """
     lanes, neighbours = body_lanes(V, itemsize, mode), unit_s and S > 1
-    # what a thread keeps beside a lane costs registers, as do ends of rows and strides: fewer lanes to a thread
+    # numbers beside a lane, ends of rows and strides cost registers: fewer lanes a thread
     spread = 1 if mode == ALIGNED and not beside else 4 if mode != ALIGNED and beside > 1 else 2
     spread = min(spread, itemsize)  # and at least 16 bytes a thread
     if neighbours:
-        # neighbours fill a line of 128 bytes where that leaves room for their rows, and at least a sector of 32
+        # neighbouring rows fill a line of 128 bytes where their lanes still fit, and at least a sector of 32
         resident = 2048 // (2 if itemsize == 8 else 1)
         room = resident // next_power_of_2(lanes) * itemsize
         width = min(room, 128) if room >= 32 else min(32 * itemsize, 128)
@@ -84,20 +85,20 @@ def plan_rows(
     if lanes <= resident:
         keep = next_power_of_2(lanes)
         plain = mode != STRIDED and itemsize < 8 and not neighbours and beside == tensors - 1
-        # by the rows' ends; and the code for a B200 spills 40 bytes
+        # the rows' ends take registers, and the code for a B200 spills 40 bytes
         crowded = ahead < 2 and keep > 16384 and (mode == SHIFTED or device.in_flight >= 64 << 10)
         in_turn = _in_turn(keep, itemsize, tensors, ahead, device) if keep > 4096 and plain and ahead and not crowded else None
         if in_turn:
             return in_turn
         num_warps = min(warps_for(spread * block_r * keep), 8 if mode == STRIDED and not neighbours else 16)
-        if not stays and not neighbours:  # programs that are read, reduced and gone in turn
+        if not stays and not neighbours:  # a program reads, reduces and ends: smaller ones, and more of them
             while block_r > 1 and num_warps > 4:
                 block_r, num_warps = block_r // 2, num_warps // 2
         registers = _registers_of_one_tile(itemsize, mode, beside, keep, stays and not ahead)
         return RowPlan(block_r, keep, keep, True, num_warps, registers=registers)
     plain = mode != STRIDED and itemsize < 8 and not neighbours and not dense
     if plain and (not beside or (beside == 1 and tensors == 2 and itemsize == 2)):
-        # of two tensors of halves fewer stay, for two programs a multiprocessor: the rest comes back from the cache
+        # of two half-precision tensors fewer lanes stay, so that a multiprocessor holds two programs: the cache has the rest
         keep = resident if not beside else 8192
         ahead = min(64 << 10, device.shared_memory // 2) // (8192 * itemsize * tensors)
         return RowPlan(block_r, keep, 8192, False, 16, min(1 + ahead, 5), registers=64 if beside else None)
@@ -110,8 +111,7 @@ def plan_rows(
 def _tiles_of_a_long_row(
     resident: int, itemsize: int, mode: int, neighbours: bool, beside: int, dense: bool
 ) -> tuple[int, int, int]:
-    """Lanes that stay, lanes of a tile of the rest, and warps. The loop over the rest keeps strides, or the ends of float64,
-    beside the lanes: more registers a thread."""
+    """(KEEP, BLOCK_V, warps). The loop over the tail keeps strides, or float64's ends, beside the lanes: more registers."""
     if neighbours:
         return max(resident // 4, 1), max(resident // 4, 1), 16 if beside > 1 else 8
     if itemsize == 8:
@@ -123,34 +123,36 @@ def _tiles_of_a_long_row(
     return resident, 4096 if mode == STRIDED else 8192, 16
 
 
-# For one more program a multiprocessor the compiler spills 8 to 64 bytes: it is told that a thread may have more registers.
+# Where the compiler would spill 8 to 64 bytes to fit one more program a multiprocessor, maxnreg allows a thread more registers.
 def _registers_of_one_tile(itemsize: int, mode: int, beside: int, keep: int, with_all: bool) -> int | None:
-    """with_all: every option of a loss, whose row stays."""
+    """maxnreg of rows without a tail. with_all: a loss with all options, whose row stays."""
     if mode == STRIDED:
         return None if keep <= 4096 else 248 if itemsize == 8 else 168
     return 80 if with_all and not beside and itemsize < 8 and keep == 16384 else None
 
 
 def _registers_of_tiles(itemsize: int, mode: int, beside: int, num_warps: int, in_turn_or_on_16: bool) -> int | None:
-    """in_turn_or_on_16: a row stays, and may be taken in turn or lies on 16 bytes."""
+    """maxnreg of rows with a tail. in_turn_or_on_16: the row stays, and programs may be persistent or rows are ALIGNED."""
     if num_warps == 8:
         return 248 if beside > 1 else 128 if itemsize == 8 and not beside and in_turn_or_on_16 else None
     return 128 if mode == STRIDED else None
 
 
 def _passing(itemsize: int, mode: int, beside: int) -> RowPlan:
-    """Long rows of which nothing is kept: many small programs, none of whose threads waits for another before the row's end."""
+    """Long rows of which nothing stays: many small programs, whose threads meet once, at the end of the row."""
     block_v = (1024 if beside else 2048) // (2 if itemsize == 8 else 1)
     registers = 128 if beside > 1 else 168 if itemsize == 8 and not beside else None
     return RowPlan(1, 0, block_v, False, 4, 1 if mode == STRIDED else 3, registers=registers)
 
 
 def _in_turn(keep: int, itemsize: int, tensors: int, ahead: int, device: Device) -> RowPlan | None:
-    """Programs that read the next row into shared memory while they compute and write one of `keep` lanes; None where the
-    device has no room for two programs a multiprocessor, or two rows."""
+    """Persistent programs: they load the next row into shared memory while they compute and write one of `keep` lanes.
+
+    None where a multiprocessor cannot hold two such programs, nor one with two rows ahead.
+    """
     num_warps = 16 if keep * tensors > 16384 else 8
     threads, row = 32 * num_warps, keep * itemsize * tensors
-    registers = 80 if keep * tensors <= 32 * threads else 128  # for 32 numbers a thread, and 64
+    registers = 80 if keep * tensors <= 32 * threads else 128  # a thread holds 32 numbers, or 64
     for programs in range(min(device.registers // registers, device.threads) // threads, 0, -1):
         rows = min((device.shared_memory // programs - 2048) // row, ahead if programs > 1 else 2)
         if rows >= (1 if programs > 1 else 2):
@@ -161,7 +163,7 @@ def _in_turn(keep: int, itemsize: int, tensors: int, ahead: int, device: Device)
 
 @dataclass(frozen=True)
 class ColumnPlan:
-    """Tiles of (BLOCK_R rows, BLOCK_V lanes), `columns` of them to a row, for passes that need no sum over the row."""
+    """Tiles of (BLOCK_R rows, BLOCK_V lanes), `columns` of them to a row, for elementwise passes: no sum over the row."""
 
     BLOCK_R: int
     BLOCK_V: int
@@ -185,14 +187,14 @@ def plan_columns(V: int, S: int, itemsize: int, mode: int, unit_s: bool) -> Colu
 
 @dataclass(frozen=True)
 class ReducePlan:
-    """`programs` programs sum `per_program` rows each; the last of them sums the MERGE or fewer results of all."""
+    """`programs` programs sum `per_program` rows each; the last one to end adds up their results, at most MERGE."""
 
     programs: int
     per_program: int
     MERGE: int
 
 
-SUMMED = 512  # rows that a program adds up side by side
+SUMMED = 512  # rows that a program adds up at a time, a lane each
 
 
 def plan_reduce(rows: int) -> ReducePlan:

@@ -5,8 +5,9 @@
     bytes     forward: read z, write y.  backward: read dy, read y, write dz.  Of a row that does not fit one program,
               the part beyond KEEP lanes is read twice.
 
-A program owns BLOCK_R rows, neighbours along s. A row that fits stays in registers. Of a longer one the first KEEP lanes do,
-which come last in the first pass; the others are read again from the far end back, where the cache still holds them.
+A program owns BLOCK_R rows, neighbours along s. A row that fits stays in registers between the two passes over it. Of a longer
+row the first KEEP lanes stay; the others, its tail, are read twice. The first pass reads the tail first and the KEEP lanes
+last; the second pass reads the tail from its end backwards, because the cache still holds what was read last.
 """
 
 import torch
@@ -28,9 +29,14 @@ def _forward_kernel(
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     LOOP: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """y_c = exp(z_c - m) / Σ_k exp(z_k - m) of each row.
+
+    Grid: one program a tile of BLOCK_R rows, or (LOOP) fewer programs that take tile after tile.
+    Reads z, once, and what lies beyond KEEP lanes twice; writes y.
+    """
     pointers = z_ptr, y_ptr
     strides = stride_zn, stride_zv, stride_zs, stride_yn, stride_yv, stride_ys
-    if LOOP:  # the rows of the next tile are on their way while those of this one are computed
+    if LOOP:  # the next tile's rows are loaded while this tile is computed
         for pid in tl.range(tl.program_id(0), rows // S * tiles, tl.num_programs(0), num_stages=STAGES):
             _forward_tile(pid, pointers, V, S, tiles, strides, BLOCK_R, KEEP, BLOCK_V, FITS, 1, MODE, GROUP, ACC)
     else:
@@ -45,11 +51,12 @@ def _forward_tile(
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Reads and writes BLOCK_R rows."""
+    """Softmax of tile number `pid`: BLOCK_R rows."""
     z_ptr, y_ptr = pointers
     stride_zn, stride_zv, stride_zs, stride_yn, stride_yv, stride_ys = strides
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
     NEG_INF: tl.constexpr = float("-inf")
+    # 1. which rows, and where they begin
     n, s = rows_of(pid, S, tiles, BLOCK_R)
     s = s[:, None]
     live = s < S
@@ -57,6 +64,7 @@ def _forward_tile(
     y_start = n * stride_yn + s * stride_ys
     head = _tile.head_of(z_start, MODE, GROUP)
 
+    # 2. the tail: each lane's running maximum and sum, joined once at the end
     if FITS:
         m, excess = tl.full([BLOCK_R, 1], NEG_INF, ACC), tl.full([BLOCK_R, 1], -1.0, ACC)
     else:
@@ -69,6 +77,7 @@ def _forward_tile(
             z_tail = _tile.load(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
             m, excess = online_lanes(m, excess, z_tail)
         m, excess, _ = merge_lanes(m, excess)
+    # 3. the KEEP lanes that stay, and the row's ends: maximum and sum of the whole row
     lane = tl.arange(0, KEEP)[None, :]
     hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
     z = _tile.load(z_ptr, z_start, head, 0, lane, hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
@@ -83,6 +92,7 @@ def _forward_tile(
     e = tl.exp(z - finite_base(m))
     scale = 1.0 / (1.0 + excess_with(before, excess, m, e, e_ends))
 
+    # 4. write what stayed; read the tail again, backwards, and write it
     if ENDS:
         tl.store(y_ptr + (_tile.lone(y_start) + c), e_ends * _tile.lone(scale), mask=inside)
     _tile.store(y_ptr, y_start, head, 0, lane, hi, e * scale, stride_yv, MODE, GROUP)
@@ -102,9 +112,13 @@ def _backward_kernel(
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     LOOP: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """dz_c = y_c (dy_c - Σ_k dy_k y_k) of each row.
+
+    Grid: as `_forward_kernel`. Reads dy and y, once, and what lies beyond KEEP lanes twice; writes dz.
+    """
     pointers = dy_ptr, y_ptr, dz_ptr
     strides = stride_gn, stride_gv, stride_gs, stride_yn, stride_yv, stride_ys, stride_dn, stride_dv, stride_ds
-    if LOOP:  # the rows of the next tile are on their way while those of this one are computed
+    if LOOP:  # the next tile's rows are loaded while this tile is computed
         for pid in tl.range(tl.program_id(0), rows // S * tiles, tl.num_programs(0), num_stages=STAGES):
             _backward_tile(pid, pointers, V, S, tiles, strides, BLOCK_R, KEEP, BLOCK_V, FITS, 1, MODE, GROUP, ACC)
     else:
@@ -119,10 +133,11 @@ def _backward_tile(
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Reads and writes BLOCK_R rows."""
+    """Gradient of tile number `pid`: BLOCK_R rows."""
     dy_ptr, y_ptr, dz_ptr = pointers
     stride_gn, stride_gv, stride_gs, stride_yn, stride_yv, stride_ys, stride_dn, stride_dv, stride_ds = strides
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    # 1. which rows, and where they begin
     n, s = rows_of(pid, S, tiles, BLOCK_R)
     s = s[:, None]
     live = s < S
@@ -131,6 +146,7 @@ def _backward_tile(
     d_start = n * stride_dn + s * stride_ds
     head = _tile.head_of(y_start, MODE, GROUP)
 
+    # 2. Σ dy y: the tail, each lane for itself, then the KEEP lanes that stay and the row's ends
     inner = tl.zeros([BLOCK_R, 1], ACC)
     if not FITS:
         tail = tl.arange(0, BLOCK_V)[None, :]

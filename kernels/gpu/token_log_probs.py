@@ -9,11 +9,10 @@
     source: docs/derivations.md, section 3.8
     bytes   forward: read z.  backward: read z, write dz.
 
-`forward` saves m, excess and mean for the backward pass, and z_t - m: of logits near 1e4 a rounded lse would lose the digits of
-p, and where p -> 1 so would 1 - p in a sum near 1. Differences are taken before they are divided by T, which would round large
-logits.
-A row whose target is `ignore_index` reads nothing and gives zeros; one whose target is out of range reads nothing, gives NaN
-and leaves its number in `invalid`.
+`forward` saves m, excess and mean for the backward pass, and z_t - m. An lse rounded near 1e4 would lose the digits of p, and
+a sum near 1 those of 1 - p. Differences of logits are taken before they are divided by T: dividing first would round large
+logits. A row whose target is `ignore_index` reads nothing and gives zeros; one whose target is out of range reads nothing,
+gives NaN and leaves its number in `invalid`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from .row_plan import plan_columns, plan_rows
 # ---------------------------------------------------------------------------------------------- the sums of a row
 @triton.jit
 def _take_lanes(m, excess, spread, z, beta):
-    """Each lane's maximum m, Σ exp(d) - 1 and Σ exp(d) d, d = (z - m) beta, after one more value: no thread waits."""
+    """Each lane's m, Σ exp(d) - 1 and Σ exp(d) d, d = (z - m) beta, after one more value a lane; no thread waits."""
     d = (z - m) * beta
     e = tl.exp(-tl.abs(d))
     rises = z > m
@@ -67,7 +66,7 @@ def _merge(m, excess, spread, beta):
 
 @triton.jit
 def _take(m, excess, spread, z, z_ends, beta):
-    """The sums of rows after one more tile of logits and its ends, either None."""
+    """The sums of rows after one more tile of logits z and the rows' ends z_ends; either may be None."""
     top = _tile.max_with(m, z, z_ends)
     base = finite_base(top)
     d, d_ends, e, e_ends = None, None, None, None
@@ -93,13 +92,16 @@ def _forward_kernel(
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The three numbers of BLOCK_R rows and what the backward pass needs. beta = 1/T."""
+    """log_prob, entropy and lse of each row, and what the backward pass needs. beta = 1/T.
+
+    Grid: one program a tile of BLOCK_R rows. Reads z once; writes three numbers a row, and four more where stats_ptr is given.
+    """
     NEG_INF: tl.constexpr = float("-inf")
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
     beta = real(beta, beta_bits, ACC)
+    # 1. which rows, their targets, and the logits there: as (R,), for as (R, 1) every thread of a row would read them
     n, s = rows_of(tl.program_id(0), S, tiles, BLOCK_R)
     row = n * S + s
-    # one number a row is read one-dimensionally: as a column of a tile, every thread of a row would do it
     t, known, bad, _ = hard_target(target_ptr, n * stride_tn + s * stride_ts, None, s < S, V, ignore_index, ACC)
     z_t = tl.load(z_ptr + (n * stride_zn + s * stride_zs + t * stride_zv), mask=known, other=NEG_INF).to(ACC)
     tl.atomic_min(invalid_ptr + s * 0, row, mask=bad, sem="relaxed")
@@ -107,7 +109,7 @@ def _forward_kernel(
     start = n * stride_zn + s[:, None] * stride_zs
     head = _tile.head_of(start, MODE, GROUP)
 
-    # one pass over z. The first KEEP lanes come last.
+    # 2. one pass over z: the tail, each lane for itself, then the first KEEP lanes and the row's ends
     z, z_ends = None, None
     zero = tl.zeros([BLOCK_R, 1], ACC)
     if FITS:
@@ -132,6 +134,7 @@ def _forward_kernel(
     if KEEP or ENDS:
         m, excess, spread = _take(m, excess, spread, z, z_ends, beta)
 
+    # 3. the three numbers
     log_total = log_1_plus(excess, ACC)
     mean = spread / (1.0 + excess)
     otherwise = tl.where(bad, float("nan"), 0.0)
@@ -147,7 +150,7 @@ def _forward_kernel(
 
 @triton.jit
 def _upstream(ptr, at, known, ACC: tl.constexpr):
-    """The upstream gradient of one of the three numbers of each row, (R, 1); 0 where nobody asks for its gradient."""
+    """The upstream gradient of one of the three outputs, (R, 1); 0 where ptr is None."""
     if ptr is None:
         g = tl.zeros(at.shape, ACC)
     else:
@@ -157,7 +160,7 @@ def _upstream(ptr, at, known, ACC: tl.constexpr):
 
 @triton.jit
 def _gradient(z, m, mean, over, pull, g_entropy, beta):
-    """p (pull - g_entropy (d - mean)), p = exp(d) over; with 0·∞ = 0 for a class without probability."""
+    """p (pull - g_entropy (d - mean)), p = exp(d) over, and 0 for a class with p = 0, whose d is -inf."""
     d = (z - finite_base(m)) * beta
     return times(tl.exp(d) * over, pull - g_entropy * (d - mean))
 
@@ -171,10 +174,15 @@ def _backward_kernel(
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_R rows, BLOCK_V lanes of each. beta = 1/T."""
+    """dz of each row from what the forward pass saved. beta = 1/T.
+
+    Grid: one program a tile of BLOCK_R rows and BLOCK_V classes, `columns` of them to a row. Reads z, and of each row three
+    saved numbers and three upstream gradients; writes dz.
+    """
     NEG_INF: tl.constexpr = float("-inf")
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
     beta = real(beta, beta_bits, ACC)
+    # 1. which rows, their targets, saved numbers and upstream gradients
     pid = tl.program_id(0).to(tl.int64)
     offset = (pid % columns).to(tl.int32) * BLOCK_V
     n, s = rows_of(pid // columns, S, tiles, BLOCK_R)
@@ -188,12 +196,12 @@ def _backward_kernel(
     g_log_prob = _upstream(g_log_prob_ptr, n * stride_pn + s * stride_ps, known, ACC) * beta
     g_entropy = _upstream(g_entropy_ptr, n * stride_en + s * stride_es, known, ACC) * beta
     g_lse = _upstream(g_lse_ptr, n * stride_ln + s * stride_ls, known, ACC) * beta
-    first = (live & (offset == 0))[:, None]  # the rows' ends are the first column's
+    first = (live & (offset == 0))[:, None]  # the program of a row's first lanes writes its ends
     live, known, bad, t, z_t = live[:, None], known[:, None], bad[:, None], t[:, None].to(tl.int32), z_t[:, None]
     otherwise = tl.where(bad, float("nan"), 0.0)
     over = tl.where(known, 1.0 / (1.0 + excess), otherwise)
     pull = g_lse - g_log_prob
-    # without the difference 1 - p_t, whose digits are lost where p_t -> 1
+    # 2. the gradient at the target: without the difference 1 - p_t, which loses its digits as p_t -> 1
     at_target = g_log_prob * ((excess + (1.0 - tl.exp((z_t - finite_base(m)) * beta))) * over)
     at_target += _gradient(z_t, m, mean, over, g_lse, g_entropy, beta)
     at_target = tl.where(known, at_target, otherwise)
@@ -201,6 +209,7 @@ def _backward_kernel(
     d_start = n * stride_dn + s[:, None] * stride_ds
     head = _tile.head_of(start, MODE, GROUP)
 
+    # 3. read z, compute and store dz; the first column does the rows' ends too
     lane = tl.arange(0, BLOCK_V)[None, :]
     hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
     z = _tile.load(z_ptr, start, head, offset, lane, hi, stride_zv, NEG_INF, MODE, GROUP, ACC)

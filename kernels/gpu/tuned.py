@@ -1,13 +1,13 @@
-"""Plans that were measured to be faster on a device than those computed: `tuned.json` beside this file, where there is one.
+"""Plans that were measured to be faster on a device than the computed ones: `tuned.json` beside this file, if it exists.
 
 `python -m benchmarks gpu --tune` writes such a file. It holds, for the name of a device, entries like
 
     {"plan": "plan_rows", "given": {"V": 32000, …}, "instead_of": {"num_warps": 16, …}, "use": {"num_warps": 8}}
 
-One counts for a call of that plan function with these arguments, as long as the function still gives the plan that the entry
-was measured against. What an entry may change is how a tile is shared out and how far ahead it is read, never with how much
-care sums are made: the bounds of docs/errors.md hold for every plan that passes here. Others raise ValueError when the file is
-read.
+An entry holds for a call of that plan function with these arguments, as long as the function still gives the plan that the
+entry was measured against. It may change how a tile is divided among threads and programs and how far ahead it is loaded, never
+how accurately sums are made: the bounds of docs/errors.md hold for every plan accepted here. Reading a file with any other
+entry raises ValueError.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _trial: Trial | None = None
 
 
 def tunable(change: Callable[[Any, Given, dict[str, int]], Any]) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
-    """For a plan function whose plans a table may change; `change(plan, given, use)` gives that plan, or raises ValueError."""
+    """Decorates a plan function whose plans the table may change. change(plan, given, use): the changed plan, or ValueError."""
 
     def wrap(plan_function: Callable[..., Plan]) -> Callable[..., Plan]:
         signature, name = inspect.signature(plan_function), plan_function.__name__
@@ -56,7 +56,7 @@ def tunable(change: Callable[[Any, Given, dict[str, int]], Any]) -> Callable[[Ca
 
 
 def changed(name: str, given: Given, plan: Plan, use: dict[str, int]) -> Plan:
-    """The plan of the function `name` with other numbers; ValueError where these could change more than its speed."""
+    """The plan of the function `name` with the numbers `use`; ValueError where they could change more than its speed."""
     of = _changes[name][1](plan, given, use)
     if of == plan:
         raise ValueError(f"use: expected something else than the plan has, got {use}")
@@ -69,7 +69,7 @@ def _is_power_of_2(n: Any) -> bool:
 
 
 def _check(use: dict[str, int], rules: dict[str, bool], name: str) -> None:
-    """rules: of each number that may be there, whether it is one that may be used."""
+    """ValueError unless `use` has only fields of `rules`, whose value is whether the number asked for is allowed."""
     if not use or set(use) - set(rules):
         raise ValueError(f"use: expected some of {sorted(rules)} for {name}, got {use}")
     for field, right in rules.items():
@@ -82,7 +82,7 @@ def _whole(value: Any, least: int, most: int) -> bool:
 
 
 def of_rows(plan: Any, given: Given, use: dict[str, int]) -> Any:
-    """A `RowPlan`: what stays of a row that does not fit may become less, its loop's tile no shorter than 256 lanes."""
+    """Changes a `RowPlan`: of rows with a tail KEEP may become smaller, and BLOCK_V no smaller than 256 lanes."""
     asked = asdict(plan) | use
     least, loops = min(256, plan.BLOCK_V), not plan.FITS or plan.programs > 0
     _check(use, {
@@ -97,9 +97,9 @@ def of_rows(plan: Any, given: Given, use: dict[str, int]) -> Any:
 
 
 def of_channels(plan: Any, given: Given, use: dict[str, int]) -> Any:
-    """A `BatchNormPlan`: of one tile the warps alone; of more, their shape and who takes which.
+    """Changes a `BatchNormPlan`: of one tile the warps alone; of several their shape and splits too.
 
-    What a thread adds up before it is careful (`halvings`) stays, as does whether a channel is one tile.
+    `halvings` stays as it is, and so does whether a channel is one tile: they decide how sums are rounded.
     """
     from .plan import body_lanes, cdiv
 
@@ -133,8 +133,8 @@ def _key(given: Given) -> str:
 
 
 def read(text: str, name: str = "tuned.json") -> dict[tuple[str, str, str, Any], Any]:
-    """The plan to use, by (device, plan function, arguments, plan instead of which); ValueError for what is no such table."""
-    from . import channel_plan, row_plan  # noqa: F401  (whose plan functions are known then)
+    """The plan to use, by (device, plan function, arguments, computed plan); ValueError where `text` is not such a table."""
+    from . import channel_plan, row_plan  # noqa: F401  (registers their plan functions)
 
     found: dict[tuple[str, str, str, Any], Any] = {}
     try:
@@ -159,6 +159,6 @@ def _table() -> dict[tuple[str, str, str, Any], Any]:
 
 
 def try_plans(trial: Trial | None) -> None:
-    """From now on trial(device, plan function, arguments, plan) gives the plans, until it is None: `--tune` measures so."""
+    """From now on trial(device, plan function, arguments, plan) chooses each plan; None ends that. For `--tune`."""
     global _trial
     _trial = trial

@@ -1,4 +1,4 @@
-"""The kernels of batch normalisation's backward pass; `batch_norm.py` has the formulas and the launchers."""
+"""The kernels of batch normalisation's backward pass; `batch_norm.py` has the formulas, bytes and launchers."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ COUNTS = ["N", "S", "lane_blocks", "row_lanes", "tiles", "per_split", "splits", 
 def _fetch_dy(
     dy, mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """The tile's values of dy, 0 where the activation let nothing through."""
+    """Loads a tile of dy; 0 where a mask is given and not set."""
     values = fetch(dy, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
     if mask[0] is not None:
         values = tl.where(fetch_bits(mask, c, at, walk, LANES, FLAT), values, 0.0)
@@ -24,7 +24,7 @@ def _fetch_dy(
 
 @triton.jit
 def _fetch_ends(dy, x, mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
-    """dy and x of the ends of the rows that begin in the tile."""
+    """dy and x at the ends of the rows that begin in the tile."""
     ends = ends_of(c, tile, walk, ROWS, GROUP)
     values = fetch_ends(dy, c, ends, 0.0, ACC)
     if mask[0] is not None:
@@ -34,7 +34,7 @@ def _fetch_ends(dy, x, mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.conste
 
 @triton.jit
 def _started(dy, x, mean_hi, mean_lo, HALVINGS: tl.constexpr, MODE: tl.constexpr):
-    """Σ dy and Σ dy (x - μ) of a first tile, lane by lane, each with what it lost; dy is 0 in the lanes that hold no value."""
+    """Σ dy and Σ dy (x - μ) of a first tile, lane by lane, each with its lost part; dy is 0 in lanes without a value."""
     dbeta, dgamma = held(dy, HALVINGS, MODE), held(dy * ((x - mean_hi) - mean_lo), HALVINGS, MODE)
     return dbeta, tl.zeros_like(dbeta), dgamma, tl.zeros_like(dbeta)
 
@@ -50,7 +50,7 @@ def _continued(sums, dy, x, mean_hi, mean_lo, HALVINGS: tl.constexpr, MODE: tl.c
 
 @triton.jit
 def _ended(sums):
-    """The two sums of each lane as two floats each."""
+    """The two sums of each lane as (hi, lo) each: what Kahan's step has lost is to be subtracted."""
     return sums[0], -sums[1], sums[2], -sums[3]
 
 
@@ -61,11 +61,13 @@ def _sums_of(
     STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """(hi, lo) of Σ dy and of Σ dy (x - μ), an infinite or NaN one all in hi, over the tiles first…stop-1, ONE where that is
-    one; and dy and x of the first of them and of its ends."""
+    """(hi, lo) of Σ dy and of Σ dy (x - μ) over the tiles first…stop-1, and dy and x of the first tile and of its rows' ends.
+
+    ONE: there is one tile, with the whole channel. Where hi is infinite or NaN, lo is 0.
+    """
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
     tile = tile_at(first, walk, BLOCK_N)
-    dy_ends, x_ends = c, c  # of no use: a compiled function returns no None
+    dy_ends, x_ends = c, c  # not used: Triton 3.6 cannot return None
     at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
     x_tile = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
     dy_tile = _fetch_dy(dy, mask, c, at, walk, LANES, FLAT, DY_MODE, GROUP, ACC)
@@ -98,7 +100,7 @@ def _write(
     dy_tile, x_tile, slope, dx, dresidual, c, at, LANES: tl.constexpr, FLAT: tl.constexpr,
     DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dx, and the residual's gradient, of a tile."""
+    """Stores dx, and dresidual where there is one, of a tile."""
     put(dx, _dx(dy_tile, x_tile, slope), c, at, LANES, FLAT, DX_MODE, GROUP)
     if dresidual[0] is not None:
         put(dresidual, dy_tile, c, at, LANES, FLAT, DRESIDUAL_MODE, GROUP)
@@ -106,6 +108,8 @@ def _write(
 
 @triton.jit
 def _write_ends(dy_ends, x_ends, slope, dx, dresidual, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """`_write` for the ends of the rows that begin in the tile."""
+    """`_write` for the ends of the rows that begin in the tile."""
     ends = ends_of(c, tile, walk, ROWS, GROUP)
     slope = lone(slope[0]), lone(slope[1]), lone(slope[2]), lone(slope[3]), lone(slope[4])
     put_ends(dx, _dx(dy_ends, x_ends, slope), c, ends)
@@ -115,7 +119,10 @@ def _write_ends(dy_ends, x_ends, slope, dx, dresidual, c, tile, walk, ROWS: tl.c
 
 @triton.jit
 def _dx(dy, x, slope):
-    """γ rstd (dy - dβ/m - x̂ dγ/m), or γ rstd dy where the statistics were not the batch's (no x)."""
+    """dx = γ rstd (dy - dβ/m - x̂ dγ/m), or γ rstd dy where the statistics were constants (x None).
+
+    slope = (γ rstd, dβ/m, rstd dγ/m, mean hi, mean lo).
+    """
     a, b, k, mean_hi, mean_lo = slope
     if x is not None:
         dy = (dy - b) - ((x - mean_hi) - mean_lo) * k
@@ -130,7 +137,11 @@ def _backward_reduce_kernel(
     STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """partial (4, splits, C): hi and lo of Σ dy (x - μ) and of Σ dy, of each split of each channel."""
+    """Σ dy (x - μ) and Σ dy of each split of each channel.
+
+    Grid: one program a split of a block of BLOCK_C channels, `per_split` tiles each. Reads dy and x (and the mask) once. Writes
+    partial (4, splits, C): hi and lo of either sum.
+    """
     pid = tl.program_id(0).to(tl.int64)
     split = pid % splits
     channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -153,7 +164,7 @@ def _backward_reduce_kernel(
 
 @triton.jit
 def _merged(partial_ptr, channel, C, splits, rstd, SPLITS: tl.constexpr):
-    """(dγ, dβ) of channels (one-dimensional) from their splits."""
+    """(dγ, dβ) of channels (BLOCK_C,) from their splits."""
     dgamma, dgamma_lo, dbeta, dbeta_lo = over_splits(*splits_of(partial_ptr, channel, C, splits, SPLITS))
     dgamma += tl.where(tl.abs(dgamma) < float("inf"), dgamma_lo, 0.0)
     dbeta += tl.where(tl.abs(dbeta) < float("inf"), dbeta_lo, 0.0)
@@ -164,7 +175,10 @@ def _merged(partial_ptr, channel, C, splits, rstd, SPLITS: tl.constexpr):
 def _backward_merge_kernel(
     partial_ptr, rstd_ptr, dgamma_ptr, dbeta_ptr, C, splits, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """The splits' sums as one."""
+    """dγ = rstd Σ dy (x - μ) and dβ = Σ dy of each channel from its splits.
+
+    Grid: one program a block of BLOCK_C channels. Reads partial (4, splits, C), at most SPLITS splits.
+    """
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     rstd = tl.load(rstd_ptr + channel, mask=channel < C, other=0.0)
     dgamma, dbeta = _merged(partial_ptr, channel, C, splits, rstd, SPLITS)
@@ -182,10 +196,11 @@ def _backward_apply_kernel(
     SPLITS: tl.constexpr, STAGES: tl.constexpr, TRAINED: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr,
     DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx, of statistics that are the batch's (TRAINED) or constants; the last tiles first, for the sums have just read them.
+    """dx = γ rstd (dy - dβ/m - x̂ dγ/m) of the batch's own statistics (TRAINED), or γ rstd dy of constant ones.
 
-    Where partial_ptr is given, each program joins the `summed` splits of its channels itself, SPLITS or fewer, and the first
-    split of each channel writes dγ and dβ.
+    Grid: one program a split of a block of BLOCK_C channels, the last ones first: the cache still holds what the sums have read
+    last. Reads dy and x (and the mask), writes dx (and dresidual). Where partial_ptr is given, each program merges the `summed`
+    splits of its channels, SPLITS or fewer, and the first program of each channel writes dγ and dβ.
     """
     pid = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
     first = (pid % splits) * per_split
@@ -239,7 +254,11 @@ def _backward_kernel(
     HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr,
     GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The whole backward of a block of channels that is one tile, which stays in registers."""
+    """dγ, dβ and dx of channels that fit one tile, which stays in registers: formulas as in the kernels above.
+
+    Grid: one program a block of BLOCK_C channels. Reads dy and x (and the mask) once, writes dx (and dresidual).
+    """
+    # 1. which channels, and their statistics
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
     walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
@@ -249,6 +268,8 @@ def _backward_kernel(
     mean_hi = vector(mean_ptr, channel, C, 0.0, ACC)
     mean_lo = vector(mean_ptr + C, channel, C, 0.0, ACC)
     rstd = vector(rstd_ptr, channel, C, 0.0, ACC)
+    # 2. dβ and dγ; program_id(1) is 0, which the compiler does not know (see 3)
+    # 2. dβ and dγ; program_id(1) is 0, which the compiler does not know (see 3)
     dbeta, dbeta_lo, dgamma, dgamma_lo, dy_tile, x_tile, dy_ends, x_ends = _sums_of(
         dy, x, mask, mean_hi, mean_lo, c, tl.program_id(1), tiles, walk,
         BLOCK_N, LANES, ROWS, FLAT, True, 1, HALVINGS, MODE, DY_MODE, GROUP, ACC,
@@ -259,7 +280,8 @@ def _backward_kernel(
     tl.store(dbeta_ptr + c, dbeta, mask=c < C)
     a = rstd * vector(gamma_ptr, channel, C, 1.0, ACC)
     slope = (a, dbeta / tl.cast(m, ACC), rstd * (dgamma / tl.cast(m, ACC)), mean_hi, mean_lo)
-    # placed anew by a number that the compiler does not know: addresses kept through the sums would spill
+    # 3. dx. The tile's addresses are computed again, from a number that the compiler does not know: kept through the sums they
+    # would spill
     tile = (tl.cast(tiles - 1, tl.int64), tiles - 1)
     at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
     _write(dy_tile, x_tile, slope, dx, dresidual, c, at, LANES, FLAT, DX_MODE, DRESIDUAL_MODE, GROUP)

@@ -1,4 +1,4 @@
-"""The kernels of batch normalisation's forward pass; `batch_norm.py` has the formulas and the launchers."""
+"""The kernels of batch normalisation's forward pass; `batch_norm.py` has the formulas, bytes and launchers."""
 
 import triton
 import triton.language as tl
@@ -41,6 +41,8 @@ COUNTS = ["N", "S", "lane_blocks", "row_lanes", "tiles", "per_split", "splits", 
 
 @triton.jit
 def _reciprocal_std(var, eps, ACC: tl.constexpr):
+    """rstd = 1/√(σ² + ε), each operation rounded to nearest."""
+    """rstd = 1/√(σ² + ε), each operation rounded to nearest."""
     if tl.float64 == ACC:
         rstd = 1.0 / tl.sqrt(var + eps)
     else:
@@ -53,7 +55,7 @@ def _finish(
     hi, lo, M2, alpha, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, c, C, end,
     m, eps, eps_bits, momentum, momentum_bits, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Writes the statistics of those channels c (one-dimensional) below `end`, updates the running ones, and returns rstd."""
+    """Writes mean, var and rstd of the channels c (BLOCK_C,) below `end`, updates the running statistics, and returns rstd."""
     count, M2 = tl.cast(m, ACC), tl.where(M2 < 0.0, 0.0, M2)
     var = quotient(M2, alpha * alpha * count, ACC)
     rstd = _reciprocal_std(var, real(eps, eps_bits, ACC), ACC)
@@ -78,8 +80,10 @@ def _moments_of(
     BLOCK_N: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr,
     STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(mean hi, mean lo, scaled M2, count) of the tiles with the numbers first…stop-1, ONE where that is one; and the values of
-    the first of them and of its ends."""
+    """(mean hi, mean lo, alpha² M2, count) of the tiles first…stop-1, and the values of the first tile and of its rows' ends.
+
+    ONE: there is one tile, with the whole channel.
+    """
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
     N, C, S, _, _, stride_n, stride_c, stride_s = walk
     c = channel[None, :, None]
@@ -122,7 +126,7 @@ def _moments_of(
             (sums[0], sums[1], sums[2], -sums[3]), (end_sums[0], end_sums[1], end_sums[2], -end_sums[3])
         )
     else:
-        end_values = c  # of no use: a compiled function returns no None
+        end_values = c  # not used: Triton 3.6 cannot return None
         sums = per_channel((sums[0], sums[1], sums[2], -sums[3]))
     hi, lo, M2 = moments(sums, count, origin.to(ACC), alpha)
     return hi, lo, M2, count, values, end_values
@@ -130,7 +134,7 @@ def _moments_of(
 
 @triton.jit
 def _activated(values, affine, residual, RELU: tl.constexpr):
-    """(y, which y are let through) of values of x: γ x̂ + β + residual, and what is below 0 as 0; NaN stays."""
+    """(y, mask of y > 0 or NaN) of values of x: y = γ x̂ + β + residual, after relu where RELU; NaN stays NaN."""
     mean_hi, mean_lo, scale, beta = affine
     y = ((values - mean_hi) - mean_lo) * scale + beta
     if residual is not None:
@@ -146,7 +150,7 @@ def _write(
     values, affine, residual, y, mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr,
     RESIDUAL_MODE: tl.constexpr, Y_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y of a tile's values of x."""
+    """Stores y, and the mask where there is one, of a tile's values of x."""
     more = None
     if residual[0] is not None:
         more = fetch(residual, c, at, 0.0, LANES, FLAT, RESIDUAL_MODE, GROUP, ACC)
@@ -160,7 +164,7 @@ def _write(
 def _write_ends(
     values, affine, residual, y, mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """y of the ends of the rows that begin in the tile."""
+    """`_write` for the ends of the rows that begin in the tile."""
     ends = ends_of(c, tile, walk, ROWS, GROUP)
     more = None
     if residual[0] is not None:
@@ -178,7 +182,11 @@ def _statistics_kernel(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
     STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """partial (4, splits, C): mean hi and lo, scaled M2 and count of each split of each channel."""
+    """μ and M2 = Σ (x - μ)² of each split of each channel.
+
+    Grid: one program a split of a block of BLOCK_C channels, `per_split` tiles each. Reads x once. Writes partial (4, splits,
+    C): mean hi and lo, alpha² M2 and count.
+    """
     pid = tl.program_id(0).to(tl.int64)
     split = pid % splits
     channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -198,8 +206,8 @@ def _statistics_kernel(
 
 @triton.jit
 def _merged(partial_ptr, channel, C, splits, alpha, SPLITS: tl.constexpr):
-    """(mean hi, mean lo, scaled M2) of channels (one-dimensional) from their splits: means by their distance from the first,
-    then squares about the common mean."""
+    """(mean hi, mean lo, alpha² M2) of channels (BLOCK_C,) from their splits, by Chan's formulas: first the means, as
+    differences from the first split's, then the squares about the common mean."""
     hi, lo, M2, count = splits_of(partial_ptr, channel, C, splits, SPLITS)
     first = finite_or_zero(tl.load(partial_ptr + channel, mask=channel < C, other=0.0))
     if channel.shape[0] == 1:
@@ -223,7 +231,10 @@ def _merge_kernel(
     m, eps, eps_bits, momentum, momentum_bits,
     SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of each channel from its splits."""
+    """mean, var, rstd and the running statistics of each channel from its splits.
+
+    Grid: one program a block of BLOCK_C channels. Reads partial (4, splits, C), at most SPLITS splits.
+    """
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     hi, lo, M2 = _merged(partial_ptr, channel, C, splits, alpha, SPLITS)
     _finish(
@@ -243,10 +254,11 @@ def _normalize_kernel(
     SPLITS: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr, RESIDUAL_MODE: tl.constexpr, Y_MODE: tl.constexpr,
     GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y = (x - μ) (rstd γ) + β + residual; the last tiles first, for the statistics have just read them.
+    """y = (x - μ) (rstd γ) + β + residual, with relu and its mask where mask_ptr is given.
 
-    Where partial_ptr is given, each program joins the `summed` splits of its channels itself, SPLITS or fewer, and the first
-    split of each channel writes the statistics.
+    Grid: one program a split of a block of BLOCK_C channels, the last ones first: the cache still holds what the statistics
+    have read last. Reads x (and the residual), writes y (and the mask). Where partial_ptr is given, each program merges the
+    `summed` splits of its channels, SPLITS or fewer, and the first program of each channel writes mean, var and rstd.
     """
     pid = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
     first = (pid % splits) * per_split
@@ -266,6 +278,8 @@ def _normalize_kernel(
             channel, C, tl.where(first == 0, C, 0), m, eps, eps_bits, momentum, momentum_bits, ACC,
         )[None, :, None]  # fmt: skip
         mean_hi, mean_lo = mean_hi[None, :, None], mean_lo[None, :, None]
+    # from the last tile of the split to its first
+    # from the last tile of the split to its first
     affine = (mean_hi, mean_lo, rstd * gamma, beta)
     stop = tl.minimum(first + per_split, tiles)
     tile = tile_at(stop - 1, walk, BLOCK_N)
@@ -289,12 +303,18 @@ def _forward_kernel(
     HALVINGS: tl.constexpr, MODE: tl.constexpr, RESIDUAL_MODE: tl.constexpr, Y_MODE: tl.constexpr,
     GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Statistics and normalisation of a block of channels that is one tile, which stays in registers."""
+    """Statistics and y of channels that fit one tile, which stays in registers: formulas as in the kernels above.
+
+    Grid: one program a block of BLOCK_C channels. Reads x (and the residual) once, writes y (and the mask).
+    """
+    # 1. which channels
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
     walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
     x, y = (x_ptr, stride_xn, stride_xc, stride_xs), (y_ptr, stride_yn, stride_yc, stride_ys)
     residual, mask = (residual_ptr, stride_rn, stride_rc, stride_rs), (mask_ptr, stride_mn, stride_mc, stride_mb)
+    # 2. statistics; program_id(1) is 0, which the compiler does not know (see 3)
+    # 2. statistics; program_id(1) is 0, which the compiler does not know (see 3)
     mean_hi, mean_lo, M2, _, values, end_values = _moments_of(
         x, channel, tl.program_id(1), tiles, walk, alpha, BLOCK_N, LANES, ROWS, FLAT, True, 1, HALVINGS, MODE, GROUP, ACC
     )  # fmt: skip
@@ -305,7 +325,8 @@ def _forward_kernel(
     )  # fmt: skip
     scale = rstd[None, :, None] * vector(gamma_ptr, channel, C, 1.0, ACC)
     affine = (mean_hi, mean_lo, scale, vector(beta_ptr, channel, C, 0.0, ACC))
-    # placed anew by a number that the compiler does not know: addresses kept through the sums would spill
+    # 3. y. The tile's addresses are computed again, from a number that the compiler does not know: kept through the sums they
+    # would spill
     tile = (tl.cast(tiles - 1, tl.int64), tiles - 1)
     at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
     _write(values, affine, residual, y, mask, c, at, walk, LANES, FLAT, RESIDUAL_MODE, Y_MODE, GROUP, ACC)

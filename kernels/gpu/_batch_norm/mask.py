@@ -1,8 +1,8 @@
-"""One bit for each value of (N, C, S), set where an activation let it through.
+"""The mask of the activation: one bit for each value of (N, C, S), set where relu let it through.
 
-Each row has its own bytes: one for every eight lanes of its body, from the least bit on, then two for its ends (`_tile`). A
-mask is (pointer, stride_n, stride_c, stride_b), b counting a row's bytes. It is read with the x it was written with: where a
-body begins depends on the strides and the address of x.
+Each row has its own bytes: one for every 8 lanes of its body, least bit first, then two for its ends (`_tile`). A mask is
+(pointer, stride_n, stride_c, stride_b); stride_b is between the bytes of a row. It must be read with the strides and address of
+the x that it was written with: they decide where the body of a row begins.
 """
 
 import triton
@@ -13,7 +13,7 @@ from .tiles import eights, lone, rows_of
 
 @triton.jit
 def _bytes_at(mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr):
-    """(pointers to the tile's bytes, which are there), (samples, channels, bytes)."""
+    """(pointers, mask) of a tile's bytes: (samples, channels, bytes)."""
     ptr, stride_n, stride_c, stride_b = mask
     n, _, offset, hi = at
     b = tl.arange(0, (LANES + 7) // 8)[None, None, :]
@@ -28,7 +28,7 @@ def _bytes_at(mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr):
 
 @triton.jit
 def _packed(on, WIDTH: tl.constexpr):
-    """WIDTH bits along the last axis as a byte."""
+    """Packs each WIDTH booleans along the last axis into a byte."""
     if len(on.shape) == 1:
         bits = tl.reshape(on.to(tl.int32), [on.shape[0] // WIDTH, WIDTH])
         packed = tl.sum(bits << tl.arange(0, WIDTH)[None, :], axis=1)
@@ -40,7 +40,7 @@ def _packed(on, WIDTH: tl.constexpr):
 
 @triton.jit
 def _unpacked(packed, WIDTH: tl.constexpr):
-    """WIDTH bits of each byte along the last axis."""
+    """Unpacks each byte into WIDTH booleans along the last axis."""
     packed = packed.to(tl.int32)
     if len(packed.shape) == 1:
         bits = (packed[:, None] >> tl.arange(0, WIDTH)[None, :]) & 1
@@ -53,19 +53,23 @@ def _unpacked(packed, WIDTH: tl.constexpr):
 
 @triton.jit
 def put_bits(mask, on, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr):
+    """Stores the bits of a tile."""
+    """Stores the bits of a tile."""
     where, there = _bytes_at(mask, c, at, walk, LANES, FLAT)
     tl.store(where, _packed(on, 8 if LANES >= 8 else LANES), mask=there)
 
 
 @triton.jit
 def fetch_bits(mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr):
+    """Loads the bits of a tile as booleans."""
+    """Loads the bits of a tile as booleans."""
     where, there = _bytes_at(mask, c, at, walk, LANES, FLAT)
     return _unpacked(tl.load(where, mask=there, other=0), 8 if LANES >= 8 else LANES)
 
 
 @triton.jit
 def _end_bytes_at(mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """(pointers to the bytes of the ends of the tile's rows, which are there)."""
+    """(pointers, mask) of the bytes for the ends of the rows that begin in a tile."""
     ptr, stride_n, stride_c, stride_b = mask
     n, begins, b = rows_of(tile, walk, ROWS, (2 * GROUP + 7) // 8, c.shape[1] == 1)
     c = lone(c)
@@ -74,11 +78,15 @@ def _end_bytes_at(mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def put_end_bits(mask, on, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Stores the bits of the rows' ends."""
+    """Stores the bits of the rows' ends."""
     where, there = _end_bytes_at(mask, c, tile, walk, ROWS, GROUP)
     tl.store(where, _packed(on, 8 if GROUP >= 4 else 2 * GROUP), mask=there)
 
 
 @triton.jit
 def fetch_end_bits(mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Loads the bits of the rows' ends as booleans."""
+    """Loads the bits of the rows' ends as booleans."""
     where, there = _end_bytes_at(mask, c, tile, walk, ROWS, GROUP)
     return _unpacked(tl.load(where, mask=there, other=0), 8 if GROUP >= 4 else 2 * GROUP)

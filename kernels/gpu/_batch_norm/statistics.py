@@ -1,9 +1,9 @@
-"""Mean and squared deviations of a channel, and other sums, in two floats (docs/derivations.md, section 2.5).
+"""The mean and the sum of squared deviations of a channel, and other sums, in two floats (docs/derivations.md, section 2.5).
 
-A mean is two floats, hi + lo. Values are summed about an origin, the mean of the first tile: what the squares lose to
-cancellation is at most the part that this tile is of all. Each lane adds up its own values, with what its rounding lost; the
-lanes meet once, at the end, as two floats each. Differences from the origin are scaled by alpha, squares thus by its square.
-A mean that is no finite number is what a sum gives: infinite, NaN where both infinities or a NaN come; its lo is 0, its M2 NaN.
+A sum is two floats, hi + lo. Values are summed as differences from an origin, the mean of the channel's first tile: the squares
+lose to cancellation at most the part that this tile is of the channel. Each lane adds up its own values, with what rounding has
+lost (Kahan); the lanes are merged once, at the end. Differences are scaled by alpha, and squares therefore by alpha².
+Where a mean is not finite it is what a plain sum gives, ±inf or NaN, with lo = 0 and M2 = NaN.
 """
 
 import triton
@@ -14,7 +14,7 @@ from .._tile import STRIDED
 
 @triton.jit
 def joined(hi, lo, more_hi, more_lo):
-    """The sum of two sums, each hi + lo."""
+    """(hi, lo) of the sum of two numbers hi + lo (Knuth's two-sum)."""
     total = hi + more_hi
     part = total - hi
     return total, ((hi - (total - part)) + (more_hi - part)) + (lo + more_lo)
@@ -22,6 +22,8 @@ def joined(hi, lo, more_hi, more_lo):
 
 @triton.jit
 def _both_joined(a, a_lo, b, b_lo, c, c_lo, d, d_lo):
+    """`joined` for two sums at once, as `tl.reduce` combines them."""
+    """`joined` for two sums at once, as `tl.reduce` combines them."""
     a, a_lo = joined(a, a_lo, c, c_lo)
     b, b_lo = joined(b, b_lo, d, d_lo)
     return a, a_lo, b, b_lo
@@ -29,7 +31,7 @@ def _both_joined(a, a_lo, b, b_lo, c, c_lo, d, d_lo):
 
 @triton.jit
 def per_channel(sums):
-    """(hi, lo) of each of two sums (a, a_lo, b, b_lo) over samples and lanes of a tile; scalars of a one-dimensional one."""
+    """Merges two sums (a, a_lo, b, b_lo) over the samples and lanes of a tile: (1, BLOCK_C, 1), scalars for a 1-D tile."""
     a, a_lo, b, b_lo = sums
     if len(a.shape) == 1:
         a, a_lo, b, b_lo = tl.reduce((a, a_lo, b, b_lo), 0, _both_joined)
@@ -47,7 +49,7 @@ def per_channel(sums):
 
 @triton.jit
 def _narrow(sums, WIDTH: tl.constexpr):
-    """Two sums (a, a_lo, b, b_lo) of the values that a thread holds, WIDTH of them."""
+    """Two sums (a, a_lo, b, b_lo) merged within each thread, WIDTH numbers each."""
     a, a_lo, b, b_lo = sums
     SHAPE: tl.constexpr = [a.numel // WIDTH, WIDTH]
     parts = (tl.reshape(a, SHAPE), tl.reshape(a_lo, SHAPE), tl.reshape(b, SHAPE), tl.reshape(b_lo, SHAPE))
@@ -56,7 +58,7 @@ def _narrow(sums, WIDTH: tl.constexpr):
 
 @triton.jit
 def per_channel_with_ends(sums, ends):
-    """As `per_channel`, with the sums over the ends of rows (`tiles`), which are one-dimensional for one channel."""
+    """`per_channel` of a tile's sums and of the sums over the rows' ends, which are one-dimensional for a single channel."""
     WIDTH: tl.constexpr = min(min(sums[0].numel, ends[0].numel), 128)
     if len(ends[0].shape) == 1 and WIDTH >= 32:  # one reduction of both
         a, a_lo, b, b_lo = _narrow(sums, WIDTH)
@@ -73,7 +75,7 @@ def per_channel_with_ends(sums, ends):
 
 @triton.jit
 def splits_of(partial_ptr, channel, C, splits, SPLITS: tl.constexpr):
-    """What the splits of channels (one-dimensional) left, four numbers each, (SPLITS, BLOCK_C); of one channel (SPLITS,)."""
+    """Loads what the splits of the channels (BLOCK_C,) have written: four of (SPLITS, BLOCK_C), of one channel (SPLITS,)."""
     split = tl.arange(0, SPLITS)
     if channel.shape[0] == 1:
         at = split * C + tl.max(channel, axis=0)
@@ -90,19 +92,19 @@ def splits_of(partial_ptr, channel, C, splits, SPLITS: tl.constexpr):
 
 @triton.jit
 def over_splits(a, a_lo, b, b_lo):
-    """(hi, lo) of each of two sums over the splits: (BLOCK_C,), of one channel a scalar."""
+    """Merges two sums over the splits: (BLOCK_C,), of one channel scalars."""
     return tl.reduce((a, a_lo, b, b_lo), 0, _both_joined)
 
 
 @triton.jit
 def of_channels(x, channel):
-    """What is a scalar for one channel as (BLOCK_C,)."""
+    """(BLOCK_C,) of what `over_splits` gives, which is a scalar for one channel."""
     return tl.zeros(channel.shape, x.dtype) + x
 
 
 @triton.jit
 def plain_sum(x):
-    """Σ over samples and lanes of a tile by a tree, a scalar of a one-dimensional one: enough where no term cancels another."""
+    """Σ over the samples and lanes of a tile, a plain tree of additions: (1, BLOCK_C, 1), a scalar for a 1-D tile."""
     if len(x.shape) == 1:
         total = tl.sum(x, axis=0)
     elif x.shape[1] == 1:
@@ -114,7 +116,7 @@ def plain_sum(x):
 
 @triton.jit
 def plain_sum_with_ends(x, ends):
-    """`plain_sum` of a tile and of the ends of its rows."""
+    """`plain_sum` of a tile and of its rows' ends together."""
     WIDTH: tl.constexpr = min(min(x.numel, ends.numel), 128)
     if len(ends.shape) == 1 and WIDTH >= 32:
         x = tl.sum(tl.reshape(x, [x.numel // WIDTH, WIDTH]), axis=0)
@@ -127,9 +129,9 @@ def plain_sum_with_ends(x, ends):
 
 @triton.jit
 def held(x, HALVINGS: tl.constexpr, MODE: tl.constexpr):
-    """Sums of the 2^HALVINGS values of a tile that a thread holds, of two and two: no thread waits for another.
+    """A tile with its lanes halved HALVINGS times, two values added each time: values of one thread, so that none waits.
 
-    They are neighbours along the lanes, or, where lanes are strided (channels-last), far apart.
+    They are neighbours along the lanes, or, where lanes are strided (channels-last), half a tile apart.
     """
     for _ in tl.static_range(HALVINGS):
         if MODE == STRIDED:
@@ -141,7 +143,7 @@ def held(x, HALVINGS: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def compensated_add(total, lost, x):
-    """(total + x, what rounding has lost so far): Kahan's step in each lane."""
+    """Kahan's step in each lane: (total + x, what rounding has lost so far, to be subtracted from the next x)."""
     x = x - lost
     new = total + x
     return new, (new - total) - x
@@ -149,22 +151,23 @@ def compensated_add(total, lost, x):
 
 @triton.jit
 def finite_or_zero(x):
-    """x, 0 where it is infinite or NaN."""
+    """x, and 0 where it is infinite or NaN."""
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
 @triton.jit
 def renewed(hi, lo):
-    """hi + lo as (hi, lo) again, lo at most a rounding of hi; what has no finite hi keeps it, with lo 0."""
+    """(hi, lo) of hi + lo, with |lo| at most half a unit of hi; where hi is not finite it stays, with lo = 0."""
     total = hi + tl.where(tl.abs(hi) < float("inf"), lo, 0.0)
     return total, tl.where(tl.abs(total) < float("inf"), lo - (total - hi), 0.0)
 
 
 @triton.jit
 def first_mean(x, inside, ends, ends_inside, count, first):
-    """About the mean of the `count` values of each channel that a tile and the ends of its rows have; a finite number.
+    """A finite number near the mean of the `count` values of each channel in a tile and its rows' ends.
 
-    `first`, a value of each channel, makes that of a constant channel exact. ends: None where there are none.
+    first: a value of each channel. Values are summed as differences from it, so that a constant channel's mean is exact. ends:
+    None where there are none.
     """
     first = finite_or_zero(first)
     x = tl.where(inside, x - first, 0.0)
@@ -178,14 +181,14 @@ def first_mean(x, inside, ends, ends_inside, count, first):
 
 @triton.jit
 def started(d, HALVINGS: tl.constexpr, MODE: tl.constexpr):
-    """The sums of a first tile of differences d, lane by lane: Σ d and what it lost, Σ d² and what that lost."""
+    """The sums of a first tile of differences d, lane by lane: (Σ d, its lost part, Σ d², its lost part)."""
     total, squares = held(d, HALVINGS, MODE), held(d * d, HALVINGS, MODE)
     return total, tl.zeros_like(total), squares, tl.zeros_like(squares)
 
 
 @triton.jit
 def continued(sums, d, HALVINGS: tl.constexpr, MODE: tl.constexpr):
-    """The sums after one more tile of differences; Σ d is not touched by what it lost, which infinities make NaN."""
+    """The sums after one more tile of differences d. The lost part of Σ d is kept apart: infinities make it NaN."""
     total, lost, squares, lost_squares = sums
     more = held(d, HALVINGS, MODE)
     total, lost = joined(total, lost, more, 0.0)
@@ -195,7 +198,7 @@ def continued(sums, d, HALVINGS: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def moments(sums, count, origin, alpha):
-    """(mean hi, mean lo, scaled M2) of `count` values with these sums of alpha times their differences from the origin."""
+    """(mean hi, mean lo, alpha² M2) of `count` values; sums: of alpha (x - origin) and of its square. M2 = Σ (x - mean)²."""
     hi, lo, squares, squares_lo = sums
     lo = tl.where(tl.abs(hi) < float("inf"), lo, 0.0)
     count = tl.maximum(count, 1.0)

@@ -1,17 +1,22 @@
-"""How the batch normalisation kernels walk (N, C, S): tiles of (samples, channels, lanes), and the ends of rows (`_tile`).
+"""Tiles of (N, C, S) for the kernels of batch normalisation: (samples, channels, lanes), and the ends of rows (`_tile`).
 
-A tile is named by (its first sample, its number along the lanes); a loop steps from one to the next, for to divide in each
-trip would take longer than to add up the tile's values.
+The kernels pass these tuples on:
 
-A tensor is (pointer, stride_n, stride_c, stride_s). What a kernel's tensors share is `walk` = (N, C, S, lane_blocks, row_lanes,
-stride_xn, stride_xc, stride_xs). It lies `at` = (n, head, offset, hi): its samples, the head of each of their rows, its first
-lane and how many lanes hold values. The tile of a row's first lanes answers for the row's ends as well: `ends` = (n, position,
-whether there is one). Of a single channel these are one-dimensional, ROWS times 2 GROUP lanes, and what belongs to the channel
-is a scalar (`lone`): tied to the body through its columns, the ends would be laid out as the body, many in every thread.
+    tensor  (pointer, stride_n, stride_c, stride_s)
+    walk    (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs), which all tensors of a kernel share
+    tile    (its first sample, its number along the lanes): a loop steps from one tile to the next, since a division in each
+            step would take longer than the sum of the tile's values
+    at      where a tile's values are: (n, head, offset, hi), its samples, the head of each of their rows, its first lane, and
+            how many lanes of each row hold values
+    ends    (n, position, mask) of the ends of the rows that begin in a tile: the tile with a row's first lanes reads them
 
-A FLAT tile is one channel whose rows, padded to a power of two each, would not fit one program: of each row the lanes by
-eights, all rows' end to end; LANES is 8, BLOCK_N the eights. All tensors have the strides of x, and a channel spans less than
-2³⁰ elements: its `at` = (the channel's first element, each eight's from there in 32 bits, each eight's first lane, hi).
+The ends of a single channel are one-dimensional, ROWS times 2 GROUP lanes, and the channel's numbers are scalars (`lone`): with
+columns of the tile's shape the compiler would give the ends the layout of the body, many lanes in every thread.
+
+A FLAT tile is one whole channel whose rows would not fit one program if each were padded to a power of two. Each row is cut
+into groups of 8 lanes, and the groups of all rows stand one after the other: BLOCK_N groups, LANES = 8. All tensors have the
+strides of x, and a channel spans less than 2³⁰ elements. Then at = (the channel's first element, the offset of each group from
+it in 32 bits, the first lane of each group in its row, hi).
 """
 
 import triton
@@ -22,13 +27,14 @@ from .. import _tile
 
 @triton.jit
 def tile_at(number, walk, BLOCK_N: tl.constexpr):
-    """The tile with this number; those of the same samples follow each other."""
+    """The tile with this number; tiles of the same samples follow each other."""
     number = number.to(tl.int32)
     return (number // walk[3]).to(tl.int64) * BLOCK_N, (number % walk[3]).to(tl.int32)
 
 
 @triton.jit
 def tile_after(tile, walk, BLOCK_N: tl.constexpr):
+    """The next tile."""
     n, block = tile
     last = block + 1 == walk[3]
     return tl.where(last, n + BLOCK_N, n), tl.where(last, 0, block + 1)
@@ -36,6 +42,7 @@ def tile_after(tile, walk, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def tile_before(tile, walk, BLOCK_N: tl.constexpr):
+    """The tile before."""
     n, block = tile
     first = block == 0
     return tl.where(first, n - BLOCK_N, n), tl.where(first, walk[3] - 1, block - 1).to(tl.int32)
@@ -44,7 +51,7 @@ def tile_before(tile, walk, BLOCK_N: tl.constexpr):
 @triton.jit
 def place(c, tile, walk, BLOCK_N: tl.constexpr, LANES: tl.constexpr, FLAT: tl.constexpr,
           MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """`at` of one tile of the channels c."""
+    """`at` of a tile of the channels c."""
     N, C, S, _, row_lanes, stride_n, stride_c, stride_s = walk
     if FLAT:
         n, offset = eights(tile[1], row_lanes, BLOCK_N)
@@ -69,7 +76,7 @@ def place(c, tile, walk, BLOCK_N: tl.constexpr, LANES: tl.constexpr, FLAT: tl.co
 
 @triton.jit
 def eights(tile, row_lanes, BLOCK_N: tl.constexpr):
-    """(row, number in the row) of each eight of a FLAT tile, of which there is one, number 0."""
+    """(row, number in the row) of each group of 8 lanes of a FLAT tile. A channel is one such tile, so `tile` is 0."""
     eight = tile + tl.arange(0, BLOCK_N)
     n = eight // (row_lanes // 8)
     return n, eight - n * (row_lanes // 8)
@@ -77,7 +84,7 @@ def eights(tile, row_lanes, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def lone(x):
-    """A number a channel, (1, BLOCK_C, 1), as it is; that of one channel as a scalar."""
+    """Numbers a channel: (1, BLOCK_C, 1) unchanged, and (1, 1, 1) as a scalar."""
     if x.shape[1] == 1:
         x = tl.max(tl.ravel(x), axis=0)
     return x
@@ -85,7 +92,7 @@ def lone(x):
 
 @triton.jit
 def alone(x, c):
-    """What `lone` made a scalar in the shape of c again."""
+    """The inverse of `lone`: a scalar in the shape of c again."""
     if c.shape[1] == 1:
         x = tl.zeros(c.shape, x.dtype) + x
     return x
@@ -93,7 +100,7 @@ def alone(x, c):
 
 @triton.jit
 def rows_of(tile, walk, ROWS: tl.constexpr, WIDTH: tl.constexpr, LONE: tl.constexpr):
-    """(n, whether it begins in the tile, lane) of WIDTH lanes for each row of the tile, one-dimensional where LONE."""
+    """(n, mask of the rows that begin in the tile, k) of WIDTH lanes k a row of the tile; one-dimensional where LONE."""
     if LONE:
         k = tl.arange(0, ROWS * WIDTH)
         n, k = tile[0] + (k // WIDTH).to(tl.int64), k % WIDTH
@@ -104,7 +111,7 @@ def rows_of(tile, walk, ROWS: tl.constexpr, WIDTH: tl.constexpr, LONE: tl.conste
 
 @triton.jit
 def ends_of(c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """`ends` of the rows that begin in the tile; none where none begins."""
+    """`ends` of the rows that begin in the tile; the mask is false for the others."""
     n, begins, k = rows_of(tile, walk, ROWS, 2 * GROUP, c.shape[1] == 1)
     c = lone(c)
     head = _tile.head_of(n * walk[5] + c * walk[6], _tile.SHIFTED, GROUP)
@@ -114,7 +121,7 @@ def ends_of(c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def _flat(x, at, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
-    """(pointers to the values of a FLAT tile, which are there)."""
+    """(pointers, mask) of the values of a FLAT tile."""
     ptr, _, _, stride_s = x
     start, element, _, hi = at
     lane = tl.arange(0, LANES)[None, None, :]
@@ -124,7 +131,7 @@ def _flat(x, at, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def fetch(x, c, at, other, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
-    """The tile's values in ACC, `other` in the lanes that hold none."""
+    """Loads a tile in the dtype ACC, `other` in lanes without a value."""
     ptr, stride_n, stride_c, stride_s = x
     if FLAT:
         where, inside = _flat(x, at, LANES, MODE, GROUP)
@@ -138,6 +145,7 @@ def fetch(x, c, at, other, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.con
 
 @triton.jit
 def put(x, values, c, at, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
+    """Stores a tile."""
     ptr, stride_n, stride_c, stride_s = x
     if FLAT:
         where, inside = _flat(x, at, LANES, MODE, GROUP)
@@ -150,6 +158,7 @@ def put(x, values, c, at, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.cons
 
 @triton.jit
 def fetch_ends(x, c, ends, other, ACC: tl.constexpr):
+    """Loads the rows' ends in the dtype ACC, `other` in lanes without a value."""
     ptr, stride_n, stride_c, stride_s = x
     n, position, inside = ends
     return tl.load(ptr + (n * stride_n + lone(c) * stride_c + position * stride_s), mask=inside, other=other).to(ACC)
@@ -157,6 +166,7 @@ def fetch_ends(x, c, ends, other, ACC: tl.constexpr):
 
 @triton.jit
 def put_ends(x, values, c, ends):
+    """Stores the rows' ends."""
     ptr, stride_n, stride_c, stride_s = x
     n, position, inside = ends
     tl.store(ptr + (n * stride_n + lone(c) * stride_c + position * stride_s), values, mask=inside)
@@ -164,7 +174,7 @@ def put_ends(x, values, c, ends):
 
 @triton.jit
 def inside_of(at, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
-    """Which lanes of the tile hold values."""
+    """Mask of the lanes of a tile that hold values."""
     _, _, _, hi = at
     return _tile.inside(tl.arange(0, LANES)[None, None, :], hi, MODE, GROUP)
 
@@ -172,7 +182,7 @@ def inside_of(at, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def count_between(first, stop, c, walk, BLOCK_N: tl.constexpr, LANES: tl.constexpr, FLAT: tl.constexpr,
                   MODE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """(1, BLOCK_C, 1): how many values each of the channels c has from the tile `first` up to `stop`, with their rows' ends."""
+    """How many values each channel has in the tiles from `first` up to but not `stop`, ends included: (1, BLOCK_C, 1)."""
     N, _, S, lane_blocks, _, _, _, _ = walk
     if FLAT:
         count = tl.zeros(c.shape, tl.int64) + N * S
@@ -185,7 +195,7 @@ def count_between(first, stop, c, walk, BLOCK_N: tl.constexpr, LANES: tl.constex
 
 @triton.jit
 def _begun(tile, c, walk, BLOCK_N: tl.constexpr, LANES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr):
-    """How many values of a tile's rows the tiles before it have: whole tiles of the rows' bodies, and all their ends."""
+    """How many values of a tile's rows lie in the tiles before it: whole tiles of the rows' bodies, and all their ends."""
     N, _, S, _, _, stride_n, stride_c, _ = walk
     n, block = tile[0] + tl.arange(0, BLOCK_N).to(tl.int64)[:, None, None], tl.cast(tile[1], tl.int64)
     head = _tile.head_of(n * stride_n + c * stride_c, MODE, GROUP)
@@ -201,7 +211,8 @@ def line(x):
 
 @triton.jit
 def vector(ptr, channel, C, default: tl.constexpr, ACC: tl.constexpr):
-    """One number a channel, `default` where there is none, read one-dimensionally: as a tile every thread would read it."""
+    """One number a channel as (1, BLOCK_C, 1); `default` where ptr is None. Read as (BLOCK_C,): in the tile's shape every
+    thread would read it."""
     if ptr is None:
         v = tl.full(channel.shape, default, ACC)
     else:

@@ -1,4 +1,4 @@
-"""Gradient of cross entropy from the rows' statistics; formulas, names and bytes are `cross_entropy`'s."""
+"""The kernel of cross entropy's backward pass. `cross_entropy.py` has the formulas, names and bytes."""
 
 import triton
 import triton.language as tl
@@ -19,13 +19,19 @@ def _backward_kernel(
     Z_LOSS: tl.constexpr, UNLESS_ONE: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """dz_c = g ((W + 2 ζ lse) p_c - q_c) of each row, g = upstream / denominator, from the statistics of the forward pass.
+
+    Grid: one program a tile of BLOCK_R rows and BLOCK_V classes, `columns` of them to a row; with UNLESS_ONE fewer programs, of
+    `per_program` tiles of rows each. Reads z (and soft targets y), three numbers a row; writes dz.
+    UNLESS_ONE: dz holds the gradient for an upstream of 1, and only the rows with another upstream are computed again.
+    """
     pointers = z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr
     zeta, cap = real(z_loss, z_loss_bits, ACC) if Z_LOSS else None, real(cap, cap_bits, ACC)
     numbers = V, S, rows, tiles, ignore_index, real(smoothing, smoothing_bits, ACC), zeta, cap
     strides = stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds
     strides_u = stride_un, stride_us
     pid = tl.program_id(0).to(tl.int64)
-    if UNLESS_ONE:  # a few programs look over all rows, for as a rule none has another upstream gradient
+    if UNLESS_ONE:  # as a rule every upstream is 1: a few programs check all rows, and end
         first = pid * per_program
         last = tl.minimum(first + per_program, rows // S * tiles)
         if _any_but_one(upstream_ptr, first, last, S, tiles, strides_u, BLOCK_R):
@@ -47,6 +53,7 @@ def _rewrite(
     Z_LOSS: tl.constexpr, UNLESS_ONE: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """The tiles first…last-1; a function of its own (noinline), so that its registers are not those of the check."""
     for i in range(first, last):
         _backward_tile(
             i // columns, (i % columns).to(tl.int32) * BLOCK_V, pointers, numbers, strides, strides_u,
@@ -56,7 +63,7 @@ def _rewrite(
 
 @triton.jit
 def _any_but_one(upstream_ptr, first, last, S, tiles, strides, BLOCK_R: tl.constexpr):
-    """Whether a row of the tiles first…last-1 has an upstream gradient that is not 1."""
+    """Whether any row of the tiles first…last-1 has an upstream gradient other than 1."""
     found = tl.zeros([256], tl.int32)
     for i in range(first * BLOCK_R, last * BLOCK_R, 256):
         of_tiles = i + tl.arange(0, 256)
@@ -74,12 +81,13 @@ def _backward_tile(
     Z_LOSS: tl.constexpr, UNLESS_ONE: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_R rows from lane `offset` on."""
+    """The gradient of tile number `tile`: BLOCK_R rows, BLOCK_V lanes of each from lane `offset` on."""
     z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr = pointers
     V, S, rows, tiles, ignore_index, epsilon, zeta, cap = numbers
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds = strides
     stride_un, stride_us = strides_u
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    # 1. which rows, their upstream gradients, targets and statistics
     n, s = rows_of(tile, S, tiles, BLOCK_R)
     row = n * S + s
     live = s < S
@@ -96,9 +104,10 @@ def _backward_tile(
     m = tl.load(stats_ptr + row, mask=known, other=0.0)[:, None]
     excess = tl.load(stats_ptr + (row + rows), mask=known, other=0.0)[:, None]
     W = tl.load(stats_ptr + (row + 2 * rows), mask=known, other=0.0)[:, None]
-    first = (live & (offset == 0))[:, None]  # the rows' ends are the first column's
+    first = (live & (offset == 0))[:, None]  # the program of a row's first lanes writes its ends
     live, known, g = live[:, None], known[:, None], g[:, None]
-    g = tl.where(known, g, 1.0)  # what is no class gives 0, or NaN, whatever the upstream gradient
+    g = tl.where(known, g, 1.0)  # a row without a class gives 0, or NaN, whatever its upstream
+    # 2. the factors of each row
     lse = m + log_1_plus(excess, ACC)
     scale = scale_of(g, known, bad, excess, W)
     pull = pull_of(g, known, excess, lse, zeta) if Z_LOSS else None
@@ -110,6 +119,7 @@ def _backward_tile(
     d_start = n * stride_dn + s[:, None] * stride_ds
     head = _tile.head_of(z_start, MODE, GROUP)
 
+    # 3. read z, compute and store dz; the first column does the rows' ends too
     lane = tl.arange(0, BLOCK_V)[None, :]
     hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
     z = logits(z_ptr, z_start, head, offset, lane, hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)

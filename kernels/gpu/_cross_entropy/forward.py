@@ -1,4 +1,4 @@
-"""Loss and gradient of cross entropy, row by row; formulas, names and bytes are `cross_entropy`'s."""
+"""The kernel of cross entropy's forward pass, with or without the gradient. Formulas and names: `cross_entropy.py`."""
 
 import triton
 import triton.language as tl
@@ -37,12 +37,18 @@ def _forward_kernel(
     MORE: tl.constexpr, MEAN: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Where total_ptr is given, the last program adds up the rows' losses, and their weights where row_weight_ptr is."""
+    """loss = W (lse - m) - Σ q (z - m) + ζ lse² of each row, its statistics, and dz where dz_ptr is given.
+
+    Grid: one program a tile of BLOCK_R rows, or (LOOP) fewer programs that take tile after tile.
+    Reads z (and soft targets y) once; where dz is written too, what lies beyond KEEP lanes twice. Writes loss (rows,), stats
+    (3 or 5, rows), dz. Where total_ptr is given, the last program to end adds up the losses of all rows, and their weights
+    where row_weight_ptr is given.
+    """
     pointers = z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, denominator_ptr, dz_ptr, invalid_ptr, row_weight_ptr
     zeta, cap = real(z_loss, z_loss_bits, ACC) if Z_LOSS else None, real(cap, cap_bits, ACC)
     numbers = V, S, rows, tiles, ignore_index, real(smoothing, smoothing_bits, ACC), zeta, cap
     strides = stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds
-    if LOOP:  # the next tile's row is on its way while this one's is computed
+    if LOOP:  # the next tile's rows are loaded while this tile is computed
         zero = tl.zeros([BLOCK_R, 1], tl.int64)
         late = zero, zero.to(ACC), zero > 0
         for pid in tl.range(tl.program_id(0), rows // S * tiles, tl.num_programs(0), num_stages=STAGES):
@@ -74,21 +80,23 @@ def _forward_tile(
     MEAN: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Loss, statistics and gradient of BLOCK_R rows.
+    """Loss, statistics and gradient of tile number `pid`: BLOCK_R rows.
 
-    late: (where, what, whether) of the gradient at the targets of the tile before, which is written after the others of its
-    row, once a reduction has brought the threads together: to pick it among them, a loop over tiles would keep the number of
-    each lane in a register. None where it is picked. That of this tile is returned.
+    late: (offsets, values, mask) of the gradient at the target classes of the tile before. In a loop over tiles it is stored
+    one tile later, over what the row's other lanes have written, after a reduction has brought the threads together: to select
+    it among the lanes, every lane's number would have to stay in a register. The same of this tile is returned. None where
+    there is no loop, and the value is selected.
     """
     z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, denominator_ptr, dz_ptr, invalid_ptr, row_weight_ptr = pointers
     V, S, rows, tiles, ignore_index, epsilon, zeta, cap = numbers
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds = strides
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
     LOADED: tl.constexpr = SOFT or weight_ptr is not None
+    # 1. which rows, their targets, and the logits there. What has one number a row is read and stored as (R,): as a column of
+    # a tile, (R, 1), every thread of the row would do it
     n, s = rows_of(pid, S, tiles, BLOCK_R)
     row = n * S + s
 
-    # one number a row is read and written one-dimensionally: as a column of a tile, every thread of a row would do it
     live = (s < S)[:, None]
     t, known, bad, w_t, z_t = None, live, None, None, None
     q_t = tl.zeros([BLOCK_R, 1], ACC)
@@ -105,7 +113,7 @@ def _forward_tile(
     d_start = n * stride_dn + s[:, None] * stride_ds
     head = _tile.head_of(z_start, MODE, GROUP)
 
-    # one pass over z. The first KEEP lanes come last and stay.
+    # 2. one pass over z: the tail, each lane for itself, then the first KEEP lanes, which stay, and the row's ends
     z, q, z_ends, q_ends = None, None, None, None
     if FITS:
         sums = no_sums(BLOCK_R, 0, ACC)
@@ -147,6 +155,7 @@ def _forward_tile(
         sums = take(sums, z, q, z_ends, q_ends, MORE, LOADED)
     m, excess, in_dense, inner, spread = sums
 
+    # 3. loss and statistics
     W = q_t + in_dense
     log_total = log_1_plus(excess, ACC)
     lse = m + log_total
@@ -170,6 +179,7 @@ def _forward_tile(
             entropy = log_total - spread / (1.0 + excess)
             tl.store(stats_ptr + (row + 4 * rows), tl.where(known, entropy, 0.0), mask=live)
 
+    # 4. gradient: the KEEP lanes and the ends, then the tail again, from its end backwards
     if dz_ptr is not None:
         g = tl.cast(1.0, ACC)
         if denominator_ptr is not None:

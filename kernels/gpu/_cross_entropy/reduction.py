@@ -1,6 +1,7 @@
-"""The sums over the rows' losses and weights, and their quotient: the same bits each time, whichever program does it.
+"""Σ loss and Σ weight over the rows, and the mean: the same bits in every run, whichever program computes them.
 
-Every program of a launch says that it is done; the last to say so adds up what all have left, in the order of the rows.
+Every program of a launch counts itself when it ends. The last one adds up what all programs have written, in the order of the
+rows.
 """
 
 import triton
@@ -15,9 +16,9 @@ LANES = tl.constexpr(SUMMED)
 
 @triton.jit
 def is_last(arrived_ptr):
-    """Whether all other programs of the launch have called this before; their stores are seen then, by loads past the L1 cache.
+    """True in the program that calls this last. It then sees the stores of the others, by loads that bypass the L1 cache (.cg).
 
-    arrived_ptr: an int32 that is 0 before the launch, and that whoever is last sets to 0 again (`leave`).
+    arrived_ptr: an int32, 0 before the launch; the last program sets it to 0 again (`leave`).
     """
     tl.debug_barrier()
     return tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1
@@ -25,13 +26,13 @@ def is_last(arrived_ptr):
 
 @triton.jit
 def leave(arrived_ptr, last):
-    """The last program makes the counter ready for the next launch."""
+    """The last program sets the counter to 0 for the next launch."""
     tl.store(arrived_ptr, 0, mask=last)
 
 
 @triton.jit
 def in_pairs(x):
-    """The sum of a power of two of numbers, neighbours first: the same bits for any number of threads."""
+    """The sum of a vector of 2^k numbers, neighbours first: the same bits for any number of threads."""
     for _ in tl.static_range(30):
         if x.shape[0] > 1:
             x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2]), axis=1)
@@ -40,7 +41,7 @@ def in_pairs(x):
 
 @triton.jit
 def finish(total, weight, total_ptr, weight_ptr, if_none, MEAN: tl.constexpr, ACC: tl.constexpr):
-    """Writes Σ loss, or the mean, and what it is divided by where asked for: Σ weight, `if_none` in the place of 0."""
+    """Writes Σ loss or (MEAN) the mean, and, where weight_ptr is given, the denominator: Σ weight, `if_none` if that is 0."""
     weight = tl.where(weight == 0.0, if_none, weight).to(ACC)
     if weight_ptr is not None:
         tl.store(weight_ptr, weight)
@@ -50,14 +51,14 @@ def finish(total, weight, total_ptr, weight_ptr, if_none, MEAN: tl.constexpr, AC
         tl.store(total_ptr, total)
 
 
-@triton.jit(noinline=True)  # one program needs it: its registers and its code are not those of the others
+@triton.jit(noinline=True)  # one program of many calls it: the others need not have its registers
 def reduce_rows(
     loss_ptr, row_weight_ptr, denominator_ptr, total_ptr, weight_ptr, rows, if_none, MEAN: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """Adds up what the programs of a launch have written of all rows, in the last of them.
+    """Adds up the losses of all rows, in the last program of the launch that wrote them.
 
-    row_weight_ptr: each row's weight, where they are to be added up; denominator_ptr: their sum, where it is known; else a row
-    counts 1.
+    The denominator of the mean is Σ row_weight where row_weight_ptr is given, else what denominator_ptr holds, else the number
+    of rows.
     """
     total, weights = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
     for first in range(0, rows, LANES):
@@ -80,7 +81,8 @@ def _reduce_kernel(
     V, S, rows, per_program, ignore_index, if_none, stride_tn, stride_ts,
     PROGRAMS: tl.constexpr, SOFT: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Σ loss, or the mean, and Σ w_target: each program of its rows, the last of them of all programs, PROGRAMS or fewer."""
+    """Σ loss, or the mean, and Σ w_target. Grid: up to PROGRAMS programs, `per_program` rows each; the last one to end adds up
+    what all have found. Reads a loss and a target a row; writes two numbers."""
     pid = tl.program_id(0).to(tl.int64)
     total, weights = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
     for i in range(0, per_program, LANES):

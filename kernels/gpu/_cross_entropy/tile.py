@@ -1,10 +1,14 @@
-"""What the kernels of cross entropy do to a tile of logits: targets, the sums that make the loss, the gradient.
+"""What the kernels of cross entropy do with a tile of logits: read targets, add up the sums of a row, compute the gradient.
 
-Sums of a row are a tuple (m, excess, dense, inner, spread), all (R, 1):
+The sums of a row are a tuple (m, excess, dense, inner, spread) of columns (R, 1), or of (R, L) while each lane has its own:
 
-    m = max z,  excess = Σ exp(z - m) - 1,  dense = Σ q,  inner = Σ q (z - m),  spread = Σ exp(z - m) (z - m)
+    m       max z
+    excess  Σ exp(z - m) - 1
+    dense   Σ q               q: the dense part of the target, which every class has (smoothing, soft targets)
+    inner   Σ q (z - m)
+    spread  Σ exp(z - m) (z - m)                       for the entropy
 
-where q is the dense part of the target, what every class has. Which of them are taken is a matter of constants.
+Constants of the kernel (DENSE, MORE) say which of them are computed; `loss` and `gradient` are `cross_entropy.py`'s formulas.
 """
 
 import triton
@@ -16,7 +20,10 @@ from .._rows import excess_with, finite_base, merge_lanes, no_lanes
 
 @triton.jit
 def hard_target(target_ptr, at, weight_ptr, live, V, ignore_index, ACC: tl.constexpr):
-    """(t, known, bad, w_t) of each row, all one-dimensional; t and w_t are 0 where the target is not a class."""
+    """(t, known, bad, w_t) of each row, all (R,): the class, whether it is one, whether it is out of range, and its weight.
+
+    A row of `ignore_index` is neither known nor bad. t and w_t are 0 in rows that are not known.
+    """
     t = tl.load(target_ptr + at, mask=live, other=0).to(tl.int64)
     ignored = t == ignore_index
     bad = live & (ignored == 0) & ((t < 0) | (t >= V))
@@ -31,7 +38,7 @@ def hard_target(target_ptr, at, weight_ptr, live, V, ignore_index, ACC: tl.const
 
 @triton.jit
 def soft_cap(z, cap, ACC: tl.constexpr):
-    """cap tanh(z / cap) to a few units in the last place, also near 0, where 1 - exp(-2 |x|) would lose its digits."""
+    """cap tanh(z / cap), within a few units in the last place. Near 0, 1 - exp(-2 |x|) would lose digits: a series there."""
     x = z / cap
     y = -2.0 * tl.abs(x)
     u = tl.exp(y)
@@ -49,7 +56,7 @@ def soft_cap(z, cap, ACC: tl.constexpr):
 
 @triton.jit
 def _slope(capped, cap):
-    """∂ cap tanh(z / cap) / ∂z = 1 - (capped / cap)²; the difference is taken before anything else is rounded."""
+    """∂ cap tanh(z / cap) / ∂z = 1 - (capped / cap)², as (cap - capped)(cap + capped) / cap², which keeps its digits near 0."""
     return (cap - capped) * (cap + capped) / (cap * cap)
 
 
@@ -58,7 +65,7 @@ def logits(
     z_ptr, start, head, offset, lane, hi, stride, cap,
     CAPPED: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a row's body, -inf in the lanes that hold none: after the cap, which would make probability mass of them."""
+    """A tile of the logits of each row's body; -inf in lanes without a class, after the cap, which would make -cap of -inf."""
     z = _tile.load(z_ptr, start, head, offset, lane, hi, stride, float("-inf"), MODE, GROUP, ACC)
     if CAPPED:
         z = tl.where(_tile.inside(lane, hi, MODE, GROUP), soft_cap(z, cap, ACC), float("-inf"))
@@ -67,7 +74,7 @@ def logits(
 
 @triton.jit
 def logits_at(z_ptr, at, inside, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
-    """The logits at these addresses, -inf where `inside` is not."""
+    """The logits at the offsets `at`; -inf where `inside` is false."""
     z = tl.load(z_ptr + at, mask=inside, other=float("-inf")).to(ACC)
     if CAPPED:
         z = tl.where(inside, soft_cap(z, cap, ACC), float("-inf"))
@@ -76,8 +83,7 @@ def logits_at(z_ptr, at, inside, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _dense(y, weight_ptr, first, lane, inside, V, epsilon, ACC: tl.constexpr):
-    """The part of q that every class c = first + lane has: w_c ((1 - ε) y_c + ε/V) for soft targets, w_c ε/V for hard ones
-    (y None)."""
+    """q_c for the classes c = first + lane: w_c ((1 - ε) y_c + ε/V) of soft targets y, w_c ε/V of hard ones (y None)."""
     q = epsilon / V
     if y is not None:
         q += y * (1.0 - epsilon)
@@ -91,7 +97,7 @@ def dense(
     target_ptr, start, weight_ptr, head, offset, lane, hi, stride, V, epsilon,
     SOFT: tl.constexpr, MODE: tl.constexpr, TARGET_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """q of a tile of a row's body, whose logits are accessed by MODE, where every class has one."""
+    """q of a tile of each row's body. MODE: how the logits are accessed, TARGET_MODE: how the soft targets are."""
     y = None
     if SOFT:
         y = _tile.load(target_ptr, start, head, offset, lane, hi, stride, 0.0, TARGET_MODE, GROUP, ACC)
@@ -102,7 +108,7 @@ def dense(
 def dense_at(
     target_ptr, start, weight_ptr, c, inside, stride, V, epsilon, SOFT: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """q of the classes c, where every class has one."""
+    """q of the classes c."""
     y = None
     if SOFT:
         y = tl.load(target_ptr + (start + c * stride), mask=inside, other=0.0).to(ACC)
@@ -111,13 +117,13 @@ def dense_at(
 
 @triton.jit
 def times(q, d):
-    """q d with 0·∞ = 0."""
+    """q d, and 0 where q is 0: 0·∞ = 0."""
     return q * tl.where(q == 0.0, 0.0, d)
 
 
 @triton.jit
 def no_sums(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr):
-    """The sums of nothing for each of L lanes, those of rows without lanes where L is 0."""
+    """The sums before anything is read: (R, L), or (R, 1) where L is 0."""
     if L:
         zero = tl.zeros([R, L], ACC)
         m, excess = no_lanes(R, L, ACC)
@@ -129,7 +135,7 @@ def no_sums(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def take_lanes(sums, z, q, SPREAD: tl.constexpr, LOADED: tl.constexpr):
-    """The sums of each lane after one more logit in it; `take` for lanes, which no thread waits for."""
+    """The sums of each lane after one more logit a lane; lanes do not meet, so no thread waits. LOADED: as in `take`."""
     m, excess, dense, inner, spread = sums
     d = z - m
     e = tl.exp(-tl.abs(d))
@@ -160,7 +166,11 @@ def merge(sums, DENSE: tl.constexpr, SPREAD: tl.constexpr):
 
 @triton.jit
 def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr, LOADED: tl.constexpr):
-    """The sums of rows after one more tile of logits and its ends, either None; so may be q. LOADED: q comes of a load."""
+    """The sums of rows after one more tile of logits z and the rows' ends z_ends; either may be None, and so may q.
+
+    LOADED: q is read from memory. Else it is a constant, and is tied to z so that the compiler does not lay it out whole in
+    every thread.
+    """
     m, excess, dense, inner, spread = sums
     top = _tile.max_with(m, z, z_ends)
     base = finite_base(top)
@@ -174,7 +184,7 @@ def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr, LOADED: tl.constexpr)
         e_ends = tl.exp(d_ends)
     if q is not None or q_ends is not None:
         inner = _plus_products(inner + dense * moved, q, d, q_ends, d_ends)
-        if not LOADED and q is not None:  # tied to d, lest q be laid out whole in every thread; a row with a NaN is NaN anyway
+        if not LOADED and q is not None:  # d == d is false for a NaN only, and then the whole row is NaN
             q = tl.where(d == d, q, 0.0)
         dense = _tile.plus_sum(dense, q, q_ends)
     if SPREAD:
@@ -186,10 +196,7 @@ def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr, LOADED: tl.constexpr)
 
 @triton.jit
 def _plus_products(start, q, d, q_ends, d_ends):
-    """`start` plus Σ q d of a tile's rows and of their ends, 0·∞ = 0; q or q_ends may be None.
-
-    No function of the kernels gives back None: Triton 3.6 refuses that.
-    """
+    """`start` plus Σ q d over the rows of a tile and over their ends, with 0·∞ = 0; q or q_ends may be None."""
     if q is not None:
         start = _tile.plus_sum(start, times(q, d), None)
     if q_ends is not None:
@@ -199,20 +206,22 @@ def _plus_products(start, q, d, q_ends, d_ends):
 
 @triton.jit
 def scale_of(g, known, bad, excess, W):
-    """What exp(z - m) is multiplied by in the loss's gradient: 0 or NaN in rows without a class."""
+    """g W / Σ exp(z - m), the factor of exp(z - m) in the gradient of the loss; 0, or NaN, in rows without a class."""
     return tl.where(known, g * W / (1.0 + excess), _otherwise(bad))
 
 
 @triton.jit
 def pull_of(g, known, excess, lse, z_loss):
-    """What exp(z - m) is multiplied by in the z-loss's gradient."""
+    """2 g ζ lse / Σ exp(z - m), the factor of exp(z - m) in the gradient of the z-loss."""
     return tl.where(known, g * times(2.0 * z_loss, lse) / (1.0 + excess), 0.0)
 
 
 @triton.jit
 def at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED: tl.constexpr):
-    """The gradient at the class of a hard target, (W + 2 ζ lse) p_t - q_t, without the difference p_t - 1, whose digits are
-    lost where p_t -> 1."""
+    """g ((W + 2 ζ lse) p_t - q_t), the gradient at the class t of a hard target.
+
+    p_t - 1 is computed as -(excess + (1 - exp(z_t - m))) / Σ exp(z - m): the difference itself loses its digits as p_t -> 1.
+    """
     e_t, total = tl.exp(z_t - finite_base(m)), 1.0 + excess
     q_t = w_t * (1.0 - epsilon)
     dz = ((W - q_t) - W * ((excess + (1.0 - e_t)) / total)) - w_t * (epsilon / V)
@@ -225,7 +234,7 @@ def at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, ca
 
 @triton.jit
 def _otherwise(bad):
-    """The gradient of a row without a class: NaN where its target is out of range."""
+    """The gradient of a row without a class: 0, or NaN where its target is out of range."""
     if bad is None:
         value = 0.0
     else:
@@ -235,9 +244,11 @@ def _otherwise(bad):
 
 @triton.jit
 def gradient(z, m, scale, pull, q, lane, first, t, at_target, cap, CAPPED: tl.constexpr):
-    """(scale + pull) exp(z - m) - q, `at_target` at the hard target's class t; all hold the factor g. The classes are
-    first + lane; pull is None without a z-loss, q where nothing is dense, t for soft targets. Where scale exp(z - m) and q
-    cancel, the z-loss's pull keeps its digits."""
+    """dz = (scale + pull) exp(z - m) - q for the classes first + lane, and `at_target` at the hard target's class t.
+
+    scale, pull, q and at_target already have the factor g. None: pull without a z-loss, q where nothing is dense, t for soft
+    targets. pull exp(z - m) is added last: where scale exp(z - m) and q cancel, it keeps its digits.
+    """
     e = tl.exp(z - finite_base(m))
     dz = e * scale
     if q is not None:
