@@ -109,7 +109,6 @@ def _write(
 @triton.jit
 def _write_ends(dy_ends, x_ends, slope, dx, dresidual, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
     """`_write` for the ends of the rows that begin in the tile."""
-    """`_write` for the ends of the rows that begin in the tile."""
     ends = ends_of(c, tile, walk, ROWS, GROUP)
     slope = lone(slope[0]), lone(slope[1]), lone(slope[2]), lone(slope[3]), lone(slope[4])
     put_ends(dx, _dx(dy_ends, x_ends, slope), c, ends)
@@ -268,7 +267,6 @@ def _backward_kernel(
     mean_hi = vector(mean_ptr, channel, C, 0.0, ACC)
     mean_lo = vector(mean_ptr + C, channel, C, 0.0, ACC)
     rstd = vector(rstd_ptr, channel, C, 0.0, ACC)
-    # 2. dβ and dγ; program_id(1) is 0, which the compiler does not know (see 3)
     # 2. dβ and dγ; program_id(1) is 0, which the compiler does not know (see 3)
     dbeta, dbeta_lo, dgamma, dgamma_lo, dy_tile, x_tile, dy_ends, x_ends = _sums_of(
         dy, x, mask, mean_hi, mean_lo, c, tl.program_id(1), tiles, walk,

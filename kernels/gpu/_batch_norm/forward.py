@@ -42,7 +42,6 @@ COUNTS = ["N", "S", "lane_blocks", "row_lanes", "tiles", "per_split", "splits", 
 @triton.jit
 def _reciprocal_std(var, eps, ACC: tl.constexpr):
     """rstd = 1/√(σ² + ε), each operation rounded to nearest."""
-    """rstd = 1/√(σ² + ε), each operation rounded to nearest."""
     if tl.float64 == ACC:
         rstd = 1.0 / tl.sqrt(var + eps)
     else:
@@ -279,7 +278,6 @@ def _normalize_kernel(
         )[None, :, None]  # fmt: skip
         mean_hi, mean_lo = mean_hi[None, :, None], mean_lo[None, :, None]
     # from the last tile of the split to its first
-    # from the last tile of the split to its first
     affine = (mean_hi, mean_lo, rstd * gamma, beta)
     stop = tl.minimum(first + per_split, tiles)
     tile = tile_at(stop - 1, walk, BLOCK_N)
@@ -313,7 +311,6 @@ def _forward_kernel(
     walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
     x, y = (x_ptr, stride_xn, stride_xc, stride_xs), (y_ptr, stride_yn, stride_yc, stride_ys)
     residual, mask = (residual_ptr, stride_rn, stride_rc, stride_rs), (mask_ptr, stride_mn, stride_mc, stride_mb)
-    # 2. statistics; program_id(1) is 0, which the compiler does not know (see 3)
     # 2. statistics; program_id(1) is 0, which the compiler does not know (see 3)
     mean_hi, mean_lo, M2, _, values, end_values = _moments_of(
         x, channel, tl.program_id(1), tiles, walk, alpha, BLOCK_N, LANES, ROWS, FLAT, True, 1, HALVINGS, MODE, GROUP, ACC

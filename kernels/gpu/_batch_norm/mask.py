@@ -54,14 +54,12 @@ def _unpacked(packed, WIDTH: tl.constexpr):
 @triton.jit
 def put_bits(mask, on, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr):
     """Stores the bits of a tile."""
-    """Stores the bits of a tile."""
     where, there = _bytes_at(mask, c, at, walk, LANES, FLAT)
     tl.store(where, _packed(on, 8 if LANES >= 8 else LANES), mask=there)
 
 
 @triton.jit
 def fetch_bits(mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr):
-    """Loads the bits of a tile as booleans."""
     """Loads the bits of a tile as booleans."""
     where, there = _bytes_at(mask, c, at, walk, LANES, FLAT)
     return _unpacked(tl.load(where, mask=there, other=0), 8 if LANES >= 8 else LANES)
@@ -79,14 +77,12 @@ def _end_bytes_at(mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def put_end_bits(mask, on, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
     """Stores the bits of the rows' ends."""
-    """Stores the bits of the rows' ends."""
     where, there = _end_bytes_at(mask, c, tile, walk, ROWS, GROUP)
     tl.store(where, _packed(on, 8 if GROUP >= 4 else 2 * GROUP), mask=there)
 
 
 @triton.jit
 def fetch_end_bits(mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """Loads the bits of the rows' ends as booleans."""
     """Loads the bits of the rows' ends as booleans."""
     where, there = _end_bytes_at(mask, c, tile, walk, ROWS, GROUP)
     return _unpacked(tl.load(where, mask=there, other=0), 8 if GROUP >= 4 else 2 * GROUP)

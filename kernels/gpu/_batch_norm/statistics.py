@@ -23,7 +23,6 @@ def joined(hi, lo, more_hi, more_lo):
 @triton.jit
 def _both_joined(a, a_lo, b, b_lo, c, c_lo, d, d_lo):
     """`joined` for two sums at once, as `tl.reduce` combines them."""
-    """`joined` for two sums at once, as `tl.reduce` combines them."""
     a, a_lo = joined(a, a_lo, c, c_lo)
     b, b_lo = joined(b, b_lo, d, d_lo)
     return a, a_lo, b, b_lo
