@@ -14,7 +14,7 @@ import torch
 
 from hw3gpu.__main__ import ROWS, main
 from hw3gpu._cli import train, verify
-from hw3gpu._core.dispatch import kernels
+from hw3gpu._core import dispatch
 
 Captured = pytest.CaptureFixture[str]
 
@@ -85,7 +85,7 @@ def test_verify_of_some_dtypes(capsys: Captured) -> None:
 
 
 def test_verify_finds_a_kernel_that_is_slightly_wrong(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    softmax = kernels("softmax", "cpu")
+    softmax = dispatch.softmax("cpu")
     right = softmax.forward
 
     def wrong(z: Any, y: Any) -> None:
@@ -145,7 +145,7 @@ def test_verify_goes_on_after_a_kernel_that_raises(capsys: Captured, monkeypatch
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(kernels("softmax", "cpu"), "backward", broken)
+    monkeypatch.setattr(dispatch.softmax("cpu"), "backward", broken)
     assert main(["verify", "--kernels", "cpu", "--only", "S4", "S9", "--json"]) == 1
     checks = json.loads(capsys.readouterr().out)["checks"]
     notes = {check["note"] for check in checks if not check["passed"]}

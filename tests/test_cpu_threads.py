@@ -273,9 +273,9 @@ def test_the_number_of_threads_from_the_environment(variables, expected):
 def test_a_number_of_threads_that_is_none_is_refused_before_the_kernels_are_imported(text, monkeypatch):
     monkeypatch.setenv("HW3GPU_NUM_THREADS", text)
     with pytest.raises(ValueError, match=f"HW3GPU_NUM_THREADS: expected a number of threads of at least 1, got '{text}'"):
-        dispatch.kernels.__wrapped__("softmax", "cpu")
+        dispatch.softmax.__wrapped__("cpu")
     monkeypatch.setenv("HW3GPU_NUM_THREADS", "3,2")
-    assert dispatch.kernels.__wrapped__("softmax", "cpu")
+    assert dispatch.softmax.__wrapped__("cpu")
 
 
 def test_the_first_row_without_a_class_is_noted_by_whichever_thread(rng, threads, eager_threads):

@@ -60,7 +60,8 @@ def test_what_goes_in_comes_out(arrays, name, of):
 
 def test_memory_is_shared_and_not_copied(arrays, monkeypatch):
     seen = []
-    monkeypatch.setattr(hw3gpu._core.dispatch, "launch", lambda room, name, like, *operands, **_: seen.append(like))
+    kernels = SimpleNamespace(forward=lambda z, y: seen.append(z))
+    monkeypatch.setattr(hw3gpu._core.dispatch, "softmax", lambda which: kernels)
     x = Foreign(arrays["x"])
     hw3gpu.softmax(x)
     assert np.shares_memory(seen[0], x.x)

@@ -53,7 +53,7 @@ def test_a_large_batch_in_threads_gives_what_one_matrix_gives(dtype, method):
 
 
 def test_a_large_batch_reports_matrices_without_a_factorisation():
-    kernels = dispatch.kernels("eigh", "cpu")
+    kernels = dispatch.eigh
     a = np.stack([np.eye(5), np.diag([1.0, 1, -1, 1, 1]), np.diag([1.0, 1, -1, 1, 1]), 2 * np.eye(5)])
     b = np.zeros((4, 2, 5))
     b[1, 1, 2] = 1.5  # lifts -1 to 1.25

@@ -64,10 +64,10 @@ def batch_norm(
     y, y_folded = outputs.output_like(x, channel_axis)
     acc = arrays.accumulate_dtype(x)
     mean, var, rstd = (outputs.empty(shape, acc, x) for shape in ((2, C), (C,), (C,)))
-    dispatch.launch(
-        "batch_norm", "forward", x, outputs.fold(x, channel_axis), _flat(gamma), _flat(beta), y_folded,
-        mean, var, rstd, None, None, eps=float(eps), momentum=0.0,
-    )  # fmt: skip
+    which = dispatch.backend(x)
+    operands = outputs.fold(x, channel_axis), _flat(gamma), _flat(beta), y_folded, mean, var, rstd, None, None
+    with dispatch.launch_scope(x):
+        dispatch.batch_norm(which).forward(*map(dispatch.viewer(which), operands), eps=float(eps), momentum=0.0)
     shape = () if channel_axis is None else (C,)
     return BatchNorm(y, mean[0].reshape(shape), var.reshape(shape), rstd.reshape(shape))
 
@@ -105,10 +105,12 @@ def batch_norm_backward(
     mean_pair = outputs.empty((2, C), acc, x)
     mean_pair[0] = _flat(mean)
     mean_pair[1] = 0
-    dispatch.launch(
-        "batch_norm", "backward", x, outputs.fold(dy, channel_axis), outputs.fold(x, channel_axis), mean_pair, rstd,
-        _flat(gamma), dx_folded, dgamma, dbeta,
-    )  # fmt: skip
+    which = dispatch.backend(x)
+    folded = outputs.fold(dy, channel_axis), outputs.fold(x, channel_axis)
+    with dispatch.launch_scope(x):
+        dispatch.batch_norm(which).backward(
+            *map(dispatch.viewer(which), (*folded, mean_pair, rstd, _flat(gamma), dx_folded, dgamma, dbeta))
+        )
     shape = () if channel_axis is None else (C,)
     dvar, dmean = (arrays.cast(v, acc).reshape(shape) for v in _statistics_gradients(var, gamma, dgamma, dbeta, eps))
     dx_hat = _dx_hat(dy, gamma, channel_axis) if return_dx_hat else None

@@ -197,12 +197,17 @@ class _State:
 
     def update(self, points: Array) -> None:
         """Add the points (B, n, m), n ≥ 1."""
-        dispatch.launch("moments", "update", self.like, points, *self.arrays, count=self.count)
+        which = dispatch.backend(self.like)
+        with dispatch.launch_scope(self.like):
+            dispatch.moments(which).update(*map(dispatch.viewer(which), (points, *self.arrays)), count=self.count)
         self.count += int(points.shape[1])
 
     def merge(self, other: _State) -> None:
         """Add all points of `other`, at least one, which lies where this one does."""
-        dispatch.launch("moments", "merge", self.like, *other.arrays, *self.arrays, more=other.count, count=self.count)
+        which = dispatch.backend(self.like)
+        states = map(dispatch.viewer(which), (*other.arrays, *self.arrays))
+        with dispatch.launch_scope(self.like):
+            dispatch.moments(which).merge(*states, more=other.count, count=self.count)
         self.count += other.count
 
     def moments(self, ddof: int, batch: tuple[int, ...]) -> Moments:
@@ -211,8 +216,10 @@ class _State:
         mean, covariance = (
             outputs.empty((*shift.shape, *more), arrays.dtype_name(self.like), self.like) for more in ((), shift.shape[1:])
         )
-        options = {"count": self.count, "divisor": self.count - ddof}
-        dispatch.launch("moments", "finish", self.like, *self.arrays, mean, covariance, **options)
+        which = dispatch.backend(self.like)
+        operands = map(dispatch.viewer(which), (*self.arrays, mean, covariance))
+        with dispatch.launch_scope(self.like):
+            dispatch.moments(which).finish(*operands, count=self.count, divisor=self.count - ddof)
         return Moments(mean.reshape((*batch, self.m)), covariance.reshape((*batch, self.m, self.m)))
 
     def packed(self) -> Any:

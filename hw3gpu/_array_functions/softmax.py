@@ -34,7 +34,9 @@ def softmax(z: Array, axis: int = -1) -> Array:
     _floating_array(z, "z")
     axis = check.axis(axis, "axis", z, "z")
     y, y_folded = outputs.output_like(z, axis)
-    dispatch.launch("softmax", "forward", z, outputs.fold(z, axis), y_folded)
+    which = dispatch.backend(z)
+    with dispatch.launch_scope(z):
+        dispatch.softmax(which).forward(*map(dispatch.viewer(which), (outputs.fold(z, axis), y_folded)))
     return y
 
 
@@ -50,7 +52,10 @@ def softmax_backward(dy: Array, y: Array, axis: int = -1) -> Array:
     check.same_shape(dy, "dy", y, "y")
     axis = check.axis(axis, "axis", y, "y")
     dz, dz_folded = outputs.output_like(y, axis)
-    dispatch.launch("softmax", "backward", y, outputs.fold(dy, axis), outputs.fold(y, axis), dz_folded)
+    which = dispatch.backend(y)
+    operands = outputs.fold(dy, axis), outputs.fold(y, axis), dz_folded
+    with dispatch.launch_scope(y):
+        dispatch.softmax(which).backward(*map(dispatch.viewer(which), operands))
     return dz
 
 
@@ -117,11 +122,12 @@ def softmax_cross_entropy(z: Array, y: Array) -> SoftmaxCrossEntropy:
     if N == 0:
         loss[:] = 0
         invalid[0] = 0
-    dispatch.launch(
-        "cross_entropy", "forward_backward", z,
-        outputs.fold(z, -1), y.reshape(rows, 1) if hard else outputs.fold(y, -1), None, loss, dz_folded, invalid,
-        ignore_index=_NO_CLASS, label_smoothing=0.0,
-    )  # fmt: skip
+    which = dispatch.backend(z)
+    operands = outputs.fold(z, -1), y.reshape(rows, 1) if hard else outputs.fold(y, -1), None, loss, dz_folded, invalid
+    with dispatch.launch_scope(z):
+        dispatch.cross_entropy(which).forward_backward(
+            *map(dispatch.viewer(which), operands), ignore_index=_NO_CLASS, label_smoothing=0.0
+        )
     if hard:
         row = int(invalid[0])
         if arrays.dtype_name(y) == "int64":  # _NO_CLASS is skipped by the kernels, but here as wrong as any other class

@@ -34,8 +34,8 @@ def collect() -> dict[str, Any]:
 def _cpu_kernels() -> dict[str, Any]:
     """Where compiled kernels are kept (None: nowhere, they are compiled anew), threads, and the bound of recycled outputs."""
     dispatch.check_threads()
-    folder, threads = (dispatch.kernels(room, "cpu") for room in ("_numba.compile", "_numba.threads"))
-    return {"cache": folder.cache_folder(), "threads": threads.num_threads(), "recycled_MB": pool.limit() // 2**20}
+    cache, threads = dispatch.compile_cache.cache_folder(), dispatch.threads.num_threads()
+    return {"cache": cache, "threads": threads, "recycled_MB": pool.limit() // 2**20}
 
 
 def _version(package: str) -> str | None:

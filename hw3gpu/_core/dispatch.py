@@ -1,9 +1,9 @@
 """Which kernels run for an array, and how these see it.
 
-A public function asks here which kernels run (`backend`), for their launchers (`kernels`, `launch`) and for its arrays as
-these take them (`kernel_view`). The GPU kernels take torch tensors, the CPU kernels NumPy arrays; every view shares the
-caller's memory. NumPy has no arithmetic on bfloat16 and Numba none on float16, so the CPU kernels take the bits: bfloat16
-as `uint16`, float16 as `int16`.
+A public function asks here which kernels run (`backend`), for their launchers (`batch_norm(which)`, `softmax(which)`, …: the
+Protocols of `protocols.py`) and for its arrays as these take them (`kernel_view`). The GPU kernels take torch tensors, the
+CPU kernels NumPy arrays; every view shares the caller's memory. NumPy has no arithmetic on bfloat16 and Numba none on
+float16, so the CPU kernels take the bits: bfloat16 as `uint16`, float16 as `int16`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from . import arrays
 from .arrays import Array, is_cupy
 from .check import dtype_name
+
+if TYPE_CHECKING:
+    from .protocols import BatchNormKernels, CrossEntropyKernels, MomentsKernels, SoftmaxKernels, TokenLogProbsKernels
 
 BACKENDS = ("auto", "gpu", "cpu")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("hw3gpu_backend", default=None)
@@ -120,22 +123,117 @@ def gpu_refusal(device_type: str) -> str | None:
     return None
 
 
+# ---------------------------------------------------------------------------------------------- kernels by operation
 @functools.cache
-def kernels(room: str, which: str) -> ModuleType:
-    """The module `hw3gpu.kernels.<which>.<room>`, imported when first asked for.
-
-    Triton launches on the current device: each Triton launcher runs with the device of its first tensor as that.
-    """
+def batch_norm(which: str) -> BatchNormKernels:
+    """The launchers of batch normalisation on the engine `which`, 'gpu' or 'cpu'; loaded when first asked for."""
     if which == "cpu":
         check_threads()
-    module = importlib.import_module(f"hw3gpu.kernels.{which}.{room}")
+        from ..kernels.cpu import batch_norm as cpu
+
+        return cpu
+    from ..kernels.gpu import batch_norm as gpu
+
+    return _on_their_devices(gpu)
+
+
+@functools.cache
+def softmax(which: str) -> SoftmaxKernels:
+    """The launchers of softmax, as `batch_norm`."""
     if which == "cpu":
-        return module
-    launchers = ModuleType(module.__name__, module.__doc__)
+        check_threads()
+        from ..kernels.cpu import softmax as cpu
+
+        return cpu
+    from ..kernels.gpu import softmax as gpu
+
+    return _on_their_devices(gpu)
+
+
+@functools.cache
+def cross_entropy(which: str) -> CrossEntropyKernels:
+    """The launchers of cross entropy, as `batch_norm`."""
+    if which == "cpu":
+        check_threads()
+        from ..kernels.cpu import cross_entropy as cpu
+
+        return cpu
+    from ..kernels.gpu import cross_entropy as gpu
+
+    return _on_their_devices(gpu)
+
+
+@functools.cache
+def token_log_probs(which: str) -> TokenLogProbsKernels:
+    """The launchers of a class's log-probability, as `batch_norm`."""
+    if which == "cpu":
+        check_threads()
+        from ..kernels.cpu import token_log_probs as cpu
+
+        return cpu
+    from ..kernels.gpu import token_log_probs as gpu
+
+    return _on_their_devices(gpu)
+
+
+@functools.cache
+def moments(which: str) -> MomentsKernels:
+    """The launchers of moments, as `batch_norm`."""
+    if which == "cpu":
+        check_threads()
+        from ..kernels.cpu import moments as cpu
+
+        return cpu
+    from ..kernels.gpu import moments as gpu
+
+    return _on_their_devices(gpu)
+
+
+# Modules of one engine alone, as attributes of this one: `dispatch.eigh.smallest(...)`.
+if TYPE_CHECKING:
+    from ..kernels.cpu import batch_norm_small as batch_norm_small
+    from ..kernels.cpu import cross_entropy_step as cross_entropy_step
+    from ..kernels.cpu import eigh as eigh
+    from ..kernels.cpu._numba import blas as blas
+    from ..kernels.cpu._numba import compile as compile_cache  # noqa: F401
+    from ..kernels.cpu._numba import threads as threads
+    from ..kernels.gpu import launch as gpu_launch  # noqa: F401
+
+_OF_ONE_ENGINE = {
+    "batch_norm_small": "cpu.batch_norm_small",
+    "blas": "cpu._numba.blas",
+    "compile_cache": "cpu._numba.compile",
+    "cross_entropy_step": "cpu.cross_entropy_step",
+    "eigh": "cpu.eigh",
+    "gpu_launch": "gpu.launch",
+    "threads": "cpu._numba.threads",
+}
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Loads a module of `_OF_ONE_ENGINE` when it is first asked for; it is a plain attribute after that."""
+    if name not in _OF_ONE_ENGINE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _OF_ONE_ENGINE[name].startswith("cpu"):
+        check_threads()
+    module = globals()[name] = importlib.import_module(f"hw3gpu.kernels.{_OF_ONE_ENGINE[name]}")
+    return module
+
+
+_Launchers = TypeVar("_Launchers")
+
+
+def _on_their_devices(launchers: _Launchers) -> _Launchers:
+    """A copy of a module of `kernels/gpu` whose launchers run with the device of their first tensor as the current one.
+
+    Triton launches on the current device.
+    """
+    module: Any = launchers
+    copy = ModuleType(module.__name__, module.__doc__)
     for name, value in vars(module).items():
         own = inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
-        setattr(launchers, name, _on_its_device(value) if own else value)
-    return launchers
+        setattr(copy, name, _on_its_device(value) if own else value)
+    return cast(Any, copy)
 
 
 def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,23 +249,13 @@ def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
     return launch
 
 
-def launch(room: str, name: str, like: Array, *operands: Array | None, **options: Any) -> None:
-    """Runs the launcher `name` of `kernels(room)` where `like` lives, on views of the operands."""
-    which = backend(like)
-    views = map(viewer(which), operands)
-    if which == "cpu":
-        getattr(kernels(room, which), name)(*views, **options)
-    else:
-        with launch_scope(like):
-            getattr(kernels(room, which), name)(*views, **options)
+def launch_scope(x: Array) -> contextlib.AbstractContextManager[None]:
+    """Launches inside run on the stream on which the caller of a CuPy array queues its work; nothing else changes."""
+    return _on_stream_of(x) if is_cupy(x) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def launch_scope(x: Array) -> Iterator[None]:
-    """Launches inside run on the stream on which the caller of a CuPy array queues its work; nothing else changes."""
-    if not is_cupy(x):
-        yield
-        return
+def _on_stream_of(x: Array) -> Iterator[None]:
     import cupy
     import torch
 

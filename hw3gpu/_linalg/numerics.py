@@ -84,7 +84,7 @@ def numerics(x: Array, name: str) -> Iterator[Numerics]:
     """
     kind = _arrays.kind(x, name)
     if _arrays.on_host(x):
-        with dispatch.kernels("_numba.blas", "cpu").one_thread() if _is_stack(x) else contextlib.nullcontext():
+        with dispatch.blas.one_thread() if _is_stack(x) else contextlib.nullcontext():
             yield Numerics(np, x)
         return
     cupy = _cupy(name)
@@ -231,7 +231,7 @@ def symmetric(ns: Numerics, x: Array, name: str, dtype: str) -> Symmetric:
         a = a.T  # a column-major matrix is no other row by row, up to the asymmetry that is averaged out
     in_kernel = a.dtype.kind == "f" and xp is np and a.flags.c_contiguous and (in_threads(a) or (a.ndim == 2 and m >= _LARGE))
     if in_kernel:
-        kernels, stack = dispatch.kernels("eigh", "cpu"), a.reshape(-1, m, m)
+        kernels, stack = dispatch.eigh, a.reshape(-1, m, m)
         largest, asymmetry = (array.reshape(a.shape[:-2]) for array in kernels.extents(stack))
     else:
         with np.errstate(all="ignore"):  # of infinities, which the check names
@@ -313,7 +313,7 @@ def in_parts(function: Callable[..., tuple[np.ndarray, ...]], *stacks: np.ndarra
     def part(first: int, last: int) -> None:
         found[first] = function(*(stack[first:last] for stack in flat))
 
-    dispatch.kernels("_numba.threads", "cpu").run(part, len(flat[0]), 16 * flat[0].nbytes)
+    dispatch.threads.run(part, len(flat[0]), 16 * flat[0].nbytes)
     outputs = zip(*(found[first] for first in sorted(found)), strict=True)
     return tuple(np.concatenate(parts).reshape(*batch, *parts[0].shape[1:]) for parts in outputs)
 

@@ -172,7 +172,7 @@ def eigh_range(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _in_kernel(name: str, s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     *batch, m, _ = s.shape
-    solve = getattr(dispatch.kernels("eigh", "cpu"), name)
+    solve = getattr(dispatch.eigh, name)
     values, vectors, info = solve(np.ascontiguousarray(s).reshape(-1, m, m), count)
     if info.any():
         raise np.linalg.LinAlgError(f"LAPACK did not converge for {np.count_nonzero(info)} of {info.size} matrices")
@@ -212,7 +212,7 @@ def deflated_is_definite(ns: Numerics, a: Array, phi: Array, d: Array, shift: Ar
     shift = shift.astype(phi.real.dtype)
     if in_threads(a) and a.dtype.kind == "f":
         rows = np.ascontiguousarray(b.swapaxes(-1, -2)).reshape(-1, k, m)
-        definite = dispatch.kernels("eigh", "cpu").deflated_is_definite
+        definite = dispatch.eigh.deflated_is_definite
         return definite(np.ascontiguousarray(a).reshape(-1, m, m), rows, shift.reshape(-1)).reshape(a.shape[:-2])
     if xp is np and a.ndim == 2 and a.dtype.kind == "f":
         from scipy.linalg import get_blas_funcs, get_lapack_funcs

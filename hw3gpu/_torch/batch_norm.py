@@ -85,7 +85,7 @@ def run(
             return *small_calls.batch_norm_forward(
                 way, x, weight, bias, running_mean, running_var, training, momentum, eps
             ), None
-    see, kernels = dispatch.viewer(which), dispatch.kernels("batch_norm", which)
+    see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
     y, y_folded = outputs.output(x, 1, see)
     stats = new_statistics(x, running_mean, running_var, training, eps)
     if not x.numel():
@@ -153,7 +153,7 @@ def run_backward(dy, x, weight, stats, mask, training, relu, residual, call=None
         found = small_calls.batch_norm_backward(dy, x, weight, stats, training)
         if found:
             return *found, dy if residual else None
-    see, kernels = dispatch.viewer(which), dispatch.kernels("batch_norm", which)
+    see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
     dx, dx_folded = outputs.output(x, 1, see)
     C = x.shape[1]
     dgamma, dbeta = stats.new_empty(C), stats.new_empty(C)
@@ -305,7 +305,7 @@ def _fake(x, rows, relu):
 
 def mask_size(x):
     """Bytes of the mask for x (N, C, …)."""
-    return dispatch.kernels("batch_norm", dispatch.backend(x)).mask_size(x)
+    return dispatch.batch_norm(dispatch.backend(x)).mask_size(x)
 
 
 def _fake_backward(dy, x, weight, stats, mask, training, relu, residual):

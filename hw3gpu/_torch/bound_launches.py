@@ -38,7 +38,7 @@ def of(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor | None) 
         return None
     if x.is_meta and dispatch.gpu_refusal("meta") is not None:
         return None
-    launch = _launch()
+    launch = dispatch.gpu_launch
     if not launch.BINDS:
         return None
     device = launch.device()
@@ -64,10 +64,6 @@ def forget() -> None:
     _kept.clear()
 
 
-def _launch() -> Any:
-    return dispatch.kernels("launch", "gpu")
-
-
 def noted(
     call: Call | None, operands: tuple[torch.Tensor | None, ...], *like: torch.Tensor
 ) -> contextlib.AbstractContextManager[None]:
@@ -81,7 +77,7 @@ def noted(
 
 @contextlib.contextmanager
 def _noted(key: tuple[Any, ...], operands: tuple[torch.Tensor | None, ...]) -> Iterator[None]:
-    with _launch().Recording(operands) as recording:
+    with dispatch.gpu_launch.Recording(operands) as recording:
         yield
     bound = recording.bound()
     if bound is not None:

@@ -231,7 +231,7 @@ def run(logits, target, weight, options, numbers=3, at_once=False, dtype=None, c
 
 
 def _launch_forward(which, logits, target, weight, loss, stats, invalid, total, denominator, dlogits, dz, options):
-    see, kernels = dispatch.viewer(which), dispatch.kernels("cross_entropy", which)
+    see, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
     z, t = rows_of(logits, target, which)
     weight, stats, invalid = see(weight), see(stats), see(invalid)
     total, denominator = cell(total, which), cell(denominator, which)
@@ -276,7 +276,7 @@ def run_backward(upstream, logits, target, weight, numbers, denominator, options
         call.launches(*operands, dlogits)
         return dlogits
     which = dispatch.backend(logits)
-    see, kernels = dispatch.viewer(which), dispatch.kernels("cross_entropy", which)
+    see, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
     z, t = rows_of(logits, target, which)
     unless_one = dlogits is not None
     if unless_one:
@@ -309,7 +309,7 @@ def _run_step(logits, target, weight, upstream, options, dlogits=None, stats=Fal
     # a tensor on NumPy's memory: sooner made than NumPy's view of a tensor
     result, invalid = np.empty(1, np.float64 if acc is torch.float64 else np.float32), np.array((N * S,))
     numbers = torch.empty((NUMBERS, N, S), dtype=acc) if stats else None
-    dispatch.kernels("cross_entropy_step", "cpu").forward_backward(
+    dispatch.cross_entropy_step.forward_backward(
         z, t, see(weight), result, dz, invalid, stats=see(numbers), upstream=upstream,
         mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored, **options.of_rows,
     )  # fmt: skip

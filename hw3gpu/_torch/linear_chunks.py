@@ -94,7 +94,7 @@ def run(problem, options, rows, numbers=3, needs=(False, False, False), of_sum=F
     names, of x, W and b."""
     x, (N, V, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
-    see, kernels = dispatch.viewer(which), dispatch.kernels("cross_entropy", which)
+    see, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
     acc, device = accumulate_dtype(x), x.device
     loss, stats = torch.empty((N, S), dtype=acc, device=device), torch.empty((numbers, N, S), dtype=acc, device=device)
     seen_weight, seen_target = see(problem.weight), see(problem.target)
@@ -135,7 +135,7 @@ def run_backward(upstream, problem, numbers, denominator, options, rows, needs):
     """The gradients that `needs` names, of x, W, b and target, from logits made again; W's and b's in the sums' dtype."""
     x, (N, V, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
-    see, kernels = dispatch.viewer(which), dispatch.kernels("cross_entropy", which)
+    see, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
     rows = max(rows // 2, 1)  # of logits and dz
     upstream = upstream.reshape(N, S) if options.reduction == "none" else upstream.expand(N, S)
     gradients = Gradients(problem, needs[:3])

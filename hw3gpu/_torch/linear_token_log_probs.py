@@ -43,7 +43,7 @@ def run(problem, temperature, ignore_index, rows):
     """The three numbers of every row, and what the backward pass needs, (4, N, S)."""
     x, (N, V, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
-    see, kernels = dispatch.viewer(which), dispatch.kernels("token_log_probs", which)
+    see, kernels = dispatch.viewer(which), dispatch.token_log_probs(which)
     found = [x.new_empty((N, S), dtype=accumulate_dtype(x)) for _ in range(3)]
     sums = found[0].new_empty(4, N, S)
     z = x.new_empty(min(rows, N), V * S)
@@ -63,7 +63,7 @@ def run_backward(upstream, problem, sums, options, rows, needs):
     """
     x, (N, V, S), (temperature, ignore_index) = problem.x, problem.sizes, options
     which = dispatch.backend(x)
-    see, kernels = dispatch.viewer(which), dispatch.kernels("token_log_probs", which)
+    see, kernels = dispatch.viewer(which), dispatch.token_log_probs(which)
     rows = max(rows // 2, 1)  # of logits and dz
     gradients = Gradients(problem, needs)
     z, dz = (x.new_empty(min(rows, N), V * S) for _ in range(2))

@@ -55,7 +55,7 @@ def cross_entropy_step(logits, target, weight, upstream, options, dlogits=None):
     N, V = shape[:2] if len(shape) > 1 else (1, shape[0])
     loss = logits.new_empty(())
     dlogits = torch.empty_like(logits) if dlogits is None else dlogits
-    row = dispatch.kernels("cross_entropy_step", "cpu").at_addresses(
+    row = dispatch.cross_entropy_step.at_addresses(
         logits.data_ptr(), target.data_ptr(), dlogits.data_ptr(), loss.data_ptr(), N, V, logits.numel() // (N * V),
         upstream=upstream, mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored,
         ignore_index=options.ignore_index, label_smoothing=options.label_smoothing,
@@ -88,7 +88,7 @@ def _way(shape: torch.Size, strides: tuple[int, ...]) -> _Way | None:
         sizes = count // C, C, 1
     else:
         return None
-    kernels = dispatch.kernels("batch_norm_small", "cpu")
+    kernels = dispatch.batch_norm_small
     whole = kernels.does_whole(*sizes)
     return _Way(
         sizes, 4 * count, shape, tuple(4 * s for s in strides), whole and count > C, kernels.normalizes(*sizes)
@@ -118,7 +118,7 @@ def _output(x, way):
 
 def batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps, backward=True):
     """y and stats: mean (2, C), rstd, and in training var. Without a `backward` pass evaluation needs none."""
-    y, kernels = _output(x, way), dispatch.kernels("batch_norm_small", "cpu")
+    y, kernels = _output(x, way), dispatch.batch_norm_small
     stats = x.new_empty((4 if training else 3, way.sizes[1])) if training or backward else None
     addresses = (
         x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), _address(stats), _address(running_mean),
@@ -142,7 +142,7 @@ def batch_norm_backward(dy, x, weight, stats, training):
         return None
     C = way.sizes[1]
     dx, dgamma, dbeta = _output(x, way), stats.new_empty(C), stats.new_empty(C)
-    kernels = dispatch.kernels("batch_norm_small", "cpu")
+    kernels = dispatch.batch_norm_small
     (kernels.backward if training else kernels.inference_backward)(
         dy.data_ptr(), x.data_ptr(), stats.data_ptr(), _address(weight), dx.data_ptr(), dgamma.data_ptr(), dbeta.data_ptr(),
         *way.sizes,

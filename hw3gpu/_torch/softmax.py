@@ -37,7 +37,7 @@ def run(z, dim, call=None):
     which = dispatch.backend(z)
     y, y_folded = outputs.output(z, dim, dispatch.viewer(which))
     with bound_launches.noted(call, (z, y), y):
-        dispatch.kernels("softmax", which).forward(outputs.folded(z, dim, which), y_folded)
+        dispatch.softmax(which).forward(outputs.folded(z, dim, which), y_folded)
     return y
 
 
@@ -54,7 +54,7 @@ def run_backward(dy, y, dim, call=None):
     which = dispatch.backend(y)
     dz, dz_folded = outputs.output(y, dim, dispatch.viewer(which))
     with bound_launches.noted(call, (y, dy, dz), dz):
-        dispatch.kernels("softmax", which).backward(outputs.folded(dy, dim, which), outputs.folded(y, dim, which), dz_folded)
+        dispatch.softmax(which).backward(outputs.folded(dy, dim, which), outputs.folded(y, dim, which), dz_folded)
     return dz
 
 

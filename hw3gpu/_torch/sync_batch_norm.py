@@ -35,7 +35,7 @@ def sync_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, r
 def _run(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu, group, *, new=torch.empty):
     """y, and what the backward pass needs: stats (mean, what its rounding left, rstd), the number of values, the mask."""
     which = dispatch.backend(x)
-    see, kernels = dispatch.viewer(which), dispatch.kernels("batch_norm", which)
+    see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
     y, y_folded = outputs.output(x, 1, see)
     folded = outputs.fold(see(x), 1)
     stats, total, mean, var = _statistics(x, folded, see, kernels, eps, group)
@@ -84,7 +84,7 @@ def _update(running, value, momentum, total):
 def _run_backward(dy, x, weight, stats, total, mask, relu, residual, dx_needed, group):
     """dx where it is needed, this process's dgamma and dbeta, and dresidual where `residual` asks for it."""
     which = dispatch.backend(x)
-    see, kernels = dispatch.viewer(which), dispatch.kernels("batch_norm", which)
+    see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
     seen, scale = see(stats), dispatch.vector_view(weight, which)
     dgamma, dbeta = (torch.zeros(x.shape[1], dtype=stats.dtype, device=x.device) for _ in range(2))
     folded, upstream, fused = outputs.fold(see(x), 1), outputs.fold(see(dy), 1), {"mask": see(mask)} if relu else {}

@@ -68,8 +68,8 @@ def run(logits, target, temperature, ignore_index, dim, save=True):
     found = [logits.new_empty(target.shape, dtype=accumulate_dtype(logits)) for _ in range(3)]
     stats = found[0].new_empty(4, *rows) if save else None
     invalid = class_range.flag(logits, rows[0] * rows[1])
-    dispatch.kernels("token_log_probs", which).forward(
-        z, t, *(see(v.view(rows)) for v in found), see(stats), see(invalid), ignore_index=ignore_index, temperature=temperature
+    dispatch.token_log_probs(which).forward(
+        z, t, *map(see, (*(v.view(rows) for v in found), stats, invalid)), ignore_index=ignore_index, temperature=temperature
     )
     judge_targets(logits, target, invalid, logits.shape[dim], ignore_index)
     return *found, stats
@@ -81,9 +81,9 @@ def run_backward(g_log_prob, g_entropy, g_lse, logits, target, stats, temperatur
     see = dispatch.viewer(which)
     z, t = rows_of(logits, target, dim, which)
     dlogits, dz = outputs.output(logits, dim, see)
-    upstream = [see(g if g is None else g.reshape(t.shape)) for g in (g_log_prob, g_entropy, g_lse)]
-    dispatch.kernels("token_log_probs", which).backward(
-        z, t, see(stats), *upstream, dz, ignore_index=ignore_index, temperature=temperature
+    g_log_prob, g_entropy, g_lse = (see(g if g is None else g.reshape(t.shape)) for g in (g_log_prob, g_entropy, g_lse))
+    dispatch.token_log_probs(which).backward(
+        z, t, see(stats), g_log_prob, g_entropy, g_lse, dz, ignore_index=ignore_index, temperature=temperature
     )
     return dlogits
 

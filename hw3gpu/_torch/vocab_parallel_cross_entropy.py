@@ -122,7 +122,7 @@ def _own_sums(z, row, weight, label_smoothing, softcap, acc):
     loss, stats = torch.empty((N, S), dtype=acc, device=device), torch.empty((3, N, S), dtype=acc, device=device)
     invalid = torch.full((1,), N * S, dtype=torch.int64, device=device)
     some = torch.where(row.counts, 0, NO_CLASS)  # any class: its part of the loss is not asked for
-    dispatch.kernels("cross_entropy", which).forward(
+    dispatch.cross_entropy(which).forward(
         see(z), see(some), see(weight), see(loss), see(stats), see(invalid), ignore_index=NO_CLASS,
         label_smoothing=1.0 if label_smoothing else 0.0, **_capped(softcap),
     )  # fmt: skip
@@ -160,7 +160,7 @@ def _run_backward(upstream, shard, stats, target, scaled, label_smoothing, softc
     if not z.numel():
         return dshard
     upstream = upstream.to(stats.dtype)
-    dispatch.kernels("cross_entropy", which).backward(
+    dispatch.cross_entropy(which).backward(
         see(z), see(target), see(scaled), see(stats[:3]), see(upstream), None, dz, ignore_index=NO_CLASS,
         label_smoothing=label_smoothing, **_capped(softcap),
     )  # fmt: skip
