@@ -27,7 +27,7 @@ test: $(INSTALLED)
 # compiles for a GPU.
 QUICK = --sample 1 $(patsubst %,--ignore tests/test_%.py,$(NOT_QUICK))
 NOT_QUICK := batch_norm_graphs benchmarks blas_threads command cpu_threads cross_entropy_graphs distributed evidence gpu_benchmark guard_pages internals \
-	large_means launches linear_cross_entropy packaging pool portability processors supervisor traffic training_page
+	large_means launches linear_cross_entropy packaging pool portability processors safety supervisor traffic training_page
 
 quick: export OMP_NUM_THREADS ?= 1
 quick: $(INSTALLED)

@@ -26,7 +26,7 @@ from ._array_functions.trace import TraceMinimum, minimize_trace, minor_componen
 from ._core.dispatch import BackendError, use_backend
 from ._core.pool import empty_cache
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendError",

@@ -6,7 +6,9 @@ overwrite another project's package of that name.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,13 +16,19 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from email.message import Message
+from email.parser import Parser
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+import hw3gpu
+
 ROOT = Path(__file__).resolve().parent.parent
-INSTALLED = ("pyproject.toml", "README.md", "LICENSE", "hw3gpu", "kernels")
+INSTALLED = (
+    "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "SECURITY.md", "hw3gpu", "kernels"
+)  # fmt: skip
 
 
 class Built(NamedTuple):
@@ -120,6 +128,57 @@ def test_wheel_holds_every_source_file(built: Built) -> None:
     assert "hw3gpu/kernels/README.md" in in_wheel
 
 
+def _metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def test_metadata_names_the_licence_by_spdx(built: Built) -> None:
+    metadata = _metadata(built.wheel)
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    assert not [c for c in metadata.get_all("Classifier") if c.startswith("License")]  # an index refuses both together
+    assert metadata["Description-Content-Type"] == "text/markdown"
+
+
+def test_sdist_holds_what_it_builds_and_what_is_read_about_it(built: Built) -> None:
+    with tarfile.open(built.sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"CHANGELOG.md", "CITATION.cff", "SECURITY.md", "LICENSE", "hw3gpu/kernels/README.md"} <= names
+    assert not [name for name in names if name.startswith("tests")]  # setuptools adds a part of them by itself
+
+
+# ---------------------------------------------------------------------------------------------- one version, one list
+def test_version_is_the_same_everywhere(built: Built) -> None:
+    places = {
+        "CITATION.cff": r"^version: (\S+)$",
+        "integrations/conda/recipe.yaml": r'^  version: "(\S+)"$',
+        "CHANGELOG.md": r"^## (\d\S*) - \d{4}-\d\d-\d\d$",  # the newest release
+    }
+    found = {name: re.search(pattern, (ROOT / name).read_text(), re.MULTILINE) for name, pattern in places.items()}
+    versions = {name: match and match[1] for name, match in found.items()} | {"the wheel": _metadata(built.wheel)["Version"]}
+    assert versions == dict.fromkeys(versions, hw3gpu.__version__)
+
+
+def test_changelog_has_a_place_for_what_comes_next() -> None:
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", hw3gpu.__version__]
+
+
+def test_conda_recipe_asks_for_what_the_wheel_asks_for(built: Built) -> None:
+    renamed = {"torch": "pytorch"}
+    metadata = _metadata(built.wheel)
+    required = [text.partition(";") for text in metadata.get_all("Requires-Dist") if "extra ==" not in text]
+    wanted = {(renamed.get(name, name), least) for name, _, least in (text.partition(">=") for text, *_ in required)}
+    recipe = (ROOT / "integrations" / "conda" / "recipe.yaml").read_text()
+    run = recipe.partition("\n  run:\n")[2].partition("\ntests:")[0]
+    listed = set(re.findall(r"^ +- (\w+) >=(\S+)$", run, re.MULTILINE)) - {("python", "${{")}
+    assert listed == {(name.strip(), least.strip()) for name, least in wanted}
+    assert "- if: linux\n      then:\n        - __linux\n        - triton" in run  # the one with a marker
+    assert [name.partition(">=")[0] for name, _, marker in required if marker] == ["triton"]
+
+
 def test_wheel_of_the_sdist_is_the_same(built: Built) -> None:
     assert _files(built.wheel_of_sdist) == _files(built.wheel)
 
@@ -141,5 +200,8 @@ def test_no_top_level_kernels_can_be_imported(clean: Path, tmp_path: Path) -> No
     assert _run(clean / "python", "-c", code, cwd=tmp_path).split() == ["True", "None"]
 
 
-def test_installed_command_runs(clean: Path, tmp_path: Path) -> None:
-    assert '"hw3gpu"' in _run(clean / "hw3gpu", "info", "--json", cwd=tmp_path)
+def test_installed_command_verifies(clean: Path, tmp_path: Path) -> None:
+    command = ("verify", "--json", "--kernels", "cpu", "--only", "S4", "--dtypes", "float32")
+    verdict = json.loads(_run(clean / "hw3gpu", *command, cwd=tmp_path))
+    assert verdict["passed"]
+    assert {check["operation"] for check in verdict["checks"]} == {"softmax, softmax_backward"}

@@ -14,7 +14,9 @@ import functools
 import hashlib
 import os
 import re
+import stat
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,18 +83,39 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 @functools.cache
 def cache_folder() -> str | None:
-    """Where compiled kernels are kept: under NUMBA_CACHE_DIR, else the user's cache folder; None if not writable."""
+    """Where compiled kernels are kept: under NUMBA_CACHE_DIR, else the user's cache folder, and there for this user alone.
+
+    None if it cannot be written, and if others may write to it, with a warning: Numba's cache files are pickles, which run
+    code where they are read.
+    """
     try:
         if config.CACHE_DIR:
             base = Path(config.CACHE_DIR)
         else:
             base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hw3gpu"
         folder = base / "kernels-cpu"
-        folder.mkdir(parents=True, exist_ok=True)
+        for made in (base, folder):
+            made.mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        if _others_may_write(folder):
+            warnings.warn(
+                f"{folder} may be written by others, so compiled CPU kernels are not kept there: chmod 700, or another "
+                "NUMBA_CACHE_DIR",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
     except (OSError, RuntimeError):  # RuntimeError: no home
         return None
     return str(folder)
+
+
+def _others_may_write(folder: Path) -> bool:
+    """True where another user than this one and root owns the folder, or may write to it."""
+    if not hasattr(os, "geteuid"):  # Windows: the user's own folder, whose rights are its parent's
+        return False
+    status = folder.stat()
+    return status.st_uid not in (0, os.geteuid()) or bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 # what a kernel may be of: `hw3gpu.kernels.cpu`
