@@ -17,6 +17,7 @@ COMMANDS = {
     "gpu": "all that is worth measuring on a GPU, in minutes; --pretend: the same without one",
     "linear": "linear cross entropy on the CPU beside PyTorch's unfused and chunked paths",
     "processors": "every processor that this machine can play: bits, verify and the tests of the CPU kernels",
+    "pictures": "the pictures of the pages, drawn again from their tables and from the imports",
     "linalg": "minimize_trace beside the eigensolvers of NumPy, torch and SciPy",
 }
 
@@ -54,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
-        command.add_argument("--json", metavar="FILE", help="write the figures there too")
+        if name != "pictures":
+            command.add_argument("--json", metavar="FILE", help="write the figures there too")
         if name in ("cpu", "linear", "overhead"):
             command.add_argument("--turns", type=_turns, default=15, help="how often each contestant is measured (%(default)s)")
         if name == "times":

@@ -178,6 +178,6 @@ def test_what_is_copied_ahead_is_16_bytes_at_a_time(loss):
     assert all(kind.endswith(".128") for kind in kinds)
 
 
-def test_the_table_of_the_readme_is_the_sweeps(sweep):
-    text = evidence.README.read_text()
-    assert evidence.readme_with(text, evidence.kernels_of(sweep)) == text
+def test_the_table_of_the_page_is_the_sweeps(sweep):
+    text = evidence.PAGE.read_text()
+    assert evidence.page_with(text, evidence.kernels_of(sweep)) == text

@@ -13,15 +13,14 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 
 import hw3gpu
+from benchmarks.architecture import Import, imports_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted(path for path in (ROOT / "hw3gpu").rglob("*.py") if "kernels" not in path.parts)
@@ -71,23 +70,6 @@ MAY_IMPORT = {
 MAY_IMPORT_PACKAGES = {
     "_array_functions/shapes": set(), "_core/check": {"numpy"}, "reference": {"numpy"}, "_error_bounds": {"numpy"},
 }  # fmt: skip
-
-
-class Import(NamedTuple):
-    module: str  # absolute, with the imported names as a last part: 'hw3gpu._core.outputs.fold'
-    line: int
-
-
-def _imports(path: Path, package: str, at_load: bool = False) -> Iterator[Import]:
-    """Every import of a file, inside functions too (unless `at_load`), as absolute names."""
-    tree = ast.parse(path.read_text())
-    for node in tree.body if at_load else ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (Import(alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            prefix = [*base, *([node.module] if node.module else [])]
-            yield from (Import(".".join([*prefix, alias.name]), node.lineno) for alias in node.names)
 
 
 def _package(path: Path) -> str:
@@ -143,7 +125,7 @@ def test_no_modules_import_each_other() -> None:
     files |= {f"hw3gpu.{_package(path)}.{path.stem}": path for path in KERNELS}
     imports = {}
     for name, path in files.items():
-        found = {i.module for i in _imports(path, name.rpartition(".")[0], at_load=True)}
+        found = {i.module for i in imports_of(path, name.rpartition(".")[0], at_load=True)}
         imports[name] = {module for module in files if any(f"{one}.".startswith(f"{module}.") for one in found)} - {name}
     assert sum(map(len, imports.values())) > 200
     assert _cycle(imports) == []
@@ -151,7 +133,7 @@ def test_no_modules_import_each_other() -> None:
 
 
 def _against_the_direction(path: Path) -> list[str]:
-    own = [found for found in _imports(path, _package(path)) if found.module.partition(".")[0] == "hw3gpu"]
+    own = [found for found in imports_of(path, _package(path)) if found.module.partition(".")[0] == "hw3gpu"]
     return _wrong(path, [found for found in own if not _is_allowed(found.module, _allowed(path))])
 
 
@@ -170,7 +152,7 @@ def _out_of_the_engine(path: Path) -> list[str]:
     # the folder's own package name, as installed, is hw3gpu.kernels: a relative import may not leave gpu/ or cpu/
     package = f"hw3gpu.{_package(path)}"
     engine = ".".join(package.split(".")[:3])
-    inside = [found for found in _imports(path, package) if found.module.partition(".")[0] in {"hw3gpu", "kernels"}]
+    inside = [found for found in imports_of(path, package) if found.module.partition(".")[0] in {"hw3gpu", "kernels"}]
     return _wrong(path, [found for found in inside if not found.module.startswith(f"{engine}.")])
 
 
@@ -179,7 +161,7 @@ def test_kernels_import_no_hw3gpu_and_no_other_engine() -> None:
 
 
 def _of_packages(path: Path, packages: set[str]) -> list[str]:
-    return _wrong(path, [i for i in _imports(path, _package(path)) if i.module.partition(".")[0] in packages])
+    return _wrong(path, [i for i in imports_of(path, _package(path)) if i.module.partition(".")[0] in packages])
 
 
 def test_nothing_imports_tests_or_benchmarks() -> None:
@@ -191,7 +173,7 @@ def test_nothing_imports_tests_or_benchmarks() -> None:
 def test_module_imports_few_packages(module: str) -> None:
     path = ROOT / "hw3gpu" / f"{module}.py"
     allowed = MAY_IMPORT_PACKAGES[module] | sys.stdlib_module_names | {"hw3gpu"}
-    assert not _wrong(path, [i for i in _imports(path, "hw3gpu") if i.module.partition(".")[0] not in allowed])
+    assert not _wrong(path, [i for i in imports_of(path, "hw3gpu") if i.module.partition(".")[0] not in allowed])
 
 
 @pytest.mark.parametrize("room", ["plan", "channel_plan", "row_plan"])
@@ -199,7 +181,7 @@ def test_plans_are_plain_functions(room: str) -> None:
     path = ROOT / "kernels" / "gpu" / f"{room}.py"
     allowed = sys.stdlib_module_names | {"kernels.gpu.device", "kernels.gpu.plan", "kernels.gpu.tuned"}
     third_party = [
-        i for i in _imports(path, "kernels.gpu") if not {i.module.partition(".")[0], i.module.rpartition(".")[0]} & allowed
+        i for i in imports_of(path, "kernels.gpu") if not {i.module.partition(".")[0], i.module.rpartition(".")[0]} & allowed
     ]
     assert not _wrong(path, third_party)
 

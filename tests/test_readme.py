@@ -83,9 +83,3 @@ def test_the_choice_of_kernels_that_it_shows() -> None:
         {"found": found, "requested_backend": requested_backend},
     )
     assert found == ["cpu"]
-
-
-def test_what_it_links_to_is_there() -> None:
-    root = Path(__file__).resolve().parent.parent
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README):
-        assert (root / target).exists(), target

@@ -1,7 +1,7 @@
 """Evidence step 3: every plan compiled ahead of time, for parts that need not be there, and what the machine code says.
 
 `make evidence` compiles all of `evidence_cases` whose kernels, launches or compiler have changed since, writes evidence.json
-and the tables of kernels/README.md and docs/time_model.md. It may be interrupted, and goes on where it was. `make test` holds
+and the tables of docs/evidence.md and docs/time_model.md. It may be interrupted, and goes on where it was. `make test` holds
 these files to the kernels and compiles a few of the heaviest cases again, `make test-all` all of these.
 """
 
@@ -33,7 +33,7 @@ ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, 120, "gfx942")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
 REGISTER_FILE = 65536
 FILE = Path(__file__).with_name("evidence.json")
-README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
 Findings = dict[str, dict[str, dict[str, Any]]]  # by label, architecture and kernel
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 
@@ -166,7 +166,7 @@ def begin(room: str, evidence: dict[str, Any]) -> tuple[dict[str, Any], list[str
     return of, stale
 
 
-# ---------------------------------------------------------------------------------------------- the table of kernels/README.md
+# ---------------------------------------------------------------------------------------------- the table of docs/evidence.md
 # label of a case -> the plan it stands for; dtype float32
 PLANS = {
     "softmax 4096x10x1": "many rows a program",
@@ -214,8 +214,8 @@ def table(kernels: Findings) -> str:
     return "\n".join(lines)
 
 
-def readme_with(text: str, kernels: Findings) -> str:
-    """The text of kernels/README.md with the table of these findings between its marks."""
+def page_with(text: str, kernels: Findings) -> str:
+    """The text of docs/evidence.md with the table of these findings between its marks."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{table(kernels)}\n{END}{after}"
@@ -237,7 +237,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         from .. import published, times
 
-        README.write_text(readme_with(README.read_text(), kernels_of(evidence)))
+        PAGE.write_text(page_with(PAGE.read_text(), kernels_of(evidence)))
         times.PAGE.write_text(times.page_with(times.PAGE.read_text(), kernels_of(evidence), published.others()))
     wrong = [complaint for room in ROOMS for complaint in evidence[room]["complaints"]]
     wrong += in_flight.too_thin(kernels_of(evidence)) + in_flight.unneeded(kernels_of(evidence))
