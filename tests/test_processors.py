@@ -87,11 +87,10 @@ def test_its_results_are_within_the_bound(played):
 
 KEPT = """
 import json, numpy as np
-from hw3gpu.kernels.cpu import eigh
+from hw3gpu.kernels.cpu.batch_norm import _copy_vector
 
-a = np.ones((1, 2, 2))
-eigh.scaled(a, np.ones(1), np.zeros(1, bool), a.copy())
-print(json.dumps(sum(eigh._scaled.stats.cache_hits.values())))
+_copy_vector(np.ones(2), np.ones(2))
+print(json.dumps(sum(_copy_vector.stats.cache_hits.values())))
 """
 
 

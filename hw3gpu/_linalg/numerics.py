@@ -226,23 +226,13 @@ def symmetric(ns: Numerics, x: Array, name: str, dtype: str) -> Symmetric:
     """
     xp = ns.xp
     a = ns.read(x)
-    m = a.shape[-1]
     if xp is np and a.ndim == 2 and a.dtype.kind == "f" and a.flags.f_contiguous:
         a = a.T  # a column-major matrix is no other row by row, up to the asymmetry that is averaged out
-    in_kernel = a.dtype.kind == "f" and xp is np and a.flags.c_contiguous and (in_threads(a) or (a.ndim == 2 and m >= _LARGE))
-    if in_kernel:
-        kernels, stack = dispatch.eigh, a.reshape(-1, m, m)
-        largest, asymmetry = (array.reshape(a.shape[:-2]) for array in kernels.extents(stack))
-    else:
-        with np.errstate(all="ignore"):  # of infinities, which the check names
-            largest, asymmetry = _largest(xp, a), _asymmetry(xp, a)
+    largest, asymmetry = in_parts(_extents, a) if xp is np else (_largest(xp, a), _asymmetry(xp, a))
     ns.check(lambda *found: _check_symmetric(ns, a, name, *found), largest, asymmetry)
     scale = power_of_two(xp, largest, dtype)
     # in recycled memory where it is large: fresh pages cost more than the product
     s = _outputs.empty(a.shape, dtype, a) if type(a) is np.ndarray else xp.empty(a.shape, dtype)
-    if in_kernel:
-        kernels.scaled(stack, scale.reshape(-1), (asymmetry > 0).reshape(-1), s.reshape(-1, m, m))
-        return Symmetric(s, scale)
     xp.multiply(a, scale.astype(real_dtype(dtype))[..., None, None], out=s, casting="same_kind")
     if xp is not np or np.any(asymmetry > 0):  # a GPU is not asked, and of a symmetric matrix this is the matrix
         s = (s + adjoint(s)) / 2
@@ -272,6 +262,11 @@ def power_of_two(xp: ModuleType, largest: Array, dtype: str) -> Array:
     return xp.ldexp(xp.ones(exponent.shape, "float64"), exponent)
 
 
+@np.errstate(all="ignore")  # of infinities, which the check names
+def _extents(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return _largest(np, a), _asymmetry(np, a)
+
+
 def _largest(xp: ModuleType, a: Array) -> Array:
     """max |a_ij| of each matrix; NaN and infinities show in it. (Of complex entries the larger part counts.)"""
     if a.dtype.kind == "c":
@@ -281,13 +276,13 @@ def _largest(xp: ModuleType, a: Array) -> Array:
 
 def _asymmetry(xp: ModuleType, a: Array) -> Array:
     """max |A - Aᴴ| of each matrix."""
-    if xp is not np or a.ndim > 2 or a.shape[-1] <= _TILE:
+    if xp is not np or a.shape[-1] <= _TILE:
         return _largest(xp, a - adjoint(a))
     # a transpose read across whole rows misses the cache at every entry
     starts = range(0, a.shape[-1], _TILE)
-    tiles = [[a[i : i + _TILE, j : j + _TILE] for j in starts] for i in starts]
+    tiles = [[a[..., i : i + _TILE, j : j + _TILE] for j in starts] for i in starts]
     pairs = [(tiles[i][j], tiles[j][i]) for i in range(len(tiles)) for j in range(i + 1)]
-    return np.max([_largest(np, tile - adjoint(mirrored)) for tile, mirrored in pairs])
+    return np.max([_largest(np, tile - adjoint(mirrored)) for tile, mirrored in pairs], axis=0)
 
 
 def matmul(xp: ModuleType, a: Array, b: Array) -> Array:

@@ -32,8 +32,8 @@ def smallest(ns: Numerics, s: Array, k: int, method: str) -> tuple[Array, Array,
     name of the solver that ran.
 
     There are min(k + 1, m) vectors at least, and all m where k > m / 2. "auto" takes the range-limited solver on the host for
-    few eigenpairs: of one matrix k ≲ m / 16 for 64 ≤ m < 256 and m / 8 from there on, where it was measured to be as fast; of
-    each of a stack in threads k ≲ m / 8.
+    few eigenpairs: of one matrix k ≤ m / 16 for 64 ≤ m < 256 and m / 8 from there on, where it was measured to be as fast; of
+    each of a stack in threads k ≤ m / 16 for m < 64 and m / 8 from there on.
     """
     m = s.shape[-1]
     if method == "auto":
@@ -42,8 +42,8 @@ def smallest(ns: Numerics, s: Array, k: int, method: str) -> tuple[Array, Array,
         values, vectors = eigh_range(s, min(k + 1, m))
     elif method == "syevdx":
         values, vectors = _smallest_by_cusolver(ns, s, min(k + 1, m))
-    elif ns.xp is np and s.dtype.kind == "f" and (in_threads(s) or (s.ndim == 2 and m >= _LARGE)):
-        values, vectors = _in_kernel("smallest_of_all", s, min(k + 1, m) if 2 * k <= m else m)
+    elif ns.xp is np and s.ndim == 2 and s.dtype.kind == "f" and 2 * k <= m and m >= _LARGE:
+        values, vectors = _divide_and_conquer(s, k + 1)
     else:
         values, vectors = eigh(ns, s, method)
     return values, vectors, method.replace("sy", "he") if s.dtype.kind == "c" else method
@@ -51,8 +51,9 @@ def smallest(ns: Numerics, s: Array, k: int, method: str) -> tuple[Array, Array,
 
 def _auto_on_host(s: Array, k: int) -> str:
     m = s.shape[-1]
-    part = 16 if s.ndim == 2 and m < 256 else 8
-    return "syevr" if part * k <= m and m >= 64 and (s.ndim == 2 or in_threads(s)) else "syevd"
+    part = 8 if m >= (256 if s.ndim == 2 else 64) else 16
+    worth = m >= 64 if s.ndim == 2 else in_threads(s)
+    return "syevr" if worth and part * k <= m else "syevd"
 
 
 def _auto_on_gpu(s: Array, k: int) -> str:
@@ -159,7 +160,7 @@ def eigh_range(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     if s.ndim == 2:
         values, vectors = _eigh_range(s, count)
     elif in_threads(s):
-        values, vectors = _in_kernel("smallest", s, count)
+        values, vectors = _range_in_threads(s, count)
     else:
         values = np.empty((*s.shape[:-2], count), real_dtype(str(s.dtype)))
         vectors = np.empty((*s.shape[:-1], count), s.dtype)
@@ -170,19 +171,40 @@ def eigh_range(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return values, matmul(np, vectors, correction)
 
 
-def _in_kernel(name: str, s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _range_in_threads(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     *batch, m, _ = s.shape
-    solve = getattr(dispatch.eigh, name)
-    values, vectors, info = solve(np.ascontiguousarray(s).reshape(-1, m, m), count)
+    stack = np.ascontiguousarray(s).reshape(-1, m, m)
+    values, vectors, info = dispatch.eigh.smallest(stack, count)
     if info.any():
         raise np.linalg.LinAlgError(f"LAPACK did not converge for {np.count_nonzero(info)} of {info.size} matrices")
-    return values.reshape(*batch, values.shape[-1]), vectors.reshape(*batch, m, count)
+    return values.reshape(*batch, count), vectors.reshape(*batch, m, count)
 
 
 def _eigh_range(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     from scipy.linalg import eigh as scipy_eigh
 
     return scipy_eigh(_by_columns(s), lower=True, subset_by_index=(0, count - 1), driver="evr", check_finite=False)
+
+
+def _divide_and_conquer(s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """All eigenvalues of one real matrix, and the eigenvectors of the first `count`: syevd, which turns back these alone.
+
+    All of them with a SciPy that has no stevd.
+    """
+    from scipy.linalg import eigh as scipy_eigh
+    from scipy.linalg import get_lapack_funcs, lapack
+
+    if not hasattr(lapack, "dstevd"):
+        return scipy_eigh(_by_columns(s), lower=True, driver="evd", check_finite=False)
+    sytrd, sytrd_lwork, stevd, ormqr = get_lapack_funcs(("sytrd", "sytrd_lwork", "stevd", "ormqr"), (s,))
+    q, d, e, tau, _ = sytrd(_by_columns(s), lower=True, lwork=int(sytrd_lwork(len(s), lower=True)[0]))
+    values, z, info = stevd(d, e)
+    if info:
+        raise np.linalg.LinAlgError(f"LAPACK's stevd did not converge: info = {info}")
+    vectors = z[:, :count]
+    # the reflectors leave the first row alone; ormqr's workspace is of blocks of 64 and their triangle
+    vectors[1:] = ormqr("L", "N", q[1:, :-1], tau, vectors[1:], 64 * (count + 65))[0]
+    return values, vectors
 
 
 def _by_columns(s: np.ndarray) -> np.ndarray:
@@ -207,13 +229,9 @@ def svd(xp: ModuleType, x: Array, full_matrices: bool) -> tuple[Array, Array, Ar
 def deflated_is_definite(ns: Numerics, a: Array, phi: Array, d: Array, shift: Array) -> Array:
     """Whether each of the library's own matrices a (..., m, m) + Φ diag(d) Φᴴ - shift I, formed as B Bᴴ with the columns
     B = Φ √d, has a Cholesky factorisation; overwrites `a`."""
-    xp, m, k = ns.xp, a.shape[-1], phi.shape[-1]
+    xp, m = ns.xp, a.shape[-1]
     b = phi * xp.sqrt(d).astype(phi.real.dtype)[..., None, :]
     shift = shift.astype(phi.real.dtype)
-    if in_threads(a) and a.dtype.kind == "f":
-        rows = np.ascontiguousarray(b.swapaxes(-1, -2)).reshape(-1, k, m)
-        definite = dispatch.eigh.deflated_is_definite
-        return definite(np.ascontiguousarray(a).reshape(-1, m, m), rows, shift.reshape(-1)).reshape(a.shape[:-2])
     if xp is np and a.ndim == 2 and a.dtype.kind == "f":
         from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
@@ -224,13 +242,15 @@ def deflated_is_definite(ns: Numerics, a: Array, phi: Array, d: Array, shift: Ar
     a += matmul(xp, b, adjoint(b))
     i = xp.arange(m)
     a[..., i, i] -= shift[..., None]
-    return _is_definite(ns, a)
+    stack = a.reshape(-1, m, m)
+    (definite,) = in_parts(lambda part: (_is_definite(np, part),), stack) if xp is np else (_is_definite(xp, stack),)
+    return definite.reshape(a.shape[:-2])
 
 
-def _is_definite(ns: Numerics, a: Array) -> Array:
-    xp = ns.xp
+def _is_definite(xp: ModuleType, a: Array) -> Array:
+    """Whether each of a stack (B, m, m) has a Cholesky factorisation; `cholesky` says of the whole that one has none."""
     try:
-        factor = xp.linalg.cholesky(a)
+        return xp.isfinite(xp.linalg.cholesky(a).diagonal(axis1=-2, axis2=-1)).all(axis=-1)
     except np.linalg.LinAlgError:
-        return xp.zeros((), dtype=bool) if a.ndim == 2 else xp.stack([_is_definite(ns, matrix) for matrix in a])
-    return xp.isfinite(factor.diagonal(axis1=-2, axis2=-1)).all(axis=-1)
+        half = len(a) // 2
+        return xp.concatenate([_is_definite(xp, a[:half]), _is_definite(xp, a[half:])]) if half else xp.zeros(1, dtype=bool)
