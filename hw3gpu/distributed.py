@@ -6,6 +6,7 @@ bits on every process that shares them: what processes send is merged in order o
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 import torch
@@ -103,8 +104,9 @@ def vocab_parallel_cross_entropy(
     _vocab_parallel_numbers(z_loss, softcap, vocab_start)
     if weight is not None:
         weight = weight.detach().to(accumulate_dtype(logits_shard)).contiguous()
+    ignore_index = index(ignore_index)
     options = _vocab_parallel_cross_entropy.Options(
-        -1 if vocab_start is None else vocab_start,
+        -1 if vocab_start is None else index(vocab_start),
         ignore_index,
         float(label_smoothing),
         float(z_loss),

@@ -77,6 +77,7 @@ def batch_norm(
         y = _batch_norm.by_address(input, weight, bias, running_mean, running_var, training, momentum, eps)
         if y is not None:
             return y
+    arguments.tensor(input, "input")
     call = _batch_norm.call_of(
         input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation
     )  # fmt: skip
@@ -184,6 +185,9 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
+    arguments.statistics(return_stats, differentiable)
+    if type(ignore_index) is not int:
+        ignore_index = check.integer_value(ignore_index, "ignore_index")
     call = None
     if differentiable:
         arguments.differentiable(return_stats)
@@ -193,7 +197,7 @@ def cross_entropy(
         call = _cross_entropy.call_of(input, target, weight, options, gradient, return_stats, dtype)
     if call is None or call.launches is None:
         weight = arguments.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-        arguments.extra(z_loss, softcap, gradient, all_ignored)
+        z_loss, softcap = arguments.extra(z_loss, softcap, gradient, all_ignored)
         options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero")
         dtype = arguments.loss_dtype(input, target)
     if differentiable:
@@ -224,7 +228,7 @@ def token_log_probs(
     out of range and for a `dim` that logits does not have. On a GPU nothing waits for the device: a row whose class is out of
     range gives NaN, and a later call, or `check_targets`, raises the IndexError.
     """
-    temperature, dim = arguments.token_log_probs(logits, target, temperature, ignore_index, dim)
+    temperature, ignore_index, dim = arguments.token_log_probs(logits, target, temperature, ignore_index, dim)
     return _token_log_probs.token_log_probs(logits, target, temperature, ignore_index, dim)
 
 
@@ -248,8 +252,10 @@ def linear_token_log_probs(
     integer classes (…). The results have target's shape. Under autocast the products are in its dtype, as those of PyTorch's
     `linear`. What raises, second derivatives and transforms are as of `token_log_probs`; the latter two hold all logits.
     """
-    temperature = arguments.linear_token_log_probs(input, linear_weight, target, linear_bias, temperature, ignore_index)
-    arguments.chunk_rows(chunk_rows)
+    temperature, ignore_index = arguments.linear_token_log_probs(
+        input, linear_weight, target, linear_bias, temperature, ignore_index
+    )
+    chunk_rows = arguments.chunk_rows(chunk_rows)
     rows = input.reshape(target.numel(), input.shape[-1])
     problem = arguments.linear_problem(rows, linear_weight, target.reshape(-1), linear_bias, None)
     found = _linear_token_log_probs.linear_token_log_probs(problem, temperature, ignore_index, chunk_rows)
@@ -295,15 +301,16 @@ def linear_cross_entropy(
     """
     if ignore_index is not None and isinstance(target, Tensor) and target.is_floating_point():
         raise check.ShapeError(f"ignore_index: expected None with probabilities as target, got {ignore_index}")
-    arguments.extra(z_loss, softcap, gradient, all_ignored)
-    asked = Options(
-        reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero"
-    )
+    arguments.statistics(return_stats, differentiable)
+    z_loss, softcap = arguments.extra(z_loss, softcap, gradient, all_ignored)
+    ignore_index = -100 if ignore_index is None else check.integer_value(ignore_index, "ignore_index")
+    asked = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero")
     weight = arguments.linear_cross_entropy(input, linear_weight, target, linear_bias, weight, asked)
     if gradient == "forward" and reduction == "none":
         raise ValueError("gradient: expected 'auto' or 'backward' with reduction 'none', got 'forward'")
     rows = getattr(options, "batch_chunk_size", None) if chunk_rows is None else chunk_rows
-    arguments.chunk_rows(rows)
+    rows = arguments.chunk_rows(rows)
+    asked = asked._replace(label_smoothing=float(label_smoothing))
     problem = arguments.linear_problem(input, linear_weight, target, linear_bias, weight)
     if differentiable:
         arguments.differentiable(return_stats)

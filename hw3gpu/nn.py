@@ -38,6 +38,7 @@ class _BatchNormForward(NormBase):
 
     def _forward(self, input: Tensor, eps: float, **fused: Any) -> Tensor:
         """(N, C, …) normalised; in training the running statistics are updated. fused: `residual` and `activation`."""
+        arguments.tensor(input, "input")
         self._check_input_dim(input)
         used = not self.training or self.track_running_stats
         mean, var = (self.running_mean, self.running_var) if used else (None, None)
@@ -45,7 +46,7 @@ class _BatchNormForward(NormBase):
         if batches is not None:
             batches.add_(1)
         if batches is None or mean is None or var is None or self.momentum is not None:
-            return self._normalize(input, mean, var, self.momentum or 0.0, eps, **fused)
+            return self._normalize(input, mean, var, 0.0 if self.momentum is None else self.momentum, eps, **fused)
         latest = [v.to(accumulate_dtype(input), copy=True) for v in (mean, var)]
         y = self._normalize(input, latest[0], latest[1], 1.0, eps, **fused)
         share = batches.double().reciprocal()  # of a cumulative average; the number stays on its device

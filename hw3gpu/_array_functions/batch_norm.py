@@ -92,6 +92,8 @@ def batch_norm_backward(
     Raises TypeError for kinds and dtypes, ValueError for shapes and eps < 0.
     """
     C = _operands(x, gamma, None, eps, channel_axis)
+    eps = float(eps)
+    check.boolean(return_dx_hat, "return_dx_hat")
     arrays.same_kind(dy, "dy", x, "x")
     check.same_dtype(dy, "dy", x, "x")
     check.same_shape(dy, "dy", x, "x")

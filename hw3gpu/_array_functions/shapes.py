@@ -5,6 +5,7 @@ Everywhere the first entry of a pair belongs to W and the second to H. Source: d
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence, Set
 from operator import index
 from typing import SupportsIndex
@@ -17,16 +18,14 @@ Pair = SupportsIndex | Sequence[SupportsIndex]
 def _integer(name: str, value: object, expected: str = "an integer") -> int:
     # bool has __index__ too, as a tensor of bool has, but True as a stride is a slip.
     if not isinstance(value, bool) and not str(getattr(value, "dtype", "")).endswith("bool"):
-        try:
+        with contextlib.suppress(Exception):  # also what an `__index__` of someone's own raises
             return index(value)  # type: ignore[arg-type]
-        except TypeError:
-            pass
     raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
 
 
 def _integers(name: str, values: object, expected: str) -> tuple[int, ...]:
-    unordered = isinstance(values, (Set, Mapping))
-    if unordered or isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+    refused = isinstance(values, (Set, Mapping, str, bytes)) or not getattr(values, "ndim", 1)  # a 0-d array has __iter__
+    if refused or not hasattr(values, "__iter__"):
         raise TypeError(f"{name} must be {expected}, got {values!r} of type {type(values).__name__}")
     return tuple(_integer(f"{name}[{i}]", value) for i, value in enumerate(values))
 

@@ -95,19 +95,26 @@ def rank_at_least(x: Array, name: str, least: int, meaning: str) -> None:
 
 
 def integer_value(value: Any, name: str) -> int:
-    """`value` as an int; TypeError for floats, booleans and everything else that is not an integer."""
+    """`value` as an int of 64 bits; TypeError for floats, booleans and everything else that is not an integer."""
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     try:
-        return index(value)
-    except TypeError:
+        found = index(value)
+    except Exception:  # also what an `__index__` of someone's own, or of a tensor without elements, raises
         raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})") from None
+    if not -(2**63) <= found < 2**63:
+        raise ValueError(f"{name}: expected an integer of 64 bits, got one of {found.bit_length()}")
+    return found
 
 
 def real_value(value: Any, name: str) -> None:
-    """TypeError unless `value` is a real number."""
+    """TypeError unless `value` is a real number, ValueError where no float is as large."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that a float holds, got one beyond 1.8e308") from None
 
 
 def boolean(value: Any, name: str) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 
 from . import arrays
 from .arrays import Array, is_cupy
-from .check import dtype_name
+from .check import ChoiceError, dtype_name
 
 if TYPE_CHECKING:
     from .protocols import BatchNormKernels, CrossEntropyKernels, MomentsKernels, SoftmaxKernels, TokenLogProbsKernels
@@ -53,6 +53,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _known_backend(name: str, source: str) -> str:
+    if not isinstance(name, str):
+        raise ChoiceError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r} ({type(name).__name__})")
     if name not in BACKENDS:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name

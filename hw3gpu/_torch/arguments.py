@@ -36,7 +36,7 @@ def floating_tensor(x: Tensor, name: str) -> None:
 
 def number(value: Any, name: str) -> float:
     """A real number as a float; as in PyTorch, also one in a tensor () that asks for no gradient."""
-    if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad:
+    if isinstance(value, Tensor) and value.dim() == 0 and not (value.requires_grad or value.is_meta):
         value = value.item()
     check.real_value(value, name)
     return float(value)
@@ -79,12 +79,12 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
     for name, v in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
         if v is not None and not (
             type(v) in PLAIN
+            and not v.is_nested
             and (v.dtype is acc or v.dtype is dtype)
             and v.shape == vector
             and v.device == device
             and not (v.requires_grad and name.startswith("running"))
             and v.layout is torch.strided
-            and not v.is_nested
         ):
             beyond |= _of_channels(v, name, x, v.shape if x.dim() == 1 else vector, alone)
     if training and alone and x.shape[0] == 1 and math.prod(x.shape[2:]) == 1:
@@ -138,6 +138,7 @@ def cross_entropy(z, target, weight, ignore_index, reduction, label_smoothing):
     C = z.shape[min(z.dim() - 1, 1)]
     if C == 0:
         raise ValueError(f"input: expected at least one class, got shape {check.shape_of(z)}")
+    check.integer_value(ignore_index, "ignore_index")
     if target.is_floating_point():
         if ignore_index >= 0:
             raise check.ShapeError(f"ignore_index: expected none with probabilities as target, got {ignore_index}")
@@ -155,8 +156,6 @@ def cross_entropy(z, target, weight, ignore_index, reduction, label_smoothing):
         check.shape(weight, "weight", (C,), "one weight per class")
         _same_device(weight, "weight", z, "input")
         weight = as_dtype(weight.detach(), accumulate_dtype(z)).contiguous()
-    if type(ignore_index) is not int:
-        check.integer_value(ignore_index, "ignore_index")
     check.one_of(reduction, "reduction", REDUCTIONS)
     if type(label_smoothing) is not float:
         check.real_value(label_smoothing, "label_smoothing")
@@ -175,7 +174,7 @@ def may_be_known(z, target, reduction, gradient, all_ignored):
 
 
 def extra(z_loss, softcap, gradient, all_ignored):
-    """Checks the arguments that PyTorch's function does not have."""
+    """Checks the arguments that PyTorch's function does not have; z_loss and softcap as floats."""
     if type(z_loss) is not float:
         check.real_value(z_loss, "z_loss")
     if not 0.0 <= z_loss < math.inf:
@@ -185,6 +184,14 @@ def extra(z_loss, softcap, gradient, all_ignored):
         check.positive(softcap, "softcap")
     check.one_of(gradient, "gradient", GRADIENTS)
     check.one_of(all_ignored, "all_ignored", ALL_IGNORED)
+    return float(z_loss), None if softcap is None else float(softcap)
+
+
+def statistics(return_stats, differentiable):
+    """TypeError unless both are bools."""
+    if not type(return_stats) is type(differentiable) is bool:
+        check.boolean(return_stats, "return_stats")
+        check.boolean(differentiable, "differentiable")
 
 
 def differentiable(return_stats):
@@ -204,7 +211,7 @@ def loss_dtype(x, target):
 
 # ---------------------------------------------------------------------------------------------- token log-probabilities
 def token_log_probs(z, target, temperature, ignore_index, dim):
-    """Checks every argument; the temperature as a float, `dim` counted from the front."""
+    """Checks every argument; the temperature as a float, ignore_index as an int, `dim` counted from the front."""
     floating_tensor(z, "logits")
     tensor(target, "target")
     check.rank_at_least(z, "logits", 1, "…, V")
@@ -218,8 +225,7 @@ def token_log_probs(z, target, temperature, ignore_index, dim):
     check.integer(target, "target")
     check.shape(target, "target", (*z.shape[:dim], *z.shape[dim + 1 :]), "one class per row of logits")
     _same_device(target, "target", z, "logits")
-    check.integer_value(ignore_index, "ignore_index")
-    return _temperature(temperature), dim
+    return _temperature(temperature), check.integer_value(ignore_index, "ignore_index"), dim
 
 
 def _temperature(temperature):
@@ -244,9 +250,12 @@ def _beside(x, W, b):
 
 
 def chunk_rows(rows):
-    """Checks the number of rows of a chunk, None for the library's own."""
-    if rows is not None and check.integer_value(rows, "chunk_rows") < 1:
+    """The number of rows of a chunk as an int, checked; None for the library's own."""
+    if rows is None:
+        return None
+    if check.integer_value(rows, "chunk_rows") < 1:
         raise ValueError(f"chunk_rows: expected at least 1, got {rows}")
+    return check.integer_value(rows, "chunk_rows")
 
 
 def linear_cross_entropy(x, W, target, b, weight, asked):
@@ -266,7 +275,7 @@ def linear_cross_entropy(x, W, target, b, weight, asked):
 
 
 def linear_token_log_probs(x, W, target, b, temperature, ignore_index):
-    """Checks every argument but chunk_rows; the temperature as a float."""
+    """Checks every argument but chunk_rows; the temperature as a float, ignore_index as an int."""
     floating_tensor(x, "input")
     floating_tensor(W, "linear_weight")
     tensor(target, "target")
@@ -278,7 +287,7 @@ def linear_token_log_probs(x, W, target, b, temperature, ignore_index):
     check.shape(target, "target", tuple(x.shape[:-1]), "one class per row of input")
     _beside(x, W, b)
     logits = x.detach().new_empty(()).expand(*x.shape[:-1], len(W))
-    return token_log_probs(logits, target, temperature, ignore_index, -1)[0]
+    return token_log_probs(logits, target, temperature, ignore_index, -1)[:2]
 
 
 def linear_problem(x, W, target, b, weight):

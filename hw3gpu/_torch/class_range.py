@@ -77,7 +77,12 @@ def check_targets(device: torch.device | str | int | None = None) -> None:
 
     device: the CUDA device; None for the current one. On the CPU a wrong class is refused by the call itself.
     """
-    index = torch.device(f"cuda:{device}" if isinstance(device, int) else device or "cuda")
+    if not (device is None or isinstance(device, (torch.device, str, int))) or isinstance(device, bool):
+        raise TypeError(f"device: expected None, a torch.device, its name or its number, got {device!r}")
+    try:
+        index = torch.device(f"cuda:{device}" if isinstance(device, int) else device or "cuda")
+    except RuntimeError as error:
+        raise ValueError(f"device: expected a CUDA device, got {device!r} ({error})") from None
     if index.type == "cuda" and torch.cuda.is_available():
         watch(torch.device("cuda", torch.cuda.current_device() if index.index is None else index.index)).wait()
 

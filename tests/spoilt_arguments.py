@@ -1,0 +1,605 @@
+"""Arguments of every public function, most of them spoilt in one to three places: what `test_spoilt_arguments.py` runs.
+
+`python tests/spoilt_arguments.py --inputs 200000 --seed 0` runs that many inputs in child processes, prints how many ended in a
+result and in which exceptions, and the inputs that ended in anything else. A child writes the number of an input before it
+begins: one that dies, or takes longer than LIMIT seconds, is named by it. `--only SEED:NUMBER` runs one input alone.
+
+An input is right when it ends in a result of the documented shapes, or in TypeError, ValueError, RuntimeError, IndexError or
+MemoryError (of what is larger than memory) whose message names a parameter of the function; with at most two warnings, and
+with all arrays as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import decimal
+import enum
+import fractions
+import gc
+import hashlib
+import inspect
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LIMIT = 20  # seconds an input may take
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+BATCH = 20_000  # inputs a child
+MEMORY = 4 << 30  # bytes a child may have: what asks for more is a MemoryError
+
+
+class Function(NamedTuple):
+    """A public function, a maker of good arguments by name, and the shapes of its result."""
+
+    call: Callable[..., Any]
+    good: Callable[[random.Random], dict[str, Any]]
+    shapes: Callable[[dict[str, Any], Any], bool]
+
+
+# ---------------------------------------------------------------------------------------------- values that are no arrays
+class WithIndex:
+    def __index__(self) -> int:
+        return 1
+
+
+class IndexThatRaises:
+    def __index__(self) -> int:
+        raise KeyError("no index")
+
+
+class WithFloat:
+    def __float__(self) -> float:
+        return 0.5
+
+
+class Text(str):
+    pass
+
+
+class One(enum.IntEnum):
+    ONE = 1
+
+
+def spoilt_values() -> list[Callable[[], Any]]:
+    import torch
+
+    return [
+        lambda: None, lambda: True, lambda: False, lambda: 0, lambda: 1, lambda: -1, lambda: 2, lambda: 3, lambda: 5,
+        lambda: 2**31, lambda: 2**63, lambda: -(2**63), lambda: 2**63 - 1, lambda: 2**100, lambda: -(2**100),
+        lambda: 10**400, lambda: 0.0, lambda: -0.0,
+        lambda: 0.5, lambda: 1.0, lambda: 1.5, lambda: -1e-5, lambda: 1e-30, lambda: 1e30, lambda: 1e308, lambda: 5e-324,
+        lambda: math.nan, lambda: math.inf, lambda: -math.inf, lambda: 1 + 2j, lambda: "", lambda: "x", lambda: "mean",
+        lambda: "\ud800", lambda: b"x", lambda: [], lambda: [1, 2], lambda: (), lambda: (1, 2), lambda: {}, lambda: {"a": 1},
+        lambda: {1, 2}, lambda: frozenset(), object, lambda: np.float32(0.5), lambda: np.float64("nan"), lambda: np.int64(3),
+        lambda: np.bool_(True), lambda: np.array(1.5), lambda: np.array(2), lambda: np.array([1, 2]), lambda: np.array([]),
+        lambda: np.array("x"), lambda: np.array(None), lambda: np.datetime64(1, "s"), lambda: np.ma.masked,
+        lambda: torch.tensor(1.0), lambda: torch.tensor(2), lambda: torch.tensor(True), lambda: torch.tensor([]),
+        lambda: torch.tensor(0.5, requires_grad=True), lambda: torch.tensor(1.0, device="meta"), lambda: torch.tensor(1 + 1j),
+        lambda: fractions.Fraction(1, 3), lambda: decimal.Decimal("0.1"), lambda: int, lambda: math, lambda: len,
+        lambda: ..., lambda: slice(2), lambda: range(3), lambda: iter([1, 2]), lambda: (i for i in (1, 2)), WithIndex,
+        IndexThatRaises, WithFloat, lambda: Text("mean"), lambda: One.ONE, lambda: torch.float32, lambda: torch.int64,
+        lambda: np.dtype("float64"), lambda: "float32", lambda: torch.device("cpu"), lambda: memoryview(b"abcd"),
+        lambda: bytearray(3), lambda: torch.Size([1, 2]), lambda: NotImplemented,
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- arrays spoilt
+def spoil_array(rng: random.Random, x: Any) -> Any:
+    """`x` with another shape, dtype, layout or kind, or with elements that are no numbers."""
+    import torch
+
+    kind = rng.choice(["shape", "dtype", "layout", "elements", "kind"])
+    of_torch = isinstance(x, torch.Tensor)
+    if kind == "shape":
+        shape = list(x.shape)
+        how = rng.choice(["more", "less", "none", "axis", "no axis", "scalar", "reversed", "flat", "many"])
+        if how in ("more", "less", "none") and shape:
+            at = rng.randrange(len(shape))
+            shape[at] = {"more": shape[at] + 1, "less": max(shape[at] - 1, 0), "none": 0}[how]
+        elif how == "axis":
+            shape.insert(rng.randint(0, len(shape)), rng.choice([0, 1, 2]))
+        elif how == "no axis" and shape:
+            shape.pop(rng.randrange(len(shape)))
+        elif how == "reversed":
+            shape.reverse()
+        elif how == "many":
+            shape = [1] * rng.choice([6, 12, 33, 60]) + shape
+        else:
+            shape = [] if how == "scalar" else [math.prod(shape)]
+        return torch.ones(shape, dtype=x.dtype) if of_torch else np.ones(shape, x.dtype)
+    if kind == "dtype":
+        names = ["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool", "complex64", "complex128"]
+        if of_torch:
+            more = ["bfloat16", "float8_e4m3fn", "uint16", "uint64"]
+            return x.detach().to(getattr(torch, rng.choice(names + more)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return x.astype(rng.choice([*names, "longdouble", ">f4", ">f8", ">i8", "O", "U3", "datetime64[s]"]))
+    if kind == "layout":
+        if of_torch:
+            makes = [
+                lambda: x.detach().to_sparse(), lambda: x.detach().expand(2, *x.shape), lambda: x.detach()[..., None][..., 0],
+                lambda: x.detach().clone().requires_grad_(x.is_floating_point()), lambda: x.detach().to("meta"),
+                lambda: x.detach().movedim(0, -1) if x.dim() else x, lambda: torch.nested.nested_tensor([x.detach()]),
+                lambda: torch.nn.Parameter(x.detach(), requires_grad=False), lambda: torch._neg_view(x.detach()),
+                lambda: torch.as_strided(x.detach().flatten(), x.shape, [0] * x.dim()) if x.numel() else x,
+                lambda: torch.empty_like(x.detach()).share_memory_().zero_(),
+            ]  # fmt: skip
+        else:
+            makes = [
+                lambda: x[..., ::-1] if x.ndim else x, lambda: x.T, lambda: np.broadcast_to(x, (2, *x.shape)),
+                lambda: np.ma.masked_array(x), lambda: x.view(np.recarray), lambda: np.frombuffer(x.tobytes(), x.dtype),
+                lambda: np.lib.stride_tricks.as_strided(x, x.shape, [0] * x.ndim, writeable=False),
+                lambda: np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(x.dtype).reshape(x.shape),
+            ]  # fmt: skip
+        return rng.choice(makes)()
+    if kind == "elements":
+        integral = not (x.is_floating_point() if of_torch else x.dtype.kind in "fc")
+        value = rng.choice([-1, 100, 2**31 - 1, -100] if integral else [math.nan, math.inf, -math.inf, 1e30, -1e30, 0.0, 6e4])
+        copy = x.detach().clone() if of_torch else x.copy()
+        if math.prod(copy.shape):
+            if rng.random() < 0.5:
+                copy[...] = value
+            else:
+                copy.reshape(-1)[0] = value
+        return copy
+    makes = [
+        lambda: x.tolist(), lambda: (x.detach().numpy() if x.dtype != torch.bfloat16 else x.tolist()) if of_torch
+        else torch.from_numpy(np.ascontiguousarray(x)), lambda: bytes(3), lambda: [x], lambda: (x, x), lambda: str(x),
+    ]  # fmt: skip
+    return rng.choice(makes)()
+
+
+# ---------------------------------------------------------------------------------------------- the functions
+def shape_is(*pairs: tuple[Any, Any]) -> bool:
+    return all(tuple(x.shape) == tuple(expected) for x, expected in pairs)
+
+
+def functions() -> dict[str, Function]:
+    import torch
+    import torch.distributed as dist
+
+    import hw3gpu
+    import hw3gpu.functional as HF
+    from hw3gpu import distributed, nn
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    values = np.random.default_rng(0).standard_normal(4096)
+
+    def array(rng: random.Random, shape: Any, positive: bool = False) -> Any:
+        """Of NumPy or torch, of any dtype that the array functions take."""
+        x = np.resize(values, shape).astype(rng.choice(["float64", "float32", "float16"]))
+        x = np.abs(x) + x.dtype.type(0.25) if positive else x
+        return x
+
+    def tensor(rng: random.Random, shape: Any, dtype: Any = None, positive: bool = False) -> Any:
+        dtype = dtype or rng.choice([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+        x = torch.from_numpy(np.resize(values, shape).copy()).to(dtype)
+        x = x.abs() + 0.25 if positive else x
+        return x.requires_grad_(rng.random() < 0.3)
+
+    def sizes(rng: random.Random, n: int) -> list[int]:
+        return [rng.choice([1, 2, 3, 4]) for _ in range(n)]
+
+    def either(rng: random.Random, arguments: dict[str, Any]) -> dict[str, Any]:
+        """All NumPy, or all torch."""
+        if rng.random() < 0.5:
+            return arguments
+        return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
+
+    def batch(rng: random.Random) -> dict[str, Any]:
+        x = array(rng, sizes(rng, rng.choice([2, 3, 4])))
+        like = {name: np.resize(values, x.shape[1]).astype(x.dtype) for name in ("gamma", "beta")}
+        return either(rng, {"x": x, **like, "eps": 1e-5, "channel_axis": 1})
+
+    def batch_backward(rng: random.Random) -> dict[str, Any]:
+        given = batch(rng)
+        del given["beta"]
+        as_given = given["gamma"] * 0 + 1
+        return {"dy": given["x"], "mean": as_given, "var": as_given, **given, "return_dx_hat": True}
+
+    def rows(name: str, other: str | None = None, axis: bool = True) -> Callable[[random.Random], dict[str, Any]]:
+        def good(rng: random.Random) -> dict[str, Any]:
+            x = array(rng, sizes(rng, rng.choice([1, 2, 3])), positive=other == "y_hat")
+            return either(rng, {name: x, **({other: x.copy()} if other else {}), **({"axis": -1} if axis else {})})
+
+        return good
+
+    def classes(rng: random.Random) -> dict[str, Any]:
+        x = array(rng, sizes(rng, rng.choice([1, 2, 3])))
+        y = x if rng.random() < 0.3 else np.zeros(x.shape[:-1], rng.choice(["int64", "int32", "uint8"]))
+        return either(rng, {"z": x, "y": y})
+
+    def square(rng: random.Random) -> Any:
+        m = rng.choice([1, 2, 3, 5])
+        a = np.resize(values, (*rng.choice([(), (), (2,), (0,)]), m, m + 1))
+        return (a @ a.swapaxes(-1, -2)).astype(rng.choice(["float64", "float32"]))
+
+    def points(rng: random.Random) -> Any:
+        return np.resize(values, sizes(rng, rng.choice([2, 2, 3]))).astype(rng.choice(["float64", "float32"]))
+
+    def given_moments(rng: random.Random) -> dict[str, Any]:
+        sigma = square(rng)
+        given = {"mean": sigma[..., 0].copy(), "covariance": sigma, "n": rng.choice([None, 7]), "ddof": 0}
+        return either(rng, {**given, "rng": rng.choice([None, 3])})
+
+    def trace(rng: random.Random) -> dict[str, Any]:
+        given = {"covariance": square(rng), "k": 1, "largest": False, "dtype": None, "method": "auto", "certify": True}
+        return either(rng, given)
+
+    def accumulate(m: Any, points: Any, ddof: Any) -> Any:
+        return hw3gpu.MomentAccumulator(m).update(points).moments(ddof=ddof)
+
+    def torch_batch(rng: random.Random) -> dict[str, Any]:
+        x = tensor(rng, [2, *sizes(rng, rng.choice([1, 2, 3]))])
+        vector = {name: torch.ones(x.shape[1], dtype=x.dtype) for name in ("running_mean", "running_var", "weight", "bias")}
+        given = {"input": x, **vector, "training": rng.random() < 0.5, "momentum": 0.1, "eps": 1e-5}
+        return {**given, "residual": rng.choice([None, x.detach().clone()]), "activation": rng.choice([None, "relu"])}
+
+    def loss_options(rng: random.Random, C: int, dtype: Any) -> dict[str, Any]:
+        given = {"weight": rng.choice([None, torch.ones(C, dtype=dtype)]), "ignore_index": -100, "reduction": "mean"}
+        given |= {"label_smoothing": rng.choice([0.0, 0.1]), "z_loss": 0.0, "softcap": rng.choice([None, 30.0])}
+        stats = rng.random() < 0.3
+        return {**given, "gradient": "auto", "all_ignored": "nan", "return_stats": stats, "differentiable": stats}
+
+    def loss(rng: random.Random) -> dict[str, Any]:
+        x = tensor(rng, sizes(rng, rng.choice([1, 2, 3])))
+        C = x.shape[min(x.dim() - 1, 1)]
+        rows_of = () if x.dim() == 1 else (x.shape[0], *x.shape[2:])
+        target = torch.zeros(rows_of, dtype=torch.int64) if rng.random() < 0.7 else torch.full(x.shape, 0.3, dtype=x.dtype)
+        return {"input": x, "target": target, **loss_options(rng, C, x.dtype)}
+
+    def linear_loss(rng: random.Random) -> dict[str, Any]:
+        N, C, D = sizes(rng, 3)
+        x = tensor(rng, (N, D))
+        W = tensor(rng, (C, D), x.dtype)
+        given = {"input": x, "linear_weight": W, "target": torch.zeros(N, dtype=torch.int64)}
+        given["linear_bias"] = rng.choice([None, torch.ones(C, dtype=x.dtype)])
+        return {**given, **loss_options(rng, C, x.dtype), "options": None, "chunk_rows": rng.choice([None, 1])}
+
+    def tokens(rng: random.Random) -> dict[str, Any]:
+        x = tensor(rng, sizes(rng, rng.choice([1, 2, 3])))
+        given = {"logits": x, "target": torch.zeros(x.shape[:-1], dtype=torch.int64)}
+        return {**given, "temperature": 0.7, "ignore_index": -100, "dim": -1}
+
+    def linear_tokens(rng: random.Random) -> dict[str, Any]:
+        given = {k: v for k, v in linear_loss(rng).items() if k in ("input", "linear_weight", "target", "linear_bias")}
+        return {**given, "temperature": 0.7, "ignore_index": -100, "chunk_rows": None}
+
+    def sharded(rng: random.Random) -> dict[str, Any]:
+        x = tensor(rng, sizes(rng, 2))
+        given = {"logits_shard": x, "target": torch.zeros(len(x), dtype=torch.int64), "group": None}
+        given |= {"weight": None, "ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+        return {**given, "z_loss": 0.0, "softcap": None, "vocab_start": rng.choice([None, 0])}
+
+    def synchronised(rng: random.Random) -> dict[str, Any]:
+        return {**torch_batch(rng), "group": None}
+
+    def torch_trace(rng: random.Random) -> dict[str, Any]:
+        sigma = torch.from_numpy(square(rng)).requires_grad_(rng.random() < 0.5)
+        return {"covariance": sigma, "k": 1, "largest": False, "method": "auto"}
+
+    def convolution(rng: random.Random) -> dict[str, Any]:
+        return {
+            "input_shape": (2, 9, 8, 3),
+            "output_channels": 4,
+            "kernel_size": (3, 2),
+            "stride": 1,
+            "padding": 0,
+            "dilation": 1,
+        }
+
+    def transposed(rng: random.Random) -> dict[str, Any]:
+        return {**convolution(rng), "output_padding": 0}
+
+    def paddings(rng: random.Random) -> dict[str, Any]:
+        return {"input_size": (9, 8), "output_size": (9, 8), "kernel_size": 3, "stride": 1, "dilation": 1}
+
+    def module(make: Callable[..., Any]) -> Callable[..., Any]:
+        """Of the constructor's arguments those that the forward pass looks at: the others are PyTorch's."""
+
+        def call(input: Any, eps: Any, momentum: Any) -> Any:
+            return make(3, eps=eps, momentum=momentum)(input)
+
+        return call
+
+    def moduled(rank: int) -> Callable[[random.Random], dict[str, Any]]:
+        def good(rng: random.Random) -> dict[str, Any]:
+            return {"input": tensor(rng, [2, 3, *sizes(rng, rank - 2)], torch.float32), "eps": 1e-5, "momentum": 0.1}
+
+        return good
+
+    def loss_module(input: Any, target: Any, **options: Any) -> Any:
+        return nn.CrossEntropyLoss(**options)(input, target)
+
+    def backend(name: Any) -> None:
+        with hw3gpu.use_backend(name):
+            pass
+
+    def whatever(given: dict[str, Any], found: Any) -> bool:
+        return True
+
+    def same(name: str) -> Callable[[dict[str, Any], Any], bool]:
+        return lambda g, y: tuple(y.shape) == tuple(g[name].shape) and type(y) in (np.ndarray, torch.Tensor)
+
+    def of_batch(g: dict[str, Any], r: Any) -> bool:
+        axis = g.get("channel_axis", 1)
+        C = () if axis is None else (g["x"].shape[axis],)
+        return shape_is((r.y, g["x"].shape), (r.mean, C), (r.var, C), (r.rstd, C))
+
+    def of_batch_backward(g: dict[str, Any], r: Any) -> bool:
+        axis = g.get("channel_axis", 1)
+        C = () if axis is None else (g["x"].shape[axis],)
+        return shape_is((r.dx, g["x"].shape), (r.dgamma, C), (r.dbeta, C), (r.dvar, C), (r.dmean, C))
+
+    def of_points(g: dict[str, Any], x: Any) -> bool:
+        shape = g["covariance"].shape
+        return x.shape[:-2] == shape[:-2] and x.shape[-1] == shape[-1] and g.get("n") in (None, x.shape[-2])
+
+    def of_trace(name: str) -> Callable[[dict[str, Any], Any], bool]:
+        def check(g: dict[str, Any], r: Any) -> bool:
+            *stack, _, m = g[name].shape
+            return shape_is((r.phi, (*stack, m, int(g["k"]))), (r.value, stack), (r.eigenvalues, (*stack, int(g["k"]))))
+
+        return check
+
+    def of_moments(g: dict[str, Any], r: Any) -> bool:
+        *stack, _, m = g["points"].shape
+        return shape_is((r.mean, (*stack, m)), (r.covariance, (*stack, m, m)))
+
+    def of_loss(rows_of: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any], Any], bool]:
+        def check(g: dict[str, Any], r: Any) -> bool:
+            loss, stats = r if g.get("return_stats") else (r, None)
+            rows = tuple(rows_of(g))
+            right = tuple(loss.shape) == (rows if g.get("reduction", "mean") == "none" else ())
+            return right and (stats is None or all(v is None or tuple(v.shape) == rows for v in stats))
+
+        return check
+
+    def rows_of_input(g: dict[str, Any]) -> Any:
+        shape = g["input"].shape
+        return () if len(shape) == 1 else (shape[0], *shape[2:])
+
+    def of_tokens(g: dict[str, Any], r: Any) -> bool:
+        return all(tuple(v.shape) == tuple(g["target"].shape) for v in r)
+
+    return {
+        "batch_norm": Function(hw3gpu.batch_norm, batch, of_batch),
+        "batch_norm_backward": Function(hw3gpu.batch_norm_backward, batch_backward, of_batch_backward),
+        "softmax": Function(hw3gpu.softmax, rows("z"), same("z")),
+        "softmax_backward": Function(hw3gpu.softmax_backward, rows("dy", "y"), same("y")),
+        "softmax_jacobian": Function(
+            hw3gpu.softmax_jacobian, rows("z", axis=False), lambda g, y: shape_is((y, (*g["z"].shape, g["z"].shape[-1])))
+        ),
+        "cross_entropy": Function(
+            hw3gpu.cross_entropy, rows("y", "y_hat", axis=False), lambda g, y: shape_is((y, g["y"].shape[:-1]))
+        ),
+        "softmax_cross_entropy": Function(
+            hw3gpu.softmax_cross_entropy, classes,
+            lambda g, r: shape_is((r.loss, g["z"].shape[:-1]), (r.dz, g["z"].shape)),
+        ),
+        "moments": Function(hw3gpu.moments, lambda rng: either(rng, {"points": points(rng), "ddof": 0}), of_moments),
+        "points_with_moments": Function(hw3gpu.points_with_moments, given_moments, of_points),
+        "minimize_trace": Function(hw3gpu.minimize_trace, trace, of_trace("covariance")),
+        "minor_components": Function(
+            hw3gpu.minor_components,
+            lambda rng: either(rng, {"points": points(rng), "k": 1, "largest": False, "ddof": 0}), of_trace("points"),
+        ),
+        "MomentAccumulator": Function(
+            accumulate, lambda rng: either(rng, {"m": None, "points": points(rng), "ddof": 0}), of_moments
+        ),
+        "conv2d_output_shape": Function(hw3gpu.conv2d_output_shape, convolution, lambda g, r: len(r) == 4),
+        "conv_transpose2d_output_shape": Function(
+            hw3gpu.conv_transpose2d_output_shape, transposed, lambda g, r: len(r) == 4
+        ),
+        "conv2d_padding_for": Function(hw3gpu.conv2d_padding_for, paddings, lambda g, r: len(r) == 2),
+        "use_backend": Function(backend, lambda rng: {"name": "auto"}, whatever),
+        "functional.batch_norm": Function(HF.batch_norm, torch_batch, same("input")),
+        "functional.softmax": Function(
+            HF.softmax, lambda rng: {"input": tensor(rng, sizes(rng, 2)), "dim": 1, "dtype": None}, same("input")
+        ),
+        "functional.cross_entropy": Function(HF.cross_entropy, loss, of_loss(rows_of_input)),
+        "functional.linear_cross_entropy": Function(
+            HF.linear_cross_entropy, linear_loss,
+            of_loss(lambda g: (*g["input"].shape[:-1], *g["linear_weight"].shape[1:-1])),
+        ),
+        "functional.token_log_probs": Function(HF.token_log_probs, tokens, of_tokens),
+        "functional.linear_token_log_probs": Function(HF.linear_token_log_probs, linear_tokens, of_tokens),
+        "functional.minimize_trace": Function(HF.minimize_trace, torch_trace, of_trace("covariance")),
+        "functional.check_targets": Function(HF.check_targets, lambda rng: {"device": None}, whatever),
+        "distributed.sync_batch_norm": Function(distributed.sync_batch_norm, synchronised, same("input")),
+        "distributed.vocab_parallel_cross_entropy": Function(
+            distributed.vocab_parallel_cross_entropy, sharded,
+            of_loss(lambda g: g["target"].shape),
+        ),
+        "nn.BatchNorm1d": Function(module(nn.BatchNorm1d), moduled(2), same("input")),
+        "nn.BatchNorm2d": Function(module(nn.BatchNorm2d), moduled(4), same("input")),
+        "nn.BatchNormAct2d": Function(module(nn.BatchNormAct2d), moduled(4), same("input")),
+        "nn.CrossEntropyLoss": Function(loss_module, loss, of_loss(rows_of_input)),
+        "nn.convert_batch_norm": Function(
+            nn.convert_batch_norm, lambda rng: {"module": nn.BatchNorm1d(3), "sync": False}, whatever
+        ),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- an input, and what it ends in
+def arguments(rng: random.Random, of: Function, pool: list[Callable[[], Any]]) -> dict[str, Any]:
+    import torch
+
+    given = of.good(rng)
+    for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
+        name = rng.choice(list(given))
+        value = given[name]
+        what = rng.random()
+        if isinstance(value, (np.ndarray, torch.Tensor)) and what < 0.75:
+            given[name] = spoil_array(rng, value)
+        elif what < 0.95:
+            given[name] = rng.choice(pool)()
+        else:
+            del given[name]
+            if not given:
+                break
+    return given
+
+
+def arrays_in(given: dict[str, Any]) -> Iterator[Any]:
+    import torch
+
+    for name, v in given.items():
+        if not name.startswith("running") and (type(v) is np.ndarray or type(v) is torch.Tensor):
+            yield v
+
+
+def digest(x: Any) -> bytes | None:
+    """A hash of the elements; None of what has none that can be read."""
+    import torch
+
+    if isinstance(x, torch.Tensor):
+        if x.layout is not torch.strided or x.is_nested or x.device.type != "cpu":
+            return None
+        x = x.detach().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(x.tobytes() if x.dtype.kind != "O" else repr(x).encode()).digest()
+
+
+ALLOWED = (TypeError, ValueError, RuntimeError, IndexError, MemoryError)
+
+
+def run_one(seed: int, number: int, table: dict[str, Function], pool: list[Callable[[], Any]]) -> tuple[str, str, str]:
+    """(function, 'result' or the exception's name, what is wrong about it or nothing)."""
+    rng = random.Random(f"{seed}:{number}")
+    name = rng.choice(list(table))
+    of = table[name]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            given = arguments(rng, of, pool)
+            before = [digest(x) for x in arrays_in(given)]
+    except Exception as error:  # NumPy or torch has no such array
+        return name, f"no such argument ({type(error).__name__})", ""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            found = of.call(**given)
+        except ALLOWED as error:
+            end, text = type(error).__name__, str(error)
+            names = {*given, *inspect.signature(of.call).parameters, "use_backend", "running_mean"}
+            named = any(parameter in text for parameter in names) or isinstance(error, MemoryError)
+            wrong = "" if named else f"no argument is named: {text[:300]}"
+        except BaseException as error:
+            end, wrong = type(error).__name__, traceback.format_exc(limit=-4)
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+        else:
+            end, wrong = "result", ""
+            try:
+                if not of.shapes(given, found):
+                    wrong = f"a result of another shape: {found!r:.300}"
+            except Exception:
+                wrong = f"the shape cannot be told: {traceback.format_exc(limit=-2)}"
+        if not wrong and len(said) > 2:
+            wrong = f"{len(said)} warnings, {said[0].message!r}"
+    if not wrong and before != [digest(x) for x in arrays_in(given)]:
+        wrong = "an argument was written"
+    return name, end, wrong and f"{name}({describe(given)})\n    {wrong}"
+
+
+def describe(given: dict[str, Any]) -> str:
+    import torch
+
+    def one(v: Any) -> str:
+        if isinstance(v, torch.Tensor):
+            return f"tensor{tuple(v.shape) if not v.is_nested else '(nested)'} {v.dtype} {v.layout} {v.device}"
+        if isinstance(v, np.ndarray):
+            return f"{type(v).__name__}{v.shape} {v.dtype} strides {v.strides}"
+        return f"{v!r:.60}"
+
+    return ", ".join(f"{k}={one(v)}" for k, v in given.items())
+
+
+# ---------------------------------------------------------------------------------------------- children
+def child(seed: int, first: int, last: int, note: str) -> None:
+    """Runs inputs first…last - 1; prints what is wrong, then a line with the counts."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    table, pool = functions(), spoilt_values()
+    ends: Counter[str] = Counter()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # in C code too: the child ends, and the note says where
+    with open(note, "w", buffering=1) as at:
+        for number in range(first, last):
+            at.seek(0)
+            at.write(f"{number}\n")
+            signal.alarm(LIMIT)
+            _, end, wrong = run_one(seed, number, table, pool)
+            signal.alarm(0)
+            ends[end] += 1
+            if wrong:
+                print(f"{seed}:{number} {end}: {wrong}", flush=True)
+            if number % 500 == 0:
+                gc.collect()
+    print("ENDS", json.dumps(ends), flush=True)
+    os._exit(0)  # without the process group's farewell
+
+
+def run(seed: int, inputs: int, first: int = 0) -> tuple[Counter[str], list[str]]:
+    """Counts of how inputs ended, and those that are wrong; in children, so that one that dies is seen."""
+    ends: Counter[str] = Counter()
+    wrong: list[str] = []
+    last = first + inputs
+    with tempfile.TemporaryDirectory() as folder:
+        note = str(Path(folder) / "note")
+        while first < last:
+            stop = min(first + BATCH, last)
+            command = [sys.executable, __file__, "--child", f"{seed}:{first}:{stop}:{note}"]
+            done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+            for line in done.stdout.splitlines():
+                if line.startswith("ENDS "):
+                    ends.update(json.loads(line[5:]))
+                else:
+                    wrong.append(line)
+            if done.returncode:
+                at = int(Path(note).read_text().split()[0]) if Path(note).exists() else first
+                wrong.append(f"{seed}:{at} the process ended with {done.returncode}\n{done.stderr[-1500:]}")
+                ends["died"] += 1
+                stop = at + 1
+            first = stop
+    return ends, wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--only", help="SEED:NUMBER")
+    asked = parser.parse_args()
+    if asked.child:
+        seed, first, last, note = asked.child.split(":", 3)
+        child(int(seed), int(first), int(last), note)
+    if asked.only:
+        seed, number = map(int, asked.only.split(":"))
+        print(*run_one(seed, number, functions(), spoilt_values()))
+        return 0
+    ends, wrong = run(asked.seed, asked.inputs)
+    print(*wrong, sep="\n")
+    print(f"{asked.inputs} inputs, seed {asked.seed}: {dict(ends.most_common())}; wrong: {len(wrong)}")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
