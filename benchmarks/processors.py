@@ -248,7 +248,7 @@ def measure(of: FeatureSet, tests: Sequence[str], folder: Path, whole: bool) -> 
 
 
 # ---------------------------------------------------------------------------------------------- the table
-HEADINGS = ("processor played", "variables", "a loop's registers", "bytes of the results", "`verify`", "tests", "s")
+HEADINGS = ("processor", "variables", "a loop's registers", "bytes of the results", "`verify`", "tests", "s")
 
 
 def line(row: Row) -> str:

@@ -54,7 +54,7 @@ def call_table(kernels: Findings) -> str:
     """Markdown."""
     rows = figures(kernels)
     lines = [
-        "| call | pass | MB | launches | KB under way, H100 | "
+        "| call | pass | MB | launches | KB in flight, H100 | "
         + " | ".join(f"{d.name}, predicted µs | share" for d in DEVICES)
         + " |",
         "|---" * (5 + 2 * len(DEVICES)) + "|",
