@@ -23,7 +23,8 @@ for the two layouts:
 and `_batch_norm/planes_fused.py` and `_batch_norm/lines_fused.py` those with a residual or a mask (`_batch_norm/mask.py`),
 whose layout that of x decides.
 
-How work is cut into blocks (`_batch_norm/cut.py`) depends on shapes and strides alone; blocks are merged in order.
+A call decides once which loops run and how their work is cut into blocks (`channel_plan.py`), by shapes and strides alone;
+a launcher follows that plan. Blocks are merged in order.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ from typing import Any
 
 import numpy as np
 
-from ._batch_norm import cut, lines, lines_fused, planes, planes_fused, tiles
+from . import channel_plan
+from ._batch_norm import lines, lines_fused, planes, planes_fused, tiles
 from ._batch_norm.statistics import better_shifts, finish_all, finish_gradients, first_means, merge
 from ._numba.compile import kernel
 from ._numba.elements import store, to_accumulate
 from ._numba.threads import run
+from .channel_plan import Pass, layout_of
 
 
 # ---------------------------------------------------------------------------------------------- vectors
@@ -68,7 +71,38 @@ def _check(x, mean, *of_channels, like=(), mask=None):
     assert mask is None or mask.nbytes == mask.size >= mask_size(x), (mask.nbytes, x.shape)
 
 
-# ---------------------------------------------------------------------------------------------- split: sums and results
+# ---------------------------------------------------------------------------------------------- passes
+# The loops of a pass, by the family that its plan names.
+_SUMS = {"planes": planes.sums, "lines": lines.sums, "tiles": tiles.sums}
+_GRADIENT_SUMS = {"planes": planes.gradient_sums, "lines": lines.gradient_sums, "tiles": tiles.gradient_sums}
+_NORMALIZE = {"planes": planes.normalize, "lines": lines.normalize, "tiles": tiles.normalize}
+_APPLY = {"planes": planes.apply, "lines": lines.apply, "tiles": tiles.apply}
+_FORWARD = {"planes": planes.forward, "tiles": tiles.forward}
+_BACKWARD = {"planes": planes.backward, "tiles": tiles.backward}
+
+_FUSED_GRADIENT_SUMS = {
+    "planes": planes_fused.gradient_sums, "lines": lines_fused.rows_gradient_sums, "tiles": lines_fused.tile_gradient_sums
+}  # fmt: skip
+_FUSED_NORMALIZE = {
+    "planes": planes_fused.normalize, "lines": lines_fused.rows_normalize, "tiles": lines_fused.tile_normalize
+}  # fmt: skip
+_FUSED_APPLY = {"planes": planes_fused.apply, "lines": lines_fused.rows_apply, "tiles": lines_fused.tile_apply}
+_FUSED_FORWARD = {"planes": planes_fused.forward, "tiles": lines_fused.tile_forward}
+_FUSED_BACKWARD = {"planes": planes_fused.backward, "tiles": lines_fused.tile_backward}
+
+
+def _walked(of: Pass, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Arrays (N, C, S) as the loops of a pass walk them."""
+    if not of.joined:
+        return arrays
+    N, C, S = arrays[0].shape
+    return tuple(a.transpose(0, 2, 1).reshape(N * S, C, 1) for a in arrays)
+
+
+def _run(kernels: dict[str, Any], of: Pass, cost: int, *operands: Any) -> None:
+    run(kernels[of.loops], of.blocks, cost, *of.told, *operands)
+
+
 def _merged(partial: np.ndarray) -> np.ndarray:
     """The sum over the blocks of partial (blocks, 2, C)."""
     if len(partial) == 1:
@@ -78,94 +112,34 @@ def _merged(partial: np.ndarray) -> np.ndarray:
     return sums
 
 
-def _sum_deviations(x: np.ndarray, shift: np.ndarray) -> np.ndarray:
+def _sum_deviations(of: Pass, x: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """sum (x - shift) and sum (x - shift)^2 of every channel: (2, C) float64."""
-    C = x.shape[1]
-    group, parts, (seen,) = cut.tiled(x)
-    partial = np.empty((parts if group else cut.blocks(x), 2, C))
-    if group:
-        run(tiles.sums, -(-C // group) * parts, x.nbytes, group, seen, shift, partial)
-    elif cut.in_rows(x):
-        run(lines.sums, len(partial), x.nbytes, cut.rows_per_line(cut.SUM_LINE, x), x, shift, partial)
-    else:
-        run(planes.sums, len(partial), x.nbytes, x, shift, partial)
+    partial = np.empty((of.partial, 2, x.shape[1]))
+    _run(_SUMS, of, x.nbytes, *_walked(of, x), shift, partial)
     return _merged(partial)
 
 
-def _sum_gradients(dy: np.ndarray, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
+def _sum_gradients(of: Pass, dy: np.ndarray, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """sum dy and sum dy (x - mean) of every channel: (2, C) float64."""
-    C, cost, no_dx = x.shape[1], 2 * x.nbytes, (mean[0], np.empty((0, 0, 0), x.dtype))
-    group, parts, seen = cut.tiled(dy, x)
-    partial = np.empty((parts if group else cut.blocks(x), 2, C))
-    if group:
-        run(tiles.gradient_sums, -(-C // group) * parts, cost, group, *seen, mean, *no_dx, partial)
-    elif cut.in_rows(dy, x):
-        rows = cut.rows_per_line(cut.SUM_LINE, dy, x)
-        run(lines.gradient_sums, len(partial), cost, rows, dy, x, mean, *no_dx, partial)
-    else:
-        run(planes.gradient_sums, len(partial), cost, dy, x, mean, *no_dx, partial)
+    partial = np.empty((of.partial, 2, x.shape[1]))
+    no_scale_and_dx = mean[0], np.empty((0, 0, 0), x.dtype)
+    _run(_GRADIENT_SUMS, of, 2 * x.nbytes, *_walked(of, dy, x), mean, *no_scale_and_dx, partial)
     return _merged(partial)
 
 
 def _sum_and_scale_gradients(dy, x, mean, scale, dx):
-    """As `_sum_gradients`, and dx = scale dy. No channel has to be done whole: in the order of memory."""
-    C, cost, operands = x.shape[1], 3 * x.nbytes, (dy, x, mean, scale, dx)
-    if cut.in_rows(dy, x, dx):
-        partial, rows = np.empty((cut.blocks(x), 2, C)), cut.rows_per_line(cut.SUM_AND_RESULT_LINE, dy, x, dx)
-        run(lines.gradient_sums, len(partial), cost, rows, *operands, partial)
-    elif x.shape[2] < cut.PLANE and cut.small_planes(dy, x, dx):
-        group, parts = cut.tiles(*x.shape, x.itemsize)
-        partial = np.empty((parts, 2, C))
-        run(tiles.gradient_sums, -(-C // group) * parts, cost, group, *operands, partial)
-    else:
-        partial = np.empty((cut.blocks(x), 2, C))
-        run(planes.gradient_sums, len(partial), cost, *operands, partial)
+    """As `_sum_gradients`, and dx = scale dy."""
+    of = channel_plan.plan_sums_and_result(layout_of(x, dy, dx))
+    partial = np.empty((of.partial, 2, x.shape[1]))
+    _run(_GRADIENT_SUMS, of, 3 * x.nbytes, dy, x, mean, scale, dx, partial)
     return _merged(partial)
 
 
-def _normalize(x: np.ndarray, mean: np.ndarray, scale: np.ndarray, beta: np.ndarray, y: np.ndarray) -> None:
-    blocks, cost = cut.blocks(x), 2 * x.nbytes
-    if cut.in_rows(x, y):
-        run(lines.normalize, blocks, cost, blocks, cut.rows_per_line(cut.LINE, x, y), x, mean, scale, beta, y)
-    elif cut.small_planes(x, y):
-        group, parts = cut.tiles(*x.shape, x.itemsize)
-        run(tiles.normalize, -(-x.shape[1] // group) * parts, cost, group, parts, x, mean, scale, beta, y)
-    else:
-        run(planes.normalize, blocks, cost, blocks, x, mean, scale, beta, y)
-
-
-def _apply(dy, x, mean, scale, b, k, dx):
-    blocks, cost = cut.blocks(x), 3 * x.nbytes
-    if cut.in_rows(dy, x, dx):
-        run(lines.apply, blocks, cost, blocks, cut.rows_per_line(cut.LINE, dy, x, dx), dy, x, mean, scale, b, k, dx)
-    elif cut.small_planes(dy, x, dx):
-        group, parts = cut.tiles(*x.shape, x.itemsize)
-        run(tiles.apply, -(-x.shape[1] // group) * parts, cost, group, parts, dy, x, mean, scale, b, k, dx)
-    else:
-        run(planes.apply, blocks, cost, blocks, dy, x, mean, scale, b, k, dx)
-
-
 # ---------------------------------------------------------------------------------------------- with a residual or a mask
-def _rows(C: int) -> int:
-    """Rows of a line of `_batch_norm.lines_fused`."""
-    return max(1, cut.LINE // max(C, 1))
-
-
-def _bytes(bits: int) -> int:
-    return (bits + 7) // 8
-
-
-def _bytes_of_lines(rows: int, rows_per_line: int, size: int) -> int:
-    """Bytes for the bits of rows of `size` values; a line, perhaps the last one a shorter one, has bytes of its own."""
-    return rows // rows_per_line * _bytes(rows_per_line * size) + _bytes(rows % rows_per_line * size)
-
-
 def mask_size(x: np.ndarray) -> int:
     """Bytes of the mask of x (N, C, …), by its shape alone: an eighth of a byte a value, and what fills up bytes."""
     N, C, *positions = x.shape
-    S = math.prod(positions)
-    N, S = (1, N) if S == 1 else (N, S)
-    return max(N * C * _bytes(S), _bytes_of_lines(N * S, _rows(C), C))
+    return channel_plan.mask_size(N, C, math.prod(positions))
 
 
 def _turned(*arrays: Any) -> tuple[Any, ...]:
@@ -182,74 +156,23 @@ def _given_mask(mask: np.ndarray | None) -> np.ndarray:
     return np.empty((0, 0, 0), np.uint8) if mask is None else mask.reshape(1, 1, -1)
 
 
-def _new_mask(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+def _new_mask(mask: np.ndarray | None, used: int) -> np.ndarray:
     """`mask` to be written, what the layout of x does not need of it set to 0."""
     if mask is not None:
-        N, C, S = x.shape
-        if cut.in_rows(x):
-            used = _bytes_of_lines(N * S, _rows(C), C)
-        else:
-            used = N * _bytes_of_lines(C, _tile(x) or 1, S)
         mask[used:] = 0
     return _given_mask(mask)
 
 
-def _tile(x: np.ndarray) -> int:
-    """Channels whose small planes are gone through at once; 0 where x has another layout, or they are not done whole."""
-    group, parts, _ = (0, 1, ()) if cut.in_rows(x) else cut.tiled(x)
-    return group if parts == 1 else 0
-
-
-def _whole_fused(x: np.ndarray) -> tuple[int, bool, tuple[np.ndarray, ...]]:
-    """As `whole`, where the layout of x alone decides, and rows are never cut."""
-    group = _tile(x)
-    return (group, True, (x,)) if group else (0 if cut.small_planes(x) else cut.whole_planes(x), False, (x,))
-
-
-def _pieces(x: np.ndarray) -> int:
-    """Blocks of a split into whole pieces of the mask."""
-    N, C, S = x.shape
-    pieces = -(-(N * S) // _rows(C)) if cut.in_rows(x) else N * -(-S // planes.RUN)
-    return max(1, min(cut.MOST_BLOCKS, x.nbytes // cut.BLOCK_BYTES, pieces))
-
-
-def _fused_normalize(x, mean, scale, beta, y, residual, mask):
-    x, y, residual = _turned(x, y, residual)
-    operands, blocks, cost = (x, mean, scale, beta, _given(x, residual), y, _new_mask(x, mask)), _pieces(x), 3 * x.nbytes
-    if cut.in_rows(x):
-        run(lines_fused.rows_normalize, blocks, cost, blocks, _rows(x.shape[1]), *operands)
-    elif group := _tile(x):
-        run(lines_fused.tile_normalize, -(-x.shape[1] // group), cost, group, *operands)
-    else:
-        run(planes_fused.normalize, blocks, cost, blocks, *operands)
-
-
-def _fused_gradient_sums(dy, x, mean, mask):
+def _masked_gradient_sums(of: Pass, dy, x, mean, mask):
     """sum dy and sum dy (x - mean) of every channel, of the dy that passes: (2, C) float64."""
-    dy, x = _turned(dy, x)
-    C, cost = x.shape[1], 2 * x.nbytes
-    sums, operands = np.empty((2, C)), (dy, x, _given_mask(mask), mean)
-    if group := _tile(x):
-        run(lines_fused.tile_gradient_sums, -(-C // group), cost, group, *operands, sums)
+    C, operands = x.shape[1], (dy, x, _given_mask(mask), mean)
+    if not of.partial:
+        sums = np.empty((2, C))
+        _run(_FUSED_GRADIENT_SUMS, of, 2 * x.nbytes, *operands, sums)
         return sums
-    partial = np.empty((_pieces(x), 2, C))
-    if cut.in_rows(x):
-        run(lines_fused.rows_gradient_sums, len(partial), cost, _rows(C), *operands, partial)
-    else:
-        run(planes_fused.gradient_sums, len(partial), cost, *operands, partial)
+    partial = np.empty((of.partial, 2, C))
+    _run(_FUSED_GRADIENT_SUMS, of, 2 * x.nbytes, *operands, partial)
     return _merged(partial)
-
-
-def _fused_apply(dy, x, mean, scale, b, k, trained, dx, mask, dresidual):
-    dy, x, dx, dresidual = _turned(dy, x, dx, dresidual)
-    operands = dy, x, _given_mask(mask), mean, scale, b, k, trained, dx, _given(x, dresidual)
-    blocks, cost = _pieces(x), 4 * x.nbytes
-    if cut.in_rows(x):
-        run(lines_fused.rows_apply, blocks, cost, blocks, _rows(x.shape[1]), *operands)
-    elif group := _tile(x):
-        run(lines_fused.tile_apply, -(-x.shape[1] // group), cost, group, *operands)
-    else:
-        run(planes_fused.apply, blocks, cost, blocks, *operands)
 
 
 # ---------------------------------------------------------------------------------------------- launchers
@@ -266,6 +189,11 @@ def statistics(
 ) -> None:
     """mean (2, C), var and rstd (C,) of x (N, C, S); running statistics updated in place."""
     _check(x, mean, var, rstd, running_mean, running_var)
+    of = channel_plan.plan_sums(layout_of(x))
+    _statistics(of, x, mean, var, rstd, running_mean, running_var, eps, momentum)
+
+
+def _statistics(of, x, mean, var, rstd, running_mean, running_var, eps, momentum):
     C, m = x.shape[1], float(x.shape[0] * x.shape[2])
     new_mean, new_var = _running(running_mean, var.dtype), _running(running_var, var.dtype)
     if m == 0:
@@ -273,9 +201,9 @@ def statistics(
     else:
         shift = np.empty(C)
         first_means(x, shift)
-        sums = _sum_deviations(x, shift)
+        sums = _sum_deviations(of, x, shift)
         if better_shifts(shift, sums, m):
-            sums = _sum_deviations(x, shift)
+            sums = _sum_deviations(of, x, shift)
     finish_all(shift, sums, m, float(eps), float(momentum), mean, var, rstd, new_mean, new_var)
     _store_running(running_mean, new_mean)
     _store_running(running_var, new_var)
@@ -294,15 +222,23 @@ def normalize(
 ) -> None:
     """y = (x - mean) (rstd gamma) + beta + residual, what is below 0 as 0 where a mask is given to be written."""
     _check(x, mean, rstd, gamma, beta, like=(y, residual), mask=mask)
+    fused = residual is not None or mask is not None
+    if fused:
+        x, y, residual = _turned(x, y, residual)
+    _normalize(channel_plan.plan_result(layout_of(x, y), fused), x, mean, rstd, gamma, beta, y, residual, mask)
+
+
+def _normalize(plan, x, mean, rstd, gamma, beta, y, residual, mask):
     if x.size == 0:
         return
     C, dtype = x.shape[1], rstd.dtype
     scale = np.ascontiguousarray(rstd if gamma is None else rstd * to_accumulate(gamma, C, dtype, 1.0))
     beta = to_accumulate(beta, C, dtype, 0.0)
-    if residual is None and mask is None:
-        _normalize(x, mean, scale, beta, y)
+    if plan.fused:
+        operands = x, mean, scale, beta, _given(x, residual), y, _new_mask(mask, plan.mask_bytes)
+        _run(_FUSED_NORMALIZE, plan.result, 3 * x.nbytes, *operands)
     else:
-        _fused_normalize(x, mean, scale, beta, y, residual, mask)
+        _run(_NORMALIZE, plan.result, 2 * x.nbytes, x, mean, scale, beta, y)
 
 
 def forward(
@@ -326,22 +262,21 @@ def forward(
     fused = residual is not None or mask is not None
     if fused:
         x, y, residual = _turned(x, y, residual)
-    group, tiled, seen = _whole_fused(x) if fused else cut.whole(x, y)
-    if not group:
-        statistics(x, mean, var, rstd, running_mean, running_var, eps=eps, momentum=momentum)
-        normalize(x, mean, rstd, gamma, beta, y, residual=residual, mask=mask)
+    plan = channel_plan.plan_forward(layout_of(x, y), fused)
+    if plan.whole is None:
+        _statistics(plan.sums, x, mean, var, rstd, running_mean, running_var, eps, momentum)
+        _normalize(plan, x, mean, rstd, gamma, beta, y, residual, mask)
         return
     C, dtype = x.shape[1], var.dtype
     new_mean, new_var = _running(running_mean, dtype), _running(running_var, dtype)
     gamma, beta = to_accumulate(gamma, C, dtype, 1.0), to_accumulate(beta, C, dtype, 0.0)
     results = mean, var, rstd, new_mean, new_var, float(eps), float(momentum)
     if fused:
-        kernel = lines_fused.tile_forward if tiled else planes_fused.forward
-        operands: tuple[Any, ...] = x, gamma, beta, _given(x, residual), y, _new_mask(x, mask)
+        operands = x, gamma, beta, _given(x, residual), y, _new_mask(mask, plan.mask_bytes)
+        _run(_FUSED_FORWARD, plan.whole, 3 * x.nbytes, *operands, *results)
     else:
-        kernel = tiles.forward if tiled else planes.forward
-        operands = seen[0], gamma, beta, seen[1]
-    run(kernel, -(-C // group), 3 * x.nbytes, group, *operands, *results)
+        x, y = _walked(plan.whole, x, y)
+        _run(_FORWARD, plan.whole, 3 * x.nbytes, x, gamma, beta, y, *results)
     _store_running(running_mean, new_mean)
     _store_running(running_var, new_var)
 
@@ -358,10 +293,18 @@ def backward_reduce(
 ) -> None:
     """dbeta = sum dy, dgamma = sum dy x_hat; dy counts where the mask, if given, is set."""
     _check(x, mean, rstd, dgamma, dbeta, like=(dy,), mask=mask)
+    if mask is not None:
+        dy, x = _turned(dy, x)
+    layout = layout_of(x, dy)
+    of = channel_plan.plan_sums(layout) if mask is None else channel_plan.plan_masked_sums(layout)
+    _reduce(of, dy, x, mean, rstd, dgamma, dbeta, mask)
+
+
+def _reduce(of, dy, x, mean, rstd, dgamma, dbeta, mask):
     if x.size == 0:
         sums = np.zeros((2, x.shape[1]))
     else:
-        sums = _sum_gradients(dy, x, mean) if mask is None else _fused_gradient_sums(dy, x, mean, mask)
+        sums = _sum_gradients(of, dy, x, mean) if mask is None else _masked_gradient_sums(of, dy, x, mean, mask)
     finish_gradients(sums, rstd, dgamma, dbeta)
 
 
@@ -381,28 +324,29 @@ def backward_apply(
 ) -> None:
     """dx = gamma rstd (dy - dbeta / count - x_hat dgamma / count); dresidual, where given, is the dy that passes."""
     _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
+    fused = mask is not None or dresidual is not None
+    if fused:
+        dy, x, dx, dresidual = _turned(dy, x, dx, dresidual)
+    plan = channel_plan.plan_result(layout_of(x, dy, dx), fused)
+    _apply(plan, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual)
+
+
+def _apply(plan, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual):
     if x.size == 0:
         return
     count = float(np.asarray(count).item())
     scale = rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
     b = (dbeta / count).astype(rstd.dtype)
     k = (rstd * (dgamma / count)).astype(rstd.dtype)
-    if mask is not None or dresidual is not None:
-        _fused_apply(dy, x, mean, scale, b, k, True, dx, mask, dresidual)
-        return
-    _apply(dy, x, mean, scale, b, k, dx)
+    if plan.fused:
+        _fused_apply(plan, dy, x, mean, scale, b, k, True, dx, mask, dresidual)
+    else:
+        _run(_APPLY, plan.result, 3 * x.nbytes, dy, x, mean, scale, b, k, dx)
 
 
-def _backward_whole(dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
-    """Both parts of a backward pass without a mask, if channels are done whole; True if they were."""
-    group, tiled, seen = cut.whole(dy, x, dx)
-    if not group:
-        return False
-    dy, x, dx = seen
-    gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-    kernel = tiles.backward if tiled else planes.backward
-    run(kernel, -(-rstd.size // group), 5 * x.nbytes, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
-    return True
+def _fused_apply(plan, dy, x, mean, scale, b, k, trained, dx, mask, dresidual):
+    operands = dy, x, _given_mask(mask), mean, scale, b, k, trained, dx, _given(x, dresidual)
+    _run(_FUSED_APPLY, plan.result, 4 * x.nbytes, *operands)
 
 
 def backward(
@@ -421,20 +365,21 @@ def backward(
     """`backward_reduce`, then `backward_apply` with count = m."""
     _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
     fused = mask is not None or dresidual is not None
-    if not fused and _backward_whole(dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
-        return
     if fused:
         x, dy, dx, dresidual = _turned(x, dy, dx, dresidual)
-    group, tiled, _ = _whole_fused(x) if fused else (0, False, ())
-    if not group:
-        backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask)
+    plan = channel_plan.plan_backward(layout_of(x, dy, dx), fused, mask is not None)
+    if plan.whole is None:
+        _reduce(plan.sums, dy, x, mean, rstd, dgamma, dbeta, mask)
         count = x.shape[0] * x.shape[2]
-        backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask=mask, dresidual=dresidual)
+        _apply(plan, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual)
         return
     gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-    kernel = lines_fused.tile_backward if tiled else planes_fused.backward
-    operands = dy, x, _given_mask(mask), mean, rstd, gamma, dx, _given(x, dresidual)
-    run(kernel, -(-rstd.size // group), 5 * x.nbytes, group, *operands, dgamma, dbeta)
+    if fused:
+        operands = dy, x, _given_mask(mask), mean, rstd, gamma, dx, _given(x, dresidual)
+        _run(_FUSED_BACKWARD, plan.whole, 5 * x.nbytes, *operands, dgamma, dbeta)
+    else:
+        dy, x, dx = _walked(plan.whole, dy, x, dx)
+        _run(_BACKWARD, plan.whole, 5 * x.nbytes, dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
 
 
 def inference_backward(
@@ -460,5 +405,7 @@ def inference_backward(
         finish_gradients(_sum_and_scale_gradients(dy, x, mean, scale, dx), rstd, dgamma, dbeta)
         return
     backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask)
+    dy, x, dx, dresidual = _turned(dy, x, dx, dresidual)
+    plan = channel_plan.plan_result(layout_of(x, dy, dx), True)
     none = np.zeros_like(rstd)
-    _fused_apply(dy, x, mean, scale, none, none, False, dx, mask, dresidual)
+    _fused_apply(plan, dy, x, mean, scale, none, none, False, dx, mask, dresidual)

@@ -15,13 +15,13 @@ import numpy as np
 from ._batch_norm import lines
 from ._batch_norm import planes as _planes
 from ._batch_norm import tiles as _tiles
-from ._batch_norm.cut import BLOCK_ROWS, PLANE, SMALL_PLANE, SUM_AND_RESULT_LINE, flat_blocks, strip, tiles
 from ._batch_norm.statistics import finish_gradients, merge
 from ._numba.by_address import floats, planes, vector_or
 from ._numba.compile import inline, kernel
 from ._numba.simd import streamed
 from ._numba.threads import run
 from ._numba.views import line_of
+from .channel_plan import BLOCK_ROWS, PLANE, SMALL_PLANE, SUM_AND_RESULT_LINE, flat_blocks, strip, tiles
 
 __all__ = ["backward", "does_whole", "forward", "inference_backward", "normalize", "normalizes"]
 
