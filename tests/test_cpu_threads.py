@@ -173,6 +173,26 @@ sys.exit(os.waitpid(child, 0)[1])
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_thread_that_outlives_the_main_one_computes():
+    """concurrent.futures refuses work by then."""
+    code = """
+import threading
+from hw3gpu.kernels.cpu._numba import threads
+
+def last():
+    threading.main_thread().join()
+    done = []
+    threads.run(lambda first, last: done.extend(range(first, last)), 50, 1 << 30)
+    print(sorted(done) == list(range(50)))
+
+threads.set_num_threads(3)
+threads.run(lambda first, last: None, 50, 1 << 30)
+threading.Thread(target=last).start()
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert (output.stdout, output.stderr) == ("True\n", "")
+
+
 class Softmaxes(torch.utils.data.Dataset):
     def __len__(self):
         return 4

@@ -9,6 +9,7 @@ its own, and leaves OpenMP alone.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import queue
@@ -71,76 +72,61 @@ def run(kernel: Callable[..., Any], blocks: int, cost: int, *args: Any) -> None:
     if entry and isinstance(kernel, Dispatcher):
         team_of(kernel)(entry, threads, pieces, blocks, *args)
     else:
-        _Job(kernel, blocks, pieces, args).run(threads)
+        _share_out(kernel, blocks, pieces, threads, args)
 
 
-class _Job:
-    """One call of `run`: pieces that whoever is free takes, and a count of the helpers at work on them."""
+def _share_out(kernel: Callable[..., Any], blocks: int, pieces: int, threads: int, args: tuple[Any, ...]) -> None:
+    """The pieces of one call of `run`: whoever is free takes the next."""
+    next_piece = itertools.count().__next__
+    errors: list[BaseException] = []
 
-    def __init__(self, kernel: Callable[..., Any], blocks: int, pieces: int, args: tuple[Any, ...]) -> None:
-        self.kernel, self.blocks, self.pieces, self.args = kernel, blocks, pieces, args
-        self.next_piece = itertools.count().__next__
-        self.lock = threading.Lock()
-        self.helpers = 0
-        self.closed = False
-        self.helpers_gone = threading.Event()
-        self.error: BaseException | None = None
+    def work() -> None:
+        while (piece := next_piece()) < pieces:
+            kernel(blocks * piece // pieces, blocks * (piece + 1) // pieces, *args)
 
-    def run(self, threads: int) -> None:
-        _pool.submit(self, threads - 1)
-        try:
-            self.work()
-        finally:
-            with self.lock:
-                self.closed = True
-                wait = self.helpers > 0
-            if wait:
-                self.helpers_gone.wait()
-        if self.error is not None:
-            raise self.error
+    def help_with(part: threading.Lock) -> None:
+        if part.acquire(blocking=False):
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                part.release()
 
-    def work(self) -> None:
-        while (piece := self.next_piece()) < self.pieces:
-            first, last = self.blocks * piece // self.pieces, self.blocks * (piece + 1) // self.pieces
-            self.kernel(first, last, *self.args)
-
-    def help(self) -> None:
-        """A helper's part. One that comes after the caller has finished leaves at once."""
-        with self.lock:
-            if self.closed:
-                return
-            self.helpers += 1
-        try:
-            self.work()
-        except BaseException as error:
-            self.error = error
-        with self.lock:
-            self.helpers -= 1
-            if self.closed and self.helpers == 0:
-                self.helpers_gone.set()
+    parts = [threading.Lock() for _ in range(threads - 1)]
+    _pool.submit([functools.partial(help_with, part) for part in parts])
+    try:
+        work()
+    finally:
+        for part in parts:  # waits for a helper that is at work; one that comes later finds its part taken and leaves
+            part.acquire()
+    if errors:
+        raise errors[0]
 
 
 class _Pool:
-    """Daemon threads that wait for jobs; as many as were ever asked for at once."""
+    """Daemon threads that wait for jobs; as many as were ever asked for at once.
+
+    Not concurrent.futures: that refuses work once the main thread has ended, while other threads may go on, and its `submit`
+    takes 2 microseconds a helper more.
+    """
 
     def __init__(self) -> None:
-        self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.lock = threading.Lock()
         self.size = 0
 
-    def submit(self, job: _Job, helpers: int) -> None:
-        if self.size < helpers:
-            with self.lock:
-                while self.size < helpers:
-                    threading.Thread(target=self._serve, name=f"hw3gpu-{self.size}", daemon=True).start()
-                    self.size += 1
-        for _ in range(helpers):
+    def submit(self, jobs: list[Callable[[], None]]) -> None:
+        with self.lock:
+            while self.size < len(jobs):
+                threading.Thread(target=self._serve, name=f"hw3gpu-{self.size}", daemon=True).start()
+                self.size += 1
+        for job in jobs:
             self.jobs.put(job)
 
     def _serve(self) -> None:
-        jobs = self.jobs
         while True:
-            jobs.get().help()
+            self.jobs.get()()
 
 
 _pool = _Pool()
