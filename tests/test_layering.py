@@ -1,6 +1,6 @@
 """The direction of imports, read from the source, and what `import hw3gpu` costs.
 
-    nn -> functional -> _torch -> {_linalg, _core} -> kernels        _array_functions -> {_linalg, _core} -> kernels
+    nn -> _nn -> functional -> _torch -> {_linalg, _core} -> kernels    _array_functions -> {_linalg, _core} -> kernels
 
 `_core.dispatch` is the one module that imports kernels. Neither side, PyTorch's functions and those of arrays, imports the
 other.
@@ -60,7 +60,8 @@ MAY_IMPORT = {
     "_error_bounds": {"reference"},
     "functional": {"_core", "_torch"},
     "distributed": {"_core", "_torch", "functional"},
-    "nn": {"_core", "_torch", "functional", "distributed", "_array_functions.shapes"},
+    "_nn": {"_core", "_torch", "_nn", "functional", "distributed"},
+    "nn": {"_nn", "functional", "_array_functions.shapes"},
     "__init__": {"_core", *PUBLIC},
     "__main__": {"__init__", "_cli"},
     "_cli": {"__init__", "_cli", "_core", "_error_bounds", *PUBLIC},

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from .._core import arrays, dispatch, outputs
-from .._core.torch_internals import apply_of
+from .._core.torch_internals import apply_of, tracing_state
 from . import bound_launches, operators, small_calls
 from .autograd import accumulate_dtype, as_dtype, empty_of, graph_is_needed
 
@@ -23,9 +23,9 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, e
     args = (x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu)
     if call is None:
         if operators.traced(x):
-            return _exported(*args) if torch.compiler.is_exporting() else _traced(*args)
+            return _traced(*args)
         if operators.transformed():
-            return _formula(*args)
+            return _exported(*args) if operators.exporting() else _formula(*args)
     if graph_is_needed(x, weight, bias, residual):
         again = call is not None and call.launches is not None
         rest = running_mean, running_var, training, momentum, eps, relu, call
@@ -362,7 +362,12 @@ def _traced_backward(dy, x, weight, stats, mask, training, relu, residual):
 
 # ---------------------------------------------------------------------------------------------- in PyTorch's operations
 def _exported(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu):
-    """PyTorch's own: what moves an exported model from training to evaluation, or back, looks for this operation alone."""
+    """PyTorch's own: what moves an exported model from training to evaluation, or back, looks for this operation alone.
+
+    PyTorch's exporter to ONNX writes it without the mark of training.
+    """
+    if training and tracing_state() is None and torch.onnx.is_in_onnx_export():
+        return _formula(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu)
     y = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, True)
     if residual is not None:
         y = y + residual

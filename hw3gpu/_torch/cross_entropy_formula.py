@@ -130,10 +130,14 @@ def _loss(z, target, weight, options):
     soft = target.is_floating_point()
     log_p = F.log_softmax(z, axis)
     target = target.to(z.dtype) if soft else target.long()
-    loss = F.cross_entropy(
-        z, target, weight, reduction="none", ignore_index=options.ignore_index, label_smoothing=options.label_smoothing
-    )
+    smoothing = options.label_smoothing
+    if soft and smoothing:
+        target = (1 - smoothing) * target + smoothing / z.shape[axis]
+    loss = F.cross_entropy(z, target, weight, reduction="none", ignore_index=options.ignore_index)
     kept = torch.ones((), dtype=torch.bool, device=z.device) if soft else target != options.ignore_index
+    if smoothing and not soft:  # spelt out: ONNX has no such argument, and one of its exporters drops it
+        each = log_p if weight is None else log_p * weight.to(z.dtype).view(-1, *(1,) * (z.dim() - axis - 1))
+        loss = (1 - smoothing) * loss - torch.where(kept, each.mean(axis), 0.0) * smoothing
     if options.z_loss:
         loss = loss + torch.where(kept, options.z_loss * torch.logsumexp(z, axis) ** 2, 0.0)
     return reduced(loss, kept, target, weight, options), log_p

@@ -18,7 +18,7 @@ from .._core import dispatch
 from .._core.torch_internals import BelowAutograd, dispatch_modes, in_a_dual_level, in_a_functorch_transform, tracing_state
 from .autograd import PLAIN
 
-__all__ = ["below_autograd", "define", "eager", "fake_output", "traced", "transformed"]
+__all__ = ["below_autograd", "define", "eager", "exporting", "fake_output", "traced", "transformed"]
 
 _LIBRARY = torch.library.Library("hw3gpu", "DEF")
 
@@ -43,12 +43,14 @@ def below_autograd(op: Any, *args: Any) -> Any:
 
 def traced(x: torch.Tensor) -> bool:
     """True where a call for `x` is to be an operator: under a compiler, tracer or dispatch mode, for fake and meta tensors."""
-    return _somebody_traces() or type(x) not in PLAIN or (x.is_meta and dispatch.gpu_refusal("meta") is not None)
+    if _somebody_traces():
+        return not exporting()
+    return type(x) not in PLAIN or (x.is_meta and dispatch.gpu_refusal("meta") is not None)
 
 
 def eager() -> bool:
     """True where nobody traces or transforms: what `traced` is for every plain tensor with memory, and `transformed`."""
-    return not (_somebody_traces() or transformed())
+    return not (_somebody_traces() or in_a_functorch_transform() or in_a_dual_level())
 
 
 def _somebody_traces() -> bool:
@@ -56,8 +58,15 @@ def _somebody_traces() -> bool:
 
 
 def transformed() -> bool:
-    """True inside `torch.func` transforms (vmap, grad, jvp, …) and forward-mode differentiation."""
-    return in_a_functorch_transform() or in_a_dual_level()
+    """True where the formula in PyTorch's operations is asked for: `torch.func` transforms, forward mode, `exporting`."""
+    return in_a_functorch_transform() or in_a_dual_level() or exporting()
+
+
+def exporting() -> bool:
+    """True under `torch.export` and `torch.onnx.export`: who gets the graph may not have this library."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return tracing_state() is not None and torch.onnx.is_in_onnx_export()
 
 
 def fake_output(x: torch.Tensor, axis: int) -> torch.Tensor:

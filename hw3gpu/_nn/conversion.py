@@ -1,0 +1,185 @@
+"""PyTorch's modules replaced by ours in a model, and back."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .._core.torch_internals import BatchNormBase
+from .batch_norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    BatchNormForward,
+    SyncBatchNorm,
+    SyncBatchNormAct,
+)
+from .losses import CrossEntropyLoss, LinearCrossEntropyLoss
+from .torch_modules import TorchBatchNormAct
+
+__all__ = ["convert_batch_norm", "to_torch"]
+
+_CONVERTED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.BatchNorm1d: BatchNorm1d,
+    torch.nn.BatchNorm2d: BatchNorm2d,
+    torch.nn.BatchNorm3d: BatchNorm3d,
+    torch.nn.SyncBatchNorm: SyncBatchNorm,
+}
+_SYNCHRONISED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    **dict.fromkeys((*_CONVERTED, *_CONVERTED.values()), SyncBatchNorm),
+    **dict.fromkeys((BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, SyncBatchNormAct), SyncBatchNormAct),
+}
+_log = logging.getLogger("hw3gpu.nn")
+
+
+def convert_batch_norm(module: torch.nn.Module, *, sync: Any = False) -> torch.nn.Module:
+    """Replaces every `torch.nn.BatchNorm1d/2d/3d`, `SyncBatchNorm` in `module` by ours; returns `module`, or its replacement.
+
+    sync: True, or a process group, makes a `SyncBatchNorm` of each of them, our own too, over all processes or that group; one
+    that is synchronised already keeps its group where sync is True.
+    Parameters, buffers, hooks and the training flag stay the same objects, so that an optimizer goes on working, and device and
+    dtype are what they were. A module used in two places stays shared. Subclasses of PyTorch's modules are left alone: lazy and
+    parametrised ones, and those of other libraries. With `sync` these are named in a UserWarning: they go on with the batch of
+    their own process.
+
+    What was replaced, and what was left alone, is logged to `hw3gpu.nn` at level INFO, one line a layer. Raises TypeError for
+    what is no module, and no group.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__module__}.{type(module).__qualname__}")
+    if not (isinstance(sync, bool) or (dist.is_available() and isinstance(sync, dist.ProcessGroup))):
+        raise TypeError(f"sync: expected a bool or a process group, got {type(sync).__module__}.{type(sync).__qualname__}")
+    left: list[str] = []
+    converted = _convert(module, "", sync, {}, left)
+    if sync and left:
+        warnings.warn(f"convert_batch_norm: left alone, and not synchronised: {', '.join(left)}", stacklevel=2)
+    return converted
+
+
+def _convert(
+    module: torch.nn.Module, name: str, sync: Any, done: dict[int, torch.nn.Module], left: list[str]
+) -> torch.nn.Module:
+    if id(module) in done:
+        return done[id(module)]
+    done[id(module)] = module
+    ours = (_SYNCHRONISED if sync else _CONVERTED).get(type(module))
+    if ours is type(module):
+        if sync is not True:
+            module.process_group = sync
+    elif ours is not None:
+        done[id(module)] = converted = ours.__new__(ours)
+        converted.__dict__.update(module.__dict__)
+        if sync and (sync is not True or "process_group" not in module.__dict__):
+            converted.__dict__["process_group"] = None if sync is True else sync
+        _log.info("%s: %s -> %s", name or "(the module)", _named(module), _named(converted))
+    else:
+        if _is_batch_norm(module) and (sync or not isinstance(module, BatchNormForward)):
+            left.append(f"{name or '(the module)'} ({type(module).__module__}.{type(module).__qualname__})")
+            _log.info("%s: %s left alone: only PyTorch's own classes are replaced", name or "(the module)", _named(module))
+        for key, child in module._modules.items():
+            if child is not None:
+                module._modules[key] = _convert(child, f"{name}.{key}" if name else key, sync, done, left)
+    return done[id(module)]
+
+
+# ---------------------------------------------------------------------------------------------- the way back
+_BACK: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    **{ours: theirs for theirs, ours in _CONVERTED.items()},
+    CrossEntropyLoss: torch.nn.CrossEntropyLoss,
+    LinearCrossEntropyLoss: torch.nn.LinearCrossEntropyLoss,
+}
+_NORM_OF: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    BatchNormAct1d: torch.nn.BatchNorm1d,
+    BatchNormAct2d: torch.nn.BatchNorm2d,
+    BatchNormAct3d: torch.nn.BatchNorm3d,
+    SyncBatchNormAct: torch.nn.SyncBatchNorm,
+}
+
+
+def to_torch(module: torch.nn.Module) -> torch.nn.Module:
+    """The way back: every module of ours in `module` replaced by PyTorch's; returns `module`, or its replacement.
+
+    For tools that know PyTorch's own classes alone: `torch.jit.script`, `fuse_modules`, FX fusion and quantisation. A batch
+    normalisation becomes the module that `convert_batch_norm` takes. A `BatchNormAct1d/2d/3d` or `SyncBatchNormAct` becomes a
+    module of PyTorch's batch normalisation (`norm`), the sum and the activation, with the same `state_dict` and call. A loss
+    becomes PyTorch's. `Conv2D` computes in PyTorch's operations and stays.
+
+    Parameters, buffers, hooks and the training flag stay the same objects, and a module used in two places stays shared. What
+    was replaced is logged to `hw3gpu.nn` at level INFO. Raises TypeError for what is no module, and ValueError, with nothing
+    replaced, where PyTorch has no equal: subclasses and parametrised modules of ours, losses with `z_loss`, `softcap` and the
+    like.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__module__}.{type(module).__qualname__}")
+    found = [(name or "(the module)", why) for name, one in module.named_modules() if (why := _why_not(one))]
+    if found:
+        raise ValueError("to_torch: PyTorch has no equal of " + "; ".join(f"{name}: {why}" for name, why in found))
+    return _back(module, "", {})
+
+
+def _why_not(module: torch.nn.Module) -> str | None:
+    """What of a module of ours PyTorch's does not have; None where there is nothing such."""
+    of = type(module)
+    if isinstance(module, (BatchNormForward, CrossEntropyLoss, LinearCrossEntropyLoss)) and of not in {**_BACK, **_NORM_OF}:
+        return f"{of.__module__}.{of.__qualname__}, a subclass of ours"
+    extras = getattr(module, "extras", {}) if of in _BACK else {}
+    differ = [f"{name}={value!r}" for name, value in extras.items() if value != _DEFAULTS.get(name, value)]
+    return f"{of.__name__} with {', '.join(differ)}" if differ else None
+
+
+# arguments of losses that change what comes out; the others choose how it is computed
+_DEFAULTS = {"z_loss": 0.0, "softcap": None, "all_ignored": "nan", "return_stats": False, "differentiable": False}
+
+
+def _back(module: torch.nn.Module, name: str, done: dict[int, torch.nn.Module]) -> torch.nn.Module:
+    if id(module) in done:
+        return done[id(module)]
+    done[id(module)] = module
+    theirs = _BACK.get(type(module))
+    if type(module) in _NORM_OF:
+        done[id(module)] = _composed(module)
+    elif theirs is not None:
+        done[id(module)] = back = theirs.__new__(theirs)
+        back.__dict__.update({key: value for key, value in module.__dict__.items() if key != "extras"})
+    else:
+        for key, child in module._modules.items():
+            if child is not None:
+                module._modules[key] = _back(child, f"{name}.{key}" if name else key, done)
+    if done[id(module)] is not module:
+        after = done[id(module)]
+        _log.info("%s: %s -> %s", name or "(the module)", _named(module), _named(after))
+    return done[id(module)]
+
+
+def _composed(module: Any) -> TorchBatchNormAct:
+    """Batch normalisation, sum and activation; hooks are those of the whole."""
+    of = _NORM_OF[type(module)]
+    norm = of.__new__(of)
+    torch.nn.Module.__init__(norm)
+    hooks = {key for key in norm.__dict__ if "hook" in key}
+    own = {key: value for key, value in module.__dict__.items() if key not in {*hooks, "activation", "epsilon"}}
+    norm.__dict__.update(own, eps=module.epsilon)
+    composed = TorchBatchNormAct(norm, torch.nn.ReLU() if module.activation == "relu" else torch.nn.Identity())
+    composed.training = module.training
+    for key in hooks:  # the dict itself, which the handles of its hooks hold
+        held = module.__dict__[key]
+        if isinstance(held, dict):
+            held.update(composed.__dict__[key])
+        composed.__dict__[key] = held
+    return composed
+
+
+def _is_batch_norm(module: torch.nn.Module) -> bool:
+    return isinstance(module, (BatchNormBase, BatchNormForward))
+
+
+def _named(module: torch.nn.Module) -> str:
+    name = f"{type(module).__module__.partition('.modules.')[0]}.{type(module).__name__}"
+    return f"{name}({module.num_features})" if hasattr(module, "num_features") else name
