@@ -26,7 +26,7 @@ test: $(INSTALLED)
 # For the loop of someone who edits: a case of each test, both kinds of kernels at once, without what starts processes or
 # compiles for a GPU.
 QUICK = --sample 1 $(patsubst %,--ignore tests/test_%.py,$(NOT_QUICK))
-NOT_QUICK := batch_norm_graphs benchmarks blas_threads command cpu_threads cross_entropy_graphs distributed evidence gpu_benchmark guard_pages internals \
+NOT_QUICK := batch_norm_graphs benchmarks blas_threads command cpu_threads cross_entropy_graphs distributed evidence gpu_benchmark guard_pages internals kernels_hub \
 	large_means launches linear_cross_entropy packaging pool portability processors safety supervisor traffic training_page
 
 quick: export OMP_NUM_THREADS ?= 1

@@ -1,0 +1,210 @@
+"""The folder for Hugging Face's kernel hub: made, built and loaded as its tools do it, in a process with nothing else.
+
+The numbers are checked by the folder's own tests, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+import hub_builder
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli", reason="Python 3.10 has no tomllib")
+
+ROOT = Path(__file__).resolve().parent.parent
+MAKE = ROOT / "integrations" / "kernels_hub" / "make_folder.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the script makes, with the variant that the builder makes of it."""
+    made = tmp_path_factory.mktemp("hub") / "hw3gpu"
+    subprocess.run([sys.executable, MAKE, made], check=True)
+    hub_builder.build(made, _build_toml(made)["general"]["version"])
+    return made
+
+
+def _build_toml(folder: Path) -> dict:
+    return tomllib.loads((folder / "build.toml").read_text())
+
+
+def _run(code: str, *arguments: str | Path, **environment: str) -> str:
+    """The standard output of a process that imports nothing of this checkout, and no `kernels` of an import path."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON", "HW3GPU"))}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=arguments[0], env=clean | environment, capture_output=True, text=True, timeout=500
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+# kernels-data/src/config/v5.rs of huggingface/kernels: unknown names are errors there
+GENERAL = {"name", "version", "edition", "license", "backends"}
+OPTIONAL = {"hub", "upstream", "source", "minver", "cuda", "python-depends", "kernel-depends"}
+
+
+def test_build_toml_is_of_the_builders_fifth_edition(folder: Path) -> None:
+    build = _build_toml(folder)
+    assert set(build) == {"general", "torch-noarch"}
+    assert set(build["general"]) - OPTIONAL == GENERAL
+    assert build["general"]["name"] == "hw3gpu"
+    assert build["general"]["edition"] == 5
+    assert set(build["general"]["hub"]) <= {"repo-id", "branch"}
+    assert set(build["torch-noarch"]) <= {"pyext", "cuda_capabilities", "rocm_archs"}
+
+
+def test_folder_has_what_the_builder_asks_for(folder: Path) -> None:
+    for name in ("flake.nix", "CARD.md", "LICENSE", "torch-ext/hw3gpu/__init__.py", "tests/test_hw3gpu.py"):
+        assert (folder / name).is_file(), name
+    assert not (folder / "torch-ext" / "hw3gpu" / "hw3gpu").exists()  # the builder refuses a module inside its namesake
+    assert not (folder / "torch-ext" / "hw3gpu" / "_ops.py").exists()  # the builder's own
+
+
+def test_kernels_are_those_of_the_checkout_and_no_more(folder: Path) -> None:
+    copied = folder / "torch-ext" / "hw3gpu" / "gpu"
+    names = {path.relative_to(copied).as_posix() for path in copied.rglob("*.py")}
+    assert {"softmax.py", "cross_entropy.py", "batch_norm.py", "_batch_norm/tiles.py", "__init__.py"} <= names
+    assert not names & {"moments.py", "token_log_probs.py"}
+    for name in names:
+        assert (copied / name).read_bytes() == (ROOT / "kernels" / "gpu" / name).read_bytes()
+
+
+def test_a_folder_with_something_in_it_is_left_alone(folder: Path) -> None:
+    done = subprocess.run([sys.executable, MAKE, folder], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "expected no folder, or an empty one" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- the module
+ALONE = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[2])
+allowed = set(sys.argv[3].split(","))
+
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        known = top in allowed or top in sys.stdlib_module_names
+        if not known and not top.startswith(("_hw3gpu", "hub_builder", "_sysconfigdata")):
+            raise ModuleNotFoundError(f"refused: {name}", name=name)
+
+
+sys.meta_path.insert(0, Refused())
+import hub_builder
+kernel = hub_builder.load(pathlib.Path(sys.argv[1]) / "build" / "torch-cuda")
+import torch
+print(sorted(kernel.__all__))
+print(sorted(name for name in dir(getattr(torch.ops, kernel.__name__)) if not name.startswith("_") and name != "name"))
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"numpy", "numba", "cupy", "scipy", "hw3gpu", "kernels"}))
+"""
+
+
+def test_module_is_imported_where_there_is_torch_and_triton_alone(folder: Path) -> None:
+    needed = {name.partition(";")[0].strip() for name in requires("torch") or [] if "extra" not in name}
+    names = {name.split("=")[0].split("<")[0].split(">")[0].split("!")[0].strip().lower() for name in needed}
+    modules = {"jinja2", "markupsafe", "mpmath", "torch", "torchgen", "functorch", "triton", "setuptools", "pkg_resources"}
+    allowed = {name.replace("-", "_") for name in names} | modules - {"numpy"}
+    exported, operators, present = _run(ALONE, folder, ROOT / "tests", ",".join(allowed)).splitlines()[-3:]
+    assert exported == "['batch_norm', 'cross_entropy', 'layers', 'softmax']"
+    assert "'softmax_backward'" in operators
+    assert "'batch_norm_training'" in operators
+    assert present == "[]"
+
+
+PURE = """
+import inspect, pathlib, sys
+sys.path.insert(0, sys.argv[2])
+import hub_builder
+kernel = hub_builder.load(pathlib.Path(sys.argv[1]) / "build" / "torch-cuda")
+from torch import nn
+for name in kernel.layers.__all__:
+    layer = getattr(kernel.layers, name)
+    own = {n for n, _ in inspect.getmembers(layer)} - {n for n, _ in inspect.getmembers(nn.Module)}
+    assert layer.__init__ is nn.Module.__init__, name
+    assert own <= {"has_backward", "can_torch_compile"}, (name, own)
+for name, of in (("Softmax", nn.Softmax), ("CrossEntropyLoss", nn.CrossEntropyLoss), ("BatchNorm", nn.BatchNorm2d)):
+    ours, theirs = (inspect.signature(c.forward).parameters.values() for c in (getattr(kernel.layers, name), of))
+    assert [p.kind for p in ours] == [p.kind for p in theirs], name
+"""
+
+
+def test_layers_are_pure(folder: Path) -> None:
+    """What `kernels` checks before it gives a layer's `forward` to a module (kernels/layer/layer.py, _validate_layer)."""
+    _run(PURE, folder, ROOT / "tests")
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+OWN_TESTS = """
+import pathlib, sys, types
+sys.path.insert(0, sys.argv[2])
+import hub_builder
+for name in ("numba", "cupy", "scipy", "hw3gpu"):
+    sys.modules[name] = None  # an import of it fails
+kernels = sys.modules["kernels"] = types.ModuleType("kernels")
+kernels.get_kernel = lambda repository, version, trust_remote_code: hub_builder.load(
+    pathlib.Path(sys.argv[1]) / "build" / "torch-cuda"
+)
+import pytest
+few = "float32 or layers or errors or operators or last or transposed or one_row"
+own = [str(pathlib.Path(sys.argv[1]) / "tests"), "-q", "-k", few, "--rootdir", sys.argv[1], "-o", "markers=kernels_ci"]
+sys.exit(pytest.main([*own, "-p", "no:cacheprovider", "-p", "no:warnings"]))
+"""
+
+
+def test_folders_own_tests_pass_in_the_interpreter(folder: Path) -> None:
+    """Softmax, cross entropy, batch normalisation, forward and backward, against the formulas in float64."""
+    out = _run(OWN_TESTS, folder, ROOT / "tests", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert int(out.rpartition(" passed")[0].rpartition("\n")[2].strip()) > 25
+
+
+BENCHMARKS = """
+import importlib.util, json, pathlib, sys, types
+sys.path.insert(0, sys.argv[2])
+import hub_builder, torch
+
+
+class Benchmark:
+    seed, device = None, "cpu"
+
+
+benchmark = sys.modules["kernels.benchmark"] = types.ModuleType("kernels.benchmark")
+benchmark.Benchmark = Benchmark
+sys.modules["kernels"] = types.ModuleType("kernels")
+kernel = hub_builder.load(pathlib.Path(sys.argv[1]) / "build" / "torch-cuda")
+small = {"SoftmaxBenchmark": (3, 40), "CrossEntropyBenchmark": (3, 33), "BatchNormBenchmark": (2, 3, 4, 4)}
+ran = []
+for path in sorted((pathlib.Path(sys.argv[1]) / "benchmarks").glob("benchmark*.py")):
+    spec = importlib.util.spec_from_file_location("benchmark_module", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, cls in vars(module).items():
+        if isinstance(cls, type) and issubclass(cls, Benchmark) and cls is not Benchmark:
+            for workload in (n.removeprefix("benchmark_") for n in dir(cls) if n.startswith("benchmark_")):
+                torch.manual_seed(cls.seed)
+                one = cls()
+                one.kernel, one.out, one.shape = kernel, None, small[name]
+                one.setup()
+                getattr(one, f"benchmark_{workload}")()
+                wanted = getattr(one, f"verify_{workload}")()
+                torch.testing.assert_close(one.out, wanted, rtol=1e-4, atol=1e-5)
+                assert wanted.abs().max() > 0.1, workload  # else `kernels benchmark`, with its 0.01, would see nothing
+                ran.append(f"{name}.{workload}")
+print(json.dumps(ran))
+"""
+
+
+def test_benchmarks_run_and_agree_with_pytorch(folder: Path) -> None:
+    ran = json.loads(_run(BENCHMARKS, folder, ROOT / "tests", TRITON_INTERPRET="1").splitlines()[-1])
+    assert len(ran) == 6
