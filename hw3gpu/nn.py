@@ -20,6 +20,7 @@ from ._nn.batch_norm import (
     SyncBatchNormAct,
 )
 from ._nn.conversion import convert_batch_norm, to_torch
+from ._nn.frozen import FrozenBatchNorm2d, freeze_batch_norm
 from ._nn.losses import CrossEntropyLoss, LinearCrossEntropyLoss
 from ._nn.tools import Proxy, as_leaf
 
@@ -32,10 +33,12 @@ __all__ = [
     "BatchNormAct3d",
     "Conv2D",
     "CrossEntropyLoss",
+    "FrozenBatchNorm2d",
     "LinearCrossEntropyLoss",
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "convert_batch_norm",
+    "freeze_batch_norm",
     "to_torch",
 ]
 

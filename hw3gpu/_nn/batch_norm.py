@@ -30,6 +30,25 @@ __all__ = [
 class BatchNormForward(Unscripted, NormBase):
     """What the modules of batch normalisation share."""
 
+    frozen: bool = False
+
+    def freeze(self) -> BatchNormForward:
+        """To evaluation, where `train()` leaves it, and weight and bias without gradients; returns the module.
+
+        The running statistics change no more. `unfreeze` undoes it.
+        """
+        self.frozen = True
+        return self.train(False).requires_grad_(False)
+
+    def unfreeze(self) -> BatchNormForward:
+        """To training, and weight and bias to have gradients; returns the module."""
+        self.frozen = False
+        return self.train().requires_grad_(True)
+
+    def train(self, mode: bool = True) -> BatchNormForward:
+        """As of every module; one that is frozen stays in evaluation."""
+        return super().train(mode and not self.frozen)
+
     def _forward(self, input: Tensor, eps: float, **fused: Any) -> Tensor:
         """(N, C, …) normalised; in training the running statistics are updated. fused: `residual` and `activation`."""
         arguments.tensor(input, "input")

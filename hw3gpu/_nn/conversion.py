@@ -21,8 +21,9 @@ from .batch_norm import (
     SyncBatchNorm,
     SyncBatchNormAct,
 )
+from .frozen import FrozenBatchNorm2d, OfOthers, of_others
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss
-from .torch_modules import TorchBatchNormAct
+from .torch_modules import TorchBatchNormAct, TorchFrozenBatchNorm2d
 
 __all__ = ["convert_batch_norm", "to_torch"]
 
@@ -45,9 +46,10 @@ def convert_batch_norm(module: torch.nn.Module, *, sync: Any = False) -> torch.n
     sync: True, or a process group, makes a `SyncBatchNorm` of each of them, our own too, over all processes or that group; one
     that is synchronised already keeps its group where sync is True.
     Parameters, buffers, hooks and the training flag stay the same objects, so that an optimizer goes on working, and device and
-    dtype are what they were. A module used in two places stays shared. Subclasses of PyTorch's modules are left alone: lazy and
-    parametrised ones, and those of other libraries. With `sync` these are named in a UserWarning: they go on with the batch of
-    their own process.
+    dtype are what they were. A module used in two places stays shared. timm's `BatchNormAct2d` (its ReLU in the same pass, any
+    other activation after it) and torchvision's `FrozenBatchNorm2d` become subclasses of theirs. Other subclasses of PyTorch's
+    modules are left alone: lazy and parametrised ones, and those of other libraries. With `sync` these, and timm's, are named
+    in a UserWarning: they go on with the batch of their own process.
 
     What was replaced, and what was left alone, is logged to `hw3gpu.nn` at level INFO, one line a layer. Raises TypeError for
     what is no module, and no group.
@@ -69,7 +71,7 @@ def _convert(
     if id(module) in done:
         return done[id(module)]
     done[id(module)] = module
-    ours = (_SYNCHRONISED if sync else _CONVERTED).get(type(module))
+    ours = _SYNCHRONISED.get(type(module)) if sync else _CONVERTED.get(type(module)) or of_others(type(module))
     if ours is type(module):
         if sync is not True:
             module.process_group = sync
@@ -94,6 +96,7 @@ _BACK: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     **{ours: theirs for theirs, ours in _CONVERTED.items()},
     CrossEntropyLoss: torch.nn.CrossEntropyLoss,
     LinearCrossEntropyLoss: torch.nn.LinearCrossEntropyLoss,
+    FrozenBatchNorm2d: TorchFrozenBatchNorm2d,
 }
 _NORM_OF: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     BatchNormAct1d: torch.nn.BatchNorm1d,
@@ -109,7 +112,8 @@ def to_torch(module: torch.nn.Module) -> torch.nn.Module:
     For tools that know PyTorch's own classes alone: `torch.jit.script`, `fuse_modules`, FX fusion and quantisation. A batch
     normalisation becomes the module that `convert_batch_norm` takes. A `BatchNormAct1d/2d/3d` or `SyncBatchNormAct` becomes a
     module of PyTorch's batch normalisation (`norm`), the sum and the activation, with the same `state_dict` and call. A loss
-    becomes PyTorch's. `Conv2D` computes in PyTorch's operations and stays.
+    becomes PyTorch's. A frozen module comes out in evaluation, from where `train()` takes it. `Conv2D` computes in PyTorch's
+    operations and stays.
 
     Parameters, buffers, hooks and the training flag stay the same objects, and a module used in two places stays shared. What
     was replaced is logged to `hw3gpu.nn` at level INFO. Raises TypeError for what is no module, and ValueError, with nothing
@@ -127,7 +131,8 @@ def to_torch(module: torch.nn.Module) -> torch.nn.Module:
 def _why_not(module: torch.nn.Module) -> str | None:
     """What of a module of ours PyTorch's does not have; None where there is nothing such."""
     of = type(module)
-    if isinstance(module, (BatchNormForward, CrossEntropyLoss, LinearCrossEntropyLoss)) and of not in {**_BACK, **_NORM_OF}:
+    kinds = (BatchNormForward, FrozenBatchNorm2d, CrossEntropyLoss, LinearCrossEntropyLoss)
+    if isinstance(module, kinds) and _back_of(of) is None and of not in _NORM_OF:
         return f"{of.__module__}.{of.__qualname__}, a subclass of ours"
     extras = getattr(module, "extras", {}) if of in _BACK else {}
     differ = [f"{name}={value!r}" for name, value in extras.items() if value != _DEFAULTS.get(name, value)]
@@ -138,16 +143,22 @@ def _why_not(module: torch.nn.Module) -> str | None:
 _DEFAULTS = {"z_loss": 0.0, "softcap": None, "all_ignored": "nan", "return_stats": False, "differentiable": False}
 
 
+def _back_of(ours: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
+    if issubclass(ours, OfOthers) and ours is of_others(ours.theirs):
+        return ours.theirs
+    return _BACK.get(ours)
+
+
 def _back(module: torch.nn.Module, name: str, done: dict[int, torch.nn.Module]) -> torch.nn.Module:
     if id(module) in done:
         return done[id(module)]
     done[id(module)] = module
-    theirs = _BACK.get(type(module))
+    theirs = _back_of(type(module))
     if type(module) in _NORM_OF:
         done[id(module)] = _composed(module)
     elif theirs is not None:
         done[id(module)] = back = theirs.__new__(theirs)
-        back.__dict__.update({key: value for key, value in module.__dict__.items() if key != "extras"})
+        back.__dict__.update({key: value for key, value in module.__dict__.items() if key not in {"extras", "frozen"}})
     else:
         for key, child in module._modules.items():
             if child is not None:
@@ -164,7 +175,7 @@ def _composed(module: Any) -> TorchBatchNormAct:
     norm = of.__new__(of)
     torch.nn.Module.__init__(norm)
     hooks = {key for key in norm.__dict__ if "hook" in key}
-    own = {key: value for key, value in module.__dict__.items() if key not in {*hooks, "activation", "epsilon"}}
+    own = {key: value for key, value in module.__dict__.items() if key not in {*hooks, "activation", "epsilon", "frozen"}}
     norm.__dict__.update(own, eps=module.epsilon)
     composed = TorchBatchNormAct(norm, torch.nn.ReLU() if module.activation == "relu" else torch.nn.Identity())
     composed.training = module.training

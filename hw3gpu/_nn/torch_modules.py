@@ -1,13 +1,14 @@
-"""What our modules become in PyTorch's operations alone, where PyTorch has no module for them: scripted, traced, quantised."""
+"""What our modules become in PyTorch's operations alone, where PyTorch has no module for them: scripted, traced, quantised.
 
-from __future__ import annotations
+TorchScript reads the annotations: they are no strings.
+"""
 
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-__all__ = ["TorchBatchNormAct"]
+__all__ = ["TorchBatchNormAct", "TorchFrozenBatchNorm2d"]
 
 
 class TorchBatchNormAct(torch.nn.Module):
@@ -39,3 +40,32 @@ def _for_norm(module: Any, state_dict: Any, prefix: str, *_: Any) -> None:
     for name in module.norm.state_dict():
         if prefix + name in state_dict:
             state_dict[f"{prefix}norm.{name}"] = state_dict.pop(prefix + name)
+
+
+class TorchFrozenBatchNorm2d(torch.nn.Module):
+    """Batch normalisation by constants, as torchvision's `FrozenBatchNorm2d` computes it: (N, C, H, W)."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((num_features,), value))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(f"{prefix}num_batches_tracked", None)  # of a batch normalisation
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) normalised by the constants; gradients go to x alone."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"
