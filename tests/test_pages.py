@@ -97,28 +97,13 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- the picture
 def test_the_bars_are_those_of_the_table() -> None:
     page = pictures.TABLE.read_text()
     assert pictures.PICTURE.read_text() == pictures.bars(page), "run `python -m benchmarks pictures`"
     rows = pictures.rows(page)
     assert len(rows) == len([line for line in page.split("× a plain copy")[1].split("\n\n")[0].splitlines()[2:] if line])
     assert all(f">{speedup:.2f}<" in pictures.PICTURE.read_text() for row in rows for speedup in row.speedups)
-
-
-def test_the_graph_is_that_of_the_imports() -> None:
-    page = architecture.PAGE.read_text()
-    assert page == architecture.page_with(page), "run `python -m benchmarks pictures`"
-    modules, edges = architecture.parts()
-    assert sum(map(len, modules.values())) > 80
-    assert "hw3gpu/_torch/" in edges["hw3gpu/functional.py"]
-    assert edges["hw3gpu/reference.py"] == set()
-
-
-def test_the_graph_leaves_out_shortcuts_and_refuses_circles() -> None:
-    assert architecture.without_shortcuts({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": {"b"}, "b": {"c"}, "c": set()}
-    with pytest.raises(ValueError, match="circle"):
-        architecture.without_shortcuts({"a": {"b"}, "b": {"a"}})
 
 
 # ---------------------------------------------------------------------------------------------- CONTRIBUTING.md
