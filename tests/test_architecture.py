@@ -32,6 +32,13 @@ def test_the_graph_is_that_of_the_imports() -> None:
     assert edges["hw3gpu/reference.py"] == set()
 
 
+def test_every_folder_has_a_line() -> None:
+    lines = PAGE.partition("## The parts")[2].partition("<!-- imports")[0]
+    folders = {path.parent.relative_to(ROOT).as_posix() + "/" for path in architecture.files().values()}
+    inside = {f"kernels/{engine}/{name}/" for engine in ("gpu", "cpu") for name in ("_batch_norm", "_cross_entropy")}
+    assert [folder for folder in sorted(folders - inside) if f"`{folder}`" not in lines] == []
+
+
 def test_the_graph_leaves_out_shortcuts_and_refuses_circles() -> None:
     assert architecture.without_shortcuts({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": {"b"}, "b": {"c"}, "c": set()}
     with pytest.raises(ValueError, match="circle"):

@@ -15,7 +15,9 @@ import pytest
 from benchmarks import architecture, pictures
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels" / "README.md"])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels" / "README.md", *ROOT.glob("integrations/*/README.md")]
+)
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -69,7 +71,7 @@ NOT_HERE = {
     *("kernels/cpu/X.py", "kernels/gpu/X.py"),
     *("flash_attn/losses/cross_entropy.py", "flash_attn/ops/triton/cross_entropy.py"),
     "apex/parallel/optimized_sync_batchnorm.py",
-    *("results.json", "measurements.csv", "speedup.png", "bandwidth.png", "roofline.png"),
+    *("results.json", "measurements.csv", "speedup.png", "bandwidth.png", "roofline.png", "operator_summary.csv"),
     *("tuned.json", "gpu/tuned.json", "kernels/gpu/tuned.json"),
 }
 FILE = re.compile(r"`([\w./-]+\.(?:py|md|json|svg|png|csv|txt|toml|yaml))`")
@@ -79,7 +81,7 @@ FOLDERS = [ROOT, *(ROOT / name for name in ("hw3gpu", "kernels", "kernels/cpu", 
 
 def missing_files(page: Path, text: str) -> list[str]:
     named = {*FILE.findall(text)} | {f"tests/{test}.py" for test in re.findall(r"`(test_\w+)`", text) if "tests/" in text}
-    places = [page.parent, *FOLDERS]
+    places = [page.parent, page.parent / "source", *FOLDERS]
     return sorted(file for file in named - NOT_HERE if not any((place / file).is_file() for place in places))
 
 
