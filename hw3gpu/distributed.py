@@ -15,10 +15,10 @@ from torch import Tensor
 
 from . import functional
 from ._torch import arguments, operators
+from ._torch import sync_batch_norm as _sync_batch_norm
 from ._torch import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
 from ._torch.arguments import _vocab_parallel_arguments, _vocab_parallel_numbers
 from ._torch.autograd import accumulate_dtype, as_dtype
-from ._torch.sync_batch_norm import sync_batch_norm as _sync_batch_norm
 
 __all__ = ["sync_batch_norm", "vocab_parallel_cross_entropy"]
 
@@ -69,8 +69,8 @@ def sync_batch_norm(
             "pass this over, and leave it in training"
         )
     residual = arguments.fused(input, residual, activation)
-    relu, name = activation == "relu", group.group_name
-    return _sync_batch_norm(input, weight, bias, running_mean, running_var, momentum, eps, residual, relu, name)
+    rest = _sync_batch_norm.Rest(running_mean, running_var, momentum, eps, activation == "relu", group.group_name)
+    return _sync_batch_norm.sync_batch_norm(input, weight, bias, residual, rest)
 
 
 def vocab_parallel_cross_entropy(

@@ -87,9 +87,8 @@ def batch_norm(
             residual = arguments.fused(input, residual, activation)
         if beyond:
             return _of_no_elements(input, weight, bias, residual)
-    return _batch_norm.batch_norm(
-        input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation == "relu", call
-    )
+    rest = _batch_norm.Rest(running_mean, running_var, momentum, eps, activation == "relu", training, call)
+    return _batch_norm.batch_norm(input, weight, bias, residual, rest)
 
 
 def _of_no_elements(x, weight, bias, residual):

@@ -124,9 +124,9 @@ def test_operators(device, rng, activation, with_residual):
         v.requires_grad_()
     relu = activation == "relu"
     compiled = relu and with_residual
-    opcheck(room.TRAINING, (x, weight, bias, *running, 0.1, 1e-5, residual, relu), compiled)
-    opcheck(room.EVALUATION, (x, weight, bias, *running, 1e-5, residual, relu), compiled)
-    _, stats, mask = room.TRAINING(x, weight, bias, None, None, 0.1, 1e-5, residual, relu)
+    opcheck(room.TRAINING, (x, weight, bias, residual, *running, 0.1, 1e-5, relu), compiled)
+    opcheck(room.EVALUATION, (x, weight, bias, residual, *running, 0.1, 1e-5, relu), compiled)
+    _, stats, mask = room.TRAINING(x, weight, bias, residual, None, None, 0.1, 1e-5, relu)
     dy = torch.ones_like(x)
     opcheck(room.BACKWARD, (dy, x.detach(), weight.detach(), stats, mask, True, relu, with_residual), compiled)
 

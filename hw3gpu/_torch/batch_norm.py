@@ -10,6 +10,8 @@ With `relu`, `mask` keeps for each element whether it passed: a buffer of the ke
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 
 from .._core import arrays, dispatch, outputs
@@ -18,19 +20,33 @@ from . import bound_launches, operators, small_calls
 from .autograd import accumulate_dtype, as_dtype, empty_of, graph_is_needed
 
 
-def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, residual=None, relu=False, call=None):
-    """y = x̂ γ + β, or relu(… + residual); the arguments are checked. `call`: what `bound_launches` knows of it."""
-    args = (x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu)
-    if call is None:
+class Rest(NamedTuple):
+    """What of a call has no gradient, in one argument: PyTorch looks at each argument of an autograd function, each time.
+
+    call: what `bound_launches` knows of it. traced: it goes through the operators.
+    """
+
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
+    momentum: float
+    eps: float
+    relu: bool
+    training: bool
+    call: Any = None
+    traced: bool = False
+
+
+def batch_norm(x, weight, bias, residual, rest):
+    """y = x̂ γ + β, or relu(… + residual); the arguments are checked."""
+    if rest.call is None:
         if operators.traced(x):
-            return _traced(*args)
+            return _traced(x, weight, bias, residual, rest)
         if operators.transformed():
-            return _exported(*args) if operators.exporting() else _formula(*args)
+            return (_exported if operators.exporting() else _formula)(x, weight, bias, residual, rest)
     if graph_is_needed(x, weight, bias, residual):
-        again = call is not None and call.launches is not None
-        rest = running_mean, running_var, training, momentum, eps, relu, call
+        again = rest.call is not None and rest.call.launches is not None
         return (_apply_again if again else _BatchNorm.apply)(x, weight, bias, residual, rest)
-    return run(*args, call=call)[0]
+    return run(x, weight, bias, residual, rest)[0]
 
 
 def call_of(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation):
@@ -69,12 +85,13 @@ def by_address(x, weight, bias, running_mean, running_var, training, momentum, e
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def run(
-    x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu, *, new=torch.empty, call=None
-):  # fmt: skip
+def run(x, weight, bias, residual, rest):
     """y, and what `run_backward` needs: stats (mean, what its rounding left, rstd, var in training) and the mask."""
+    running_mean, running_var, momentum, eps, relu, training, call, traced = rest
+    # kernels leave some bytes of a mask unwritten, and an operator's results are the same bits each time: there, these are 0
+    new = torch.zeros if traced else torch.empty
     if call is not None and call.launches is not None:
-        y, stats = torch.empty_like(x), new_statistics(x, running_mean, running_var, training, eps)
+        y, stats = torch.empty_like(x), new_statistics(x, rest)
         mask = new(mask_size(x), dtype=torch.uint8, device=x.device) if relu else None
         call.launches(x, weight, bias, running_mean, running_var, residual, y, stats, mask, numbers=(momentum,))
         return y, stats, mask
@@ -87,9 +104,9 @@ def run(
             ), None
     see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
     y, y_folded = outputs.output(x, 1, see)
-    stats = new_statistics(x, running_mean, running_var, training, eps)
+    stats = new_statistics(x, rest)
     if not x.numel():
-        return y, stats.zero_(), None
+        return y, stats.zero_(), new(0, dtype=torch.uint8, device=x.device) if relu else None
     folded, seen = outputs.folded(x, 1, which), see(stats)
     scale, shift = dispatch.vector_view(weight, which), dispatch.vector_view(bias, which)
     mask, fused = fused_operands(folded, residual, relu, x.device, see, kernels, new)
@@ -110,13 +127,13 @@ def run(
     return y, stats, mask
 
 
-def new_statistics(x, running_mean, running_var, training, eps):
+def new_statistics(x, rest):
     """Those of (4, C) to be written in training; mean, 0 and rstd of the running ones in evaluation."""
     acc = accumulate_dtype(x)
-    if training:
+    if rest.training:
         return empty_of(x, acc, 4, x.shape[1])
-    given = as_dtype(running_mean, acc)
-    return torch.stack((given, torch.zeros_like(given), (as_dtype(running_var, acc) + eps).rsqrt_()))
+    given = as_dtype(rest.running_mean, acc)
+    return torch.stack((given, torch.zeros_like(given), (as_dtype(rest.running_var, acc) + rest.eps).rsqrt_()))
 
 
 def parts(stats, which):
@@ -141,32 +158,31 @@ def _eager_backward(dy, x, weight, stats, mask, training, relu, residual):
 
 
 def run_backward(dy, x, weight, stats, mask, training, relu, residual, call=None):
-    """dx, dgamma, dbeta in the accumulation dtype, and dresidual where `residual` asks for it: dy itself without `relu`."""
+    """dx, dgamma, dbeta in the accumulation dtype, and dresidual where `residual` asks for it. Without `relu` it is dy."""
     if call is not None and call.launches is not None:
         C = x.shape[1]
         dx, dgamma, dbeta = torch.empty_like(x), stats.new_empty(C), stats.new_empty(C)
         written = torch.empty_like(x) if relu and residual else None
         call.launches(x, dy, weight, stats, mask, dx, dgamma, dbeta, written)
-        return dx, dgamma, dbeta, written if relu else dy if residual else None
+        return dx, dgamma, dbeta, written
     which = dispatch.backend(x)
     if which == "cpu" and not relu:
         found = small_calls.batch_norm_backward(dy, x, weight, stats, training)
         if found:
-            return *found, dy if residual else None
+            return *found, None
     see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
     dx, dx_folded = outputs.output(x, 1, see)
     C = x.shape[1]
     dgamma, dbeta = stats.new_empty(C), stats.new_empty(C)
     if not x.numel():
-        return dx, dgamma.zero_(), dbeta.zero_(), torch.empty_like(x) if residual else None
-    dresidual, written, fused = dy if residual else None, None, {}
+        return dx, dgamma.zero_(), dbeta.zero_(), torch.empty_like(x) if relu and residual else None
+    dresidual, fused = None, {}
     if relu:
         fused["mask"] = see(mask)
         if residual:
-            written, fused["dresidual"] = outputs.output(x, 1, see)
-            dresidual = written
+            dresidual, fused["dresidual"] = outputs.output(x, 1, see)
     mean, rstd = parts(see(stats), which)
-    with bound_launches.noted(call, (x, dy, weight, stats, mask, dx, dgamma, dbeta, written), dx):
+    with bound_launches.noted(call, (x, dy, weight, stats, mask, dx, dgamma, dbeta, dresidual), dx):
         (kernels.backward if training else kernels.inference_backward)(
             outputs.folded(dy, 1, which), outputs.folded(x, 1, which), mean, rstd, dispatch.vector_view(weight, which),
             dx_folded, see(dgamma), see(dbeta), **fused,
@@ -181,18 +197,38 @@ def _dense(v):
 
 # ---------------------------------------------------------------------------------------------- autograd
 class _BatchNorm(torch.autograd.Function):
-    """An eager call. What has no gradient stands in one argument: PyTorch looks at each of them, each time."""
+    """A call of kernels, or of the operators around them where somebody traces: these give all results."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, rest):
-        running_mean, running_var, training, momentum, eps, relu, call = rest
-        y, stats, mask = run(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu, call=call)
-        _save(ctx, x, weight, bias, training, eps, relu, stats, mask)
-        return y
+        y, stats, mask = (_below_autograd if rest.traced else run)(x, weight, bias, residual, rest)
+        ctx.save_for_backward(x, weight, stats, mask)
+        ctx.options = rest.training, rest.eps, rest.relu, rest.traced
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if not rest.traced:
+            return y
+        ctx.mark_non_differentiable(stats, mask)
+        ctx.set_materialize_grads(False)
+        return y, stats, mask
 
     @staticmethod
-    def backward(ctx, dy):
-        return *_gradients(ctx, dy, ctx.needs_input_grad, _eager_backward), None
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return None, None, None, None, None
+        x, weight, stats, mask = ctx.saved_tensors
+        training, eps, relu, traced = ctx.options
+        x_needs, weight_needs, bias_needs, residual_needs, _ = ctx.needs_input_grad
+        backward = BACKWARD if traced else _eager_backward
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            backward = _differentiable_backward(backward, eps)
+        dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, mask, training, relu, residual_needs)
+        return (
+            dx if x_needs else None,
+            as_dtype(dgamma, weight.dtype) if weight_needs else None,
+            as_dtype(dbeta, ctx.bias_dtype) if bias_needs else None,
+            (dresidual if relu else dy) if residual_needs else None,
+            None,
+        )
 
 
 _apply_again = apply_of(_BatchNorm)
@@ -226,81 +262,10 @@ class _ByAddress(torch.autograd.Function):
 _apply_by_address = apply_of(_ByAddress)
 
 
-class _TracedBatchNorm(torch.autograd.Function):
-    """The operators' autograd: the same, with the operators in the place of what they run."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        y, stats, mask = operators.below_autograd(*_operator(*args))
-        x, weight, bias, _, _, training, _, eps, _, relu = args
-        _save(ctx, x, weight, bias, training, eps, relu, stats, mask)
-        ctx.mark_non_differentiable(stats, mask)
-        ctx.set_materialize_grads(False)
-        return y, stats, mask
-
-    @staticmethod
-    def backward(ctx, dy, *_):
-        if dy is None:
-            return (None,) * 10
-        needs = *ctx.needs_input_grad[:3], ctx.needs_input_grad[8]
-        dx, dgamma, dbeta, dresidual = _gradients(ctx, dy, needs, _traced_backward)
-        return dx, dgamma, dbeta, *(None,) * 5, dresidual, None
-
-
-def _save(ctx, x, weight, bias, training, eps, relu, stats, mask):
-    ctx.save_for_backward(x, weight, stats, mask)
-    ctx.training, ctx.eps, ctx.relu = training, eps, relu
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _gradients(ctx, dy, needs, backward):
-    """Of x, weight, bias and residual, where `needs` says so."""
-    x, weight, stats, mask = ctx.saved_tensors
-    if torch.is_grad_enabled():  # somebody will differentiate again
-        backward = _differentiable_backward(backward, ctx.eps)
-    dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, mask, ctx.training, ctx.relu, needs[3])
-    return (
-        dx if needs[0] else None,
-        as_dtype(dgamma, weight.dtype) if needs[1] else None,
-        as_dtype(dbeta, ctx.bias_dtype) if needs[2] else None,
-        dresidual if needs[3] else None,
-    )
-
-
 # ---------------------------------------------------------------------------------------------- operators
-_OPTIONS = "float eps, Tensor? residual, bool relu"
-_RESULTS = "(Tensor y, Tensor stats, Tensor mask)"
-
-
-# Kernels leave some bytes of a mask unwritten. An operator's results are the same bits each time: there, these are 0.
-def _run_training(x, weight, bias, running_mean, running_var, momentum, *options):
-    return as_outputs(run(x, weight, bias, running_mean, running_var, True, momentum, *options, new=torch.zeros), x)
-
-
-def _run_evaluation(x, weight, bias, running_mean, running_var, *options):
-    return as_outputs(run(x, weight, bias, running_mean, running_var, False, 0.0, *options, new=torch.zeros), x)
-
-
-def as_outputs(results, like):
-    """An operator gives a tensor for every result."""
-    return tuple(like.new_empty(0, dtype=torch.uint8) if r is None else r for r in results)
-
-
-def _run_backward_operator(dy, x, weight, stats, mask, training, relu, residual):
-    return as_outputs(run_backward(dy, x, weight, stats, mask, training, relu, residual and relu), x)
-
-
-def _fake_training(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu):
-    return _fake(x, 4, relu)
-
-
-def _fake_evaluation(x, weight, bias, running_mean, running_var, eps, residual, relu):
-    return _fake(x, 3, relu)
-
-
-def _fake(x, rows, relu):
-    stats = x.new_empty((rows, x.shape[1]), dtype=accumulate_dtype(x))
-    return operators.fake_output(x, 1), stats, x.new_empty(mask_size(x) if relu else 0, dtype=torch.uint8)
+def _fake(x, weight, bias, residual, rest):
+    stats = x.new_empty((4 if rest.training else 3, x.shape[1]), dtype=accumulate_dtype(x))
+    return operators.fake_output(x, 1), stats, x.new_empty(mask_size(x), dtype=torch.uint8) if rest.relu else None
 
 
 def mask_size(x):
@@ -310,72 +275,64 @@ def mask_size(x):
 
 def _fake_backward(dy, x, weight, stats, mask, training, relu, residual):
     dx, C = operators.fake_output(x, 1), x.shape[1]
-    return dx, stats.new_empty(C), stats.new_empty(C), torch.empty_like(dx) if residual and relu else mask.new_empty(0)
+    return dx, stats.new_empty(C), stats.new_empty(C), torch.empty_like(dx) if residual and relu else None
 
 
-def _autograd_training(x, weight, bias, running_mean, running_var, momentum, *options):
-    return _TracedBatchNorm.apply(x, weight, bias, running_mean, running_var, True, momentum, *options)
+def _define(name, training, running):
+    """The operator of training or of evaluation: a graph has to know which of them writes running statistics."""
+    return operators.define(
+        f"{name}(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, {running}, float momentum, float eps, bool relu) "
+        "-> (Tensor y, Tensor stats, Tensor mask)",
+        *(
+            lambda *args, f=f: f(*args[:4], Rest._make((*args[4:], training, None, True)))
+            for f in (run, _fake, _BatchNorm.apply)
+        ),
+    )
 
 
-def _autograd_evaluation(x, weight, bias, running_mean, running_var, *options):
-    return _TracedBatchNorm.apply(x, weight, bias, running_mean, running_var, False, 0.0, *options)
-
-
-TRAINING = operators.define(
-    "batch_norm_training(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    f"float momentum, {_OPTIONS}) -> {_RESULTS}",
-    _run_training,
-    _fake_training,
-    _autograd_training,
-)
-EVALUATION = operators.define(
-    "batch_norm_evaluation(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-    f"{_OPTIONS}) -> {_RESULTS}",
-    _run_evaluation,
-    _fake_evaluation,
-    _autograd_evaluation,
-)
+TRAINING = _define("batch_norm_training", True, "Tensor(a!)? running_mean, Tensor(b!)? running_var")
+EVALUATION = _define("batch_norm_evaluation", False, "Tensor running_mean, Tensor running_var")
 BACKWARD = operators.define(
     "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor mask, bool training, bool relu, "
     "bool residual) -> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
-    _run_backward_operator,
+    run_backward,
     _fake_backward,
 )
 
 
-def _operator(x, weight, bias, running_mean, running_var, training, momentum, *options):
+def _operator(x, weight, bias, residual, rest):
     """The operator of a call, and its arguments."""
-    if training:
-        return TRAINING, x, weight, bias, running_mean, running_var, momentum, *options
-    return EVALUATION, x, weight, bias, running_mean, running_var, *options
+    return TRAINING if rest.training else EVALUATION, x, weight, bias, residual, *rest[:5]
 
 
 def _traced(*args):
-    op, *args = _operator(*args)
-    return op(*args)[0]
+    op, *given = _operator(*args)
+    return op(*given)[0]
 
 
-def _traced_backward(dy, x, weight, stats, mask, training, relu, residual):
-    dx, dgamma, dbeta, dresidual = BACKWARD(dy, x, weight, stats, mask, training, relu, residual)
-    return dx, dgamma, dbeta, dresidual if relu else dy
+def _below_autograd(*args):
+    return operators.below_autograd(*_operator(*args))
 
 
 # ---------------------------------------------------------------------------------------------- in PyTorch's operations
-def _exported(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu):
+def _exported(x, weight, bias, residual, rest):
     """PyTorch's own: what moves an exported model from training to evaluation, or back, looks for this operation alone.
 
     PyTorch's exporter to ONNX writes it without the mark of training.
     """
-    if training and tracing_state() is None and torch.onnx.is_in_onnx_export():
-        return _formula(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu)
-    y = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, True)
+    if rest.training and tracing_state() is None and torch.onnx.is_in_onnx_export():
+        return _formula(x, weight, bias, residual, rest)
+    y = torch.batch_norm(
+        x, weight, bias, rest.running_mean, rest.running_var, rest.training, rest.momentum, rest.eps, True
+    )  # fmt: skip
     if residual is not None:
         y = y + residual
-    return y.relu() if relu else y
+    return y.relu() if rest.relu else y
 
 
-def _formula(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, relu):
+def _formula(x, weight, bias, residual, rest):
     """The same function in PyTorch's operations."""
+    running_mean, running_var, momentum, eps, relu, training, *_ = rest
     acc = accumulate_dtype(x)
     values = x.to(acc)
     if training:

@@ -8,6 +8,7 @@ functions (`operators`). Inside `torch.func` transforms and in forward mode: the
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,31 @@ from .._core.torch_internals import apply_of
 from . import bound_launches, class_range, cross_entropy_formula, expected_upstream, operators, small_calls, token_log_probs
 from .autograd import accumulate_dtype, empty_of, graph_is_needed
 from .class_range import judge_targets, refuse_class
-from .cross_entropy_formula import NUMBERS, CrossEntropyStatistics, Options, class_axis, loss_shape, without_derivatives
+from .cross_entropy_formula import (
+    NUMBERS,
+    OPTIONS_SCHEMA,
+    CrossEntropyStatistics,
+    Options,
+    class_axis,
+    loss_shape,
+    without_derivatives,
+)
+
+
+class Rest(NamedTuple):
+    """What of a call has no gradient, in one argument: PyTorch looks at each argument of an autograd function, each time.
+
+    numbers: how many are kept of every row. at_once: the gradient is written in the forward pass. dtype: of the loss of CUDA
+    tensors, None for that of its sums. call: what `bound_launches` knows of it. traced: it goes through the operators.
+    """
+
+    weight: torch.Tensor | None
+    options: Options
+    numbers: int = 3
+    at_once: bool = False
+    dtype: torch.dtype | None = None
+    call: Any = None
+    traced: bool = False
 
 
 def call_of(logits, target, weight, options, gradient, stats, dtype):
@@ -30,15 +55,15 @@ def cross_entropy(logits, target, weight, options, gradient, stats, dtype=None, 
 
     dtype: of the loss of CUDA tensors; others have that of its sums. `call`: what `bound_launches` knows of it.
     """
-    with_graph = False
+    with_graph, rest = False, Rest(weight, options, NUMBERS if stats else 3, dtype=dtype, call=call)
     if call is None and operators.traced(logits):
-        found = traced(logits, target, weight, options, NUMBERS if stats else 3)
+        found = FORWARD(logits, target, weight, rest.numbers, *options)
     elif call is None and operators.transformed():
         return cross_entropy_formula.loss_and_statistics(logits, target, weight, options, stats)
     elif not (with_graph := graph_is_needed(logits, target)):
-        found = run(logits, target, weight, options, NUMBERS if stats else 3, False, dtype, call)
+        found = run(logits, target, rest)
     else:
-        found = _eager_with_graph(logits, target, weight, options, gradient, stats, dtype, call)
+        found = _eager_with_graph(logits, target, rest, gradient)
     if not stats:
         return found[0], None
     V = logits.shape[class_axis(logits)]
@@ -70,20 +95,17 @@ def of_token_log_probs(found, below, target, weight, options):
     return loss, CrossEntropyStatistics(found.lse, found.log_prob, found.entropy, (below == 0) & kept)
 
 
-def _eager_with_graph(logits, target, weight, options, gradient, stats, dtype=None, call=None):
-    """The loss and, if `stats`, the numbers of every row. `call`: what `bound_launches` knows of it."""
-    if call is not None and call.launches is not None:
-        rest = weight, options, gradient == "forward" and logits.requires_grad, stats, dtype, call
-        return _apply_again(logits, target, rest)
-    at_once = gradient != "backward" and logits.requires_grad and not target.requires_grad
-    if at_once and options.reduction != "none" and dispatch.backend(logits) == "cpu":
+def _eager_with_graph(logits, target, rest, gradient):
+    """The loss, and the numbers of every row where more than three are asked for."""
+    differentiated = logits.requires_grad
+    if rest.call is not None and rest.call.launches is not None:
+        return _apply_again(logits, target, rest._replace(at_once=gradient == "forward" and differentiated))
+    at_once = gradient != "backward" and differentiated and not target.requires_grad
+    if at_once and rest.options.reduction != "none" and dispatch.backend(logits) == "cpu":
         # a small call costs less than what it would remember
         remember = gradient == "auto" and logits.nbytes > small_calls.MOST_BYTES
-        return _CrossEntropyStep.apply(
-            logits, target, weight, options, stats, expected_upstream.of_caller() if remember else None
-        )
-    rest = weight, options, gradient == "forward" and logits.requires_grad, stats, dtype, call
-    return _CrossEntropy.apply(logits, target, rest)
+        return _CrossEntropyStep.apply(logits, target, rest, expected_upstream.of_caller() if remember else None)
+    return _CrossEntropy.apply(logits, target, rest._replace(at_once=gradient == "forward" and differentiated))
 
 
 # ---------------------------------------------------------------------------------------------- autograd
@@ -96,33 +118,37 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, rest):
-        weight, options, at_once, stats, dtype, call = rest  # in one argument: PyTorch looks at each of them, each time
-        found = run(logits, target, weight, options, NUMBERS if stats else 3, at_once, dtype, call)
-        loss, numbers, denominator, dlogits = found
-        ctx.save_for_backward(logits, target, weight, numbers, denominator, dlogits)
-        ctx.options, ctx.handed_out = options, not at_once
-        if not stats:
+        loss, numbers, denominator, dlogits = (_below_autograd if rest.traced else run)(logits, target, rest)
+        divides = denominator if rest.options.reduction == "mean" else None
+        ctx.save_for_backward(logits, target, rest.weight, numbers, divides, dlogits)
+        ctx.options, ctx.traced, ctx.handed_out = rest.options, rest.traced, not rest.at_once
+        if rest.traced:  # an operator gives all results
+            ctx.mark_non_differentiable(numbers, denominator)
+        elif rest.numbers == NUMBERS:
+            ctx.mark_non_differentiable(numbers)
+        else:
             return loss, None
-        ctx.mark_non_differentiable(numbers)
         ctx.set_materialize_grads(False)
-        return loss, numbers
+        return (loss, numbers, denominator) if rest.traced else (loss, numbers)
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def backward(ctx, upstream, *_):
         logits, target, weight, numbers, denominator, dlogits = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if upstream is None:
-            return (None,) * 3
+            return None, None, None
         if torch.is_grad_enabled():  # somebody will differentiate again
             return *cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), None
-        given = (upstream, logits, target, weight, numbers, denominator, ctx.options)
-        dtarget = target_gradient(*given) if needs[1] else None
+        given = (upstream, logits, target, weight, numbers, denominator)
+        dtarget = target_gradient(*given, ctx.options) if needs[1] else None
         if not needs[0]:
             return None, dtarget, None
+        if ctx.traced:
+            return BACKWARD(*given, *ctx.options), dtarget, None
         # with a version count of its own, so that a write into it does not count as one into the saved tensor
         dlogits = None if ctx.handed_out else dlogits.data
         ctx.handed_out = True
-        return _eager_backward(*given, dlogits), dtarget, None
+        return _eager_backward(*given, ctx.options, dlogits), dtarget, None
 
 
 _apply_again = apply_of(_CrossEntropy)
@@ -137,15 +163,16 @@ class _CrossEntropyStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, target, weight, options, stats, expected):
+    def forward(ctx, logits, target, rest, expected):
+        weight, options, kept = rest.weight, rest.options, rest.numbers
         ctx.upstream, ctx.expected = 1.0 if expected is None else expected.guess(), expected
         if ctx.upstream is None:
-            loss, numbers, _, dlogits = run(logits, target, weight, options, NUMBERS if stats else 3)
+            loss, numbers, _, dlogits = run(logits, target, Rest(weight, options, kept))
         else:
-            loss, numbers, dlogits = _run_step(logits, target, weight, ctx.upstream, options, stats=stats)
+            loss, numbers, dlogits = _run_step(logits, target, weight, ctx.upstream, options, stats=kept == NUMBERS)
         ctx.save_for_backward(logits, target, weight, dlogits)
         ctx.options, ctx.handed_out = options, dlogits is None
-        if not stats:
+        if kept != NUMBERS:
             return loss, None
         ctx.mark_non_differentiable(numbers)
         ctx.set_materialize_grads(False)
@@ -155,10 +182,10 @@ class _CrossEntropyStep(torch.autograd.Function):
     def backward(ctx, upstream, _):
         logits, target, weight, dlogits = ctx.saved_tensors
         if upstream is None:
-            return (None,) * 6
+            return None, None, None, None
         if torch.is_grad_enabled():
             needs = ctx.needs_input_grad[:2]
-            return *cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), *(None,) * 4
+            return *cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), None, None
         upstream = upstream.item()
         if ctx.expected is not None:
             ctx.expected.was(upstream)
@@ -166,7 +193,7 @@ class _CrossEntropyStep(torch.autograd.Function):
         ctx.handed_out = True
         if dlogits is None or upstream != ctx.upstream:
             _, _, dlogits = _run_step(logits, target, weight, upstream, ctx.options, dlogits)
-        return dlogits, *(None,) * 5
+        return dlogits, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
@@ -196,11 +223,9 @@ def _bound_call(logits, target, weight, options, gradient, numbers, dtype):
 IN_ONE_LAUNCH = 8192  # rows that are added up where their losses are made (`row_plan.plan_reduce`)
 
 
-def run(logits, target, weight, options, numbers=3, at_once=False, dtype=None, call=None):
-    """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradient if `at_once`.
-
-    dtype: of the loss, for CUDA tensors; None for that of its sums.
-    """
+def run(logits, target, rest):
+    """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradient if `at_once`."""
+    weight, options, numbers, at_once, dtype, call, _ = rest
     known = call is not None and call.launches is not None
     which = "gpu" if known else dispatch.backend(logits)
     N, S = rows_shape(logits)
@@ -344,83 +369,41 @@ def target_gradient(upstream, logits, target, weight, numbers, denominator, opti
 
 
 # ---------------------------------------------------------------------------------------------- operators
-_OPTIONS = "str reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, bool zero_if_ignored"
+def _below_autograd(logits, target, rest):
+    return *operators.below_autograd(FORWARD, logits, target, rest.weight, rest.numbers, *rest.options), None
 
 
-def traced(logits, target, weight, options, numbers):
-    """The loss and `numbers` of every row."""
-    return FORWARD(logits, target, weight, numbers, *options)[:2]
+def _forward(logits, target, rest):
+    loss, stats, denominator, _ = run(logits, target, rest)
+    return loss, stats, None if denominator is None else denominator.view(1)
 
 
-def _forward_operator(logits, target, weight, numbers, *options):
-    loss, stats, denominator, _ = run(logits, target, weight, Options(*options), numbers)
-    return loss, stats, _present(denominator, stats)
-
-
-def _backward_operator(upstream, logits, target, weight, stats, denominator, *options):
-    denominator = denominator if denominator.numel() else None
-    return run_backward(upstream, logits, target, weight, stats, denominator, Options(*options))
-
-
-def _present(denominator, stats):
-    """An operator gives a tensor for every result."""
-    return stats.new_empty(0) if denominator is None else denominator.view(1)
-
-
-def _fake(logits, target, weight, numbers, *options):
-    acc, reduction = accumulate_dtype(logits), options[0]
+def _fake(logits, target, rest):
+    acc, reduction = accumulate_dtype(logits), rest.options.reduction
     rows = logits.shape[:1] if logits.dim() > 1 else (1,)
     S = 1
     for size in logits.shape[2:]:
         S = S * size
     loss = logits.new_empty(loss_shape(logits) if reduction == "none" else (), dtype=acc)
-    stats = logits.new_empty((numbers, *rows, S), dtype=acc)
-    return loss, stats, logits.new_empty(1 if reduction == "mean" else 0, dtype=acc)
-
-
-def _fake_backward(upstream, logits, *_):
-    return operators.fake_output(logits, class_axis(logits))
-
-
-class _TracedCrossEntropy(torch.autograd.Function):
-    """The operators' autograd: as eagerly, with the operators in the place of what they run."""
-
-    @staticmethod
-    def forward(ctx, logits, target, weight, numbers, *options):
-        loss, stats, denominator = operators.below_autograd(FORWARD, logits, target, weight, numbers, *options)
-        ctx.save_for_backward(logits, target, weight, stats, denominator)
-        ctx.options = Options(*options)
-        ctx.mark_non_differentiable(stats, denominator)
-        ctx.set_materialize_grads(False)
-        return loss, stats, denominator
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        logits, target, weight, stats, denominator = ctx.saved_tensors
-        needs, rest = ctx.needs_input_grad[:2], (None,) * (2 + len(ctx.options))
-        if upstream is None:
-            return None, None, *rest
-        if torch.is_grad_enabled():
-            return *cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), *rest
-        dlogits = dtarget = None
-        if needs[0]:
-            dlogits = BACKWARD(upstream, logits, target, weight, stats, denominator, *ctx.options)
-        if needs[1]:
-            over = denominator if ctx.options.reduction == "mean" else None
-            dtarget = target_gradient(upstream, logits, target, weight, stats, over, ctx.options)
-        return dlogits, dtarget, *rest
+    stats = loss.new_empty((rest.numbers, *rows, S))
+    return loss, stats, loss.new_empty(1) if reduction == "mean" else None
 
 
 FORWARD = operators.define(
-    f"cross_entropy(Tensor logits, Tensor target, Tensor? weight, int numbers, {_OPTIONS}) "
+    f"cross_entropy(Tensor logits, Tensor target, Tensor? weight, int numbers, {OPTIONS_SCHEMA}) "
     "-> (Tensor loss, Tensor stats, Tensor denominator)",
-    _forward_operator,
-    _fake,
-    _TracedCrossEntropy.apply,
+    *(
+        lambda logits, target, weight, numbers, *options, f=f: f(
+            logits, target, Rest(weight, Options(*options), numbers, traced=True)
+        )
+        for f in (_forward, _fake, _CrossEntropy.apply)
+    ),
 )
 BACKWARD = operators.define(
-    "cross_entropy_backward(Tensor upstream, Tensor logits, Tensor target, Tensor? weight, Tensor stats, Tensor denominator, "
-    f"{_OPTIONS}) -> Tensor",
-    _backward_operator,
-    _fake_backward,
+    "cross_entropy_backward(Tensor upstream, Tensor logits, Tensor target, Tensor? weight, Tensor stats, "
+    f"Tensor? denominator, {OPTIONS_SCHEMA}) -> Tensor",
+    lambda upstream, logits, target, weight, stats, denominator, *options: run_backward(
+        upstream, logits, target, weight, stats, denominator, Options(*options)
+    ),
+    lambda upstream, logits, *_: operators.fake_output(logits, class_axis(logits)),
 )

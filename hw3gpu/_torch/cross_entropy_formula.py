@@ -35,6 +35,10 @@ class Options(NamedTuple):
         }
 
 
+# The fields of `Options` as an operator's schema has them.
+OPTIONS_SCHEMA = "str reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, bool zero_if_ignored"
+
+
 class CrossEntropyStatistics(NamedTuple):
     """Of every row, from the pass that computed its loss, in float32 (float64 for float64).
 

@@ -210,45 +210,21 @@ def judge_targets(problem, ignore_index):
     return scratch
 
 
-# ---------------------------------------------------------------------------------------------- autograd
-class LinearCrossEntropy(torch.autograd.Function):
-    """`at_once` makes the gradients in the forward pass."""
-
-    @staticmethod
-    def forward(ctx, x, W, b, target, weight, options, rows, numbers, at_once):
-        problem = Problem(x, W, b, target, weight)
-        needs = ctx.needs_input_grad[:3] if at_once else (False,) * 3
-        ctx.of_sum = options.reduction == "mean" and x.dtype in HALVES
-        found = run(problem, options, rows, numbers, needs, ctx.of_sum)
-        ctx.save_for_backward(*problem, found.numbers, found.denominator, found.factor, *found.gradients)
-        ctx.options, ctx.rows, ctx.handed_out = options, rows, not at_once
-        ctx.mark_non_differentiable(found.numbers)
-        ctx.set_materialize_grads(False)
-        return found.loss, found.numbers
-
-    @staticmethod
-    def backward(ctx, upstream, _):
-        saved = ctx.saved_tensors
-        problem, (numbers, denominator, factor, *held) = Problem(*saved[:5]), saved[5:]
-        needs, rest = ctx.needs_input_grad[:4], (None,) * 5
-        if upstream is None:
-            return *(None,) * 4, *rest
-        if torch.is_grad_enabled():  # somebody will differentiate again
-            return *formula_gradients(upstream, problem, ctx.options, needs), *rest
-        if ctx.handed_out:
-            found = run_backward(upstream, problem, numbers, denominator, ctx.options, ctx.rows, needs)
-        else:
-            ctx.handed_out = True
-            found = (*_scaled(held, upstream, denominator if ctx.of_sum else None, factor), None)
-        return *as_given(found, problem), *rest
-
-
+# ---------------------------------------------------------------------------------------------- gradients to hand out
 def as_given(found, problem):
     """Gradients in the dtypes of what they are of."""
     return tuple(None if g is None else as_dtype(g, of.dtype) for g, of in zip(found, problem[:4], strict=True))
 
 
-def _scaled(held, upstream, denominator, factor):
+def fake_gradients(of, needs):
+    """Contiguous gradients of the tensors that `needs` names, without their elements."""
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else None
+        for t, needed in zip(of, needs, strict=True)
+    )
+
+
+def scaled(held, upstream, denominator, factor):
     """The gradients of the forward pass for another upstream gradient, in place."""
     # with version counts of their own, so that a write into one does not count as one into the saved tensor
     held = [None if g is None else g.data for g in held]

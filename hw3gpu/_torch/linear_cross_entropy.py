@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from . import cross_entropy_formula, linear_token_log_probs, operators
 from .autograd import accumulate_dtype, graph_is_needed
 from .cross_entropy import of_token_log_probs
-from .cross_entropy_formula import NUMBERS, Options
-from .linear_chunks import LinearCrossEntropy, Problem, as_given, chunk_rows, formula, formula_gradients, run, run_backward
+from .cross_entropy_formula import NUMBERS, OPTIONS_SCHEMA, Options
+from .linear_chunks import (
+    HALVES,
+    Found,
+    Problem,
+    as_given,
+    chunk_rows,
+    fake_gradients,
+    formula,
+    formula_gradients,
+    run,
+    run_backward,
+    scaled,
+)
 
-_PROBLEM = "Tensor x, Tensor W, Tensor? b, Tensor target, Tensor? weight"
-_OPTIONS = "str reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, bool zero_if_ignored"
+
+class Rest(NamedTuple):
+    """What of a call has no gradient.
+
+    rows: of a chunk, 0 for the library's own number. numbers: how many are kept of every row.
+    at_once: the gradients are made in the forward pass. traced: the call goes through the operators.
+    """
+
+    options: Options
+    rows: int
+    numbers: int
+    at_once: bool = False
+    traced: bool = False
 
 
 def linear_cross_entropy(problem, options, gradient, stats, rows):
     """(loss, CrossEntropyStatistics or None), of (N, S) rows; the arguments are checked."""
-    numbers, with_graph = NUMBERS if stats else 3, False
+    rest, with_graph = Rest(options, rows or 0, NUMBERS if stats else 3), False
     if operators.traced(problem.x):
-        found = FORWARD(*problem, rows or 0, numbers, *options)
+        found = FORWARD(*problem, rest.rows, rest.numbers, *options)
     elif operators.transformed():
         return formula(problem, options, stats)
     elif with_graph := graph_is_needed(*problem[:4]):
         at_once = gradient != "backward" and options.reduction != "none" and not problem.target.requires_grad
-        found = LinearCrossEntropy.apply(*problem, options, rows or chunk_rows(problem), numbers, at_once)
+        found = _LinearCrossEntropy.apply(*problem, rest._replace(at_once=at_once))
     else:
-        found = run(problem, options, rows or chunk_rows(problem), numbers)
+        found = run(problem, options, rows or chunk_rows(problem), rest.numbers)
     if not stats:
         return found[0], None
     N, V, S = problem.sizes
@@ -41,66 +66,78 @@ def with_differentiable_statistics(problem, options, rows):
     return of_token_log_probs(found, sums[3], problem.target, problem.weight, options)
 
 
-def _run(x, W, b, target, weight, rows, numbers, *options):
-    problem = Problem(x, W, b, target, weight)
-    found = run(problem, Options(*options), rows or chunk_rows(problem), numbers)
-    denominator = found.numbers.new_empty(0) if found.denominator is None else found.denominator
-    return found.loss, found.numbers, denominator
-
-
-def _run_backward(upstream, x, W, b, target, weight, stats, denominator, rows, needs, *options):
-    problem, over = Problem(x, W, b, target, weight), denominator if denominator.numel() else None
-    found = run_backward(upstream, problem, stats, over, Options(*options), rows or chunk_rows(problem), needs)
-    return tuple(x.new_empty(0) if g is None else g for g in as_given(found, problem))
-
-
-def _fake(x, W, b, target, weight, rows, numbers, *options):
-    acc, shape, reduction = accumulate_dtype(x), (x.shape[0], target.shape[-1]), options[0]
-    loss = x.new_empty(shape if reduction == "none" else (), dtype=acc)
-    return loss, x.new_empty((numbers, *shape), dtype=acc), x.new_empty(1 if reduction == "mean" else 0, dtype=acc)
-
-
-def _fake_backward(upstream, x, W, b, target, weight, stats, denominator, rows, needs, *options):
-    of = (x, W, b, target)
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
-        for t, needed in zip(of, needs, strict=True)
-    )
-
-
-class _TracedLinearCrossEntropy(torch.autograd.Function):
-    """The operators' autograd: the gradients are made in the backward pass."""
+# ---------------------------------------------------------------------------------------------- autograd
+class _LinearCrossEntropy(torch.autograd.Function):
+    """`at_once` makes the gradients in the forward pass."""
 
     @staticmethod
-    def forward(ctx, x, W, b, target, weight, rows, numbers, *options):
-        loss, stats, denominator = operators.below_autograd(FORWARD, x, W, b, target, weight, rows, numbers, *options)
-        ctx.save_for_backward(x, W, b, target, weight, stats, denominator)
-        ctx.options, ctx.rows = Options(*options), rows
-        ctx.mark_non_differentiable(stats, denominator)
+    def forward(ctx, x, W, b, target, weight, rest):
+        problem = Problem(x, W, b, target, weight)
+        needs = ctx.needs_input_grad[:3] if rest.at_once else (False,) * 3
+        ctx.of_sum = rest.options.reduction == "mean" and x.dtype in HALVES
+        if rest.traced:
+            found = Found(*operators.below_autograd(FORWARD, *problem, rest.rows, rest.numbers, *rest.options))
+        else:
+            found = run(problem, rest.options, rest.rows or chunk_rows(problem), rest.numbers, needs, ctx.of_sum)
+        divides = found.denominator if rest.options.reduction == "mean" else None
+        ctx.save_for_backward(*problem, found.numbers, divides, found.factor, *found.gradients)
+        ctx.rest, ctx.handed_out = rest, not rest.at_once
+        ctx.mark_non_differentiable(*(v for v in found[1:3] if v is not None))
         ctx.set_materialize_grads(False)
-        return loss, stats, denominator
+        return found[:3]
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        *problem, stats, denominator = ctx.saved_tensors
-        needs, rest = ctx.needs_input_grad[:4], (None,) * (3 + len(ctx.options))
+        saved, options = ctx.saved_tensors, ctx.rest.options
+        problem, (numbers, denominator, factor, *held) = Problem(*saved[:5]), saved[5:]
+        needs = ctx.needs_input_grad[:4]
         if upstream is None:
-            return *(None,) * 4, *rest
-        if torch.is_grad_enabled():
-            return *formula_gradients(upstream, Problem(*problem), ctx.options, needs), *rest
-        found = BACKWARD(upstream, *problem, stats, denominator, ctx.rows, needs, *ctx.options)
-        return *(g if needed else None for g, needed in zip(found, needs, strict=True)), *rest
+            return None, None, None, None, None, None
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            return *formula_gradients(upstream, problem, options, needs), None, None
+        if ctx.rest.traced:
+            found = BACKWARD(upstream, *problem, numbers, denominator, ctx.rest.rows, needs, *options)
+            return *(g if needed else None for g, needed in zip(found, needs, strict=True)), None, None
+        if ctx.handed_out:
+            found = run_backward(upstream, problem, numbers, denominator, options, ctx.rest.rows or chunk_rows(problem), needs)
+        else:
+            ctx.handed_out = True
+            found = (*scaled(held, upstream, denominator if ctx.of_sum else None, factor), None)
+        return *as_given(found, problem), None, None
 
 
+# ---------------------------------------------------------------------------------------------- operators
+def _forward(problem, rest):
+    return run(problem, rest.options, rest.rows or chunk_rows(problem), rest.numbers)[:3]
+
+
+def _fake(problem, rest):
+    x, target = problem.x, problem.target
+    shape, reduction = (x.shape[0], target.shape[-1]), rest.options.reduction
+    loss = x.new_empty(shape if reduction == "none" else (), dtype=accumulate_dtype(x))
+    return loss, loss.new_empty((rest.numbers, *shape)), loss.new_empty(1) if reduction == "mean" else None
+
+
+def _backward(upstream, x, W, b, target, weight, numbers, denominator, rows, needs, *options):
+    problem = Problem(x, W, b, target, weight)
+    found = run_backward(upstream, problem, numbers, denominator, Options(*options), rows or chunk_rows(problem), needs)
+    return as_given(found, problem)
+
+
+_PROBLEM = "Tensor x, Tensor W, Tensor? b, Tensor target, Tensor? weight"
 FORWARD = operators.define(
-    f"linear_cross_entropy({_PROBLEM}, int rows, int numbers, {_OPTIONS}) -> (Tensor loss, Tensor stats, Tensor denominator)",
-    _run,
-    _fake,
-    _TracedLinearCrossEntropy.apply,
+    f"linear_cross_entropy({_PROBLEM}, int rows, int numbers, {OPTIONS_SCHEMA}) "
+    "-> (Tensor loss, Tensor numbers_of_rows, Tensor denominator)",
+    *(
+        lambda x, W, b, target, weight, rows, numbers, *options, f=f: f(
+            Problem(x, W, b, target, weight), Rest(Options(*options), rows, numbers, traced=True)
+        )
+        for f in (_forward, _fake, lambda problem, rest: _LinearCrossEntropy.apply(*problem, rest))
+    ),
 )
 BACKWARD = operators.define(
-    f"linear_cross_entropy_backward(Tensor upstream, {_PROBLEM}, Tensor stats, Tensor denominator, int rows, bool[] needs, "
-    f"{_OPTIONS}) -> (Tensor dx, Tensor dW, Tensor db, Tensor dtarget)",
-    _run_backward,
-    _fake_backward,
+    f"linear_cross_entropy_backward(Tensor upstream, {_PROBLEM}, Tensor numbers_of_rows, Tensor? denominator, int rows, "
+    f"bool[] needs, {OPTIONS_SCHEMA}) -> (Tensor dx, Tensor dW, Tensor db, Tensor dtarget)",
+    _backward,
+    lambda upstream, x, W, b, target, weight, numbers, denominator, rows, needs, *_: fake_gradients((x, W, b, target), needs),
 )

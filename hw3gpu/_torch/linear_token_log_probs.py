@@ -139,12 +139,7 @@ def _run_backward(g_log_prob, g_entropy, g_lse, x, W, b, target, sums, temperatu
     problem, upstream = _problem(x, W, b, target), (g_log_prob, g_entropy, g_lse)
     rows = rows or linear_chunks.chunk_rows(problem)
     found = run_backward(upstream, problem, sums, (temperature, ignore_index), rows, needs)
-    return tuple(x.new_empty(0) if g is None else g for g in as_given((*found, None), problem)[:3])
-
-
-def _fake_backward(g_log_prob, g_entropy, g_lse, x, W, b, target, sums, temperature, ignore_index, rows, needs):
-    of = zip((x, W, b), needs, strict=True)
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) if n else x.new_empty(0) for t, n in of)
+    return as_given((*found, None), problem)[:3]
 
 
 _PROBLEM, _OPTIONS = "Tensor x, Tensor W, Tensor? b, Tensor target", "float temperature, int ignore_index, int rows"
@@ -152,7 +147,7 @@ BACKWARD = operators.define(
     f"linear_token_log_probs_backward(Tensor? g_log_prob, Tensor? g_entropy, Tensor? g_lse, {_PROBLEM}, Tensor sums, "
     f"{_OPTIONS}, bool[] needs) -> (Tensor dx, Tensor dW, Tensor db)",
     _run_backward,
-    _fake_backward,
+    lambda g_log_prob, g_entropy, g_lse, x, W, b, *rest: linear_chunks.fake_gradients((x, W, b), rest[-1]),
 )
 FORWARD = operators.define(
     f"linear_token_log_probs({_PROBLEM}, {_OPTIONS}) -> (Tensor log_prob, Tensor entropy, Tensor lse, Tensor sums)",

@@ -3,7 +3,11 @@
 An eager call goes from an autograd function straight to a launcher: an operator costs several times as much. Where somebody
 traces (`traced`), the call goes through `torch.ops.hw3gpu.*` instead, which stays in the graph as one opaque node. An operator
 is made of a schema, in which what is written is marked (`Tensor(a!)`), of `run`, what an eager call does too, of `fake`, its
-outputs without their elements, and of `autograd`, which calls an autograd function. Its outputs never share memory with inputs.
+outputs without their elements, and of `autograd`, which calls the autograd function of eager calls, told that it is `traced`.
+Its outputs never share memory with inputs, and one that is None is an empty tensor.
+
+Launchers that write into outputs they are given would be less to register, but a graph loses by them (PyTorch 2.13): the
+graph that `torch.export` records of them has no gradients, and where inductor does not compile it, every output is copied once.
 """
 
 from __future__ import annotations
@@ -28,11 +32,24 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], autog
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, device)
-    torch.library.register_fake(f"hw3gpu::{name}", fake, lib=_LIBRARY)
+        _LIBRARY.impl(name, _without_none(run), device)
+    torch.library.register_fake(f"hw3gpu::{name}", _without_none(fake), lib=_LIBRARY)
     if autograd is not None:
         _LIBRARY.impl(name, autograd, "Autograd")
     return getattr(torch.ops.hw3gpu, name).default
+
+
+def _without_none(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, with an empty tensor for a result that is None: an operator gives a tensor for every result."""
+
+    def run(*args: Any) -> Any:
+        results = function(*args)
+        if not isinstance(results, tuple) or all(r is not None for r in results):
+            return results
+        like = next(a for a in args if isinstance(a, torch.Tensor))
+        return tuple(like.new_empty(0) if r is None else r for r in results)
+
+    return run
 
 
 def below_autograd(op: Any, *args: Any) -> Any:

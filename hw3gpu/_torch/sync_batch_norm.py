@@ -10,30 +10,45 @@ size, or be empty, and nothing waits for the host. A process without samples tak
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .._core import dispatch, outputs
 from . import operators
 from .autograd import accumulate_dtype, as_dtype, graph_is_needed, no_second_derivative
-from .batch_norm import as_outputs, fused_operands, mask_size
+from .batch_norm import fused_operands, mask_size
 from .collectives import gathered, summed
 
 
-def sync_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu, group):
-    """y = x̂ γ + β, or relu(… + residual), x̂ by the batches of all processes in the group of that name."""
-    args = (x, weight, bias, running_mean, running_var, momentum, eps, residual, relu, group)
+class Rest(NamedTuple):
+    """What of a call has no gradient; `group` is the name of the processes' group. traced: it goes through the operators."""
+
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
+    momentum: float
+    eps: float
+    relu: bool
+    group: str
+    traced: bool = False
+
+
+def sync_batch_norm(x, weight, bias, residual, rest):
+    """y = x̂ γ + β, or relu(… + residual), x̂ by the batches of all processes in the group."""
     if operators.traced(x):
-        return FORWARD(*args)[0]
+        return FORWARD(x, weight, bias, residual, *rest[:-1])[0]
     if operators.transformed():
         raise RuntimeError("sync_batch_norm: torch.func transforms and forward mode do not reach the other processes")
     if graph_is_needed(x, weight, bias, residual):
-        return _SyncBatchNorm.apply(*args)
-    return _run(*args)[0]
+        return _SyncBatchNorm.apply(x, weight, bias, residual, rest)
+    return _run(x, weight, bias, residual, rest)[0]
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def _run(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu, group, *, new=torch.empty):
+def _run(x, weight, bias, residual, rest):
     """y, and what the backward pass needs: stats (mean, what its rounding left, rstd), the number of values, the mask."""
+    running_mean, running_var, momentum, eps, relu, group, traced = rest
+    new = torch.zeros if traced else torch.empty  # of a mask some bytes are left unwritten
     which = dispatch.backend(x)
     see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
     y, y_folded = outputs.output(x, 1, see)
@@ -82,7 +97,8 @@ def _update(running, value, momentum, total):
 
 
 def _run_backward(dy, x, weight, stats, total, mask, relu, residual, dx_needed, group):
-    """dx where it is needed, this process's dgamma and dbeta, and dresidual where `residual` asks for it."""
+    """dx where it is needed, this process's dgamma and dbeta, and dresidual where `residual` asks for it; None without `relu`:
+    it is dy."""
     which = dispatch.backend(x)
     see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
     seen, scale = see(stats), dispatch.vector_view(weight, which)
@@ -90,7 +106,7 @@ def _run_backward(dy, x, weight, stats, total, mask, relu, residual, dx_needed, 
     folded, upstream, fused = outputs.fold(see(x), 1), outputs.fold(see(dy), 1), {"mask": see(mask)} if relu else {}
     if x.numel():
         kernels.backward_reduce(upstream, folded, seen[:2], seen[2], see(dgamma), see(dbeta), **fused)
-    dresidual = dy if residual else None
+    dresidual = None
     if residual and relu:
         dresidual, fused["dresidual"] = outputs.output(x, 1, see)
     elif not dx_needed:
@@ -108,22 +124,12 @@ def _run_backward(dy, x, weight, stats, total, mask, relu, residual, dx_needed, 
 # ---------------------------------------------------------------------------------------------- autograd
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
-        y, stats, total, mask = _run(*args)
-        _save(ctx, args, stats, total, mask)
-        return y
-
-    @staticmethod
-    @no_second_derivative("sync_batch_norm")
-    def backward(ctx, dy):
-        return _gradients(ctx, dy, _run_backward)
-
-
-class _TracedSyncBatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        y, stats, total, mask = operators.below_autograd(FORWARD, *args)
-        _save(ctx, args, stats, total, mask)
+    def forward(ctx, x, weight, bias, residual, rest):
+        y, stats, total, mask = (_below_autograd if rest.traced else _run)(x, weight, bias, residual, rest)
+        ctx.save_for_backward(x, weight, stats, total, mask)
+        ctx.options, ctx.bias_dtype = rest[-3:], None if bias is None else bias.dtype
+        if not rest.traced:
+            return y
         ctx.mark_non_differentiable(stats, total, mask)
         ctx.set_materialize_grads(False)
         return y, stats, total, mask
@@ -131,64 +137,47 @@ class _TracedSyncBatchNorm(torch.autograd.Function):
     @staticmethod
     @no_second_derivative("sync_batch_norm")
     def backward(ctx, dy, *_):
-        return (None,) * 10 if dy is None else _gradients(ctx, dy, _traced_backward)
-
-
-def _save(ctx, args, stats, total, mask):
-    x, weight, bias, *_, ctx.relu, ctx.group = args
-    ctx.save_for_backward(x, weight, stats, total, mask)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _gradients(ctx, dy, backward):
-    x, weight, stats, total, mask = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, total, mask, ctx.relu, needs[7], needs[0], ctx.group)
-    return (
-        dx,
-        as_dtype(dgamma, weight.dtype) if needs[1] else None,
-        as_dtype(dbeta, ctx.bias_dtype) if needs[2] else None,
-        *(None,) * 4,
-        dresidual,
-        None,
-        None,
-    )
+        if dy is None:
+            return None, None, None, None, None
+        (x, weight, stats, total, mask), (relu, group, traced) = ctx.saved_tensors, ctx.options
+        x_needs, weight_needs, bias_needs, residual_needs, _ = ctx.needs_input_grad
+        backward = BACKWARD if traced else _run_backward
+        dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, total, mask, relu, residual_needs, x_needs, group)
+        return (
+            dx if x_needs else None,
+            as_dtype(dgamma, weight.dtype) if weight_needs else None,
+            as_dtype(dbeta, ctx.bias_dtype) if bias_needs else None,
+            (dresidual if relu else dy) if residual_needs else None,
+            None,
+        )
 
 
 # ---------------------------------------------------------------------------------------------- operators
-def _fake(x, weight, bias, running_mean, running_var, momentum, eps, residual, relu, group):
+def _below_autograd(x, weight, bias, residual, rest):
+    return operators.below_autograd(FORWARD, x, weight, bias, residual, *rest[:-1])
+
+
+def _fake(x, weight, bias, residual, rest):
     stats = x.new_empty((3, x.shape[1]), dtype=accumulate_dtype(x))
-    mask = x.new_empty(mask_size(x) if relu else 0, dtype=torch.uint8)
+    mask = x.new_empty(mask_size(x), dtype=torch.uint8) if rest.relu else None
     return operators.fake_output(x, 1), stats, x.new_empty(1, dtype=torch.float64), mask
 
 
 def _fake_backward(dy, x, weight, stats, total, mask, relu, residual, dx_needed, group):
     dx, C = operators.fake_output(x, 1), x.shape[1]
-    nothing = mask.new_empty(0)
-    sums = stats.new_empty(C), stats.new_empty(C)
-    return dx if dx_needed else nothing, *sums, torch.empty_like(dx) if residual and relu else nothing
-
-
-def _run_backward_operator(dy, x, weight, stats, total, mask, relu, residual, dx_needed, group):
-    results = _run_backward(dy, x, weight, stats, total, mask, relu, residual and relu, dx_needed, group)
-    return as_outputs(results, mask)
+    dresidual = torch.empty_like(dx) if residual and relu else None
+    return dx if dx_needed else None, stats.new_empty(C), stats.new_empty(C), dresidual
 
 
 FORWARD = operators.define(
-    "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "float momentum, float eps, Tensor? residual, bool relu, str group) -> (Tensor y, Tensor stats, Tensor total, Tensor mask)",
-    lambda *args: as_outputs(_run(*args, new=torch.zeros), args[0]),  # of a mask some bytes are left unwritten
-    _fake,
-    lambda *args: _TracedSyncBatchNorm.apply(*args),
+    "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, float momentum, float eps, bool relu, str group) "
+    "-> (Tensor y, Tensor stats, Tensor total, Tensor mask)",
+    *(lambda *args, f=f: f(*args[:4], Rest._make((*args[4:], True))) for f in (_run, _fake, _SyncBatchNorm.apply)),
 )
 BACKWARD = operators.define(
     "sync_batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor total, Tensor mask, bool relu, "
     "bool residual, bool dx_needed, str group) -> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
-    _run_backward_operator,
+    _run_backward,
     _fake_backward,
 )
-
-
-def _traced_backward(dy, x, weight, stats, total, mask, relu, residual, dx_needed, group):
-    dx, dgamma, dbeta, dresidual = BACKWARD(dy, x, weight, stats, total, mask, relu, residual, dx_needed, group)
-    return dx if dx_needed else None, dgamma, dbeta, (dresidual if relu else dy) if residual else None

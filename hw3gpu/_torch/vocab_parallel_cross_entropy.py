@@ -28,7 +28,10 @@ NO_CLASS = -100
 
 
 class Options(NamedTuple):
-    """What is the same for every row. start: the number of the shard's first class, -1 where the processes are to find out."""
+    """What is the same for every row. start: the number of the shard's first class, -1 where the processes are to find out.
+
+    traced: the call goes through the operators.
+    """
 
     start: int
     ignore_index: int
@@ -36,17 +39,18 @@ class Options(NamedTuple):
     z_loss: float
     softcap: float | None
     group: str
+    traced: bool = False
 
 
 def vocab_parallel_cross_entropy(shard, target, weight, options):
     """(loss, w_t, taken), (N, S) each: a row's loss, the weight of its target, and how many processes have its class."""
     if operators.traced(shard):
-        return FORWARD(shard, target, weight, *options)[:3]
+        return FORWARD(shard, target, weight, *options[:-1])[:3]
     if operators.transformed():
         raise RuntimeError("vocab_parallel_cross_entropy: torch.func transforms do not reach the other processes")
     if graph_is_needed(shard):
-        return _VocabParallel.apply(shard, target, weight, *options)
-    return _run(shard, target, weight, *options)[:3]
+        return _VocabParallel.apply(shard, target, weight, options)
+    return _run(shard, target, weight, options)[:3]
 
 
 # ---------------------------------------------------------------------------------------------- forward
@@ -58,8 +62,9 @@ class _Row(NamedTuple):
     here: torch.Tensor
 
 
-def _run(shard, target, weight, start, ignore_index, label_smoothing, z_loss, softcap, group):
+def _run(shard, target, weight, options):
     """loss, w_t and taken; then what `_run_backward` needs: stats (m, s, W + 2 ζ lse, q_t here), target and weights."""
+    start, ignore_index, label_smoothing, z_loss, softcap, group, _ = options
     z, acc = outputs.fold(shard, _class_axis(shard)), accumulate_dtype(shard)
     N, V, S = z.shape
     row = _place(target.reshape(N, S), V, before(V, group, z.device) if start < 0 else start, ignore_index)
@@ -180,81 +185,51 @@ def _run_backward(upstream, shard, stats, target, scaled, label_smoothing, softc
 
 
 # ---------------------------------------------------------------------------------------------- autograd
-def _nothing_else(ctx, *results):
-    ctx.mark_non_differentiable(*(r for r in results if r is not None))
-    ctx.set_materialize_grads(False)
-
-
-def _save(ctx, args, stats, index, scaled):
-    shard, _, _, _, _, ctx.label_smoothing, _, ctx.softcap, _ = args
-    ctx.save_for_backward(shard, stats, index, scaled)
-
-
 class _VocabParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
-        loss, w_t, taken, *kept = _run(*args)
-        _save(ctx, args, *kept)
-        _nothing_else(ctx, w_t, taken)
-        return loss, w_t, taken
-
-    @staticmethod
-    @no_second_derivative("vocab_parallel_cross_entropy")
-    def backward(ctx, upstream, *_):
-        return _gradients(ctx, upstream, _run_backward)
-
-
-class _TracedVocabParallel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        results = operators.below_autograd(FORWARD, *args)
-        *_, stats, index, scaled = results
-        _save(ctx, args, stats, index, scaled)
-        _nothing_else(ctx, *results[1:])
+    def forward(ctx, shard, target, weight, options):
+        found = (_below_autograd if options.traced else _run)(shard, target, weight, options)
+        *_, stats, index, scaled = found
+        ctx.save_for_backward(shard, stats, index, scaled if options.label_smoothing else None)
+        ctx.options = options
+        results = found if options.traced else found[:3]  # an operator gives all
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
     @no_second_derivative("vocab_parallel_cross_entropy")
     def backward(ctx, upstream, *_):
-        return _gradients(ctx, upstream, BACKWARD)
-
-
-def _gradients(ctx, upstream, backward):
-    if upstream is None:
-        return (None,) * 9
-    shard, stats, index, scaled = ctx.saved_tensors
-    return backward(upstream, shard, stats, index, scaled, ctx.label_smoothing, ctx.softcap), *(None,) * 8
+        if upstream is None:
+            return None, None, None, None
+        (shard, stats, index, scaled), options = ctx.saved_tensors, ctx.options
+        backward = BACKWARD if options.traced else _run_backward
+        dshard = backward(upstream, shard, stats, index, scaled, options.label_smoothing, options.softcap)
+        return dshard, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------- operators
-def _operator(*args):
-    *results, scaled = _run(*args)
-    return *results, results[0].new_empty(0) if scaled is None else scaled
+def _below_autograd(shard, target, weight, options):
+    return operators.below_autograd(FORWARD, shard, target, weight, *options[:-1])
 
 
-def _fake(shard, target, weight, start, ignore_index, label_smoothing, z_loss, softcap, group):
+def _fake(shard, target, weight, options):
     z = shard.flatten(2) if shard.dim() > 2 else shard.reshape(-1, shard.shape[-1], 1)
     N, V, S = z.shape
     rows = [shard.new_empty((N, S), dtype=accumulate_dtype(shard)) for _ in range(3)]
     index = shard.new_empty((N, S), dtype=torch.int64)
-    return *rows, rows[0].new_empty((4, N, S)), index, rows[0].new_empty(V if label_smoothing else 0)
-
-
-def _backward_operator(upstream, shard, stats, index, scaled, label_smoothing, softcap):
-    return _run_backward(upstream, shard, stats, index, scaled if label_smoothing else None, label_smoothing, softcap)
+    return *rows, rows[0].new_empty((4, N, S)), index, rows[0].new_empty(V) if options.label_smoothing else None
 
 
 FORWARD = operators.define(
     "vocab_parallel_cross_entropy(Tensor shard, Tensor target, Tensor? weight, int start, int ignore_index, "
     "float label_smoothing, float z_loss, float? softcap, str group) -> "
     "(Tensor loss, Tensor w_t, Tensor taken, Tensor stats, Tensor index, Tensor scaled)",
-    _operator,
-    _fake,
-    lambda *args: _TracedVocabParallel.apply(*args),
+    *(lambda *args, f=f: f(*args[:3], Options._make((*args[3:], True))) for f in (_run, _fake, _VocabParallel.apply)),
 )
 BACKWARD = operators.define(
     "vocab_parallel_cross_entropy_backward(Tensor upstream, Tensor shard, Tensor stats, Tensor index, Tensor? scaled, "
     "float label_smoothing, float? softcap) -> Tensor",
-    _backward_operator,
+    _run_backward,
     lambda upstream, shard, *_: operators.fake_output(shard, _class_axis(shard)),
 )
