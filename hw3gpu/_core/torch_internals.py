@@ -14,6 +14,7 @@ KNOWN = "2.11 to 2.14"
 
 try:
     BatchNormBase = torch.nn.modules.batchnorm._BatchNorm
+    ConvNd = torch.nn.modules.conv._ConvNd
     NormBase = torch.nn.modules.batchnorm._NormBase
     BelowAutograd: Any = torch._C._AutoDispatchBelowAutograd
     dispatch_modes: Any = torch._C._len_torch_dispatch_stack
@@ -31,6 +32,7 @@ except (ImportError, AttributeError) as error:
 __all__ = [
     "BatchNormBase",
     "BelowAutograd",
+    "ConvNd",
     "NormBase",
     "apply_of",
     "dispatch_modes",

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .._core.torch_internals import BatchNormBase
+from . import fusion
 from .batch_norm import (
     BatchNorm1d,
     BatchNorm2d,
@@ -40,7 +41,7 @@ _SYNCHRONISED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 _log = logging.getLogger("hw3gpu.nn")
 
 
-def convert_batch_norm(module: torch.nn.Module, *, sync: Any = False) -> torch.nn.Module:
+def convert_batch_norm(module: torch.nn.Module, *, sync: Any = False, fuse: bool = False) -> torch.nn.Module:
     """Replaces every `torch.nn.BatchNorm1d/2d/3d`, `SyncBatchNorm` in `module` by ours; returns `module`, or its replacement.
 
     sync: True, or a process group, makes a `SyncBatchNorm` of each of them, our own too, over all processes or that group; one
@@ -51,17 +52,27 @@ def convert_batch_norm(module: torch.nn.Module, *, sync: Any = False) -> torch.n
     modules are left alone: lazy and parametrised ones, and those of other libraries. With `sync` these, and timm's, are named
     in a UserWarning: they go on with the batch of their own process.
 
-    What was replaced, and what was left alone, is logged to `hw3gpu.nn` at level INFO, one line a layer. Raises TypeError for
-    what is no module, and no group.
+    fuse: True finds batch normalisation -> ReLU and batch normalisation -> add -> ReLU by tracing every module's `forward` with
+    `torch.fx`, and computes each in one pass, in training and in evaluation. A module in which it finds some gets a subclass of
+    its class with another `forward`; the layers stay as they are, under their names. The module's own `forward` runs where an
+    argument is no tensor, where hooks are on the layers (one by one), and after an attribute of it was set. What cannot be
+    traced is named in a UserWarning and left alone; so is it said where there is nothing to fuse.
+
+    What was replaced, left alone and fused, is logged to `hw3gpu.nn` at level INFO, one line a layer. Raises TypeError for what
+    is no module, no group and no bool.
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__module__}.{type(module).__qualname__}")
     if not (isinstance(sync, bool) or (dist.is_available() and isinstance(sync, dist.ProcessGroup))):
         raise TypeError(f"sync: expected a bool or a process group, got {type(sync).__module__}.{type(sync).__qualname__}")
+    if not isinstance(fuse, bool):
+        raise TypeError(f"fuse: expected a bool, got {type(fuse).__module__}.{type(fuse).__qualname__}")
     left: list[str] = []
     converted = _convert(module, "", sync, {}, left)
     if sync and left:
         warnings.warn(f"convert_batch_norm: left alone, and not synchronised: {', '.join(left)}", stacklevel=2)
+    if fuse:
+        fusion.fuse(converted)
     return converted
 
 
@@ -153,6 +164,8 @@ def _back(module: torch.nn.Module, name: str, done: dict[int, torch.nn.Module]) 
     if id(module) in done:
         return done[id(module)]
     done[id(module)] = module
+    if isinstance(module, fusion.Fused):
+        module.__class__ = module.base  # type: ignore[assignment]
     theirs = _back_of(type(module))
     if type(module) in _NORM_OF:
         done[id(module)] = _composed(module)
