@@ -10,7 +10,7 @@ EXTRAS ?= dev$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all quick test-cpu test-gpu evidence processors lint clean
+.PHONY: demo test test-all quick test-cpu test-gpu fuzz evidence processors lint clean
 
 # The training is shown whatever `verify` finds, and the status tells what it found.
 demo: $(INSTALLED)
@@ -48,6 +48,18 @@ test-cpu: $(INSTALLED)
 # On a GPU where there is one, else in Triton's interpreter.
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(GPU_WORKERS) --dist worksteal --kernels gpu $(PYTEST_OPTIONS)
+
+# Drawn calls for MINUTES: of every function against the answer sheet, anew with each seed, and with arguments spoilt at random.
+MINUTES ?= 20
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: $(INSTALLED)
+	@end=$$(($$(date +%s) + 60 * $(MINUTES))); seed=$$(date +%s); \
+	while [ $$(date +%s) -lt $$end ]; do \
+		echo "make fuzz: seed $$seed"; \
+		HW3GPU_EXAMPLES=200 $(BIN)/python -m pytest -q --hypothesis-seed $$seed tests/test_properties.py || exit 1; \
+		$(BIN)/python tests/spoilt_arguments.py --inputs 40000 --seed $$seed || exit 1; \
+		seed=$$((seed + 1)); \
+	done
 
 # Every plan compiled for every architecture: the best part of an hour on two cores. Writes evidence.json and a table.
 evidence: $(INSTALLED)

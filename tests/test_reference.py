@@ -464,3 +464,10 @@ def test_minimize_trace_is_lapacks_range_solver_and_beats_every_other_frame(
 def test_k_out_of_range_is_refused(k: int) -> None:
     with pytest.raises(ValueError, match=rf"k must lie in 1…3, got {k}"):
         reference.minimize_trace(np.eye(3), k)
+
+
+def test_the_mean_of_a_channel_with_an_infinity_is_that_infinity() -> None:
+    x = np.array([[1.0, 1.0, 1.0], [np.inf, -np.inf, 2.0], [0.0, np.inf, 3.0]])
+    sheet = reference.batch_norm(x)
+    np.testing.assert_array_equal(sheet.mean, [np.inf, np.nan, 2.0])
+    np.testing.assert_array_equal(np.isnan(sheet.var), [True, True, False])
