@@ -363,6 +363,7 @@ def batch_norm_backward(
     off_centre = abs(np.asarray(np.sum(centred, axis=axes))) / m
     slope = scale * rstd**2 * products / m
     results[0] = results[0] + np.asarray(slope * off_centre, dtype=np.float64).reshape(shape)
+    results[4] = results[4] + np.asarray(m * slope * off_centre, dtype=np.float64)
     return reference.BatchNormGradients(*results)
 
 

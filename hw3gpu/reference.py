@@ -134,6 +134,7 @@ def batch_norm(x: Any, gamma: Any = None, beta: Any = None, *, eps: float = 1e-5
     mean = np.asarray(np.sum(x, axis=axes) / m)
     centred = x - mean.reshape(shape)
     rest = np.asarray(np.sum(centred, axis=axes) / m)  # what the rounding of a large mean has left
+    rest = np.where(np.isfinite(mean), rest, 0.0)  # the mean of values with an infinity among them is that infinity
     mean, centred = np.asarray(mean + rest), centred - rest.reshape(shape)
     var = np.asarray(np.sum(centred**2, axis=axes) / m)
     rstd = np.asarray(1.0 / np.sqrt(var + eps))

@@ -20,6 +20,7 @@ import hashlib
 import inspect
 import json
 import math
+import operator
 import os
 import random
 import resource
@@ -316,6 +317,7 @@ def functions() -> dict[str, Function]:
         """Of the constructor's arguments those that the forward pass looks at: the others are PyTorch's."""
 
         def call(input: Any, eps: Any, momentum: Any) -> Any:
+            eps, momentum = (v.detach() if isinstance(v, torch.nn.Parameter) else v for v in (eps, momentum))  # registered else
             return make(3, eps=eps, momentum=momentum)(input)
 
         return call
@@ -351,7 +353,8 @@ def functions() -> dict[str, Function]:
 
     def of_points(g: dict[str, Any], x: Any) -> bool:
         shape = g["covariance"].shape
-        return x.shape[:-2] == shape[:-2] and x.shape[-1] == shape[-1] and g.get("n") in (None, x.shape[-2])
+        n = x.shape[-2] if g.get("n") is None else operator.index(g["n"])
+        return tuple(x.shape) == (*shape[:-2], n, shape[-1])
 
     def of_trace(name: str) -> Callable[[dict[str, Any], Any], bool]:
         def check(g: dict[str, Any], r: Any) -> bool:
@@ -499,7 +502,7 @@ def run_one(seed: int, number: int, table: dict[str, Function], pool: list[Calla
             found = of.call(**given)
         except ALLOWED as error:
             end, text = type(error).__name__, str(error)
-            names = {*given, *inspect.signature(of.call).parameters, "use_backend", "running_mean"}
+            names = {*given, *inspect.signature(of.call).parameters, "use_backend", "running_mean", "weight"}
             named = any(parameter in text for parameter in names) or isinstance(error, MemoryError)
             wrong = "" if named else f"no argument is named: {text[:300]}"
         except BaseException as error:

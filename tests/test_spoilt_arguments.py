@@ -80,6 +80,17 @@ def test_what_the_generator_calls_wrong(monkeypatch):
         (TypeError, "^momentum: expected a number", lambda: nn.BatchNorm1d(3, momentum=np.ones(2))(T)),
         (TypeError, "^running_mean: expected a dense tensor",
          lambda: HF.batch_norm(T, torch.nested.nested_tensor([T[0]]), T[0], training=True)),
+        (RuntimeError, "^running_var: expected a number of its own for each channel",
+         lambda: HF.batch_norm(T, T[0].clone(), torch.ones(1).expand(3), training=True)),
+        (TypeError, "^covariance: expected a dense tensor",
+         lambda: HF.minimize_trace(torch.nested.nested_tensor([T]), 1)),
+        (ValueError, "^points: expected at most 32 axes", lambda: hw3gpu.minor_components(np.ones([1] * 60 + [3, 2]), 1)),
+        (TypeError, "^channel_axis: expected an integer", lambda: hw3gpu.batch_norm(T, channel_axis=torch.tensor(True))),
+        (ValueError, "^linear_weight: expected at least one class", lambda: HF.linear_token_log_probs(T, T[:0], CLASSES)),
+        (IndexError, "^target: expected classes in 0…2 or ignore_index -100, got 7 in row 1",
+         lambda: HF.cross_entropy(T, torch.tensor([0, 7]), return_stats=True, differentiable=True, softcap=3.0)),
+        (IndexError, "^target: expected classes in 0…1 or ignore_index -100, got 7 in row 1",
+         lambda: HF.linear_cross_entropy(T, T, torch.tensor([0, 7]), return_stats=True, differentiable=True, softcap=3.0)),
         (TypeError, "^kernel_size must be an integer or a pair",
          lambda: hw3gpu.conv2d_output_shape((1, 4, 4, 1), 1, torch.tensor(1.5))),
         (TypeError, "^input_shape must be", lambda: hw3gpu.conv2d_output_shape(np.array(3), 1, 1)),
@@ -105,3 +116,29 @@ def test_whatever_has_an_index_is_an_integer():
         for ours, plain in zip(HF.token_log_probs(x, target, ignore_index=value, dim=-1),
                                HF.token_log_probs(x, target, ignore_index=2), strict=True):  # fmt: skip
             assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_classes_of_few_bits_are_the_classes_they_are(dtype):
+    """PyTorch takes `uint8 == -100` for `uint8 == 156`, and an index of uint8 for a mask."""
+    target = torch.tensor([156 if dtype != torch.int8 else 100, 5])
+    few, z, weight = target.to(dtype), torch.linspace(0, 1, 1024).reshape(2, 512), torch.linspace(0.5, 1, 512)
+    z[0, int(target[0])] = 9.0
+    for options in ({}, {"differentiable": True}, {"differentiable": True, "softcap": 3.0}):
+        ours, plain = (HF.cross_entropy(z, t, weight, return_stats=True, **options) for t in (few, target))
+        assert torch.equal(ours[0], plain[0])
+        assert ours[1].correct.tolist() == plain[1].correct.tolist() == [True, False]
+        assert torch.equal(ours[1].log_prob, plain[1].log_prob)
+    for function in (lambda z, t: HF.token_log_probs(z, t).log_prob, lambda z, t: HF.cross_entropy(z, t, weight)):
+        ours, plain = (torch.vmap(function, in_dims=(0, None))(z[None], t) for t in (few, target))
+        assert torch.equal(ours, plain)
+        assert (plain != 0).all()
+    import torch.distributed as dist
+
+    from hw3gpu.distributed import vocab_parallel_cross_entropy
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert torch.equal(*(vocab_parallel_cross_entropy(z, t, reduction="none") for t in (few, target)))
+    finally:
+        dist.destroy_process_group()

@@ -61,6 +61,7 @@ def batch_norm(
     Raises TypeError for kinds and dtypes, ValueError for shapes, an empty mini-batch and eps < 0.
     """
     C = _operands(x, gamma, beta, eps, channel_axis)
+    channel_axis = None if channel_axis is None else int(channel_axis)
     y, y_folded = outputs.output_like(x, channel_axis)
     acc = arrays.accumulate_dtype(x)
     mean, var, rstd = (outputs.empty(shape, acc, x) for shape in ((2, C), (C,), (C,)))
@@ -92,7 +93,7 @@ def batch_norm_backward(
     Raises TypeError for kinds and dtypes, ValueError for shapes and eps < 0.
     """
     C = _operands(x, gamma, None, eps, channel_axis)
-    eps = float(eps)
+    channel_axis, eps = None if channel_axis is None else int(channel_axis), float(eps)
     check.boolean(return_dx_hat, "return_dx_hat")
     arrays.same_kind(dy, "dy", x, "x")
     check.same_dtype(dy, "dy", x, "x")

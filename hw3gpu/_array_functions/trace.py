@@ -173,6 +173,7 @@ def minor_components(points: Array, k: int, *, largest: bool = False, ddof: int 
     with numerics(points, "points") as ns:
         given = check_dtype(points, "points", REAL)
         check.rank_at_least(points, "points", 2, "..., n, m")
+        check.rank_at_most(points, "points", 32)
         n, m = (int(size) for size in points.shape[-2:])
         k, ddof = _check_k(k, m), check.integer_value(ddof, "ddof")
         check.boolean(largest, "largest")

@@ -94,9 +94,15 @@ def rank_at_least(x: Array, name: str, least: int, meaning: str) -> None:
         raise RankError(f"{name}: expected at least {least} axes ({meaning}), got shape {shape_of(x)}")
 
 
+def rank_at_most(x: Array, name: str, most: int) -> None:
+    """ValueError if `x` has more than `most` axes."""
+    if x.ndim > most:
+        raise RankError(f"{name}: expected at most {most} axes, got {x.ndim}")
+
+
 def integer_value(value: Any, name: str) -> int:
     """`value` as an int of 64 bits; TypeError for floats, booleans and everything else that is not an integer."""
-    if isinstance(value, (bool, np.bool_)):
+    if isinstance(value, (bool, np.bool_)) or str(getattr(value, "dtype", "")).endswith("bool"):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     try:
         found = index(value)

@@ -83,10 +83,12 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
             and (v.dtype is acc or v.dtype is dtype)
             and v.shape == vector
             and v.device == device
-            and not (v.requires_grad and name.startswith("running"))
             and v.layout is torch.strided
+            and not (name.startswith("running") and (v.requires_grad or not v.is_contiguous()))
         ):
             beyond |= _of_channels(v, name, x, v.shape if x.dim() == 1 else vector, alone)
+            if training and name.startswith("running") and v.numel() > 1 and v.stride(0) == 0:
+                raise RuntimeError(f"{name}: expected a number of its own for each channel, to be updated, got one expanded")
     if training and alone and x.shape[0] == 1 and math.prod(x.shape[2:]) == 1:
         raise ValueError(f"input: expected more than 1 value per channel when training, got shape {check.shape_of(x)}")
     return beyond, momentum, eps
@@ -237,7 +239,9 @@ def _temperature(temperature):
 
 # ---------------------------------------------------------------------------------------------- of logits that are a product
 def _beside(x, W, b):
-    """Checks dtype and device of what is multiplied with `x` and added, and the bias."""
+    """Checks dtype and device of what is multiplied with `x` and added, the bias, and that there is a class."""
+    if W.shape[0] == 0:
+        raise ValueError(f"linear_weight: expected at least one class, got shape {check.shape_of(W)}")
     beside = [("linear_weight", W)]
     if b is not None:
         floating_tensor(b, "linear_bias")
@@ -313,10 +317,12 @@ def _vocab_parallel_arguments(z, target, weight, ignore_index, reduction, label_
     check.rank_at_least(z, "logits_shard", 1, "(V_r,), (N, V_r) or (N, V_r, d1, …)")
     axis = min(z.dim() - 1, 1)
     check.shape(target, "target", (*z.shape[:axis], *z.shape[axis + 1 :]), "one class per row of logits_shard")
+    _same_device(target, "target", z, "logits_shard")
     if weight is not None:
         tensor(weight, "weight")
         check.floating(weight, "weight")
         check.shape(weight, "weight", (z.shape[axis],), "one weight per class of logits_shard")
+        _same_device(weight, "weight", z, "logits_shard")
     check.integer_value(ignore_index, "ignore_index")
     check.one_of(reduction, "reduction", ("none", "mean", "sum"))
     check.real_value(label_smoothing, "label_smoothing")

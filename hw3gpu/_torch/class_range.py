@@ -97,6 +97,21 @@ def judge_targets(logits, target, invalid, V, ignore_index):
         watch(logits.device).send()
 
 
+def out_of_range(target, V, ignore_index):
+    """Where `target` holds neither a class nor `ignore_index`."""
+    target = target.long()  # in fewer bits PyTorch wraps the numbers that it is compared with
+    return ((target < 0) | (target >= V)) & (target != ignore_index)
+
+
+def check_classes(target, V, ignore_index):
+    """IndexError for a class out of range among classes on the host, where no kernel is to find it."""
+    if target.is_floating_point() or not arrays.on_host(target) or not target.numel():
+        return
+    bad = out_of_range(target, V, ignore_index)
+    if bad.any():
+        refuse_class(target, int(bad.reshape(-1).to(torch.uint8).argmax()), V, ignore_index)
+
+
 def refuse_class(target, row, V, ignore_index):
     """IndexError: what stands in a row of `target` is no class."""
     raise IndexError(

@@ -78,6 +78,8 @@ def with_differentiable_statistics(logits, target, weight, options):
     the formula in PyTorch's operations.
     """
     if target.is_floating_point() or options.label_smoothing or options.softcap is not None or operators.transformed():
+        if not (operators.traced(logits) or operators.transformed()):
+            class_range.check_classes(target, logits.shape[class_axis(logits)], options.ignore_index)
         return cross_entropy_formula.loss_and_statistics(logits, target, weight, options, True)
     found, sums = token_log_probs.with_sums(logits, target, 1.0, options.ignore_index, class_axis(logits))
     return of_token_log_probs(found, sums[3].view(target.shape), target, weight, options)
@@ -85,6 +87,7 @@ def with_differentiable_statistics(logits, target, weight, options):
 
 def of_token_log_probs(found, below, target, weight, options):
     """(loss, CrossEntropyStatistics) of classes, from the three numbers of every row and z_target - max z."""
+    target = target.long()  # in fewer bits PyTorch wraps the number that it is compared with, and takes uint8 for a mask
     kept, loss = target != options.ignore_index, -found.log_prob
     if weight is not None:
         w_t = torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)

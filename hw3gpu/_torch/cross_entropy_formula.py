@@ -76,6 +76,7 @@ def statistics(numbers, shape, V, target, ignore_index):
     log_total = excess.log1p()
     if target.is_floating_point():
         return CrossEntropyStatistics(m + log_total, None, entropy, None)
+    target = target.long()  # in fewer bits PyTorch wraps the numbers that it is compared with
     known = (target != ignore_index) & (target >= 0) & (target < V)
     return CrossEntropyStatistics(m + log_total, below - log_total, entropy, (below == 0) & known)
 
@@ -100,8 +101,9 @@ def loss_and_statistics(logits, target, weight, options, stats):
     lse, entropy = torch.logsumexp(z, axis), entropy_of(log_p, axis)
     if target.is_floating_point():
         return loss, CrossEntropyStatistics(lse, None, entropy, None)
+    target = target.long()
     kept = target != options.ignore_index
-    at = torch.where(kept, target, 0).long().unsqueeze(axis)
+    at = torch.where(kept, target, 0).unsqueeze(axis)
     log_prob = log_p.gather(axis, at).squeeze(axis)
     correct = z.gather(axis, at).squeeze(axis) == z.amax(axis)
     lse, log_prob, entropy = (torch.where(kept, v, 0.0) for v in (lse, log_prob, entropy))

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from .._core import arrays, dispatch
 from . import class_range, cross_entropy_formula, float16_scale
 from .autograd import accumulate_dtype, as_dtype
-from .class_range import refuse_class
 from .cross_entropy import never_zero, target_gradient
 
 # A part of all rows keeps the peak below a tenth of the logits; on the host, half of it in half precision, whose products have
@@ -197,11 +196,10 @@ def judge_targets(problem, ignore_index):
     scratch = torch.full((1,), N * S, dtype=torch.int64, device=target.device)
     if target.is_floating_point() or not target.numel():
         return scratch
-    bad = ((target < 0) | (target >= V)) & (target != ignore_index)
     if arrays.on_host(target):
-        if bad.any():
-            refuse_class(target, int(bad.reshape(-1).to(torch.uint8).argmax()), V, ignore_index)
+        class_range.check_classes(target, V, ignore_index)
     elif target.device.type == "cuda":
+        bad = class_range.out_of_range(target, V, ignore_index)
         row = torch.where(bad.reshape(-1).any(), bad.reshape(-1).to(torch.uint8).argmax(), class_range.NONE)
         flag = class_range.flag(target, N * S)
         torch.minimum(flag, row, out=flag)

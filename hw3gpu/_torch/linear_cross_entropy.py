@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import cross_entropy_formula, linear_token_log_probs, operators
+from . import class_range, cross_entropy_formula, linear_token_log_probs, operators
 from .autograd import accumulate_dtype, graph_is_needed
 from .cross_entropy import of_token_log_probs
 from .cross_entropy_formula import NUMBERS, OPTIONS_SCHEMA, Options
@@ -61,6 +61,8 @@ def linear_cross_entropy(problem, options, gradient, stats, rows):
 def with_differentiable_statistics(problem, options, rows):
     """(loss, CrossEntropyStatistics) of (N, S) rows, both with a graph; as of `cross_entropy`, in chunks where by kernels."""
     if problem.target.is_floating_point() or options.label_smoothing or options.softcap is not None or operators.transformed():
+        if not (operators.traced(problem.x) or operators.transformed()):
+            class_range.check_classes(problem.target, problem.sizes[1], options.ignore_index)
         return formula(problem, options, True)
     found, sums = linear_token_log_probs.with_sums(problem, 1.0, options.ignore_index, rows)
     return of_token_log_probs(found, sums[3], problem.target, problem.weight, options)

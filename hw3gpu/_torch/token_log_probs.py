@@ -93,8 +93,9 @@ def formula(logits, target, temperature, ignore_index, dim):
     """`TokenLogProbs` in PyTorch's operations, which have derivatives of every order and go through every transform."""
     z = logits.to(accumulate_dtype(logits)) / temperature
     log_p = torch.log_softmax(z, dim)
+    target = target.long()  # in fewer bits PyTorch wraps the number that it is compared with
     kept = target != ignore_index
-    log_prob = log_p.gather(dim, torch.where(kept, target, 0).long().unsqueeze(dim)).squeeze(dim)
+    log_prob = log_p.gather(dim, torch.where(kept, target, 0).unsqueeze(dim)).squeeze(dim)
     return TokenLogProbs(*(torch.where(kept, v, 0.0) for v in (log_prob, entropy_of(log_p, dim), torch.logsumexp(z, dim))))
 
 

@@ -28,7 +28,7 @@ from .._linalg.numerics import (
     symmetric,
 )
 from .._linalg.solvers import check_method, eigh, smallest
-from . import operators
+from . import arguments, operators
 from .autograd import no_second_derivative
 
 __all__ = ["TraceSubspace", "minimize_trace"]
@@ -74,8 +74,7 @@ def minimize_trace(covariance: torch.Tensor, k: int, *, largest: bool = False, m
         ValueError, from `backward`: the gap is zero within rounding, so that there is no derivative.
         RuntimeError: a second derivative.
     """
-    if not isinstance(covariance, torch.Tensor):
-        raise TypeError(f"covariance: expected a torch tensor, got {type(covariance).__name__}")
+    arguments.tensor(covariance, "covariance")
     check_dtype(covariance, "covariance", REAL + COMPLEX)
     m = check_square(covariance, "covariance")
     k = check.integer_value(k, "k")

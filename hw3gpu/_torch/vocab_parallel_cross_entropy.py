@@ -112,7 +112,8 @@ def _class_axis(shard):
 
 
 def _place(target, V, start, ignore_index):
-    counts, local = target != ignore_index, target.long() - start
+    target = target.long()  # in fewer bits PyTorch wraps the number that it is compared with
+    counts, local = target != ignore_index, target - start
     here = counts & (local >= 0) & (local < V)
     return _Row(torch.where(here, local, 0), counts, here)
 
