@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from hw3gpu.kernels.cpu import channel_plan
@@ -32,38 +33,38 @@ CASES = [
 
 @pytest.mark.parametrize(("of", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_the_plan_of_a_layout(of, expected):
-    assert channel_plan.plan_forward(of, False) == expected
+    assert channel_plan.plan_forward(of) == expected
 
 
 def test_a_plan_is_frozen_and_decided_once():
     of = layout(8, 64, 49)
-    plan = channel_plan.plan_forward(of, False)
+    plan = channel_plan.plan_forward(of)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        plan.fused = True
-    assert channel_plan.plan_forward(layout(8, 64, 49), False) is plan
+        plan.whole = None
+    assert channel_plan.plan_forward(layout(8, 64, 49)) is plan
 
 
 def test_a_channel_that_is_not_done_whole_has_sums_and_a_result():
     for of in (case[1] for case in CASES):
-        for fused in (False, True):
-            three = of._replace(strides=of.strides[:1] * 3)
-            for plan in (channel_plan.plan_forward(of, fused), channel_plan.plan_backward(three, fused, fused)):
-                assert (plan.whole is None) == (plan.sums is not None) == (plan.result is not None)
-                assert plan.fused == fused
-                assert (plan.mask_bytes > 0) == fused
-                N, C, S = of.shape
-                assert plan.mask_bytes <= channel_plan.mask_size(N, C, S)
-                assert all(of_pass.blocks >= 1 for of_pass in (plan.whole, plan.sums, plan.result) if of_pass)
+        three = of._replace(strides=of.strides[:1] * 3)
+        for plan in (channel_plan.plan_forward(of), channel_plan.plan_backward(three)):
+            assert (plan.whole is None) == (plan.sums is not None) == (plan.result is not None)
+            assert all(of_pass.blocks >= 1 for of_pass in (plan.whole, plan.sums, plan.result) if of_pass)
+
+
+def test_a_result_of_another_dtype_is_planned_as_one_of_the_same_strides():
+    x = np.empty((2, 9, 6), np.float16).transpose(0, 2, 1)
+    wide = np.empty((2, 9, 6), np.float32).transpose(0, 2, 1)
+    assert channel_plan.layout_of(x, wide) == channel_plan.layout_of(x, x)
 
 
 def test_arrays_of_two_layouts_are_walked_by_planes():
     of = layout(8, 64, 49)
     mixed = of._replace(strides=(of.strides[0], layout(8, 64, 49, channels_last=True).strides[0]))
-    assert channel_plan.plan_forward(mixed, False).whole.loops == "planes"
-    assert channel_plan.plan_forward(mixed, True).whole.loops == "tiles"  # with a mask the layout of x alone decides
+    assert channel_plan.plan_forward(mixed).whole.loops == "planes"
 
 
 def test_without_elements_there_is_nothing_to_do():
     for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
         of = layout(*shape)
-        assert channel_plan.plan_forward(of, False) == BatchNormPlan(None, Pass("planes", 0), Pass("planes", 0))
+        assert channel_plan.plan_forward(of) == BatchNormPlan(None, Pass("planes", 0), Pass("planes", 0))

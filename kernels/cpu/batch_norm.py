@@ -4,12 +4,14 @@
     x_hat = (x - mean) rstd,      y = (x - mean) (rstd gamma) + beta
     dbeta = sum dy,   dgamma = sum dy x_hat
     dx = gamma rstd (dy - dbeta / m - x_hat dgamma / m)
-    fused: y = relu(x_hat gamma + beta + residual), one bit a value kept of where it is above 0; dy is 0 where it is not
+    with a residual or a ReLU: y = relu(x_hat gamma + beta + residual), one bit a value kept of where it is above 0; dy is 0
+    where it is not
 
     statistics, backward_reduce      read x (and dy)                    1 pass  (2)
     normalize, backward_apply        read x (and dy), write y or dx     2 passes (3)
     forward, backward                channels done whole, in cache      2 passes (3); 3 (5) where they are split
-    a residual or its gradient                                          1 pass more; the mask: an eighth of a byte a value
+    a residual or a ReLU                                               2 passes more, a residual's own values one more;
+                                                                       the mask: an eighth of a byte a value
 
 A pass is one read or one write of the whole tensor. `mean` is kept as two numbers, mean[0] the rounded mean and mean[1] what
 the rounding left, so that x - mean is right where the mean is large; y is never folded to a x + b. Sums are float64:
@@ -20,8 +22,8 @@ for the two layouts:
     lines     C adjacent (channels-last), and planes too small to be a loop of their own. Of long rows of channels, and of
               several small planes, a tile is a few channels of every sample: `_batch_norm/tiles.py` does these whole
 
-and `_batch_norm/planes_fused.py` and `_batch_norm/lines_fused.py` those with a residual or a mask (`_batch_norm/mask.py`),
-whose layout that of x decides.
+A residual and a ReLU are a pass of their own (`_batch_norm/residual_relu.py`), after `normalize` and before the sums of
+`backward`: one loop for every layout, measured to take no longer than loops that do it all at once.
 
 A call decides once which loops run and how their work is cut into blocks (`channel_plan.py`), by shapes and strides alone;
 a launcher follows that plan. Blocks are merged in order.
@@ -35,7 +37,7 @@ from typing import Any
 import numpy as np
 
 from . import channel_plan
-from ._batch_norm import lines, lines_fused, planes, planes_fused, tiles
+from ._batch_norm import lines, planes, residual_relu, tiles
 from ._batch_norm.statistics import better_shifts, finish_all, finish_gradients, first_means, merge
 from ._numba.compile import kernel
 from ._numba.elements import store, to_accumulate
@@ -79,16 +81,6 @@ _NORMALIZE = {"planes": planes.normalize, "lines": lines.normalize, "tiles": til
 _APPLY = {"planes": planes.apply, "lines": lines.apply, "tiles": tiles.apply}
 _FORWARD = {"planes": planes.forward, "tiles": tiles.forward}
 _BACKWARD = {"planes": planes.backward, "tiles": tiles.backward}
-
-_FUSED_GRADIENT_SUMS = {
-    "planes": planes_fused.gradient_sums, "lines": lines_fused.rows_gradient_sums, "tiles": lines_fused.tile_gradient_sums
-}  # fmt: skip
-_FUSED_NORMALIZE = {
-    "planes": planes_fused.normalize, "lines": lines_fused.rows_normalize, "tiles": lines_fused.tile_normalize
-}  # fmt: skip
-_FUSED_APPLY = {"planes": planes_fused.apply, "lines": lines_fused.rows_apply, "tiles": lines_fused.tile_apply}
-_FUSED_FORWARD = {"planes": planes_fused.forward, "tiles": lines_fused.tile_forward}
-_FUSED_BACKWARD = {"planes": planes_fused.backward, "tiles": lines_fused.tile_backward}
 
 
 def _walked(of: Pass, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -137,42 +129,57 @@ def _sum_and_scale_gradients(dy, x, mean, scale, dx):
 
 # ---------------------------------------------------------------------------------------------- with a residual or a mask
 def mask_size(x: np.ndarray) -> int:
-    """Bytes of the mask of x (N, C, …), by its shape alone: an eighth of a byte a value, and what fills up bytes."""
-    N, C, *positions = x.shape
-    return channel_plan.mask_size(N, C, math.prod(positions))
+    """Bytes of the mask of x (N, C, …): an eighth of a byte a value."""
+    return residual_relu.mask_size(math.prod(x.shape))
 
 
-def _turned(*arrays: Any) -> tuple[Any, ...]:
-    """(N, C, 1) as (1, C, N), so that there are eight neighbours to share a byte."""
-    return arrays if arrays[0].shape[2] != 1 else tuple(None if a is None else a.transpose(2, 1, 0) for a in arrays)
+def _in_order(a: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """`a` (N, C, S), its axes in the order in which those of x lie in memory: the mask's order."""
+    return a.transpose(0, 2, 1) if channel_plan.in_rows(layout_of(x)) else a
 
 
-def _given(x: np.ndarray, other: np.ndarray | None) -> np.ndarray:
-    """An operand that may be None, as the kernels take it."""
-    return np.empty((0, 0, 0), x.dtype) if other is None else other
+def _line(a: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+    """`a` as one line (1, 1, size) in that order: a copy where it lies otherwise, empty for None."""
+    return np.empty((1, 1, 0), x.dtype) if a is None else np.ascontiguousarray(_in_order(a, x)).reshape(1, 1, -1)
 
 
-def _given_mask(mask: np.ndarray | None) -> np.ndarray:
-    return np.empty((0, 0, 0), np.uint8) if mask is None else mask.reshape(1, 1, -1)
+def _write_back(line: np.ndarray, a: np.ndarray, x: np.ndarray) -> None:
+    """Write to `a` the line that stood in for it, where that was a copy."""
+    if not np.may_share_memory(line, a):
+        ordered = _in_order(a, x)
+        ordered[...] = line.reshape(ordered.shape)
 
 
-def _new_mask(mask: np.ndarray | None, used: int) -> np.ndarray:
-    """`mask` to be written, what the layout of x does not need of it set to 0."""
-    if mask is not None:
-        mask[used:] = 0
-    return _given_mask(mask)
+def _before_residual(x: np.ndarray, residual: np.ndarray | None, y: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Where to normalise to: y, unless that would round it to half precision before the residual is added."""
+    if residual is None or y.itemsize == dtype.itemsize:
+        return y
+    return _in_order(np.empty(_in_order(x, x).shape, dtype), x)
 
 
-def _masked_gradient_sums(of: Pass, dy, x, mean, mask):
-    """sum dy and sum dy (x - mean) of every channel, of the dy that passes: (2, C) float64."""
-    C, operands = x.shape[1], (dy, x, _given_mask(mask), mean)
-    if not of.partial:
-        sums = np.empty((2, C))
-        _run(_FUSED_GRADIENT_SUMS, of, 2 * x.nbytes, *operands, sums)
-        return sums
-    partial = np.empty((of.partial, 2, C))
-    _run(_FUSED_GRADIENT_SUMS, of, 2 * x.nbytes, *operands, partial)
-    return _merged(partial)
+def _finish(x, values, residual, y, mask, dtype):
+    """y = values + residual, what is below 0 as 0 where a mask is given to be written."""
+    if x.size == 0 or (residual is None and mask is None):
+        return
+    line, rounded = _line(values, x), _line(None if values is y else y, x)
+    bits = np.empty((1, 1, 0), np.uint8) if mask is None else mask.reshape(1, 1, -1)
+    of = residual_relu.pieces(x.size)
+    run(residual_relu.finish, of, 3 * x.nbytes, line, _line(residual, x), bits, dtype.type(0), rounded)
+    _write_back(line if values is y else rounded, y, x)
+
+
+def _passing(dy, x, mask, dx, dresidual):
+    """dy as far as the mask lets it through: in dresidual, where that is given, else in dx."""
+    if x.size == 0 or (mask is None and dresidual is None):
+        return dy
+    passed = dx if dresidual is None else dresidual
+    if mask is None:
+        passed[...] = dy
+    else:
+        line, operands = _line(passed, x), (_line(dy, x), mask.reshape(1, 1, -1))
+        run(residual_relu.let_through, residual_relu.pieces(x.size), 2 * x.nbytes, *operands, line)
+        _write_back(line, passed, x)
+    return passed
 
 
 # ---------------------------------------------------------------------------------------------- launchers
@@ -222,23 +229,17 @@ def normalize(
 ) -> None:
     """y = (x - mean) (rstd gamma) + beta + residual, what is below 0 as 0 where a mask is given to be written."""
     _check(x, mean, rstd, gamma, beta, like=(y, residual), mask=mask)
-    fused = residual is not None or mask is not None
-    if fused:
-        x, y, residual = _turned(x, y, residual)
-    _normalize(channel_plan.plan_result(layout_of(x, y), fused), x, mean, rstd, gamma, beta, y, residual, mask)
+    values = _before_residual(x, residual, y, rstd.dtype)
+    _normalize(channel_plan.plan_result(layout_of(x, values)), x, mean, rstd, gamma, beta, values)
+    _finish(x, values, residual, y, mask, rstd.dtype)
 
 
-def _normalize(plan, x, mean, rstd, gamma, beta, y, residual, mask):
+def _normalize(of, x, mean, rstd, gamma, beta, y):
     if x.size == 0:
         return
     C, dtype = x.shape[1], rstd.dtype
     scale = np.ascontiguousarray(rstd if gamma is None else rstd * to_accumulate(gamma, C, dtype, 1.0))
-    beta = to_accumulate(beta, C, dtype, 0.0)
-    if plan.fused:
-        operands = x, mean, scale, beta, _given(x, residual), y, _new_mask(mask, plan.mask_bytes)
-        _run(_FUSED_NORMALIZE, plan.result, 3 * x.nbytes, *operands)
-    else:
-        _run(_NORMALIZE, plan.result, 2 * x.nbytes, x, mean, scale, beta, y)
+    _run(_NORMALIZE, of, 2 * x.nbytes, x, mean, scale, to_accumulate(beta, C, dtype, 0.0), y)
 
 
 def forward(
@@ -259,26 +260,21 @@ def forward(
 ) -> None:
     """`statistics`, then `normalize`."""
     _check(x, mean, var, rstd, gamma, beta, running_mean, running_var, like=(y, residual), mask=mask)
-    fused = residual is not None or mask is not None
-    if fused:
-        x, y, residual = _turned(x, y, residual)
-    plan = channel_plan.plan_forward(layout_of(x, y), fused)
+    values = _before_residual(x, residual, y, var.dtype)
+    plan = channel_plan.plan_forward(layout_of(x, values))
     if plan.whole is None:
         _statistics(plan.sums, x, mean, var, rstd, running_mean, running_var, eps, momentum)
-        _normalize(plan, x, mean, rstd, gamma, beta, y, residual, mask)
-        return
-    C, dtype = x.shape[1], var.dtype
-    new_mean, new_var = _running(running_mean, dtype), _running(running_var, dtype)
-    gamma, beta = to_accumulate(gamma, C, dtype, 1.0), to_accumulate(beta, C, dtype, 0.0)
-    results = mean, var, rstd, new_mean, new_var, float(eps), float(momentum)
-    if fused:
-        operands = x, gamma, beta, _given(x, residual), y, _new_mask(mask, plan.mask_bytes)
-        _run(_FUSED_FORWARD, plan.whole, 3 * x.nbytes, *operands, *results)
+        _normalize(plan.result, x, mean, rstd, gamma, beta, values)
     else:
-        x, y = _walked(plan.whole, x, y)
-        _run(_FORWARD, plan.whole, 3 * x.nbytes, x, gamma, beta, y, *results)
-    _store_running(running_mean, new_mean)
-    _store_running(running_var, new_var)
+        C, dtype = x.shape[1], var.dtype
+        new_mean, new_var = _running(running_mean, dtype), _running(running_var, dtype)
+        gamma, beta = to_accumulate(gamma, C, dtype, 1.0), to_accumulate(beta, C, dtype, 0.0)
+        results = mean, var, rstd, new_mean, new_var, float(eps), float(momentum)
+        walked_x, walked = _walked(plan.whole, x, values)
+        _run(_FORWARD, plan.whole, 3 * x.nbytes, walked_x, gamma, beta, walked, *results)
+        _store_running(running_mean, new_mean)
+        _store_running(running_var, new_var)
+    _finish(x, values, residual, y, mask, var.dtype)
 
 
 def backward_reduce(
@@ -294,17 +290,12 @@ def backward_reduce(
     """dbeta = sum dy, dgamma = sum dy x_hat; dy counts where the mask, if given, is set."""
     _check(x, mean, rstd, dgamma, dbeta, like=(dy,), mask=mask)
     if mask is not None:
-        dy, x = _turned(dy, x)
-    layout = layout_of(x, dy)
-    of = channel_plan.plan_sums(layout) if mask is None else channel_plan.plan_masked_sums(layout)
-    _reduce(of, dy, x, mean, rstd, dgamma, dbeta, mask)
+        dy = _passing(dy, x, mask, np.empty_like(dy), None)
+    _reduce(channel_plan.plan_sums(layout_of(x, dy)), dy, x, mean, rstd, dgamma, dbeta)
 
 
-def _reduce(of, dy, x, mean, rstd, dgamma, dbeta, mask):
-    if x.size == 0:
-        sums = np.zeros((2, x.shape[1]))
-    else:
-        sums = _sum_gradients(of, dy, x, mean) if mask is None else _masked_gradient_sums(of, dy, x, mean, mask)
+def _reduce(of, dy, x, mean, rstd, dgamma, dbeta):
+    sums = _sum_gradients(of, dy, x, mean) if x.size else np.zeros((2, x.shape[1]))
     finish_gradients(sums, rstd, dgamma, dbeta)
 
 
@@ -324,29 +315,18 @@ def backward_apply(
 ) -> None:
     """dx = gamma rstd (dy - dbeta / count - x_hat dgamma / count); dresidual, where given, is the dy that passes."""
     _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
-    fused = mask is not None or dresidual is not None
-    if fused:
-        dy, x, dx, dresidual = _turned(dy, x, dx, dresidual)
-    plan = channel_plan.plan_result(layout_of(x, dy, dx), fused)
-    _apply(plan, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual)
+    dy = _passing(dy, x, mask, dx, dresidual)
+    _apply(channel_plan.plan_result(layout_of(x, dy, dx)), dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx)
 
 
-def _apply(plan, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual):
+def _apply(of, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx):
     if x.size == 0:
         return
     count = float(np.asarray(count).item())
     scale = rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
     b = (dbeta / count).astype(rstd.dtype)
     k = (rstd * (dgamma / count)).astype(rstd.dtype)
-    if plan.fused:
-        _fused_apply(plan, dy, x, mean, scale, b, k, True, dx, mask, dresidual)
-    else:
-        _run(_APPLY, plan.result, 3 * x.nbytes, dy, x, mean, scale, b, k, dx)
-
-
-def _fused_apply(plan, dy, x, mean, scale, b, k, trained, dx, mask, dresidual):
-    operands = dy, x, _given_mask(mask), mean, scale, b, k, trained, dx, _given(x, dresidual)
-    _run(_FUSED_APPLY, plan.result, 4 * x.nbytes, *operands)
+    _run(_APPLY, of, 3 * x.nbytes, dy, x, mean, scale, b, k, dx)
 
 
 def backward(
@@ -364,22 +344,15 @@ def backward(
 ) -> None:
     """`backward_reduce`, then `backward_apply` with count = m."""
     _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
-    fused = mask is not None or dresidual is not None
-    if fused:
-        x, dy, dx, dresidual = _turned(x, dy, dx, dresidual)
-    plan = channel_plan.plan_backward(layout_of(x, dy, dx), fused, mask is not None)
+    dy = _passing(dy, x, mask, dx, dresidual)
+    plan = channel_plan.plan_backward(layout_of(x, dy, dx))
     if plan.whole is None:
-        _reduce(plan.sums, dy, x, mean, rstd, dgamma, dbeta, mask)
-        count = x.shape[0] * x.shape[2]
-        _apply(plan, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual)
+        _reduce(plan.sums, dy, x, mean, rstd, dgamma, dbeta)
+        _apply(plan.result, dy, x, mean, rstd, gamma, dgamma, dbeta, x.shape[0] * x.shape[2], dx)
         return
     gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-    if fused:
-        operands = dy, x, _given_mask(mask), mean, rstd, gamma, dx, _given(x, dresidual)
-        _run(_FUSED_BACKWARD, plan.whole, 5 * x.nbytes, *operands, dgamma, dbeta)
-    else:
-        dy, x, dx = _walked(plan.whole, dy, x, dx)
-        _run(_BACKWARD, plan.whole, 5 * x.nbytes, dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
+    dy, x, dx = _walked(plan.whole, dy, x, dx)
+    _run(_BACKWARD, plan.whole, 5 * x.nbytes, dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
 
 
 def inference_backward(
@@ -400,12 +373,6 @@ def inference_backward(
     if x.size == 0:
         backward_reduce(dy, x, mean, rstd, dgamma, dbeta)
         return
+    dy = _passing(dy, x, mask, dx, dresidual)
     scale = rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-    if mask is None and dresidual is None:
-        finish_gradients(_sum_and_scale_gradients(dy, x, mean, scale, dx), rstd, dgamma, dbeta)
-        return
-    backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask)
-    dy, x, dx, dresidual = _turned(dy, x, dx, dresidual)
-    plan = channel_plan.plan_result(layout_of(x, dy, dx), True)
-    none = np.zeros_like(rstd)
-    _fused_apply(plan, dy, x, mean, scale, none, none, False, dx, mask, dresidual)
+    finish_gradients(_sum_and_scale_gradients(dy, x, mean, scale, dx), rstd, dgamma, dbeta)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._batch_norm.planes import RUN
 from ._numba.simd import LINE as CACHE_LINE
 
 # Blocks of a split: it bounds the memory of partial sums. A block has some 16 KiB or more.
@@ -53,8 +52,12 @@ class Layout(NamedTuple):
 
 
 def layout_of(x: np.ndarray, *beside: np.ndarray) -> Layout:
-    """The layout of arrays of x's shape and dtype."""
-    return Layout(x.shape, x.itemsize, (x.strides, *(a.strides for a in beside)))
+    """The layout of arrays of x's shape; strides of another dtype are those that x's elements would have there."""
+    return Layout(x.shape, x.itemsize, (x.strides, *(a.strides if a.itemsize == x.itemsize else _as_if(a, x) for a in beside)))
+
+
+def _as_if(a: np.ndarray, x: np.ndarray) -> tuple[int, ...]:
+    return tuple(stride // a.itemsize * x.itemsize for stride in a.strides)
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,6 @@ class BatchNormPlan:
     whole: Pass | None = None
     sums: Pass | None = None
     result: Pass | None = None
-    fused: bool = False  # with a residual or a mask: the layout of x alone decides
-    mask_bytes: int = 0  # what the result's pass uses of a mask
 
 
 # ---------------------------------------------------------------------------------------------- plans of a call
@@ -87,38 +88,25 @@ def plan_sums(of: Layout) -> Pass:
 
 
 @functools.lru_cache(1024)
-def plan_result(of: Layout, fused: bool) -> BatchNormPlan:
+def plan_result(of: Layout) -> Pass:
     """The result from known sums: of x and y, or of x, dy and dx."""
-    if fused:
-        return BatchNormPlan(result=_fused_result(of.of_x), fused=True, mask_bytes=_mask_bytes(of.of_x))
-    return BatchNormPlan(result=_result(of))
+    return _result(of)
 
 
 @functools.lru_cache(1024)
-def plan_forward(of: Layout, fused: bool) -> BatchNormPlan:
+def plan_forward(of: Layout) -> BatchNormPlan:
     """`forward` of x and y."""
-    x, mask_bytes = of.of_x, _mask_bytes(of.of_x) if fused else 0
-    whole = _fused_whole(x) if fused else _whole(of)
-    if whole is not None:
-        return BatchNormPlan(whole, fused=fused, mask_bytes=mask_bytes)
-    return BatchNormPlan(None, _sums(x), _fused_result(x) if fused else _result(of), fused, mask_bytes)
+    whole = _whole(of)
+    return BatchNormPlan(None, _sums(of.of_x), _result(of)) if whole is None else BatchNormPlan(whole)
 
 
 @functools.lru_cache(1024)
-def plan_backward(of: Layout, fused: bool, masked: bool) -> BatchNormPlan:
-    """`backward` of x, dy and dx. masked: dy counts where the mask is set; without a mask sums are taken by the plain loops."""
-    x, mask_bytes = of.of_x, _mask_bytes(of.of_x) if masked else 0
-    whole = _fused_whole(x) if fused else _whole(of)
-    if whole is not None:
-        return BatchNormPlan(whole, fused=fused, mask_bytes=mask_bytes)
-    sums = _fused_sums(x) if masked else _sums(of._replace(strides=of.strides[:2]))
-    return BatchNormPlan(None, sums, _fused_result(x) if fused else _result(of), fused, mask_bytes)
-
-
-@functools.lru_cache(1024)
-def plan_masked_sums(of: Layout) -> Pass:
-    """The sums of x and of the dy that a mask lets through."""
-    return _fused_sums(of.of_x)
+def plan_backward(of: Layout) -> BatchNormPlan:
+    """`backward` of x, dy and dx."""
+    whole = _whole(of)
+    return (
+        BatchNormPlan(None, _sums(of._replace(strides=of.strides[:2])), _result(of)) if whole is None else BatchNormPlan(whole)
+    )
 
 
 @functools.lru_cache(1024)
@@ -170,30 +158,6 @@ def _whole(of: Layout) -> Pass | None:
     if group:
         return Pass("tiles", -(-of.shape[1] // group), (group,), joined=joined) if parts == 1 else None
     return _whole_planes(of)
-
-
-def _fused_whole(x: Layout) -> Pass | None:
-    """As `_whole`; rows are never cut."""
-    group = _tile(x)
-    if group:
-        return Pass("tiles", -(-x.shape[1] // group), (group,))
-    return None if small_planes(x) else _whole_planes(x)
-
-
-def _fused_sums(x: Layout) -> Pass:
-    if group := _tile(x):
-        return Pass("tiles", -(-x.shape[1] // group), (group,))
-    pieces = _pieces(x)
-    return Pass("lines", pieces, (rows_of_mask(x.shape[1]),), pieces) if in_rows(x) else Pass("planes", pieces, (), pieces)
-
-
-def _fused_result(x: Layout) -> Pass:
-    pieces = _pieces(x)
-    if in_rows(x):
-        return Pass("lines", pieces, (pieces, rows_of_mask(x.shape[1])))
-    if group := _tile(x):
-        return Pass("tiles", -(-x.shape[1] // group), (group,))
-    return Pass("planes", pieces, (pieces,))
 
 
 # ---------------------------------------------------------------------------------------------- layouts
@@ -256,12 +220,6 @@ def _tiled(of: Layout) -> tuple[int, int, bool]:
     return (strip(N * S, C, of.itemsize), 1, True) if packed(of) else (0, 1, False)
 
 
-def _tile(x: Layout) -> int:
-    """Channels whose small planes are gone through at once; 0 where x has another layout, or they are not done whole."""
-    group, parts, _ = (0, 1, False) if in_rows(x) else _tiled(x)
-    return group if parts == 1 else 0
-
-
 def _whole_planes(of: Layout) -> Pass | None:
     """Planes done whole; None where they are to be split."""
     N, C, S = of.shape
@@ -281,37 +239,3 @@ def _blocks(of: Layout) -> int:
     """Blocks of a split: of whole rows where x is rows of channels."""
     N, C, S = of.shape
     return flat_blocks(of.nbytes, N * S // BLOCK_ROWS if in_rows(of.of_x) else N * C * S)
-
-
-def _pieces(x: Layout) -> int:
-    """Blocks of a split into whole pieces of the mask."""
-    N, C, S = x.shape
-    pieces = -(-(N * S) // rows_of_mask(C)) if in_rows(x) else N * -(-S // RUN)
-    return flat_blocks(x.nbytes, pieces)
-
-
-# ---------------------------------------------------------------------------------------------- the mask
-def rows_of_mask(C: int) -> int:
-    """Rows of a line of `_batch_norm.lines_fused`, whose bits share bytes."""
-    return max(1, LINE // max(C, 1))
-
-
-def mask_size(N: int, C: int, S: int) -> int:
-    """Bytes of the mask of (N, C, S): an eighth of a byte a value, and what fills up bytes."""
-    N, S = (1, N) if S == 1 else (N, S)
-    return max(N * C * _bytes(S), _bytes_of_lines(N * S, rows_of_mask(C), C))
-
-
-def _mask_bytes(x: Layout) -> int:
-    """What the layout of x needs of a mask."""
-    N, C, S = x.shape
-    return _bytes_of_lines(N * S, rows_of_mask(C), C) if in_rows(x) else N * _bytes_of_lines(C, _tile(x) or 1, S)
-
-
-def _bytes(bits: int) -> int:
-    return (bits + 7) // 8
-
-
-def _bytes_of_lines(rows: int, rows_per_line: int, size: int) -> int:
-    """Bytes for the bits of rows of `size` values; a line, perhaps the last one a shorter one, has bytes of its own."""
-    return rows // rows_per_line * _bytes(rows_per_line * size) + _bytes(rows % rows_per_line * size)
