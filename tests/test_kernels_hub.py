@@ -105,6 +105,10 @@ sys.meta_path.insert(0, Refused())
 import hub_builder
 kernel = hub_builder.load(pathlib.Path(sys.argv[1]) / "build" / "torch-cuda")
 import torch
+try:
+    kernel.softmax(torch.zeros(3))
+except ValueError as error:
+    print(error)
 print(sorted(kernel.__all__))
 print(sorted(name for name in dir(getattr(torch.ops, kernel.__name__)) if not name.startswith("_") and name != "name"))
 print(sorted({name.partition(".")[0] for name in sys.modules} & {"numpy", "numba", "cupy", "scipy", "hw3gpu", "kernels"}))
@@ -116,7 +120,8 @@ def test_module_is_imported_where_there_is_torch_and_triton_alone(folder: Path) 
     names = {name.split("=")[0].split("<")[0].split(">")[0].split("!")[0].strip().lower() for name in needed}
     modules = {"jinja2", "markupsafe", "mpmath", "torch", "torchgen", "functorch", "triton", "setuptools", "pkg_resources"}
     allowed = {name.replace("-", "_") for name in names} | modules - {"numpy"}
-    exported, operators, present = _run(ALONE, folder, ROOT / "tests", ",".join(allowed)).splitlines()[-3:]
+    refusal, exported, operators, present = _run(ALONE, folder, ROOT / "tests", ",".join(allowed)).splitlines()[-4:]
+    assert refusal == "z: expected a tensor on a GPU, got one on cpu"
     assert exported == "['batch_norm', 'cross_entropy', 'layers', 'softmax']"
     assert "'softmax_backward'" in operators
     assert "'batch_norm_training'" in operators
@@ -157,7 +162,7 @@ kernels.get_kernel = lambda repository, version, trust_remote_code: hub_builder.
     pathlib.Path(sys.argv[1]) / "build" / "torch-cuda"
 )
 import pytest
-few = "float32 or layers or errors or operators or last or transposed or one_row"
+few = "float32 or autocast or layers or errors or operators or last or transposed or one_row"
 own = [str(pathlib.Path(sys.argv[1]) / "tests"), "-q", "-k", few, "--rootdir", sys.argv[1], "-o", "markers=kernels_ci"]
 sys.exit(pytest.main([*own, "-p", "no:cacheprovider", "-p", "no:warnings"]))
 """

@@ -48,6 +48,8 @@ def test_softmax_of_a_transposed_matrix_and_of_one_number():
     holds(y, torch.softmax(z.double(), 1))
     assert y.stride() == z.stride()
     assert hw3gpu.softmax(torch.tensor(3.0, device=DEVICE)).item() == 1.0
+    no_view = made((2, 3, 4, 5)).detach().transpose(1, 2)  # what stands behind axis 1 has no one stride
+    holds(hw3gpu.softmax(no_view, 1), torch.softmax(no_view.double(), 1))
 
 
 # ---------------------------------------------------------------------------------------------- cross entropy
@@ -162,6 +164,33 @@ def test_layers_do_what_the_layers_they_replace_do():
     wanted = loss(x, target)
     torch.testing.assert_close(adopted(loss, hw3gpu.layers.CrossEntropyLoss)(x, target), wanted)
     torch.testing.assert_close(adopted(torch.nn.Softmax(), hw3gpu.layers.Softmax)(x), torch.softmax(x, 1))
+
+
+def test_halves_under_autocast_give_float32():
+    z, target = made((3, 5), torch.bfloat16), torch.tensor([1, 0, 4], device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss, y = hw3gpu.cross_entropy(z, target), hw3gpu.softmax(z)
+    assert loss.dtype == y.dtype == torch.float32
+    holds(loss, torch.nn.functional.cross_entropy(z.detach().double(), target))
+    holds(y, torch.softmax(z.detach().double(), -1))
+    loss.backward()
+    assert z.grad.dtype == torch.bfloat16
+
+
+def test_layers_compile_without_a_break():
+    def step(x, target):
+        return loss(torch.cat((norm(x), softmax(x)), 1), target)
+
+    norm = adopted(torch.nn.BatchNorm1d(5).to(DEVICE), hw3gpu.layers.BatchNorm)
+    softmax = adopted(torch.nn.Softmax(1), hw3gpu.layers.Softmax)
+    loss = adopted(torch.nn.CrossEntropyLoss(), hw3gpu.layers.CrossEntropyLoss)
+    x, target = made((4, 5)), torch.tensor([1, 0, 9, 2], device=DEVICE)
+    eager = torch.autograd.grad(step(x, target), x)
+    mean = norm.running_mean.clone()
+    norm.reset_running_stats()
+    compiled = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(x, target), x)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(norm.running_mean, mean)
 
 
 def test_operators_hold_pytorchs_own_checks():

@@ -15,7 +15,8 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """The loss of logits (C,), (N, C) or (N, C, …) as `torch.nn.functional.cross_entropy`, in the logits' dtype.
+    """The loss of logits (C,), (N, C) or (N, C, …) as `torch.nn.functional.cross_entropy`, in the logits' dtype;
+    under autocast that of halves is float32.
 
     target: int64 classes of the logits' shape without the class axis, or probabilities of the logits' shape and dtype. weight:
     (C,). A class out of range makes the loss and the gradient of its row NaN; nothing waits for the GPU to say so. Only the
@@ -25,7 +26,7 @@ def cross_entropy(
     if weight is not None:
         weight = weight.detach().to(_views.accumulate_dtype(input)).contiguous()
     loss, _, _ = _forward(input, target, weight, ignore_index, float(label_smoothing), reduction)
-    return loss.to(input.dtype)
+    return loss if _views.widened(input) else loss.to(input.dtype)
 
 
 def _check(input, target, weight, reduction, label_smoothing):

@@ -8,13 +8,15 @@ from .gpu import softmax as kernels
 
 
 def softmax(z: torch.Tensor, dim: int = -1) -> torch.Tensor:
-    """softmax(z) along `dim`, of z's shape and dtype.
+    """softmax(z) along `dim`, of z's shape and dtype; of halves in float32 under autocast, as PyTorch's.
 
     TypeError for other dtypes than the four, ValueError for a tensor on no GPU, IndexError for no axis of z.
     """
     _views.check("z", z)
     if not -max(z.dim(), 1) <= dim < max(z.dim(), 1):
         raise IndexError(f"dim: expected an axis of z, which has {z.dim()}, got {dim}")
+    if _views.widened(z):
+        z = z.float()
     if z.dim() == 0:
         return _forward(z.reshape(1), 0).reshape(())
     return _forward(z, dim % z.dim())

@@ -8,18 +8,25 @@ import triton
 
 _ACCUMULATED = {torch.float64: torch.float64, **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float32)}
 
+_INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were made
+
 
 def check(name: str, x: torch.Tensor) -> None:
     """TypeError or ValueError unless the kernels can read x."""
     if x.dtype not in _ACCUMULATED:
         raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {x.dtype}")
-    if not (x.is_cuda or triton.knobs.runtime.interpret):
+    if not (x.is_cuda or _INTERPRETED):
         raise ValueError(f"{name}: expected a tensor on a GPU, got one on {x.device}")
 
 
 def accumulate_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of sums over x."""
     return _ACCUMULATED[x.dtype]
+
+
+def widened(x: torch.Tensor) -> bool:
+    """True for halves inside autocast, where PyTorch computes softmax and losses in float32."""
+    return x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type)
 
 
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
