@@ -71,6 +71,7 @@ NOT_HERE = {
     *("kernels/cpu/X.py", "kernels/gpu/X.py"),
     *("flash_attn/losses/cross_entropy.py", "flash_attn/ops/triton/cross_entropy.py"),
     "apex/parallel/optimized_sync_batchnorm.py",
+    "tritonbench/operators/ADD_OPERATOR.md",
     *("results.json", "measurements.csv", "speedup.png", "bandwidth.png", "roofline.png", "operator_summary.csv"),
     *("tuned.json", "gpu/tuned.json", "kernels/gpu/tuned.json"),
 }
@@ -121,7 +122,12 @@ def variables_of_the_code() -> frozenset[str]:
     nodes = [node for path in files if "environ" in path.read_text() for node in ast.walk(ast.parse(path.read_text()))]
     strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     keywords = {node.arg for node in nodes if isinstance(node, ast.keyword) and node.arg}
-    return frozenset(found for found in strings | keywords if VARIABLE.fullmatch(found) and not found.startswith("SC_"))
+    found = {name for name in strings | keywords if VARIABLE.fullmatch(name) and not name.startswith("SC_")}
+    # other variables that tests set are inputs of a test
+    own = {
+        name for path in [*ROOT.glob("tests/*.py"), ROOT / "Makefile"] for name in re.findall(r"HW3GPU_\w+", path.read_text())
+    }
+    return frozenset(found | own)
 
 
 def table(heading: str, of: str) -> list[str]:
