@@ -14,6 +14,7 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import hub_builder
+import jinja2
 import pytest
 
 if sys.version_info >= (3, 11):
@@ -70,6 +71,19 @@ def test_folder_has_what_the_builder_asks_for(folder: Path) -> None:
         assert (folder / name).is_file(), name
     assert not (folder / "torch-ext" / "hw3gpu" / "hw3gpu").exists()  # the builder refuses a module inside its namesake
     assert not (folder / "torch-ext" / "hw3gpu" / "_ops.py").exists()  # the builder's own
+
+
+def test_card_is_filled_by_the_builder(folder: Path) -> None:
+    """With the variables of kernel-builder/src/pyproject/card.rs, which takes the functions from `__all__`."""
+    repo_id = _build_toml(folder)["general"]["hub"]["repo-id"]
+    exported = re.search(r"__all__\s*=\s*\[([^\]]*)\]", (folder / "torch-ext/hw3gpu/__init__.py").read_text())[1]
+    card = jinja2.Template((folder / "CARD.md").read_text(), trim_blocks=True, undefined=jinja2.StrictUndefined).render(
+        repo_id=repo_id, functions=re.findall(r'"(\w+)"', exported), has_benchmark=False, upstream=None, license="MIT"
+    )
+    assert card.startswith("---\nlibrary_name: kernels\nlicense: mit\n---\n")
+    assert f'get_kernel("{repo_id}"' in card
+    assert "- `cross_entropy`\n" in card
+    assert "{" not in card.replace('{"BatchNorm2d": {"cuda": layer}}', "")
 
 
 def test_kernels_are_those_of_the_checkout_and_no_more(folder: Path) -> None:
