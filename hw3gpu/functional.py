@@ -116,7 +116,8 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
         dtype = torch.float32
     call = None
     if type(dim) is int and (dtype is None or isinstance(dtype, torch.dtype)):
-        call = bound_launches.of(("softmax", dim, dtype), input)
+        of = bound_launches.of_host if input.is_cpu else bound_launches.of
+        call = of(("softmax", dim, dtype), input)
     if call is None or call.launches is None:
         if dim is None:
             warnings.warn("softmax: give `dim`; PyTorch's implicit choice is deprecated", stacklevel=_stacklevel - 1)

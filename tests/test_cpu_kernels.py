@@ -26,7 +26,7 @@ from cpu_operations import (
 
 from hw3gpu.kernels.cpu import batch_norm, cross_entropy, softmax
 from hw3gpu.kernels.cpu._cross_entropy import kernels
-from hw3gpu.kernels.cpu._numba import compile, elements, exp, openmp
+from hw3gpu.kernels.cpu._numba import by_address, compile, elements, exp, openmp
 from hw3gpu.kernels.cpu._numba import half as _half
 
 KERNELS = Path(batch_norm.__file__).parent
@@ -207,7 +207,7 @@ def test_what_a_kernel_is_made_from_is_all_that_its_module_imports(monkeypatch, 
         while found - importers:
             importers |= found
             found = {name for name in files if direct[name] & importers}
-        expected = {*files} if "_numba.openmp" in importers else importers
+        expected = {*files} if importers & {"_numba.openmp", "_numba.by_address"} else importers
         assert {name for name in files if compile.source_hash.__wrapped__(name) != hashes[name]} == expected, changed
         source.write_text(text)
 
@@ -248,7 +248,8 @@ def test_no_two_kernels_share_a_cache_file():
     paths = [path.relative_to(KERNELS).with_suffix("") for path in KERNELS.rglob("*.py") if path.stem not in apart]
     modules = [importlib.import_module(".".join(["hw3gpu.kernels.cpu", *path.parts])) for path in paths]
     found = {v for m in modules for v in vars(m).values() if isinstance(getattr(v, "_cache", None), compile._KernelCache)}
-    files = [k._cache._impl.filename_base for kernel in found for k in (kernel, openmp.team_of(kernel))]
+    made = (lambda kernel: kernel, openmp.team_of, by_address.at_addresses)
+    files = [make(kernel)._cache._impl.filename_base for kernel in found for make in made]
     assert len(found) > 30
     assert len(set(files)) == len(files)
 

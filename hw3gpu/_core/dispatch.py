@@ -196,6 +196,7 @@ if TYPE_CHECKING:
     from ..kernels.cpu import batch_norm_small as batch_norm_small
     from ..kernels.cpu import cross_entropy_step as cross_entropy_step
     from ..kernels.cpu import eigh as eigh
+    from ..kernels.cpu import launch as cpu_launch  # noqa: F401
     from ..kernels.cpu._numba import blas as blas
     from ..kernels.cpu._numba import compile as compile_cache  # noqa: F401
     from ..kernels.cpu._numba import threads as threads
@@ -205,6 +206,7 @@ _OF_ONE_ENGINE = {
     "batch_norm_small": "cpu.batch_norm_small",
     "blas": "cpu._numba.blas",
     "compile_cache": "cpu._numba.compile",
+    "cpu_launch": "cpu.launch",
     "cross_entropy_step": "cpu.cross_entropy_step",
     "eigh": "cpu.eigh",
     "gpu_launch": "gpu.launch",

@@ -1,9 +1,9 @@
-"""The launches of earlier calls on a GPU, kept for later ones like them.
+"""The launches of earlier calls on a GPU, and of small ones on the host, kept for later ones like them.
 
 What a call launches depends on shapes, strides, dtypes, options and the device, and on how far its pointers are off 16 bytes:
 its key. Memory that a call allocates itself lies on 16 bytes. A later call of the same key neither checks its arguments nor
 plans nor makes views: it allocates and launches. Nothing is kept in Triton's interpreter, for calls that copy an argument, and
-for operands that overlap.
+for operands that overlap. On the host calls are kept whose launchers do nothing beside their launches (`of_host`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .._core import arrays, dispatch
 from . import operators
 from .autograd import PLAIN
 
+MOST_BYTES = 1 << 16  # of a first operand on the host; beyond, what a call takes beside its kernels hardly counts
 MOST = 1024  # calls that are kept; beyond, all are forgotten and found anew
 
 _kept: dict[tuple[Any, ...], Any] = {}
@@ -25,10 +26,11 @@ _NOTHING = contextlib.nullcontext()
 
 
 class Call(NamedTuple):
-    """A call on a GPU."""
+    """A call that may be kept."""
 
     key: tuple[Any, ...]
     launches: Any  # `launch.Bound`, of an earlier call with this key; None where there was none
+    on_host: bool = False
 
 
 def of(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor | None) -> Call | None:
@@ -59,6 +61,23 @@ def of(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor | None) 
     return Call(found, _kept.get(found))
 
 
+def of_host(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor) -> Call | None:
+    """As `of` for a small call on the host. `use_backend` and who traces are asked each time: the key does not hold them."""
+    if not x.is_cpu or x.layout is not torch.strided or dispatch.requested_backend() == "gpu" or not operators.eager():
+        return None
+    key: list[Any] = [options]
+    for t in (x, *beside):
+        if type(t) not in PLAIN or not t.is_cpu or t.layout is not torch.strided or t.is_nested or t.is_neg():
+            return None
+        if t.data_ptr() & 7 and t.data_ptr() % t.element_size():  # the kernels of aligned elements are not for these
+            return None
+        key += t.shape, t.stride(), t.dtype
+    if not 0 < x.nbytes <= MOST_BYTES:
+        return None
+    found = tuple(key)
+    return Call(found, _kept.get(found), on_host=True)
+
+
 def forget() -> None:
     """Every call is found anew: plans may be others now."""
     _kept.clear()
@@ -72,15 +91,16 @@ def noted(
     if call is None or operands[0] is None:
         return _NOTHING
     layout = torch.empty_like(operands[0], device="meta").stride()
-    return _noted(call.key, operands) if all(x.stride() == layout for x in like) else _NOTHING
+    return _noted(call, operands) if all(x.stride() == layout for x in like) else _NOTHING
 
 
 @contextlib.contextmanager
-def _noted(key: tuple[Any, ...], operands: tuple[torch.Tensor | None, ...]) -> Iterator[None]:
-    with dispatch.gpu_launch.Recording(operands) as recording:
+def _noted(call: Call, operands: tuple[torch.Tensor | None, ...]) -> Iterator[None]:
+    launch: Any = dispatch.cpu_launch if call.on_host else dispatch.gpu_launch
+    with launch.Recording(operands) as recording:
         yield
     bound = recording.bound()
     if bound is not None:
         if len(_kept) >= MOST:
             _kept.clear()
-        _kept[key] = bound
+        _kept[call.key] = bound

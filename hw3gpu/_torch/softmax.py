@@ -42,7 +42,8 @@ def run(z, dim, call=None):
 
 
 def _eager_backward(dy, y, dim):
-    return run_backward(dy, y, dim, bound_launches.of(("softmax, backward", dim), y, dy))
+    of = bound_launches.of_host if y.is_cpu else bound_launches.of
+    return run_backward(dy, y, dim, of(("softmax, backward", dim), y, dy))
 
 
 def run_backward(dy, y, dim, call=None):

@@ -6,6 +6,7 @@ given.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from .compile import inline
+from .compile import kernel as compiled
+from .internals import call, cgutils, compiled_for, make_array, raise_error
 
 
 @intrinsic
@@ -45,3 +48,42 @@ def planes(address, N, C, S):
 @inline
 def vector_or(address, size, default):
     return floats(address, size) if address else np.full(size, np.float32(default), np.float32)
+
+
+@functools.cache
+def at_addresses(kernel: Any) -> Any:
+    """`kernel(first, last, *args)` as f(first, last, *args, *addresses): each array, in order, with its elements at an address.
+
+    The arrays in `args` give dtype, shape and strides; their own elements are not touched.
+    """
+
+    def at(first, last, *args):
+        _call_at(kernel, first, last, args)
+
+    original = kernel.py_func
+    at.__module__, at.__name__ = original.__module__, f"{original.__name__}_at"
+    at.__qualname__ = f"{original.__qualname__}_at"
+    return compiled(at)
+
+
+@intrinsic
+def _call_at(typingctx: Any, kernel: Any, first: Any, last: Any, args: Any) -> Any:
+    own = len(args) - sum(isinstance(of, types.Array) for of in args)  # at the end an address for each array
+    called = compiled_for(typingctx, kernel, (types.intp, types.intp, *list(args)[:own]))
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        _, first, last, packed = values
+        unpacked = cgutils.unpack_tuple(builder, packed, len(args))
+        addresses, given = iter(unpacked[own:]), []
+        for of, value in zip(list(args)[:own], unpacked[:own], strict=True):
+            if isinstance(of, types.Array):
+                array = make_array(of)(context, builder, value)
+                array.data = builder.inttoptr(next(addresses), array.data.type)
+                array.meminfo = cgutils.get_null_value(array.meminfo.type)
+                value = array._getvalue()
+            given.append(value)
+        with cgutils.if_unlikely(builder, call(context, builder, called, (first, last, *given))):
+            raise_error(context, builder, MemoryError, "a kernel found no memory")
+        return context.get_dummy_value()
+
+    return types.void(kernel, types.intp, types.intp, args), codegen

@@ -132,7 +132,8 @@ def source_hash(module: str) -> str:
     what was compiled finds its types again.
     """
     root = Path(__file__).parents[1]
-    pending, sources = [module, "_numba.openmp"], {}  # a kernel may run on OpenMP's threads, whoever compiles it
+    # a kernel may run on OpenMP's threads and at addresses, whoever compiles it
+    pending, sources = [module, "_numba.openmp", "_numba.by_address"], {}
     while pending:
         name = pending.pop()
         if name not in sources:

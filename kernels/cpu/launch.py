@@ -1,0 +1,81 @@
+"""The launches of a small call, kept for later calls like it: the same kernels, blocks and arguments, with other addresses.
+
+As `kernels/gpu/launch.py` has it: inside a `Recording` of a call's operands its launches become a `Bound`. What a launcher does
+beside its launches, an operation of NumPy's say, is not seen: a call may be recorded whose launchers do nothing else.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import numpy as np
+
+from ._numba.by_address import at_addresses
+from ._numba.threads import BYTES_PER_THREAD, recording
+
+__all__ = ["Bound", "Recording"]
+
+
+class Bound:
+    """The launches of a call, ready to run on other memory, on the calling thread."""
+
+    __slots__ = ("_launches",)
+
+    def __init__(self, launches: list[tuple[Any, tuple[Any, ...], list[tuple[int, int]]]]):
+        """Of each launch the function, its first arguments, and of each array (which operand, bytes beyond its start)."""
+        self._launches = launches
+
+    def __call__(self, *operands: Any) -> None:
+        """operands: torch tensors, as in the recording."""
+        for function, args, places in self._launches:
+            function(*args, *[operands[which].data_ptr() + offset for which, offset in places])
+
+
+class Recording:
+    """Notes the launches inside its `with` block, on these tensors (or None)."""
+
+    def __init__(self, operands: tuple[Any, ...]):
+        self._memory = [None if x is None else _span_of_tensor(x) for x in operands]
+        self._noted: list[Any] = []
+
+    def __enter__(self) -> Recording:
+        self._token = recording.set(self._noted)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: types.TracebackType | None) -> None:
+        recording.reset(self._token)
+
+    def bound(self) -> Bound | None:
+        """What was noted; None where an array is not of one operand's memory alone, and for more than one thread's work."""
+        launches = []
+        for kernel, blocks, cost, args in self._noted:
+            places = [self._place(a) for a in args if isinstance(a, np.ndarray)]
+            known = [place for place in places if place is not None]
+            if cost >= 2 * BYTES_PER_THREAD or len(known) < len(places):
+                return None
+            given = [_without_elements(a) if isinstance(a, np.ndarray) else a for a in args]
+            launches.append((at_addresses(kernel), (0, blocks, *given), known))
+        return Bound(launches) if launches else None
+
+    def _place(self, x: np.ndarray) -> tuple[int, int] | None:
+        if not x.size:
+            return 0, 0  # never looked at
+        start = x.__array_interface__["data"][0]
+        fits = [
+            (which, start - memory[0])
+            for which, memory in enumerate(self._memory)
+            if memory is not None and memory[0] <= start < memory[1]
+        ]
+        return fits[0] if len(fits) == 1 else None
+
+
+def _span_of_tensor(x: Any) -> tuple[int, int]:
+    """The addresses of the first byte and of that after the last of a tensor's memory."""
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def _without_elements(x: np.ndarray) -> np.ndarray:
+    """An array of the same dtype, shape and strides that has no memory to speak of."""
+    return np.lib.stride_tricks.as_strided(np.empty(1, x.dtype), x.shape, x.strides) if x.size else np.empty(x.shape, x.dtype)
