@@ -27,6 +27,7 @@ COLUMNS = (
     "hw3gpu, forward, backward, any upstream",
     "hw3gpu, soft targets, at once",
     "hw3gpu, log-probability, entropy and lse, forward, backward",
+    "hw3gpu, KL of teacher and student, forward, backward",
     "Liger, upstream 1",
     "Liger, upstream not 1",
 )
@@ -75,6 +76,27 @@ def _token_log_probs(V: int, dtype: torch.dtype) -> float:
     return _verified(book, z, target, -log_prob, dz, upstream)
 
 
+def _distillation(V: int, dtype: torch.dtype) -> float:
+    """Two tensors of logits are read, and the student's gradient is written: the floor is 5."""
+    from hw3gpu.kernels.gpu import distillation
+
+    student = _logits(V, dtype)[:, :, None]
+    teacher, dstudent = student.roll(1, 0), torch.empty_like(student)
+    loss, sums, upstream = torch.empty(ROWS, 1), torch.empty(8, ROWS, 1), torch.randn(ROWS, 1)
+    options: dict[str, Any] = {"kind": "forward", "beta": 0.5, "temperature": 1.0}
+    with ledger(student=student, teacher=teacher, dstudent=dstudent) as book:
+        distillation.forward(student, teacher, None, loss, sums, **options)
+        distillation.backward(student, teacher, None, sums, upstream, dstudent, None, **options)
+    x = student[..., 0].double().requires_grad_()
+    log_q, log_p = torch.log_softmax(x, 1), torch.log_softmax(teacher[..., 0].double(), 1)
+    losses = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
+    (gradient,) = torch.autograd.grad(losses, x, upstream[:, 0].double())
+    rtol = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(loss[:, 0].double(), losses.detach(), rtol=rtol, atol=1e-4)
+    torch.testing.assert_close(dstudent[..., 0].double(), gradient, rtol=rtol, atol=1e-4)
+    return sum(book.asked.values()) / (student.numel() * student.element_size())
+
+
 def _liger(V: int, dtype: torch.dtype, upstream: float) -> float:
     from liger_kernel.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 
@@ -111,6 +133,7 @@ def measure() -> dict[str, dict[str, float]]:
                 partial(_in_two_steps, V, dtype),
                 partial(_at_once, V, dtype, soft=True),
                 partial(_token_log_probs, V, dtype),
+                partial(_distillation, V, dtype),
                 partial(_liger, V, dtype, 1.0),
                 partial(_liger, V, dtype, 2.0),
             )

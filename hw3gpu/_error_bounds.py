@@ -291,6 +291,123 @@ def token_log_probs(
     return reference.TokenLogProbs(log_prob, entropy, lse, _result(dlogits, dtype, of_sheet))
 
 
+class _Pair(NamedTuple):
+    """Of two softmaxes: u = log(q/p), the roundings of u beside those that all classes share, of each p and q, and of the
+    difference of the maxima."""
+
+    p: Extended
+    q: Extended
+    u: Extended
+    of_u: Extended
+    of_p: Extended
+    of_q: Extended
+    of_shift: Extended
+
+
+def _shared(pair: _Pair, additions: float, divergence: Extended) -> Extended:
+    """The error of κ, which all u of a row share: that of Σ p y, or that of the logarithms where rows are far apart."""
+    apart = _sum(_times(pair.p, pair.of_u)) + (additions + 4.0) * _sum(_times(pair.p, abs(pair.u)))
+    logs = 2.0 * LOG + _sum(_times(pair.p, pair.of_p)) + _sum(_times(pair.q, pair.of_q))
+    return np.where(divergence < 0.2, apart, apart + logs + pair.of_shift)
+
+
+def _relative_entropy(p: Extended, q: Extended, x: Extended, of_p: Any, of_q: Any, of_x: Any, additions: float) -> Any:
+    """Of Σ p φ(x), x = log(q/p) with `of_x` roundings, those of p and q given: the error, and what the sheet rounds."""
+    step = np.where(p == 0.0, 0.0, abs(q - p))
+    near = (of_p + additions + 12.0) * _times(p, np.expm1(x) - x)
+    far = (of_q + additions + 4.0) * q + (of_p + additions + 4.0) * _times(p, 1.0 + abs(x))
+    terms = np.where(abs(x) < 0.6, near, 0.0) + np.where(abs(x) > 0.4, far, 0.0)
+    # about the shift of a lane, which is that of one of its classes: as many times x² as it has classes
+    lanes = additions * _times(p, np.where(abs(x) < 0.6, x * x, 0.0))
+    return _sum(terms + lanes + _times(step, of_x))
+
+
+@_ieee
+def distillation_loss(
+    student: Any, teacher: Any, temperature: float = 1.0, kind: str = "forward", beta: float = 0.5, mask: Any = None,
+    axis: int = -1, reduction: str = "mean", upstream: Any = None, *, dtype: str,
+) -> reference.Distillation:  # fmt: skip
+    z_q, z_p = (np.moveaxis(_extended(z), axis, -1) / np.longdouble(temperature) for z in (student, teacher))
+    if kind == "reverse":
+        z_p, z_q = z_q, z_p
+    of_scale = 0.0 if math.frexp(temperature)[0] == 0.5 else 2.0
+    additions = float(_of_a_row(z_p.shape[-1], dtype, axis in (-1, np.ndim(student) - 1)))
+    of: list[Extended] = []
+    for z in (z_p, z_q):
+        e = _exponentials(z, -1, int(additions))
+        each = e.each + of_scale * np.where(np.isinf(e.below), 0.0, e.below)
+        each = np.where(e.p == 0.0, 0.0, each)
+        of.append(np.asarray(each + _sum(_times(e.p, each)) + additions + 3.0))
+    log_p, log_q = (reference._log_softmax(z, 1.0) for z in (z_p, z_q))
+    p, q = np.exp(log_p), np.exp(log_q)
+    u = np.where((p == 0.0) | (q == 0.0), 0.0, log_q - log_p)
+    apart = np.where((p == 0.0) | (q == 0.0), 0.0, abs(z_q - z_p))
+    of_u = (1.0 + of_scale) * apart + 3.0 * abs(u)
+    tops = [np.max(z, axis=-1, keepdims=True, initial=-np.inf) for z in (z_p, z_q)]
+    pair = _Pair(p, q, u, of_u, of[0], of[1], np.asarray(of_scale * abs(tops[1] - tops[0])))
+    rounded = np.where((p == 0.0) | (q == 0.0), 0.0, 4.0 * (1.0 + abs(log_p) + abs(log_q)))  # of u, by the sheet
+
+    if kind == "jensen_shannon":
+        found = _mixture(pair, beta, additions, rounded)
+    else:
+        loss = reference._relative_entropy(p, q, u)
+        shared = _shared(pair, additions, loss)
+        of_loss = _relative_entropy(p, q, u, of[0], of[1], of_u, additions)
+        near = _times(p, abs(np.expm1(u)) * (of[0] + 12.0) + np.exp(u) * (of_u + shared))
+        far = (of[0] + 4.0) * p + (of[1] + 4.0) * q
+        of_other = np.where(abs(u) < 0.6, near, 0.0) + np.where((abs(u) > 0.4) | (p == 0.0) | (q == 0.0), far, 0.0)
+        of_base = _times(p, (of[0] + 6.0) * abs(u + loss) + of_u + shared + of_loss + 2.0 * (abs(u) + loss))
+        in_sheet = _sum(_times(abs(q - p), rounded)) + 4.0 * loss
+        found = (of_loss, in_sheet), (of_base, _times(p, rounded + in_sheet)), (of_other, _times(p + q, rounded + 1.0))
+    rows, of_base, of_other = found
+
+    kept = np.ones(p.shape[:-1], dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+    sheet = reference.distillation_loss(student, teacher, temperature, kind, beta, mask, axis, "none")
+    row = tuple(np.where(kept, v[..., 0], 0.0) for v in rows)
+    scale, of_g = abs(_extended(1.0 if upstream is None else upstream)), 4.0
+    if reduction != "none":
+        of_sum, losses = _additions(kept.size, ROW) + 3.0, np.sum(abs(_extended(sheet.loss)))
+        row = tuple(np.asarray(np.sum(v) + of_sum * losses) for v in row)
+    if reduction == "mean":
+        row, scale = tuple(v / np.sum(kept) for v in row), scale / np.sum(kept)
+    scale = np.broadcast_to(scale / np.longdouble(temperature), kept.shape)[..., None]
+    results = [_result(row[0], dtype, row[1])]
+    of_student, of_teacher = (of_base, of_other) if kind == "reverse" else (of_other, of_base)
+    for (counted, by_sheet), d in ((of_student, sheet.dstudent), (of_teacher, sheet.dteacher)):
+        exact = abs(np.moveaxis(_extended(d), axis, -1)) * of_g
+        bound = np.where(kept[..., None], scale * counted + exact * scale * temperature, 0.0)
+        results.append(np.moveaxis(_result(bound, dtype, _times(kept[..., None], scale * by_sheet)), -1, axis))
+    return reference.Distillation(*results)
+
+
+def _mixture(pair: _Pair, beta: float, additions: float, rounded: Extended) -> Any:
+    """Of β KL(p‖M) + (1 - β) KL(q‖M) and of the gradients of both logits: each the error, and what the sheet rounds."""
+    p, q, u = pair.p, pair.q, pair.u
+    b, g = np.longdouble(beta), 1 - np.longdouble(beta)
+    mixture = b * p + g * q
+    u = np.where(p == 0.0, np.inf, np.where(q == 0.0, -np.inf, u))
+    u = np.where((p == 0.0) & (q == 0.0), 0.0, u)
+    v, w = np.log1p(g * np.expm1(u)), np.log1p(b * np.expm1(-u))
+    of_p, of_q = (reference._relative_entropy(of, mixture, x) for of, x in ((p, v), (q, w)))
+    shared = _shared(pair, additions, b * of_p + g * of_q)
+    far = np.where(abs(u) > 0.4, pair.of_p + pair.of_q + 3.0, 0.0)
+    found = []
+    for of, x, own, weight, other, divergence in (
+        (p, v, pair.of_p, b, g * q, of_p), (q, w, pair.of_q, g, b * p, of_q),
+    ):  # fmt: skip
+        share = np.where(mixture == 0.0, 0.0, other / np.where(mixture == 0.0, 1.0, mixture))
+        of_x = (LOG + 8.0) * _times(of, abs(x)) / np.where(of == 0.0, 1.0, of) + share * (pair.of_u + far)
+        of_m = pair.of_p + pair.of_q
+        of_row = _relative_entropy(of, mixture, np.where(of == 0.0, 0.0, x), own, of_m, of_x, additions)
+        of_d = (own + 6.0) * abs(x + divergence) + of_x + share * shared + of_row + 2.0 * (abs(x) + divergence)
+        in_sheet = _sum(_times(abs(mixture - of), share * rounded + 4.0)) + 4.0 * divergence
+        d_sheet = share * rounded + 4.0 * (1.0 + abs(x)) + in_sheet
+        found.append((weight * of_row, weight * in_sheet, weight * _times(of, of_d), weight * _times(of, d_sheet)))
+    of_base, of_other = found
+    rows = of_base[0] + of_other[0], of_base[1] + of_other[1]
+    return rows, of_base[2:], of_other[2:]
+
+
 # Batch normalisation: docs/errors.md, section 2 --------------------------------------------------------------------
 
 

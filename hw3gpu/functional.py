@@ -17,7 +17,9 @@ from ._core.torch_internals import legacy_reduction
 from ._torch import arguments, bound_launches
 from ._torch import batch_norm as _batch_norm
 from ._torch import cross_entropy as _cross_entropy
+from ._torch import distillation as _distillation
 from ._torch import linear_cross_entropy as _linear_cross_entropy
+from ._torch import linear_distillation as _linear_distillation
 from ._torch import linear_token_log_probs as _linear_token_log_probs
 from ._torch import softmax as _softmax
 from ._torch import token_log_probs as _token_log_probs
@@ -33,7 +35,9 @@ __all__ = [
     "batch_norm",
     "check_targets",
     "cross_entropy",
+    "distillation_loss",
     "linear_cross_entropy",
+    "linear_distillation_loss",
     "linear_token_log_probs",
     "minimize_trace",
     "softmax",
@@ -260,6 +264,85 @@ def linear_token_log_probs(
     problem = arguments.linear_problem(rows, linear_weight, target.reshape(-1), linear_bias, None)
     found = _linear_token_log_probs.linear_token_log_probs(problem, temperature, ignore_index, chunk_rows)
     return TokenLogProbs(*(v.view(target.shape) for v in found))
+
+
+# ---------------------------------------------------------------------------------------------- distillation
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    kind: str = "forward",
+    beta: float = 0.5,
+    teacher_is: str = "logits",
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    dim: int = -1,
+) -> Tensor:
+    """The divergence of a teacher's distribution p and a student's, q = softmax(student / temperature) along `dim`.
+
+    kind: "forward", KL(p‖q) = Σ p log(p/q); "reverse", KL(q‖p); "jensen_shannon", β KL(p‖M) + (1 - β) KL(q‖M) of the
+    mixture M = β p + (1 - β) q, 0 < β < 1. The forward pass reads each row once, the backward pass reads it again, and writes
+    the gradient of student and, where it asks for one, of teacher. ("jensen_shannon" reads rows of more than 4096 classes twice
+    in the forward pass on a GPU.) Of nearly equal rows loss and gradients keep their digits (docs/derivations.md, section 3.9).
+
+    student: logits (…, V) of float16, bfloat16, float32 or float64, of any strides. teacher: of student's shape and any of
+    these dtypes, float64 beside float64 alone. teacher_is: "logits", with p = softmax(teacher / temperature); "probabilities"
+    or "log_probabilities", p itself, of rows that sum to 1: the temperature divides student alone. These cost one more read
+    and write, unless they are logarithms at temperature 1. mask: bool of student's shape without `dim`, True for the rows that
+    count; the others are not read, and add 0. reduction: "mean" of the rows that count, "sum" or "none". temperature: from
+    1e-30 to 1e30. The loss is float32 for half precision.
+
+    No factor temperature² is in the loss: multiply by it where gradients shall keep their size at every temperature.
+
+    A class that p has and q does not, by a logit of -inf, makes KL(p‖q) infinite. Gradients of gradients, `torch.func`
+    transforms and forward-mode derivatives are computed by the formula in PyTorch's operations, without kernels. Raises
+    TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a `dim` that student does not have,
+    RuntimeError for tensors on several devices.
+    """
+    options = arguments.distillation(student, teacher, temperature, kind, beta, teacher_is, mask, reduction, dim)
+    teacher = _distillation.as_logits(teacher, teacher_is, options.temperature)
+    return _distillation.reduced(_distillation.divergences(student, teacher, mask, options), mask, reduction)
+
+
+def linear_distillation_loss(
+    student_input: Tensor,
+    student_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    kind: str = "forward",
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """`distillation_loss` of logits input · weightᵀ + bias on both sides, of which there is never more than a chunk of rows.
+
+    The chunks are half of `linear_cross_entropy`'s, for they hold two sets of logits; `chunk_rows` sets them. The backward pass
+    makes each chunk's logits again: six products in all for the student's gradients, and two more for the teacher's, which are
+    made where its tensors ask for them. Those of weight and bias are summed over chunks in float32 (docs/derivations.md,
+    sections 3.7 and 3.9).
+
+    student_input: (…, D) of float16, bfloat16, float32 or float64; student_weight: (V, D), student_bias: (V,), of its dtype.
+    teacher_input: (…, E), of student's rows; teacher_weight: (V, E), teacher_bias: (V,), of teacher_input's dtype: any for half
+    precision and float32, float64 for float64. mask: (…) of bool. Under autocast the products are in its dtype, as those of
+    PyTorch's `linear`. The other arguments, what raises, second derivatives and transforms are as of `distillation_loss`; the
+    latter two hold all logits.
+    """
+    student, teacher = (student_input, student_weight, student_bias), (teacher_input, teacher_weight, teacher_bias)
+    options = arguments.linear_distillation(student, teacher, temperature, kind, beta, mask, reduction)
+    arguments.chunk_rows(chunk_rows)
+    rows = student_input.shape[:-1]
+    sides = []
+    for x, W, b in (arguments.in_autocast(*student), arguments.in_autocast(*teacher)):
+        sides.append((x.reshape(rows.numel(), x.shape[-1]), W, b))
+    flat = None if mask is None else mask.reshape(-1)
+    found = _linear_distillation.divergences(sides[0], sides[1], flat, options, chunk_rows)
+    return _distillation.reduced(found.view(rows), mask, reduction)
 
 
 # ---------------------------------------------------------------------------------------------- linear cross entropy

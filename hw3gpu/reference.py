@@ -22,6 +22,7 @@ __all__ = [
     "BatchNormInferenceGradients",
     "CrossEntropyStatistics",
     "CrossEntropyWithOptions",
+    "Distillation",
     "Moments",
     "SoftmaxCrossEntropy",
     "TokenLogProbs",
@@ -34,6 +35,7 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_statistics",
     "cross_entropy_with_options",
+    "distillation_loss",
     "helmert",
     "log_sum_exp",
     "minimize_trace",
@@ -241,6 +243,14 @@ class CrossEntropyStatistics(NamedTuple):
     correct: NDArray[np.bool_] | None
 
 
+class Distillation(NamedTuple):
+    """``loss`` as reduced; ``dstudent`` and ``dteacher`` of the shape of the logits."""
+
+    loss: Array
+    dstudent: Array
+    dteacher: Array
+
+
 class TokenLogProbs(NamedTuple):
     """Of every row; ``dlogits`` of the shape of the logits. Ignored rows have zeros."""
 
@@ -435,6 +445,77 @@ def token_log_probs(
     lse = (c / np.longdouble(temperature) + log_s)[..., 0]
     log_prob, entropy, lse = (_float64(np.where(kept, v, 0.0)) for v in (log_prob, entropy[..., 0], lse))
     return TokenLogProbs(log_prob, entropy, lse, _float64(np.moveaxis(np.where(kept[..., None], dz, 0.0), -1, axis)))
+
+
+def _log_softmax(z: Extended, temperature: float) -> Extended:
+    """log S(z/T) over the last axis; all −inf gives NaN, as 0/0 does."""
+    c = np.max(z, axis=-1, keepdims=True, initial=-np.inf)
+    d = (z - c) / np.longdouble(temperature)
+    return d - np.log(np.sum(np.exp(d), axis=-1, keepdims=True))
+
+
+def _phi(x: Extended) -> Extended:
+    """e^x − 1 − x."""
+    return np.asarray(np.expm1(x) - x)
+
+
+def _products(p: Extended, x: Extended) -> Extended:
+    """p x with 0 · ∞ = 0."""
+    return np.asarray(np.where(p == 0.0, 0.0, p * x))
+
+
+def _relative_entropy(p: Extended, q: Extended, log_ratio: Extended) -> Extended:
+    """Σ p log(p/q) over the last axis, kept, as Σ p φ(log(q/p)) (3.26); a class without p adds q."""
+    return np.asarray(np.sum(np.where(p == 0.0, q, _products(p, _phi(log_ratio))), axis=-1, keepdims=True))
+
+
+@_ieee
+def distillation_loss(
+    student: Any,
+    teacher: Any,
+    temperature: float = 1.0,
+    kind: str = "forward",
+    beta: float = 0.5,
+    mask: Any = None,
+    axis: int = -1,
+    reduction: str = "mean",
+    upstream: Any = None,
+) -> Distillation:
+    """KL(p‖q), KL(q‖p) or β KL(p‖M) + (1 − β) KL(q‖M), M = β p + (1 − β) q, of every row, and the gradients of both logits,
+    (3.26) to (3.29).
+
+    q = S(student/T), p = S(teacher/T) over ``axis``; ``kind`` is "forward", "reverse" or "jensen_shannon". ``mask``: True
+    for the rows that count, of the shape of the logits without ``axis``; "mean" divides by their number. ``upstream`` is
+    ∂ℓ/∂loss, of the shape of the loss, 1 if None.
+    """
+    log_q, log_p = (_log_softmax(np.moveaxis(_extended(z), axis, -1), temperature) for z in (student, teacher))
+    p, q = np.exp(log_p), np.exp(log_q)
+    u = np.where((p == 0.0) & (q == 0.0), 0.0, log_q - log_p)
+    if kind == "forward":
+        loss = _relative_entropy(p, q, u)
+        dq, dp = q - p, -_products(p, u + loss)
+    elif kind == "reverse":
+        loss = _relative_entropy(q, p, -u)
+        dq, dp = _products(q, u - loss), p - q
+    else:
+        alpha, gamma = np.longdouble(beta), 1 - np.longdouble(beta)
+        v, w = np.log1p(gamma * np.expm1(u)), np.log1p(alpha * np.expm1(-u))  # log(M/p) and log(M/q)
+        mixture = alpha * p + gamma * q
+        of_p, of_q = _relative_entropy(p, mixture, v), _relative_entropy(q, mixture, w)
+        loss = alpha * of_p + gamma * of_q
+        dq, dp = -gamma * _products(q, w + of_q), -alpha * _products(p, v + of_p)
+
+    kept = np.ones(p.shape[:-1], dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+    loss, scale = np.where(kept, loss[..., 0], 0.0), _extended(1.0 if upstream is None else upstream)
+    if reduction == "mean":
+        loss, scale = np.asarray(np.sum(loss) / np.sum(kept)), scale / np.sum(kept)
+    elif reduction == "sum":
+        loss = np.asarray(np.sum(loss))
+    elif reduction != "none":
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    scale = np.broadcast_to(scale / np.longdouble(temperature), kept.shape)[..., None]
+    dq, dp = (np.moveaxis(np.where(kept[..., None], scale * d, 0.0), -1, axis) for d in (dq, dp))
+    return Distillation(_float64(loss), _float64(dq), _float64(dp))
 
 
 # Points with given moments: docs/derivations.md, section 4 ---------------------------------------------------------

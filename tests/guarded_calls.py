@@ -22,6 +22,7 @@ from hw3gpu.kernels.cpu import (
     batch_norm_small,
     cross_entropy,
     cross_entropy_step,
+    distillation,
     eigh,
     moments,
     softmax,
@@ -176,6 +177,17 @@ def tokens(g: Guard, N: int, V: int, S: int) -> None:
     token_log_probs.backward(z, target, stats, log_prob, entropy, lse, dz, **settings)
 
 
+def divergences(kind: str) -> Callable[..., None]:
+    def call(g: Guard, N: int, V: int, S: int) -> None:
+        student, teacher, dstudent, dteacher = g.numbers(N, V, S), g.numbers(N, V, S), g.out(N, V, S), g.out(N, V, S)
+        loss, stats, upstream = g.sums(N, S), g.sums(8, N, S), g.copy(np.full((N, S), 0.5, g.acc))
+        settings = {"kind": kind, "beta": 0.3, "temperature": 0.7}
+        distillation.forward(student, teacher, None, loss, stats, **settings)
+        distillation.backward(student, teacher, None, stats, upstream, dstudent, dteacher, **settings)
+
+    return call
+
+
 def steps(soft: bool) -> Callable[..., None]:
     def call(g: Guard, N: int, V: int, S: int) -> None:
         z, dz, result, invalid = g.numbers(N, V, S), g.out(N, V, S), g.sums(1), g.copy(np.full(1, N * S))
@@ -314,6 +326,8 @@ OF_EVERY_DTYPE = {
     "softmax": (row_shapes, softmaxes),
     "softmax, classes adjacent": (turned_shapes, softmaxes_turned),
     "log-probabilities": (row_shapes, tokens),
+    "divergence": (row_shapes, divergences("forward")),
+    "divergence from a mixture": (row_shapes, divergences("jensen_shannon")),
     "classes": (row_shapes, cross_entropies(False, False)),
     "classes, weights": (row_shapes, cross_entropies(True, False)),
     "classes, smoothing": (row_shapes, cross_entropies(True, False, label_smoothing=0.1)),

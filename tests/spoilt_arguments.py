@@ -284,6 +284,18 @@ def functions() -> dict[str, Function]:
         given = {k: v for k, v in linear_loss(rng).items() if k in ("input", "linear_weight", "target", "linear_bias")}
         return {**given, "temperature": 0.7, "ignore_index": -100, "chunk_rows": None}
 
+    def teachings(rng: random.Random) -> dict[str, Any]:
+        x = tensor(rng, sizes(rng, rng.choice([1, 2, 3])))
+        given = {"student": x, "teacher": torch.zeros_like(x, requires_grad=False), "temperature": 0.7, "kind": "forward"}
+        given |= {"beta": 0.5, "teacher_is": "logits", "mask": rng.choice([None, torch.ones(x.shape[:-1], dtype=torch.bool)])}
+        return {**given, "reduction": "none", "dim": -1}
+
+    def linear_teachings(rng: random.Random) -> dict[str, Any]:
+        of = {k: v for k, v in linear_loss(rng).items() if k in ("input", "linear_weight")}
+        given = {f"{side}_{k.removeprefix('linear_')}": v for side in ("student", "teacher") for k, v in of.items()}
+        given |= {"student_bias": None, "teacher_bias": None, "temperature": 0.7, "kind": "reverse", "beta": 0.5}
+        return {**given, "mask": None, "reduction": "none", "chunk_rows": None}
+
     def sharded(rng: random.Random) -> dict[str, Any]:
         x = tensor(rng, sizes(rng, 2))
         given = {"logits_shard": x, "target": torch.zeros(len(x), dtype=torch.int64), "group": None}
@@ -380,6 +392,9 @@ def functions() -> dict[str, Function]:
         shape = g["input"].shape
         return () if len(shape) == 1 else (shape[0], *shape[2:])
 
+    def of_rows(shape: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any], Any], bool]:
+        return lambda g, r: r.shape == (shape(g) if g.get("reduction") == "none" else ())
+
     def of_tokens(g: dict[str, Any], r: Any) -> bool:
         return all(tuple(v.shape) == tuple(g["target"].shape) for v in r)
 
@@ -425,6 +440,12 @@ def functions() -> dict[str, Function]:
         ),
         "functional.token_log_probs": Function(HF.token_log_probs, tokens, of_tokens),
         "functional.linear_token_log_probs": Function(HF.linear_token_log_probs, linear_tokens, of_tokens),
+        "functional.distillation_loss": Function(
+            HF.distillation_loss, teachings, of_rows(lambda g: torch.zeros_like(g["student"]).sum(g.get("dim", -1)).shape)
+        ),
+        "functional.linear_distillation_loss": Function(
+            HF.linear_distillation_loss, linear_teachings, of_rows(lambda g: g["student_input"].shape[:-1])
+        ),
         "functional.minimize_trace": Function(HF.minimize_trace, torch_trace, of_trace("covariance")),
         "functional.check_targets": Function(HF.check_targets, lambda rng: {"device": None}, whatever),
         "distributed.sync_batch_norm": Function(distributed.sync_batch_norm, synchronised, same("input")),

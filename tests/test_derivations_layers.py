@@ -475,6 +475,87 @@ def test_3_24_and_3_25_are_the_three_numbers_of_a_row_and_their_gradients() -> N
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-14)
 
 
+@proves("3.26", "3.27", "3.28", "3.29")
+def test_3_26_to_3_29_are_the_divergences_and_their_gradients() -> None:
+    """Each equation symbolically, at a point with digits enough; the answer sheet beside PyTorch."""
+    T, b = sp.Rational(7, 10), sp.Rational(3, 10)
+    z, x = sp.symbols("z:3", real=True), sp.symbols("x:3", real=True)
+    p, q = ([sp.exp(v / T) / sum(sp.exp(w / T) for w in of) for v in of] for of in (z, x))
+    point = dict(zip((*z, *x), map(sp.Rational, ("1/3", "-2", "1", "-1", "1/7", "2")), strict=True))
+
+    def holds(left, right) -> None:
+        assert abs((left - right).subs(point).evalf(30, chop=True)) < 1e-25
+
+    def phi(v):
+        return sp.exp(v) - 1 - v
+
+    def kl(p, q):
+        return sum(a * (sp.log(a) - sp.log(c)) for a, c in zip(p, q, strict=True))
+
+    u = [sp.log(c) - sp.log(a) for a, c in zip(p, q, strict=True)]
+    holds(kl(p, q), sum(a * phi(v) for a, v in zip(p, u, strict=True)))
+    M = [b * a + (1 - b) * c for a, c in zip(p, q, strict=True)]
+    v, w = [sp.log(1 + (1 - b) * (sp.exp(r) - 1)) for r in u], [sp.log(1 + b * (sp.exp(-r) - 1)) for r in u]
+    J = b * kl(p, M) + (1 - b) * kl(q, M)
+    holds(J, sum(b * a * phi(r) + (1 - b) * c * phi(s) for a, c, r, s in zip(p, q, v, w, strict=True)))
+    for j in range(3):
+        holds(sp.diff(kl(p, q), x[j]), (q[j] - p[j]) / T)
+        holds(sp.diff(kl(p, q), z[j]), -p[j] * (u[j] + kl(p, q)) / T)
+        holds(sp.diff(J, x[j]), -(1 - b) * q[j] * (w[j] + kl(q, M)) / T)
+        holds(sp.diff(J, z[j]), -b * p[j] * (v[j] + kl(p, M)) / T)
+
+    rng = np.random.default_rng(12)
+    student, teacher = (torch.tensor(rng.normal(size=(5, 4)), requires_grad=True) for _ in range(2))
+    log_q, log_p = (torch.log_softmax(of / 0.7, -1) for of in (student, teacher))
+    log_m = torch.logaddexp(log_p + np.log(0.3), log_q + np.log(0.7))
+    losses = {
+        "forward": torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean"),
+        "reverse": torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="batchmean"),
+        "jensen_shannon": 0.3 * torch.nn.functional.kl_div(log_m, log_p, log_target=True, reduction="batchmean")
+        + 0.7 * torch.nn.functional.kl_div(log_m, log_q, log_target=True, reduction="batchmean"),
+    }
+    for kind, loss in losses.items():
+        sheet = reference.distillation_loss(student.detach(), teacher.detach(), 0.7, kind, 0.3)
+        gradients = torch.autograd.grad(loss, (student, teacher), retain_graph=True)
+        for ours, theirs in zip(sheet, (loss, *gradients), strict=True):
+            np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=0, atol=1e-14)
+
+
+@proves("3.30", "3.31")
+def test_3_30_and_3_31_hold_for_any_shift() -> None:
+    """Exact logits 2^-30 apart: sums about a rounded K give the divergence of 60 digits, and so do parts about others."""
+    mp = sp.Float
+    rng = np.random.default_rng(13)
+    t = [mp(float(v), 60) for v in rng.normal(size=6)]
+    s = [v + mp(float(e), 60) * mp(2, 60) ** -30 for v, e in zip(t, rng.integers(-8, 8, 6), strict=True)]
+    w, Zs = [sp.exp(v) for v in t], sum(map(sp.exp, s))
+    Zt = sum(w)
+    K = sp.log(Zs) - sp.log(Zt)
+    kl = sum(a / Zt * (v - x + K) for a, v, x in zip(w, t, s, strict=True))
+
+    def sums(part, c):
+        y = [s[j] - t[j] - c for j in part]
+        return (
+            sum(w[j] for j in part),
+            sum(w[j] * (sp.exp(v) - 1 - v) for j, v in zip(part, y, strict=True)),
+            sum(w[j] * v for j, v in zip(part, y, strict=True)),
+        )
+
+    c = K + mp(1e-8, 60)
+    Z, A, B = sums(range(6), c)
+    kappa = sp.log(1 + (A + B) / Z)
+    assert abs(kappa - (K - c)) < 1e-50
+    assert abs(A / Z - (sp.exp(kappa) - 1 - kappa) - kl) < 1e-40
+    merged = [mp(0, 60)] * 3
+    for part, own in ((range(2), mp(0.25, 60)), (range(2, 6), mp(-1e-9, 60))):
+        Z_, A_, B_ = sums(part, own)
+        x = own - c
+        more = Z_, sp.exp(x) * A_ + (sp.exp(x) - 1 - x) * Z_ + (sp.exp(x) - 1) * B_, B_ + x * Z_
+        merged = [a + m for a, m in zip(merged, more, strict=True)]
+    for ours, whole in zip(merged, (Z, A, B), strict=True):
+        assert abs(ours - whole) < 1e-40
+
+
 @proves("3.21")
 def test_3_21_sums_the_gradients_of_chunks() -> None:
     rng = np.random.default_rng(9)

@@ -26,6 +26,7 @@ CONTROLS = (
     ("cross entropy at once, hard, smoothing 512x50257x1 float32", 120),
     ("cross entropy in two steps, soft, all 4096x1001x1 bfloat16", 90),
     ("token log probs 512x50257x1 float32", 90),
+    ("distillation forward 512x50257x1 float32", 90),
     ("batch norm training, fused 16x256x1024 float32", 90),
     ("batch norm training, fused 32x256x3136 float32", 80),
     ("batch norm training, fused 128x2048x49 bfloat16", 120),

@@ -78,6 +78,7 @@ ARGUMENTS = {
     "cross_entropy_with_options": (_A, _A, _C),
     "cross_entropy_statistics": (_A, _A),
     "token_log_probs": (_A, [[0, 4, 2]] * 4),
+    "distillation_loss": (_A, _A**2),
     "points_with_moments": (_C, _SQUARE),
     "moments": (_A[0],),
     "minimize_trace": (_SQUARE, 2),

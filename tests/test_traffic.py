@@ -18,7 +18,7 @@ from benchmarks import traffic
 from benchmarks.evidence.compile_without_gpu import count_accesses
 from benchmarks.ledger import ledger
 from hw3gpu import use_backend
-from hw3gpu.kernels.gpu import batch_norm, cross_entropy, softmax, token_log_probs
+from hw3gpu.kernels.gpu import batch_norm, cross_entropy, distillation, softmax, token_log_probs
 
 pytestmark = pytest.mark.interpreter
 
@@ -126,6 +126,26 @@ def test_token_log_probs_of_the_public_function(V):
     assert 3.0 <= both <= 3.06
 
 
+@pytest.mark.parametrize(
+    ("kind", "V", "reads"),
+    [
+        ("forward", 1001, 2),
+        ("forward", 65536, 2),
+        ("reverse", 65536, 2),
+        ("jensen_shannon", 4096, 2),
+        ("jensen_shannon", 16384, 4),
+    ],
+)
+def test_distillation_of_the_public_function(kind, V, reads):
+    """Student and teacher are read once forward, once backward, and one gradient is written."""
+    student, teacher = logits(V, torch.float32)[..., 0].requires_grad_(), logits(V, torch.float32)[..., 0]
+    with use_backend("gpu"):
+        forward = bytes_asked(lambda: HF.distillation_loss(student, teacher, kind=kind)) / (student.numel() * 4)
+        both = bytes_asked(lambda: HF.distillation_loss(student, teacher, kind=kind).backward()) / (student.numel() * 4)
+    assert reads - 0.15 <= forward <= reads + 0.02
+    assert reads + 2.85 <= both <= reads + 3.1
+
+
 @pytest.mark.parametrize(("V", "bound"), [(1000, 3.02), (1001, 3.02), (16383, 3.02), (16384, 3.02), (32768, 4.02)])
 def test_softmax(V, bound):
     z = logits(V, torch.float32)
@@ -207,6 +227,7 @@ def rows():
         "weight": torch.ones(1000),
         "stats": torch.empty(3, 3, 1),
         "sums": torch.empty(4, 3, 1),
+        "pair_sums": torch.empty(8, 3, 1),
         "invalid": torch.full((1,), 3),
         "one": torch.ones(1),
     }
@@ -222,6 +243,7 @@ def channels(shape):
 
 SET = {"eps": 1e-5, "momentum": 0.0}
 TOKENS = {"ignore_index": -100, "temperature": 0.7}
+DIVERGENCE = {"kind": "forward", "beta": 0.5, "temperature": 0.7}
 LAUNCHERS = {
     "softmax.forward": lambda t: softmax.forward(t.z, t.y),
     "softmax.backward": lambda t: softmax.backward(t.dy, t.y, t.dz),
@@ -238,6 +260,8 @@ LAUNCHERS = {
     "token_log_probs.backward": lambda t: token_log_probs.backward(
         t.z, t.targets, t.sums, t.upstream, t.upstream, t.upstream, t.dz, **TOKENS
     ),
+    "distillation.forward": lambda t: distillation.forward(t.z, t.y, None, t.loss, t.pair_sums, **DIVERGENCE),
+    "distillation.backward": lambda t: distillation.backward(t.z, t.y, None, t.pair_sums, t.upstream, t.dz, None, **DIVERGENCE),
     "batch_norm.statistics": lambda t: batch_norm.statistics(t.x, t.mean, t.var, t.rstd, None, None, **SET),
     "batch_norm.normalize": lambda t: batch_norm.normalize(t.x, t.mean, t.rstd, None, None, t.y),
     "batch_norm.forward": lambda t: batch_norm.forward(t.x, None, None, t.y, t.mean, t.var, t.rstd, None, None, **SET),
@@ -291,6 +315,10 @@ def test_liger_stands_in_the_same_table():
 
 def test_log_probabilities_stand_in_the_same_table():
     assert traffic._token_log_probs(1000, torch.float32) == pytest.approx(3.0, abs=0.02)
+
+
+def test_divergences_stand_in_the_same_table():
+    assert traffic._distillation(1000, torch.float32) == pytest.approx(5.0, abs=0.04)
 
 
 def test_the_ledger_counts_what_is_read_twice():

@@ -60,6 +60,16 @@ def test_the_diff_of_a_policy_has_the_same_gradients():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_the_diff_of_a_distillation_trains_a_transformer_alike():
+    """Five steps of a student that learns."""
+    before, after = (trained(side(DIFFS[3], sign)) for sign in "-+")
+    first = trained(side(DIFFS[3], "-").replace("range(5)", "range(1)"))
+    assert after["loss"] < 0.9 * first["loss"]
+    torch.testing.assert_close(after["loss"], before["loss"], rtol=1e-4, atol=1e-6)
+    for a, b in zip(after["student"].parameters(), before["student"].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 def test_the_diffs_of_several_processes_name_what_there_is():
     """They are run, among processes, by test_distributed.py."""
     import hw3gpu.distributed

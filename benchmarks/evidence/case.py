@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-ROOMS = ("softmax", "cross_entropy", "token_log_probs", "batch_norm", "moments")
+ROOMS = ("softmax", "cross_entropy", "token_log_probs", "distillation", "batch_norm", "moments")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ def cross_entropy_moves(size: int, soft: bool, at_once: bool) -> dict[str, tuple
 
 def token_log_probs_moves(size: int) -> dict[str, tuple[int, int]]:
     return {"_forward_kernel": (size, 0), "_backward_kernel": (size, size)}
+
+
+def distillation_moves(size: int, gradients: int) -> dict[str, tuple[int, int]]:
+    """The forward kernels read both rows, the backward kernel again, and writes one gradient or two."""
+    read = (2 * size, 0)
+    return {"_divergence_kernel": read, "_jensen_shannon_kernel": read, "_backward_kernel": (2 * size, gradients * size)}
 
 
 def batch_norm_moves(size: int, values: int, fused: bool, training: bool) -> dict[str, tuple[int, int]]:

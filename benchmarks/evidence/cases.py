@@ -13,10 +13,18 @@ from typing import Any
 
 import torch
 
-from hw3gpu.kernels.gpu import batch_norm, cross_entropy, moments, softmax, token_log_probs
+from hw3gpu.kernels.gpu import batch_norm, cross_entropy, distillation, moments, softmax, token_log_probs
 
 from .. import call_cases
-from .case import Case, batch_norm_moves, bytes_of, cross_entropy_moves, softmax_moves, token_log_probs_moves
+from .case import (
+    Case,
+    batch_norm_moves,
+    bytes_of,
+    cross_entropy_moves,
+    distillation_moves,
+    softmax_moves,
+    token_log_probs_moves,
+)
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -98,6 +106,23 @@ def _token_log_probs_case(shape: tuple[int, int, int], dtype: torch.dtype, strid
         options: dict[str, Any] = {"ignore_index": -100, "temperature": 0.7}
         token_log_probs.forward(z, target, log_prob, entropy, lse, stats, invalid, **options)
         token_log_probs.backward(z, target, stats, log_prob, entropy, lse, dz, **options)
+
+    return run
+
+
+def _distillation_case(
+    shape: tuple[int, int, int], dtype: torch.dtype, kind: str, strided: bool, both: bool
+) -> Callable[[], None]:
+    """`both`: a mask, and gradients of student and teacher."""
+
+    def run() -> None:
+        N, _, S = shape
+        student, teacher, dstudent, dteacher = (_rows(shape, dtype, strided) for _ in range(4))
+        loss, stats, mask = _meta((N, S), _acc(dtype)), _meta((8, N, S), _acc(dtype)), _meta((N, S), torch.uint8)
+        options: dict[str, Any] = {"kind": kind, "beta": 0.3, "temperature": 0.7}
+        given = student, teacher, mask if both else None
+        distillation.forward(*given, loss, stats, **options)
+        distillation.backward(*given, stats, loss, dstudent, dteacher if both else None, **options)
 
     return run
 
@@ -203,6 +228,17 @@ TOKENS: tuple[tuple[tuple[int, int, int], tuple[torch.dtype, ...], bool, tuple[t
     ((512, 4096, 1), (F32, BF16, F64), True, ()),
     ((512, 50257, 1), (F32, BF16, F64), True, ()),
 )
+# Divergences of logits, as `TOKENS`; the heaviest have a mask and both gradients
+DISTILLATIONS: tuple[tuple[tuple[int, int, int], tuple[torch.dtype, ...], bool, tuple[torch.dtype, ...]], ...] = (
+    ((4096, 1000, 1), (F32, BF16), False, ()),
+    ((4096, 1001, 1), (F32, BF16, F64), False, ()),
+    ((512, 8192, 1), (F32, BF16), False, ()),
+    ((512, 32768, 1), (F32, BF16), False, ()),
+    ((512, 50257, 1), (F32, BF16, F16, F64), False, (F32, BF16)),
+    ((8192, 128256, 1), (BF16,), False, ()),
+    ((8, 1000, 512), (F32, BF16, F64), False, ()),
+    ((512, 50257, 1), (F32, BF16, F64), True, ()),
+)
 # (shape, channels-last)
 CHANNELS = (
     ((16, 3000, 4), False),
@@ -299,6 +335,13 @@ def cases() -> Iterator[Case]:
         for dtype in dtypes:
             run, moves = _token_log_probs_case(shape, dtype, strided), token_log_probs_moves(bytes_of(shape, dtype, strided))
             yield Case(name, dtype, dtype in heavies, run, moves)
+    for kind in ("forward", "jensen shannon"):
+        for shape, dtypes, strided, heavies in DISTILLATIONS:
+            name = f"distillation {kind}{', strided' if strided else ''} {'x'.join(map(str, shape))}"
+            for dtype in dtypes:
+                both = dtype in heavies
+                run = _distillation_case(shape, dtype, kind.replace(" ", "_"), strided, both)
+                yield Case(name, dtype, both, run, distillation_moves(bytes_of(shape, dtype, strided), 1 + both))
     for shape in POINTS:
         moves = {"_add_runs_kernel": (bytes_of(shape, F64), 0)}
         yield Case(f"moments {'x'.join(map(str, shape))}", F64, False, _moments_case(shape), moves)

@@ -27,7 +27,14 @@ from .arrays import Array, is_cupy
 from .check import ChoiceError, dtype_name
 
 if TYPE_CHECKING:
-    from .protocols import BatchNormKernels, CrossEntropyKernels, MomentsKernels, SoftmaxKernels, TokenLogProbsKernels
+    from .protocols import (
+        BatchNormKernels,
+        CrossEntropyKernels,
+        DistillationKernels,
+        MomentsKernels,
+        SoftmaxKernels,
+        TokenLogProbsKernels,
+    )
 
 BACKENDS = ("auto", "gpu", "cpu")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("hw3gpu_backend", default=None)
@@ -174,6 +181,19 @@ def token_log_probs(which: str) -> TokenLogProbsKernels:
 
         return cpu
     from ..kernels.gpu import token_log_probs as gpu
+
+    return _on_their_devices(gpu)
+
+
+@functools.cache
+def distillation(which: str) -> DistillationKernels:
+    """The launchers of divergences, as `batch_norm`."""
+    if which == "cpu":
+        check_threads()
+        from ..kernels.cpu import distillation as cpu
+
+        return cpu
+    from ..kernels.gpu import distillation as gpu
 
     return _on_their_devices(gpu)
 

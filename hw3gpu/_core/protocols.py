@@ -107,6 +107,20 @@ class TokenLogProbsKernels(Protocol):
     ) -> None: ...  # fmt: skip
 
 
+class DistillationKernels(Protocol):
+    """`kernels/<engine>/distillation.py`: student and teacher are (N, V, S), a number a row (N, S), stats (8, N, S)."""
+
+    def forward(
+        self, student: Array, teacher: Array, mask: Array | None, loss: Array, stats: Array | None,
+        *, kind: str, beta: float, temperature: float,
+    ) -> None: ...  # fmt: skip
+
+    def backward(
+        self, student: Array, teacher: Array, mask: Array | None, stats: Array, upstream: Array,
+        dstudent: Array | None, dteacher: Array | None, *, kind: str, beta: float, temperature: float,
+    ) -> None: ...  # fmt: skip
+
+
 class MomentsKernels(Protocol):
     """`kernels/<engine>/moments.py`: x is (B, n, m); shift, total, scatter and unit are the state of B sets of points."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._core import arrays, check
 from .autograd import PLAIN, accumulate_dtype, as_dtype
 from .cross_entropy_formula import loss_shape
+from .distillation import KINDS, TEACHERS, Divergence
 from .linear_chunks import Problem
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -237,6 +238,54 @@ def _temperature(temperature):
     return temperature
 
 
+# ---------------------------------------------------------------------------------------------- distillation
+def distillation(student, teacher, temperature, kind, beta, teacher_is, mask, reduction, dim):
+    """Checks every argument of a teacher with all classes; its `Divergence`."""
+    floating_tensor(student, "student")
+    check.rank_at_least(student, "student", 1, "…, V")
+    options = divergence(student, temperature, kind, beta, dim)
+    if student.shape[options.dim] == 0:
+        raise ValueError(f"student: expected at least one class, got shape {check.shape_of(student)}")
+    floating_tensor(teacher, "teacher")
+    check.same_shape(teacher, "teacher", student, "student")
+    _teacher_dtype(teacher, "teacher", student, "student")
+    _same_device(teacher, "teacher", student, "student")
+    check.one_of(teacher_is, "teacher_is", TEACHERS)
+    rows_that_count(mask, (*student.shape[: options.dim], *student.shape[options.dim + 1 :]), student)
+    check.one_of(reduction, "reduction", REDUCTIONS)
+    return options
+
+
+def divergence(z, temperature, kind, beta, dim):
+    """`Divergence` of logits like `z`, its parts checked."""
+    check.one_of(kind, "kind", KINDS)
+    beta = number(beta, "beta")
+    if not 0.0 < beta < 1.0:
+        raise ValueError(f"beta: expected a number between 0 and 1, got {beta}; at its ends the divergence is 0")
+    if type(dim) is not int:
+        dim = check.integer_value(dim, "dim")
+    if not -z.dim() <= dim < z.dim():
+        raise IndexError(f"dim: expected an axis of student with shape {check.shape_of(z)}, got {dim}")
+    return Divergence(kind, beta, _temperature(temperature), dim % z.dim())
+
+
+def _teacher_dtype(teacher, name, student, of):
+    """float64 has no other dtype beside it."""
+    if torch.float64 in (teacher.dtype, student.dtype):
+        check.same_dtype(teacher, name, student, of)
+
+
+def rows_that_count(mask, rows, z):
+    """Checks a mask of rows, or None."""
+    if mask is None:
+        return
+    tensor(mask, "mask")
+    if mask.dtype != torch.bool:
+        raise check.DtypeError(f"mask: expected dtype bool, True for the rows that count, {check.got_dtype(mask, 'mask')}")
+    check.shape(mask, "mask", rows, "one bool per row of student")
+    _same_device(mask, "mask", z, "student")
+
+
 # ---------------------------------------------------------------------------------------------- of logits that are a product
 def _beside(x, W, b):
     """Checks dtype and device of what is multiplied with `x` and added, the bias, and that there is a class."""
@@ -294,11 +343,50 @@ def linear_token_log_probs(x, W, target, b, temperature, ignore_index):
     return token_log_probs(logits, target, temperature, ignore_index, -1)[:2]
 
 
+def linear_distillation(student, teacher, temperature, kind, beta, mask, reduction):
+    """Checks every argument but chunk_rows; student and teacher are (input, weight, bias). Their `Divergence`."""
+    for side, (x, W, b) in (("student", student), ("teacher", teacher)):
+        names = tuple(f"{side}_{of}" for of in ("input", "weight", "bias"))
+        for name, v in zip(names[:2], (x, W), strict=True):
+            floating_tensor(v, name)
+        check.rank_at_least(x, names[0], 1, "…, D")
+        if W.dim() != 2:
+            raise check.ShapeError(f"{names[1]}: expected (V, D), got shape {check.shape_of(W)}")
+        check.shape(W, names[1], (W.shape[0], x.shape[-1]), f"last, the features of {names[0]}")
+        if b is not None:
+            floating_tensor(b, names[2])
+            check.shape(b, names[2], (W.shape[0],), f"one number per row of {names[1]}")
+        for name, v in zip(names[1:], (W, b), strict=True):
+            if v is not None and not autocast(x):
+                check.same_dtype(v, name, x, names[0])
+            if v is not None:
+                _same_device(v, name, x, names[0])
+    x, W = student[:2]
+    if len(W) == 0:
+        raise ValueError(f"student_weight: expected at least one class, got shape {check.shape_of(W)}")
+    if len(teacher[1]) != len(W):
+        raise check.ShapeError(f"teacher_weight: expected {len(W)} classes, as student_weight has, got {len(teacher[1])}")
+    if teacher[0].shape[:-1] != x.shape[:-1]:
+        expected = (*x.shape[:-1], teacher[0].shape[-1])
+        check.shape(teacher[0], "teacher_input", expected, "rows as student_input has")
+    _teacher_dtype(teacher[0], "teacher_input", x, "student_input")
+    _same_device(teacher[0], "teacher_input", x, "student_input")
+    rows_that_count(mask, tuple(x.shape[:-1]), x)
+    check.one_of(reduction, "reduction", REDUCTIONS)
+    return divergence(x, temperature, kind, beta, -1)
+
+
+def in_autocast(x, W, b):
+    """The operands of a product in autocast's dtype where that is on, as PyTorch's `linear`."""
+    if not autocast(x):
+        return x, W, b
+    of = torch.get_autocast_dtype(x.device.type)
+    return tuple(v if v is None or v.dtype == torch.float64 else as_dtype(v, of) for v in (x, W, b))
+
+
 def linear_problem(x, W, target, b, weight):
     """The arguments as `Problem` has them, in autocast's dtype where that is on."""
-    if autocast(x):  # as PyTorch's `linear`
-        of = torch.get_autocast_dtype(x.device.type)
-        x, W, b = (v if v is None or v.dtype == torch.float64 else as_dtype(v, of) for v in (x, W, b))
+    x, W, b = in_autocast(x, W, b)
     C, S, N = W.shape[0], math.prod(W.shape[1:-1]), 1 if x.dim() == 1 else x.shape[0]
     return Problem(
         x.reshape(N, x.shape[-1]),

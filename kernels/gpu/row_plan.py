@@ -37,7 +37,8 @@ def resident_lanes(beside: int, itemsize: int, mode: int) -> int:
     """The most lanes of a row that can stay in registers without a spill.
 
     beside: how many numbers a lane the kernel keeps beside exp(z): 0 softmax, cross entropy of hard targets; 1 softmax
-    backward, soft targets or smoothing, a softcap alone; 2 soft targets or smoothing with the rows' statistics or a softcap.
+    backward, soft targets or smoothing, a softcap alone; 2 soft targets or smoothing with the rows' statistics or a softcap;
+    3 a divergence of two rows.
     """
     if mode == STRIDED:
         return 8192 if not beside else 2048 if itemsize == 8 else 4096
@@ -80,8 +81,8 @@ def plan_rows(
         tile = 4096 >> ((beside > 1) + (mode == STRIDED or itemsize == 8))
         block_r = max(1, min(next_power_of_2(S), tile // next_power_of_2(lanes)))
         resident = resident_lanes(beside, itemsize, mode)
-        if not stays and lanes > 4096:
-            return _passing(itemsize, mode, beside)
+        if lanes > 4096 and (not stays or beside > 2):
+            return _passing(itemsize, mode, beside, stays)
     if lanes <= resident:
         keep = next_power_of_2(lanes)
         plain = mode != STRIDED and itemsize < 8 and not neighbours and beside == tensors - 1
@@ -126,6 +127,8 @@ def _tiles_of_a_long_row(
 # Where the compiler would spill 8 to 64 bytes to fit one more program a multiprocessor, maxnreg allows a thread more registers.
 def _registers_of_one_tile(itemsize: int, mode: int, beside: int, keep: int, with_all: bool) -> int | None:
     """maxnreg of rows without a tail. with_all: a loss with all options, whose row stays."""
+    if beside > 2:
+        return 128
     if mode == STRIDED:
         return None if keep <= 4096 else 248 if itemsize == 8 else 168
     return 80 if with_all and not beside and itemsize < 8 and keep == 16384 else None
@@ -138,11 +141,15 @@ def _registers_of_tiles(itemsize: int, mode: int, beside: int, num_warps: int, i
     return 128 if mode == STRIDED else None
 
 
-def _passing(itemsize: int, mode: int, beside: int) -> RowPlan:
-    """Long rows of which nothing stays: many small programs, whose threads meet once, at the end of the row."""
+def _passing(itemsize: int, mode: int, beside: int, stays: bool) -> RowPlan:
+    """Long rows of which nothing stays, or one tile: many small programs, whose threads meet at the end of the row."""
     block_v = (1024 if beside else 2048) // (2 if itemsize == 8 else 1)
-    registers = 128 if beside > 1 else 168 if itemsize == 8 and not beside else None
-    return RowPlan(1, 0, block_v, False, 4, 1 if mode == STRIDED else 3, registers=registers)
+    of_float64 = itemsize == 8
+    registers = (
+        (248 if of_float64 else 168) if beside > 2 else 128 if beside > 1 else 168 if of_float64 and not beside else None
+    )
+    stages = 1 if mode == STRIDED else 4 if beside > 2 and itemsize == 2 else 3
+    return RowPlan(1, block_v * stays, block_v, False, 4, stages, registers=registers)
 
 
 def _in_turn(keep: int, itemsize: int, tensors: int, ahead: int, device: Device) -> RowPlan | None:
@@ -171,10 +178,10 @@ class ColumnPlan:
     num_warps: int
 
 
-def plan_columns(V: int, S: int, itemsize: int, mode: int, unit_s: bool) -> ColumnPlan:
+def plan_columns(V: int, S: int, itemsize: int, mode: int, unit_s: bool, tensors: int = 1) -> ColumnPlan:
     """The plan for an elementwise pass over rows of V values, S of them neighbours; arguments as in `plan_rows`."""
     lanes = body_lanes(V, itemsize, mode)
-    crowded = mode == STRIDED or itemsize == 8
+    crowded = mode == STRIDED or itemsize == 8 or tensors > 1
     tile = 2048 if crowded else 4096
     if unit_s and S > 1:
         block_r = min(next_power_of_2(S), 128 // itemsize)

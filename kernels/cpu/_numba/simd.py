@@ -112,6 +112,22 @@ def _product_or_zero(builder: Any, q: Any, d: Any) -> Any:
 
 larger = _of_lanes(_choice(">", "a"))  # a where a > b, else b: of a NaN and a number the second; of two numbers too
 unequal = _of_lanes(_choice("!=", "1"))  # 1 where a differs from b, else 0
+
+
+@intrinsic
+def where_below(typingctx: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
+    """x where a < b, else y, also where a or b is a NaN; one of the four at least is `Lanes`."""
+    lanes = next(v for v in (a, b, x, y) if isinstance(v, Lanes))
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        left, right, then, otherwise = (
+            _operand(context, builder, v, of, lanes) for v, of in zip(args, (a, b, x, y), strict=True)
+        )
+        return builder.select(builder.fcmp_ordered("<", left, right), then, otherwise)
+
+    return lanes(a, b, x, y), codegen
+
+
 times = _of_lanes(_product_or_zero)  # q d, and 0 where q is 0 whatever d is
 
 
@@ -132,7 +148,9 @@ def _operator(operation: Callable[..., Any], instruction: str) -> None:
         lower_builtin(operation, *kinds)(lowered)
 
 
-for _operation, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+for _operation, _instruction in (
+    (operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv"),
+):  # fmt: skip
     _operator(_operation, _instruction)
 
 

@@ -1,0 +1,203 @@
+"""Divergences of a student's and a teacher's distributions, with gradients of both: docs/derivations.md, section 3.9.
+
+A call takes one of three ways. Eager: `_Divergences`, or `run` alone where no graph is needed. Traced: the operators below,
+around the same functions. Inside `torch.func` transforms, in forward mode, and where a gradient is to be differentiated again:
+the formula in PyTorch's operations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .._core import dispatch, outputs
+from . import operators
+from .autograd import accumulate_dtype, as_dtype, graph_is_needed
+
+KINDS = ("forward", "reverse", "jensen_shannon")
+TEACHERS = ("logits", "probabilities", "log_probabilities")
+
+
+class Divergence(NamedTuple):
+    """Which divergence, β of the mixture, the temperature of both softmaxes, and the axis of the classes, from the front."""
+
+    kind: str
+    beta: float
+    temperature: float
+    dim: int
+
+    @property
+    def of_rows(self) -> dict[str, float | str]:
+        """What the kernels take."""
+        return {"kind": self.kind, "beta": self.beta, "temperature": self.temperature}
+
+
+def divergences(student, teacher, mask, options):
+    """The divergence of every row, 0 where the mask leaves it out; the arguments are checked."""
+    if not operators.traced(student) and operators.transformed():
+        return formula(student, teacher, mask, options)
+    if operators.traced(student) or operators.traced(teacher):
+        return FORWARD(student, teacher, mask, *options)[0]
+    if graph_is_needed(student, teacher):
+        return _Divergences.apply(student, teacher, mask, (options, run, run_backward))[0]
+    kind, beta, temperature, dim = options
+    return run(student, teacher, mask, kind, beta, temperature, dim, save=False)[0]
+
+
+def as_logits(teacher, teacher_is, temperature):
+    """What has the teacher's distribution at this temperature as its softmax."""
+    if teacher_is == "logits":
+        return teacher
+    log_p = teacher if teacher_is == "log_probabilities" else as_dtype(teacher, accumulate_dtype(teacher)).log()
+    return log_p if temperature == 1.0 else as_dtype(log_p, accumulate_dtype(log_p)) * temperature
+
+
+def reduced(rows, mask, reduction):
+    """The reduction of the divergences of all rows; the mean is that of the rows that count."""
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.mean() if mask is None else rows.sum() / mask.sum()
+
+
+# ---------------------------------------------------------------------------------------------- forward and backward
+def of_rows(mask, shape):
+    """A mask as the kernels take it, (N, S) of uint8, or None."""
+    return None if mask is None else mask.reshape(shape).view(torch.uint8)
+
+
+def run(student, teacher, mask, kind, beta, temperature, dim, save=True):
+    """The divergence of every row, and what the backward pass needs if `save`, else None."""
+    which = dispatch.backend(student)
+    see = dispatch.viewer(which)
+    s, t = (outputs.folded(z, dim, which) for z in (student, teacher))
+    rows = s.shape[0], s.shape[2]
+    shape = (*student.shape[:dim], *student.shape[dim + 1 :])
+    loss = student.new_empty(shape, dtype=accumulate_dtype(student))
+    stats = loss.new_empty(8, *rows) if save else None
+    dispatch.distillation(which).forward(
+        s, t, see(of_rows(mask, rows)), see(loss.view(rows)), see(stats), kind=kind, beta=beta, temperature=temperature
+    )
+    return loss, stats
+
+
+def run_backward(upstream, student, teacher, mask, stats, kind, beta, temperature, dim, needs):
+    """The gradients of student and teacher that `needs` names, else None."""
+    which = dispatch.backend(student)
+    see = dispatch.viewer(which)
+    s, t = (outputs.folded(z, dim, which) for z in (student, teacher))
+    rows = s.shape[0], s.shape[2]
+    found = [
+        outputs.output(z, dim, see) if needed else (None, None) for z, needed in zip((student, teacher), needs, strict=True)
+    ]
+    dispatch.distillation(which).backward(
+        s, t, see(of_rows(mask, rows)), see(stats), see(upstream.reshape(rows)), *(seen for _, seen in found),
+        kind=kind, beta=beta, temperature=temperature,
+    )  # fmt: skip
+    return tuple(d for d, _ in found)
+
+
+# ---------------------------------------------------------------------------------------------- in PyTorch's operations
+def formula(student, teacher, mask, options):
+    """The divergences in PyTorch's operations, which have derivatives of every order and go through every transform."""
+    kind, beta, temperature, dim = options
+    log_q, log_p = (torch.log_softmax(z.to(accumulate_dtype(z)) / temperature, dim) for z in (student, teacher))
+    neither = (log_p == -math.inf) & (log_q == -math.inf)
+    log_q, log_p = (torch.where(neither, -math.inf, v) for v in (log_q, log_p))
+    if kind == "jensen_shannon":
+        mixed = (torch.where(neither, 0.0, v) for v in (log_p + math.log(beta), log_q + math.log1p(-beta)))
+        log_m = torch.logaddexp(*mixed)
+        rows = beta * _relative_entropy(log_p, log_m, dim) + (1 - beta) * _relative_entropy(log_q, log_m, dim)
+    else:
+        pair = (log_p, log_q) if kind == "forward" else (log_q, log_p)
+        rows = _relative_entropy(*pair, dim)
+    return rows if mask is None else torch.where(mask, rows, 0.0)
+
+
+def _relative_entropy(log_p, log_q, dim):
+    """Σ p (log p - log q); a class without probability adds nothing, nor to the gradient."""
+    none = log_p == -math.inf
+    ratio = torch.where(none, 0.0, log_p) - torch.where(none, 0.0, log_q)
+    return (log_p.exp() * ratio).sum(dim)
+
+
+def _gradients_with_a_graph(upstream, student, teacher, mask, options, needs):
+    with torch.enable_grad():
+        rows = formula(student, teacher, mask, options)
+        inputs = [z for z, needed in zip((student, teacher), needs, strict=True) if needed]
+        found = iter(torch.autograd.grad(rows, inputs, upstream, create_graph=True))
+    return tuple(next(found) if needed else None for needed in needs)
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+class _Divergences(torch.autograd.Function):
+    """Forward reads both once and keeps eight numbers a row; backward reads them once and writes the gradients asked for.
+
+    `rest` names what runs: the kernels, or the operators around them where somebody traces.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, mask, rest):
+        options, forward, backward = rest
+        loss, stats = forward(student, teacher, mask, *options)
+        ctx.save_for_backward(student, teacher, mask, stats)
+        ctx.options, ctx.backward = options, backward
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        student, teacher, mask, stats = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if upstream is None:
+            return (None,) * 4
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            found = _gradients_with_a_graph(upstream, student, teacher, mask, ctx.options, needs)
+        else:
+            found = ctx.backward(upstream, student, teacher, mask, stats, *ctx.options, needs)
+        return *(d if needed else None for d, needed in zip(found, needs, strict=True)), None, None
+
+
+def _below_autograd(*operands):
+    return operators.below_autograd(FORWARD, *operands)
+
+
+def _fake(student, teacher, mask, kind, beta, temperature, dim):
+    outer = inner = 1
+    for size in student.shape[:dim]:
+        outer = outer * size
+    for size in student.shape[dim + 1 :]:
+        inner = inner * size
+    loss = student.new_empty((*student.shape[:dim], *student.shape[dim + 1 :]), dtype=accumulate_dtype(student))
+    return loss, loss.new_empty((8, outer, inner))
+
+
+def _run_backward(upstream, student, teacher, *rest):
+    found = run_backward(upstream, student, teacher, *rest)
+    return tuple(z.new_empty(0) if d is None else d for d, z in zip(found, (student, teacher), strict=True))
+
+
+def _fake_backward(upstream, student, teacher, mask, stats, kind, beta, temperature, dim, needs):
+    of = zip((student, teacher), needs, strict=True)
+    return tuple(operators.fake_output(z, dim) if needed else z.new_empty(0) for z, needed in of)
+
+
+_OPERANDS, _OPTIONS = "Tensor student, Tensor teacher, Tensor? mask", "str kind, float beta, float temperature, int dim"
+BACKWARD = operators.define(
+    f"divergences_backward(Tensor upstream, {_OPERANDS}, Tensor stats, {_OPTIONS}, bool[] needs) "
+    "-> (Tensor dstudent, Tensor dteacher)",
+    _run_backward,
+    _fake_backward,
+)
+FORWARD = operators.define(
+    f"divergences({_OPERANDS}, {_OPTIONS}) -> (Tensor loss, Tensor stats)",
+    run,
+    _fake,
+    lambda student, teacher, mask, *options: _Divergences.apply(
+        student, teacher, mask, (Divergence(*options), _below_autograd, BACKWARD)
+    ),
+)

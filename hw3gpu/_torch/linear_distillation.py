@@ -1,0 +1,163 @@
+"""Divergences of a student's and a teacher's logits x Wᵀ + b, of which there is never more than a chunk of rows on either side.
+
+The chunks and the products are those of `linear_chunks`, the divergences and the gradients by logits `distillation`'s: the
+forward pass makes each chunk's logits of both, the backward pass makes them again beside dz. ∂ℓ/∂W and ∂ℓ/∂b are summed over
+chunks in float32 (docs/derivations.md, sections 3.7 and 3.9).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .._core import dispatch
+from . import distillation, linear_chunks, operators
+from .autograd import accumulate_dtype, as_dtype, graph_is_needed
+from .distillation import Divergence
+from .linear_chunks import Gradients, Problem, chunks, logits_of
+
+
+def divergences(student, teacher, mask, options, rows):
+    """The divergence of each of (N,) rows, 0 where the mask leaves it out; student and teacher: (x, W, b), checked."""
+    tensors = (*student, *teacher)
+    operands = (*tensors, mask, options.kind, options.beta, options.temperature, rows or 0)
+    if not operators.traced(student[0]) and operators.transformed():
+        return formula(tensors, mask, options.kind, options.beta, options.temperature)
+    if any(operators.traced(v) for v in tensors if v is not None):
+        return FORWARD(*operands)[0]
+    if graph_is_needed(*tensors):
+        return _LinearDivergences.apply(*operands[:7], (operands[7:], run, run_backward))[0]
+    return run(*operands)[0]
+
+
+def _problems(tensors):
+    """Student's and teacher's `Problem`; neither has a target."""
+    of = []
+    for x, W, b in (tensors[:3], tensors[3:]):
+        nothing = torch.zeros((), dtype=torch.int64, device=x.device).expand(x.shape[0], 1)
+        of.append(Problem(x, W, b, nothing, None))
+    return of
+
+
+def _rows(problems, rows):
+    """Rows of a chunk, in which there are two sets of logits, unless the caller says otherwise."""
+    return rows or max(min(map(linear_chunks.chunk_rows, problems)) // 2, 1)
+
+
+# ---------------------------------------------------------------------------------------------- forward and backward
+def run(xs, Ws, bs, xt, Wt, bt, mask, kind, beta, temperature, rows):
+    """The divergence of every row, and what the backward pass needs, (8, N, 1)."""
+    problems, N, V = _problems((xs, Ws, bs, xt, Wt, bt)), xs.shape[0], Ws.shape[0]
+    which = dispatch.backend(xs)
+    see, kernels = dispatch.viewer(which), dispatch.distillation(which)
+    loss = xs.new_empty(N, dtype=accumulate_dtype(xs))
+    stats = loss.new_empty(8, N, 1)
+    rows = _rows(problems, rows)
+    z = [p.x.new_empty(min(rows, N), V) for p in problems]
+    for first, last in chunks(problems[0], rows):
+        logits = [logits_of(p.chunk(first, last), out) for p, out in zip(problems, z, strict=True)]
+        counts = None if mask is None else distillation.of_rows(mask[first:last], (last - first, 1))
+        of_chunk = stats.new_empty(8, last - first, 1)
+        given = (*logits, counts, loss[first:last, None], of_chunk)
+        kernels.forward(*map(see, given), kind=kind, beta=beta, temperature=temperature)
+        stats[:, first:last] = of_chunk
+    return loss, stats
+
+
+def run_backward(upstream, xs, Ws, bs, xt, Wt, bt, mask, stats, kind, beta, temperature, rows, needs):
+    """The gradients that `needs` names, of x, W and b of the student and of the teacher, from logits made again; else None."""
+    problems, N, V = _problems((xs, Ws, bs, xt, Wt, bt)), xs.shape[0], Ws.shape[0]
+    which = dispatch.backend(xs)
+    see, kernels = dispatch.viewer(which), dispatch.distillation(which)
+    rows = max(_rows(problems, rows) // 2, 1)  # of logits and their gradients
+    sides = [Gradients(p, needed) for p, needed in zip(problems, (needs[:3], needs[3:]), strict=True)]
+    z = [p.x.new_empty(min(rows, N), V) for p in problems]
+    dz = [torch.empty_like(of) if any(needed) else None for of, needed in zip(z, (needs[:3], needs[3:]), strict=True)]
+    for first, last in chunks(problems[0], rows):
+        parts = [p.chunk(first, last) for p in problems]
+        logits = [logits_of(part, out) for part, out in zip(parts, z, strict=True)]
+        counts = None if mask is None else distillation.of_rows(mask[first:last], (last - first, 1))
+        out = [None if d is None else d[: last - first, :, None] for d in dz]
+        given = (*logits, counts, stats[:, first:last].contiguous(), upstream[first:last, None], *out)
+        kernels.backward(*map(see, given), kind=kind, beta=beta, temperature=temperature)
+        for side, part, d in zip(sides, parts, out, strict=True):
+            if d is not None:
+                side.add(part, d, first, last)
+    found = (*sides[0].found, *sides[1].found)
+    return tuple(None if g is None else as_dtype(g, v.dtype) for g, v in zip(found, (xs, Ws, bs, xt, Wt, bt), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- in PyTorch's operations
+def formula(tensors, mask, kind, beta, temperature):
+    """The divergences in PyTorch's operations, which hold all logits."""
+    logits = (F.linear(*tensors[:3]), F.linear(*tensors[3:]))
+    return distillation.formula(*logits, mask, Divergence(kind, beta, temperature, 1))
+
+
+def _gradients_with_a_graph(upstream, tensors, mask, options, needs):
+    with torch.enable_grad():
+        rows = formula(tensors, mask, *options[:3])
+        inputs = [v for v, needed in zip(tensors, needs, strict=True) if needed]
+        found = iter(torch.autograd.grad(rows, inputs, upstream, create_graph=True))
+    return tuple(next(found) if needed else None for needed in needs)
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+class _LinearDivergences(torch.autograd.Function):
+    """Forward keeps eight numbers a row, and no logits; backward makes them again. `rest`: as `_Divergences` has it."""
+
+    @staticmethod
+    def forward(ctx, xs, Ws, bs, xt, Wt, bt, mask, rest):
+        options, forward, backward = rest
+        loss, stats = forward(xs, Ws, bs, xt, Wt, bt, mask, *options)
+        ctx.save_for_backward(xs, Ws, bs, xt, Wt, bt, mask, stats)
+        ctx.options, ctx.backward = options, backward
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        *tensors, mask, stats = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:6]
+        if upstream is None:
+            return (None,) * 8
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            found = _gradients_with_a_graph(upstream, tensors, mask, ctx.options, needs)
+        else:
+            found = ctx.backward(upstream, *tensors, mask, stats, *ctx.options, list(needs))
+        return *(g if needed else None for g, needed in zip(found, needs, strict=True)), None, None
+
+
+def _below_autograd(*operands):
+    return operators.below_autograd(FORWARD, *operands)
+
+
+def _fake(xs, *_):
+    loss = xs.new_empty(xs.shape[:1], dtype=accumulate_dtype(xs))
+    return loss, loss.new_empty((8, xs.shape[0], 1))
+
+
+def _run_backward(upstream, xs, *rest):
+    return tuple(xs.new_empty(0) if g is None else g for g in run_backward(upstream, xs, *rest))
+
+
+def _fake_backward(upstream, xs, Ws, bs, xt, Wt, bt, mask, stats, kind, beta, temperature, rows, needs):
+    of = zip((xs, Ws, bs, xt, Wt, bt), needs, strict=True)
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) if n else xs.new_empty(0) for t, n in of)
+
+
+_OPERANDS = "Tensor xs, Tensor Ws, Tensor? bs, Tensor xt, Tensor Wt, Tensor? bt, Tensor? mask"
+_OPTIONS = "str kind, float beta, float temperature, int rows"
+BACKWARD = operators.define(
+    f"linear_divergences_backward(Tensor upstream, {_OPERANDS}, Tensor stats, {_OPTIONS}, bool[] needs) "
+    "-> (Tensor dxs, Tensor dWs, Tensor dbs, Tensor dxt, Tensor dWt, Tensor dbt)",
+    _run_backward,
+    _fake_backward,
+)
+FORWARD = operators.define(
+    f"linear_divergences({_OPERANDS}, {_OPTIONS}) -> (Tensor loss, Tensor stats)",
+    run,
+    _fake,
+    lambda *operands: _LinearDivergences.apply(*operands[:7], (operands[7:], _below_autograd, BACKWARD)),
+)
