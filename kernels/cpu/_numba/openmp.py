@@ -56,10 +56,13 @@ if hasattr(os, "register_at_fork"):
 
 @functools.cache
 def team_of(kernel: Any) -> Any:
-    """`kernel(first, last, *args)` as f(openmp, threads, pieces, blocks, *args): all pieces of range(blocks), by a team."""
+    """`kernel(first, last, *args)` as f(openmp, threads, piece, end, pieces, blocks, *args).
 
-    def team(entry, threads, pieces, blocks, *args):
-        _share(kernel, entry, threads, pieces, blocks, args)
+    A team does the pieces from `piece` to `end` of the `pieces` that range(blocks) is cut into.
+    """
+
+    def team(entry, threads, piece, end, pieces, blocks, *args):
+        _share(kernel, entry, threads, piece, end, pieces, blocks, args)
 
     original = kernel.py_func
     team.__module__, team.__name__ = original.__module__, f"{original.__name__}_team"
@@ -68,15 +71,17 @@ def team_of(kernel: Any) -> Any:
 
 
 @intrinsic
-def _share(typingctx: Any, kernel: Any, entry: Any, threads: Any, pieces: Any, blocks: Any, args: Any) -> Any:
-    """Lets `threads` OpenMP threads call the pieces of range(blocks); MemoryError where one of them found no memory."""
+def _share(
+    typingctx: Any, kernel: Any, entry: Any, threads: Any, piece: Any, end: Any, pieces: Any, blocks: Any, args: Any
+) -> Any:
+    """Lets `threads` OpenMP threads call those pieces of range(blocks); MemoryError where one of them found no memory."""
     arguments = types.intp, types.intp, *args
     called = compiled_for(typingctx, kernel, arguments)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        _, entry, threads, pieces, blocks, packed = values
-        # the data: next piece, pieces, blocks, whether one failed, the kernel's arguments
-        head = ir.Constant(_INT, 0), pieces, blocks, ir.Constant(_FLAG, 0)
+        _, entry, threads, piece, end, pieces, blocks, packed = values
+        # the data: next piece, where they end, pieces, blocks, whether one failed, the kernel's arguments
+        head = piece, end, pieces, blocks, ir.Constant(_FLAG, 0)
         given = (
             _borrowed(context, builder, *pair)
             for pair in zip(args, cgutils.unpack_tuple(builder, packed, len(args)), strict=True)
@@ -87,12 +92,12 @@ def _share(typingctx: Any, kernel: Any, entry: Any, threads: Any, pieces: Any, b
         start = ir.FunctionType(ir.VoidType(), [work.type, place.type, _FLAG, _FLAG])
         start = builder.inttoptr(entry, start.as_pointer())
         builder.call(start, [work, place, builder.trunc(threads, _FLAG), ir.Constant(_FLAG, 0)])
-        failed = builder.load(cgutils.gep_inbounds(builder, place, 0, 3))
+        failed = builder.load(cgutils.gep_inbounds(builder, place, 0, 4))
         with cgutils.if_unlikely(builder, cgutils.is_not_null(builder, failed)):
             raise_error(context, builder, MemoryError, "a kernel found no memory")
         return context.get_dummy_value()
 
-    return types.void(kernel, types.intp, types.intp, types.intp, types.intp, args), codegen
+    return types.void(kernel, *[types.intp] * 6, args), codegen
 
 
 def _borrowed(context: Any, builder: Any, of: Any, value: Any) -> Any:
@@ -114,17 +119,17 @@ def _worker(context: Any, module: Any, called: Any, arguments: Any, layout: Any)
     def member(i: int) -> Any:
         return builder.load(cgutils.gep_inbounds(builder, place, 0, i))
 
-    pieces, blocks, given = member(1), member(2), [member(4 + i) for i in range(len(arguments) - 2)]
+    end, pieces, blocks, given = member(1), member(2), member(3), [member(5 + i) for i in range(len(arguments) - 2)]
     take, do, done = (function.append_basic_block(name) for name in ("take", "do", "done"))
     builder.branch(take)
     builder.position_at_end(take)
     one = ir.Constant(_INT, 1)
     piece = builder.atomic_rmw("add", cgutils.gep_inbounds(builder, place, 0, 0), one, "monotonic")
-    builder.cbranch(builder.icmp_signed("<", piece, pieces), do, done)
+    builder.cbranch(builder.icmp_signed("<", piece, end), do, done)
     builder.position_at_end(do)
     first, last = (builder.sdiv(builder.mul(blocks, p), pieces) for p in (piece, builder.add(piece, one)))
     with cgutils.if_unlikely(builder, call(context, builder, called, (first, last, *given))):
-        builder.store(ir.Constant(_FLAG, 1), cgutils.gep_inbounds(builder, place, 0, 3))
+        builder.store(ir.Constant(_FLAG, 1), cgutils.gep_inbounds(builder, place, 0, 4))
     builder.branch(take)
     builder.position_at_end(done)
     builder.ret_void()

@@ -26,6 +26,8 @@ from .openmp import openmp, team_of
 BYTES_PER_THREAD = 1 << 18
 # Pieces per thread: later pieces go to whoever is free, so that a thread that was held up does not hold up the rest.
 PIECES_PER_THREAD = 4
+# Bytes moved in one stretch, some tenths of a second: between stretches Python sees a signal, so that Ctrl-C does not wait.
+BYTES_AT_ONCE = 1 << 28
 
 
 def _environment(name: str) -> int | None:
@@ -73,23 +75,29 @@ def run(kernel: Callable[..., Any], blocks: int, cost: int, *args: Any) -> None:
         kernel(0, blocks, *args)
         return
     threads = min(num_threads(), blocks, cost // BYTES_PER_THREAD)
+    stretches = min(blocks, -(-cost // BYTES_AT_ONCE))
     if threads < 2:
-        kernel(0, blocks, *args)
+        for i in range(stretches):
+            kernel(blocks * i // stretches, blocks * (i + 1) // stretches, *args)
         return
-    pieces, entry = min(blocks, threads * PIECES_PER_THREAD), openmp()
-    if entry and isinstance(kernel, Dispatcher):
-        team_of(kernel)(entry, threads, pieces, blocks, *args)
-    else:
-        _share_out(kernel, blocks, pieces, threads, args)
+    pieces, entry = min(blocks, threads * PIECES_PER_THREAD * stretches), openmp()
+    for i in range(stretches):
+        part = pieces * i // stretches, pieces * (i + 1) // stretches
+        if entry and isinstance(kernel, Dispatcher):
+            team_of(kernel)(entry, threads, *part, pieces, blocks, *args)
+        else:
+            _share_out(kernel, *part, pieces, blocks, threads, args)
 
 
-def _share_out(kernel: Callable[..., Any], blocks: int, pieces: int, threads: int, args: tuple[Any, ...]) -> None:
-    """The pieces of one call of `run`: whoever is free takes the next."""
-    next_piece = itertools.count().__next__
+def _share_out(
+    kernel: Callable[..., Any], first: int, end: int, pieces: int, blocks: int, threads: int, args: tuple[Any, ...]
+) -> None:
+    """The pieces from `first` to `end` of one call of `run`: whoever is free takes the next."""
+    next_piece = itertools.count(first).__next__
     errors: list[BaseException] = []
 
     def work() -> None:
-        while (piece := next_piece()) < pieces:
+        while (piece := next_piece()) < end:
             kernel(blocks * piece // pieces, blocks * (piece + 1) // pieces, *args)
 
     def help_with(part: threading.Lock) -> None:
