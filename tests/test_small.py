@@ -67,6 +67,17 @@ CLASSES = {
 }
 
 
+@pytest.mark.parametrize(("shape", "options"), CLASSES.values(), ids=CLASSES)
+def test_a_loss_without_a_graph(monkeypatch, taken, shape, options):
+    z = 10 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    target = torch.zeros((*shape[:1], *shape[2:]) if len(shape) > 1 else (), dtype=torch.int64)
+    found, expected = both_ways(monkeypatch, lambda: [HF.cross_entropy(z, target, **options)])
+    assert_same_bits(found, expected)
+    assert taken == ["at_addresses"]
+    with pytest.raises(IndexError, match=r"target: expected classes in 0…\d+ or ignore_index -?\d+, got 99 in row 0"):
+        HF.cross_entropy(z, target + 99, **options)
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize(("shape", "options"), CLASSES.values(), ids=CLASSES)
 def test_cross_entropy(monkeypatch, taken, shape, options, scale):

@@ -61,7 +61,7 @@ def cross_entropy(logits, target, weight, options, gradient, stats, dtype=None, 
     elif call is None and operators.transformed():
         return cross_entropy_formula.loss_and_statistics(logits, target, weight, options, stats)
     elif not (with_graph := graph_is_needed(logits, target)):
-        found = run(logits, target, rest)
+        found = _small_loss(logits, target, rest, stats) or run(logits, target, rest)
     else:
         found = _eager_with_graph(logits, target, rest, gradient)
     if not stats:
@@ -320,12 +320,9 @@ def run_backward(upstream, logits, target, weight, numbers, denominator, options
 
 def _run_step(logits, target, weight, upstream, options, dlogits=None, stats=False):
     """On the CPU: the reduced loss, the numbers of every row if `stats`, and the gradient for an upstream number."""
-    found = None if stats else small_calls.cross_entropy_step(logits, target, weight, upstream, options, dlogits)
+    found = None if stats else _small_step(logits, target, weight, upstream, options, dlogits)
     if found:
-        loss, dlogits, row = found
-        if row < target.numel():
-            refuse_class(target, row, logits.shape[class_axis(logits)], options.ignore_index)
-        return loss, None, dlogits
+        return found[0], None, found[1]
     see = dispatch.viewer("cpu")
     z, t = rows_of(logits, target, "cpu")
     N, _, S = z.shape
@@ -344,6 +341,24 @@ def _run_step(logits, target, weight, upstream, options, dlogits=None, stats=Fal
     if invalid[0] < N * S:
         refuse_class(target, int(invalid[0]), logits.shape[class_axis(logits)], options.ignore_index)
     return torch.from_numpy(result.reshape(())), numbers, dlogits
+
+
+def _small_loss(logits, target, rest, stats):
+    """The reduced loss of a small call on the CPU, else None. A gradient is made beside it, in a quarter of `run`'s time."""
+    if stats or rest.options.reduction == "none" or dispatch.backend(logits) != "cpu":
+        return None
+    return _small_step(logits, target, rest.weight, 1.0, rest.options)
+
+
+def _small_step(logits, target, weight, upstream, options, dlogits=None):
+    """The reduced loss and the gradient for an upstream number; None where `small_calls` does not take the call."""
+    found = small_calls.cross_entropy_step(logits, target, weight, upstream, options, dlogits)
+    if found is None:
+        return None
+    loss, dlogits, row = found
+    if row < target.numel():
+        refuse_class(target, row, logits.shape[class_axis(logits)], options.ignore_index)
+    return loss, dlogits
 
 
 def never_zero(denominator, options):
