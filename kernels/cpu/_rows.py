@@ -69,19 +69,46 @@ def exp_and_excess(z, shift, e, ahead):
 
 
 @inline
-def excess_of_logits(z, shift, ahead):
-    """sum exp(z - max z) - 1, as `exp_and_excess` has it. Meanwhile fetches the row `ahead`."""
+def sum_of_row(z, lanes, args, ahead):
+    """The sum of lanes(i, exist, args), vectors of z's kind, over a row as long as z. Meanwhile fetches the row `ahead`."""
     total, size, count = 0.0, z.size, width(z)
     for first in range(0, size, CHUNK):
         i, last = first, min(first + CHUNK, size)
         a = zeros_like(load_lanes(z, i, 0, 0.0))
         while i + count <= last:
             prefetch(ahead, i)
-            a = a + exp(load_lanes(z, i, width(z), 0.0) - shift)
+            a = a + lanes(i, width(z), args)
             i += count
         if i < last:
-            a = a + exp(load_lanes(z, i, last - i, -math.inf) - shift)
+            a = a + lanes(i, last - i, args)
         total += np.float64(sum_of(a))
+    return total
+
+
+@inline
+def sums_of_row(z, lanes, args, ahead):
+    """As `sum_of_row`, two sums of the pairs that `lanes` gives."""
+    total, other, size, count = 0.0, 0.0, z.size, width(z)
+    for first in range(0, size, CHUNK):
+        i, last = first, min(first + CHUNK, size)
+        a = zeros_like(load_lanes(z, i, 0, 0.0))
+        b = a
+        while i + count <= last:
+            prefetch(ahead, i)
+            pair = lanes(i, width(z), args)
+            a, b = a + pair[0], b + pair[1]
+            i += count
+        if i < last:
+            pair = lanes(i, last - i, args)
+            a, b = a + pair[0], b + pair[1]
+        total, other = total + np.float64(sum_of(a)), other + np.float64(sum_of(b))
+    return total, other
+
+
+@inline
+def excess_of_logits(z, shift, ahead):
+    """sum exp(z - max z) - 1, as `exp_and_excess` has it. Meanwhile fetches the row `ahead`."""
+    total = sum_of_row(z, _computed, (z, shift), ahead)
     return total - 1.0 if not total < SMALL else small_excess(z, _computed, (z, shift))
 
 

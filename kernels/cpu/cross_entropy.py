@@ -38,13 +38,10 @@ from ._cross_entropy.kernels import (
 )
 from ._cross_entropy.reduction import _count, _reduce
 from ._cross_entropy.row_with_options import hard_rows, soft_rows
-from ._numba.elements import accumulate_dtype, to_accumulate
+from ._numba.elements import accumulate_dtype, as_classes, to_accumulate
 from ._numba.threads import run
 
 
-# ---------------------------------------------------------------------------------------------- kernels, hard targets
-# ---------------------------------------------------------------------------------------------- kernels, soft targets
-# ---------------------------------------------------------------------------------------------- reduction
 # ---------------------------------------------------------------------------------------------- launchers
 def _weights(weight: np.ndarray | None, z: np.ndarray, dense: bool) -> tuple[np.ndarray, float]:
     """Class weights as the kernels take them, and their sum. Empty stands for ones, unless a sum over classes needs them."""
@@ -67,10 +64,6 @@ def _check(z, target, weight, *of_rows):
     assert weight is None or weight.shape == (V,), (weight.shape, z.shape)
     for values in of_rows:
         assert values.shape == (N, S), (values.shape, z.shape)
-
-
-def _classes(target: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(target, np.int64)
 
 
 def forward(
@@ -98,7 +91,7 @@ def forward(
         run(_soft_forward, rows, z.nbytes + target.nbytes, z, target, of_classes, loss, stats, smoothing)
     else:
         of_classes, weight_sum = _weights(weight, z, smoothing != 0.0)
-        args = (z, _classes(target), of_classes, loss, stats, invalid, int(ignore_index), smoothing, weight_sum)
+        args = (z, as_classes(target), of_classes, loss, stats, invalid, int(ignore_index), smoothing, weight_sum)
         run(_hard_forward, rows, z.nbytes, *args)
     if total is not None:
         found = np.empty(1, loss.dtype) if denominator is None else denominator
@@ -146,7 +139,7 @@ def backward(
         run(_soft_backward, rows, cost, z, target, weight, stats, upstream, denominator, dz, unless_one, smoothing)
     else:
         given = (upstream, denominator, dz, unless_one, int(ignore_index), smoothing)
-        run(_hard_backward, rows, 2 * z.nbytes, z, _classes(target), weight, stats, *given)
+        run(_hard_backward, rows, 2 * z.nbytes, z, as_classes(target), weight, stats, *given)
 
 
 def forward_backward(
@@ -193,7 +186,7 @@ def _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_in
     else:
         weight, weight_sum = _weights(weight, z, smoothing != 0.0)
         given = (loss, dz, invalid, g, int(ignore_index), smoothing, weight_sum)
-        run(_hard_forward_backward, rows, 2 * z.nbytes, z, _classes(target), weight, *given)
+        run(_hard_forward_backward, rows, 2 * z.nbytes, z, as_classes(target), weight, *given)
 
 
 def _rows_with_options(
@@ -212,7 +205,7 @@ def _rows_with_options(
         of_probabilities = (z, target, weight, loss, stats, known, dz, upstream, denominator, unless_one)
         run(soft_rows, loss.size, cost + target.nbytes, *of_probabilities, *numbers)
     else:
-        of_classes = (z, _classes(target), weight, loss, stats, known, dz, invalid, upstream, denominator, unless_one)
+        of_classes = (z, as_classes(target), weight, loss, stats, known, dz, invalid, upstream, denominator, unless_one)
         run(hard_rows, loss.size, cost, *of_classes, int(ignore_index), *numbers)
 
 
@@ -233,5 +226,5 @@ def _counted(target, weight, dtype):
     """Classes, weights and the number of classes as `denominator_of` takes them."""
     classes, V = _NO_CLASSES, -1
     if target.ndim == 2:
-        classes, V = _classes(target), _ANY_CLASS if weight is None else weight.shape[0]
+        classes, V = as_classes(target), _ANY_CLASS if weight is None else weight.shape[0]
     return classes, _NO_WEIGHT[dtype] if weight is None else np.ascontiguousarray(weight, dtype), V

@@ -24,12 +24,12 @@ import math
 import numpy as np
 
 from ._numba.compile import inline, kernel
-from ._numba.elements import accumulate_dtype, atomic_min, load
+from ._numba.elements import accumulate_dtype, as_classes, atomic_min, load
 from ._numba.exp import exp
-from ._numba.simd import load_lanes, prefetch, streamed, sum_of, times, width, with_lane, write, zeros_like
+from ._numba.simd import load_lanes, prefetch, streamed, times, with_lane, write
 from ._numba.threads import run
 from ._numba.views import gather, goes_around, place, release, row_ahead, row_of, row_scratch, scatter
-from ._rows import CHUNK, SMALL, fill, row_max, small_excess
+from ._rows import SMALL, fill, row_max, small_excess, sums_of_row
 
 
 @inline
@@ -39,24 +39,17 @@ def _exps(i, exist, args):
 
 
 @inline
+def _exps_and_spread(i, exist, args):
+    z, m, beta = args
+    d = (load_lanes(z, i, exist, -math.inf) - m) * beta
+    e = exp(d)
+    return e, times(e, d)
+
+
+@inline
 def _sums(z, m, beta, ahead):
     """sum exp(d) - 1 and sum exp(d) d, d = (z - m) beta. Meanwhile fetches the row `ahead`."""
-    total, spread, size, count = 0.0, 0.0, z.size, width(z)
-    for first in range(0, size, CHUNK):
-        i, last = first, min(first + CHUNK, size)
-        a = zeros_like(load_lanes(z, i, 0, 0.0))
-        b = a
-        while i + count <= last:
-            prefetch(ahead, i)
-            d = (load_lanes(z, i, width(z), 0.0) - m) * beta
-            e = exp(d)
-            a, b = a + e, b + times(e, d)
-            i += count
-        if i < last:
-            d = (load_lanes(z, i, last - i, -math.inf) - m) * beta
-            e = exp(d)
-            a, b = a + e, b + times(e, d)
-        total, spread = total + np.float64(sum_of(a)), spread + np.float64(sum_of(b))
+    total, spread = sums_of_row(z, _exps_and_spread, (z, m, beta), ahead)
     return total - 1.0 if not total < SMALL else small_excess(z, _exps, (z, m, beta)), spread
 
 
@@ -126,10 +119,6 @@ def _backward_rows(
     release(dz_scratch)
 
 
-def _classes(target: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(target, np.int64)
-
-
 def forward(z, target, log_prob, entropy, lse, stats, invalid, *, ignore_index: int, temperature: float) -> None:
     """The three numbers of each row, (N, S), and stats, (4, N, S) or None: m, sum exp(d) - 1, mean, z_t - m."""
     N, _, S = z.shape
@@ -137,7 +126,7 @@ def forward(z, target, log_prob, entropy, lse, stats, invalid, *, ignore_index: 
     assert len(stats) == 4, stats.shape
     for values in (target, log_prob, entropy, lse, stats[0]):
         assert values.shape == (N, S), (values.shape, z.shape)  # the kernels look at no bound
-    args = (z, _classes(target), log_prob, entropy, lse, stats, invalid, int(ignore_index), 1.0 / temperature)
+    args = (z, as_classes(target), log_prob, entropy, lse, stats, invalid, int(ignore_index), 1.0 / temperature)
     run(_forward_rows, N * S, z.nbytes, *args)
 
 
@@ -151,5 +140,5 @@ def backward(
     upstream = [np.zeros((N, S), acc) if g is None else np.ascontiguousarray(g, acc) for g in (g_log_prob, g_entropy, g_lse)]
     for values in (target, stats[0], *upstream):
         assert values.shape == (N, S), (values.shape, z.shape)
-    args = (z, _classes(target), stats, *upstream, dz, int(ignore_index), 1.0 / temperature)
+    args = (z, as_classes(target), stats, *upstream, dz, int(ignore_index), 1.0 / temperature)
     run(_backward_rows, N * S, 2 * z.nbytes, *args)

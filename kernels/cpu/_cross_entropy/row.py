@@ -13,8 +13,8 @@ import numpy as np
 from .._numba.compile import inline
 from .._numba.elements import load
 from .._numba.exp import exp
-from .._numba.simd import first_lanes, load_lanes, load_lanes_like, prefetch, sum_of, times, width, with_lane, write, zeros_like
-from .._rows import CHUNK
+from .._numba.simd import first_lanes, load_lanes, load_lanes_like, prefetch, times, width, with_lane, write
+from .._rows import sum_of_row, sums_of_row
 
 
 # ---------------------------------------------------------------------------------------------- of a class
@@ -24,19 +24,9 @@ def class_weight(weight, t):
 
 
 @inline
-def _uniform_sum(z, m, weight):
-    """sum w (z - m)."""
-    total, size, count = 0.0, z.size, width(z)
-    for first in range(0, size, CHUNK):
-        last = min(first + CHUNK, size)
-        i, part = first, zeros_like(load_lanes(weight, first, 0, 0.0))
-        while i + count <= last:
-            part = part + times(load_lanes(weight, i, width(z), 0.0), load_lanes(z, i, width(z), 0.0) - m)
-            i += count
-        if i < last:
-            part = part + times(load_lanes(weight, i, last - i, 0.0), load_lanes(z, i, last - i, 0.0) - m)
-        total += np.float64(sum_of(part))
-    return total
+def _weighted(i, exist, args):
+    z, m, weight = args
+    return times(load_lanes(weight, i, exist, 0.0), load_lanes(z, i, exist, 0.0) - m)
 
 
 @inline
@@ -46,7 +36,7 @@ def hard_loss(z, m, excess, t, q, uniform, W, weight):
     if q != 0.0:
         loss -= q * np.float64(load(z, t) - m)
     if uniform != 0.0:
-        loss -= uniform * _uniform_sum(z, m, weight)
+        loss -= uniform * sum_of_row(z, _weighted, (z, m, weight), z)
     return loss
 
 
@@ -118,25 +108,17 @@ def _probabilities(i, exist, args):
 
 
 @inline
+def _q_and_product(i, exist, args):
+    z, m, of_probabilities = args
+    q = _probabilities(i, exist, of_probabilities)
+    return q, times(q, load_lanes(z, i, exist, 0.0) - m)
+
+
+@inline
 def soft_sums(z, y, m, smoothing, weight, ahead):
     """W and sum q (z - m) of a row. Meanwhile fetches the row `ahead` of y."""
-    of, size, count = weight.dtype.type, z.size, width(z)
-    W, dot = 0.0, 0.0
-    args = y, of(1.0 - smoothing), of(smoothing / size), weight
-    for first in range(0, size, CHUNK):
-        last = min(first + CHUNK, size)
-        i, a = first, zeros_like(load_lanes(z, first, 0, 0.0))
-        b = a
-        while i + count <= last:
-            prefetch(ahead, i)
-            q = _probabilities(i, width(z), args)
-            a, b = a + q, b + times(q, load_lanes(z, i, width(z), 0.0) - m)
-            i += count
-        if i < last:
-            q = _probabilities(i, last - i, args)
-            a, b = a + q, b + times(q, load_lanes(z, i, last - i, 0.0) - m)
-        W, dot = W + np.float64(sum_of(a)), dot + np.float64(sum_of(b))
-    return W, dot
+    of = weight.dtype.type
+    return sums_of_row(z, _q_and_product, (z, m, (y, of(1.0 - smoothing), of(smoothing / z.size), weight)), ahead)
 
 
 @inline

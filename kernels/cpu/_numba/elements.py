@@ -27,6 +27,11 @@ def accumulate_dtype(x: np.ndarray) -> np.dtype:
     return np.dtype(np.float64) if x.dtype == np.float64 else np.dtype(np.float32)
 
 
+def as_classes(target: np.ndarray) -> np.ndarray:
+    """Class indices as the kernels take them."""
+    return np.ascontiguousarray(target, np.int64)
+
+
 def to_accumulate(values: np.ndarray | None, size: int, dtype: np.dtype, default: float) -> np.ndarray:
     """A short vector in `dtype`, contiguous: `values` converted from any float dtype (bits too), or `default` for None."""
     if values is None:
@@ -137,7 +142,3 @@ def atomic_min(typingctx: Any, array: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, value), codegen
-
-
-# ---------------------------------------------------------------------------------------------- views
-# ---------------------------------------------------------------------------------------------- exp
