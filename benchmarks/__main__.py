@@ -16,6 +16,7 @@ COMMANDS = {
     "overhead": "what a call on a GPU costs the host, by layer, under a driver that does nothing",
     "gpu": "all that is worth measuring on a GPU, in minutes; --pretend: the same without one",
     "linear": "linear cross entropy on the CPU beside PyTorch's unfused and chunked paths",
+    "models": "a training step and an evaluation of whole models on the CPU, batch normalisations fused or not",
     "processors": "every processor that this machine can play: bits, verify and the tests of the CPU kernels",
     "pictures": "the pictures of the pages, drawn again from their tables and from the imports",
     "linalg": "minimize_trace beside the eigensolvers of NumPy, torch and SciPy",
@@ -57,12 +58,14 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what, description=what)
         if name != "pictures":
             command.add_argument("--json", metavar="FILE", help="write the figures there too")
-        if name in ("cpu", "linear", "overhead"):
+        if name in ("cpu", "linear", "models", "overhead"):
             command.add_argument("--turns", type=_turns, default=15, help="how often each contestant is measured (%(default)s)")
         if name == "times":
             command.add_argument("--others", action="store_true", help="compile Liger's kernels anew: others.json")
         if name == "gpu":
             _gpu(command)
+        if name == "models":
+            command.add_argument("--only", nargs="+", metavar="TEXT", help="the models whose name has one of these in it")
         if name == "processors":
             from .processors import TESTS
 

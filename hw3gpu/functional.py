@@ -77,17 +77,18 @@ def batch_norm(
     missing running statistics in evaluation; RuntimeError for tensors on several devices. Where PyTorch refuses an argument
     too, the exception is also of the type that PyTorch raises.
     """
-    if residual is None and activation is None:
+    fused = residual is not None or activation is not None
+    if not fused or _batch_norm.needs_no_mask(input, residual, activation):
         y = _batch_norm.by_address(input, weight, bias, running_mean, running_var, training, momentum, eps)
         if y is not None:
-            return y
+            return _batch_norm.finished(y, residual) if fused else y
     arguments.tensor(input, "input")
     call = _batch_norm.call_of(
         input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation
     )  # fmt: skip
     if call is None or call.launches is None:
         beyond, momentum, eps = arguments.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        if residual is not None or activation is not None:
+        if fused:
             residual = arguments.fused(input, residual, activation)
         if beyond:
             return _of_no_elements(input, weight, bias, residual)

@@ -306,3 +306,20 @@ def test_synchronised_modules_are_fused(device, monkeypatch):
 def test_fuse_is_a_bool():
     with pytest.raises(TypeError, match=r"fuse: expected a bool, got builtins.str"):
         HN.convert_batch_norm(nn.BatchNorm2d(3), fuse="relu")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_call_without_a_graph_gives_the_bits_of_one_with(device, dtype, layout):
+    """It keeps no mask; NaN passes the ReLU, the residual is not written to."""
+    x, residual = (batch((3, 4, 5, 6), device, seed, dtype).contiguous(memory_format=layout) for seed in (0, 1))
+    x[0, 0, 0, 0] = residual[0, 1, 0, 0] = torch.nan
+    norm, before = HN.BatchNormAct2d(4, device=device).eval(), residual.clone()
+    for added in (None, residual):
+        expected = norm(x, added).detach()
+        with torch.no_grad():
+            y = norm(x, added)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+        assert y.stride() == expected.stride()
+        assert int(y.isnan().sum()) == (1 if added is None else 2)
+    torch.testing.assert_close(residual, before, rtol=0, atol=0, equal_nan=True)

@@ -25,7 +25,17 @@ from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 
 from .._core.torch_internals import ConvNd
-from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
+from .batch_norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    SyncBatchNorm,
+    SyncBatchNormAct,
+)
+from .frozen import OfOthers
 from .tools import Unscripted
 
 __all__ = ["Fused", "fuse", "norm_relu"]
@@ -35,6 +45,8 @@ _LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS = {operator.add, torch.add, "add"}
 _ADDS_IN_PLACE = {operator.iadd, "add_"}
+# what has its ReLU already; of a class of timm's `BatchNormAct2d` too
+_DONE = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, SyncBatchNormAct, OfOthers)
 _NEW_RESULT = (ConvNd, torch.nn.Linear)
 _log = logging.getLogger("hw3gpu.nn")
 
@@ -66,7 +78,7 @@ def fuse(model: torch.nn.Module) -> None:
                 refused.append(f"{name or '(the module)'} ({type(module).__name__}): {why}")
     if refused:
         warnings.warn(f"convert_batch_norm: torch.fx cannot trace, so not fused: {'; '.join(refused)}", stacklevel=3)
-    elif not count and not any(isinstance(module, Fused) for module in model.modules()):
+    elif not count and not any(isinstance(module, (Fused, *_DONE)) for module in model.modules()):
         warnings.warn("convert_batch_norm: fuse=True found no batch normalisation with a ReLU behind it", stacklevel=3)
 
 
