@@ -25,6 +25,7 @@ from ._array_functions.softmax import (
 from ._array_functions.trace import TraceMinimum, minimize_trace, minor_components
 from ._core.dispatch import BackendError, use_backend
 from ._core.pool import empty_cache
+from ._explain import Explanation, explain
 
 __version__ = "0.2.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "BackendError",
     "BatchNorm",
     "BatchNormGradients",
+    "Explanation",
     "MomentAccumulator",
     "Moments",
     "SoftmaxCrossEntropy",
@@ -44,6 +46,7 @@ __all__ = [
     "cross_entropy",
     "distributed",
     "empty_cache",
+    "explain",
     "functional",
     "minimize_trace",
     "minor_components",

@@ -24,6 +24,9 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="versions, devices, and which kernels run for which arrays, and why")
     info.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    info.add_argument(
+        "--explain", action="store_true", help="also what a standard call of each function does: kernels, plans, bytes"
+    )
 
     verify = commands.add_parser("verify", help="every operation against the float64 answer sheet; status 1 on a failure")
     verify.add_argument("--kernels", choices=("all", "cpu", "gpu"), default="all", help="which kernels to verify (all)")
@@ -74,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "info":
         from ._cli import info
 
-        return info.main(options.json)
+        return info.main(options.json, options.explain)
     if options.command == "verify":
         from ._cli import verify
 

@@ -58,11 +58,12 @@ MAY_IMPORT = {
     "_array_functions": {"_core", "_linalg"},
     "reference": set(),
     "_error_bounds": {"reference"},
+    "_explain": {"_core"},
     "functional": {"_core", "_torch"},
     "distributed": {"_core", "_torch", "functional"},
     "_nn": {"_core", "_torch", "_nn", "functional", "distributed"},
     "nn": {"_nn", "functional", "_array_functions.shapes"},
-    "__init__": {"_core", *PUBLIC},
+    "__init__": {"_core", "_explain", *PUBLIC},
     "__main__": {"__init__", "_cli"},
     "_cli": {"__init__", "_cli", "_core", "_error_bounds", *PUBLIC},
 }

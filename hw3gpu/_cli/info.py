@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -11,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__
+from .. import Explanation, __version__, explain
 from .._core import arrays as _arrays
 from .._core import dispatch, pool
 from .arrays import cupy_refusal
+from .standard_calls import standard_calls
 
 PACKAGES = ("numpy", "scipy", "numba", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "scikit-learn", "matplotlib")
 SETTINGS = ("HW3GPU_BACKEND", "HW3GPU_CPU_CACHE_MB", "HW3GPU_NUM_THREADS", "TRITON_INTERPRET")
@@ -95,14 +97,33 @@ def _choice(arrays: str, example: Any) -> dict[str, str | None]:
     return {"arrays": arrays, "kernels": {"cpu": "Numba (cpu)", "gpu": "Triton (gpu)"}[which], "why": why}
 
 
-def main(as_json: bool) -> int:
-    """Print what `collect` found, as tables or as JSON; status 2 for a setting that has no meaning."""
+def explanations() -> dict[str, Explanation | str]:
+    """What a standard call of each public function does, by name; or why it cannot run here."""
+    found: dict[str, Explanation | str] = {}
+    for call in standard_calls():
+        try:
+            explained = explain(call.function, *call.args, **call.kwargs)
+            found[explained.function] = explained
+        except dispatch.BackendError as error:
+            found[f"{call.function.__module__}.{call.function.__name__}"] = str(error)
+    return found
+
+
+def main(as_json: bool, explained: bool = False) -> int:
+    """Print what `collect` found, as tables or as JSON; status 2 for a setting that has no meaning.
+
+    explained: also `explanations`.
+    """
     try:
         found = collect()
     except ValueError as error:
         print(f"hw3gpu info: {error}", file=sys.stderr)
         return 2
     if as_json:
+        if explained:
+            found["explain"] = {
+                name: of if isinstance(of, str) else dataclasses.asdict(of) for name, of in explanations().items()
+            }
         print(json.dumps(found, indent=1))
         return 0
     from rich.console import Console
@@ -126,4 +147,8 @@ def main(as_json: bool) -> int:
     for choice in found["kernels"]:
         kernels.add_row(choice["arrays"], choice["kernels"] or "[red]none[/]", choice["why"])
     console.print(kernels)
+    if explained:
+        print("What a standard call of each function does")
+        for name, of in explanations().items():
+            print(f"{name}: {of}" if isinstance(of, str) else of)
     return 0

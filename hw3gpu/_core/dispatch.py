@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from . import arrays
+from . import arrays, record
 from .arrays import Array, is_cupy
 from .check import ChoiceError, dtype_name
 
@@ -83,6 +83,11 @@ def requested_backend() -> str:
     return _known_backend(name, "HW3GPU_BACKEND") if name else "auto"
 
 
+def request_source() -> str:
+    """Who asked for `requested_backend`: 'use_backend', 'HW3GPU_BACKEND', or '' for nobody."""
+    return "use_backend" if _forced.get() is not None else "HW3GPU_BACKEND" if os.environ.get("HW3GPU_BACKEND") else ""
+
+
 def check_threads() -> None:
     """ValueError if HW3GPU_NUM_THREADS, which the CPU kernels read when they are imported, is no number of at least 1."""
     text = os.environ.get("HW3GPU_NUM_THREADS", "")
@@ -96,13 +101,16 @@ def backend(x: Array) -> str:
     requested = requested_backend()
     host = arrays.on_host(x)
     if requested == "auto":
-        return "cpu" if host else "gpu"
+        requested = "cpu" if host else "gpu"
+        record.note_engine(requested)
+        return requested
     if requested == "cpu" and not host:
         raise BackendError("backend 'cpu' was asked for, but the array lives on a GPU: copy it to the host first")
     if requested == "gpu":
         why_not = gpu_refusal("cpu" if host else "cuda")
         if why_not:
             raise BackendError(f"backend 'gpu' was asked for, but {why_not}")
+    record.note_engine(requested)
     return requested
 
 

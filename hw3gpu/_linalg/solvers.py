@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .._core import check, dispatch
+from .._core import check, dispatch, record
 from . import cusolver
 from .numerics import _LARGE, _THREADED, Numerics, adjoint, in_parts, in_threads, matmul, real_dtype
 
@@ -46,7 +46,14 @@ def smallest(ns: Numerics, s: Array, k: int, method: str) -> tuple[Array, Array,
         values, vectors = _divide_and_conquer(s, k + 1)
     else:
         values, vectors = eigh(ns, s, method)
-    return values, vectors, method.replace("sy", "he") if s.dtype.kind == "c" else method
+    return values, vectors, _noted(ns, s, method)
+
+
+def _noted(ns: Numerics, s: Array, method: str) -> str:
+    """The solver's name for the dtype of `s`, noted for `hw3gpu.explain`."""
+    method = method.replace("sy", "he") if s.dtype.kind == "c" else method
+    record.note(f"eigenvalues by {method} of {'LAPACK' if ns.xp is np else 'cuSOLVER'}")
+    return method
 
 
 def _auto_on_host(s: Array, k: int) -> str:
@@ -90,6 +97,7 @@ def eigh(ns: Numerics, s: Array, method: str = "syevd") -> tuple[Array, Array]:
     else:
         values, vectors = in_parts(np.linalg.eigh, s)
     _check_solved(ns, values)
+    _noted(ns, s, method)
     return values, vectors
 
 
@@ -220,10 +228,13 @@ def svd(xp: ModuleType, x: Array, full_matrices: bool) -> tuple[Array, Array, Ar
 
     if xp is np:
         u, sigma, vt = in_parts(solve, x)
+        record.note("singular values by gesdd of LAPACK")
         return u, sigma, vt, "gesdd"
     u, sigma, vt = _in_chunks(xp, solve, x)
     # CuPy's choice: Jacobi's method for stacks of matrices up to 32 by 32, else the QR algorithm
-    return u, sigma, vt, "gesvdj" if x.ndim > 2 and max(x.shape[-2:]) <= 32 else "gesvd"
+    method = "gesvdj" if x.ndim > 2 and max(x.shape[-2:]) <= 32 else "gesvd"
+    record.note(f"singular values by {method} of cuSOLVER")
+    return u, sigma, vt, method
 
 
 def deflated_is_definite(ns: Numerics, a: Array, phi: Array, d: Array, shift: Array) -> Array:

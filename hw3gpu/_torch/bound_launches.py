@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._core import arrays, dispatch
+from .._core import arrays, dispatch, record
 from . import operators
 from .autograd import PLAIN
 
@@ -58,7 +58,7 @@ def of(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor | None) 
     except RuntimeError:  # tensors without strides or memory
         return None
     found = tuple(key)
-    return Call(found, _kept.get(found))
+    return Call(found, _launches_of(found, "gpu"))
 
 
 def of_host(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor) -> Call | None:
@@ -75,7 +75,14 @@ def of_host(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor) ->
     if not 0 < x.nbytes <= MOST_BYTES:
         return None
     found = tuple(key)
-    return Call(found, _kept.get(found), on_host=True)
+    return Call(found, _launches_of(found, "cpu"), on_host=True)
+
+
+def _launches_of(key: tuple[Any, ...], which: str) -> Any:
+    launches = _kept.get(key)
+    if launches is not None:
+        record.note("bound launches: those of an earlier call of the same shapes, strides, dtypes and options", which)
+    return launches
 
 
 def forget() -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .._core import arrays, dispatch
+from .._core import arrays, dispatch, record
 from . import class_range, cross_entropy_formula, float16_scale
 from .autograd import accumulate_dtype, as_dtype
 from .cross_entropy import never_zero, target_gradient
@@ -84,6 +84,8 @@ def logits_of(problem, out):
         torch.mm(problem.x, problem.W.t(), out=out)
     else:
         torch.addmm(problem.b, problem.x, problem.W.t(), out=out)
+    record.note(f"logits of {out.shape[0]} rows at a time, a product by PyTorch, then the kernels")
+    record.note_made("logits of the chunk", out)
     return out.view(n, V, S)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .._core import dispatch
+from .._core import dispatch, record
 from .._core.torch_internals import BelowAutograd, dispatch_modes, in_a_dual_level, in_a_functorch_transform, tracing_state
 from .autograd import PLAIN
 
@@ -60,9 +60,14 @@ def below_autograd(op: Any, *args: Any) -> Any:
 
 def traced(x: torch.Tensor) -> bool:
     """True where a call for `x` is to be an operator: under a compiler, tracer or dispatch mode, for fake and meta tensors."""
-    if _somebody_traces():
-        return not exporting()
-    return type(x) not in PLAIN or (x.is_meta and dispatch.gpu_refusal("meta") is not None)
+    found = (
+        not exporting()
+        if _somebody_traces()
+        else type(x) not in PLAIN or (x.is_meta and dispatch.gpu_refusal("meta") is not None)
+    )
+    if found and not torch.compiler.is_compiling():  # the compiler need not look into notes
+        record.note("operators of torch.library: a tracer, a dispatch mode or a tensor's subclass looks on")
+    return found
 
 
 def eager() -> bool:
@@ -76,7 +81,10 @@ def _somebody_traces() -> bool:
 
 def transformed() -> bool:
     """True where the formula in PyTorch's operations is asked for: `torch.func` transforms, forward mode, `exporting`."""
-    return in_a_functorch_transform() or in_a_dual_level() or exporting()
+    found = in_a_functorch_transform() or in_a_dual_level() or exporting()
+    if found and not torch.compiler.is_compiling():
+        record.note("the formula in PyTorch's operations: torch.func, forward-mode differentiation or an export asks for it")
+    return found
 
 
 def exporting() -> bool:

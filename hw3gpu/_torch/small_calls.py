@@ -11,13 +11,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .._core import dispatch, pool
+from .._core import dispatch, pool, record
 from .autograd import PLAIN
 
 # Bytes of a tensor up to which a kernel runs on the calling thread alone, counting what it reads and writes.
 MOST_BYTES = 1 << 16
 
 _FLOAT = np.dtype(np.float32)
+_PATH = "kernels by address, without views: a small float32 call on the host"
 
 
 def _is_plain(v: torch.Tensor) -> bool:
@@ -53,6 +54,7 @@ def cross_entropy_step(logits, target, weight, upstream, options, dlogits=None):
         return None
     shape = logits.shape
     N, V = shape[:2] if len(shape) > 1 else (1, shape[0])
+    record.note(_PATH, "cpu")
     loss = logits.new_empty(())
     dlogits = torch.empty_like(logits) if dlogits is None else dlogits
     row = dispatch.cross_entropy_step.at_addresses(
@@ -118,6 +120,7 @@ def _output(x, way):
 
 def batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps, backward=True):
     """y and stats: mean (2, C), rstd, and in training var. Without a `backward` pass evaluation needs none."""
+    record.note(_PATH, "cpu")
     y, kernels = _output(x, way), dispatch.batch_norm_small
     stats = x.new_empty((4 if training else 3, way.sizes[1])) if training or backward else None
     addresses = (
@@ -140,6 +143,7 @@ def batch_norm_backward(dy, x, weight, stats, training):
         return None
     if not (_is_adjacent(stats) and _is_adjacent(weight)):
         return None
+    record.note(_PATH, "cpu")
     C = way.sizes[1]
     dx, dgamma, dbeta = _output(x, way), stats.new_empty(C), stats.new_empty(C)
     kernels = dispatch.batch_norm_small

@@ -32,7 +32,7 @@ a launcher follows that plan. Blocks are merged in order.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,7 +41,7 @@ from ._batch_norm import lines, planes, residual_relu, tiles
 from ._batch_norm.statistics import better_shifts, finish_all, finish_gradients, first_means, merge
 from ._numba.compile import kernel
 from ._numba.elements import store, to_accumulate
-from ._numba.threads import run
+from ._numba.threads import Moves, moving, run
 from .channel_plan import Pass, layout_of
 
 
@@ -74,13 +74,27 @@ def _check(x, mean, *of_channels, like=(), mask=None):
 
 
 # ---------------------------------------------------------------------------------------------- passes
-# The loops of a pass, by the family that its plan names.
-_SUMS = {"planes": planes.sums, "lines": lines.sums, "tiles": tiles.sums}
-_GRADIENT_SUMS = {"planes": planes.gradient_sums, "lines": lines.gradient_sums, "tiles": tiles.gradient_sums}
-_NORMALIZE = {"planes": planes.normalize, "lines": lines.normalize, "tiles": tiles.normalize}
-_APPLY = {"planes": planes.apply, "lines": lines.apply, "tiles": tiles.apply}
-_FORWARD = {"planes": planes.forward, "tiles": tiles.forward}
-_BACKWARD = {"planes": planes.backward, "tiles": tiles.backward}
+class _Loops(NamedTuple):
+    """A pass's loops, by the family that its plan names."""
+
+    planes: Any
+    tiles: Any
+    lines: Any = None
+
+
+_SUMS = _Loops(planes.sums, tiles.sums, lines.sums)
+_NORMALIZE = _Loops(planes.normalize, tiles.normalize, lines.normalize)
+_FORWARD = _Loops(planes.forward, tiles.forward)
+_GRADIENT_SUMS = _Loops(planes.gradient_sums, tiles.gradient_sums, lines.gradient_sums)
+_APPLY = _Loops(planes.apply, tiles.apply, lines.apply)
+_BACKWARD = _Loops(planes.backward, tiles.backward)
+
+for _loops in (_SUMS, _NORMALIZE, _FORWARD):
+    moving(Moves(("x",), ("y",)), *_loops)
+for _loops in (_GRADIENT_SUMS, _APPLY, _BACKWARD):
+    moving(Moves(("dy", "x"), ("dx",)), *_loops)
+moving(Moves(("values", "residual"), ("values", "mask", "y")), residual_relu.finish)
+moving(Moves(("dy", "mask"), ("out",)), residual_relu.let_through)
 
 
 def _walked(of: Pass, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -91,8 +105,8 @@ def _walked(of: Pass, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(a.transpose(0, 2, 1).reshape(N * S, C, 1) for a in arrays)
 
 
-def _run(kernels: dict[str, Any], of: Pass, cost: int, *operands: Any) -> None:
-    run(kernels[of.loops], of.blocks, cost, *of.told, *operands)
+def _run(loops: _Loops, of: Pass, cost: int, *operands: Any) -> None:
+    run(getattr(loops, of.loops), of.blocks, cost, *of.told, *operands, plan=of)
 
 
 def _merged(partial: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from ._batch_norm.statistics import finish_gradients, merge
 from ._numba.by_address import floats, planes, vector_or
 from ._numba.compile import inline, kernel
 from ._numba.simd import streamed
-from ._numba.threads import run
+from ._numba.threads import Moves, moving, run
 from ._numba.views import line_of
 from .channel_plan import BLOCK_ROWS, PLANE, SMALL_PLANE, SUM_AND_RESULT_LINE, flat_blocks, strip, tiles
 
@@ -157,6 +157,10 @@ def _normalize_rows(
             size = min(rows, end - n) * (c1 - c0)
             lines.normalize_known(line_of(x, 0, n, c0, size), at, line_of(y, 0, n, c0, size), y)
     streamed()
+
+
+moving(Moves(("x_at",), ("y_at",)), _forward, _normalize_tiles, _normalize_planes, _normalize_small_planes, _normalize_rows)
+moving(Moves(("dy_at", "x_at"), ("dx_at",)), _backward, _inference_tiles, _inference_planes, _inference_rows)
 
 
 @functools.lru_cache(1024)

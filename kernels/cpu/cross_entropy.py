@@ -39,7 +39,15 @@ from ._cross_entropy.kernels import (
 from ._cross_entropy.reduction import _count, _reduce
 from ._cross_entropy.row_with_options import hard_rows, soft_rows
 from ._numba.elements import accumulate_dtype, as_classes, to_accumulate
-from ._numba.threads import run
+from ._numba.threads import Moves, moving, run, tell
+
+_GRADIENT = Moves(("z", "target", "y", "stats", "upstream"), ("dz",))
+moving(Moves(("z", "target", "y"), ("loss", "stats")), _hard_forward, _soft_forward)
+moving(_GRADIENT, _hard_backward, _soft_backward)
+moving(
+    Moves(("z", "target", "y"), ("loss", "stats", "dz")), _hard_forward_backward, _soft_forward_backward, hard_rows, soft_rows
+)
+moving(Moves(("loss", "target")), _count, _reduce)
 
 
 # ---------------------------------------------------------------------------------------------- launchers
@@ -200,26 +208,30 @@ def _rows_with_options(
     upstream = to_accumulate(upstream, loss.size, weight.dtype, 1.0).reshape(loss.shape)
     denominator = np.ones(1, weight.dtype) if denominator is None else denominator
     numbers = (float(smoothing), float(z_loss), 0.0 if softcap is None else float(softcap))
-    cost = z.nbytes + dz.nbytes
+    cost, moves = z.nbytes + dz.nbytes, _GRADIENT if known else None
     if target.ndim == 3:
         of_probabilities = (z, target, weight, loss, stats, known, dz, upstream, denominator, unless_one)
-        run(soft_rows, loss.size, cost + target.nbytes, *of_probabilities, *numbers)
+        run(soft_rows, loss.size, cost + target.nbytes, *of_probabilities, *numbers, moves=moves)
     else:
         of_classes = (z, as_classes(target), weight, loss, stats, known, dz, invalid, upstream, denominator, unless_one)
-        run(hard_rows, loss.size, cost, *of_classes, int(ignore_index), *numbers)
+        run(hard_rows, loss.size, cost, *of_classes, int(ignore_index), *numbers, moves=moves)
 
 
 def count(target, weight, denominator, *, ignore_index: int, zero_if_ignored: bool = False) -> None:
     """denominator = sum w_target over the rows that count (hard targets), the number of rows (soft)."""
     rows = target.shape[0] * target.shape[-1]
-    _count(rows, *_counted(target, weight, denominator.dtype), int(ignore_index), denominator)
+    args = (rows, *_counted(target, weight, denominator.dtype), int(ignore_index), denominator)
+    tell(_count, args)
+    _count(*args)
     _never_zero(denominator, zero_if_ignored)
 
 
 def reduce(loss, target, weight, total, denominator, *, ignore_index: int) -> None:
     """total = sum loss; denominator as of `count`."""
     assert target.ndim == 3 or target.shape == loss.shape, (target.shape, loss.shape)
-    _reduce(loss, *_counted(target, weight, loss.dtype), int(ignore_index), total, denominator)
+    args = (loss, *_counted(target, weight, loss.dtype), int(ignore_index), total, denominator)
+    tell(_reduce, args)
+    _reduce(*args)
 
 
 def _counted(target, weight, dtype):

@@ -19,6 +19,7 @@ from ._cross_entropy.kernels import _hard_forward_backward
 from ._cross_entropy.reduction import compensated_sum, denominator_of
 from ._numba.by_address import floats, planes, pointer
 from ._numba.compile import kernel
+from ._numba.threads import Moves, moving, tell
 from .cross_entropy import _ANY_CLASS, _loss_and_gradient, _quotient, count
 
 
@@ -45,6 +46,9 @@ def _at_addresses(
     return invalid[0]
 
 
+moving(Moves(("z_at",), ("dz_at",)), _at_addresses)
+
+
 def forward_backward(
     z, target, weight, result, dz, invalid, *, stats=None, upstream: float, mean: bool, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
@@ -69,6 +73,6 @@ def at_addresses(
     zero_if_ignored: bool, ignore_index: int, label_smoothing: float,
 ) -> int:  # fmt: skip
     """`forward_backward` of a small float32 call, of classes without weights, on one thread; the first wrong row, or N S."""
-    return _at_addresses(
-        z, target, dz, result, N, V, S, upstream, mean, zero_if_ignored, ignore_index, label_smoothing
-    )  # fmt: skip
+    args = z, target, dz, result, N, V, S, upstream, mean, zero_if_ignored, ignore_index, label_smoothing
+    tell(_at_addresses, args)
+    return _at_addresses(*args)

@@ -27,7 +27,7 @@ from ._numba.compile import inline, kernel
 from ._numba.elements import accumulate_dtype
 from ._numba.exp import exp
 from ._numba.simd import load_lanes, prefetch, streamed, sum_of, times, where_below, width, write, zeros_like
-from ._numba.threads import run
+from ._numba.threads import Moves, moving, run
 from ._numba.views import gather, goes_around, place, release, row_ahead, row_of, row_scratch, scatter
 from ._rows import CHUNK, fill, row_max
 
@@ -253,6 +253,10 @@ def _backward_mixture_rows(first, last, base, other, mask, stats, upstream, d, i
 
 
 # ---------------------------------------------------------------------------------------------- launchers
+moving(Moves(("base", "other", "mask"), ("loss", "stats")), _divergence_rows, _jensen_shannon_rows)
+moving(Moves(("base", "other", "mask", "stats", "upstream"), ("d",)), _backward_rows, _backward_mixture_rows)
+
+
 def _mask(mask, N: int, S: int) -> np.ndarray:
     return np.empty((0, 0), np.uint8) if mask is None else np.ascontiguousarray(mask)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ._numba.by_address import at_addresses
-from ._numba.threads import BYTES_PER_THREAD, recording
+from ._numba.threads import BYTES_PER_THREAD, Share, observer, recording, tell
 
 __all__ = ["Bound", "Recording"]
 
@@ -20,16 +20,27 @@ __all__ = ["Bound", "Recording"]
 class Bound:
     """The launches of a call, ready to run on other memory, on the calling thread."""
 
-    __slots__ = ("_launches",)
+    __slots__ = ("_launches", "_seen")
 
-    def __init__(self, launches: list[tuple[Any, tuple[Any, ...], list[tuple[int, int]]]]):
-        """Of each launch the function, its first arguments, and of each array (which operand, bytes beyond its start)."""
-        self._launches = launches
+    def __init__(self, launches: list[tuple[Any, tuple[Any, ...], list[tuple[int, int]]]], seen: list[tuple[Any, ...]]):
+        """Of each launch the function, its first arguments, and of each array (which operand, bytes beyond its start).
+
+        seen: of each launch its kernel, plan and moves, for an observer.
+        """
+        self._launches, self._seen = launches, seen
 
     def __call__(self, *operands: Any) -> None:
         """operands: torch tensors, as in the recording."""
+        if observer.get() is not None:
+            self._tell(operands)
         for function, args, places in self._launches:
             function(*args, *[operands[which].data_ptr() + offset for which, offset in places])
+
+    def _tell(self, operands: tuple[Any, ...]) -> None:
+        for (_, args, places), (kernel, plan, moves) in zip(self._launches, self._seen, strict=True):
+            arrays = [a for a in args if isinstance(a, np.ndarray)]
+            at = {id(a): operands[which].data_ptr() + beyond for a, (which, beyond) in zip(arrays, places, strict=True)}
+            tell(kernel, args, Share(args[1], 1, 1), plan, moves, at)
 
 
 class Recording:
@@ -48,15 +59,16 @@ class Recording:
 
     def bound(self) -> Bound | None:
         """What was noted; None where an array is not of one operand's memory alone, and for more than one thread's work."""
-        launches = []
-        for kernel, blocks, cost, args in self._noted:
+        launches, seen = [], []
+        for kernel, blocks, cost, args, plan, moves in self._noted:
             places = [self._place(a) for a in args if isinstance(a, np.ndarray)]
             known = [place for place in places if place is not None]
             if cost >= 2 * BYTES_PER_THREAD or len(known) < len(places):
                 return None
             given = [_without_elements(a) if isinstance(a, np.ndarray) else a for a in args]
             launches.append((at_addresses(kernel), (0, blocks, *given), known))
-        return Bound(launches) if launches else None
+            seen.append((kernel, plan, moves))
+        return Bound(launches, seen) if launches else None
 
     def _place(self, x: np.ndarray) -> tuple[int, int] | None:
         if not x.size:

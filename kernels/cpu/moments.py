@@ -22,7 +22,7 @@ import numpy as np
 
 from ._batch_norm.statistics import two_sum, with_low
 from ._numba.compile import inline, kernel, reduction
-from ._numba.threads import run
+from ._numba.threads import Moves, moving, run
 from ._numba.views import copy
 
 # Points centred at once. A variable's lie BLOCK_N + PAD apart, so that a column of them does not share one cache set.
@@ -261,6 +261,12 @@ def _finish(first, last, count, divisor, shift, total, scatter, unit, mean, cova
 
 
 # ---------------------------------------------------------------------------------------------- launchers
+_STATE = "shift", "total", "scatter", "unit"
+moving(Moves(("x",), _STATE), _add_runs)
+moving(Moves(("more_shift", "more_total", "more_scatter", "more_unit"), _STATE), _merge)
+moving(Moves(_STATE, ("mean", "covariance")), _finish)
+
+
 def update(
     x: np.ndarray, shift: np.ndarray, total: np.ndarray, scatter: np.ndarray, unit: np.ndarray, *, count: int
 ) -> None:  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 from ._numba.compile import inline, kernel
 from ._numba.elements import accumulate_dtype
 from ._numba.simd import load_lanes, prefetch, streamed, sum_of, wide, width, write, zeros_like
-from ._numba.threads import run
+from ._numba.threads import Moves, moving, run
 from ._numba.views import gather, goes_around, place, release, row_ahead, row_of, row_scratch, scatter
 from ._rows import divide_into, exp_and_excess, room_for_exps, row_max
 
@@ -79,6 +79,10 @@ def _backward_rows(first, last, dy, y, dz, acc):
     release(y_scratch)
     release(dy_scratch)
     release(dz_scratch)
+
+
+moving(Moves(("z",), ("y",)), _forward_rows)
+moving(Moves(("dy", "y"), ("dz",)), _backward_rows)
 
 
 def forward(z: np.ndarray, y: np.ndarray) -> None:

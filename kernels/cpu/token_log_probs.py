@@ -27,7 +27,7 @@ from ._numba.compile import inline, kernel
 from ._numba.elements import accumulate_dtype, as_classes, atomic_min, load
 from ._numba.exp import exp
 from ._numba.simd import load_lanes, prefetch, streamed, times, with_lane, write
-from ._numba.threads import run
+from ._numba.threads import Moves, moving, run
 from ._numba.views import gather, goes_around, place, release, row_ahead, row_of, row_scratch, scatter
 from ._rows import SMALL, fill, row_max, small_excess, sums_of_row
 
@@ -117,6 +117,10 @@ def _backward_rows(
     streamed()
     release(z_scratch)
     release(dz_scratch)
+
+
+moving(Moves(("z", "target"), ("log_prob", "entropy", "lse", "stats")), _forward_rows)
+moving(Moves(("z", "target", "stats", "g_log_prob", "g_entropy", "g_lse"), ("dz",)), _backward_rows)
 
 
 def forward(z, target, log_prob, entropy, lse, stats, invalid, *, ignore_index: int, temperature: float) -> None:

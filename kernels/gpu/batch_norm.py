@@ -122,7 +122,7 @@ def _partial_statistics(x, mean, alpha):
     launch(
         _statistics_kernel, plan.channel_blocks * plan.splits,
         x, partial, *sizes, *plan.split, alpha, *x.stride(),
-        HALVINGS=plan.halvings, STAGES=plan.stages, **constants,
+        plan=plan, reads=("x",), HALVINGS=plan.halvings, STAGES=plan.stages, **constants,
     )  # fmt: skip
     return partial, plan.splits
 
@@ -159,6 +159,7 @@ def _normalize(
         x, mean, rstd, gamma, beta, residual, y, mask, partial, var, running_mean, running_var,
         *sizes, *plan.split, summed, alpha, *scalars,
         *x.stride(), *stride_r, *y.stride(), *_mask_strides(x),
+        plan=plan, reads=("x", "residual"), writes=("y", "mask"),
         SPLITS=next_power_of_2(summed), STAGES=plan.stages, Y_MODE=_follower(x, y), **mode_r, **constants,
     )  # fmt: skip
 
@@ -177,6 +178,7 @@ def forward(
             _forward_kernel, plan.channel_blocks,
             x, gamma, beta, residual, y, mask, mean, var, rstd, running_mean, running_var, *sizes, alpha, *scalars,
             *x.stride(), *stride_r, *y.stride(), *_mask_strides(x),
+            plan=plan, reads=("x", "residual"), writes=("y", "mask"),
             HALVINGS=plan.halvings, Y_MODE=_follower(x, y), **mode_r, **constants,
         )  # fmt: skip
         return
@@ -199,7 +201,8 @@ def _partial_sums(dy, x, mean, mask):
     launch(
         _backward_reduce_kernel, plan.channel_blocks * plan.splits,
         dy, x, mask, mean, partial, *sizes, *plan.split,
-        *dy.stride(), *x.stride(), *_mask_strides(x), HALVINGS=plan.halvings, STAGES=plan.stages,
+        *dy.stride(), *x.stride(), *_mask_strides(x), plan=plan, reads=("dy", "x", "mask"),
+        HALVINGS=plan.halvings, STAGES=plan.stages,
         DY_MODE=_follower(x, dy), **constants,
     )  # fmt: skip
     return partial, plan.splits
@@ -236,6 +239,7 @@ def _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, 
         _backward_apply_kernel, plan.channel_blocks * plan.splits,
         dy, x, mask, mean, rstd, gamma, dgamma, dbeta, dx, dresidual, partial, *sizes, *plan.split, summed, count,
         *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r,
+        plan=plan, reads=("dy", "x", "mask") if trained else ("dy", "mask"), writes=("dx", "dresidual"),
         SPLITS=next_power_of_2(summed), STAGES=plan.stages, TRAINED=trained,
         DY_MODE=_follower(x, dy), DX_MODE=_follower(x, dx), **mode_r, **constants,
     )  # fmt: skip
@@ -252,7 +256,8 @@ def backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidua
         launch(
             _backward_kernel, plan.channel_blocks,
             dy, x, mask, mean, rstd, gamma, dx, dresidual, dgamma, dbeta, *sizes, count,
-            *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r, HALVINGS=plan.halvings,
+            *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r,
+            plan=plan, reads=("dy", "x", "mask"), writes=("dx", "dresidual"), HALVINGS=plan.halvings,
             DY_MODE=_follower(x, dy), DX_MODE=_follower(x, dx), **mode_r, **constants,
         )  # fmt: skip
         return

@@ -87,6 +87,7 @@ def _launch_forward(z, target, weight, loss, stats, dz, invalid, denominator, re
         total, sum_of_weights, row_weights if weighed else None,
         None if total is None else counter(z.device),
         V, S, N * S, tiles, *fixed, if_none, *strides,
+        plan=plan, reads=("z", "target"), writes=("loss", "stats", "dz"), again=0.0 if dz is None else plan.again(V),
         MORE=more, MEAN=mean and (total is not None or dz is not None), **constants, **of_plan(plan),
     )  # fmt: skip
     if rows_apart:
@@ -159,6 +160,7 @@ def backward(
         _backward_kernel, programs,
         z, target, weight, stats, upstream, denominator, dz,
         V, S, N * S, tiles, columns, per_program, *fixed, *strides, *upstream.stride(),
+        plan=plan, reads=("z", "target", "stats", "upstream"), writes=("dz",),
         BLOCK_R=plan.BLOCK_R, BLOCK_V=plan.BLOCK_V, UNLESS_ONE=unless_one, **constants, num_warps=warps(plan.num_warps),
     )  # fmt: skip
 
@@ -183,6 +185,7 @@ def _reduce(loss, target, weight, total, denominator, ignore_index, mean, if_non
         loss, target, weight, scratch(like.dtype, like.device, 2, plan.programs) if apart else None,
         counter(like.device) if apart else None, total, denominator,
         1 << 62, max(S, 1), N * S, plan.per_program, ignore_index, if_none, target.stride(0), target.stride(-1),
+        plan=plan, reads=("loss",) if target.ndim == 3 else ("loss", "target"),
         PROGRAMS=plan.MERGE, SOFT=target.ndim == 3, MEAN=mean, ACC=ACC[like.dtype],
         num_warps=max(4, like.element_size()),  # with 4 for float64 it spills on sm_90
     )  # fmt: skip

@@ -18,6 +18,8 @@ and gives zeros.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -340,10 +342,12 @@ def forward(student, teacher, mask, loss, stats, *, kind: str, beta: float, temp
     given = base, other, mask, loss, stats, V, S, N * S, tiles, *float_and_bits(1.0 / temperature)
     mixture = *float_and_bits(beta), *float_and_bits(1.0 - beta)
     constants = {"MODE": mode, "GROUP": 16 // itemsize, "ACC": ACC[base.dtype], **of_rows}
+    moves: Any = {"plan": plan, "reads": ("base", "other", "mask"), "writes": ("loss", "stats")}
+    grid = plan.grid(N * tiles)
     if mixed_kind:
-        launch(_jensen_shannon_kernel, plan.grid(N * tiles), *given, *mixture, *strides, **constants)
+        launch(_jensen_shannon_kernel, grid, *given, *mixture, *strides, again=plan.again(V), **moves, **constants)
     else:
-        launch(_divergence_kernel, plan.grid(N * tiles), *given, *strides, **constants)
+        launch(_divergence_kernel, grid, *given, *strides, **moves, **constants)
 
 
 def backward(
@@ -369,6 +373,7 @@ def backward(
         base, other, mask, stats, upstream, d_base, d_other,
         V, S, N * S, tiles, plan.columns, *float_and_bits(1.0 / temperature),
         *float_and_bits(beta), *float_and_bits(1.0 - beta), *strides, *out_strides,
+        plan=plan, reads=("base", "other", "mask", "stats", "g"), writes=("d_base", "d_other"),
         BLOCK_R=plan.BLOCK_R, BLOCK_V=plan.BLOCK_V, MODE=mode, BASE_MODE=modes[0], OTHER_MODE=modes[1],
         GROUP=16 // lead.element_size(), MIXED=kind == "jensen_shannon", ACC=ACC[base.dtype], num_warps=warps(plan.num_warps),
     )  # fmt: skip

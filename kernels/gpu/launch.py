@@ -18,9 +18,13 @@ from . import _triton
 from ._triton import BINDS, device
 from .plan import float_and_bits
 
-__all__ = ["BINDS", "Bound", "Number", "Recording", "counter", "device", "launch", "numbers", "scratch"]
+__all__ = ["BINDS", "Bound", "Number", "Recording", "counter", "device", "launch", "numbers", "observer", "scratch"]
 
 _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("hw3gpu_recording", default=None)
+
+# Told of each launch, for `hw3gpu.explain`: observer(kernel, plan, programs, reads, writes), the last two tuples of
+# (name, bytes, address); the address is None where a kept launch runs on other memory.
+observer: contextvars.ContextVar[Any] = contextvars.ContextVar("hw3gpu_gpu_observer", default=None)
 
 
 class Number(NamedTuple):
@@ -36,12 +40,43 @@ def numbers(*values: float) -> tuple[Number, ...]:
     return tuple(Number(part, i) for i, part in enumerate(part for value in values for part in float_and_bits(value)))
 
 
-def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """`kernel[(programs,)](…)`, noted in the current `Recording` if there is one."""
+def launch(
+    kernel: Any, programs: int, *args: Any,
+    plan: Any = None, reads: tuple[str, ...] = (), writes: tuple[str, ...] = (), again: float = 0.0, **constants: Any,
+) -> None:  # fmt: skip
+    """`kernel[(programs,)](…)`, noted in the current `Recording` if there is one, and told to an `observer`.
+
+    For the observer alone: plan, what decided the launch; reads and writes, the whole tensors that the kernel moves, named as
+    its arguments are without `_ptr`; again, what it reads beyond once, as a fraction of that.
+    """
     compiled = kernel[(programs,)](*(a.value if type(a) is Number else a for a in args), **constants)
-    recording = _recording.get()
+    recording, tell = _recording.get(), observer.get()
+    if recording is None and tell is None:
+        return
+    seen = _seen(kernel, plan, programs, args, reads, writes, again)
+    if tell is not None:
+        tell(*seen)
     if recording is not None:
-        recording.note(compiled, programs, (*args, *(constants[name] for name in kernel.arg_names[len(args) :])))
+        recording.note(compiled, programs, (*args, *(constants[name] for name in kernel.arg_names[len(args) :])), seen)
+
+
+def _seen(
+    kernel: Any, plan: Any, programs: int, args: tuple[Any, ...], reads: tuple[str, ...], writes: tuple[str, ...], again: float
+) -> tuple[Any, ...]:
+    """A launch as an observer is told of it."""
+    of = dict(zip(kernel.arg_names, args, strict=False))
+
+    def moved(names: tuple[str, ...], times: float) -> tuple[tuple[str, int, int | None], ...]:
+        tensors = [(name, of[f"{name}_ptr"]) for name in names]
+        return tuple((name, round(t.nbytes * times), t.data_ptr()) for name, t in tensors if t is not None)
+
+    module = kernel.fn.__module__.partition("kernels.")[2]
+    return f"{module}.{kernel.fn.__name__}", plan, programs, moved(reads, 1.0 + again), moved(writes, 1.0)
+
+
+def _on_other_memory(seen: tuple[Any, ...]) -> tuple[Any, ...]:
+    *rest, reads, writes = seen
+    return *rest, *(tuple((name, nbytes, None) for name, nbytes, _ in moved) for moved in (reads, writes))
 
 
 def scratch(dtype: torch.dtype, device: torch.device, *shape: int) -> torch.Tensor:
@@ -90,16 +125,23 @@ class _Launch(NamedTuple):
 class Bound:
     """The launches of a call, ready to run on other memory."""
 
-    __slots__ = ("_direct", "_launches", "_scratch")
+    __slots__ = ("_direct", "_launches", "_scratch", "_seen")
 
-    def __init__(self, launches: tuple[_Launch, ...], scratch: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...], n: int):
-        """n: how many operands there are."""
-        self._launches, self._scratch = launches, scratch
+    def __init__(
+        self, launches: tuple[_Launch, ...], scratch: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...], n: int,
+        seen: tuple[tuple[Any, ...], ...],
+    ):  # fmt: skip
+        """n: how many operands there are. seen: the launches as an observer is told of them."""
+        self._launches, self._scratch, self._seen = launches, scratch, seen
         self._direct = _as_code(launches, scratch, n)
 
     def __call__(self, *operands: torch.Tensor | None, numbers: tuple[float, ...] = ()) -> None:
         """operands: as in the recording, the first on the current device. numbers: those that the launchers gave to
         `numbers`."""
+        tell = observer.get()
+        if tell is not None:
+            for seen in self._seen:
+                tell(*seen)
         if not _triton.hooked():
             self._direct(operands, numbers)
             return
@@ -151,6 +193,7 @@ class Recording:
         self._memory = [None if x is None else _span(x) for x in operands]
         self._scratch: list[tuple[tuple[int, ...], torch.dtype] | None] = []  # None: a counter
         self._launches: list[tuple[Any, int, tuple[Any, ...]]] = []
+        self._seen: list[tuple[Any, ...]] = []
 
     def __enter__(self) -> Recording:
         self._token = _recording.set(self)
@@ -159,9 +202,10 @@ class Recording:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: types.TracebackType | None) -> None:
         _recording.reset(self._token)
 
-    def note(self, compiled: Any, programs: int, args: tuple[Any, ...]) -> None:
-        """Notes one launch."""
+    def note(self, compiled: Any, programs: int, args: tuple[Any, ...], seen: tuple[Any, ...]) -> None:
+        """Notes one launch. seen: as an observer is told of it."""
         self._launches.append((compiled, programs, args))
+        self._seen.append(_on_other_memory(seen))
 
     def own(self, x: torch.Tensor, counts: bool = False) -> None:
         """Notes scratch memory, or a counter, that the next launches use."""
@@ -191,7 +235,7 @@ class Recording:
             for i, *_ in places:
                 args[i] = None
             found.append(_Launch(compiled, programs, args, tuple(places)))
-        return Bound(tuple(found), tuple(self._scratch), self._given) if found else None
+        return Bound(tuple(found), tuple(self._scratch), self._given, tuple(self._seen)) if found else None
 
     def _place(self, x: torch.Tensor) -> tuple[int, int] | None:
         storage, start, _ = _span(x)

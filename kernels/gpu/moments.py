@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .device import device_of
+from .launch import launch
 from .plan import cdiv, plan_moments
 
 MERGE_WARPS = 8  # of 4 the merge of 16 variables needs more registers than there are
@@ -307,13 +308,17 @@ def update(
         state = tuple(torch.empty(size, dtype=shift.dtype, device=shift.device) for size in sizes)
     # every tile of a set reads the state of the mean while one of them writes it: they read a copy
     old = (shift.clone(), total.clone(), unit.clone())
-    _add_runs_kernel[(B * plan.runs * tiles * tiles,)](
+    launch(
+        _add_runs_kernel, B * plan.runs * tiles * tiles,
         x, *old, *state, *divmod(n, plan.runs), m, plan.runs, tiles, before, B, *x.stride(),
+        plan=plan, reads=("x",), again=2.0 * tiles + 1.0, writes=("shift", "total", "scatter", "unit"),
         BLOCK_N=plan.BLOCK_N, GROUP=plan.GROUP, BLOCK_M=plan.BLOCK_M, num_warps=plan.num_warps,
     )  # fmt: skip
     if plan.runs > 1:
-        _merge_kernel[(B * tiles * tiles,)](
+        launch(
+            _merge_kernel, B * tiles * tiles,
             *state, *old, *given, *divmod(n, plan.runs), m, plan.runs, tiles, count, B,
+            plan=plan, reads=("more_scatter",), writes=("shift", "total", "scatter", "unit"),
             BLOCK_M=plan.BLOCK_M, num_warps=MERGE_WARPS,
         )  # fmt: skip
 
@@ -326,10 +331,12 @@ def merge(
     B, m = shift.shape
     plan = plan_moments(B, 1, m, device_of(shift))
     tiles = cdiv(m, plan.BLOCK_M)
-    _merge_kernel[(B * tiles * tiles,)](
+    launch(
+        _merge_kernel, B * tiles * tiles,
         more_shift, more_total, more_scatter, more_unit, shift.clone(), total.clone(), unit.clone(),
         shift, total, scatter, unit,
         more, 0, m, 1, tiles, count, B,
+        plan=plan, reads=("more_scatter",), writes=("shift", "total", "scatter", "unit"),
         BLOCK_M=plan.BLOCK_M, num_warps=MERGE_WARPS,
     )  # fmt: skip
 
@@ -344,7 +351,9 @@ def finish(
         return
     plan = plan_moments(B, 1, m, device_of(shift))
     tiles = cdiv(m, plan.BLOCK_M)
-    _finish_kernel[(B * tiles * tiles,)](
+    launch(
+        _finish_kernel, B * tiles * tiles,
         shift, total, scatter, unit, mean, covariance, m, tiles, count, divisor, B,
+        plan=plan, reads=("shift", "total", "scatter", "unit"), writes=("mean", "covariance"),
         BLOCK_M=plan.BLOCK_M, num_warps=plan.num_warps,
     )  # fmt: skip

@@ -32,6 +32,10 @@ class RowPlan:
         """How many programs run for this many tiles."""
         return min(tiles, self.programs or tiles)
 
+    def again(self, V: int) -> float:
+        """The part of a row of V values that a kernel reads twice: its tail."""
+        return 0.0 if self.FITS else max(V - self.KEEP, 0) / V
+
 
 def resident_lanes(beside: int, itemsize: int, mode: int) -> int:
     """The most lanes of a row that can stay in registers without a spill.

@@ -193,6 +193,7 @@ def forward(z: torch.Tensor, y: torch.Tensor) -> None:
     launch(
         _forward_kernel, plan.grid(N * tiles),
         z, y, V, S, N * S, tiles, *z.stride(), *y.stride(),
+        plan=plan, reads=("z",), writes=("y",), again=plan.again(V),
         MODE=mode, GROUP=16 // z.element_size(), ACC=ACC[z.dtype], **of_plan(plan),
     )  # fmt: skip
 
@@ -210,5 +211,6 @@ def backward(dy: torch.Tensor, y: torch.Tensor, dz: torch.Tensor) -> None:
     launch(
         _backward_kernel, plan.grid(N * tiles),
         dy, y, dz, V, S, N * S, tiles, *dy.stride(), *y.stride(), *dz.stride(),
+        plan=plan, reads=("dy", "y"), writes=("dz",), again=plan.again(V),
         MODE=mode, GROUP=16 // y.element_size(), ACC=ACC[y.dtype], **of_plan(plan),
     )  # fmt: skip

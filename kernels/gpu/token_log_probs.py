@@ -242,6 +242,7 @@ def forward(z, target, log_prob, entropy, lse, stats, invalid, *, ignore_index: 
         _forward_kernel, plan.grid(N * tiles),
         z, target, log_prob, entropy, lse, stats, invalid,
         V, S, N * S, tiles, ignore_index, *float_and_bits(1.0 / temperature), *z.stride(), *target.stride(),
+        plan=plan, reads=("z", "target"), writes=("log_prob", "entropy", "lse", "stats"),
         MODE=mode, GROUP=16 // z.element_size(), ACC=ACC[z.dtype], **of_rows,
     )  # fmt: skip
 
@@ -264,6 +265,7 @@ def backward(
         z, target, stats, *upstream, dz,
         V, S, N * S, tiles, plan.columns, ignore_index, *float_and_bits(1.0 / temperature),
         *z.stride(), *target.stride(), *dz.stride(), *strides,
+        plan=plan, reads=("z", "target", "stats", "g_log_prob", "g_entropy", "g_lse"), writes=("dz",),
         BLOCK_R=plan.BLOCK_R, BLOCK_V=plan.BLOCK_V, MODE=mode, DZ_MODE=follower_mode(1, z, dz),
         GROUP=16 // z.element_size(), ACC=ACC[z.dtype], num_warps=warps(plan.num_warps),
     )  # fmt: skip

@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextvars
 import functools
 import itertools
+import math
 import os
 import queue
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from .internals import Dispatcher
 from .openmp import openmp, team_of
@@ -28,6 +30,19 @@ BYTES_PER_THREAD = 1 << 18
 PIECES_PER_THREAD = 4
 # Bytes moved in one stretch, some tenths of a second: between stretches Python sees a signal, so that Ctrl-C does not wait.
 BYTES_AT_ONCE = 1 << 28
+
+# Told of each kernel that runs, for `hw3gpu.explain`: observer(kernel, plan, share, reads, writes), the last two tuples of
+# (name, bytes, address).
+observer: contextvars.ContextVar[Any] = contextvars.ContextVar("hw3gpu_cpu_observer", default=None)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How the blocks of a kernel are shared: `pieces` runs of blocks, on `threads` threads."""
+
+    blocks: int
+    threads: int
+    pieces: int
 
 
 def _environment(name: str) -> int | None:
@@ -62,20 +77,26 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# Where the launches of a call are noted, as (kernel, blocks, cost, args), while somebody keeps them (`kernels/cpu/launch.py`).
+# Where the launches of a call are noted, as (kernel, blocks, cost, args, plan, moves), while somebody keeps them
+# (`kernels/cpu/launch.py`).
 recording: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("hw3gpu_recording_on_the_host", default=None)
 
 
-def run(kernel: Callable[..., Any], blocks: int, cost: int, *args: Any) -> None:
-    """Call `kernel(first, last, *args)` for pieces that together are range(blocks). `cost`: bytes that they move."""
+def run(kernel: Callable[..., Any], blocks: int, cost: int, *args: Any, plan: Any = None, moves: Moves | None = None) -> None:
+    """Call `kernel(first, last, *args)` for pieces that together are range(blocks). `cost`: bytes that they move.
+
+    For the observer alone: plan, what decided the blocks; moves, where they are others than `moving` says of the kernel.
+    """
     noted = recording.get()
     if noted is not None:
-        noted.append((kernel, blocks, cost, args))
-    if cost < 2 * BYTES_PER_THREAD or blocks < 2:
-        kernel(0, blocks, *args)
-        return
-    threads = min(num_threads(), blocks, cost // BYTES_PER_THREAD)
-    stretches = min(blocks, -(-cost // BYTES_AT_ONCE))
+        noted.append((kernel, blocks, cost, args, plan, moves))
+    threads = stretches = 1
+    if cost >= 2 * BYTES_PER_THREAD and blocks > 1:
+        threads = min(num_threads(), blocks, cost // BYTES_PER_THREAD)
+        stretches = min(blocks, -(-cost // BYTES_AT_ONCE))
+    if observer.get() is not None:
+        pieces = min(blocks, threads * PIECES_PER_THREAD * stretches) if threads > 1 else stretches
+        tell(kernel, (0, blocks, *args), Share(blocks, max(threads, 1), pieces), plan, moves)
     if threads < 2:
         for i in range(stretches):
             kernel(blocks * i // stretches, blocks * (i + 1) // stretches, *args)
@@ -87,6 +108,54 @@ def run(kernel: Callable[..., Any], blocks: int, cost: int, *args: Any) -> None:
             team_of(kernel)(entry, threads, *part, pieces, blocks, *args)
         else:
             _share_out(kernel, *part, pieces, blocks, threads, args)
+
+
+# ---------------------------------------------------------------------------------------------- for the observer
+class Moves(NamedTuple):
+    """The arguments of a kernel that it reads or writes as a whole; vectors of a number a channel or class are none."""
+
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+
+_moves: dict[Any, Moves] = {}
+_ALONE = Share(1, 1, 1)
+
+
+def moving(moves: Moves, *kernels: Any) -> None:
+    """Says what kernels move; a call need not."""
+    _moves.update(dict.fromkeys(kernels, moves))
+
+
+def tell(
+    kernel: Any, args: tuple[Any, ...], share: Share = _ALONE, plan: Any = None, moves: Moves | None = None,
+    addresses: dict[int, int] | None = None,
+) -> None:  # fmt: skip
+    """Tells the observer, if there is one, of `kernel(*args)`.
+
+    An argument that is an address is of float32, as many as the kernel's arguments N, C or V, and S say. addresses: where the
+    elements of an array are, by its id, if they are elsewhere.
+    """
+    observe = observer.get()
+    if observe is None:
+        return
+    function = getattr(kernel, "py_func", kernel)
+    of = dict(zip(function.__code__.co_varnames, args, strict=False))
+    reads, writes = moves or _moves.get(kernel, Moves())
+
+    def moved(names: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
+        found = [(name, of[name]) for name in names if name in of]
+        elements = math.prod(of.get(size, 1) for size in ("N", "C", "V", "S")) if any(type(v) is int for _, v in found) else 0
+        operands = [
+            (name.removesuffix("_at"), 4 * elements, v)
+            if type(v) is int
+            else (name, v.nbytes, v.ctypes.data if addresses is None else addresses[id(v)])
+            for name, v in found
+        ]
+        return tuple(operand for operand in operands if operand[1])
+
+    module = function.__module__.partition("kernels.")[2]
+    observe(f"{module}.{function.__name__}", plan, share, moved(reads), moved(writes))
 
 
 def _share_out(
