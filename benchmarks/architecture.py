@@ -75,7 +75,10 @@ def part(module: str, found: dict[str, set[str]]) -> str:
         return folder
     engine = ".".join(folders)
     used = any(module in of for other, of in found.items() if other.startswith(f"{engine}."))
-    on_operations = any(one.startswith((f"{engine}._batch_norm.", f"{engine}._cross_entropy.")) for one in found[module])
+    inner = {
+        one.removeprefix(f"{engine}.").partition(".")[0] for one in found[module] if one.count(".") > engine.count(".") + 1
+    }
+    on_operations = bool(inner - {"_numba"})
     return f"{folder} base" if used and not on_operations else folder
 
 
