@@ -23,6 +23,7 @@ from ._torch import linear_distillation as _linear_distillation
 from ._torch import linear_token_log_probs as _linear_token_log_probs
 from ._torch import softmax as _softmax
 from ._torch import token_log_probs as _token_log_probs
+from ._torch import top_k_distillation as _top_k_distillation
 from ._torch.autograd import as_dtype
 from ._torch.class_range import check_targets
 from ._torch.cross_entropy_formula import CrossEntropyStatistics, Options
@@ -270,11 +271,12 @@ def linear_token_log_probs(
 # ---------------------------------------------------------------------------------------------- distillation
 def distillation_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | tuple[Tensor, Tensor],
     *,
     temperature: float = 1.0,
     kind: str = "forward",
     beta: float = 0.5,
+    top_k: int | None = None,
     teacher_is: str = "logits",
     mask: Tensor | None = None,
     reduction: str = "mean",
@@ -294,6 +296,10 @@ def distillation_loss(
     count; the others are not read, and add 0. reduction: "mean" of the rows that count, "sum" or "none". temperature: from
     1e-30 to 1e30. The loss is float32 for half precision.
 
+    top_k: the divergence of the k classes that are the teacher's largest and of the rest as one class. Or teacher is a pair
+    (values, indices) of k distinct classes of every row, k along `dim`, with their probabilities or logarithms as `teacher_is`
+    says. Neither rest counts as less than the rounding of 1. Student is read once, and once more by the backward pass.
+
     No factor temperature² is in the loss: multiply by it where gradients shall keep their size at every temperature.
 
     A class that p has and q does not, by a logit of -inf, makes KL(p‖q) infinite. Gradients of gradients, `torch.func`
@@ -301,9 +307,17 @@ def distillation_loss(
     TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a `dim` that student does not have,
     RuntimeError for tensors on several devices.
     """
-    options = arguments.distillation(student, teacher, temperature, kind, beta, teacher_is, mask, reduction, dim)
-    teacher = _distillation.as_logits(teacher, teacher_is, options.temperature)
-    return _distillation.reduced(_distillation.divergences(student, teacher, mask, options), mask, reduction)
+    options = arguments.distillation(student, teacher, temperature, kind, beta, top_k, teacher_is, mask, reduction, dim)
+    if not isinstance(teacher, Tensor):
+        log_p = _top_k_distillation.as_logarithms(teacher[0], teacher_is, student)
+        rows = _top_k_distillation.divergences(student, log_p, teacher[1], mask, options)
+    else:
+        teacher = _distillation.as_logits(teacher, teacher_is, options.temperature)
+        if top_k is None:
+            rows = _distillation.divergences(student, teacher, mask, options)
+        else:
+            rows = _top_k_distillation.of_largest(student, teacher, top_k, mask, options)
+    return _distillation.reduced(rows, mask, reduction)
 
 
 def linear_distillation_loss(

@@ -288,6 +288,7 @@ def functions() -> dict[str, Function]:
         x = tensor(rng, sizes(rng, rng.choice([1, 2, 3])))
         given = {"student": x, "teacher": torch.zeros_like(x, requires_grad=False), "temperature": 0.7, "kind": "forward"}
         given |= {"beta": 0.5, "teacher_is": "logits", "mask": rng.choice([None, torch.ones(x.shape[:-1], dtype=torch.bool)])}
+        given |= {"top_k": rng.choice([None, 1])}
         return {**given, "reduction": "none", "dim": -1}
 
     def linear_teachings(rng: random.Random) -> dict[str, Any]:

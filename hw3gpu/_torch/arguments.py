@@ -239,21 +239,55 @@ def _temperature(temperature):
 
 
 # ---------------------------------------------------------------------------------------------- distillation
-def distillation(student, teacher, temperature, kind, beta, teacher_is, mask, reduction, dim):
-    """Checks every argument of a teacher with all classes; its `Divergence`."""
+def distillation(student, teacher, temperature, kind, beta, top_k, teacher_is, mask, reduction, dim):
+    """Checks every argument; their `Divergence`."""
     floating_tensor(student, "student")
     check.rank_at_least(student, "student", 1, "…, V")
     options = divergence(student, temperature, kind, beta, dim)
     if student.shape[options.dim] == 0:
         raise ValueError(f"student: expected at least one class, got shape {check.shape_of(student)}")
-    floating_tensor(teacher, "teacher")
-    check.same_shape(teacher, "teacher", student, "student")
-    _teacher_dtype(teacher, "teacher", student, "student")
-    _same_device(teacher, "teacher", student, "student")
     check.one_of(teacher_is, "teacher_is", TEACHERS)
+    classes = student.shape[options.dim]
+    if isinstance(teacher, (tuple, list)):
+        _top_k_teacher(teacher, student, options.dim, top_k, teacher_is)
+    else:
+        floating_tensor(teacher, "teacher")
+        check.same_shape(teacher, "teacher", student, "student")
+        _teacher_dtype(teacher, "teacher", student, "student")
+        _same_device(teacher, "teacher", student, "student")
+        if top_k is not None and not 1 <= check.integer_value(top_k, "top_k") <= classes:
+            raise ValueError(f"top_k: expected a number of classes from 1 to {classes}, got {top_k}")
     rows_that_count(mask, (*student.shape[: options.dim], *student.shape[options.dim + 1 :]), student)
     check.one_of(reduction, "reduction", REDUCTIONS)
     return options
+
+
+def _top_k_teacher(teacher, student, dim, top_k, teacher_is):
+    """Checks (values, indices) of k classes of every row."""
+    if len(teacher) != 2:
+        raise ValueError(f"teacher: expected a tensor or a pair (values, indices), got {len(teacher)} of them")
+    if top_k is not None:
+        raise ValueError("top_k: expected None with a pair (values, indices) as teacher, whose classes are given")
+    if teacher_is == "logits":
+        raise ValueError(
+            "teacher_is: expected 'probabilities' or 'log_probabilities' with a pair (values, indices) as teacher, "
+            "got 'logits', which do not say what the other classes have"
+        )
+    values, indices = teacher
+    floating_tensor(values, "teacher")
+    tensor(indices, "teacher")
+    if indices.dtype != torch.int64:
+        raise check.DtypeError(f"teacher: expected indices of dtype int64, {check.got_dtype(indices, 'indices')}")
+    shape, classes = list(student.shape), student.shape[dim]
+    shape[dim] = values.shape[dim] if values.dim() == student.dim() else -1
+    check.shape(values, "teacher", tuple(shape), "student's rows, k values each")
+    check.shape(indices, "teacher", tuple(shape), "an index for each value")
+    if not 1 <= shape[dim] <= classes:
+        raise check.ShapeError(f"teacher: expected 1 to {classes} values a row, got {shape[dim]}")
+    for v in teacher:
+        _same_device(v, "teacher", student, "student")
+    if arrays.on_host(indices) and indices.numel() and not (0 <= indices.min() and indices.max() < classes):
+        raise IndexError(f"teacher: expected indices of classes in 0…{classes - 1}, got {indices.min()}…{indices.max()}")
 
 
 def divergence(z, temperature, kind, beta, dim):

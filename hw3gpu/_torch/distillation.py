@@ -103,18 +103,22 @@ def run_backward(upstream, student, teacher, mask, stats, kind, beta, temperatur
 # ---------------------------------------------------------------------------------------------- in PyTorch's operations
 def formula(student, teacher, mask, options):
     """The divergences in PyTorch's operations, which have derivatives of every order and go through every transform."""
-    kind, beta, temperature, dim = options
-    log_q, log_p = (torch.log_softmax(z.to(accumulate_dtype(z)) / temperature, dim) for z in (student, teacher))
+    log_q, log_p = (torch.log_softmax(z.to(accumulate_dtype(z)) / options.temperature, options.dim) for z in (student, teacher))
+    rows = of_logarithms(log_p, log_q, options)
+    return rows if mask is None else torch.where(mask, rows, 0.0)
+
+
+def of_logarithms(log_p, log_q, options):
+    """The divergences of distributions given by their logarithms."""
+    kind, beta, _, dim = options
     neither = (log_p == -math.inf) & (log_q == -math.inf)
     log_q, log_p = (torch.where(neither, -math.inf, v) for v in (log_q, log_p))
     if kind == "jensen_shannon":
         mixed = (torch.where(neither, 0.0, v) for v in (log_p + math.log(beta), log_q + math.log1p(-beta)))
         log_m = torch.logaddexp(*mixed)
-        rows = beta * _relative_entropy(log_p, log_m, dim) + (1 - beta) * _relative_entropy(log_q, log_m, dim)
-    else:
-        pair = (log_p, log_q) if kind == "forward" else (log_q, log_p)
-        rows = _relative_entropy(*pair, dim)
-    return rows if mask is None else torch.where(mask, rows, 0.0)
+        return beta * _relative_entropy(log_p, log_m, dim) + (1 - beta) * _relative_entropy(log_q, log_m, dim)
+    pair = (log_p, log_q) if kind == "forward" else (log_q, log_p)
+    return _relative_entropy(*pair, dim)
 
 
 def _relative_entropy(log_p, log_q, dim):

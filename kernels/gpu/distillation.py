@@ -89,7 +89,11 @@ def _divergence_kernel(
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """KL(base‖other) of BLOCK_R rows, in one pass over both. scale = 1/T."""
+    """KL(base‖other) = A - φ(κ) of each row, and what the backward pass needs. scale = 1/T.
+
+    Grid: one program a tile of BLOCK_R rows. Reads both rows once; writes one number a row, and eight more where stats_ptr is
+    given.
+    """
     NEG_INF: tl.constexpr = float("-inf")
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
     scale = real(scale, scale_bits, ACC)
@@ -99,7 +103,7 @@ def _divergence_kernel(
     )
     starts = start, start_o
 
-    # The first KEEP lanes come last.
+    # 1. the sums of each lane of what lies beyond the first KEEP lanes
     sums = no_sums(BLOCK_R, 1, ACC)
     base, other, base_ends, other_ends = None, None, None, None
     if not FITS:
@@ -110,6 +114,7 @@ def _divergence_kernel(
             hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
             z, z_o = _pair(base_ptr, other_ptr, starts, head, offset, tail, hi, stride_bv, stride_ov, MODE, GROUP, ACC)
             sums = take_lanes(sums, z, z_o, scale, ACC)
+    # 2. the first lanes, and the ends of rows off 16 bytes
     if KEEP:
         lane = tl.arange(0, KEEP)[None, :]
         hi = _tile.reach(head, 0, V, known, KEEP, MODE, GROUP)
@@ -123,6 +128,7 @@ def _divergence_kernel(
     m, Z = totals(zero + NEG_INF, zero, sums[0], sums[1], base, base_ends, scale, not FITS)
     m_o, Z_o = totals(zero + NEG_INF, zero, sums[5], sums[6], other, other_ends, scale, not FITS)
     s, rest = _shift(m, Z, m_o, Z_o, scale)
+    # 3. all of them about the row's s
     A, B, F = zero, zero, zero
     if not FITS:
         in_A, in_B, in_F = terms_of_lanes(sums, m, m_o, s, scale, ACC)
@@ -170,7 +176,11 @@ def _jensen_shannon_kernel(
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """β KL(p‖M) + (1 - β) KL(q‖M) of BLOCK_R rows, p of base and q of other. M is known when both rows have been read."""
+    """β KL(p‖M) + γ KL(q‖M) of each row, p of base, q of other, γ = 1 - β, and what the backward pass needs. scale = 1/T.
+
+    M is known when both rows have been read. Grid: one program a tile of BLOCK_R rows. Reads both rows, and once more, from the
+    far end, what lies beyond the first KEEP lanes; writes one number a row, and eight more where stats_ptr is given.
+    """
     NEG_INF: tl.constexpr = float("-inf")
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
     scale = real(scale, scale_bits, ACC)
@@ -181,6 +191,7 @@ def _jensen_shannon_kernel(
     )
     starts = start, start_o
 
+    # 1. the maxima and sums of exponentials, of what lies beyond the first KEEP lanes and of these
     lanes = no_sums(BLOCK_R, 1, ACC)
     m_l, Z_l, m_lo, Z_lo = lanes[0], lanes[1], lanes[5], lanes[6]
     base_ends, other_ends = None, None
@@ -207,6 +218,7 @@ def _jensen_shannon_kernel(
     m, Z = totals(zero + NEG_INF, zero, m_l, Z_l, base, base_ends, scale, not FITS)
     m_o, Z_o = totals(zero + NEG_INF, zero, m_lo, Z_lo, other, other_ends, scale, not FITS)
     s, rest = _shift(m, Z, m_o, Z_o, scale)
+    # 2. what each class adds, from the first lanes to the last ones
     of_p, of_q, drift = _mixed_terms(base, other, (m, Z, m_o, Z_o, s), scale, beta, gamma, ACC)
     in_p, in_q, D = _tile.plus_sum(zero, of_p, None), _tile.plus_sum(zero, of_q, None), _tile.plus_sum(zero, drift, None)
     if ENDS:
@@ -263,7 +275,10 @@ def _backward_kernel(
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, MODE: tl.constexpr, BASE_MODE: tl.constexpr, OTHER_MODE: tl.constexpr,
     GROUP: tl.constexpr, MIXED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of BLOCK_R rows, BLOCK_V lanes of each; either of their pointers may be None. scale = 1/T."""
+    """d_base and d_other, either of which may be None; of β KL(p‖M) + γ KL(q‖M) where MIXED, else of KL(base‖other). scale = 1/T.
+
+    Grid: one program a tile of BLOCK_R rows × BLOCK_V lanes. Reads both rows and nine numbers a row; writes the gradients.
+    """
     NEG_INF: tl.constexpr = float("-inf")
     ENDS: tl.constexpr = MODE == _tile.SHIFTED
     scale = real(scale, scale_bits, ACC)
