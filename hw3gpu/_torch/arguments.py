@@ -286,7 +286,7 @@ def _top_k_teacher(teacher, student, dim, top_k, teacher_is):
         raise check.ShapeError(f"teacher: expected 1 to {classes} values a row, got {shape[dim]}")
     for v in teacher:
         _same_device(v, "teacher", student, "student")
-    if arrays.on_host(indices) and indices.numel() and not (0 <= indices.min() and indices.max() < classes):
+    if arrays.on_host(indices) and indices.numel() and not (indices.min() >= 0 and indices.max() < classes):
         raise IndexError(f"teacher: expected indices of classes in 0…{classes - 1}, got {indices.min()}…{indices.max()}")
 
 

@@ -275,7 +275,7 @@ def _backward_kernel(
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, MODE: tl.constexpr, BASE_MODE: tl.constexpr, OTHER_MODE: tl.constexpr,
     GROUP: tl.constexpr, MIXED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """d_base and d_other, either of which may be None; of β KL(p‖M) + γ KL(q‖M) where MIXED, else of KL(base‖other). scale = 1/T.
+    """d_base and d_other, either may be None: of β KL(p‖M) + γ KL(q‖M) where MIXED, else of KL(base‖other). scale = 1/T.
 
     Grid: one program a tile of BLOCK_R rows × BLOCK_V lanes. Reads both rows and nine numbers a row; writes the gradients.
     """
