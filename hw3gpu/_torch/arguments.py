@@ -248,7 +248,7 @@ def distillation(student, teacher, temperature, kind, beta, top_k, teacher_is, m
         raise ValueError(f"student: expected at least one class, got shape {check.shape_of(student)}")
     check.one_of(teacher_is, "teacher_is", TEACHERS)
     classes = student.shape[options.dim]
-    if isinstance(teacher, (tuple, list)):
+    if isinstance(teacher, tuple):
         _top_k_teacher(teacher, student, options.dim, top_k, teacher_is)
     else:
         floating_tensor(teacher, "teacher")
