@@ -96,15 +96,15 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     function: a public function of `hw3gpu` or `hw3gpu.functional`. args, kwargs: its arguments.
 
-        >>> z = np.zeros((64, 1000), np.float32)
+        >>> z = np.zeros((16, 1000), np.float32)
         >>> print(hw3gpu.explain(hw3gpu.softmax, z))
         hw3gpu.softmax: on the CPU (Numba kernels), by where the arrays live
           path: launchers on views of the arrays
-          1. cpu.softmax._forward_rows, 64 blocks on 1 thread
-               reads z 250.0 KiB (argument z)
-               writes y 250.0 KiB
+          1. cpu.softmax._forward_rows, 16 blocks on 1 thread
+               reads z 62.5 KiB (argument z)
+               writes y 62.5 KiB
           copies: none
-          moves: 250.0 KiB read, 250.0 KiB written
+          moves: 62.5 KiB read, 62.5 KiB written
 
     Raises TypeError for anything but a public function, and whatever the function raises for its arguments.
     """

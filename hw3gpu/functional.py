@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._core import check
+from ._core import arrays, check
 from ._core.torch_internals import legacy_reduction
 from ._torch import arguments, bound_launches
 from ._torch import batch_norm as _batch_norm
@@ -122,7 +122,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
         dtype = torch.float32
     call = None
     if type(dim) is int and (dtype is None or isinstance(dtype, torch.dtype)):
-        of = bound_launches.of_host if input.is_cpu else bound_launches.of
+        of = bound_launches.of_host if arrays.on_host(input) else bound_launches.of
         call = of(("softmax", dim, dtype), input)
     if call is None or call.launches is None:
         if dim is None:

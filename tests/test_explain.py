@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import inspect
 import json
 
@@ -138,6 +139,11 @@ def test_bytes_of_moments_are_what_the_triton_kernels_ask_for(m, device):
     with ledger(x=x) as book:
         found = explain(hw3gpu.moments, x)
     assert sum(book.asked.values()) == sum(nbytes for name, nbytes, _ in found.launches[0].reads if name == "x")
+
+
+def test_the_example_of_the_docstring_is_what_is_printed():
+    found = doctest.DocTestFinder().find(explain, globs={"np": np, "hw3gpu": hw3gpu})
+    assert [doctest.DocTestRunner().run(example) for example in found] == [doctest.TestResults(0, 2)]
 
 
 # ---------------------------------------------------------------------------------------------- why

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .._core import dispatch, outputs
+from .._core import arrays, dispatch, outputs
 from .._core.torch_internals import apply_of
 from . import bound_launches, operators
 from .autograd import accumulate_dtype, graph_is_needed
@@ -42,7 +42,7 @@ def run(z, dim, call=None):
 
 
 def _eager_backward(dy, y, dim):
-    of = bound_launches.of_host if y.is_cpu else bound_launches.of
+    of = bound_launches.of_host if arrays.on_host(y) else bound_launches.of
     return run_backward(dy, y, dim, of(("softmax, backward", dim), y, dy))
 
 
