@@ -1,15 +1,84 @@
-"""The kernel of cross entropy's backward pass. `cross_entropy.py` has the formulas, names and bytes."""
+"""The gradient of cross entropy, which the forward kernel can write too, and the kernel of the backward pass.
+
+`cross_entropy.py` has the formulas, names and bytes.
+"""
 
 import triton
 import triton.language as tl
 
 from .. import _tile
-from .._rows import log_1_plus, real, rows_of
-from .tile import at_target_of, dense, dense_at, gradient, hard_target, logits, logits_at, pull_of, scale_of
+from .._rows import finite_base, log_1_plus, real, rows_of
+from .tile import dense, dense_at, hard_target, logits, logits_at, times
 
 OF_CALL = ["V", "S", "rows", "tiles", "columns", "per_program", "ignore_index", "smoothing_bits", "z_loss_bits", "cap_bits"]
 
 
+# ---------------------------------------------------------------------------------------------- formula
+@triton.jit
+def _slope(capped, cap):
+    """∂ cap tanh(z / cap) / ∂z = 1 - (capped / cap)², as (cap - capped)(cap + capped) / cap², which keeps its digits near 0."""
+    return (cap - capped) * (cap + capped) / (cap * cap)
+
+
+@triton.jit
+def scale_of(g, known, bad, excess, W):
+    """g W / Σ exp(z - m), the factor of exp(z - m) in the gradient of the loss; 0, or NaN, in rows without a class."""
+    return tl.where(known, g * W / (1.0 + excess), _otherwise(bad))
+
+
+@triton.jit
+def pull_of(g, known, excess, lse, z_loss):
+    """2 g ζ lse / Σ exp(z - m), the factor of exp(z - m) in the gradient of the z-loss."""
+    return tl.where(known, g * times(2.0 * z_loss, lse) / (1.0 + excess), 0.0)
+
+
+@triton.jit
+def at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED: tl.constexpr):
+    """g ((W + 2 ζ lse) p_t - q_t), the gradient at the class t of a hard target.
+
+    p_t - 1 is computed as -(excess + (1 - exp(z_t - m))) / Σ exp(z - m): the difference itself loses its digits as p_t -> 1.
+    """
+    e_t, total = tl.exp(z_t - finite_base(m)), 1.0 + excess
+    q_t = w_t * (1.0 - epsilon)
+    dz = ((W - q_t) - W * ((excess + (1.0 - e_t)) / total)) - w_t * (epsilon / V)
+    if z_loss is not None:
+        dz += times(2.0 * z_loss, lse) * (e_t / total)
+    if CAPPED:
+        dz *= _slope(z_t, cap)
+    return tl.where(known, g * dz, _otherwise(bad))
+
+
+@triton.jit
+def _otherwise(bad):
+    """The gradient of a row without a class: 0, or NaN where its target is out of range."""
+    if bad is None:
+        value = 0.0
+    else:
+        value = tl.where(bad, float("nan"), 0.0)
+    return value
+
+
+@triton.jit
+def gradient(z, m, scale, pull, q, lane, first, t, at_target, cap, CAPPED: tl.constexpr):
+    """dz = (scale + pull) exp(z - m) - q for the classes first + lane, and `at_target` at the hard target's class t.
+
+    scale, pull, q and at_target already have the factor g. None: pull without a z-loss, q where nothing is dense, t for soft
+    targets. pull exp(z - m) is added last: where scale exp(z - m) and q cancel, it keeps its digits.
+    """
+    e = tl.exp(z - finite_base(m))
+    dz = e * scale
+    if q is not None:
+        dz -= q
+    if pull is not None:
+        dz += e * pull
+    if CAPPED:
+        dz *= tl.where(z == float("-inf"), 0.0, _slope(z, cap))  # a row that is not read has no logits
+    if t is not None:
+        dz = tl.where(lane == t - first, at_target, dz)
+    return dz
+
+
+# ---------------------------------------------------------------------------------------------- kernel
 @triton.jit(do_not_specialize=OF_CALL)
 def _backward_kernel(
     z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr,

@@ -5,19 +5,16 @@ import triton.language as tl
 
 from .. import _tile
 from .._rows import finite_base, log_1_plus, real, rows_of
+from .backward import at_target_of, gradient, pull_of, scale_of
 from .reduction import is_last, leave, reduce_rows
 from .tile import (
-    at_target_of,
     dense,
     dense_at,
-    gradient,
     hard_target,
     logits,
     logits_at,
     merge,
     no_sums,
-    pull_of,
-    scale_of,
     take,
     take_lanes,
     times,
