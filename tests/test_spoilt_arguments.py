@@ -85,6 +85,7 @@ def test_what_the_generator_calls_wrong(monkeypatch):
         (TypeError, "^covariance: expected a dense tensor",
          lambda: HF.minimize_trace(torch.nested.nested_tensor([T]), 1)),
         (ValueError, "^points: expected at most 32 axes", lambda: hw3gpu.minor_components(np.ones([1] * 60 + [3, 2]), 1)),
+        (ValueError, "^z: expected at most 60 axes", lambda: hw3gpu.softmax_jacobian(torch.ones([1] * 62 + [3, 2]))),
         (TypeError, "^channel_axis: expected an integer", lambda: hw3gpu.batch_norm(T, channel_axis=torch.tensor(True))),
         (ValueError, "^linear_weight: expected at least one class", lambda: HF.linear_token_log_probs(T, T[:0], CLASSES)),
         (IndexError, "^target: expected classes in 0…2 or ignore_index -100, got 7 in row 1",

@@ -67,6 +67,7 @@ def softmax_jacobian(z: Array) -> Array:
     """
     _floating_array(z, "z")
     check.rank_at_least(z, "z", 1, "the logits along the last axis")
+    check.rank_at_most(z, "z", 60)  # and one more in the result: NumPy and torch have 64
     s = softmax(arrays.cast(z, arrays.accumulate_dtype(z)))
     jacobian = -(s[..., :, None] * s[..., None, :])
     i = range(s.shape[-1])

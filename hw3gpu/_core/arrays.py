@@ -96,22 +96,24 @@ def base_class(x: Any) -> Any:
     """An array of a subclass that adds nothing to its elements (np.memmap, …) as one of NumPy's or torch's own class."""
     if type(x) in _PLAIN_NUMPY[1:]:
         return x.view(np.ndarray)
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(x, torch.Tensor) or type(x) in (torch.Tensor, torch.nn.Parameter):
+    if not is_torch(x):
+        return x
+    torch = sys.modules["torch"]
+    if type(x) in (torch.Tensor, torch.nn.Parameter):
         return x
     return x.as_subclass(torch.Tensor) if type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ else x
 
 
 def is_torch(x: Any) -> bool:
     """True for torch tensors; imports nothing."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
+    return isinstance(
+        x, getattr(sys.modules.get("torch"), "Tensor", ())
+    )  # an empty module is one half installed or half loaded
 
 
 def is_cupy(x: Any) -> bool:
     """True for CuPy arrays; imports nothing."""
-    cupy = sys.modules.get("cupy")
-    return cupy is not None and isinstance(x, cupy.ndarray)
+    return isinstance(x, getattr(sys.modules.get("cupy"), "ndarray", ()))
 
 
 def same_kind(x: Array, name: str, other: Array, other_name: str) -> None:

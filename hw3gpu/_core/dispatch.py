@@ -117,8 +117,12 @@ def backend(x: Array) -> str:
 def triton_refusal() -> str | None:
     """Why Triton cannot be imported, or None when it can."""
     try:
-        importlib.import_module("triton")
-    except ImportError as error:
+        triton = importlib.import_module("triton")
+        _ = triton.knobs.runtime.interpret, triton.runtime.driver
+    except AttributeError as error:
+        version = getattr(sys.modules.get("triton"), "__version__", "without a version")
+        return f"this Triton, {version}, is not the one that the kernels are written for, 3.6 or later ({error})"
+    except Exception as error:  # also what a library that cannot be loaded raises
         return f"Triton cannot be imported ({error})"
     return None
 

@@ -30,7 +30,7 @@ _ordinary: set[type] = {np.ndarray, bool, int, float, str, type(None)}
 
 
 def _torch_is_loaded() -> bool:
-    return "torch" in sys.modules
+    return hasattr(sys.modules.get("torch"), "Tensor")
 
 
 # What torch.compiler.assume_constant_result sets: the compiler calls the function instead of walking all of sys.modules, which

@@ -110,7 +110,7 @@ def _cupy(name: str) -> ModuleType:
         import cupy
 
         cupy.cuda.runtime.getDeviceCount()
-    except (ImportError, RuntimeError) as error:  # CUDARuntimeError, where there is no driver or no device
+    except (ImportError, AttributeError, RuntimeError) as error:  # CUDARuntimeError, where there is no driver or no device
         raise _unusable(name, error) from error
     return cupy
 
