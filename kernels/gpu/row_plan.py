@@ -82,7 +82,7 @@ def plan_rows(
         block_r = min(next_power_of_2(S), width // itemsize)
         resident, spread = resident // block_r, 4
     else:
-        tile = 4096 >> ((beside > 1) + (mode == STRIDED or itemsize == 8))
+        tile = 4096 >> ((beside > 1) + (beside > 2) + (mode == STRIDED or itemsize == 8))
         block_r = max(1, min(next_power_of_2(S), tile // next_power_of_2(lanes)))
         resident = resident_lanes(beside, itemsize, mode)
         if lanes > 4096 and (not stays or beside > 2):
@@ -99,7 +99,7 @@ def plan_rows(
         if not stays and not neighbours:  # a program reads, reduces and ends: smaller ones, and more of them
             while block_r > 1 and num_warps > 4:
                 block_r, num_warps = block_r // 2, num_warps // 2
-        registers = _registers_of_one_tile(itemsize, mode, beside, keep, stays and not ahead)
+        registers = _registers_of_one_tile(itemsize, mode, beside, keep, num_warps, stays and not ahead)
         return RowPlan(block_r, keep, keep, True, num_warps, registers=registers)
     plain = mode != STRIDED and itemsize < 8 and not neighbours and not dense
     if plain and (not beside or (beside == 1 and tensors == 2 and itemsize == 2)):
@@ -129,10 +129,12 @@ def _tiles_of_a_long_row(
 
 
 # Where the compiler would spill 8 to 64 bytes to fit one more program a multiprocessor, maxnreg allows a thread more registers.
-def _registers_of_one_tile(itemsize: int, mode: int, beside: int, keep: int, with_all: bool) -> int | None:
+def _registers_of_one_tile(
+    itemsize: int, mode: int, beside: int, keep: int, num_warps: int, with_all: bool
+) -> int | None:  # fmt: skip
     """maxnreg of rows without a tail. with_all: a loss with all options, whose row stays."""
     if beside > 2:
-        return 128
+        return 248 if itemsize == 8 and num_warps <= 8 else 128
     if mode == STRIDED:
         return None if keep <= 4096 else 248 if itemsize == 8 else 168
     return 80 if with_all and not beside and itemsize < 8 and keep == 16384 else None
