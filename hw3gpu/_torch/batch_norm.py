@@ -63,7 +63,7 @@ def finished(y, residual):
 
 def needs_no_mask(x, residual, activation):
     """True for a call that no graph can come of, whose residual is certainly right."""
-    if activation != "relu" or torch.is_grad_enabled():
+    if type(activation) is not str or activation != "relu" or torch.is_grad_enabled():  # an array has no truth value
         return False
     return residual is None or (
         type(residual) is type(x) is torch.Tensor
@@ -78,7 +78,7 @@ def call_of(x, weight, bias, running_mean, running_var, training, momentum, eps,
     """What `bound_launches` knows of a call of `functional.batch_norm`; None where it keeps none such."""
     if arrays.on_host(x) or not (type(training) is bool and type(momentum) is type(eps) is float):
         return None
-    if activation is not None and activation != "relu":
+    if activation is not None and (type(activation) is not str or activation != "relu"):
         return None
     for v in (running_mean, running_var):
         if getattr(v, "requires_grad", False):
