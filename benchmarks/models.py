@@ -1,7 +1,8 @@
 """`python -m benchmarks models`: a training step and an evaluation of whole models on the CPU, beside PyTorch eager.
 
 The models have the layers and sizes of ResNet-50 and MobileNetV3-large, from their papers. The contestants, in turn in one
-process with one thread: PyTorch's model, `convert_batch_norm` of it, and that with fuse=True. A step is forward, cross entropy
+process with one thread: PyTorch's model, `convert_batch_norm` of it, and that with fuse=True; in evaluation also the latter
+with its batch normalisations folded into the convolutions, by PyTorch's tool after `to_torch`. A step is forward, cross entropy
 and backward. Times are of the processor, which other processes disturb less; a ratio is the median and the quartiles of the
 ratios turn by turn. Before anything is timed, the three models' losses and gradients are compared. Where the time goes is
 told by the shares that torch.profiler finds in one more call.
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse as fold
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import hw3gpu.functional as HF
@@ -33,7 +35,7 @@ from .cpu import machine
 from .harness import Spread
 
 BATCH, SIDE, CLASSES = 8, 128, 1000
-PYTORCH, CONVERTED, FUSED = "PyTorch", "hw3gpu", "hw3gpu, fused"
+PYTORCH, CONVERTED, FUSED, FOLDED = "PyTorch", "hw3gpu", "hw3gpu, fused", "to_torch, folded"
 GROUPS = {
     "convolution": ("conv",),
     "normalisation": ("batch_norm", "batchnorm", "byaddress"),
@@ -225,6 +227,8 @@ def measured(name: str, turns: int) -> dict[str, Any]:
     for what, call in (("training", step), ("evaluation", evaluate)):
         for model in models.values():
             model.train(what == "training")
+        if what == "evaluation":
+            models[FOLDED] = fold(HN.to_torch(copy.deepcopy(models[FUSED])))
         calls = {of: partial(call, model, images, classes) for of, model in models.items()}
         times = in_turn(calls, turns)
         medians = {of: statistics.median(times[of]) for of in models}

@@ -25,12 +25,13 @@ def test_a_model_is_measured(monkeypatch):
     monkeypatch.setattr(models, "MODELS", {"small": (net, torch.contiguous_format)})
     found = models.measured("small", 2)
     assert list(found) == ["training", "evaluation"]
-    for rows in found.values():
-        assert list(rows) == [models.PYTORCH, models.CONVERTED, models.FUSED]
+    expected = [models.PYTORCH, models.CONVERTED, models.FUSED]
+    for what, rows in found.items():
+        assert list(rows) == expected + [models.FOLDED] * (what == "evaluation")
         for row in rows.values():
             assert sum(row["parts"].values()) == pytest.approx(row["ms"])
             assert row["parts"]["convolution"] > 0
-    assert models.table_of("small", found).row_count == 6
+    assert models.table_of("small", found).row_count == 7
     contestants, images, classes = models.contestants("small")
     assert type(contestants[models.FUSED][0]).__name__ == "FusedBottleneck"
     with torch.no_grad():
