@@ -36,7 +36,7 @@ class Call(NamedTuple):
 def of(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor | None) -> Call | None:
     """The call of `options` for these tensors; None on the host, where somebody traces or transforms, and for tensors that are
     no plain ones, or on another device than the current one."""
-    if arrays.on_host(x) or dispatch.requested_backend() == "cpu" or not operators.eager():
+    if arrays.on_host(x) or not operators.eager() or dispatch.requested_backend() == "cpu":
         return None
     if x.is_meta and dispatch.gpu_refusal("meta") is not None:
         return None
@@ -63,7 +63,8 @@ def of(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor | None) 
 
 def of_host(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor) -> Call | None:
     """As `of` for a small call on the host. `use_backend` and who traces are asked each time: the key does not hold them."""
-    if not x.is_cpu or x.layout is not torch.strided or dispatch.requested_backend() == "gpu" or not operators.eager():
+    # who traces first: Dynamo follows no context variable, which `requested_backend` asks
+    if not x.is_cpu or x.layout is not torch.strided or not operators.eager() or dispatch.requested_backend() == "gpu":
         return None
     key: list[Any] = [options]
     for t in (x, *beside):
