@@ -71,7 +71,7 @@ processors: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check hw3gpu kernels tests benchmarks integrations
+	$(BIN)/ruff format --check hw3gpu kernels tests benchmarks integrations examples
 	$(BIN)/mypy
 
 $(INSTALLED): pyproject.toml constraints.txt

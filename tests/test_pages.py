@@ -16,7 +16,13 @@ from benchmarks import architecture, pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels" / "README.md", *ROOT.glob("integrations/*/README.md")]
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        ROOT / "kernels" / "README.md",
+        *ROOT.glob("integrations/*/README.md"),
+        ROOT / "examples" / "README.md",
+    ]
 )
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()

@@ -1,0 +1,114 @@
+"""`examples/`: each program runs in a short mode and finds what it says; the notebooks' cells run and their assertions hold."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+PLOTS = re.compile(r"\bplt\b")
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_digits_are_learned(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    assert load("digits").main(["--epochs", "1"]) > 0.85
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_the_shapes_of_resnet_are_pytorchs() -> None:
+    """In a picture that is wider than high; the last shape is that of the paper's table for 224 pixels."""
+    resnet = load("resnet_shapes")
+    assert resnet.main(["--batch", "2", "--input", "320", "224"])[-1] == ("layer4.2.conv3", (2, 10, 7, 2048))
+    found = resnet.main([])
+    assert len(found) == 54
+    assert found[-1] == ("layer4.2.conv3", (32, 7, 7, 2048))
+
+
+def test_the_language_model_learns_alike_in_less_memory(tmp_path: Path) -> None:
+    png = tmp_path / "curves" / "model.png"
+    short = ["--steps=3", "--batch=16", "--context=32", "--width=16", f"--output={png}"]
+    found = load("language_model").main(short)
+    ours, theirs = found["hw3gpu"], found["PyTorch"]
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+    assert ours["losses"][-1] < ours["losses"][0]
+    if ours["peak_MB"] is not None:
+        assert ours["peak_MB"] < theirs["peak_MB"] - ours["logits_MB"]
+    if importlib.util.find_spec("matplotlib"):
+        assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def code_of(notebook: Path) -> list[str]:
+    cells = json.loads(notebook.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_cells_of_a_notebook_run(notebook: Path) -> None:
+    cells = code_of(notebook)
+    if "sklearn" in "".join(cells):
+        pytest.importorskip("sklearn")
+    computed = [cell for cell in cells if not PLOTS.search(cell)]
+    plots = importlib.util.find_spec("matplotlib") is not None
+    names: dict[str, Any] = {}
+    with without_windows() if plots else contextlib.nullcontext([]) as drawn:
+        for cell in cells if plots else computed:
+            exec(cell, names)
+    assert 0 < len(computed) < len(cells)
+    assert "assert" in "".join(computed)
+    if not plots:
+        pytest.skip("no Matplotlib: the plots were left out")
+    assert len(drawn) == len(cells) - len(computed)
+    assert all(figure.axes for figure in drawn)
+
+
+@contextlib.contextmanager
+def without_windows() -> Any:
+    """Matplotlib draws to nothing; the figures that were shown, each rendered once."""
+    import matplotlib
+    from matplotlib import pyplot as plt
+
+    drawn: list[Any] = []
+
+    def show() -> None:
+        for number in plt.get_fignums():
+            figure = plt.figure(number)
+            figure.canvas.draw()
+            drawn.append(figure)
+        plt.close("all")
+
+    with matplotlib.rc_context(), pytest.MonkeyPatch.context() as patch:
+        plt.switch_backend("agg")
+        patch.setattr(plt, "show", show)
+        yield drawn
+
+
+def test_every_notebook_was_run_before_it_was_saved() -> None:
+    """With its plots, so that a page that shows it has them."""
+    assert [notebook.stem for notebook in NOTEBOOKS] == ["minor_components", "whitening"]
+    for notebook in NOTEBOOKS:
+        cells = json.loads(notebook.read_text())["cells"]
+        for cell in cells:
+            if PLOTS.search("".join(cell["source"])):
+                assert "image/png" in cell["outputs"][0]["data"]
+
+
+def test_every_example_is_named_in_its_page() -> None:
+    page = (EXAMPLES / "README.md").read_text()
+    assert [path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb") and f"({path.name})" not in page] == []
