@@ -150,10 +150,9 @@ def _registers_of_tiles(itemsize: int, mode: int, beside: int, num_warps: int, i
 def _passing(itemsize: int, mode: int, beside: int, stays: bool) -> RowPlan:
     """Long rows of which nothing stays, or one tile: many small programs, whose threads meet at the end of the row."""
     block_v = (1024 if beside else 2048) // (2 if itemsize == 8 else 1)
-    of_float64 = itemsize == 8
-    registers = (
-        (248 if of_float64 else 168) if beside > 2 else 128 if beside > 1 else 168 if of_float64 and not beside else None
-    )
+    registers = 128 if beside > 1 else 168 if itemsize == 8 and not beside else None
+    if beside > 2:
+        registers = 248 if itemsize == 8 else 168 if mode == ALIGNED else 184
     stages = 1 if mode == STRIDED else 4 if beside > 2 and itemsize == 2 else 3
     return RowPlan(1, block_v * stays, block_v, False, 4, stages, registers=registers)
 
