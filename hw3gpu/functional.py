@@ -350,7 +350,7 @@ def linear_distillation_loss(
     """
     student, teacher = (student_input, student_weight, student_bias), (teacher_input, teacher_weight, teacher_bias)
     options = arguments.linear_distillation(student, teacher, temperature, kind, beta, mask, reduction)
-    arguments.chunk_rows(chunk_rows)
+    chunk_rows = arguments.chunk_rows(chunk_rows)
     rows = student_input.shape[:-1]
     sides = []
     for x, W, b in (arguments.in_autocast(*student), arguments.in_autocast(*teacher)):
