@@ -152,7 +152,7 @@ def _passing(itemsize: int, mode: int, beside: int, stays: bool) -> RowPlan:
     block_v = (1024 if beside else 2048) // (2 if itemsize == 8 else 1)
     registers = 128 if beside > 1 else 168 if itemsize == 8 and not beside else None
     if beside > 2:
-        registers = 248 if itemsize == 8 else 168 if mode == ALIGNED else 184
+        registers = 168 if itemsize < 8 and mode == ALIGNED else 248
     stages = 1 if mode == STRIDED else 4 if beside > 2 and itemsize == 2 else 3
     return RowPlan(1, block_v * stays, block_v, False, 4, stages, registers=registers)
 
