@@ -442,7 +442,7 @@ def functions() -> dict[str, Function]:
         "functional.token_log_probs": Function(HF.token_log_probs, tokens, of_tokens),
         "functional.linear_token_log_probs": Function(HF.linear_token_log_probs, linear_tokens, of_tokens),
         "functional.distillation_loss": Function(
-            HF.distillation_loss, teachings, of_rows(lambda g: torch.zeros_like(g["student"]).sum(operator.index(g.get("dim", -1))).shape)
+            HF.distillation_loss, teachings, of_rows(lambda g: g["student"].sum(operator.index(g.get("dim", -1))).shape)
         ),
         "functional.linear_distillation_loss": Function(
             HF.linear_distillation_loss, linear_teachings, of_rows(lambda g: g["student_input"].shape[:-1])
