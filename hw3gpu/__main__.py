@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--only", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help="S1 to S9 (all of them)")
     verify.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, metavar="DTYPE", help="float64 … bfloat16 (all)")
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    verify.add_argument("--report", type=Path, metavar="FILE", help="write one HTML page with all outputs and a plot there too")
 
     train = commands.add_parser("train", help="a small net on handwritten digits, beside the same net of PyTorch's layers")
     train.add_argument("--epochs", type=_positive, default=10, help="passes over the training set (%(default)s)")
@@ -81,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "verify":
         from ._cli import verify
 
-        return verify.main(options.kernels, options.only, options.dtypes, options.json)
+        return verify.main(options.kernels, options.only, options.dtypes, options.json, options.report)
     from ._cli import train
 
     return train.main(options.epochs, options.seed, options.output, options.device)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import nn as hw3gpu_nn
 from .._core import dispatch, pool
+from .files import why_not_written
 
 BATCH = 64
 LEARNING_RATE = 2e-3
@@ -187,18 +188,6 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _can_be_written(path: Path) -> None:
-    """Makes the folder of `path`, and refuses what training would find out at its end; a file that is there stays as it is."""
-    there = path.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
-    except OSError as error:
-        _refuse(f"argument --output: {path} cannot be written: {error.strerror}")
-    if not there:
-        path.unlink()
-
-
 def main(epochs: int, seed: int, output: Path, device_name: str | None) -> int:
     """Train both nets, print what they reached, and write the curves."""
     from rich.console import Console
@@ -211,7 +200,8 @@ def main(epochs: int, seed: int, output: Path, device_name: str | None) -> int:
     except ImportError as error:
         raise SystemExit(f"hw3gpu train: {error.name} is not installed; pip install 'hw3gpu[demo]'") from None
     device = _device(device_name)
-    _can_be_written(output)
+    if refusal := why_not_written(output):
+        _refuse(f"argument --output: {refusal}")
 
     console = Console(highlight=False)
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as progress:

@@ -12,11 +12,15 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from .._core import arrays as _arrays
 from .._core import dispatch, pool
+from . import report
 from .arrays import DTYPES, KINDS, Place, cupy_refusal, to_numpy
+from .files import why_not_written
+from .info import collect
 from .interpreter import mend_the_interpreter
 from .measure import max_error, share_of_bound, tolerance
 from .operations import OPERATIONS, Operation, Output
@@ -167,8 +171,8 @@ def _measure(output: Output) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------- the command
-def main(kernels: str, rows: Collection[str], dtypes: Collection[str], as_json: bool) -> int:
-    """Run the checks and print them as a table or as JSON; 1 if one failed, else 0."""
+def main(kernels: str, rows: Collection[str], dtypes: Collection[str], as_json: bool, page: Path | None = None) -> int:
+    """Run the checks and print them as a table or as JSON, and write them to `page`; 1 if one failed, else 0."""
     try:
         dispatch.requested_backend()
         dispatch.check_threads()
@@ -177,6 +181,9 @@ def main(kernels: str, rows: Collection[str], dtypes: Collection[str], as_json: 
         raise SystemExit(str(error)) from None
     if kernels == "gpu" and _without_triton():
         print(f"hw3gpu verify: the Triton kernels cannot run: {dispatch.triton_refusal()}", file=sys.stderr)
+        return 2
+    if page is not None and (refusal := why_not_written(page)):
+        print(f"hw3gpu verify: argument --report: {refusal}", file=sys.stderr)
         return 2
     if as_json:
         checks = _in_order(run(kernels, rows, dtypes))
@@ -189,6 +196,9 @@ def main(kernels: str, rows: Collection[str], dtypes: Collection[str], as_json: 
         with console.status("verifying") as status:
             checks = _in_order(_announced(run(kernels, rows, dtypes), status))
         _print(console, checks)
+    if page is not None:
+        page.write_text(report.page(checks, collect()["versions"]), encoding="utf-8")
+        print(f"report: {page.resolve()}", file=sys.stderr)
     return 0 if all(check.passed for check in checks) else 1
 
 

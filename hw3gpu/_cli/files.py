@@ -1,0 +1,18 @@
+"""Files that a command writes at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def why_not_written(path: Path) -> str | None:
+    """Why `path` cannot be written, asked before the work begins, or None. Makes its folder; a file there stays as it is."""
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        return f"{path} cannot be written: {error.strerror}"
+    if not there:
+        path.unlink()
+    return None
