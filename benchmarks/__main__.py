@@ -19,6 +19,7 @@ COMMANDS = {
     "models": "a training step and an evaluation of whole models on the CPU, batch normalisations fused or not",
     "processors": "every processor that this machine can play: bits, verify and the tests of the CPU kernels",
     "pictures": "the pictures of the pages, drawn again from their tables and from the imports",
+    "compare": "two runs side by side: ratios of medians, marked where their quartiles do not overlap",
     "linalg": "minimize_trace beside the eigensolvers of NumPy, torch and SciPy",
 }
 
@@ -56,12 +57,16 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
-        if name != "pictures":
+        if name not in ("pictures", "compare"):
             command.add_argument("--json", metavar="FILE", help="write the figures there too")
         if name in ("cpu", "linear", "models", "overhead"):
             command.add_argument("--turns", type=_turns, default=15, help="how often each contestant is measured (%(default)s)")
         if name == "times":
             command.add_argument("--others", action="store_true", help="compile Liger's kernels anew: others.json")
+        if name == "cpu":
+            command.add_argument("--output", metavar="DIR", help="a folder for JSON, CSV and plots: benchmarks/results/<name>")
+        if name == "compare":
+            command.add_argument("runs", nargs=2, metavar="RUN", help="its folder, or its results.json")
         if name == "gpu":
             _gpu(command)
         if name == "models":

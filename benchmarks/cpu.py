@@ -16,10 +16,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -37,10 +37,16 @@ from hw3gpu._core import pool as _pool
 from hw3gpu._torch import small_calls
 from hw3gpu.kernels.cpu import batch_norm_small, cross_entropy_step
 
+from . import plots
 from .cpu_cases import HALVES, KNOWN, ROWS, TINIES, Function, Step, Work
-from .harness import Spread
+from .harness import Results, Spread, environment
 
 THREADS = 2
+OURS = "hw3gpu"
+COLUMNS = (
+    "row", "operation", "shape", "dtype", "pass", "contestant", "called_us", "called_low_us", "called_high_us", "turns",
+    "speedup", "speedup_low", "speedup_high", "bytes", "GB_s", "share_of_copy",
+)  # fmt: skip
 LIMIT = 1.6  # times the plain copy, for shapes of at least LARGE bytes
 LARGE = 16 << 20
 HALF_RATE = 0.8  # of float32's elements a second
@@ -80,6 +86,32 @@ class Result:
     ratios: list[Ratio] = field(default_factory=list)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     first_calls: dict[str, float] = field(default_factory=dict)
+    written: Results | None = None  # where each measurement is kept as it comes
+
+    def note(self, work: Work, seconds: Mapping[str, Sequence[float]]) -> None:
+        """Of each contestant its median time, and a line of the results, with the ratios to our time turn by turn."""
+        spreads = {name: Spread.of([1e3 * turn for turn in turns]) for name, turns in seconds.items()}
+        self.milliseconds[work.name] = {name: spread.median for name, spread in spreads.items()}
+        if self.written is None:
+            return
+        moved = int(work.passes * work.nbytes)
+        of = {"row": work.name, "operation": work.operation, "shape": "x".join(map(str, work.shape))}
+        of |= {"dtype": str(work.dtype).removeprefix("torch."), "pass": work.of}
+        lines = []
+        for name, spread in spreads.items():
+            times = {"called_us": spread.median, "called_low_us": spread.low, "called_high_us": spread.high}
+            line = {**of, "contestant": name, **{of: 1e3 * ms for of, ms in times.items()}, "turns": len(seconds[name])}
+            line |= {"bytes": moved, "GB_s": moved / spread.median / 1e6}
+            if name != OURS:
+                ratio = Spread.ratio(seconds[name], seconds[OURS])
+                line |= {"speedup": ratio.median, "speedup_low": ratio.low, "speedup_high": ratio.high}
+            elif "copy" in seconds:
+                line["share_of_copy"] = Spread.ratio(seconds["copy"], seconds[OURS]).median
+            lines.append(line)
+        if "copy" in spreads:  # of half the bytes: it reads them and writes as many
+            copies = self.written.parts.setdefault("copy_GB_s", {})
+            copies[str(moved // 2)] = {"median": moved / spreads["copy"].median / 1e6}
+        self.written.add(lines)
 
     def shortfalls(self) -> list[str]:
         short = [f"{r.row}: {r.spread} × {r.to}, promised {r.promised:g}" for r in self.ratios if not r.kept]
@@ -179,7 +211,7 @@ def measure_rows(result: Result, turns: int) -> None:
             "copy": copier(work.passes * work.nbytes),
         }
         seconds = in_turn(contestants, turns)
-        result.milliseconds[work.name] = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
+        result.note(work, seconds)
         ours, off = seconds["hw3gpu"], seconds["hw3gpu, pool off"]
         large = work.nbytes >= LARGE
         result.ratios += [
@@ -200,7 +232,7 @@ def measure_halves(result: Result, turns: int) -> None:
         seconds = in_turn({name: partial(step, step.ours) for name, step in steps.items()}, turns)
         float32 = seconds[works[0].name]
         for work in works[1:]:
-            result.milliseconds[work.name] = {"hw3gpu": 1e3 * statistics.median(seconds[work.name])}
+            result.note(work, {OURS: seconds[work.name]})
             result.ratios.append(Ratio(work.name, "float32 rate", Spread.ratio(float32, seconds[work.name]), HALF_RATE))
 
 
@@ -211,7 +243,7 @@ def measure_known(result: Result, turns: int) -> None:
         verify(work, step)
         contestants = {"hw3gpu": partial(step, step.ours), "eager": partial(step, step.eager)}
         seconds = in_turn(contestants, turns, calls=max(1, LARGE // work.nbytes))
-        result.milliseconds[work.name] = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
+        result.note(work, seconds)
         result.ratios.append(Ratio(work.name, "eager", Spread.ratio(seconds["eager"], seconds["hw3gpu"]), work.eager))
 
 
@@ -221,7 +253,7 @@ def measure_tinies(result: Result, turns: int) -> None:
         verify(work, step)
         contestants = {"hw3gpu": partial(step, step.ours), "eager": partial(step, step.eager)}
         seconds = in_turn(contestants, 4 * turns, calls=200)
-        result.milliseconds[work.name] = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
+        result.note(work, seconds)
         result.ratios.append(Ratio(work.name, "eager", Spread.ratio(seconds["eager"], seconds["hw3gpu"]), work.eager))
         result.layers[work.name] = layers(work, step, turns)
 
@@ -332,45 +364,66 @@ def measure_first_calls(result: Result) -> None:
 
 # ---------------------------------------------------------------------------------------------- the command
 def _print(result: Result, console: Console) -> None:
+    """What was measured: a run that was interrupted has less."""
     by_row = {(ratio.row, ratio.to): ratio for ratio in result.ratios}
     console.print(", ".join(f"{name} {value}" for name, value in result.machine.items()))
     table = Table(title="Times PyTorch's speed, median (quartiles) and what is promised; last, times a plain copy's time")
     for column in ("work", "ms", "× eager, pool off", "× compiled, pool off", "× eager", "× compiled", "× copy"):
         table.add_column(column, justify="left" if column == "work" else "right")
-    for work in ROWS:
+    rows = [work.name for work in ROWS if work.name in result.milliseconds]
+    for row in rows:
         to = ("eager, pool off", "compiled, pool off", "eager", "compiled", "copy")
-        cells = [str(by_row[work.name, name]) for name in to]
-        table.add_row(work.name, f"{result.milliseconds[work.name]['hw3gpu']:.2f}", *cells)
+        table.add_row(row, f"{result.milliseconds[row][OURS]:.2f}", *(str(by_row[row, name]) for name in to))
     console.print(table)
     rest = Table("work", "compared with", "ratio")
     for ratio in result.ratios:
-        if all(ratio.row != work.name for work in ROWS):
+        if ratio.row not in rows:
             rest.add_row(ratio.row, ratio.to, str(ratio))
     for name, seconds in result.first_calls.items():
         rest.add_row(f"first call in a process, {name}", "seconds", f"{seconds:.2f} ≤ {FIRST_CALL}")
     console.print(rest)
-    parts = Table("microseconds a call", *(work.name for work in TINIES))
-    for layer in result.layers[TINIES[0].name]:
-        parts.add_row(layer, *(f"{result.layers[work.name][layer]:.1f}" for work in TINIES))
-    console.print(parts)
+    if result.layers:
+        parts = Table("microseconds a call", *result.layers)
+        for layer in next(iter(result.layers.values())):
+            parts.add_row(layer, *(f"{of[layer]:.1f}" for of in result.layers.values()))
+        console.print(parts)
     for shortfall in result.shortfalls():
         console.print(f"short: {shortfall}")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verifies and measures everything `args.turns` times, prints the tables and what falls short; JSON to `args.json`."""
-    before = torch.get_num_threads()
+    """Verifies and measures everything `args.turns` times, prints the tables and what falls short; JSON to `args.json`.
+
+    With `args.output`, a folder: results.json, measurements.csv and the plots. Ctrl-C keeps what is finished, with status 130.
+    """
+    result = Result(machine())
+    if args.output:
+        where = environment(result.machine["cpu"], seed=0, cpus=os.cpu_count(), threads=THREADS)
+        try:
+            result.written = Results.new(Path(args.output), COLUMNS, where)
+        except (OSError, ValueError) as error:
+            print(f"cpu: argument --output: {error}", file=sys.stderr)
+            return 2
+    before, status = torch.get_num_threads(), 0
     torch.set_num_threads(THREADS)
     try:
-        result = Result(machine())
         measure_rows(result, args.turns)
         measure_halves(result, args.turns)
         measure_known(result, args.turns)
         measure_tinies(result, args.turns)
         measure_first_calls(result)
+    except KeyboardInterrupt:
+        print("interrupted: what is finished is kept", file=sys.stderr)
+        status = 130
     finally:
         torch.set_num_threads(before)
     _print(result, Console(width=None if sys.stdout.isatty() else 200))
+    found = {name: of for name, of in asdict(replace(result, written=None)).items() if name != "written"}
     if args.json:
-        Path(args.json).write_text(json.dumps(asdict(result), indent=1) + "\n")
-    return 0
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    if result.written is not None:
+        result.written.parts |= {"layers_us": result.layers, "first_calls_s": result.first_calls}
+        result.written.parts["short"] = result.shortfalls()
+        result.written.write()
+        print(plots.draw(json.loads(result.written.file.read_text()), result.written.folder) or f"results: {args.output}")
+    return status

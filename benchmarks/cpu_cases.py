@@ -42,6 +42,11 @@ class Work:
         return ", ".join([f"{kind} {self.shape}", *notes])
 
     @property
+    def of(self) -> str:
+        """Which passes are timed."""
+        return "forward" if self.statistics == "evaluation" else "forward and backward"
+
+    @property
     def nbytes(self) -> int:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 

@@ -129,6 +129,16 @@ class Results:
             results.parts = found
         return results
 
+    @classmethod
+    def new(cls, folder: Path, columns: Sequence[str], environment: dict[str, Any]) -> Results:
+        """In a folder that is made; ValueError where it has the results of another run."""
+        results = cls(folder, columns, environment)
+        if results.file.exists():
+            raise ValueError(f"expected a folder with no results, got {folder}, which has {results.file.name}")
+        folder.mkdir(parents=True, exist_ok=True)
+        results.write()
+        return results
+
     def begin(self, task: str) -> None:
         self.running = task
         self.mark()

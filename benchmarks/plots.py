@@ -1,4 +1,4 @@
-"""The results of `python -m benchmarks gpu` to look at: a table, and PNG plots where Matplotlib is installed."""
+"""The results of `python -m benchmarks gpu` and `cpu` to look at: a table, and PNG plots where Matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def roofline(axes: Any, results: dict[str, Any]) -> bool:
         return False
     ends = [min(x for x, _ in points) / 1.5, max(x for x, _ in points) * 1.5]
     axes.plot(ends, [rate * x for x in ends], "k-", label="a copy's speed")
-    for of, mark in (("forward", "o"), ("backward", "s")):
+    for of, mark in zip(dict.fromkeys(line["pass"] for _, line in points), "os^", strict=False):
         mine = [(x, line) for x, line in points if line["pass"] == of]
         axes.plot([x for x, _ in mine], [x * line["GB_s"] for x, line in mine], mark, label=of, markersize=4)
     axes.set_xscale("log")
