@@ -10,7 +10,7 @@ EXTRAS ?= dev$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all quick test-cpu test-gpu fuzz evidence processors lint clean
+.PHONY: demo test test-all quick test-cpu test-gpu fuzz evidence processors docs lint clean
 
 # The training is shown whatever `verify` finds, and the status tells what it found.
 demo: $(INSTALLED)
@@ -26,8 +26,8 @@ test: $(INSTALLED)
 # For the loop of someone who edits: a case of each test, both kinds of kernels at once, without what starts processes or
 # compiles for a GPU.
 QUICK = --sample 1 $(patsubst %,--ignore tests/test_%.py,$(NOT_QUICK))
-NOT_QUICK := batch_norm_graphs benchmarks blas_threads command cpu_threads cross_entropy_graphs distributed evidence gpu_benchmark guard_pages internals kernels_hub \
-	large_means launches linear_cross_entropy packaging pool portability processors safety supervisor traffic training_page
+NOT_QUICK := batch_norm_graphs benchmarks blas_threads command cpu_threads cross_entropy_graphs distributed evidence examples gpu_benchmark guard_pages internals kernels_hub \
+	large_means launches linear_cross_entropy packaging pool portability processors safety site supervisor traffic training_page
 
 quick: export OMP_NUM_THREADS ?= 1
 quick: $(INSTALLED)
@@ -68,6 +68,11 @@ evidence: $(INSTALLED)
 # `verify` and the tests of the CPU kernels on every processor that this machine can play; docs/processors.md has its table.
 processors: $(INSTALLED)
 	$(BIN)/python -m benchmarks processors
+
+# The site, in out/site; a warning is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

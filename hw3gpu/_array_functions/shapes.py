@@ -161,7 +161,9 @@ def conv2d_padding_for(
     Args:
         input_size: (W, H) pixels, each at least 1; here and below one integer stands for both entries.
         output_size: (W', H') pixels, each at least 1.
-        kernel_size, stride, dilation: as in ``conv2d_output_shape``.
+        kernel_size: as in ``conv2d_output_shape``, as are the next two.
+        stride: (s1, s2) pixels.
+        dilation: (d1, d2) pixels.
 
     Returns:
         Two ranges, neither empty.
@@ -198,9 +200,13 @@ def conv_transpose2d_output_shape(
     that do says which, 0 for the smallest. Source: docs/derivations.md, section 1.4.
 
     Args:
-        input_shape, output_channels, kernel_size, stride, dilation: as in ``conv2d_output_shape``.
+        input_shape: (B, W, H, C_in), as in ``conv2d_output_shape``, as are ``kernel_size``, ``stride`` and ``dilation``.
+        output_channels: C_out, at least 1.
+        kernel_size: (k1, k2) pixels.
+        stride: (s1, s2) pixels.
         padding: (p1, p2) pixels by which *each* of the two sides is cut, each at least 0.
         output_padding: (o1, o2) pixels added at the far end, each at least 0 and less than stride or dilation.
+        dilation: (d1, d2) pixels.
 
     Raises:
         TypeError: an argument is no integer, or no sequence of integers; a bool counts as none.
