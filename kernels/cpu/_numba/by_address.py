@@ -1,7 +1,6 @@
-"""Arrays by address, for small calls: a NumPy view of every tensor costs several times their arithmetic.
+"""Arrays by address, for small calls: making a NumPy view of each tensor takes several times as long as the arithmetic.
 
-They are contiguous, which the caller has seen to (`hw3gpu/_torch/small_calls.py`); address 0 stands for a vector that is not
-given.
+The caller has checked that they are contiguous (`hw3gpu/_torch/small_calls.py`). Address 0 means a vector that is not given.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def pointer(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def _of_any_strides(typingctx: Any, array: Any) -> Any:
-    """The same array, of the type that kernels for all strides take."""
+    """The same array, of the type of arrays with any strides."""
     return array.copy(layout="A")(array), lambda context, builder, signature, args: args[0]
 
 
@@ -41,7 +40,7 @@ def floats(address, shape):
 
 @inline
 def planes(address, N, C, S):
-    """Floats (N, C, S), of the type that a launcher's arrays have: a kernel for these serves both."""
+    """float32 (N, C, S), of the type of a launcher's arrays, so that both call the same compiled kernel."""
     return _of_any_strides(floats(address, (N, C, S)))
 
 

@@ -1,10 +1,10 @@
-"""How the CPU kernels are compiled, and where what was compiled is kept.
+"""How the CPU kernels are compiled, and where the compiled code is cached.
 
-`kernel` compiles a function that a launcher calls: it runs without the GIL and is cached on disk. `inline` compiles a
-helper, which becomes part of the kernels that call it. Numba's own cache looks at the file a function stands in and
-nowhere else, so a kernel would outlive a change of its helpers; here the name of what is cached carries a hash of the
-kernel's file and of all files of `kernels/cpu` that it imports, so that a change compiles again what depends on it and no
-more. A folder that cannot be written costs the time to compile, never an error.
+`kernel` compiles a function that a launcher calls: it runs without the GIL and is cached on disk. `inline` compiles a helper
+into the kernels that call it. Numba's own cache looks only at the file of the function itself, so a cached kernel would survive
+a change of its helpers. Here the name of a cache entry has a hash of the kernel's file and of all files of `kernels/cpu` that
+it imports: a change compiles again what depends on it, and nothing else. Where the folder cannot be written kernels are
+compiled in every process; it is never an error.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from .internals import (
     processor,
 )
 
-# `contract` lets a multiply and an add become one fused operation. Flags that reorder sums go with the few helpers that
-# want it; `nnan` and `ninf` with none, since inputs carry NaN and infinities.
+# `contract` allows fused multiply-add. Only the few helpers made with `reduction` may reorder sums, and none has `nnan` or
+# `ninf`, since inputs may have NaN and infinities.
 _OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "fastmath": {"contract"}}
-# A helper is never called from Python: compiling the way in would double its time.
+# A helper is never called from Python: compiling the wrapper for that would double its time.
 _HELPER = {**_OPTIONS, "no_cpython_wrapper": True}
 _INLINE = {**_HELPER, "forceinline": True}
 
@@ -52,28 +52,28 @@ def inline(function: Callable[..., Any]) -> Any:
 
 
 def outline(function: Callable[..., Any]) -> Any:
-    """Compile a helper that stays a function of its own: what is seldom called, so that kernels compile sooner."""
+    """Compile a helper that stays a function of its own: for rarely executed code, so that kernels compile faster."""
     return _helper(function, _HELPER)
 
 
 def exact(function: Callable[..., Any]) -> Any:
-    """As `inline`, each operation of `function` rounded as it is written: for numbers held in two parts."""
+    """As `inline`, with no fused operations: each operation is rounded as written, for numbers in two parts."""
     return _helper(function, {**_INLINE, "fastmath": set()})
 
 
 def reduction(function: Callable[..., Any]) -> Any:
-    """As `inline`, and the sums that `function` itself writes may be taken in any order, fixed when it is compiled.
+    """As `inline`, and the compiler may reorder the additions of `function`; their order is then fixed in the compiled code.
 
-    It writes no difference: (x - high) - low may become x - (high + low), and low is lost. Differences come from an `inline`
-    helper, whose operations keep their own flags where it is called.
+    `function` itself must contain no subtraction: (x - high) - low could become x - (high + low), and low would be lost. It
+    takes differences from an `inline` helper, whose operations keep their own flags.
     """
     return _helper(function, {**_INLINE, "fastmath": {"contract", "reassoc", "nsz"}})
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile on the first call for each set of types, without the GIL; cached on disk where that is possible.
+    """Compile on the first call with new argument types; runs without the GIL, cached on disk where that is possible.
 
-    What another package has compiled in this way is not: the cache knows the sources of this one.
+    Functions of other packages are not cached: the hash knows the sources of this one only.
     """
     dispatcher = KernelDispatcher(function, targetoptions={**_OPTIONS, "nopython": True}, pipeline_class=KernelCompiler)
     if function.__module__.startswith(f"{_PACKAGE}.") and cache_folder() is not None:
@@ -118,7 +118,7 @@ def _others_may_write(folder: Path) -> bool:
     return status.st_uid not in (0, os.geteuid()) or bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
-# what a kernel may be of: `hw3gpu.kernels.cpu`
+# `hw3gpu.kernels.cpu`
 _PACKAGE = __package__.rpartition(".")[0]
 # `from .simd import …`, `from .._batch_norm import lines, planes`, on one line or in brackets
 _IMPORT = re.compile(r"^ *from (\.+)([\w.]*) import (\([^)]*\)|.*)", re.MULTILINE)
@@ -126,10 +126,10 @@ _IMPORT = re.compile(r"^ *from (\.+)([\w.]*) import (\([^)]*\)|.*)", re.MULTILIN
 
 @functools.cache
 def source_hash(module: str) -> str:
-    """A hash of what a kernel of a module of `kernels/cpu`, named from there (`_numba.simd`), is made from.
+    """A hash of all sources of the kernels of a module of `kernels/cpu`; its name counts from there: `_numba.simd`.
 
-    That is the module, what it imports of this folder and of those inside it at any depth, and the package's name, by which
-    what was compiled finds its types again.
+    The sources are the module, what it imports of `kernels/cpu` at any depth, and the package's name, by which compiled code
+    finds its types.
     """
     root = Path(__file__).parents[1]
     # a kernel may run on OpenMP's threads and at addresses, whoever compiles it
@@ -155,11 +155,11 @@ def _imported(root: Path, module: str, source: str) -> Iterator[str]:
 
 
 class _Locator(CacheLocator):
-    """Tells Numba's cache the folder above, and names whose hash says what they hold, so that no entry can be stale."""
+    """Gives Numba's cache the folder above, and names with the hash of the sources, so that no entry can be stale."""
 
     def __init__(self, function: Callable[..., Any], source: str) -> None:
         self._py_file = source
-        # a team's own file is `openmp.py`, whatever kernel it calls
+        # the module of the kernel: for a `team_of` a kernel, py_file would be `openmp.py`
         self._module = function.__module__.removeprefix(f"{_PACKAGE}.")
 
     @classmethod
@@ -184,7 +184,7 @@ class _KernelCache(FunctionCache):
     _impl_class = _KernelCacheImpl
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return sig, processor(codegen)  # the file's name stands for the code, a kernel within a closure included
+        return sig, processor(codegen)  # the name of the file has the hash of the code, closures included
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         with contextlib.suppress(OSError, EOFError):

@@ -1,8 +1,8 @@
-"""One element at a time: how the kernels read and write float64, float32, bfloat16 and float16, and their exponential.
+"""Loads and stores of one element of float64, float32, bfloat16 and float16.
 
-Numba knows neither bfloat16 nor float16 on the CPU, so arrays of these come as bits: bfloat16 as uint16, float16 as
-int16. `load` gives float32 for both and for float32, and float64 for float64; `store` rounds to nearest even, once.
-Everything here becomes a few packed instructions once LLVM has vectorised the loop around it.
+On the CPU Numba has neither bfloat16 nor float16, so arrays of these are passed as bits: bfloat16 as uint16, float16 as int16.
+`load` gives float32 for both and for float32, and float64 for float64; `store` rounds once, to nearest even. LLVM vectorises
+the loops around these functions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FLOATING = (types.float32, types.float64, types.uint16, types.int16)
 
 
 def accumulate_dtype(x: np.ndarray) -> np.dtype:
-    """float64 for float64; float32 for float32 and for the bits of the halves."""
+    """The dtype of sums: float64 for float64, float32 for float32 and for the bits of half precision."""
     return np.dtype(np.float64) if x.dtype == np.float64 else np.dtype(np.float32)
 
 
@@ -33,7 +33,7 @@ def as_classes(target: np.ndarray) -> np.ndarray:
 
 
 def to_accumulate(values: np.ndarray | None, size: int, dtype: np.dtype, default: float) -> np.ndarray:
-    """A short vector in `dtype`, contiguous: `values` converted from any float dtype (bits too), or `default` for None."""
+    """`values`, of any float dtype or its bits, as a contiguous vector of `dtype`; `size` times `default` for None."""
     if values is None:
         return np.full(size, default, dtype)
     if values.dtype == BFLOAT16:
@@ -101,7 +101,7 @@ def load(typingctx: Any, row: Any, i: Any) -> Any:
 
 @intrinsic
 def store(typingctx: Any, row: Any, i: Any, value: Any) -> Any:
-    """`row[i] = value`, 0 <= i < row.size, rounded to nearest even to the dtype that `row` stands for."""
+    """`row[i] = value`, 0 <= i < row.size, rounded to nearest even to the dtype of `row`."""
     if not (isinstance(row, types.Array) and row.ndim == 1 and row.dtype in _FLOATING):
         return None
     computed = types.float64 if row.dtype == types.float64 else types.float32
@@ -122,7 +122,7 @@ def store(typingctx: Any, row: Any, i: Any, value: Any) -> Any:
 
 
 def _round_to_bfloat16(builder: Any, value: Any) -> Any:
-    """The upper half of the bits after adding just under half a unit, and the unit's own last bit; NaN stays NaN."""
+    """Round to nearest even: add 0x7FFF and the last kept bit, keep the upper 16 bits; NaN stays NaN."""
     int32 = ir.IntType(32)
     word = builder.bitcast(value, int32)
     last = builder.and_(builder.lshr(word, ir.Constant(int32, 16)), ir.Constant(int32, 1))
@@ -134,7 +134,7 @@ def _round_to_bfloat16(builder: Any, value: Any) -> Any:
 
 @intrinsic
 def atomic_min(typingctx: Any, array: Any, value: Any) -> Any:
-    """array[0] = min(array[0], value) in one step, for an int64 array that several threads share."""
+    """array[0] = min(array[0], value), atomically: an int64 array that several threads share."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = make_array(array)(context, builder, args[0]).data

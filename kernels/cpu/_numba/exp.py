@@ -13,10 +13,9 @@ from numba.extending import intrinsic, overload
 from .compile import inline
 from .simd import Lanes, larger
 
-# ---------------------------------------------------------------------------------------------- exp
 # exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, ln 2 = HIGH + LOW where n * HIGH is exact. Adding MAGIC rounds to
 # an integer and leaves n + bias in the last bits of the sum, from where a shift moves it to the exponent. The bias holds
-# 2^64 (2^512) more than the exponent's own, taken off by a last product, so that a subnormal result is rounded once.
+# 2^64 (2^512) more than the exponent's own, which a last product removes, so that a subnormal result is rounded once.
 # exp(r) = 1 + r + r^2 P(r), P the minimax polynomial (relative error 3e-9 and 4e-18) in Estrin's order, for its short chain;
 # r is rounded in the powers alone.
 _LOWEST32, _LOWEST64 = np.float32(-104.0), np.float64(-746.0)
@@ -42,7 +41,7 @@ _P64 = (
 
 @intrinsic
 def _power(typingctx: Any, shifted: Any) -> Any:
-    """2^(n + bias) from what has n + bias in its last bits: a number, or `Lanes` of them."""
+    """2^(n + bias) from a number, or `Lanes`, with n + bias in its last bits."""
     exponent = 52 if getattr(shifted, "dtype", shifted) == types.float64 else 23
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -1,7 +1,7 @@
-"""float16 to float32 and back, a number or a vector, on processors with the instruction for it and without.
+"""float16 to float32 and back, for numbers and vectors, with the processor's instruction or without.
 
-x86-64 has it since F16C (2012). Where it is missing, LLVM calls functions of the compiler's own library, number by number,
-which a Python process need not have loaded: the call then jumps to address 0. There the conversions are arithmetic on bits.
+x86-64 has the instruction since F16C (2012). Without it LLVM calls functions of the compiler's library for each number, which
+a Python process need not have loaded: the call would jump to address 0. There the conversions are arithmetic on bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ define half @narrowed(float %x) {{
   ret half %y
 }}
 """
-# as they stand in the bits of a float32: the exponents' difference, and a number whose last bit is a subnormal half's
+# in the bits of a float32: the difference of the exponents' biases, the smallest normal float16, and a number whose last bit is
+# that of a subnormal float16
 _BIAS = (127 - 15) << 23
 _SMALLEST_NORMAL = (127 - 14) << 23
 _UNIT_OF_SUBNORMALS = (127 - 15 + 23 - 10 + 1) << 23
@@ -33,14 +34,14 @@ _UNIT_OF_SUBNORMALS = (127 - 15 + 23 - 10 + 1) << 23
 
 @functools.cache
 def has_instruction(triple: str, cpu: str, features: str) -> bool:
-    """True where LLVM converts by instructions, as its own code for that processor shows."""
+    """True where LLVM's code for that processor converts by instructions."""
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
     assembly = machine.emit_assembly(llvm.parse_assembly(_PROBE.format(triple=triple)))
     return not any(name in assembly for name in ("extendhfsf2", "truncsfhf2", "gnu_h2f", "gnu_f2h"))
 
 
 def _like(of: Any, element: Any) -> Any:
-    """`element`, or as many of them as the vector `of` has."""
+    """The type `element`, or a vector of it as long as the vector `of`."""
     return ir.VectorType(element, of.count) if isinstance(of, ir.VectorType) else element
 
 
@@ -49,7 +50,7 @@ def _every(of: Any, number: int) -> Any:
 
 
 def to_float(context: Any, builder: Any, value: Any) -> Any:
-    """The halves, or their bits as int16, in float32: exactly."""
+    """float16 values, or their bits as int16, as float32; exact."""
     floating = _like(value.type, ir.FloatType())
     if has_instruction(*processor(context.codegen())):
         return builder.fpext(builder.bitcast(value, _like(value.type, ir.HalfType())), floating)

@@ -1,7 +1,7 @@
-"""What the CPU kernels use of Numba beyond its documented interface: all of it stands here, since any release may move it.
+"""What the CPU kernels use of Numba beyond its documented interface: all of it is here, because any release may change it.
 
 `numba.extending`, `numba.types`, the options of `numba.njit` and `llvmlite.ir` are documented and imported where they are used.
-`tests/test_internals.py` names each thing that a release has moved.
+`tests/test_internals.py` fails with the name of what a release has moved.
 """
 
 from __future__ import annotations
@@ -59,35 +59,35 @@ __all__ = [
 
 
 def processor(codegen: Any) -> tuple[str, str, str]:
-    """(triple, name, features) of the processor that `codegen` makes code for: all that the code depends on but its source."""
+    """(triple, name, features) of the processor that `codegen` compiles for: with the source, what decides the code."""
     return codegen.magic_tuple()
 
 
 def cached_in(cache: Any, dispatcher: Any) -> Any:
-    """The dispatcher, whose compiled code is to be kept by `cache`."""
+    """The dispatcher, with `cache` as the cache of its compiled code."""
     dispatcher._cache = cache
     return dispatcher
 
 
 def compiled_for(typing_context: Any, kernel: Any, arguments: tuple[Any, ...]) -> Any:
-    """What Numba compiles of `kernel`, the type of a dispatcher, for arguments of these types."""
+    """The compile result of `kernel`, a dispatcher's type, for arguments of these types."""
     return kernel.dispatcher.get_compile_result(kernel.get_call_type(typing_context, arguments, {}))
 
 
 def call(context: Any, builder: Any, compiled: Any, arguments: Any) -> Any:
-    """Calls what `compiled_for` gave; whether it raised an error, as a bit."""
+    """Calls a result of `compiled_for`; returns the bit that says whether it raised an error."""
     context.add_linking_libs([compiled.library])
     status, _ = context.call_internal_no_propagate(builder, compiled.fndesc, compiled.signature, arguments)
     return status.is_error
 
 
 def raise_error(context: Any, builder: Any, error: type[Exception], message: str) -> None:
-    """Leaves the function that is being built with a Python error."""
+    """Returns from the function that is being built with a Python error."""
     context.call_conv.return_user_exc(builder, error, (message,))
 
 
 class _Flags(Flags):
-    """Flags that are quick to compare: for each call that it types Numba compares all 30, of sets that have one hash."""
+    """Flags with a fast comparison and a hash. Numba's own have one hash for all, and it compares 30 flags for each call."""
 
     __slots__ = ()
 
@@ -107,7 +107,7 @@ class KernelCompiler(Compiler):
 
 
 class _NoEnvironment:
-    """Takes the place of an engine: a helper's environment is that of the kernel it becomes a part of."""
+    """Replaces the execution engine: a helper has no environment of its own, but that of the kernel it is compiled into."""
 
     @staticmethod
     def set_env(name: str, environment: Any) -> None:
@@ -115,7 +115,7 @@ class _NoEnvironment:
 
 
 class _HelperLibrary(JITCodeLibrary):
-    """The code of a helper as it is written: what calls it takes it in and optimises the whole, which alone is executed."""
+    """The unoptimised code of a helper, never executed: a kernel links it in, and LLVM optimises the kernel as a whole."""
 
     codegen = _NoEnvironment
 
@@ -132,7 +132,7 @@ class _HelperLibrary(JITCodeLibrary):
 
 
 class HelperCompiler(KernelCompiler):
-    """Compiles what kernels alone call."""
+    """The compiler of helpers, which only kernels call."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -140,8 +140,7 @@ class HelperCompiler(KernelCompiler):
 
 
 class HelperDispatcher(CPUDispatcher):
-    """A helper: compiled once for a number, not again for each constant that it is called with. LLVM, which makes it part of
-    what calls it, knows the constant all the same."""
+    """A helper: compiled once for a number, not for each constant in a call, which LLVM sees when it inlines."""
 
     def get_call_template(self, args: Any, kws: Any) -> Any:
         return super().get_call_template(
@@ -150,7 +149,7 @@ class HelperDispatcher(CPUDispatcher):
 
 
 class KernelDispatcher(HelperDispatcher):
-    """A kernel: what is compiled for three-dimensional arrays serves all strides, and what may be written is read as well."""
+    """A kernel: code for three-dimensional arrays serves all strides, and code for writable arrays serves read-only ones."""
 
     def typeof_pyval(self, val: Any) -> Any:
         found = super().typeof_pyval(val)

@@ -1,11 +1,11 @@
-"""A kernel on the threads of torch's own OpenMP runtime, without a word of Python between its pieces.
+"""Runs a kernel on the threads of torch's OpenMP runtime, without Python code between its pieces.
 
-After each of torch's parallel operations its OpenMP threads wait for the next one in a busy loop, for milliseconds: threads of
-our own would have to share the processors with them, and to be woken first. So a large call enters OpenMP as torch's operations
-do, through `GOMP_parallel(function, data, threads, flags)`, which the runtimes of GNU, LLVM and Intel have.
+After a parallel operation of torch its OpenMP threads wait for the next one in a busy loop, for milliseconds: other threads
+would share the processors with them, and would first have to be woken. So a large call enters OpenMP as torch's operations do,
+through `GOMP_parallel(function, data, threads, flags)`, which the runtimes of GNU, LLVM and Intel all have.
 
-`team_of(kernel)` is a compiled function that packs the arguments into a structure on its stack and hands OpenMP a function
-made beside it, which takes pieces by an atomic count until there are none.
+`team_of(kernel)` is a compiled function. It packs the arguments into a structure on its stack and passes OpenMP a second
+compiled function, which takes pieces by an atomic counter until none is left.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _is_forked = False
 
 
 def openmp() -> int:
-    """The address of `GOMP_parallel` in the runtime that torch has loaded, or 0 where there is none to use.
+    """The address of `GOMP_parallel` in the runtime that torch has loaded, or 0 where it cannot be used.
 
-    A forked child has none: the runtime would wait there for threads that are the parent's.
+    It cannot be used in a forked child: the runtime would wait for threads that only the parent has.
     """
     return 0 if _is_forked or "torch" not in sys.modules else _entry()
 
@@ -101,7 +101,7 @@ def _share(
 
 
 def _borrowed(context: Any, builder: Any, of: Any, value: Any) -> Any:
-    """An array that counts no references: all threads would count on one line of the cache. The caller holds them."""
+    """An array without reference counting, since all threads would count on one cache line. The caller holds references."""
     if not isinstance(of, types.Array):
         return value
     array = make_array(of)(context, builder, value)
@@ -110,7 +110,7 @@ def _borrowed(context: Any, builder: Any, of: Any, value: Any) -> Any:
 
 
 def _worker(context: Any, module: Any, called: Any, arguments: Any, layout: Any) -> Any:
-    """void f(data*): takes pieces and calls the kernel for them."""
+    """The function of a thread, void f(data*): takes pieces and calls the kernel for each."""
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [layout.as_pointer()]), module.get_unique_name("pieces"))
     function.linkage = "internal"
     place = function.args[0]

@@ -1,12 +1,12 @@
-"""A vector of adjacent elements as one value, for the loops that LLVM's own vectoriser would leave slower than memory.
+"""Explicit vectors: `Lanes`, a vector of adjacent elements as one value, for loops that LLVM's vectoriser leaves too slow.
 
-A value of `Lanes` holds two cache lines of accumulators, 32 float32 or 16 float64; LLVM maps it to the machine's
-registers. +, - and * work on it, lane by lane, with numbers too. `load_lanes` and `store_lanes` convert as `load` and `store`
-of `elements.py` do; both take the number of lanes that exist, of which a constant costs nothing: the last elements of a row
-are one more vector and no other loop. Neither touches what lies beyond them, not even where a processor would let it.
+A `Lanes` value has two cache lines of accumulators, 32 float32 or 16 float64; LLVM maps it to the registers of the machine.
++, - and * work lane by lane, with numbers too. `load_lanes` and `store_lanes` convert as `load` and `store` of `elements.py`
+do. Both take the number of lanes that exist (a constant costs nothing), so that the last elements of a row are one more vector
+and need no loop of their own. Neither touches memory beyond these lanes, not even where a processor would allow it.
 
-`stream_lanes` writes around the caches. A store into a line that is in no cache reads the line first: a large result
-would cost two passes instead of one, and put out of the caches what is read again. `prefetch` asks for a line ahead.
+`stream_lanes` writes past the caches (non-temporal stores). An ordinary store into a line that is in no cache reads the line
+first: a large result would be moved twice, and would evict what is read again. `prefetch` loads a line into the cache ahead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .compile import inline
 from .internals import AbstractTemplate, cgutils, infer_global, make_array, models, register_default
 from .internals import signature as typed
 
-# Bytes of a line, and of the smallest result that goes around the caches.
+# Bytes of a cache line, and of the smallest result that is written past the caches.
 LINE = 64
 LARGE = 4 << 20
 
@@ -54,7 +54,7 @@ def _lanes_of(dtype: Any) -> Lanes:
 
 @intrinsic
 def width(typingctx: Any, row: Any) -> Any:
-    """Lanes of a vector of `row`."""
+    """How many lanes a vector of `row` has."""
     count = _lanes_of(row.dtype).count
     return types.intp(row), lambda context, builder, signature, args: context.get_constant(types.intp, count)
 
@@ -65,14 +65,14 @@ def _splat(builder: Any, value: Any, vector: Any) -> Any:
 
 
 def _operand(context: Any, builder: Any, value: Any, of: Any, lanes: Any) -> Any:
-    """`value` as `lanes`: itself, or a number in every lane."""
+    """`value` as `lanes`: a vector unchanged, a number in every lane."""
     if of == lanes:
         return value
     return _splat(builder, context.cast(builder, value, of, lanes.dtype), context.get_value_type(lanes))
 
 
 def _lane_by_lane(result: Callable[..., Any], a: Any, b: Any) -> Callable[..., Any]:
-    """The code of `result(builder, a, b)` for types of which one at least is `Lanes`, or neither and both the same."""
+    """The code of `result(builder, a, b)`, lane by lane, for operands of types a and b: `Lanes` or numbers."""
     lanes = a if isinstance(a, Lanes) else b
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -83,7 +83,7 @@ def _lane_by_lane(result: Callable[..., Any], a: Any, b: Any) -> Callable[..., A
 
 
 def _of_lanes(result: Callable[..., Any]) -> Any:
-    """An intrinsic of two operands: `result(builder, a, b)` lane by lane."""
+    """The intrinsic that computes `result(builder, a, b)` lane by lane."""
 
     @intrinsic
     def operation(typingctx: Any, a: Any, b: Any) -> Any:
@@ -93,7 +93,7 @@ def _of_lanes(result: Callable[..., Any]) -> Any:
 
 
 def _choice(comparison: str, then: str) -> Callable[..., Any]:
-    """a where `a comparison b`, else b; or 1 and 0."""
+    """Lane by lane: a where `a comparison b` holds, else b (then "a"); or 1 and 0 (then "1")."""
 
     def result(builder: Any, a: Any, b: Any) -> Any:
         unordered = comparison == "!="
@@ -110,7 +110,7 @@ def _product_or_zero(builder: Any, q: Any, d: Any) -> Any:
     return builder.select(builder.fcmp_ordered("==", q, zero), zero, builder.fmul(q, d))
 
 
-larger = _of_lanes(_choice(">", "a"))  # a where a > b, else b: of a NaN and a number the second; of two numbers too
+larger = _of_lanes(_choice(">", "a"))  # a where a > b, else b; so b where either is NaN
 unequal = _of_lanes(_choice("!=", "1"))  # 1 where a differs from b, else 0
 
 
@@ -132,7 +132,7 @@ times = _of_lanes(_product_or_zero)  # q d, and 0 where q is 0 whatever d is
 
 
 def _operator(operation: Callable[..., Any], instruction: str) -> None:
-    """`operation` of two `Lanes`, or of `Lanes` and a number, as one instruction: an overload would take longer to compile."""
+    """Compiles `operation` of `Lanes` (and numbers) to one instruction. An overload would take longer to compile."""
 
     @infer_global(operation)
     class Typing(AbstractTemplate):
@@ -179,7 +179,7 @@ def first_lanes(typingctx: Any, v: Any, exist: Any) -> Any:
 
 @intrinsic
 def with_lane(typingctx: Any, v: Any, k: Any, value: Any) -> Any:
-    """`v` with `value` in lane k, or as it is where it has no such lane."""
+    """`v` with `value` in lane k; unchanged where there is no lane k."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         lane = context.cast(builder, args[1], k, types.intp)
@@ -198,7 +198,7 @@ def zeros_like(typingctx: Any, v: Any) -> Any:
 
 
 def _folded(builder: Any, value: Any, join: Callable[..., Any]) -> Any:
-    """The lanes joined in pairs, halves onto halves, in one order on every machine."""
+    """Joins the lanes to one number, the upper half onto the lower half each time: in one order on every machine."""
     count = value.type.count
     while count > 1:
         count //= 2
@@ -223,7 +223,7 @@ def sum_of(typingctx: Any, v: Any) -> Any:
 
 @intrinsic
 def largest_of(typingctx: Any, v: Any) -> Any:
-    """The largest lane, as `larger` compares."""
+    """The largest lane, by `larger`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _folded(builder, args[0], _choice(">", "a"))
@@ -237,7 +237,7 @@ def _is_row(row: Any) -> bool:
 
 
 def _memory_type(row: Any, lanes: Any) -> Any:
-    """As many of the row's elements, as they lie in memory, as there are lanes."""
+    """The vector of the row's elements as they are in memory, one a lane."""
     element = {types.float64: ir.DoubleType(), types.float32: ir.FloatType(), types.uint16: ir.IntType(16)}
     return ir.VectorType(element.get(row.dtype, ir.HalfType()), lanes.count)
 
@@ -255,16 +255,16 @@ def _existing(builder: Any, count: int, exist: Any) -> Any:
 
 
 def _number_in_memory(context: Any, builder: Any, number: Any, row: Any) -> Any:
-    """0 or an infinity, which every dtype holds, as an element of `row`."""
+    """0 or an infinity, which every dtype can represent, as an element of `row`."""
     if row.dtype == types.uint16:
         return builder.trunc(builder.lshr(builder.bitcast(number, _WORD), ir.Constant(_WORD, 16)), ir.IntType(16))
     return half.from_float(context, builder, number) if row.dtype == types.int16 else number
 
 
 def _load_first(builder: Any, pointer: Any, align: int, exist: Any, rest: Any) -> Any:
-    """The 0 <= `exist` < count elements at `pointer`, then `rest`: for each bit of `exist` so many at once, the last first.
+    """The 0 <= `exist` < count elements at `pointer`, then `rest`: pieces of 16, 8, 4, 2 and 1, one a bit of `exist`.
 
-    Not by LLVM's masked load: one that is wider than a register is taken apart, and where another select has the same mask
+    LLVM's masked load is not used. LLVM divides one that is wider than a register, and where another select has the same mask
     LLVM 22's code for AVX-512 reads lanes that do not exist.
     """
     vector = pointer.type.pointee
@@ -286,7 +286,7 @@ def _load_first(builder: Any, pointer: Any, align: int, exist: Any, rest: Any) -
 
 
 def _load(builder: Any, pointer: Any, align: int, exist: Any, rest: Any) -> Any:
-    """The `exist` elements at `pointer`, then `rest`: a plain load where all exist, without a branch where LLVM sees that."""
+    """The `exist` elements at `pointer`, then `rest`: a plain load where all exist (no branch where LLVM can prove it)."""
     count = pointer.type.pointee.count
     with builder.if_else(builder.icmp_signed("==", exist, exist.type(count))) as (then, otherwise):
         with then:
@@ -333,12 +333,12 @@ def load_lanes_like(typingctx: Any, row: Any, i: Any, exist: Any, rest: Any, lik
 
 @inline
 def load_lanes(row, i, exist, rest):
-    """row[i : i + exist] in the first lanes, `rest` in the others, 0 or an infinity; 0 <= exist <= width(row)."""
+    """row[i : i + exist], then `rest` in the other lanes; rest is 0 or an infinity, 0 <= exist <= width(row)."""
     return load_lanes_like(row, i, exist, rest, row)
 
 
 def _to_memory(context: Any, builder: Any, value: Any, row: Any, vector: Any) -> Any:
-    """Rounded to nearest even to the dtype that `row` stands for, as `store` does."""
+    """`value` rounded to nearest even to the dtype of `row`, as `store` rounds."""
     if row.dtype == types.int16:
         return half.from_float(context, builder, value)
     if row.dtype != types.uint16:
@@ -370,7 +370,7 @@ def store_lanes(typingctx: Any, row: Any, i: Any, exist: Any, v: Any) -> Any:
         with builder.if_else(whole) as (then, otherwise):
             with then:
                 builder.store(value, pointer, align=align)
-            with otherwise:  # one by one: a store under a mask costs some 40 ns on AMD's processors
+            with otherwise:  # one by one: a masked store takes some 40 ns on AMD's processors
                 there = cgutils.alloca_once(builder, vector)
                 builder.store(value, there)
                 source, target = (builder.bitcast(p, vector.element.as_pointer()) for p in (there, pointer))
@@ -384,7 +384,7 @@ def store_lanes(typingctx: Any, row: Any, i: Any, exist: Any, v: Any) -> Any:
 
 @intrinsic
 def stream_lanes(typingctx: Any, row: Any, i: Any, v: Any) -> Any:
-    """row[i : i + width(row)] = v around the caches; the address is a multiple of the vector's bytes."""
+    """row[i : i + width(row)] = v past the caches; the address is a multiple of the vector's bytes."""
     if not (_is_row(row) and v == _lanes_of(row.dtype)):
         return None
 
@@ -401,7 +401,7 @@ def stream_lanes(typingctx: Any, row: Any, i: Any, v: Any) -> Any:
 
 @intrinsic
 def prefetch(typingctx: Any, row: Any, i: Any) -> Any:
-    """Asks for the line of row[i]; where that is no memory nothing happens."""
+    """Prefetches the lines of row[i : i + width(row)]; an invalid address does nothing."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), _BYTE)
@@ -417,7 +417,7 @@ def prefetch(typingctx: Any, row: Any, i: Any) -> Any:
 
 @inline
 def fetch(row):
-    """Asks for the lines of a row."""
+    """Prefetches a whole row."""
     for i in range(0, row.size, LINE // row.itemsize):
         prefetch(row, i)
 
@@ -432,7 +432,7 @@ def _address(typingctx: Any, row: Any) -> Any:
 
 @intrinsic
 def streamed(typingctx: Any) -> Any:
-    """Orders what was streamed before whatever tells another thread that it is there."""
+    """A fence: stores of `stream_lanes` are visible before any later store that tells another thread of them."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")
@@ -443,7 +443,7 @@ def streamed(typingctx: Any) -> Any:
 
 @inline
 def before_line(row):
-    """Elements of `row` before its first whole line; -1 if an element has no address of its own size."""
+    """How many elements of `row` come before its first whole cache line; -1 where elements are not aligned to their size."""
     head = -_address(row) % LINE
     return head // row.itemsize if head % row.itemsize == 0 else -1
 
@@ -451,14 +451,14 @@ def before_line(row):
 # ---------------------------------------------------------------------------------------------- a row of results
 @inline
 def write(row, around, lanes, args):
-    """row = lanes(i, exist, args), vector by vector: a compiled function of the elements i…i+exist-1 of its arguments.
+    """row[i : i + exist] = lanes(i, exist, args), vector by vector; `lanes` is a compiled function.
 
-    `around` the caches, where that is asked for: whole lines of the row then.
+    around: whole cache lines are written past the caches.
     """
     size, count = row.size, width(row)
     head = before_line(row) if around else -1
     i, stop = 0, min(max(head, 0), size)
-    while True:  # up to the first whole line, the vectors, the last elements: `lanes` is part of the code twice
+    while True:  # the elements before the first line, the whole vectors, the last elements: `lanes` is compiled in twice
         while i < stop:
             exist = min(count, stop - i)
             store_lanes(row, i, exist, lanes(i, exist, args))

@@ -1,4 +1,4 @@
-"""Rows, planes and lines of an array, and the memory that holds one where its elements are not adjacent."""
+"""Views of rows, planes and lines of an array, and scratch memory for those whose elements are not adjacent."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .compile import inline, outline
 from .internals import cgutils, make_array, raise_error
 from .simd import LARGE, LINE
 
-# Rows of at most so many bytes are fetched while the row before them is computed.
+# Rows of at most this many bytes are prefetched while the row before is computed.
 AHEAD = 1 << 14
 
 
 # ---------------------------------------------------------------------------------------------- views
-# A view that these make borrows the memory of its array and counts no reference: making one is a few additions.
+# These views have no reference count: making one is a few additions. The caller holds a reference to the array.
 @intrinsic
 def row_of(typingctx: Any, x: Any, n: Any, s: Any) -> Any:
     """x[n, :, s], indices in range."""
@@ -45,7 +45,7 @@ def plane_of(typingctx: Any, x: Any, n: Any, c: Any, first: Any, last: Any) -> A
 
 @intrinsic
 def line_of(typingctx: Any, x: Any, n: Any, c: Any, s: Any, size: Any) -> Any:
-    """`size` elements adjacent in memory from x[n, c, s] on; the caller knows that they are."""
+    """`size` elements from x[n, c, s] on, which the caller knows to be adjacent in memory."""
     result = types.Array(x.dtype, 1, "C")
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -56,9 +56,9 @@ def line_of(typingctx: Any, x: Any, n: Any, c: Any, s: Any, size: Any) -> Any:
 
 
 def _view(context: Any, builder: Any, x: Any, array: Any, start: Any, size: Any, axis: int | None, result: Any) -> Any:
-    """A 1-d view of the 3-d `array` from the index `start` on, along `axis`, or of adjacent elements for None.
+    """A 1-D view of the 3-D `array` from the index `start` on: along `axis`, or of adjacent elements where axis is None.
 
-    None within `start` stands for the whole of that axis.
+    None in `start` means that whole axis.
     """
     shape, strides = (cgutils.unpack_tuple(builder, t, 3) for t in (array.shape, array.strides))
     address = builder.ptrtoint(array.data, strides[0].type)
@@ -80,7 +80,7 @@ def _view(context: Any, builder: Any, x: Any, array: Any, start: Any, size: Any,
 
 @intrinsic
 def borrowed(typingctx: Any, row: Any) -> Any:
-    """The same one-dimensional array of adjacent elements, as a view that counts no references; the caller holds one."""
+    """The same 1-D array of adjacent elements without reference counting; the caller holds a reference."""
     result = types.Array(row.dtype, 1, "C")
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -94,10 +94,10 @@ def borrowed(typingctx: Any, row: Any) -> Any:
 
 @intrinsic
 def room(typingctx: Any, size: Any, like: Any) -> Any:
-    """`size` elements of `like`'s dtype, at the start of a line, to be given to `release` at the end.
+    """Uninitialised memory for `size` elements of `like`'s dtype, aligned to a cache line; `release` frees it.
 
-    Not np.empty, whose references are counted: a count is an atomic operation, which waits for every store before it, and the
-    loop over the rows would have some.
+    np.empty would count references in the loop over rows, and each count is an atomic operation that waits for all stores
+    before it.
     """
     result = types.Array(like.dtype, 1, "C")
 
@@ -129,13 +129,13 @@ def _libc(builder: Any, name: str, result: Any, argument: Any) -> Any:
 
 
 def _before(builder: Any, start: Any, kind: Any) -> Any:
-    """Where the line before a room keeps the address of its block."""
+    """The address, one cache line before the memory, where the address of its malloc block is kept."""
     return builder.inttoptr(builder.sub(start, start.type(LINE)), kind.as_pointer())
 
 
 @intrinsic
 def release(typingctx: Any, scratch: Any) -> Any:
-    """Gives the memory of a `room` back."""
+    """Frees the memory of a `room`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         start = builder.ptrtoint(make_array(scratch)(context, builder, args[0]).data, ir.IntType(64))
@@ -147,7 +147,7 @@ def release(typingctx: Any, scratch: Any) -> Any:
 
 @inline
 def row_scratch(x):
-    """`room` for one row x[n, :, s] where rows are not adjacent in memory; empty where they are."""
+    """Memory for one row x[n, :, s] where the elements of rows are not adjacent; of size 0 where they are."""
     return room(0 if x.strides[1] == x.itemsize else x.shape[1], x)
 
 
@@ -159,7 +159,7 @@ def copy(source, destination):
 
 @inline
 def prefix(scratch, size):
-    """The first `size` elements of a one-dimensional array whose elements are adjacent."""
+    """scratch[:size] without reference counting; its elements are adjacent."""
     return borrowed(scratch[:size])
 
 
@@ -170,7 +170,7 @@ def _is_adjacent(row):
 
 @inline
 def gather(row, scratch):
-    """`row` with adjacent elements: itself where that is so already, else a copy in `scratch`."""
+    """`row` with adjacent elements: itself if they are, else copied to `scratch`."""
     if _is_adjacent(row):
         return borrowed(row)
     copy(row, scratch)
@@ -179,7 +179,7 @@ def gather(row, scratch):
 
 @inline
 def place(row, scratch):
-    """Where to write what shall stand in `row`: itself or `scratch`, which `scatter` then copies out."""
+    """Buffer to write: `row` if its elements are adjacent, else `scratch`, which `scatter` copies back."""
     if _is_adjacent(row):
         return borrowed(row)
     return prefix(scratch, row.size)
@@ -187,19 +187,20 @@ def place(row, scratch):
 
 @inline
 def scatter(row, scratch):
+    """Copies `scratch` to `row` where `place` gave scratch."""
     if not _is_adjacent(row):
         copy(scratch[: row.size], row)
 
 
 @inline
 def goes_around(y):
-    """True where the rows y[n, :, s] of a result are to be written around the caches."""
+    """True where a result's rows y[n, :, s] should be written past the caches: it is large and its rows are adjacent."""
     return y.size * y.itemsize >= LARGE and y.strides[1] == y.itemsize
 
 
 @inline
 def row_ahead(x, row, last, z_row):
-    """The row after `row`, below `last`, to fetch meanwhile: `z_row`, the row itself, where that would not help."""
+    """The row after `row`, to prefetch while it is computed; `z_row`, the row itself, where prefetching would not help."""
     if row + 1 < last and x.strides[1] == x.itemsize and x.shape[1] * x.itemsize <= AHEAD:
         return line_of(x, (row + 1) // x.shape[2], 0, (row + 1) % x.shape[2], x.shape[1])
     return z_row
