@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -113,9 +114,15 @@ STUDENTS = {
 }
 
 
-@KINDS
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("teacher", TEACHERS)
+def hard_rows():
+    """Every teacher with every student by KL(teacher‖student), a third of them by the other kinds; the rest with `--slow`."""
+    for (i, teacher), (j, student) in itertools.product(enumerate(TEACHERS), enumerate(STUDENTS)):
+        for k, kind in enumerate(distillation.KINDS):
+            marks = pytest.mark.slow if k and (i + j + k) % 3 else ()
+            yield pytest.param(teacher, student, kind, marks=marks)
+
+
+@pytest.mark.parametrize(("teacher", "student", "kind"), hard_rows())
 def test_hard_rows(device, rng, teacher, student, kind):
     V = 5001
     z = np.asarray(TEACHERS[teacher](rng, V), dtype=np.float32)
