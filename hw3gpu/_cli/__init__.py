@@ -1,1 +1,1 @@
-"""The rooms behind the command `hw3gpu`: one for each of its subcommands, and the measure of numerical error."""
+"""The command `hw3gpu`: a module for each of its subcommands, and the measure of numerical error."""

@@ -48,14 +48,14 @@ class PyTorchNet(nn.Module):
 class Net(nn.Module):
     """`PyTorchNet` with this library's layers, and the weights of one."""
 
-    def __init__(self, twin: PyTorchNet) -> None:
+    def __init__(self, net: PyTorchNet) -> None:
         super().__init__()
-        self.conv1 = hw3gpu_nn.Conv2D.from_torch(twin.conv1)
+        self.conv1 = hw3gpu_nn.Conv2D.from_torch(net.conv1)
         self.norm1 = hw3gpu_nn.BatchNorm2d(32)
-        self.conv2 = hw3gpu_nn.Conv2D.from_torch(twin.conv2)
+        self.conv2 = hw3gpu_nn.Conv2D.from_torch(net.conv2)
         self.norm2 = hw3gpu_nn.BatchNorm2d(64)
         self.linear = nn.Linear(64 * 8 * 8, 10)
-        for ours, theirs in ((self.norm1, twin.norm1), (self.norm2, twin.norm2), (self.linear, twin.linear)):
+        for ours, theirs in ((self.norm1, net.norm1), (self.norm2, net.norm2), (self.linear, net.linear)):
             ours.load_state_dict(theirs.state_dict())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,9 +130,9 @@ def train(data: Digits, epochs: int, seed: int, after_step: Callable[[], None]) 
     torch.manual_seed(seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # both nets alike: images of 16 x 16 pixels gain little by a second one
-    twin = PyTorchNet().to(device)
-    ours = Run("hw3gpu", Net(twin).to(device), hw3gpu_nn.CrossEntropyLoss())
-    theirs = Run("PyTorch", twin, nn.CrossEntropyLoss())
+    net = PyTorchNet().to(device)
+    ours = Run("hw3gpu", Net(net).to(device), hw3gpu_nn.CrossEntropyLoss())
+    theirs = Run("PyTorch", net, nn.CrossEntropyLoss())
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         order = torch.randperm(len(data.x), generator=generator).to(device)

@@ -1,7 +1,7 @@
 """Batch normalisation of float32 by address: tiles of small planes and of rows of channels; in evaluation larger planes too.
 
-There is no twin: on a GPU a launch takes addresses anyway. Arrays are (N, C, S), contiguous, S = 1 for rows of channels; which
-of them a launcher takes, `does_whole` and `normalizes` say.
+The GPU has no such launcher: there a launch takes addresses anyway. Arrays are (N, C, S), contiguous, S = 1 for rows of
+channels; which of them a launcher takes, `does_whole` and `normalizes` say.
 """
 
 from __future__ import annotations

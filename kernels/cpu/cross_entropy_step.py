@@ -5,7 +5,7 @@
 
 reads z (and y) and writes dz: 2 passes (3), and one exponential an element, where `cross_entropy.forward` and `backward` take
 3 (5) and two. It computes dz before the upstream gradient is known, which is nearly always 1; for another it is called again.
-It has no twin: a GPU would have to wait for the denominator, and for the upstream gradient.
+The GPU has no such launcher: it would have to wait for the denominator, and for the upstream gradient.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def _scale(dy, n, c, s0, s1, scale, dx, dy_scratch, dx_scratch):
 # ---------------------------------------------------------------------------------------------- whole channels
 @inline
 def _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_var, eps, momentum, x_scratch):
-    """Statistics of the channels c0…c1-1; shift (c1 - c0) and sums (2, 2, c1 - c0) are room for them."""
+    """Statistics of the channels c0…c1-1; shift (c1 - c0) and sums (2, 2, c1 - c0) hold them."""
     N, S = x.shape[0], x.shape[2]
     m = np.float64(N * S)
     sums[:] = 0.0

@@ -162,7 +162,7 @@ def _tile_shifts(x, c0, c1, shift, total, size, sums):
 
 @inline
 def _statistics(x, c0, c1, shift, sums, at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum):
-    """Statistics of the channels c0…c1-1 of a tile, and room for them; at (1, 1, positions) float64."""
+    """Statistics of the channels c0…c1-1 of a tile, and memory for them; at (1, 1, positions) float64."""
     N, S = x.shape[0], x.shape[2]
     m = np.float64(N * S)
     _tile_shifts(x, c0, c1, shift, total, square, sums)
