@@ -84,6 +84,7 @@ PYTORCH = [
     "torch.nn._reduction.legacy_get_string",
     "torch.nn.modules.batchnorm._BatchNorm",
     "torch.nn.modules.batchnorm._NormBase",
+    "torch.nn.modules.conv._ConvNd",
     "torch.distributed.distributed_c10d._resolve_process_group",
 ]
 
