@@ -29,7 +29,7 @@ ALLOWED: dict[str, tuple[int, str]] = {
     r"^token log probs 4096x100[01]x1 .*_backward_kernel": (
         12, "short rows: a tile of several, each with its class's logit and three upstream gradients, takes registers"
     ),
-    r"^distillation .* 4096x100[01]x1 .*, _(divergence|jensen_shannon)_kernel": (
+    r"^distillation .* 4096x100[01]x1 .*, _(divergence|jensen_shannon|backward)_kernel": (
         8, "short rows: the sums of a divergence, and the logarithms of a mixture, take the registers of loads"
     ),
     r"^batch norm.*x(4|9|25|49|783|1023) ": (8, "planes off 16 bytes: their ends take registers"),
