@@ -15,7 +15,7 @@ import hw3gpu.functional as HF
 from hw3gpu import reference
 from hw3gpu._core.dispatch import requested_backend
 from hw3gpu._torch import float16_scale
-from hw3gpu._torch.cross_entropy import run
+from hw3gpu._torch.cross_entropy import Rest, run
 from hw3gpu._torch.cross_entropy_formula import Options
 from hw3gpu._torch.linear_chunks import Problem
 
@@ -119,7 +119,7 @@ def test_what_is_rounded_stays_in_range_and_near_its_end(rng, weights, kind):
     target = -target[:, :50].float() if target.is_floating_point() else target % 50 if kind != "certain" else z.argmax(1)
     asked = {"label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, **KINDS[kind]}
     options = Options("none", -100, **asked, zero_if_ignored=False)
-    loss, numbers, _, _ = run(z, target, weight, options)
+    loss, numbers, _, _ = run(z, target, Rest(weight, options))
     part = Problem(x, w, None, target[..., None], weight)
     shrink = float16_scale.of_chunk(part, loss[:, None], numbers, options, float16_scale.largest_element(w))
     assert shrink.frexp().mantissa == 0.5

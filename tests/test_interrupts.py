@@ -121,6 +121,7 @@ def busy(first, last, done):
         for i in range(20_000_000):
             done[block] = done[block] * 1.0000001 + i
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job has not
 threads.set_num_threads(int(os.environ["THREADS"]))
 done = np.zeros(4000)
 threads.run(busy, 8, 1 << 22, done)  # compiles it

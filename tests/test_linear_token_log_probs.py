@@ -129,7 +129,7 @@ def test_the_operators_keep_the_rules_and_compile(device, rng):
         ((ones(2, 3), ones(5, 3), zeros(2)), {"linear_bias": ones(4)}, ValueError, "linear_bias: expected shape"),
         ((ones(2, 3), ones(5, 3), zeros(2)), {"chunk_rows": 0}, ValueError, "chunk_rows: expected at least 1"),
         ((ones(2, 3), ones(5, 3), zeros(2)), {"temperature": 0.0}, ValueError, "temperature: expected a number from"),
-        ((ones(2, 3), ones(0, 3), zeros(2)), {}, ValueError, "logits: expected at least one class"),
+        ((ones(2, 3), ones(0, 3), zeros(2)), {}, ValueError, "linear_weight: expected at least one class"),
         ((ones(2, 3), ones(5, 3), zeros(2) + 5), {}, IndexError, "target: expected classes in 0…4"),
     ],
 )

@@ -189,7 +189,9 @@ OTHERS = {
     ),
     "large planes": lambda: HF.batch_norm(torch.randn(2, 3, 17, 17), None, None, training=True),
     "a residual": lambda: HF.batch_norm(torch.randn(2, 3, 4), None, None, training=True, residual=torch.randn(2, 3, 4)),
-    "an activation": lambda: HF.batch_norm(torch.randn(2, 3, 4), None, None, training=True, activation="relu"),
+    "an activation": lambda: HF.batch_norm(
+        torch.randn(2, 3, 4, requires_grad=True), None, None, training=True, activation="relu"
+    ),
 }
 
 
