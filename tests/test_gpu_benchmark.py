@@ -42,10 +42,15 @@ def nothing_is_collected(monkeypatch):
         monkeypatch.setattr(module, "gc", nothing)
 
 
+AS_FROM_A_TERMINAL = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+
+
 def command(folder, *options, session=False):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "benchmarks", "gpu", "--pretend", "--into", str(folder), *options]
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    if session:  # with SIGINT as a terminal leaves it: a shell's background job, as pytest may be one, ignores it
+        words = [sys.executable, "-c", AS_FROM_A_TERMINAL, *words]
     return subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=session, **out)
 
 
