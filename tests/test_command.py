@@ -299,7 +299,7 @@ def test_the_demo_trains_whatever_verify_found_and_tells_it(tmp_path: Path, foun
     command.chmod(0o755)
     (tmp_path / "installed").touch()
     made = subprocess.run(
-        ["make", "demo", f"BIN={tmp_path}", f"INSTALLED={tmp_path / 'installed'}"],
+        ["make", "--no-print-directory", "demo", f"BIN={tmp_path}", f"INSTALLED={tmp_path / 'installed'}"],
         cwd=Path(__file__).parents[1], capture_output=True, text=True,
     )  # fmt: skip
     assert made.stdout.splitlines()[:2] == ["ran verify", "ran train"]
