@@ -10,6 +10,7 @@ import sys
 
 import test_derivations_layers  # noqa: F401  which fills PROVED
 import test_derivations_points  # noqa: F401  and this
+import test_derivations_softmax  # noqa: F401
 import test_derivations_trace  # noqa: F401  and this
 import test_float16_scale  # noqa: F401  and this
 from proofs import DOCUMENT, PROVED, ROOT, TAGS

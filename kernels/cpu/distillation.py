@@ -97,6 +97,14 @@ def _phi(x):
     return x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x / 120)))
 
 
+@inline
+def _normalizers(z, z_o, z_ahead, z_o_ahead, scale, over_temperature):
+    """Maximum m and sum of exponentials Z of both rows, and K = log of the ratio of their softmax's divisors."""
+    m, m_o = row_max(z), row_max(z_o)
+    Z, Z_o = _masses(z, z_o, m, m_o, scale, z_ahead, z_o_ahead)
+    return m, Z, m_o, Z_o, (np.float64(m_o) - np.float64(m)) * over_temperature + math.log(Z_o / Z)
+
+
 @kernel
 def _divergence_rows(first, last, base, other, mask, loss, stats, over_temperature):
     """KL(base‖other)."""
@@ -108,9 +116,9 @@ def _divergence_rows(first, last, base, other, mask, loss, stats, over_temperatu
             loss[n, s], stats[:, n, s] = 0.0, 0.0
             continue
         z, z_o = gather(row_of(base, n, s), scratch), gather(row_of(other, n, s), scratch_o)
-        m, m_o = row_max(z), row_max(z_o)
-        Z, Z_o = _masses(z, z_o, m, m_o, scale, row_ahead(base, row, last, z), row_ahead(other, row, last, z_o))
-        K = (np.float64(m_o) - np.float64(m)) * over_temperature + math.log(Z_o / Z)
+        m, Z, m_o, Z_o, K = _normalizers(
+            z, z_o, row_ahead(base, row, last, z), row_ahead(other, row, last, z_o), scale, over_temperature
+        )
         shift = of(K)
         A, B, lacking = _kl(z, z_o, (m, of(1.0 / Z), m_o, of(1.0 / Z_o), shift, scale))
         kappa = K - shift
@@ -155,9 +163,9 @@ def _jensen_shannon_rows(first, last, base, other, mask, loss, stats, over_tempe
             loss[n, s], stats[:, n, s] = 0.0, 0.0
             continue
         z, z_o = gather(row_of(base, n, s), scratch), gather(row_of(other, n, s), scratch_o)
-        m, m_o = row_max(z), row_max(z_o)
-        Z, Z_o = _masses(z, z_o, m, m_o, scale, row_ahead(base, row, last, z), row_ahead(other, row, last, z_o))
-        K = (np.float64(m_o) - np.float64(m)) * over_temperature + math.log(Z_o / Z)
+        m, Z, m_o, Z_o, K = _normalizers(
+            z, z_o, row_ahead(base, row, last, z), row_ahead(other, row, last, z_o), scale, over_temperature
+        )
         shift = of(K)
         numbers = m, of(1.0 / Z), m_o, of(1.0 / Z_o), shift, scale
         in_p, in_q, drift = _mixed_sums(z, z_o, numbers, of(beta), of(1.0 - beta))
