@@ -97,7 +97,7 @@ def batch_norm(
     return _batch_norm.batch_norm(input, weight, bias, residual, rest)
 
 
-def _of_no_elements(x, weight, bias, residual):
+def _of_no_elements(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Input's shape and dtype, and a graph in which every parameter gets a gradient of 0."""
     y = x.clone() if residual is None else x + residual
     for v in (weight, bias):
@@ -124,7 +124,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     if type(dim) is int and (dtype is None or isinstance(dtype, torch.dtype)):
         of = bound_launches.of_host if arrays.on_host(input) else bound_launches.of
         call = of(("softmax", dim, dtype), input)
-    if call is None or call.launches is None:
+    if dim is None or call is None or call.launches is None:
         if dim is None:
             warnings.warn("softmax: give `dim`; PyTorch's implicit choice is deprecated", stacklevel=_stacklevel - 1)
             dim = 0 if input.dim() in (0, 1, 3) else 1

@@ -112,7 +112,7 @@ class Conv2D(torch.nn.Conv2d):
         if not torch.equal(torch.as_tensor(state).cpu(), _AXES):
             raise ValueError(f"state_dict: expected weights with axes W, H (mark {_AXES.tolist()}), got {state}")
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         mark = state_dict.get(prefix + "_extra_state", _AXES if prefix + "weight" not in state_dict else None)
         if mark is not None and torch.equal(torch.as_tensor(mark).cpu(), _AXES):
             super()._load_from_state_dict(state_dict, prefix, *args)

@@ -10,14 +10,22 @@ With `relu`, `mask` keeps for each element whether it passed: a buffer of the ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .._core import arrays, dispatch, outputs
+from .._core.arrays import Array
+from .._core.protocols import BatchNormKernels
 from .._core.torch_internals import apply_of, tracing_state
 from . import bound_launches, operators, small_calls
 from .autograd import accumulate_dtype, as_dtype, empty_of, graph_is_needed
+from .bound_launches import Call
+from .small_calls import Way
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]  # dx, dgamma, dbeta and dresidual
 
 
 class Rest(NamedTuple):
@@ -32,11 +40,11 @@ class Rest(NamedTuple):
     eps: float
     relu: bool
     training: bool
-    call: Any = None
+    call: Call | None = None
     traced: bool = False
 
 
-def batch_norm(x, weight, bias, residual, rest):
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
     """y = x̂ γ + β, or relu(… + residual); the arguments are checked."""
     if rest.call is None:
         if operators.traced(x):
@@ -51,17 +59,17 @@ def batch_norm(x, weight, bias, residual, rest):
     return run(x, weight, bias, residual, rest)[0]
 
 
-def _without_mask(x, weight, bias, residual, rest):
+def _without_mask(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
     """As `run` for y alone, and the same bits: the mask would take longer than all else."""
     return finished(run(x, weight, bias, None, rest._replace(relu=False))[0], residual)
 
 
-def finished(y, residual):
+def finished(y: Tensor, residual: Tensor | None) -> Tensor:
     """relu(y + residual) in the place of y."""
     return (y if residual is None else y.add_(residual)).relu_()
 
 
-def needs_no_mask(x, residual, activation):
+def needs_no_mask(x: Tensor, residual: Any, activation: Any) -> bool:
     """True for a call that no graph can come of, whose residual is certainly right."""
     if type(activation) is not str or activation != "relu" or torch.is_grad_enabled():  # an array has no truth value
         return False
@@ -74,7 +82,10 @@ def needs_no_mask(x, residual, activation):
     )
 
 
-def call_of(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation):
+def call_of(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Any, running_var: Any, training: Any, momentum: Any,
+    eps: Any, residual: Any, activation: Any,
+) -> Call | None:  # fmt: skip
     """What `bound_launches` knows of a call of `functional.batch_norm`; None where it keeps none such."""
     if arrays.on_host(x) or not (type(training) is bool and type(momentum) is type(eps) is float):
         return None
@@ -88,7 +99,10 @@ def call_of(x, weight, bias, running_mean, running_var, training, momentum, eps,
     return bound_launches.of(("batch norm", training, eps, activation), x, weight, bias, running_mean, running_var, residual)
 
 
-def by_address(x, weight, bias, running_mean, running_var, training, momentum, eps):
+def by_address(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    training: bool, momentum: float, eps: float,
+) -> Tensor | None:  # fmt: skip
     """What `batch_norm` gives for an eager call that `small_calls` takes, and whose arguments are right; None for any other."""
     if (
         not getattr(x, "is_cpu", False)
@@ -102,7 +116,7 @@ def by_address(x, weight, bias, running_mean, running_var, training, momentum, e
     if way is None:
         return None
     if torch.is_grad_enabled():
-        if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+        if running_mean is not None and running_var is not None and (running_mean.requires_grad or running_var.requires_grad):
             return None
         if x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad):
             return _apply_by_address(x, weight, bias, (way, running_mean, running_var, training, momentum, eps))
@@ -110,7 +124,9 @@ def by_address(x, weight, bias, running_mean, running_var, training, momentum, e
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def run(x, weight, bias, residual, rest):
+def run(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, and what `run_backward` needs: stats (mean, what its rounding left, rstd, var in training) and the mask."""
     running_mean, running_var, momentum, eps, relu, training, call, traced = rest
     # kernels leave some bytes of a mask unwritten, and an operator's results are the same bits each time: there, these are 0
@@ -124,9 +140,11 @@ def run(x, weight, bias, residual, rest):
     if which == "cpu" and residual is None and not relu:
         way = small_calls.batch_norm_way(x, weight, bias, running_mean, running_var, training)
         if way:
-            return *small_calls.batch_norm_forward(
+            y, of_call = small_calls.batch_norm_forward(
                 way, x, weight, bias, running_mean, running_var, training, momentum, eps
-            ), None
+            )  # fmt: skip
+            assert of_call is not None
+            return y, of_call, None
     see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
     y, y_folded = outputs.output(x, 1, see)
     stats = new_statistics(x, rest)
@@ -147,26 +165,31 @@ def run(x, weight, bias, residual, rest):
             kernels.normalize(folded, mean, rstd, scale, shift, y_folded, **fused)
     if training:
         for given, updated in zip((running_mean, running_var), running, strict=True):
-            if updated is not given:
+            if given is not None and updated is not None and updated is not given:
                 given.copy_(updated)
     return y, stats, mask
 
 
-def new_statistics(x, rest):
+def new_statistics(x: Tensor, rest: Rest) -> Tensor:
     """Those of (4, C) to be written in training; mean, 0 and rstd of the running ones in evaluation."""
     acc = accumulate_dtype(x)
     if rest.training:
         return empty_of(x, acc, 4, x.shape[1])
+    assert rest.running_mean is not None
+    assert rest.running_var is not None
     given = as_dtype(rest.running_mean, acc)
     return torch.stack((given, torch.zeros_like(given), (as_dtype(rest.running_var, acc) + rest.eps).rsqrt_()))
 
 
-def parts(stats, which):
+def parts(stats: Array, which: str) -> tuple[Array, Array]:
     """mean (2, C) and rstd of stats as the kernels see them; those on a GPU know where mean ends, and need no view of it."""
     return stats[:2] if which == "cpu" else stats, stats[2]
 
 
-def fused_operands(folded, residual, relu, device, see, kernels, new):
+def fused_operands(
+    folded: Array, residual: Tensor | None, relu: bool, device: torch.device, see: Callable[[Array], Array],
+    kernels: BatchNormKernels, new: Callable[..., Tensor],
+) -> tuple[Tensor | None, dict[str, Array]]:  # fmt: skip
     """The mask to be written, by `new`, or None; and what a launcher is given of residual and mask."""
     mask, fused = None, {}
     if residual is not None:
@@ -177,12 +200,17 @@ def fused_operands(folded, residual, relu, device, see, kernels, new):
     return mask, fused
 
 
-def _eager_backward(dy, x, weight, stats, mask, training, relu, residual):
+def _eager_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool, residual: bool
+) -> Gradients:
     call = bound_launches.of(("batch norm, backward", training, relu, residual), x, dy, weight, stats, mask)
     return run_backward(dy, x, weight, stats, mask, training, relu, residual, call)
 
 
-def run_backward(dy, x, weight, stats, mask, training, relu, residual, call=None):
+def run_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool,
+    residual: bool, call: Call | None = None,
+) -> Gradients:  # fmt: skip
     """dx, dgamma, dbeta in the accumulation dtype, and dresidual where `residual` asks for it. Without `relu` it is dy."""
     if call is not None and call.launches is not None:
         C = x.shape[1]
@@ -215,7 +243,7 @@ def run_backward(dy, x, weight, stats, mask, training, relu, residual, call=None
     return dx, dgamma, dbeta, dresidual
 
 
-def _dense(v):
+def _dense(v: Tensor | None) -> Tensor | None:
     """A number a channel with unit stride, as the kernels walk it."""
     return None if v is None else v.detach().contiguous() if not v.is_contiguous() else v
 
@@ -225,7 +253,9 @@ class _BatchNorm(torch.autograd.Function):
     """A call of kernels, or of the operators around them where somebody traces: these give all results."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, rest):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
+    ) -> Tensor | tuple[Tensor | None, ...]:
         y, stats, mask = (_below_autograd if rest.traced else run)(x, weight, bias, residual, rest)
         ctx.save_for_backward(x, weight, stats, mask)
         ctx.options = rest.training, rest.eps, rest.relu, rest.traced
@@ -237,7 +267,7 @@ class _BatchNorm(torch.autograd.Function):
         return y, stats, mask
 
     @staticmethod
-    def backward(ctx, dy, *_):
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None, None
         x, weight, stats, mask = ctx.saved_tensors
@@ -263,7 +293,10 @@ class _ByAddress(torch.autograd.Function):
     """An eager call that `small_calls` takes: all its tensors are float32."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, rest):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+        rest: tuple[Way, Tensor | None, Tensor | None, bool, float, float],
+    ) -> Tensor:  # fmt: skip
         way, running_mean, running_var, training, momentum, eps = rest
         y, stats = small_calls.batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps)
         ctx.save_for_backward(x, weight, stats)
@@ -271,10 +304,10 @@ class _ByAddress(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, stats = ctx.saved_tensors
         training, eps = ctx.options
-        found = None
+        found: tuple[Tensor | None, ...] | None = None
         if torch.is_grad_enabled():  # somebody will differentiate again
             found = _differentiable_backward(run_backward, eps)(dy, x, weight, stats, None, training, False, False)
         elif dispatch.requested_backend() != "gpu":
@@ -288,22 +321,26 @@ _apply_by_address = apply_of(_ByAddress)
 
 
 # ---------------------------------------------------------------------------------------------- operators
-def _fake(x, weight, bias, residual, rest):
+def _fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
+) -> tuple[Tensor, Tensor, Tensor | None]:
     stats = x.new_empty((4 if rest.training else 3, x.shape[1]), dtype=accumulate_dtype(x))
     return operators.fake_output(x, 1), stats, x.new_empty(mask_size(x), dtype=torch.uint8) if rest.relu else None
 
 
-def mask_size(x):
+def mask_size(x: Tensor) -> int:
     """Bytes of the mask for x (N, C, …)."""
     return dispatch.batch_norm(dispatch.backend(x)).mask_size(x)
 
 
-def _fake_backward(dy, x, weight, stats, mask, training, relu, residual):
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool, residual: bool
+) -> Gradients:
     dx, C = operators.fake_output(x, 1), x.shape[1]
     return dx, stats.new_empty(C), stats.new_empty(C), torch.empty_like(dx) if residual and relu else None
 
 
-def _define(name, training, running):
+def _define(name: str, training: bool, running: str) -> Any:
     """The operator of training or of evaluation: a graph has to know which of them writes running statistics."""
     return operators.define(
         f"{name}(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, {running}, float momentum, float eps, bool relu) "
@@ -325,22 +362,22 @@ BACKWARD = operators.define(
 )
 
 
-def _operator(x, weight, bias, residual, rest):
+def _operator(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> tuple[Any, ...]:
     """The operator of a call, and its arguments."""
     return TRAINING if rest.training else EVALUATION, x, weight, bias, residual, *rest[:5]
 
 
-def _traced(*args):
+def _traced(*args: Any) -> Tensor:
     op, *given = _operator(*args)
     return op(*given)[0]
 
 
-def _below_autograd(*args):
+def _below_autograd(*args: Any) -> Any:
     return operators.below_autograd(*_operator(*args))
 
 
 # ---------------------------------------------------------------------------------------------- in PyTorch's operations
-def _exported(x, weight, bias, residual, rest):
+def _exported(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
     """PyTorch's own: what moves an exported model from training to evaluation, or back, looks for this operation alone.
 
     PyTorch's exporter to ONNX writes it without the mark of training.
@@ -355,20 +392,22 @@ def _exported(x, weight, bias, residual, rest):
     return y.relu() if rest.relu else y
 
 
-def _formula(x, weight, bias, residual, rest):
+def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
     """The same function in PyTorch's operations."""
     running_mean, running_var, momentum, eps, relu, training, *_ = rest
     acc = accumulate_dtype(x)
     values = x.to(acc)
     if training:
         deviations, var, rstd = _centred(values, eps)
-        if running_mean is not None and values.numel():
+        if running_mean is not None and running_var is not None and values.numel():
             m = values.numel() / values.shape[1]
             mean = (values - deviations).mean(_over(x))
             new_mean = (1 - momentum) * running_mean.to(acc) + momentum * mean.detach()
             new_var = (1 - momentum) * running_var.to(acc) + momentum * (m / (m - 1)) * var.detach().flatten()
             _write(new_mean, running_mean, new_var, running_var)
     else:
+        assert running_mean is not None
+        assert running_var is not None
         deviations = values - _wide(running_mean, x)
         rstd = (_wide(running_var, x) + eps).rsqrt()
     y = deviations * rstd
@@ -381,7 +420,7 @@ def _formula(x, weight, bias, residual, rest):
     return (y.relu() if relu else y).to(x.dtype)
 
 
-def _write(new_mean, running_mean, new_var, running_var):
+def _write(new_mean: Tensor, running_mean: Tensor, new_var: Tensor, running_var: Tensor) -> None:
     """Under a transform PyTorch refuses to write to what is no argument of the transformed function, or has fewer elements."""
     try:
         running_mean.copy_(new_mean)
@@ -394,13 +433,17 @@ def _write(new_mean, running_mean, new_var, running_var):
         ) from error
 
 
-def _differentiable_backward(backward, eps):
+def _differentiable_backward(backward: Callable[..., Gradients], eps: float) -> Callable[..., Gradients]:
     """`run_backward` in PyTorch's operations; the mask is unpacked by the kernels of `backward`, as its gradient of ones."""
 
-    def formula(dy, x, weight, stats, mask, training, relu, residual):
+    def formula(
+        dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool,
+        residual: bool,
+    ) -> Gradients:  # fmt: skip
         if relu:
             with torch.no_grad():
                 passed = backward(torch.ones_like(dy), x, weight, stats, mask, False, True, True)[3]
+            assert passed is not None
             dy = dy * passed
         upstream, values = dy.to(stats.dtype), x.to(stats.dtype)
         if training:
@@ -420,16 +463,16 @@ def _differentiable_backward(backward, eps):
     return formula
 
 
-def _over(x):
+def _over(x: Tensor) -> tuple[int, ...]:
     return (0, *range(2, x.dim()))
 
 
-def _wide(v, x):
+def _wide(v: Tensor, x: Tensor) -> Tensor:
     """A number a channel, as it broadcasts against x, in the accumulation dtype."""
     return v.to(accumulate_dtype(x)).view(-1, *(1,) * (x.dim() - 2))
 
 
-def _centred(values, eps):
+def _centred(values: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x - μ, σ² and rstd. The second mean is what the rounding of the first has left."""
     deviations = values - values.mean(_over(values), keepdim=True)
     deviations = deviations - deviations.mean(_over(values), keepdim=True)

@@ -6,13 +6,15 @@ Each function gives what the general way gives, to the bit, or None where the ca
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .._core import dispatch, pool, record
 from .autograd import PLAIN
+from .cross_entropy_formula import Options
 
 # Bytes of a tensor up to which a kernel runs on the calling thread alone, counting what it reads and writes.
 MOST_BYTES = 1 << 16
@@ -21,7 +23,7 @@ _FLOAT = np.dtype(np.float32)
 _PATH = "kernels by address, without views: a small float32 call on the host"
 
 
-def _is_plain(v: torch.Tensor) -> bool:
+def _is_plain(v: Tensor) -> bool:
     """True for a tensor of float32 on the host whose memory holds its values; what is asked for first refuses no tensor."""
     return (
         type(v) in PLAIN
@@ -33,20 +35,22 @@ def _is_plain(v: torch.Tensor) -> bool:
     )
 
 
-def _is_adjacent(v: torch.Tensor | None) -> bool:
+def _is_adjacent(v: Tensor | None) -> bool:
     """True for a plain tensor whose elements follow one another, and for None."""
     return v is None or (_is_plain(v) and v.is_contiguous())
 
 
-def _fit(x: torch.Tensor, *beside: torch.Tensor | None) -> bool:
+def _fit(x: Tensor, *beside: Tensor | None) -> bool:
     return 0 < x.nbytes <= MOST_BYTES and _is_adjacent(x) and all(map(_is_adjacent, beside))
 
 
-def _address(v: torch.Tensor | None) -> int:
+def _address(v: Tensor | None) -> int:
     return 0 if v is None else v.data_ptr()
 
 
-def cross_entropy_step(logits, target, weight, upstream, options, dlogits=None):
+def cross_entropy_step(
+    logits: Tensor, target: Tensor, weight: Tensor | None, upstream: float, options: Options, dlogits: Tensor | None = None
+) -> tuple[Tensor, Tensor, int] | None:
     """The reduced loss, its gradient for an upstream number (into `dlogits` where given), and the first wrong row."""
     if weight is not None or options.z_loss or options.softcap is not None or not _fit(logits, dlogits):
         return None
@@ -66,7 +70,7 @@ def cross_entropy_step(logits, target, weight, upstream, options, dlogits=None):
 
 
 # ---------------------------------------------------------------------------------------------- batch normalisation
-class _Way(NamedTuple):
+class Way(NamedTuple):
     """How the kernels walk an input: N, C, S (S = 1 for channels-last), and what an output is made by."""
 
     sizes: tuple[int, int, int]
@@ -78,7 +82,7 @@ class _Way(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _way(shape: torch.Size, strides: tuple[int, ...]) -> _Way | None:
+def _way(shape: torch.Size, strides: tuple[int, ...]) -> Way | None:
     """Decided once for a layout; None for what the kernels do not take."""
     x = torch.empty_strided(shape, strides, dtype=torch.float32, device="meta")
     if x.dim() < 2 or not x.numel():
@@ -92,12 +96,14 @@ def _way(shape: torch.Size, strides: tuple[int, ...]) -> _Way | None:
         return None
     kernels = dispatch.batch_norm_small
     whole = kernels.does_whole(*sizes)
-    return _Way(
+    return Way(
         sizes, 4 * count, shape, tuple(4 * s for s in strides), whole and count > C, kernels.normalizes(*sizes)
     )  # fmt: skip
 
 
-def batch_norm_way(x, weight, bias, running_mean, running_var, training):
+def batch_norm_way(
+    x: Any, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, training: bool
+) -> Way | None:
     """For `batch_norm_forward`, of a call that needs no further check of its tensors; None for other calls."""
     if not _is_plain(x):
         return None
@@ -113,12 +119,15 @@ def batch_norm_way(x, weight, bias, running_mean, running_var, training):
     return way
 
 
-def _output(x, way):
+def _output(x: Tensor, way: Way) -> Tensor:
     memory = pool.empty(way.shape, _FLOAT, way.byte_strides) if way.nbytes >= pool.SMALLEST else None
     return torch.empty_like(x) if memory is None else torch.from_numpy(memory)
 
 
-def batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps, backward=True):
+def batch_norm_forward(
+    way: Way, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    training: bool, momentum: float, eps: float, backward: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y and stats: mean (2, C), rstd, and in training var. Without a `backward` pass evaluation needs none."""
     record.note(_PATH, "cpu")
     y, kernels = _output(x, way), dispatch.batch_norm_small
@@ -134,7 +143,9 @@ def batch_norm_forward(way, x, weight, bias, running_mean, running_var, training
     return y, stats
 
 
-def batch_norm_backward(dy, x, weight, stats, training):
+def batch_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, training: bool
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """dx, dgamma and dbeta; None for what the kernels do not take."""
     if not (_is_plain(x) and _is_plain(dy)):
         return None

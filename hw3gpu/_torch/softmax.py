@@ -7,15 +7,20 @@ and (3.5) in PyTorch's own operations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .._core import arrays, dispatch, outputs
 from .._core.torch_internals import apply_of
 from . import bound_launches, operators
 from .autograd import accumulate_dtype, graph_is_needed
+from .bound_launches import Call
 
 
-def softmax(z, dim, call=None):
+def softmax(z: Tensor, dim: int, call: Call | None = None) -> Tensor:
     """softmax(z) along `dim`; the arguments are checked. `call`: what `bound_launches` knows of it."""
     if call is None:
         if operators.traced(z):
@@ -28,7 +33,7 @@ def softmax(z, dim, call=None):
     return (_apply_again if again else _Softmax.apply)(z, (dim, run, _eager_backward, call))
 
 
-def run(z, dim, call=None):
+def run(z: Tensor, dim: int, call: Call | None = None) -> Tensor:
     """softmax(z) along `dim`."""
     if call is not None and call.launches is not None:
         y = torch.empty_like(z)
@@ -41,12 +46,12 @@ def run(z, dim, call=None):
     return y
 
 
-def _eager_backward(dy, y, dim):
+def _eager_backward(dy: Tensor, y: Tensor, dim: int) -> Tensor:
     of = bound_launches.of_host if arrays.on_host(y) else bound_launches.of
     return run_backward(dy, y, dim, of(("softmax, backward", dim), y, dy))
 
 
-def run_backward(dy, y, dim, call=None):
+def run_backward(dy: Tensor, y: Tensor, dim: int, call: Call | None = None) -> Tensor:
     """∂ℓ/∂z from ∂ℓ/∂y and y."""
     if call is not None and call.launches is not None:
         dz = torch.empty_like(y)
@@ -61,7 +66,7 @@ def run_backward(dy, y, dim, call=None):
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, rest):
+    def forward(ctx: Any, z: Tensor, rest: tuple[int, Callable[..., Tensor], Callable[..., Tensor], Call | None]) -> Tensor:
         dim, forward, backward, call = rest  # in one argument: PyTorch looks at each of them, each time
         y = forward(z, dim, call)
         ctx.save_for_backward(y)
@@ -69,7 +74,7 @@ class _Softmax(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody will differentiate again
             g, p = (v.to(accumulate_dtype(y)) for v in (dy, y))
@@ -82,7 +87,7 @@ class _Softmax(torch.autograd.Function):
 _apply_again = apply_of(_Softmax)
 
 
-def _below_autograd(z, dim, call):
+def _below_autograd(z: Tensor, dim: int, call: Call | None) -> Tensor:
     return operators.below_autograd(FORWARD, z, dim)
 
 
