@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .._core import arrays, check
 from .autograd import PLAIN, accumulate_dtype, as_dtype
-from .cross_entropy_formula import loss_shape
+from .cross_entropy_formula import Options, loss_shape
 from .distillation import KINDS, TEACHERS, Divergence
 from .linear_chunks import Problem
 
@@ -18,6 +19,7 @@ REDUCTIONS = ("none", "mean", "sum")
 GRADIENTS = ("auto", "forward", "backward")
 ALL_IGNORED = ("nan", "zero")
 HALVES = (torch.float16, torch.bfloat16)
+Operands = tuple[Tensor, Tensor, Tensor | None]  # x, W and b of x Wᵀ + b
 FLOATING = {getattr(torch, name) for name in check.FLOATING}
 
 
@@ -54,7 +56,10 @@ def autocast(x: Tensor) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- batch normalisation
-def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, alone=True):
+def batch_norm(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, momentum: float, eps: float, alone: bool = True,
+) -> tuple[bool, float, float]:  # fmt: skip
     """(True for what only an input without an element may have, momentum and eps as floats); every argument is checked.
 
     `alone`: no other process has values of the batch.
@@ -95,7 +100,7 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
     return beyond, momentum, eps
 
 
-def _of_channels(v, name, x, vector, alone):
+def _of_channels(v: Tensor, name: str, x: Tensor, vector: Sequence[int], alone: bool) -> bool:
     """One number a channel of `x`, beside it; True where its dtype is one that only an input without an element may have."""
     tensor(v, name)
     beyond = v.dtype is not x.dtype and v.dtype is not accumulate_dtype(x)
@@ -110,14 +115,14 @@ def _of_channels(v, name, x, vector, alone):
     return beyond
 
 
-def activation_of(activation):
+def activation_of(activation: Any) -> None:
     if activation is not None and not isinstance(activation, str):
         raise check.ChoiceError(f"activation: expected None or 'relu', got {activation!r} ({type(activation).__name__})")
     if activation not in (None, "relu"):
         raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
 
 
-def fused(x, residual, activation):
+def fused(x: Tensor, residual: Tensor | None, activation: Any) -> Tensor | None:
     """Checks `activation`; `residual` as the kernels take it."""
     activation_of(activation)
     if residual is None:
@@ -132,7 +137,9 @@ def fused(x, residual, activation):
 
 
 # ---------------------------------------------------------------------------------------------- cross entropy
-def cross_entropy(z, target, weight, ignore_index, reduction, label_smoothing):
+def cross_entropy(
+    z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor | None:
     """Checks every argument that PyTorch's function has; the class weights in the kernels' dtype."""
     floating_tensor(z, "input")
     tensor(target, "target")
@@ -167,7 +174,7 @@ def cross_entropy(z, target, weight, ignore_index, reduction, label_smoothing):
     return weight
 
 
-def may_be_known(z, target, reduction, gradient, all_ignored):
+def may_be_known(z: Any, target: Any, reduction: Any, gradient: Any, all_ignored: Any) -> bool:
     """True for a call on a GPU whose tensors are some and whose choices there are: an earlier one may have been like it."""
     if not (isinstance(z, Tensor) and isinstance(target, Tensor)) or arrays.on_host(z):
         return False
@@ -176,7 +183,7 @@ def may_be_known(z, target, reduction, gradient, all_ignored):
     return reduction in REDUCTIONS and gradient in GRADIENTS and all_ignored in ALL_IGNORED
 
 
-def extra(z_loss, softcap, gradient, all_ignored):
+def extra(z_loss: float, softcap: float | None, gradient: str, all_ignored: str) -> tuple[float, float | None]:
     """Checks the arguments that PyTorch's function does not have; z_loss and softcap as floats."""
     if type(z_loss) is not float:
         check.real_value(z_loss, "z_loss")
@@ -190,20 +197,20 @@ def extra(z_loss, softcap, gradient, all_ignored):
     return float(z_loss), None if softcap is None else float(softcap)
 
 
-def statistics(return_stats, differentiable):
+def statistics(return_stats: Any, differentiable: Any) -> None:
     """TypeError unless both are bools."""
     if not type(return_stats) is type(differentiable) is bool:
         check.boolean(return_stats, "return_stats")
         check.boolean(differentiable, "differentiable")
 
 
-def differentiable(return_stats):
+def differentiable(return_stats: bool) -> None:
     """Checks what has to stand beside `differentiable`."""
     if not return_stats:
         raise ValueError("differentiable: expected return_stats=True beside it: it is the statistics that get gradients")
 
 
-def loss_dtype(x, target):
+def loss_dtype(x: Tensor, target: Tensor) -> torch.dtype:
     """The dtype of the loss, as PyTorch's."""
     if x.dtype is torch.float32 and target.dtype is torch.int64:
         return x.dtype
@@ -213,7 +220,7 @@ def loss_dtype(x, target):
 
 
 # ---------------------------------------------------------------------------------------------- token log-probabilities
-def token_log_probs(z, target, temperature, ignore_index, dim):
+def token_log_probs(z: Tensor, target: Tensor, temperature: float, ignore_index: int, dim: int) -> tuple[float, int, int]:
     """Checks every argument; the temperature as a float, ignore_index as an int, `dim` counted from the front."""
     floating_tensor(z, "logits")
     tensor(target, "target")
@@ -231,7 +238,7 @@ def token_log_probs(z, target, temperature, ignore_index, dim):
     return _temperature(temperature), check.integer_value(ignore_index, "ignore_index"), dim
 
 
-def _temperature(temperature):
+def _temperature(temperature: float) -> float:
     temperature = number(temperature, "temperature")
     if not 1e-30 <= temperature <= 1e30:  # beyond, its inverse or a quotient is no float32
         raise ValueError(f"temperature: expected a number from 1e-30 to 1e30, got {temperature}")
@@ -239,7 +246,10 @@ def _temperature(temperature):
 
 
 # ---------------------------------------------------------------------------------------------- distillation
-def distillation(student, teacher, temperature, kind, beta, top_k, teacher_is, mask, reduction, dim):
+def distillation(
+    student: Tensor, teacher: Tensor | tuple[Tensor, Tensor], temperature: float, kind: str, beta: float, top_k: int | None,
+    teacher_is: str, mask: Tensor | None, reduction: str, dim: int,
+) -> Divergence:  # fmt: skip
     """Checks every argument; their `Divergence`."""
     floating_tensor(student, "student")
     check.rank_at_least(student, "student", 1, "…, V")
@@ -262,7 +272,7 @@ def distillation(student, teacher, temperature, kind, beta, top_k, teacher_is, m
     return options
 
 
-def _top_k_teacher(teacher, student, dim, top_k, teacher_is):
+def _top_k_teacher(teacher: tuple[Tensor, Tensor], student: Tensor, dim: int, top_k: int | None, teacher_is: str) -> None:
     """Checks (values, indices) of k classes of every row."""
     if len(teacher) != 2:
         raise ValueError(f"teacher: expected a tensor or a pair (values, indices), got {len(teacher)} of them")
@@ -290,7 +300,7 @@ def _top_k_teacher(teacher, student, dim, top_k, teacher_is):
         raise IndexError(f"teacher: expected indices of classes in 0…{classes - 1}, got {indices.min()}…{indices.max()}")
 
 
-def divergence(z, temperature, kind, beta, dim):
+def divergence(z: Tensor, temperature: float, kind: str, beta: float, dim: int) -> Divergence:
     """`Divergence` of logits like `z`, its parts checked."""
     check.one_of(kind, "kind", KINDS)
     beta = number(beta, "beta")
@@ -303,13 +313,13 @@ def divergence(z, temperature, kind, beta, dim):
     return Divergence(kind, beta, _temperature(temperature), dim % z.dim())
 
 
-def _teacher_dtype(teacher, name, student, of):
+def _teacher_dtype(teacher: Tensor, name: str, student: Tensor, of: str) -> None:
     """float64 has no other dtype beside it."""
     if torch.float64 in (teacher.dtype, student.dtype):
         check.same_dtype(teacher, name, student, of)
 
 
-def rows_that_count(mask, rows, z):
+def rows_that_count(mask: Tensor | None, rows: tuple[int, ...], z: Tensor) -> None:
     """Checks a mask of rows, or None."""
     if mask is None:
         return
@@ -321,7 +331,7 @@ def rows_that_count(mask, rows, z):
 
 
 # ---------------------------------------------------------------------------------------------- of logits that are a product
-def _beside(x, W, b):
+def _beside(x: Tensor, W: Tensor, b: Tensor | None) -> None:
     """Checks dtype and device of what is multiplied with `x` and added, the bias, and that there is a class."""
     if W.shape[0] == 0:
         raise ValueError(f"linear_weight: expected at least one class, got shape {check.shape_of(W)}")
@@ -336,7 +346,7 @@ def _beside(x, W, b):
         _same_device(v, name, x, "input")
 
 
-def chunk_rows(rows):
+def chunk_rows(rows: int | None) -> int | None:
     """The number of rows of a chunk as an int, checked; None for the library's own."""
     if rows is None:
         return None
@@ -345,7 +355,9 @@ def chunk_rows(rows):
     return check.integer_value(rows, "chunk_rows")
 
 
-def linear_cross_entropy(x, W, target, b, weight, asked):
+def linear_cross_entropy(
+    x: Tensor, W: Tensor, target: Tensor, b: Tensor | None, weight: Tensor | None, asked: Options
+) -> Tensor | None:
     """Checks every argument that PyTorch's function has; the class weights in the kernels' dtype."""
     floating_tensor(x, "input")
     floating_tensor(W, "linear_weight")
@@ -361,7 +373,9 @@ def linear_cross_entropy(x, W, target, b, weight, asked):
     return cross_entropy(logits, target, weight, asked.ignore_index, asked.reduction, asked.label_smoothing)
 
 
-def linear_token_log_probs(x, W, target, b, temperature, ignore_index):
+def linear_token_log_probs(
+    x: Tensor, W: Tensor, target: Tensor, b: Tensor | None, temperature: float, ignore_index: int
+) -> tuple[float, int]:
     """Checks every argument but chunk_rows; the temperature as a float, ignore_index as an int."""
     floating_tensor(x, "input")
     floating_tensor(W, "linear_weight")
@@ -377,7 +391,9 @@ def linear_token_log_probs(x, W, target, b, temperature, ignore_index):
     return token_log_probs(logits, target, temperature, ignore_index, -1)[:2]
 
 
-def linear_distillation(student, teacher, temperature, kind, beta, mask, reduction):
+def linear_distillation(
+    student: Operands, teacher: Operands, temperature: float, kind: str, beta: float, mask: Tensor | None, reduction: str
+) -> Divergence:
     """Checks every argument but chunk_rows; student and teacher are (input, weight, bias). Their `Divergence`."""
     for side, (x, W, b) in (("student", student), ("teacher", teacher)):
         names = tuple(f"{side}_{of}" for of in ("input", "weight", "bias"))
@@ -390,11 +406,11 @@ def linear_distillation(student, teacher, temperature, kind, beta, mask, reducti
         if b is not None:
             floating_tensor(b, names[2])
             check.shape(b, names[2], (W.shape[0],), f"one number per row of {names[1]}")
-        for name, v in zip(names[1:], (W, b), strict=True):
-            if v is not None and not autocast(x):
-                check.same_dtype(v, name, x, names[0])
-            if v is not None:
-                _same_device(v, name, x, names[0])
+        for name, given in zip(names[1:], (W, b), strict=True):
+            if given is not None and not autocast(x):
+                check.same_dtype(given, name, x, names[0])
+            if given is not None:
+                _same_device(given, name, x, names[0])
     x, W = student[:2]
     if len(W) == 0:
         raise ValueError(f"student_weight: expected at least one class, got shape {check.shape_of(W)}")
@@ -410,15 +426,19 @@ def linear_distillation(student, teacher, temperature, kind, beta, mask, reducti
     return divergence(x, temperature, kind, beta, -1)
 
 
-def in_autocast(x, W, b):
+def in_autocast(x: Tensor, W: Tensor, b: Tensor | None) -> Operands:
     """The operands of a product in autocast's dtype where that is on, as PyTorch's `linear`."""
     if not autocast(x):
         return x, W, b
     of = torch.get_autocast_dtype(x.device.type)
-    return tuple(v if v is None or v.dtype == torch.float64 else as_dtype(v, of) for v in (x, W, b))
+
+    def cast(v: Tensor) -> Tensor:
+        return v if v.dtype == torch.float64 else as_dtype(v, of)
+
+    return cast(x), cast(W), None if b is None else cast(b)
 
 
-def linear_problem(x, W, target, b, weight):
+def linear_problem(x: Tensor, W: Tensor, target: Tensor, b: Tensor | None, weight: Tensor | None) -> Problem:
     """The arguments as `Problem` has them, in autocast's dtype where that is on."""
     x, W, b = in_autocast(x, W, b)
     C, S, N = W.shape[0], math.prod(W.shape[1:-1]), 1 if x.dim() == 1 else x.shape[0]
@@ -431,7 +451,9 @@ def linear_problem(x, W, target, b, weight):
     )
 
 
-def _vocab_parallel_arguments(z, target, weight, ignore_index, reduction, label_smoothing):
+def _vocab_parallel_arguments(
+    z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> None:
     tensor(z, "logits_shard")
     check.floating(z, "logits_shard")
     tensor(target, "target")
@@ -452,7 +474,7 @@ def _vocab_parallel_arguments(z, target, weight, ignore_index, reduction, label_
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
 
 
-def _vocab_parallel_numbers(z_loss, softcap, vocab_start):
+def _vocab_parallel_numbers(z_loss: float, softcap: float | None, vocab_start: int | None) -> None:
     check.real_value(z_loss, "z_loss")
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")

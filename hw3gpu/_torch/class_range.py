@@ -87,7 +87,7 @@ def check_targets(device: torch.device | str | int | None = None) -> None:
         watch(torch.device("cuda", torch.cuda.current_device() if index.index is None else index.index)).wait()
 
 
-def judge_targets(logits, target, invalid, V, ignore_index):
+def judge_targets(logits: torch.Tensor, target: torch.Tensor, invalid: torch.Tensor, V: int, ignore_index: int) -> None:
     """At once on the host; on a GPU the flag sets out."""
     if arrays.on_host(logits):
         row = int(invalid)
@@ -97,13 +97,13 @@ def judge_targets(logits, target, invalid, V, ignore_index):
         watch(logits.device).send()
 
 
-def out_of_range(target, V, ignore_index):
+def out_of_range(target: torch.Tensor, V: int, ignore_index: int) -> torch.Tensor:
     """Where `target` holds neither a class nor `ignore_index`."""
     target = target.long()  # in fewer bits PyTorch wraps the numbers that it is compared with
     return ((target < 0) | (target >= V)) & (target != ignore_index)
 
 
-def check_classes(target, V, ignore_index):
+def check_classes(target: torch.Tensor, V: int, ignore_index: int) -> None:
     """IndexError for a class out of range among classes on the host, where no kernel is to find it."""
     if target.is_floating_point() or not arrays.on_host(target) or not target.numel():
         return
@@ -112,7 +112,7 @@ def check_classes(target, V, ignore_index):
         refuse_class(target, int(bad.reshape(-1).to(torch.uint8).argmax()), V, ignore_index)
 
 
-def refuse_class(target, row, V, ignore_index):
+def refuse_class(target: torch.Tensor, row: int, V: int, ignore_index: int) -> None:
     """IndexError: what stands in a row of `target` is no class."""
     raise IndexError(
         f"target: expected classes in 0…{V - 1} or ignore_index {ignore_index}, got {int(target.reshape(-1)[row])} in row {row}"

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .._core import arrays, dispatch, outputs
+from .._core.arrays import Array
 from .._core.torch_internals import apply_of
 from . import bound_launches, class_range, cross_entropy_formula, expected_upstream, operators, small_calls, token_log_probs
 from .autograd import accumulate_dtype, empty_of, graph_is_needed
+from .bound_launches import Call
 from .class_range import judge_targets, refuse_class
 from .cross_entropy_formula import (
     NUMBERS,
@@ -27,6 +30,7 @@ from .cross_entropy_formula import (
     loss_shape,
     without_derivatives,
 )
+from .token_log_probs import TokenLogProbs
 
 
 class Rest(NamedTuple):
@@ -41,16 +45,22 @@ class Rest(NamedTuple):
     numbers: int = 3
     at_once: bool = False
     dtype: torch.dtype | None = None
-    call: Any = None
+    call: Call | None = None
     traced: bool = False
 
 
-def call_of(logits, target, weight, options, gradient, stats, dtype):
+def call_of(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, gradient: str, stats: bool,
+    dtype: torch.dtype | None,
+) -> Call | None:  # fmt: skip
     """What `bound_launches` knows of a call with these arguments, of which only the kinds of the first two are checked."""
     return _bound_call(logits, target, weight, options, gradient, NUMBERS if stats else 3, dtype)
 
 
-def cross_entropy(logits, target, weight, options, gradient, stats, dtype=None, call=None):
+def cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, gradient: str, stats: bool,
+    dtype: torch.dtype | None = None, call: Call | None = None,
+) -> tuple[Tensor, CrossEntropyStatistics | None]:  # fmt: skip
     """(loss, CrossEntropyStatistics or None); the arguments are checked, weight is in the kernels' dtype.
 
     dtype: of the loss of CUDA tensors; others have that of its sums. `call`: what `bound_launches` knows of it.
@@ -71,7 +81,9 @@ def cross_entropy(logits, target, weight, options, gradient, stats, dtype=None, 
     return found[0], without_derivatives(of_rows, logits, target) if with_graph else of_rows
 
 
-def with_differentiable_statistics(logits, target, weight, options):
+def with_differentiable_statistics(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options
+) -> tuple[Tensor, CrossEntropyStatistics | None]:
     """(loss, CrossEntropyStatistics), both with a graph; the arguments are checked, weight is in the kernels' dtype.
 
     Of classes without smoothing and softcap the loss is that of `token_log_probs`: one pass for both. The rest is computed by
@@ -85,7 +97,9 @@ def with_differentiable_statistics(logits, target, weight, options):
     return of_token_log_probs(found, sums[3].view(target.shape), target, weight, options)
 
 
-def of_token_log_probs(found, below, target, weight, options):
+def of_token_log_probs(
+    found: TokenLogProbs, below: Tensor, target: Tensor, weight: Tensor | None, options: Options
+) -> tuple[Tensor, CrossEntropyStatistics]:
     """(loss, CrossEntropyStatistics) of classes, from the three numbers of every row and z_target - max z."""
     target = target.long()  # in fewer bits PyTorch wraps the number that it is compared with, and takes uint8 for a mask
     kept, loss = target != options.ignore_index, -found.log_prob
@@ -98,7 +112,7 @@ def of_token_log_probs(found, below, target, weight, options):
     return loss, CrossEntropyStatistics(found.lse, found.log_prob, found.entropy, (below == 0) & kept)
 
 
-def _eager_with_graph(logits, target, rest, gradient):
+def _eager_with_graph(logits: Tensor, target: Tensor, rest: Rest, gradient: str) -> tuple[Tensor, Tensor | None]:
     """The loss, and the numbers of every row where more than three are asked for."""
     differentiated = logits.requires_grad
     if rest.call is not None and rest.call.launches is not None:
@@ -120,7 +134,7 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, target, rest):
+    def forward(ctx: Any, logits: Tensor, target: Tensor, rest: Rest) -> tuple[Tensor | None, ...]:
         loss, numbers, denominator, dlogits = (_below_autograd if rest.traced else run)(logits, target, rest)
         divides = denominator if rest.options.reduction == "mean" else None
         ctx.save_for_backward(logits, target, rest.weight, numbers, divides, dlogits)
@@ -135,7 +149,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (loss, numbers, denominator) if rest.traced else (loss, numbers)
 
     @staticmethod
-    def backward(ctx, upstream, *_):
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         logits, target, weight, numbers, denominator, dlogits = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if upstream is None:
@@ -166,8 +180,12 @@ class _CrossEntropyStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, target, rest, expected):
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, rest: Rest, expected: expected_upstream.Expected | None
+    ) -> tuple[Tensor, Tensor | None]:
         weight, options, kept = rest.weight, rest.options, rest.numbers
+        numbers: Tensor | None
+        dlogits: Tensor | None
         ctx.upstream, ctx.expected = 1.0 if expected is None else expected.guess(), expected
         if ctx.upstream is None:
             loss, numbers, _, dlogits = run(logits, target, Rest(weight, options, kept))
@@ -182,25 +200,25 @@ class _CrossEntropyStep(torch.autograd.Function):
         return loss, numbers
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         logits, target, weight, dlogits = ctx.saved_tensors
         if upstream is None:
             return None, None, None, None
         if torch.is_grad_enabled():
             needs = ctx.needs_input_grad[:2]
             return *cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), None, None
-        upstream = upstream.item()
+        number = upstream.item()
         if ctx.expected is not None:
-            ctx.expected.was(upstream)
+            ctx.expected.was(number)
         dlogits = None if ctx.handed_out else dlogits.data
         ctx.handed_out = True
-        if dlogits is None or upstream != ctx.upstream:
-            _, _, dlogits = _run_step(logits, target, weight, upstream, ctx.options, dlogits)
+        if dlogits is None or number != ctx.upstream:
+            _, _, dlogits = _run_step(logits, target, weight, number, ctx.options, dlogits)
         return dlogits, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def rows_of(logits, target, which):
+def rows_of(logits: Tensor, target: Tensor, which: str) -> tuple[Array, Array]:
     """Logits as (N, V, S) and targets as (N, S) or (N, V, S), as the `which` kernels see them."""
     axis = class_axis(logits)
     z = outputs.folded(logits, axis, which)
@@ -210,7 +228,10 @@ def rows_of(logits, target, which):
     return z, dispatch.kernel_view(target.view(rows) if target.is_contiguous() else target.reshape(rows), which)
 
 
-def _bound_call(logits, target, weight, options, gradient, numbers, dtype):
+def _bound_call(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, gradient: str, numbers: int,
+    dtype: torch.dtype | None,
+) -> Call | None:  # fmt: skip
     """What `bound_launches` knows of a call of `functional.cross_entropy` with these arguments; None where it keeps none
     such."""
     if arrays.on_host(logits) or not (type(options.ignore_index) is int and type(options.label_smoothing) is float):
@@ -226,11 +247,11 @@ def _bound_call(logits, target, weight, options, gradient, numbers, dtype):
 IN_ONE_LAUNCH = 8192  # rows that are added up where their losses are made (`row_plan.plan_reduce`)
 
 
-def run(logits, target, rest):
+def run(logits: Tensor, target: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradient if `at_once`."""
     weight, options, numbers, at_once, dtype, call, _ = rest
-    known = call is not None and call.launches is not None
-    which = "gpu" if known else dispatch.backend(logits)
+    again = None if call is None else call.launches
+    which = "gpu" if again is not None else dispatch.backend(logits)
     N, S = rows_shape(logits)
     if which == "cpu" or (N * S > IN_ONE_LAUNCH and options.reduction != "none"):
         dtype = None  # the caller casts it
@@ -245,9 +266,9 @@ def run(logits, target, rest):
         total = empty_of(stats, dtype or acc)
         if options.reduction == "mean":
             denominator = stats.new_empty(())
-    if known:
+    if again is not None:
         dlogits = torch.empty_like(logits) if at_once else None
-        call.launches(logits, target, weight, loss, stats, invalid, total, denominator, dlogits)
+        again(logits, target, weight, loss, stats, invalid, total, denominator, dlogits)
     else:
         dlogits, dz = outputs.output(logits, class_axis(logits), dispatch.viewer(which)) if at_once else (None, None)
         operands = (logits, target, weight, loss, stats, invalid, total, denominator, dlogits)
@@ -258,18 +279,21 @@ def run(logits, target, rest):
     return loss.reshape(loss_shape(logits)) if total is None else total, stats, denominator, dlogits
 
 
-def _launch_forward(which, logits, target, weight, loss, stats, invalid, total, denominator, dlogits, dz, options):
+def _launch_forward(
+    which: str, logits: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor, stats: Tensor, invalid: Tensor,
+    total: Tensor | None, denominator: Tensor | None, dlogits: Tensor | None, dz: Array | None, options: Options,
+) -> None:  # fmt: skip
     see, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
     z, t = rows_of(logits, target, which)
     weight, stats, invalid = see(weight), see(stats), see(invalid)
     total, denominator = cell(total, which), cell(denominator, which)
-    row_weights = None
+    row_weights: Tensor | None = None
     if total is not None:
         loss, row_weights = loss.unbind()
         loss = loss[: stats.shape[1] * stats.shape[2]].view(stats.shape[1:])
     loss = see(loss)
     mean, zero = options.reduction == "mean", options.zero_if_ignored
-    reduced = {"total": total, "denominator": denominator, "mean": mean, "zero_if_ignored": zero}
+    reduced: dict[str, Any] = {"total": total, "denominator": denominator, "mean": mean, "zero_if_ignored": zero}
     if dz is None:
         kernels.forward(z, t, weight, loss, stats, invalid, row_weights=row_weights, **reduced, **options.of_rows)
         return
@@ -278,17 +302,20 @@ def _launch_forward(which, logits, target, weight, loss, stats, invalid, total, 
     kernels.forward_backward(z, t, weight, loss, dz, invalid, stats=stats, **reduced, **options.of_rows)
 
 
-def cell(number, which):
+def cell(number: Tensor | None, which: str) -> Array | None:
     """A tensor of one number as the `which` kernels see it: those on the CPU take (1,)."""
     return number if which != "cpu" or number is None else number.numpy().reshape(1)
 
 
-def rows_shape(logits):
+def rows_shape(logits: Tensor) -> tuple[int, int]:
     """(N, S) of logits (C,), (N, C, …)."""
     return (logits.shape[0], math.prod(logits.shape[2:])) if logits.dim() > 1 else (1, 1)
 
 
-def _eager_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits):
+def _eager_backward(
+    upstream: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, numbers: Tensor, denominator: Tensor | None,
+    options: Options, dlogits: Tensor | None,
+) -> Tensor:  # fmt: skip
     call = bound_launches.of(
         ("cross entropy, backward", options, dlogits is None),
         logits, target, weight, upstream, numbers, denominator, dlogits,
@@ -296,7 +323,10 @@ def _eager_backward(upstream, logits, target, weight, numbers, denominator, opti
     return run_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits, call)
 
 
-def run_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits=None, call=None):
+def run_backward(
+    upstream: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, numbers: Tensor, denominator: Tensor | None,
+    options: Options, dlogits: Tensor | None = None, call: Call | None = None,
+) -> Tensor:  # fmt: skip
     """∂loss/∂logits; where `dlogits` holds it for an upstream gradient of 1, in place and for the rows that have another."""
     operands = logits, target, weight, upstream, numbers, denominator
     if call is not None and call.launches is not None:
@@ -307,7 +337,7 @@ def run_backward(upstream, logits, target, weight, numbers, denominator, options
     see, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
     z, t = rows_of(logits, target, which)
     unless_one = dlogits is not None
-    if unless_one:
+    if dlogits is not None:
         dz = outputs.folded(dlogits, class_axis(logits), which)
     else:
         dlogits, dz = outputs.output(logits, class_axis(logits), see)
@@ -318,7 +348,10 @@ def run_backward(upstream, logits, target, weight, numbers, denominator, options
     return dlogits
 
 
-def _run_step(logits, target, weight, upstream, options, dlogits=None, stats=False):
+def _run_step(
+    logits: Tensor, target: Tensor, weight: Tensor | None, upstream: float, options: Options, dlogits: Tensor | None = None,
+    stats: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """On the CPU: the reduced loss, the numbers of every row if `stats`, and the gradient for an upstream number."""
     found = None if stats else _small_step(logits, target, weight, upstream, options, dlogits)
     if found:
@@ -343,14 +376,16 @@ def _run_step(logits, target, weight, upstream, options, dlogits=None, stats=Fal
     return torch.from_numpy(result.reshape(())), numbers, dlogits
 
 
-def _small_loss(logits, target, rest, stats):
+def _small_loss(logits: Tensor, target: Tensor, rest: Rest, stats: bool) -> tuple[Tensor, Tensor] | None:
     """The reduced loss of a small call on the CPU, else None. A gradient is made beside it, in a quarter of `run`'s time."""
     if stats or rest.options.reduction == "none" or dispatch.backend(logits) != "cpu":
         return None
     return _small_step(logits, target, rest.weight, 1.0, rest.options)
 
 
-def _small_step(logits, target, weight, upstream, options, dlogits=None):
+def _small_step(
+    logits: Tensor, target: Tensor, weight: Tensor | None, upstream: float, options: Options, dlogits: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
     """The reduced loss and the gradient for an upstream number; None where `small_calls` does not take the call."""
     found = small_calls.cross_entropy_step(logits, target, weight, upstream, options, dlogits)
     if found is None:
@@ -361,17 +396,20 @@ def _small_step(logits, target, weight, upstream, options, dlogits=None):
     return loss, dlogits
 
 
-def never_zero(denominator, options):
+def never_zero(denominator: Tensor, options: Options) -> Tensor:
     """What counts nothing makes a loss of 0/0, or of 0 where that is asked for: over an infinite number."""
     return denominator.masked_fill_(denominator == 0, torch.inf) if options.zero_if_ignored else denominator
 
 
-def _upstream_of_rows(upstream, numbers, options):
+def _upstream_of_rows(upstream: Tensor, numbers: Tensor, options: Options) -> Tensor:
     rows = numbers.shape[1:]
     return upstream.reshape(rows) if options.reduction == "none" else upstream.expand(rows)
 
 
-def target_gradient(upstream, logits, target, weight, numbers, denominator, options):
+def target_gradient(
+    upstream: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, numbers: Tensor, denominator: Tensor | None,
+    options: Options,
+) -> Tensor:  # fmt: skip
     """∂loss/∂y_c = -w_c (1 - ε) log p_c for probabilities."""
     acc = numbers.dtype
     z = outputs.fold(logits, class_axis(logits)).to(acc)
@@ -387,16 +425,16 @@ def target_gradient(upstream, logits, target, weight, numbers, denominator, opti
 
 
 # ---------------------------------------------------------------------------------------------- operators
-def _below_autograd(logits, target, rest):
+def _below_autograd(logits: Tensor, target: Tensor, rest: Rest) -> tuple[Any, ...]:
     return *operators.below_autograd(FORWARD, logits, target, rest.weight, rest.numbers, *rest.options), None
 
 
-def _forward(logits, target, rest):
+def _forward(logits: Tensor, target: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor | None]:
     loss, stats, denominator, _ = run(logits, target, rest)
     return loss, stats, None if denominator is None else denominator.view(1)
 
 
-def _fake(logits, target, rest):
+def _fake(logits: Tensor, target: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor | None]:
     acc, reduction = accumulate_dtype(logits), rest.options.reduction
     rows = logits.shape[:1] if logits.dim() > 1 else (1,)
     S = 1

@@ -3,6 +3,7 @@ every order and go through every transform: docs/derivations.md, sections 3.3, 3
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,12 +66,12 @@ def loss_shape(logits: Tensor) -> tuple[int, ...]:
     return (*logits.shape[:1], *logits.shape[2:]) if logits.dim() > 1 else ()
 
 
-def class_axis(logits):
+def class_axis(logits: Tensor) -> int:
     """0 for (C,), 1 for (N, C, …)."""
     return min(logits.ndim - 1, 1)
 
 
-def statistics(numbers, shape, V, target, ignore_index):
+def statistics(numbers: Tensor, shape: tuple[int, ...], V: int, target: Tensor, ignore_index: int) -> CrossEntropyStatistics:
     """What the `NUMBERS` of every row say; `shape` is that of the loss of every row."""
     m, excess, _, below, entropy = numbers.reshape(NUMBERS, *shape).unbind()
     log_total = excess.log1p()
@@ -81,7 +82,7 @@ def statistics(numbers, shape, V, target, ignore_index):
     return CrossEntropyStatistics(m + log_total, below - log_total, entropy, (below == 0) & known)
 
 
-def without_derivatives(statistics, *depends_on):
+def without_derivatives(statistics: CrossEntropyStatistics, *depends_on: Tensor | None) -> CrossEntropyStatistics:
     """Statistics that say so where somebody asks for their gradient."""
     tied_to = [t for t in depends_on if t is not None and t.requires_grad]
     message = "statistics of cross entropy: they have a gradient where differentiable=True asks for it"
@@ -91,7 +92,9 @@ def without_derivatives(statistics, *depends_on):
     })  # fmt: skip
 
 
-def loss_and_statistics(logits, target, weight, options, stats):
+def loss_and_statistics(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, stats: bool
+) -> tuple[Tensor, CrossEntropyStatistics | None]:
     """The loss, and the statistics, or None; both with derivatives."""
     z = _capped(logits, options)
     loss, log_p = _loss(z, target, weight, options)
@@ -110,13 +113,15 @@ def loss_and_statistics(logits, target, weight, options, stats):
     return loss, CrossEntropyStatistics(lse, log_prob, entropy, kept & correct)
 
 
-def entropy_of(log_p, axis):
+def entropy_of(log_p: Tensor, axis: int) -> Tensor:
     """-Σ p log p; a class without probability adds nothing, nor to the gradient."""
     p = log_p.exp()
     return -(p * torch.where(p == 0, 0.0, log_p)).sum(axis)
 
 
-def gradients(upstream, logits, target, weight, options, needs):
+def gradients(
+    upstream: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """The gradients of logits and target, where needed, with a graph of their own."""
     with torch.enable_grad():
         loss, _ = _loss(_capped(logits, options), target, weight, options)
@@ -125,12 +130,12 @@ def gradients(upstream, logits, target, weight, options, needs):
     return tuple(next(found) if needed else None for needed in needs)
 
 
-def _capped(logits, options):
+def _capped(logits: Tensor, options: Options) -> Tensor:
     z = logits.to(accumulate_dtype(logits))
     return z if options.softcap is None else options.softcap * (z / options.softcap).tanh()
 
 
-def _loss(z, target, weight, options):
+def _loss(z: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """The reduced loss of capped logits, and log p."""
     axis = class_axis(z)
     soft = target.is_floating_point()
@@ -149,7 +154,7 @@ def _loss(z, target, weight, options):
     return reduced(loss, kept, target, weight, options), log_p
 
 
-def reduced(loss, kept, target, weight, options):
+def reduced(loss: Tensor, kept: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
     """The reduction of the losses of all rows; `kept`: those that are not ignored."""
     if options.reduction == "none":
         return loss
