@@ -122,26 +122,50 @@ def _per_channel(x: Array, channel_axis: int | None) -> tuple[tuple[int, ...], t
     return axes, shape, m
 
 
+def _counted(mask: Any, x: Array, channel_axis: int | None) -> tuple[Any, Any]:
+    """Where a value counts, along ``x``, and how many of a channel do; ``mask`` has the shape of ``x`` without its channels."""
+    positions = np.broadcast_to(
+        np.asarray(mask, dtype=bool), x.shape if channel_axis is None else np.delete(x.shape, channel_axis)
+    )
+    counts = positions if channel_axis is None else np.expand_dims(positions, channel_axis)
+    return np.broadcast_to(counts, x.shape), int(np.count_nonzero(positions))
+
+
 @_ieee
-def batch_norm(x: Any, gamma: Any = None, beta: Any = None, *, eps: float = 1e-5, channel_axis: int | None = 1) -> BatchNorm:
+def batch_norm(
+    x: Any, gamma: Any = None, beta: Any = None, *, eps: float = 1e-5, channel_axis: int | None = 1, mask: Any = None
+) -> BatchNorm:
     """Normalise over a mini-batch, (2.1) to (2.4).
 
     ``channel_axis=None`` takes all elements of ``x`` as the values x_1…x_m of one variable; ``gamma`` and ``beta`` are
     then scalars, and (C,) otherwise. None stands for gamma = 1 and beta = 0. With m = 0 the statistics are NaN.
+
+    ``mask``, a bool for each position of ``x`` without its channels: the values that count, (2.17) to (2.19). ``y`` and
+    ``x_hat`` are 0 elsewhere, whatever ``x`` is there; where no value counts ``mean`` and ``var`` are 0.
     """
     x = _extended(x)
     axes, shape, m = _per_channel(x, channel_axis)
+    if mask is not None:
+        counts, n = _counted(mask, x, channel_axis)
+        m = max(n, 1)
+        x = np.where(counts, x, 0)
     gamma = _extended(1.0 if gamma is None else gamma)
     beta = _extended(0.0 if beta is None else beta)
     mean = np.asarray(np.sum(x, axis=axes) / m)
     centred = x - mean.reshape(shape)
+    if mask is not None:
+        centred = np.where(counts, centred, 0)
     rest = np.asarray(np.sum(centred, axis=axes) / m)  # what the rounding of a large mean has left
     rest = np.where(np.isfinite(mean), rest, 0.0)  # the mean of values with an infinity among them is that infinity
     mean, centred = np.asarray(mean + rest), centred - rest.reshape(shape)
+    if mask is not None:
+        centred = np.where(counts, centred, 0)
     var = np.asarray(np.sum(centred**2, axis=axes) / m)
     rstd = np.asarray(1.0 / np.sqrt(var + eps))
     x_hat = centred * rstd.reshape(shape)
     y = gamma.reshape(shape) * x_hat + beta.reshape(shape)
+    if mask is not None:
+        y = np.where(counts, y, 0)
     return BatchNorm(*map(_float64, (y, mean, var, rstd, x_hat)))
 
 
@@ -155,13 +179,19 @@ def batch_norm_backward(
     *,
     eps: float = 1e-5,
     channel_axis: int | None = 1,
+    mask: Any = None,
 ) -> BatchNormGradients:
     """The gradients of batch normalisation by the chain of the assignment, (2.5) to (2.10).
 
-    ``mean`` and ``var`` are those the forward pass returned; ``dy`` is ∂ℓ/∂y, of the shape of ``x``.
+    ``mean`` and ``var`` are those the forward pass returned; ``dy`` is ∂ℓ/∂y, of the shape of ``x``. With ``mask``, as the
+    forward pass had it, (2.20): ``dx`` and ``dx_hat`` are 0 where a value does not count, whatever ``x`` and ``dy`` are there.
     """
     dy, x, mean, var = map(_extended, (dy, x, mean, var))
     axes, shape, m = _per_channel(x, channel_axis)
+    if mask is not None:
+        counts, n = _counted(mask, x, channel_axis)
+        m = max(n, 1)
+        dy, x = np.where(counts, dy, 0), np.where(counts, x, mean.reshape(shape))
     gamma = _extended(1.0 if gamma is None else gamma).reshape(shape)
     centred = x - mean.reshape(shape)
     rstd = 1.0 / np.sqrt(var + eps)
@@ -172,6 +202,8 @@ def batch_norm_backward(
     dmean = np.sum(-dx_hat * rstd.reshape(shape), axis=axes) + dvar * np.sum(-2.0 * centred, axis=axes) / m
     dvar, dmean = np.asarray(dvar), np.asarray(dmean)
     dx = dx_hat * rstd.reshape(shape) + dvar.reshape(shape) * 2.0 * centred / m + dmean.reshape(shape) / m
+    if mask is not None:
+        dx = np.where(counts, dx, 0)
     dgamma = np.sum(dy * x_hat, axis=axes)
     dbeta = np.sum(dy, axis=axes)
     return BatchNormGradients(*map(_float64, (dx, dgamma, dbeta, dvar, dmean, dx_hat)))
@@ -186,14 +218,16 @@ def batch_norm_inference(
     beta: Any = None,
     eps: float = 1e-5,
     channel_axis: int | None = 1,
+    mask: Any = None,
 ) -> Array:
-    """y = gamma (x − mean) / sqrt(var + eps) + beta with given statistics (2.14)."""
+    """y = gamma (x − mean) / sqrt(var + eps) + beta with given statistics (2.14); 0 where ``mask`` is False."""
     x, mean, var = map(_extended, (x, mean, var))
     _, shape, _ = _per_channel(x, channel_axis)
     gamma = _extended(1.0 if gamma is None else gamma)
     beta = _extended(0.0 if beta is None else beta)
     x_hat = (x - mean.reshape(shape)) / np.sqrt(var + eps).reshape(shape)
-    return _float64(gamma.reshape(shape) * x_hat + beta.reshape(shape))
+    y = gamma.reshape(shape) * x_hat + beta.reshape(shape)
+    return _float64(y if mask is None else np.where(_counted(mask, x, channel_axis)[0], y, 0))
 
 
 @_ieee
@@ -205,10 +239,14 @@ def batch_norm_inference_backward(
     gamma: Any = None,
     eps: float = 1e-5,
     channel_axis: int | None = 1,
+    mask: Any = None,
 ) -> BatchNormInferenceGradients:
-    """The gradients where ``mean`` and ``var`` do not depend on ``x`` (2.15)."""
+    """The gradients where ``mean`` and ``var`` do not depend on ``x`` (2.15); ``mask`` as in the forward pass."""
     dy, x, mean, var = map(_extended, (dy, x, mean, var))
     axes, shape, _ = _per_channel(x, channel_axis)
+    if mask is not None:
+        counts, _ = _counted(mask, x, channel_axis)
+        dy, x = np.where(counts, dy, 0), np.where(counts, x, mean.reshape(shape))
     gamma = _extended(1.0 if gamma is None else gamma)
     rstd = (1.0 / np.sqrt(var + eps)).reshape(shape)
     x_hat = (x - mean.reshape(shape)) * rstd

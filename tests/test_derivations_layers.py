@@ -223,3 +223,34 @@ def test_2_16_merges_counts_means_and_squared_deviations() -> None:
     mean = mean_a + b / (a + b) * delta
     assert sp.simplify(mean - total / (a + b)) == 0
     assert sp.simplify(m_a + m_b + a * b / (a + b) * delta**2 - (total_of_squares - (a + b) * mean**2)) == 0
+
+
+@proves("2.17", "2.18", "2.19", "2.20")
+def test_2_17_to_2_20_are_the_batch_of_the_values_that_count() -> None:
+    """Of four values the third does not count: the gradients are derivatives of the formula as it stands, with w_3 = 0."""
+    x, w = (*X[:2], sp.Symbol("x4", real=True), X[2]), (1, 1, 0, 1)
+    g = (*G[:2], sp.Symbol("g4", real=True), G[2])
+    n = sum(w)
+    mean = sum(of * v for of, v in zip(w, x, strict=True)) / n
+    var = sum(of * (v - mean) ** 2 for of, v in zip(w, x, strict=True)) / n
+    rstd = 1 / sp.sqrt(var + EPS)
+    x_hat = [(v - mean) * rstd for v in x]
+    whole = sum(of * h * (GAMMA * hat + BETA) for of, h, hat in zip(w, g, x_hat, strict=True))
+    counted = [of * h for of, h in zip(w, g, strict=True)]
+    dgamma, dbeta = sum(h * hat for h, hat in zip(counted, x_hat, strict=True)), sum(counted)
+    assert vanishes(sp.diff(whole, GAMMA) - dgamma)
+    assert vanishes(sp.diff(whole, BETA) - dbeta)
+    for of, v, h, hat in zip(w, x, counted, x_hat, strict=True):
+        assert vanishes(sp.diff(whole, v) - of * GAMMA * rstd / n * (n * h - dbeta - hat * dgamma))
+    values, upstream = np.array([7.0, -4.0, np.nan, 0.5]), np.array([1.0, 2.0, np.inf, -3.0])
+    mask = np.array(w, dtype=bool)
+    masked = reference.batch_norm(values, 1.5, -2.0, eps=0.01, channel_axis=None, mask=mask)
+    alone = reference.batch_norm(values[mask], 1.5, -2.0, eps=0.01, channel_axis=None)
+    np.testing.assert_array_equal(masked.y[mask], alone.y)
+    assert masked.y[2] == 0
+    assert (masked.mean, masked.var) == (alone.mean, alone.var)
+    gradients = reference.batch_norm_backward(upstream, values, masked.mean, masked.var, 1.5, channel_axis=None, mask=mask)
+    of_alone = reference.batch_norm_backward(upstream[mask], values[mask], alone.mean, alone.var, 1.5, channel_axis=None)
+    np.testing.assert_allclose(gradients.dx[mask], of_alone.dx, rtol=1e-15)
+    assert gradients.dx[2] == 0
+    assert (gradients.dgamma, gradients.dbeta) == (of_alone.dgamma, of_alone.dbeta)
