@@ -417,6 +417,6 @@ def linear_cross_entropy(
         loss, stats = _linear_cross_entropy.linear_cross_entropy(problem, asked, gradient, return_stats, rows)
     of_rows = (*input.shape[:-1], *linear_weight.shape[1:-1])
     loss = as_dtype(loss.reshape(of_rows) if reduction == "none" else loss, arguments.loss_dtype(input, target))
-    if not return_stats:
+    if stats is None:
         return loss
     return loss, type(stats)._make(None if v is None else v.reshape(of_rows) for v in stats)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,24 @@ def graph_is_needed(*tensors: torch.Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+def gradients_with_a_graph(
+    function: Callable[[], Sequence[torch.Tensor]],
+    inputs: Sequence[torch.Tensor | None],
+    upstream: Sequence[torch.Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """∂ℓ/∂input for the inputs that `needs` names, None for the others, with a graph: they can be differentiated again.
+
+    function: computes its results from the inputs in PyTorch's operations. upstream: ∂ℓ/∂result, None for one that ℓ does not
+    depend on.
+    """
+    with torch.enable_grad():
+        pairs = [(v, as_dtype(g, v.dtype)) for v, g in zip(function(), upstream, strict=True) if g is not None]
+        asked = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
+        found = iter(torch.autograd.grad([v for v, _ in pairs], asked, [g for _, g in pairs], create_graph=True))
+    return tuple(next(found) if needed else None for needed in needs)
 
 
 class _NoDerivative(torch.autograd.Function):

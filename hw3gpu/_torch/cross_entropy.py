@@ -94,6 +94,7 @@ def with_differentiable_statistics(
             class_range.check_classes(target, logits.shape[class_axis(logits)], options.ignore_index)
         return cross_entropy_formula.loss_and_statistics(logits, target, weight, options, True)
     found, sums = token_log_probs.with_sums(logits, target, 1.0, options.ignore_index, class_axis(logits))
+    assert sums is not None
     return of_token_log_probs(found, sums[3].view(target.shape), target, weight, options)
 
 

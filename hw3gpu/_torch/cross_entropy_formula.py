@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import accumulate_dtype, no_derivative
+from .autograd import accumulate_dtype, gradients_with_a_graph, no_derivative
 
 NUMBERS = 5  # m, Σ exp(z - m) - 1, W, z_target - m, entropy; the first three are what the backward pass needs
 
@@ -123,11 +123,11 @@ def gradients(
     upstream: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of logits and target, where needed, with a graph of their own."""
-    with torch.enable_grad():
-        loss, _ = _loss(_capped(logits, options), target, weight, options)
-        inputs = [x for x, needed in zip((logits, target), needs, strict=True) if needed]
-        found = iter(torch.autograd.grad(loss, inputs, upstream.to(loss.dtype), create_graph=True))
-    return tuple(next(found) if needed else None for needed in needs)
+
+    def loss() -> tuple[Tensor]:
+        return (_loss(_capped(logits, options), target, weight, options)[0],)
+
+    return gradients_with_a_graph(loss, (logits, target), (upstream,), needs)
 
 
 def _capped(logits: Tensor, options: Options) -> Tensor:

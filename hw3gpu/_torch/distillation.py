@@ -8,13 +8,15 @@ the formula in PyTorch's operations.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .._core import dispatch, outputs
 from . import operators
-from .autograd import accumulate_dtype, as_dtype, graph_is_needed
+from .autograd import accumulate_dtype, as_dtype, gradients_with_a_graph, graph_is_needed
 
 KINDS = ("forward", "reverse", "jensen_shannon")
 TEACHERS = ("logits", "probabilities", "log_probabilities")
@@ -34,7 +36,7 @@ class Divergence(NamedTuple):
         return {"kind": self.kind, "beta": self.beta, "temperature": self.temperature}
 
 
-def divergences(student, teacher, mask, options):
+def divergences(student: Tensor, teacher: Tensor, mask: Tensor | None, options: Divergence) -> Tensor:
     """The divergence of every row, 0 where the mask leaves it out; the arguments are checked."""
     if not operators.traced(student) and operators.transformed():
         return formula(student, teacher, mask, options)
@@ -46,7 +48,7 @@ def divergences(student, teacher, mask, options):
     return run(student, teacher, mask, kind, beta, temperature, dim, save=False)[0]
 
 
-def as_logits(teacher, teacher_is, temperature):
+def as_logits(teacher: Tensor, teacher_is: str, temperature: float) -> Tensor:
     """What has the teacher's distribution at this temperature as its softmax."""
     if teacher_is == "logits":
         return teacher
@@ -54,7 +56,7 @@ def as_logits(teacher, teacher_is, temperature):
     return log_p if temperature == 1.0 else as_dtype(log_p, accumulate_dtype(log_p)) * temperature
 
 
-def reduced(rows, mask, reduction):
+def reduced(rows: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
     """The reduction of the divergences of all rows; the mean is that of the rows that count."""
     if reduction == "none":
         return rows
@@ -64,12 +66,15 @@ def reduced(rows, mask, reduction):
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def of_rows(mask, shape):
+def of_rows(mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
     """A mask as the kernels take it, (N, S) of uint8, or None."""
     return None if mask is None else mask.reshape(shape).view(torch.uint8)
 
 
-def run(student, teacher, mask, kind, beta, temperature, dim, save=True):
+def run(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, kind: str, beta: float, temperature: float, dim: int,
+    save: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The divergence of every row, and what the backward pass needs if `save`, else None."""
     which = dispatch.backend(student)
     see = dispatch.viewer(which)
@@ -84,7 +89,10 @@ def run(student, teacher, mask, kind, beta, temperature, dim, save=True):
     return loss, stats
 
 
-def run_backward(upstream, student, teacher, mask, stats, kind, beta, temperature, dim, needs):
+def run_backward(
+    upstream: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, stats: Tensor, kind: str, beta: float,
+    temperature: float, dim: int, needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of student and teacher that `needs` names, else None."""
     which = dispatch.backend(student)
     see = dispatch.viewer(which)
@@ -101,14 +109,14 @@ def run_backward(upstream, student, teacher, mask, stats, kind, beta, temperatur
 
 
 # ---------------------------------------------------------------------------------------------- in PyTorch's operations
-def formula(student, teacher, mask, options):
+def formula(student: Tensor, teacher: Tensor, mask: Tensor | None, options: Divergence) -> Tensor:
     """The divergences in PyTorch's operations, which have derivatives of every order and go through every transform."""
     log_q, log_p = (torch.log_softmax(z.to(accumulate_dtype(z)) / options.temperature, options.dim) for z in (student, teacher))
     rows = of_logarithms(log_p, log_q, options)
     return rows if mask is None else torch.where(mask, rows, 0.0)
 
 
-def of_logarithms(log_p, log_q, options):
+def of_logarithms(log_p: Tensor, log_q: Tensor, options: Divergence) -> Tensor:
     """The divergences of distributions given by their logarithms."""
     kind, beta, _, dim = options
     neither = (log_p == -math.inf) & (log_q == -math.inf)
@@ -121,19 +129,11 @@ def of_logarithms(log_p, log_q, options):
     return _relative_entropy(*pair, dim)
 
 
-def _relative_entropy(log_p, log_q, dim):
+def _relative_entropy(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
     """Σ p (log p - log q); a class without probability adds nothing, nor to the gradient."""
     none = log_p == -math.inf
     ratio = torch.where(none, 0.0, log_p) - torch.where(none, 0.0, log_q)
     return (log_p.exp() * ratio).sum(dim)
-
-
-def _gradients_with_a_graph(upstream, student, teacher, mask, options, needs):
-    with torch.enable_grad():
-        rows = formula(student, teacher, mask, options)
-        inputs = [z for z, needed in zip((student, teacher), needs, strict=True) if needed]
-        found = iter(torch.autograd.grad(rows, inputs, upstream, create_graph=True))
-    return tuple(next(found) if needed else None for needed in needs)
 
 
 # ---------------------------------------------------------------------------------------------- autograd
@@ -144,7 +144,10 @@ class _Divergences(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student, teacher, mask, rest):
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None,
+        rest: tuple[Divergence, Callable[..., Any], Callable[..., Any]],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         options, forward, backward = rest
         loss, stats = forward(student, teacher, mask, *options)
         ctx.save_for_backward(student, teacher, mask, stats)
@@ -154,23 +157,27 @@ class _Divergences(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         student, teacher, mask, stats = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if upstream is None:
             return (None,) * 4
         if torch.is_grad_enabled():  # somebody will differentiate again
-            found = _gradients_with_a_graph(upstream, student, teacher, mask, ctx.options, needs)
+            found = gradients_with_a_graph(
+                lambda: (formula(student, teacher, mask, ctx.options),), (student, teacher), (upstream,), needs
+            )
         else:
             found = ctx.backward(upstream, student, teacher, mask, stats, *ctx.options, needs)
         return *(d if needed else None for d, needed in zip(found, needs, strict=True)), None, None
 
 
-def _below_autograd(*operands):
+def _below_autograd(*operands: Any) -> Any:
     return operators.below_autograd(FORWARD, *operands)
 
 
-def _fake(student, teacher, mask, kind, beta, temperature, dim):
+def _fake(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, kind: str, beta: float, temperature: float, dim: int
+) -> tuple[Tensor, Tensor]:
     outer = inner = 1
     for size in student.shape[:dim]:
         outer = outer * size
@@ -180,12 +187,15 @@ def _fake(student, teacher, mask, kind, beta, temperature, dim):
     return loss, loss.new_empty((8, outer, inner))
 
 
-def _run_backward(upstream, student, teacher, *rest):
+def _run_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     found = run_backward(upstream, student, teacher, *rest)
     return tuple(z.new_empty(0) if d is None else d for d, z in zip(found, (student, teacher), strict=True))
 
 
-def _fake_backward(upstream, student, teacher, mask, stats, kind, beta, temperature, dim, needs):
+def _fake_backward(
+    upstream: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, stats: Tensor, kind: str, beta: float,
+    temperature: float, dim: int, needs: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     of = zip((student, teacher), needs, strict=True)
     return tuple(operators.fake_output(z, dim) if needed else z.new_empty(0) for z, needed in of)
 

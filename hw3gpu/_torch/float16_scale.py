@@ -16,13 +16,20 @@ s is the largest power of two for which these and s max(a) are at most 2¹⁵. E
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .cross_entropy_formula import Options
+    from .linear_chunks import Problem
 
 _LARGEST = 15  # 2¹⁵, half of float16's range
 _LEAST, _MOST = 2.0**-100, 2.0**100  # so that s and 1/s are normal numbers of float32
 
 
-def largest_element(W):
+def largest_element(W: Tensor) -> Tensor:
     """max |W_cd|, in float32."""
     if not W.numel():
         return W.new_zeros((), dtype=torch.float32)
@@ -30,7 +37,7 @@ def largest_element(W):
     return torch.maximum(-low, high).float()
 
 
-def of_chunk(part, loss, numbers, options, largest):
+def of_chunk(part: Problem, loss: Tensor, numbers: Tensor, options: Options, largest: Tensor) -> Tensor:
     """1/s, (1,) in float32, of a chunk's problem, the loss and the numbers of its rows; `largest` is max |W_cd|."""
     a = _row_norms(part, loss, numbers, options)
     a = torch.where(a.isfinite(), a, 0).sum(1)
@@ -42,7 +49,7 @@ def of_chunk(part, loss, numbers, options, largest):
     return ((exponent + 127) << 23).view(torch.float32).reshape(1)
 
 
-def _row_norms(part, loss, numbers, options):
+def _row_norms(part: Problem, loss: Tensor, numbers: Tensor, options: Options) -> Tensor:
     """A of every row, (n, S)."""
     m, excess, W = numbers[:3].unbind()
     lse = m + excess.log1p()

@@ -12,15 +12,18 @@ products.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .._core import arrays, dispatch, record
 from . import class_range, cross_entropy_formula, float16_scale
-from .autograd import accumulate_dtype, as_dtype
+from .autograd import accumulate_dtype, as_dtype, gradients_with_a_graph
 from .cross_entropy import never_zero, target_gradient
+from .cross_entropy_formula import CrossEntropyStatistics, Options
 
 # A part of all rows keeps the peak below a tenth of the logits; on the host, half of it in half precision, whose products have
 # buffers of their own there. Fewer bytes make slow products, more make none faster. Where ∂ℓ/∂W is its own float32 sum there is
@@ -33,11 +36,11 @@ HALVES = (torch.float16, torch.bfloat16)
 class Problem(NamedTuple):
     """x (N, D), W (V S, D), b (V S) or None, target (N, S) or (N, V, S), and class weights (V,) or None."""
 
-    x: Any
-    W: Any
-    b: Any
-    target: Any
-    weight: Any
+    x: Tensor
+    W: Tensor
+    b: Tensor | None
+    target: Tensor
+    weight: Tensor | None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -56,11 +59,11 @@ class Found(NamedTuple):
     Each row of the gradient of x is to be multiplied by its `factor`, (N, 1), unless that is None.
     """
 
-    loss: Any
-    numbers: Any
-    denominator: Any
-    gradients: tuple[Any, Any, Any] = (None, None, None)
-    factor: Any = None
+    loss: Tensor
+    numbers: Tensor
+    denominator: Tensor | None
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    factor: Tensor | None = None
 
 
 def chunk_rows(problem: Problem) -> int:
@@ -71,12 +74,12 @@ def chunk_rows(problem: Problem) -> int:
     return max(1, min(max(part, LEAST // wide, 0 if half else D), MOST // wide))
 
 
-def chunks(problem, rows):
+def chunks(problem: Problem, rows: int) -> list[tuple[int, int]]:
     N = problem.x.shape[0]
     return [(first, min(first + rows, N)) for first in range(0, N, rows)]
 
 
-def logits_of(problem, out):
+def logits_of(problem: Problem, out: Tensor) -> Tensor:
     """x Wᵀ + b of a chunk into `out`, seen as (n, V, S)."""
     n, (_, V, S) = problem.x.shape[0], problem.sizes
     out = out[:n]
@@ -90,7 +93,10 @@ def logits_of(problem, out):
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def run(problem, options, rows, numbers=3, needs=(False, False, False), of_sum=False):
+def run(
+    problem: Problem, options: Options, rows: int, numbers: int = 3, needs: Sequence[bool] = (False, False, False),
+    of_sum: bool = False,
+) -> Found:  # fmt: skip
     """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradients that `needs`
     names, of x, W and b."""
     x, (N, V, S) = problem.x, problem.sizes
@@ -115,7 +121,7 @@ def run(problem, options, rows, numbers=3, needs=(False, False, False), of_sum=F
         given = (see(logits), see(part.target), seen_weight, see(loss[first:last]))
         if not any(needs) or factor is not None:
             kernels.forward(*given, see(of_rows), see(invalid), **options.of_rows)
-        if factor is not None:
+        if factor is not None and largest is not None:
             shrink = float16_scale.of_chunk(part, loss[first:last], of_rows, options, largest)
             kernels.forward_backward(*given, given[0], see(invalid), denominator=see(shrink), **options.of_rows)
             factor[first:last] = shrink
@@ -132,7 +138,10 @@ def run(problem, options, rows, numbers=3, needs=(False, False, False), of_sum=F
     return Found((total / never_zero(denominator, options))[0], stats, denominator, gradients.found, factor)
 
 
-def run_backward(upstream, problem, numbers, denominator, options, rows, needs):
+def run_backward(
+    upstream: Tensor, problem: Problem, numbers: Tensor, denominator: Tensor | None, options: Options, rows: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients that `needs` names, of x, W, b and target, from logits made again; W's and b's in the sums' dtype."""
     x, (N, V, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
@@ -157,17 +166,17 @@ def run_backward(upstream, problem, numbers, denominator, options, rows, needs):
 class Gradients:
     """∂ℓ/∂x, and the sums over chunks of ∂ℓ/∂W and ∂ℓ/∂b, where needed."""
 
-    def __init__(self, problem, needs):
+    def __init__(self, problem: Problem, needs: Sequence[bool]) -> None:
         acc = accumulate_dtype(problem.x)
         self.dx = torch.empty_like(problem.x, memory_format=torch.contiguous_format) if needs[0] else None
         self.dW = torch.zeros_like(problem.W, dtype=acc, memory_format=torch.contiguous_format) if needs[1] else None
-        self.db = torch.zeros_like(problem.b, dtype=acc) if needs[2] else None
+        self.db = None if problem.b is None or not needs[2] else torch.zeros_like(problem.b, dtype=acc)
 
     @property
-    def found(self):
+    def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.dx, self.dW, self.db
 
-    def add(self, part, dz, first, last, shrink=None):
+    def add(self, part: Problem, dz: Tensor, first: int, last: int, shrink: Tensor | None = None) -> None:
         """What the rows first…last give, whose dz is (n, V, S); ∂ℓ/∂W and ∂ℓ/∂b are multiplied by `shrink`, (1,)."""
         dz = dz.view(last - first, part.W.shape[0])
         if self.dx is not None:
@@ -181,7 +190,7 @@ class Gradients:
             self.db += of_rows if shrink is None else of_rows * shrink
 
 
-def _add_product(dW, dz, x, shrink):
+def _add_product(dW: Tensor, dz: Tensor, x: Tensor, shrink: Tensor | None) -> None:
     """dW += dzᵀ x of half precision, of so many classes at a time that their product is a small part of dz."""
     step = max(dz.numel() // (8 * max(x.shape[1], 1)), 256)
     for first in range(0, dz.shape[1], step):
@@ -192,7 +201,7 @@ def _add_product(dW, dz, x, shrink):
             out.addcmul_(product, shrink)
 
 
-def judge_targets(problem, ignore_index):
+def judge_targets(problem: Problem, ignore_index: int) -> Tensor:
     """At once on the host, later on a GPU; what the kernels may write to."""
     target, (N, V, S) = problem.target, problem.sizes
     scratch = torch.full((1,), N * S, dtype=torch.int64, device=target.device)
@@ -211,20 +220,23 @@ def judge_targets(problem, ignore_index):
 
 
 # ---------------------------------------------------------------------------------------------- gradients to hand out
-def as_given(found, problem):
+def as_given(found: Iterable[Tensor | None], problem: Problem) -> tuple[Tensor | None, ...]:
     """Gradients in the dtypes of what they are of."""
-    return tuple(None if g is None else as_dtype(g, of.dtype) for g, of in zip(found, problem[:4], strict=True))
+    of = zip(found, problem[:4], strict=True)
+    return tuple(None if g is None or v is None else as_dtype(g, v.dtype) for g, v in of)
 
 
-def fake_gradients(of, needs):
+def fake_gradients(of: Iterable[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Contiguous gradients of the tensors that `needs` names, without their elements."""
     return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else None
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needed and t is not None else None
         for t, needed in zip(of, needs, strict=True)
     )
 
 
-def scaled(held, upstream, denominator, factor):
+def scaled(
+    held: Sequence[Tensor | None], upstream: Tensor, denominator: Tensor | None, factor: Tensor | None
+) -> list[Tensor | None]:
     """The gradients of the forward pass for another upstream gradient, in place."""
     # with version counts of their own, so that a write into one does not count as one into the saved tensor
     held = [None if g is None else g.data for g in held]
@@ -239,17 +251,13 @@ def scaled(held, upstream, denominator, factor):
 
 
 # ---------------------------------------------------------------------------------------------- the formula
-def formula(problem, options, stats=False):
+def formula(problem: Problem, options: Options, stats: bool = False) -> tuple[Tensor, CrossEntropyStatistics | None]:
     """The loss and its statistics in PyTorch's operations, which hold all logits."""
     N, V, S = problem.sizes
     logits = F.linear(problem.x, problem.W, problem.b).view(N, V, S)
     return cross_entropy_formula.loss_and_statistics(logits, problem.target, problem.weight, options, stats)
 
 
-def formula_gradients(upstream, problem, options, needs):
+def formula_gradients(upstream: Tensor, problem: Problem, options: Options, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The gradients of x, W, b and target, where needed, with a graph of their own."""
-    with torch.enable_grad():
-        loss, _ = formula(problem, options)
-        inputs = [x for x, needed in zip(problem[:4], needs, strict=True) if needed]
-        found = iter(torch.autograd.grad(loss, inputs, upstream, create_graph=True))
-    return tuple(next(found) if needed else None for needed in needs)
+    return gradients_with_a_graph(lambda: formula(problem, options)[:1], problem[:4], (upstream,), needs)

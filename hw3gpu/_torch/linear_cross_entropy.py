@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import class_range, cross_entropy_formula, linear_token_log_probs, operators
 from .autograd import accumulate_dtype, graph_is_needed
 from .cross_entropy import of_token_log_probs
-from .cross_entropy_formula import NUMBERS, OPTIONS_SCHEMA, Options
+from .cross_entropy_formula import NUMBERS, OPTIONS_SCHEMA, CrossEntropyStatistics, Options
 from .linear_chunks import (
     HALVES,
     Found,
@@ -39,7 +41,9 @@ class Rest(NamedTuple):
     traced: bool = False
 
 
-def linear_cross_entropy(problem, options, gradient, stats, rows):
+def linear_cross_entropy(
+    problem: Problem, options: Options, gradient: str, stats: bool, rows: int | None
+) -> tuple[Tensor, CrossEntropyStatistics | None]:
     """(loss, CrossEntropyStatistics or None), of (N, S) rows; the arguments are checked."""
     rest, with_graph = Rest(options, rows or 0, NUMBERS if stats else 3), False
     if operators.traced(problem.x):
@@ -58,7 +62,9 @@ def linear_cross_entropy(problem, options, gradient, stats, rows):
     return found[0], cross_entropy_formula.without_derivatives(of_rows, *problem[:4]) if with_graph else of_rows
 
 
-def with_differentiable_statistics(problem, options, rows):
+def with_differentiable_statistics(
+    problem: Problem, options: Options, rows: int | None
+) -> tuple[Tensor, CrossEntropyStatistics | None]:
     """(loss, CrossEntropyStatistics) of (N, S) rows, both with a graph; as of `cross_entropy`, in chunks where by kernels."""
     if problem.target.is_floating_point() or options.label_smoothing or options.softcap is not None or operators.transformed():
         if not (operators.traced(problem.x) or operators.transformed()):
@@ -73,7 +79,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """`at_once` makes the gradients in the forward pass."""
 
     @staticmethod
-    def forward(ctx, x, W, b, target, weight, rest):
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None, rest: Rest
+    ) -> tuple[Tensor | None, ...]:
         problem = Problem(x, W, b, target, weight)
         needs = ctx.needs_input_grad[:3] if rest.at_once else (False,) * 3
         ctx.of_sum = rest.options.reduction == "mean" and x.dtype in HALVES
@@ -89,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return found[:3]
 
     @staticmethod
-    def backward(ctx, upstream, *_):
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         saved, options = ctx.saved_tensors, ctx.rest.options
         problem, (numbers, denominator, factor, *held) = Problem(*saved[:5]), saved[5:]
         needs = ctx.needs_input_grad[:4]
@@ -109,18 +117,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------- operators
-def _forward(problem, rest):
+def _forward(problem: Problem, rest: Rest) -> tuple[Tensor, Tensor, Tensor | None]:
     return run(problem, rest.options, rest.rows or chunk_rows(problem), rest.numbers)[:3]
 
 
-def _fake(problem, rest):
+def _fake(problem: Problem, rest: Rest) -> tuple[Tensor, Tensor, Tensor | None]:
     x, target = problem.x, problem.target
     shape, reduction = (x.shape[0], target.shape[-1]), rest.options.reduction
     loss = x.new_empty(shape if reduction == "none" else (), dtype=accumulate_dtype(x))
     return loss, loss.new_empty((rest.numbers, *shape)), loss.new_empty(1) if reduction == "mean" else None
 
 
-def _backward(upstream, x, W, b, target, weight, numbers, denominator, rows, needs, *options):
+def _backward(
+    upstream: Tensor, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None, numbers: Tensor,
+    denominator: Tensor | None, rows: int, needs: Sequence[bool], *options: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     problem = Problem(x, W, b, target, weight)
     found = run_backward(upstream, problem, numbers, denominator, Options(*options), rows or chunk_rows(problem), needs)
     return as_given(found, problem)

@@ -7,17 +7,24 @@ chunks in float32 (docs/derivations.md, sections 3.7 and 3.9).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .._core import dispatch
 from . import distillation, linear_chunks, operators
-from .autograd import accumulate_dtype, as_dtype, graph_is_needed
+from .autograd import accumulate_dtype, as_dtype, gradients_with_a_graph, graph_is_needed
 from .distillation import Divergence
-from .linear_chunks import Gradients, Problem, chunks, logits_of
+from .linear_chunks import Gradients, Problem, chunks, fake_gradients, logits_of
+
+Operands = tuple[Tensor, Tensor, Tensor | None]  # x, W and b of one side
+Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]  # of the student, then of the teacher
 
 
-def divergences(student, teacher, mask, options, rows):
+def divergences(student: Operands, teacher: Operands, mask: Tensor | None, options: Divergence, rows: int | None) -> Tensor:
     """The divergence of each of (N,) rows, 0 where the mask leaves it out; student and teacher: (x, W, b), checked."""
     tensors = (*student, *teacher)
     operands = (*tensors, mask, options.kind, options.beta, options.temperature, rows or 0)
@@ -30,7 +37,7 @@ def divergences(student, teacher, mask, options, rows):
     return run(*operands)[0]
 
 
-def _problems(tensors):
+def _problems(tensors: Tensors) -> list[Problem]:
     """Student's and teacher's `Problem`; neither has a target."""
     of = []
     for x, W, b in (tensors[:3], tensors[3:]):
@@ -39,13 +46,16 @@ def _problems(tensors):
     return of
 
 
-def _rows(problems, rows):
+def _rows(problems: Sequence[Problem], rows: int) -> int:
     """Rows of a chunk, in which there are two sets of logits, unless the caller says otherwise."""
     return rows or max(min(map(linear_chunks.chunk_rows, problems)) // 2, 1)
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def run(xs, Ws, bs, xt, Wt, bt, mask, kind, beta, temperature, rows):
+def run(
+    xs: Tensor, Ws: Tensor, bs: Tensor | None, xt: Tensor, Wt: Tensor, bt: Tensor | None, mask: Tensor | None, kind: str,
+    beta: float, temperature: float, rows: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The divergence of every row, and what the backward pass needs, (8, N, 1)."""
     problems, N, V = _problems((xs, Ws, bs, xt, Wt, bt)), xs.shape[0], Ws.shape[0]
     which = dispatch.backend(xs)
@@ -64,7 +74,10 @@ def run(xs, Ws, bs, xt, Wt, bt, mask, kind, beta, temperature, rows):
     return loss, stats
 
 
-def run_backward(upstream, xs, Ws, bs, xt, Wt, bt, mask, stats, kind, beta, temperature, rows, needs):
+def run_backward(
+    upstream: Tensor, xs: Tensor, Ws: Tensor, bs: Tensor | None, xt: Tensor, Wt: Tensor, bt: Tensor | None,
+    mask: Tensor | None, stats: Tensor, kind: str, beta: float, temperature: float, rows: int, needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients that `needs` names, of x, W and b of the student and of the teacher, from logits made again; else None."""
     problems, N, V = _problems((xs, Ws, bs, xt, Wt, bt)), xs.shape[0], Ws.shape[0]
     which = dispatch.backend(xs)
@@ -84,22 +97,15 @@ def run_backward(upstream, xs, Ws, bs, xt, Wt, bt, mask, stats, kind, beta, temp
             if d is not None:
                 side.add(part, d, first, last)
     found = (*sides[0].found, *sides[1].found)
-    return tuple(None if g is None else as_dtype(g, v.dtype) for g, v in zip(found, (xs, Ws, bs, xt, Wt, bt), strict=True))
+    of = zip(found, (xs, Ws, bs, xt, Wt, bt), strict=True)
+    return tuple(None if g is None or v is None else as_dtype(g, v.dtype) for g, v in of)
 
 
 # ---------------------------------------------------------------------------------------------- in PyTorch's operations
-def formula(tensors, mask, kind, beta, temperature):
+def formula(tensors: Tensors, mask: Tensor | None, kind: str, beta: float, temperature: float) -> Tensor:
     """The divergences in PyTorch's operations, which hold all logits."""
     logits = (F.linear(*tensors[:3]), F.linear(*tensors[3:]))
     return distillation.formula(*logits, mask, Divergence(kind, beta, temperature, 1))
-
-
-def _gradients_with_a_graph(upstream, tensors, mask, options, needs):
-    with torch.enable_grad():
-        rows = formula(tensors, mask, *options[:3])
-        inputs = [v for v, needed in zip(tensors, needs, strict=True) if needed]
-        found = iter(torch.autograd.grad(rows, inputs, upstream, create_graph=True))
-    return tuple(next(found) if needed else None for needed in needs)
 
 
 # ---------------------------------------------------------------------------------------------- autograd
@@ -107,7 +113,10 @@ class _LinearDivergences(torch.autograd.Function):
     """Forward keeps eight numbers a row, and no logits; backward makes them again. `rest`: as `_Divergences` has it."""
 
     @staticmethod
-    def forward(ctx, xs, Ws, bs, xt, Wt, bt, mask, rest):
+    def forward(
+        ctx: Any, xs: Tensor, Ws: Tensor, bs: Tensor | None, xt: Tensor, Wt: Tensor, bt: Tensor | None, mask: Tensor | None,
+        rest: tuple[tuple[str, float, float, int], Callable[..., Any], Callable[..., Any]],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         options, forward, backward = rest
         loss, stats = forward(xs, Ws, bs, xt, Wt, bt, mask, *options)
         ctx.save_for_backward(xs, Ws, bs, xt, Wt, bt, mask, stats)
@@ -117,34 +126,37 @@ class _LinearDivergences(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         *tensors, mask, stats = ctx.saved_tensors
         needs = ctx.needs_input_grad[:6]
         if upstream is None:
             return (None,) * 8
         if torch.is_grad_enabled():  # somebody will differentiate again
-            found = _gradients_with_a_graph(upstream, tensors, mask, ctx.options, needs)
+            found = gradients_with_a_graph(lambda: (formula(tensors, mask, *ctx.options[:3]),), tensors, (upstream,), needs)
         else:
             found = ctx.backward(upstream, *tensors, mask, stats, *ctx.options, list(needs))
         return *(g if needed else None for g, needed in zip(found, needs, strict=True)), None, None
 
 
-def _below_autograd(*operands):
+def _below_autograd(*operands: Any) -> Any:
     return operators.below_autograd(FORWARD, *operands)
 
 
-def _fake(xs, *_):
+def _fake(xs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     loss = xs.new_empty(xs.shape[:1], dtype=accumulate_dtype(xs))
     return loss, loss.new_empty((8, xs.shape[0], 1))
 
 
-def _run_backward(upstream, xs, *rest):
+def _run_backward(upstream: Tensor, xs: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(xs.new_empty(0) if g is None else g for g in run_backward(upstream, xs, *rest))
 
 
-def _fake_backward(upstream, xs, Ws, bs, xt, Wt, bt, mask, stats, kind, beta, temperature, rows, needs):
-    of = zip((xs, Ws, bs, xt, Wt, bt), needs, strict=True)
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) if n else xs.new_empty(0) for t, n in of)
+def _fake_backward(
+    upstream: Tensor, xs: Tensor, Ws: Tensor, bs: Tensor | None, xt: Tensor, Wt: Tensor, bt: Tensor | None,
+    mask: Tensor | None, stats: Tensor, kind: str, beta: float, temperature: float, rows: int, needs: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    found = fake_gradients((xs, Ws, bs, xt, Wt, bt), needs)
+    return tuple(xs.new_empty(0) if g is None else g for g in found)
 
 
 _OPERANDS = "Tensor xs, Tensor Ws, Tensor? bs, Tensor xt, Tensor Wt, Tensor? bt, Tensor? mask"

@@ -7,24 +7,28 @@ four products (docs/derivations.md, sections 3.7 and 3.8).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .._core import dispatch
 from . import linear_chunks, operators, token_log_probs
-from .autograd import accumulate_dtype, graph_is_needed
-from .linear_chunks import Gradients, as_given, chunks, logits_of
+from .autograd import accumulate_dtype, gradients_with_a_graph, graph_is_needed
+from .linear_chunks import Gradients, Problem, as_given, chunks, logits_of
 from .token_log_probs import TokenLogProbs
 
 
-def linear_token_log_probs(problem, temperature, ignore_index, rows):
+def linear_token_log_probs(problem: Problem, temperature: float, ignore_index: int, rows: int | None) -> TokenLogProbs:
     """`TokenLogProbs` of (N, S) rows; the arguments are checked."""
     if not operators.traced(problem.x) and operators.transformed():
         return formula(problem, temperature, ignore_index)
     return with_sums(problem, temperature, ignore_index, rows)[0]
 
 
-def with_sums(problem, temperature, ignore_index, rows):
+def with_sums(problem: Problem, temperature: float, ignore_index: int, rows: int | None) -> tuple[TokenLogProbs, Tensor]:
     """`TokenLogProbs`, and the sums of every row by kernels; outside of transforms."""
     options = temperature, ignore_index
     if operators.traced(problem.x):
@@ -39,7 +43,7 @@ def with_sums(problem, temperature, ignore_index, rows):
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def run(problem, temperature, ignore_index, rows):
+def run(problem: Problem, temperature: float, ignore_index: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The three numbers of every row, and what the backward pass needs, (4, N, S)."""
     x, (N, V, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
@@ -53,10 +57,14 @@ def run(problem, temperature, ignore_index, rows):
         given = (logits_of(part, z), part.target, *(v[first:last] for v in found), of_chunk, invalid)
         kernels.forward(*map(see, given), ignore_index=ignore_index, temperature=temperature)
         sums[:, first:last] = of_chunk
-    return *found, sums
+    log_prob, entropy, lse = found
+    return log_prob, entropy, lse, sums
 
 
-def run_backward(upstream, problem, sums, options, rows, needs):
+def run_backward(
+    upstream: Sequence[Tensor | None], problem: Problem, sums: Tensor, options: tuple[float, int], rows: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients that `needs` names, of x, W and b, from logits made again; W's and b's in the sums' dtype.
 
     options: temperature and ignore_index.
@@ -77,22 +85,14 @@ def run_backward(upstream, problem, sums, options, rows, needs):
 
 
 # ---------------------------------------------------------------------------------------------- in PyTorch's operations
-def formula(problem, temperature, ignore_index):
+def formula(problem: Problem, temperature: float, ignore_index: int) -> TokenLogProbs:
     """`TokenLogProbs` in PyTorch's operations, which hold all logits."""
     logits = F.linear(problem.x, problem.W, problem.b).view(problem.sizes)
     return token_log_probs.formula(logits, problem.target, temperature, ignore_index, 1)
 
 
-def _gradients_with_a_graph(upstream, problem, options, needs):
-    with torch.enable_grad():
-        asked = [(v, g) for v, g in zip(formula(problem, *options), upstream, strict=True) if g is not None]
-        inputs = [v for v, needed in zip(problem[:3], needs, strict=True) if needed]
-        found = iter(torch.autograd.grad([v for v, _ in asked], inputs, [g for _, g in asked], create_graph=True))
-    return tuple(next(found) if needed else None for needed in needs)
-
-
 # ---------------------------------------------------------------------------------------------- autograd
-def _problem(x, W, b, target):
+def _problem(x: Tensor, W: Tensor, b: Tensor | None, target: Tensor) -> Problem:
     return linear_chunks.Problem(x, W, b, target, None)
 
 
@@ -100,7 +100,10 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     """Forward keeps four numbers a row, and no logits; backward makes them again. `rest`: as `_TokenLogProbs` has it."""
 
     @staticmethod
-    def forward(ctx, x, W, b, target, rest):
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor,
+        rest: tuple[tuple[float, int, int], Callable[..., Any], Callable[..., Any]],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         options, forward, backward = rest
         *found, sums = forward(x, W, b, target, *options)
         ctx.save_for_backward(x, W, b, target, sums)
@@ -110,32 +113,38 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         return *found, sums
 
     @staticmethod
-    def backward(ctx, *upstream):
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         *problem, sums = ctx.saved_tensors
         upstream, needs = upstream[:3], ctx.needs_input_grad[:3]
         if all(g is None for g in upstream):
             return (None,) * 5
         if torch.is_grad_enabled():  # somebody will differentiate again
-            return *_gradients_with_a_graph(upstream, _problem(*problem), ctx.options[:2], needs), None, None
+            of = _problem(*problem)
+            return *gradients_with_a_graph(lambda: formula(of, *ctx.options[:2]), of[:3], upstream, needs), None, None
         found = ctx.backward(*upstream, *problem, sums, *ctx.options, needs)
         return *(g if needed else None for g, needed in zip(found, needs, strict=True)), None, None
 
 
-def _below_autograd(*operands):
+def _below_autograd(*operands: Any) -> Any:
     return operators.below_autograd(FORWARD, *operands)
 
 
-def _run(x, W, b, target, temperature, ignore_index, rows):
+def _run(
+    x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, temperature: float, ignore_index: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = _problem(x, W, b, target)
     return run(problem, temperature, ignore_index, rows or linear_chunks.chunk_rows(problem))
 
 
-def _fake(x, W, b, target, *_):
+def _fake(x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, *_: Any) -> tuple[Tensor, ...]:
     rows = x.new_empty(target.shape, dtype=accumulate_dtype(x))
     return *(torch.empty_like(rows) for _ in range(3)), rows.new_empty((4, *target.shape))
 
 
-def _run_backward(g_log_prob, g_entropy, g_lse, x, W, b, target, sums, temperature, ignore_index, rows, needs):
+def _run_backward(
+    g_log_prob: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, x: Tensor, W: Tensor, b: Tensor | None,
+    target: Tensor, sums: Tensor, temperature: float, ignore_index: int, rows: int, needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     problem, upstream = _problem(x, W, b, target), (g_log_prob, g_entropy, g_lse)
     rows = rows or linear_chunks.chunk_rows(problem)
     found = run_backward(upstream, problem, sums, (temperature, ignore_index), rows, needs)

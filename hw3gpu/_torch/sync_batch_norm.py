@@ -10,11 +10,15 @@ size, or be empty, and nothing waits for the host. A process without samples tak
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .._core import dispatch, outputs
+from .._core.arrays import Array
+from .._core.protocols import BatchNormKernels
 from . import operators
 from .autograd import accumulate_dtype, as_dtype, graph_is_needed, no_second_derivative
 from .batch_norm import fused_operands, mask_size
@@ -33,7 +37,7 @@ class Rest(NamedTuple):
     traced: bool = False
 
 
-def sync_batch_norm(x, weight, bias, residual, rest):
+def sync_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
     """y = x̂ γ + β, or relu(… + residual), x̂ by the batches of all processes in the group."""
     if operators.traced(x):
         return FORWARD(x, weight, bias, residual, *rest[:-1])[0]
@@ -45,7 +49,9 @@ def sync_batch_norm(x, weight, bias, residual, rest):
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def _run(x, weight, bias, residual, rest):
+def _run(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y, and what the backward pass needs: stats (mean, what its rounding left, rstd), the number of values, the mask."""
     running_mean, running_var, momentum, eps, relu, group, traced = rest
     new = torch.zeros if traced else torch.empty  # of a mask some bytes are left unwritten
@@ -54,7 +60,7 @@ def _run(x, weight, bias, residual, rest):
     y, y_folded = outputs.output(x, 1, see)
     folded = outputs.fold(see(x), 1)
     stats, total, mean, var = _statistics(x, folded, see, kernels, eps, group)
-    if running_mean is not None:
+    if running_mean is not None and running_var is not None:
         _update(running_mean, mean, momentum, total)
         _update(running_var, var * (total / (total - 1).clamp(min=1)), momentum, total)
     mask, fused = fused_operands(folded, residual, relu, x.device, see, kernels, new)
@@ -65,7 +71,9 @@ def _run(x, weight, bias, residual, rest):
     return y, stats, total, mask
 
 
-def _statistics(x, folded, see, kernels, eps, group):
+def _statistics(
+    x: Tensor, folded: Array, see: Callable[[Array], Array], kernels: BatchNormKernels, eps: float, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of the values of all processes: mean, what its rounding left, rstd; their number a channel; mean and var in float64."""
     C, acc = x.shape[1], accumulate_dtype(x)
     own = torch.zeros((4, C), dtype=acc, device=x.device)
@@ -90,13 +98,16 @@ def _statistics(x, folded, see, kernels, eps, group):
     return stats, total, mean, var
 
 
-def _update(running, value, momentum, total):
+def _update(running: Tensor, value: Tensor, momentum: float, total: Tensor) -> None:
     """r <- (1 - momentum) r + momentum · value, unless all batches are empty."""
     new = (1 - momentum) * running.double() + momentum * value
     running.copy_(torch.where(total > 0, new, running))
 
 
-def _run_backward(dy, x, weight, stats, total, mask, relu, residual, dx_needed, group):
+def _run_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, total: Tensor, mask: Tensor | None, relu: bool,
+    residual: bool, dx_needed: bool, group: str,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dx where it is needed, this process's dgamma and dbeta, and dresidual where `residual` asks for it; None without `relu`:
     it is dy."""
     which = dispatch.backend(x)
@@ -124,7 +135,9 @@ def _run_backward(dy, x, weight, stats, total, mask, relu, residual, dx_needed, 
 # ---------------------------------------------------------------------------------------------- autograd
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, rest):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
+    ) -> Tensor | tuple[Tensor | None, ...]:
         y, stats, total, mask = (_below_autograd if rest.traced else _run)(x, weight, bias, residual, rest)
         ctx.save_for_backward(x, weight, stats, total, mask)
         ctx.options, ctx.bias_dtype = rest[-3:], None if bias is None else bias.dtype
@@ -136,7 +149,7 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @no_second_derivative("sync_batch_norm")
-    def backward(ctx, dy, *_):
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None, None
         (x, weight, stats, total, mask), (relu, group, traced) = ctx.saved_tensors, ctx.options
@@ -153,17 +166,22 @@ class _SyncBatchNorm(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------- operators
-def _below_autograd(x, weight, bias, residual, rest):
+def _below_autograd(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Any:
     return operators.below_autograd(FORWARD, x, weight, bias, residual, *rest[:-1])
 
 
-def _fake(x, weight, bias, residual, rest):
+def _fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     stats = x.new_empty((3, x.shape[1]), dtype=accumulate_dtype(x))
     mask = x.new_empty(mask_size(x), dtype=torch.uint8) if rest.relu else None
     return operators.fake_output(x, 1), stats, x.new_empty(1, dtype=torch.float64), mask
 
 
-def _fake_backward(dy, x, weight, stats, total, mask, relu, residual, dx_needed, group):
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, total: Tensor, mask: Tensor | None, relu: bool,
+    residual: bool, dx_needed: bool, group: str,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
     dx, C = operators.fake_output(x, 1), x.shape[1]
     dresidual = torch.empty_like(dx) if residual and relu else None
     return dx if dx_needed else None, stats.new_empty(C), stats.new_empty(C), dresidual

@@ -7,14 +7,16 @@ the formula in PyTorch's operations.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core import dispatch, outputs
+from .._core.arrays import Array
 from . import class_range, operators
-from .autograd import accumulate_dtype, graph_is_needed
+from .autograd import accumulate_dtype, gradients_with_a_graph, graph_is_needed
 from .class_range import judge_targets
 from .cross_entropy_formula import entropy_of
 
@@ -33,14 +35,16 @@ class TokenLogProbs(NamedTuple):
     lse: Tensor
 
 
-def token_log_probs(logits, target, temperature, ignore_index, dim):
+def token_log_probs(logits: Tensor, target: Tensor, temperature: float, ignore_index: int, dim: int) -> TokenLogProbs:
     """`TokenLogProbs`; the arguments are checked, `dim` counts from the front."""
     if not operators.traced(logits) and operators.transformed():
         return formula(logits, target, temperature, ignore_index, dim)
     return with_sums(logits, target, temperature, ignore_index, dim, save=False)[0]
 
 
-def with_sums(logits, target, temperature, ignore_index, dim, save=True):
+def with_sums(
+    logits: Tensor, target: Tensor, temperature: float, ignore_index: int, dim: int, save: bool = True
+) -> tuple[TokenLogProbs, Tensor | None]:
     """`TokenLogProbs`, and the sums of every row by kernels if `save`; outside of transforms."""
     rest = temperature, ignore_index, dim
     if operators.traced(logits):
@@ -53,29 +57,36 @@ def with_sums(logits, target, temperature, ignore_index, dim, save=True):
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def rows_of(logits, target, dim, which):
+def rows_of(logits: Tensor, target: Tensor, dim: int, which: str) -> tuple[Array, Array]:
     """Logits as (N, V, S) and targets as (N, S), as the `which` kernels see them."""
     z = outputs.folded(logits, dim, which)
     return z, dispatch.kernel_view(target.reshape(z.shape[0], z.shape[2]), which)
 
 
-def run(logits, target, temperature, ignore_index, dim, save=True):
+def run(
+    logits: Tensor, target: Tensor, temperature: float, ignore_index: int, dim: int, save: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The three numbers of every row, and what the backward pass needs if `save`, else None."""
     which = dispatch.backend(logits)
     see = dispatch.viewer(which)
     z, t = rows_of(logits, target, dim, which)
     rows = z.shape[0], z.shape[2]
-    found = [logits.new_empty(target.shape, dtype=accumulate_dtype(logits)) for _ in range(3)]
-    stats = found[0].new_empty(4, *rows) if save else None
+    acc = accumulate_dtype(logits)
+    log_prob, entropy, lse = (logits.new_empty(target.shape, dtype=acc) for _ in range(3))
+    stats = lse.new_empty(4, *rows) if save else None
     invalid = class_range.flag(logits, rows[0] * rows[1])
     dispatch.token_log_probs(which).forward(
-        z, t, *map(see, (*(v.view(rows) for v in found), stats, invalid)), ignore_index=ignore_index, temperature=temperature
-    )
+        z, t, see(log_prob.view(rows)), see(entropy.view(rows)), see(lse.view(rows)), see(stats), see(invalid),
+        ignore_index=ignore_index, temperature=temperature,
+    )  # fmt: skip
     judge_targets(logits, target, invalid, logits.shape[dim], ignore_index)
-    return *found, stats
+    return log_prob, entropy, lse, stats
 
 
-def run_backward(g_log_prob, g_entropy, g_lse, logits, target, stats, temperature, ignore_index, dim):
+def run_backward(
+    g_log_prob: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, logits: Tensor, target: Tensor, stats: Tensor,
+    temperature: float, ignore_index: int, dim: int,
+) -> Tensor:  # fmt: skip
     """∂ℓ/∂logits from the three upstream gradients, None where one is zero."""
     which = dispatch.backend(logits)
     see = dispatch.viewer(which)
@@ -89,7 +100,7 @@ def run_backward(g_log_prob, g_entropy, g_lse, logits, target, stats, temperatur
 
 
 # ---------------------------------------------------------------------------------------------- in PyTorch's operations
-def formula(logits, target, temperature, ignore_index, dim):
+def formula(logits: Tensor, target: Tensor, temperature: float, ignore_index: int, dim: int) -> TokenLogProbs:
     """`TokenLogProbs` in PyTorch's operations, which have derivatives of every order and go through every transform."""
     z = logits.to(accumulate_dtype(logits)) / temperature
     log_p = torch.log_softmax(z, dim)
@@ -97,12 +108,6 @@ def formula(logits, target, temperature, ignore_index, dim):
     kept = target != ignore_index
     log_prob = log_p.gather(dim, torch.where(kept, target, 0).unsqueeze(dim)).squeeze(dim)
     return TokenLogProbs(*(torch.where(kept, v, 0.0) for v in (log_prob, entropy_of(log_p, dim), torch.logsumexp(z, dim))))
-
-
-def _gradient_with_a_graph(upstream, logits, target, rest):
-    with torch.enable_grad():
-        asked = [(v, g) for v, g in zip(formula(logits, target, *rest), upstream, strict=True) if g is not None]
-        return torch.autograd.grad([v for v, _ in asked], logits, [g for _, g in asked], create_graph=True)[0]
 
 
 # ---------------------------------------------------------------------------------------------- autograd
@@ -113,7 +118,9 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, target, rest):
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, rest: tuple[tuple[float, int, int], Callable[..., Any], Callable[..., Any]]
+    ) -> tuple[Tensor, ...]:
         options, forward, backward = rest
         *found, stats = forward(logits, target, *options)
         ctx.save_for_backward(logits, target, stats)
@@ -123,21 +130,22 @@ class _TokenLogProbs(torch.autograd.Function):
         return *found, stats
 
     @staticmethod
-    def backward(ctx, *upstream):
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, None, None]:
         logits, target, stats = ctx.saved_tensors
         upstream = upstream[:3]
         if all(g is None for g in upstream):
             return None, None, None
         if torch.is_grad_enabled():  # somebody will differentiate again
-            return _gradient_with_a_graph(upstream, logits, target, ctx.options), None, None
+            found = gradients_with_a_graph(lambda: formula(logits, target, *ctx.options), (logits,), upstream, (True,))
+            return found[0], None, None
         return ctx.backward(*upstream, logits, target, stats, *ctx.options), None, None
 
 
-def _below_autograd(*operands):
+def _below_autograd(*operands: Any) -> Any:
     return operators.below_autograd(FORWARD, *operands)
 
 
-def _fake(logits, target, temperature, ignore_index, dim):
+def _fake(logits: Tensor, target: Tensor, temperature: float, ignore_index: int, dim: int) -> tuple[Tensor, ...]:
     acc = accumulate_dtype(logits)
     outer = inner = 1
     for size in logits.shape[:dim]:

@@ -15,9 +15,10 @@ another process's, class 0, is written again with the q_t that the row has here.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .._core import dispatch, outputs
 from . import operators
@@ -42,7 +43,9 @@ class Options(NamedTuple):
     traced: bool = False
 
 
-def vocab_parallel_cross_entropy(shard, target, weight, options):
+def vocab_parallel_cross_entropy(
+    shard: Tensor, target: Tensor, weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, w_t, taken), (N, S) each: a row's loss, the weight of its target, and how many processes have its class."""
     if operators.traced(shard):
         return FORWARD(shard, target, weight, *options[:-1])[:3]
@@ -62,7 +65,9 @@ class _Row(NamedTuple):
     here: torch.Tensor
 
 
-def _run(shard, target, weight, options):
+def _run(
+    shard: Tensor, target: Tensor, weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """loss, w_t and taken; then what `_run_backward` needs: stats (m, s, W + 2 ζ lse, q_t here), target and weights."""
     start, ignore_index, label_smoothing, z_loss, softcap, group, _ = options
     z, acc = outputs.fold(shard, _class_axis(shard)), accumulate_dtype(shard)
@@ -107,22 +112,25 @@ def _run(shard, target, weight, options):
     return loss, w_t, taken, stats, torch.where(row.counts, row.label, NO_CLASS), scaled
 
 
-def _class_axis(shard):
+def _class_axis(shard: Tensor) -> int:
     return min(shard.dim() - 1, 1)
 
 
-def _place(target, V, start, ignore_index):
+def _place(target: Tensor, V: int, start: int | Tensor, ignore_index: int) -> _Row:
     target = target.long()  # in fewer bits PyTorch wraps the number that it is compared with
     counts, local = target != ignore_index, target - start
     here = counts & (local >= 0) & (local < V)
     return _Row(torch.where(here, local, 0), counts, here)
 
 
-def _own_sums(z, row, weight, label_smoothing, softcap, acc):
+def _own_sums(
+    z: Tensor, row: _Row, weight: Tensor | None, label_smoothing: float, softcap: float | None, acc: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """m, Σ exp(z - m) - 1 and, with smoothing, Σ w_c (z_c - m) of this shard's part of every row."""
     N, V, S = z.shape
     if V == 0:
-        return (torch.full((N, S), v, dtype=acc, device=z.device) for v in (-torch.inf, -1.0, 0.0))
+        m, excess, inner = (torch.full((N, S), v, dtype=acc, device=z.device) for v in (-torch.inf, -1.0, 0.0))
+        return m, excess, inner
     which = dispatch.backend(z)
     see, device = dispatch.viewer(which), z.device
     loss, stats = torch.empty((N, S), dtype=acc, device=device), torch.empty((3, N, S), dtype=acc, device=device)
@@ -130,7 +138,7 @@ def _own_sums(z, row, weight, label_smoothing, softcap, acc):
     some = torch.where(row.counts, 0, NO_CLASS)  # any class: its part of the loss is not asked for
     dispatch.cross_entropy(which).forward(
         see(z), see(some), see(weight), see(loss), see(stats), see(invalid), ignore_index=NO_CLASS,
-        label_smoothing=1.0 if label_smoothing else 0.0, **_capped(softcap),
+        label_smoothing=1.0 if label_smoothing else 0.0, softcap=softcap,
     )  # fmt: skip
     # of a target that is smoothed out altogether the loss is W log Σ - Σ w_c (z_c - m) / V
     inner = V * (stats[2] * stats[1].log1p() - loss) if label_smoothing else torch.zeros_like(loss)
@@ -138,25 +146,24 @@ def _own_sums(z, row, weight, label_smoothing, softcap, acc):
     return stats[0], torch.where(nothing, -1.0, stats[1]), torch.where(nothing, 0.0, inner)
 
 
-def _capped(softcap):
-    return {} if softcap is None else {"softcap": softcap}
-
-
-def _logit_at(z, index, softcap, acc):
+def _logit_at(z: Tensor, index: Tensor, softcap: float | None, acc: torch.dtype) -> Tensor:
     if z.shape[1] == 0:
         return torch.zeros(index.shape, dtype=acc, device=z.device)
     z_t = z.gather(1, index[:, None])[:, 0].to(acc)
     return z_t if softcap is None else softcap * (z_t / softcap).tanh()
 
 
-def _weight_at(weight, index, acc):
+def _weight_at(weight: Tensor | None, index: Tensor, acc: torch.dtype) -> Tensor:
     if weight is None or not len(weight):
         return torch.ones(index.shape, dtype=acc, device=index.device)
     return weight[index]
 
 
 # ---------------------------------------------------------------------------------------------- backward
-def _run_backward(upstream, shard, stats, target, scaled, label_smoothing, softcap):
+def _run_backward(
+    upstream: Tensor, shard: Tensor, stats: Tensor, target: Tensor, scaled: Tensor | None, label_smoothing: float,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
     """The gradient of the shard, for the upstream gradient (N, S) of every row's loss."""
     which = dispatch.backend(shard)
     see, axis = dispatch.viewer(which), _class_axis(shard)
@@ -168,7 +175,7 @@ def _run_backward(upstream, shard, stats, target, scaled, label_smoothing, softc
     upstream = upstream.to(stats.dtype)
     dispatch.cross_entropy(which).backward(
         see(z), see(target), see(scaled), see(stats[:3]), see(upstream), None, dz, ignore_index=NO_CLASS,
-        label_smoothing=label_smoothing, **_capped(softcap),
+        label_smoothing=label_smoothing, softcap=softcap,
     )  # fmt: skip
     m, s, W, q_t = stats
     index = target.clamp(min=0)
@@ -188,7 +195,7 @@ def _run_backward(upstream, shard, stats, target, scaled, label_smoothing, softc
 # ---------------------------------------------------------------------------------------------- autograd
 class _VocabParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, shard, target, weight, options):
+    def forward(ctx: Any, shard: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor | None, ...]:
         found = (_below_autograd if options.traced else _run)(shard, target, weight, options)
         *_, stats, index, scaled = found
         ctx.save_for_backward(shard, stats, index, scaled if options.label_smoothing else None)
@@ -200,7 +207,7 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     @no_second_derivative("vocab_parallel_cross_entropy")
-    def backward(ctx, upstream, *_):
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
         if upstream is None:
             return None, None, None, None
         (shard, stats, index, scaled), options = ctx.saved_tensors, ctx.options
@@ -210,16 +217,18 @@ class _VocabParallel(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------- operators
-def _below_autograd(shard, target, weight, options):
+def _below_autograd(shard: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Any:
     return operators.below_autograd(FORWARD, shard, target, weight, *options[:-1])
 
 
-def _fake(shard, target, weight, options):
+def _fake(
+    shard: Tensor, target: Tensor, weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     z = shard.flatten(2) if shard.dim() > 2 else shard.reshape(-1, shard.shape[-1], 1)
     N, V, S = z.shape
-    rows = [shard.new_empty((N, S), dtype=accumulate_dtype(shard)) for _ in range(3)]
+    loss, w_t, taken = (shard.new_empty((N, S), dtype=accumulate_dtype(shard)) for _ in range(3))
     index = shard.new_empty((N, S), dtype=torch.int64)
-    return *rows, rows[0].new_empty((4, N, S)), index, rows[0].new_empty(V) if options.label_smoothing else None
+    return loss, w_t, taken, loss.new_empty((4, N, S)), index, loss.new_empty(V) if options.label_smoothing else None
 
 
 FORWARD = operators.define(
