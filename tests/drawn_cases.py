@@ -160,8 +160,8 @@ def check_minimize_trace(row: Row) -> None:
     hold("value", value, sign * sheet.value, of_value)
     hold("eigenvalues", eigenvalues, sign * sheet.eigenvalues[:k], of_value)
     found = to_numpy(phi)
-    excess = abs(found @ found.T - sheet.phi @ sheet.phi.T) - of_projector
-    assert excess.max() <= 0, f"Φ Φᵀ is {excess.max():.3g} beyond its bound"
+    sum_exp_minus_1 = abs(found @ found.T - sheet.phi @ sheet.phi.T) - of_projector
+    assert sum_exp_minus_1.max() <= 0, f"Φ Φᵀ is {sum_exp_minus_1.max():.3g} beyond its bound"
     if row["kind"] == "torch":
         leaf = sigma.clone().requires_grad_()
         ours = HF.minimize_trace(leaf, k, **options)

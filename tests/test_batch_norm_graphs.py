@@ -21,7 +21,7 @@ from twins import gradcheck, gradgradcheck, layout_of, opcheck, same, tensor
 import hw3gpu.functional as HF
 import hw3gpu.nn as HN
 from hw3gpu._core.dispatch import requested_backend
-from hw3gpu._torch import batch_norm as room
+from hw3gpu._torch import batch_norm as operators
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -42,19 +42,19 @@ def test_operators_keep_the_rules_of_torch_library(device, rng, layout, dtype):
     x, weight, bias, mean, var = operands(rng, device, (3, 2, 4, 3), dtype)
     x = layout_of(x.detach(), layout).requires_grad_()
     compiled = layout != "sliced"
-    opcheck(room.TRAINING, (x, weight, bias, None, mean, var, 0.1, 1e-5, False), compiled)
-    opcheck(room.EVALUATION, (x, weight, bias, None, mean, var, 0.1, 1e-5, False), compiled)
-    _, stats, mask = room.TRAINING(x, weight, bias, None, None, None, 0.1, 1e-5, False)
+    opcheck(operators.TRAINING, (x, weight, bias, None, mean, var, 0.1, 1e-5, False), compiled)
+    opcheck(operators.EVALUATION, (x, weight, bias, None, mean, var, 0.1, 1e-5, False), compiled)
+    _, stats, mask = operators.TRAINING(x, weight, bias, None, None, None, 0.1, 1e-5, False)
     x, weight = x.detach(), weight.detach()
     dy = layout_of(tensor(rng.standard_normal(x.shape), dtype, device), layout)
     for training in (True, False):
-        opcheck(room.BACKWARD, (dy, x, weight, stats, mask, training, False, False), compiled)
+        opcheck(operators.BACKWARD, (dy, x, weight, stats, mask, training, False, False), compiled)
 
 
 def test_operators_take_no_parameters_and_empty_batches(device, rng):
     x, *_ = operands(rng, device)
-    opcheck(room.TRAINING, (x, None, None, None, None, None, 0.1, 1e-5, False))
-    opcheck(room.TRAINING, (x[:0], None, None, None, None, None, 0.1, 1e-5, False))
+    opcheck(operators.TRAINING, (x, None, None, None, None, None, 0.1, 1e-5, False))
+    opcheck(operators.TRAINING, (x[:0], None, None, None, None, None, 0.1, 1e-5, False))
 
 
 # ---------------------------------------------------------------------------------------------- compiled, exported, traced

@@ -69,8 +69,8 @@ def test_exp_of_what_is_no_ordinary_number(dtype):
     np.testing.assert_array_equal(y, np.array([np.nan, np.nan, 0, 0, 1, 1], dtype))
 
 
-@pytest.mark.parametrize("room", ["softmax", "cross entropy"])
-def test_the_loop_over_a_row_is_packed(room):
+@pytest.mark.parametrize("path", ["softmax", "cross entropy"])
+def test_the_loop_over_a_row_is_packed(path):
     """The multiplications of the exponential work on whole vectors, in the kernel as it is compiled for this machine."""
     fused = numba.njit(fastmath={"contract"})(lambda a, b, c: a * b + c)
     fused(1.0, 1.0, 1.0)
@@ -78,10 +78,10 @@ def test_the_loop_over_a_row_is_packed(room):
     packed = {"x86_64": x86, "AMD64": x86, "aarch64": r"fml[as]\s+v\d+\.4s"}
     if platform.machine() not in packed:
         pytest.skip(f"no pattern for the instructions of {platform.machine()}")
-    original = softmax._forward_rows if room == "softmax" else kernels._hard_forward_backward
+    original = softmax._forward_rows if path == "softmax" else kernels._hard_forward_backward
     kernel = numba.njit(**compile._OPTIONS)(original.py_func)
     z, acc = np.zeros((2, 8, 1), np.float32), np.empty(0, np.float32)
-    if room == "softmax":
+    if path == "softmax":
         kernel(0, 2, z, np.empty_like(z), acc)
     else:
         target, invalid = np.zeros((2, 1), np.int64), np.full(1, 2)

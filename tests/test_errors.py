@@ -182,8 +182,8 @@ def p_rounded_first(
     at = np.arange(6), t
     e = np.exp(z - z.max(-1, keepdims=True))
     e[at] = 0.0
-    excess = e.sum(-1)
-    wrong, right = rounded(1 / (1 + excess)) - 1, -excess / (1 + excess)
+    sum_exp_minus_1 = e.sum(-1)
+    wrong, right = rounded(1 / (1 + sum_exp_minus_1)) - 1, -sum_exp_minus_1 / (1 + sum_exp_minus_1)
     sheet = reference.softmax_cross_entropy(z, t).dz[at]
     bound = _error_bounds.softmax_cross_entropy(z, t, dtype=str(z.dtype)).dz[at]
     theirs = torch.from_numpy(result(torch.softmax(torch.from_numpy(z), -1).numpy()[at] - 1))

@@ -46,7 +46,7 @@ def examined(label, arch):
 @pytest.mark.parametrize(("label", "arch"), CONTROLS, ids=str)
 def test_machine_code(sweep, label, arch):
     """Nothing is wrong, and as Triton's version is the sweep's, the code is what the sweep says it is."""
-    found, of = examined(label, arch), sweep[HEAVY[label].room]
+    found, of = examined(label, arch), sweep[HEAVY[label].operation]
     if of["triton"] == triton.__version__ and of.get("schema") == evidence.SCHEMA:
         assert found == of["kernels"][label][str(arch)]
 
@@ -61,7 +61,7 @@ def test_machine_code_of_every_heavy_case(label, arch):
 
 
 def test_the_controls_are_of_every_kind():
-    assert {HEAVY[label].room for label, _ in CONTROLS} == {case.room for case in HEAVY.values()}
+    assert {HEAVY[label].operation for label, _ in CONTROLS} == {case.operation for case in HEAVY.values()}
     assert {arch for _, arch in CONTROLS} == {*evidence.ARCHITECTURES}
 
 
@@ -97,19 +97,19 @@ def sweep():
     return json.loads(evidence.FILE.read_text())
 
 
-@pytest.mark.parametrize("room", evidence_case.ROOMS)
-def test_the_sweep_is_of_these_kernels_and_launches(sweep, room):
+@pytest.mark.parametrize("operation", evidence_case.OPERATIONS)
+def test_the_sweep_is_of_these_kernels_and_launches(sweep, operation):
     """By hashes, 5 s for all rooms: `evidence_keys.py`."""
-    kept, keys = sweep[room]["keys"], evidence.keys_of(room)
-    assert kept.keys() == sweep[room]["kernels"].keys()
+    kept, keys = sweep[operation]["keys"], evidence.keys_of(operation)
+    assert kept.keys() == sweep[operation]["kernels"].keys()
     assert {label for label, of in kept.items() if keys.get(label) != of} == set(), "run `make evidence`"
 
 
-@pytest.mark.parametrize("room", evidence_case.ROOMS)
-def test_no_case_waits(sweep, room):
-    waiting = evidence.waiting(room, sweep)
+@pytest.mark.parametrize("operation", evidence_case.OPERATIONS)
+def test_no_case_waits(sweep, operation):
+    waiting = evidence.waiting(operation, sweep)
     if waiting:
-        pytest.skip(f"{len(waiting)} of {len(evidence.keys_of(room))} cases wait for `make evidence`")
+        pytest.skip(f"{len(waiting)} of {len(evidence.keys_of(operation))} cases wait for `make evidence`")
 
 
 @triton.jit
@@ -153,13 +153,13 @@ def test_what_a_key_tells_apart(monkeypatch):
 
 
 def test_the_sweep_found_nothing_wrong(sweep):
-    assert [complaint for room in sweep.values() for complaint in room["complaints"]] == []
+    assert [complaint for operation in sweep.values() for complaint in operation["complaints"]] == []
 
 
-@pytest.mark.parametrize("room", ["softmax", "cross_entropy"])
-def test_long_rows_of_any_length_move_16_bytes_at_a_time(sweep, room):
+@pytest.mark.parametrize("operation", ["softmax", "cross_entropy"])
+def test_long_rows_of_any_length_move_16_bytes_at_a_time(sweep, operation):
     """V from 1000 to 65536, on 16 bytes or off them, but not with a stride between their numbers."""
-    rows = {label: of for label, of in sweep[room]["kernels"].items() if re.search(r"(?<!strided) \d+x\d{4,}x1 ", label)}
+    rows = {label: of for label, of in sweep[operation]["kernels"].items() if re.search(r"(?<!strided) \d+x\d{4,}x1 ", label)}
     assert len(rows) > 20
     # what a loop copies ahead into shared memory is not counted in `wide`: the next test
     narrow = {

@@ -178,9 +178,9 @@ def test_module_imports_few_packages(module: str) -> None:
     assert not _wrong(path, [i for i in imports_of(path, "hw3gpu") if i.module.partition(".")[0] not in allowed])
 
 
-@pytest.mark.parametrize("room", ["plan", "channel_plan", "row_plan"])
-def test_plans_are_plain_functions(room: str) -> None:
-    path = ROOT / "kernels" / "gpu" / f"{room}.py"
+@pytest.mark.parametrize("name", ["plan", "channel_plan", "row_plan"])
+def test_plans_are_plain_functions(name: str) -> None:
+    path = ROOT / "kernels" / "gpu" / f"{name}.py"
     allowed = sys.stdlib_module_names | {"kernels.gpu.device", "kernels.gpu.plan", "kernels.gpu.tuned"}
     third_party = [
         i for i in imports_of(path, "kernels.gpu") if not {i.module.partition(".")[0], i.module.rpartition(".")[0]} & allowed

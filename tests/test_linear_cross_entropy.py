@@ -15,7 +15,7 @@ from twins import ones, same, tensor, values_of, zeros
 
 import hw3gpu.functional as HF
 import hw3gpu.nn as HN
-from hw3gpu._torch import linear_chunks as room
+from hw3gpu._torch import linear_chunks
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -246,10 +246,10 @@ def test_the_peak_is_below_a_tenth_of_the_logits(peaks, dtype):
 def test_chunks_of_the_promised_size():
     def rows(N, D, V, dtype):
         x, W = torch.empty(N, D, dtype=dtype, device="meta"), torch.empty(V, D, dtype=dtype, device="meta")
-        return room.chunk_rows(room.Problem(x, W, None, torch.empty(N, 1, device="meta"), None))
+        return linear_chunks.chunk_rows(linear_chunks.Problem(x, W, None, torch.empty(N, 1, device="meta"), None))
 
     assert rows(8192, 4096, 128256, torch.bfloat16) == 8192 // 11  # on a device
-    assert rows(1 << 20, 4096, 128256, torch.bfloat16) * 128256 * 2 <= room.MOST
+    assert rows(1 << 20, 4096, 128256, torch.bfloat16) * 128256 * 2 <= linear_chunks.MOST
     assert rows(1024, 512, 16000, torch.float32) == 512  # as many numbers as W has
     assert rows(4, 512, 100, torch.bfloat16) >= 4  # small ones whole
 

@@ -104,20 +104,20 @@ def test_no_mode_but_strided_without_alignment(data):
 
 
 # ---------------------------------------------------------------------------------------------- rows
-BESIDE = (0, 1, 2)
+EXTRA_PER_LANE = (0, 1, 2)
 ROWS = {
     "V": SIZES, "S": SIZES, "itemsize": st.sampled_from(ITEMSIZES), "mode": st.sampled_from(MODES), "unit_s": st.booleans()
 }  # fmt: skip
 
 
 @drawn
-@given(**ROWS, beside=st.sampled_from(BESIDE), dense=st.booleans())
-@example(V=1, S=1, itemsize=4, mode=P.STRIDED, unit_s=False, beside=0, dense=False)
-@example(V=32768, S=1, itemsize=2, mode=P.ALIGNED, unit_s=False, beside=0, dense=False)
-@example(V=50257, S=1, itemsize=2, mode=P.SHIFTED, unit_s=False, beside=1, dense=True)
-@example(V=5, S=2**30, itemsize=2, mode=P.STRIDED, unit_s=True, beside=1, dense=False)
-def test_plan_rows(V, S, itemsize, mode, unit_s, beside, dense):
-    p = R.plan_rows(V, S, itemsize, mode, unit_s, beside, dense)
+@given(**ROWS, extra_per_lane=st.sampled_from(EXTRA_PER_LANE), dense=st.booleans())
+@example(V=1, S=1, itemsize=4, mode=P.STRIDED, unit_s=False, extra_per_lane=0, dense=False)
+@example(V=32768, S=1, itemsize=2, mode=P.ALIGNED, unit_s=False, extra_per_lane=0, dense=False)
+@example(V=50257, S=1, itemsize=2, mode=P.SHIFTED, unit_s=False, extra_per_lane=1, dense=True)
+@example(V=5, S=2**30, itemsize=2, mode=P.STRIDED, unit_s=True, extra_per_lane=1, dense=False)
+def test_plan_rows(V, S, itemsize, mode, unit_s, extra_per_lane, dense):
+    p = R.plan_rows(V, S, itemsize, mode, unit_s, extra_per_lane, dense)
     for size in (p.BLOCK_R, p.KEEP, p.BLOCK_V, p.num_warps):
         assert power_of_2(size)
     assert 1 <= p.num_warps <= 16
@@ -140,7 +140,7 @@ def test_plan_rows(V, S, itemsize, mode, unit_s, beside, dense):
 
 
 @pytest.mark.parametrize(
-    ("beside", "mode", "itemsize", "longest"),
+    ("extra_per_lane", "mode", "itemsize", "longest"),
     [
         pytest.param(0, P.ALIGNED, 4, 32768, id="hard targets, float32"),
         pytest.param(0, P.ALIGNED, 2, 32768, id="hard targets, halves"),
@@ -157,9 +157,9 @@ def test_plan_rows(V, S, itemsize, mode, unit_s, beside, dense):
         pytest.param(1, P.STRIDED, 8, 2048, id="soft targets, float64, with a stride"),
     ],
 )
-def test_rows_up_to_the_promised_length_are_read_once(beside, mode, itemsize, longest):
-    assert R.plan_rows(longest, 1, itemsize, mode, False, beside).FITS
-    assert not R.plan_rows(longest + 1, 1, itemsize, mode, False, beside).FITS
+def test_rows_up_to_the_promised_length_are_read_once(extra_per_lane, mode, itemsize, longest):
+    assert R.plan_rows(longest, 1, itemsize, mode, False, extra_per_lane).FITS
+    assert not R.plan_rows(longest + 1, 1, itemsize, mode, False, extra_per_lane).FITS
 
 
 def test_many_short_rows_share_a_program():
@@ -186,14 +186,14 @@ def test_neighbouring_rows_fill_a_line_or_at_least_a_sector(V, widths, fits):
 
 @drawn
 @given(
-    **ROWS, beside=st.sampled_from(BESIDE), tensors=st.sampled_from([1, 2]),
+    **ROWS, extra_per_lane=st.sampled_from(EXTRA_PER_LANE), tensors=st.sampled_from([1, 2]),
     device=st.sampled_from([A100, H100, B200, RTX_4090, RTX_5090]),
 )  # fmt: skip
-@example(V=32000, S=1, itemsize=2, mode=P.ALIGNED, unit_s=False, beside=0, tensors=1, device=H100)
-@example(V=16384, S=1, itemsize=4, mode=P.ALIGNED, unit_s=False, beside=0, tensors=1, device=RTX_5090)
-def test_programs_that_take_rows_in_turn_are_all_on_the_device_at_once(V, S, itemsize, mode, unit_s, beside, tensors, device):
+@example(V=32000, S=1, itemsize=2, mode=P.ALIGNED, unit_s=False, extra_per_lane=0, tensors=1, device=H100)
+@example(V=16384, S=1, itemsize=4, mode=P.ALIGNED, unit_s=False, extra_per_lane=0, tensors=1, device=RTX_5090)
+def test_persistent_programs_are_all_on_the_device_at_once(V, S, itemsize, mode, unit_s, extra_per_lane, tensors, device):
     """Their registers, threads and the rows on their way fit the device's, and there are two rows on their way or programs."""
-    p = R.plan_rows(V, S, itemsize, mode, unit_s, beside, tensors=tensors, device=device)
+    p = R.plan_rows(V, S, itemsize, mode, unit_s, extra_per_lane, tensors=tensors, device=device)
     if p.programs:
         each, rest = divmod(p.programs, device.multiprocessors)
         assert rest == 0
@@ -208,19 +208,19 @@ def test_programs_that_take_rows_in_turn_are_all_on_the_device_at_once(V, S, ite
 
 
 @pytest.mark.parametrize(
-    ("V", "itemsize", "beside", "each"),
+    ("V", "itemsize", "extra_per_lane", "each"),
     [(8192, 2, 0, 3), (16384, 4, 0, 2), (32000, 2, 0, 1), (32000, 4, 0, 0), (8192, 4, 1, 2), (16384, 2, 1, 1), (4096, 4, 0, 0)],
 )
-def test_rows_in_turn_on_an_h100(V, itemsize, beside, each):
-    p = R.plan_rows(V, 1, itemsize, P.ALIGNED, False, beside, tensors=1 + beside)
+def test_rows_in_turn_on_an_h100(V, itemsize, extra_per_lane, each):
+    p = R.plan_rows(V, 1, itemsize, P.ALIGNED, False, extra_per_lane, tensors=1 + extra_per_lane)
     assert p.programs == each * 132
 
 
 @drawn
-@given(**ROWS, beside=st.sampled_from(BESIDE))
-def test_nothing_of_a_long_row_stays_that_is_not_needed_again(V, S, itemsize, mode, unit_s, beside):
-    p = R.plan_rows(V, S, itemsize, mode, unit_s, beside, stays=False)
-    kept = R.plan_rows(V, S, itemsize, mode, unit_s, beside)
+@given(**ROWS, extra_per_lane=st.sampled_from(EXTRA_PER_LANE))
+def test_nothing_of_a_long_row_stays_that_is_not_needed_again(V, S, itemsize, mode, unit_s, extra_per_lane):
+    p = R.plan_rows(V, S, itemsize, mode, unit_s, extra_per_lane, row_reused=False)
+    kept = R.plan_rows(V, S, itemsize, mode, unit_s, extra_per_lane)
     if unit_s and S > 1:
         assert p == kept
     elif lanes(V, itemsize, mode) <= 4096:
@@ -248,12 +248,12 @@ def test_plan_columns(V, S, itemsize, mode, unit_s):
 
 @pytest.mark.parametrize("V", [1, 2, 10, 1000, 50257, 128256, 2**20])
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
-@pytest.mark.parametrize("beside", BESIDE)
-def test_row_grids_stay_within_cudas(V, itemsize, beside):
+@pytest.mark.parametrize("extra_per_lane", EXTRA_PER_LANE)
+def test_row_grids_stay_within_cudas(V, itemsize, extra_per_lane):
     """2³³ elements, row after row."""
     rows = 2**33 // V
     for mode in MODES:
-        p, c = R.plan_rows(V, rows, itemsize, mode, False, beside), R.plan_columns(V, rows, itemsize, mode, False)
+        p, c = R.plan_rows(V, rows, itemsize, mode, False, extra_per_lane), R.plan_columns(V, rows, itemsize, mode, False)
         assert P.cdiv(rows, p.BLOCK_R) <= GRID_X
         assert P.cdiv(rows, c.BLOCK_R) * c.columns <= GRID_X
 

@@ -228,9 +228,9 @@ def test_the_factorised_matrix_leaves_room_for_rounding(monkeypatch):
     m, k = 60, 10
     result = minimize_trace(np.eye(m) / 2, k)  # scaled by one; every eigenvalue of Σ + S - tI is the margin
     u = EPS["float64"] / 2
-    room = result.margin - np.linalg.eigvalsh(shown[0])
-    assert np.all(room >= 0.9 * ((k + 8) * u * np.linalg.norm(np.eye(m) / 2) + (m + 2) * u * np.trace(shown[0])))
-    assert np.all(room <= result.margin / 3)
+    found = result.margin - np.linalg.eigvalsh(shown[0])
+    assert np.all(found >= 0.9 * ((k + 8) * u * np.linalg.norm(np.eye(m) / 2) + (m + 2) * u * np.trace(shown[0])))
+    assert np.all(found <= result.margin / 3)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -281,7 +281,7 @@ def test_a_gpu_solver_without_nvmath_is_refused_with_the_extra_s_name(monkeypatc
 
 
 @pytest.mark.parametrize(
-    "room",
+    "module",
     [
         "_array_functions/points",
         "_array_functions/trace",
@@ -291,9 +291,9 @@ def test_a_gpu_solver_without_nvmath_is_refused_with_the_extra_s_name(monkeypatc
         "_linalg/cusolver",
     ],
 )
-def test_cupy_has_every_function_that_the_array_namespace_is_asked_for(room):
+def test_cupy_has_every_function_that_the_array_namespace_is_asked_for(module):
     real = pytest.importorskip("cupy", reason="CuPy is not installed")
-    source = (Path(trace.__file__).parents[1] / f"{room}.py").read_text()
+    source = (Path(trace.__file__).parents[1] / f"{module}.py").read_text()
     asked = set(re.findall(r"\bxp\.((?:linalg\.)?\w+)", source))
     assert asked
     for name in asked:

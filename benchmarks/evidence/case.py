@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-ROOMS = ("softmax", "cross_entropy", "token_log_probs", "distillation", "batch_norm", "moments")
+OPERATIONS = ("softmax", "cross_entropy", "token_log_probs", "distillation", "batch_norm", "moments")
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Case:
     moves: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
-    def room(self) -> str:
+    def operation(self) -> str:
         """The file of kernels/gpu whose launchers it calls."""
-        return next(room for room in ROOMS if self.name.startswith(room.replace("_", " ")))
+        return next(operation for operation in OPERATIONS if self.name.startswith(operation.replace("_", " ")))
 
     @property
     def label(self) -> str:

@@ -21,7 +21,7 @@ import torch
 import triton
 
 from . import in_flight
-from .case import ROOMS, Case
+from .case import OPERATIONS, Case
 from .cases import cases
 from .compile_without_gpu import Launch, MachineCode, StandIn, machine_code, part
 from .keys import key
@@ -105,26 +105,26 @@ def examined(case: Case, arch: int | str) -> tuple[dict[str, dict[str, Any]], li
 
 
 @functools.cache
-def keys_of(room: str) -> dict[str, str]:
+def keys_of(operation: str) -> dict[str, str]:
     """What decides the evidence of each case of a room (`evidence_keys.py`), by label."""
-    return {case.label: key(case, ARCHITECTURES, SCHEMA) for case in cases() if case.room == room}
+    return {case.label: key(case, ARCHITECTURES, SCHEMA) for case in cases() if case.operation == operation}
 
 
-def waiting(room: str, evidence: dict[str, Any]) -> list[str]:
+def waiting(operation: str, evidence: dict[str, Any]) -> list[str]:
     """Labels of the cases whose evidence is missing, or is of other kernels or launches, whatever compiler it is of."""
-    kept = evidence.get(room, {}).get("keys", {})
-    return [label for label, of in keys_of(room).items() if kept.get(label) != of]
+    kept = evidence.get(operation, {}).get("keys", {})
+    return [label for label, of in keys_of(operation).items() if kept.get(label) != of]
 
 
 def kernels_of(evidence: dict[str, Any]) -> Findings:
     """The findings of all rooms by label."""
-    return {label: found for room in evidence.values() for label, found in room["kernels"].items()}
+    return {label: found for operation in evidence.values() for label, found in operation["kernels"].items()}
 
 
 def as_text(evidence: dict[str, Any]) -> str:
     """JSON with a case a line: what changed is seen in a diff."""
-    rooms = []
-    for room, of in evidence.items():
+    operations = []
+    for operation, of in evidence.items():
         head = json.dumps({name: value for name, value in of.items() if name not in ("keys", "kernels")})[:-1]
         parts = (
             f'"{name}": {{\n'
@@ -132,8 +132,8 @@ def as_text(evidence: dict[str, Any]) -> str:
             + "\n}"
             for name in ("keys", "kernels")
         )
-        rooms.append(f"{json.dumps(room)}: {head}, {', '.join(parts)}}}")
-    return "{\n" + ",\n".join(rooms) + "\n}\n"
+        operations.append(f"{json.dumps(operation)}: {head}, {', '.join(parts)}}}")
+    return "{\n" + ",\n".join(operations) + "\n}\n"
 
 
 def _examine(label: str) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
@@ -153,13 +153,13 @@ def add(of: dict[str, Any], its_key: str, label: str, found: dict[str, dict[str,
     of["complaints"] += complaints
 
 
-def begin(room: str, evidence: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def begin(operation: str, evidence: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Evidence without what is stale, and the labels of the cases to be compiled: all of them for another compiler."""
-    of = evidence.get(room, {})
+    of = evidence.get(operation, {})
     if of.get("triton") != triton.__version__:
         of = {"triton": triton.__version__, "complaints": [], "keys": {}, "kernels": {}}
-    stale = waiting(room, {room: of})
-    current = keys_of(room).keys() - {*stale}
+    stale = waiting(operation, {operation: of})
+    current = keys_of(operation).keys() - {*stale}
     for name in ("keys", "kernels"):
         of[name] = {label: found for label, found in of[name].items() if label in current}
     of["complaints"] = [complaint for complaint in of["complaints"] if complaint.partition(", _")[0] in current]
@@ -229,17 +229,17 @@ def run(args: argparse.Namespace) -> int:
     console, file = Console(), Path(args.json or FILE)
     evidence: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for room in ROOMS:
-            evidence[room], stale = begin(room, evidence)
-            for result in track(pool.map(_examine, stale), description=room, total=len(stale), console=console):
-                add(evidence[room], keys_of(room)[result[0]], *result)
-                file.write_text(as_text({name: evidence[name] for name in ROOMS if name in evidence}))
+        for operation in OPERATIONS:
+            evidence[operation], stale = begin(operation, evidence)
+            for result in track(pool.map(_examine, stale), description=operation, total=len(stale), console=console):
+                add(evidence[operation], keys_of(operation)[result[0]], *result)
+                file.write_text(as_text({name: evidence[name] for name in OPERATIONS if name in evidence}))
     if not args.json:
         from .. import published, times
 
         PAGE.write_text(page_with(PAGE.read_text(), kernels_of(evidence)))
         times.PAGE.write_text(times.page_with(times.PAGE.read_text(), kernels_of(evidence), published.others()))
-    wrong = [complaint for room in ROOMS for complaint in evidence[room]["complaints"]]
+    wrong = [complaint for operation in OPERATIONS for complaint in evidence[operation]["complaints"]]
     wrong += in_flight.too_thin(kernels_of(evidence)) + in_flight.unneeded(kernels_of(evidence))
     console.print(*wrong, f"{len(kernels_of(evidence))} cases on {len(ARCHITECTURES)} architectures: {file.name}", sep="\n")
     return 1 if wrong else 0

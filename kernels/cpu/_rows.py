@@ -13,15 +13,15 @@ import numpy as np
 from ._numba.compile import inline
 from ._numba.elements import store
 from ._numba.exp import exp
-from ._numba.simd import larger, largest_of, load_lanes, prefetch, store_lanes, sum_of, unequal, width, write, zeros_like
-from ._numba.views import room
+from ._numba.simd import Lanes, larger, largest_of, load_lanes, prefetch, store_lanes, sum_of, unequal, width, write, zeros_like
+from ._numba.views import workspace
 
 # Elements whose sum is taken at once, in the row's own precision.
 CHUNK = 512
 
 
 @inline
-def row_max(z):
+def row_max(z) -> float:
     """The maximum of a row. A NaN in it may be passed over: the sum of exponentials is NaN then."""
     i, size, count = 0, z.size, width(z)
     a = load_lanes(z, 0, min(size, count), -math.inf)
@@ -42,14 +42,14 @@ SMALL = 2.0
 
 
 @inline
-def room_for_exps(V, acc):
+def exps_workspace(V, acc) -> np.ndarray:
     """For the exponentials of a row: the last vector is written and read whole."""
-    return room(V + width(acc), acc)
+    return workspace(V + width(acc), acc)
 
 
 @inline
-def exp_and_excess(z, shift, e, ahead):
-    """e = exp(z - shift), shift = max z, in `room_for_exps`; returns sum e - 1. Meanwhile fetches the row `ahead`."""
+def exp_and_sum_minus_1(z, shift, e, ahead) -> float:
+    """e = exp(z - shift), shift = max z, in `exps_workspace`; returns sum e - 1. Meanwhile fetches the row `ahead`."""
     total, size, count = 0.0, z.size, width(z)
     for first in range(0, size, CHUNK):
         i, last = first, min(first + CHUNK, size)
@@ -65,11 +65,11 @@ def exp_and_excess(z, shift, e, ahead):
             store_lanes(e, i, width(z), x)
             a = a + x
         total += np.float64(sum_of(a))
-    return total - 1.0 if not total < SMALL else small_excess(z, _stored, (e,))
+    return total - 1.0 if not total < SMALL else small_sum_exp_minus_1(z, _stored, (e,))
 
 
 @inline
-def sum_of_row(z, lanes, args, ahead):
+def sum_of_row(z, lanes, args, ahead) -> float:
     """The sum of lanes(i, exist, args), vectors of z's kind, over a row as long as z. Meanwhile fetches the row `ahead`."""
     total, size, count = 0.0, z.size, width(z)
     for first in range(0, size, CHUNK):
@@ -86,7 +86,7 @@ def sum_of_row(z, lanes, args, ahead):
 
 
 @inline
-def sums_of_row(z, lanes, args, ahead):
+def sums_of_row(z, lanes, args, ahead) -> tuple[float, float]:
     """As `sum_of_row`, two sums of the pairs that `lanes` gives."""
     total, other, size, count = 0.0, 0.0, z.size, width(z)
     for first in range(0, size, CHUNK):
@@ -106,24 +106,24 @@ def sums_of_row(z, lanes, args, ahead):
 
 
 @inline
-def excess_of_logits(z, shift, ahead):
-    """sum exp(z - max z) - 1, as `exp_and_excess` has it. Meanwhile fetches the row `ahead`."""
+def sum_exp_minus_1_of_logits(z, shift, ahead) -> float:
+    """sum exp(z - max z) - 1, as `exp_and_sum_minus_1` has it. Meanwhile fetches the row `ahead`."""
     total = sum_of_row(z, _computed, (z, shift), ahead)
-    return total - 1.0 if not total < SMALL else small_excess(z, _computed, (z, shift))
+    return total - 1.0 if not total < SMALL else small_sum_exp_minus_1(z, _computed, (z, shift))
 
 
 @inline
-def _stored(i, exist, args):
+def _stored(i, exist, args) -> Lanes:
     return load_lanes(args[0], i, width(args[0]), 0.0)
 
 
 @inline
-def _computed(i, exist, args):
+def _computed(i, exist, args) -> Lanes:
     return exp(load_lanes(args[0], i, exist, -math.inf) - args[1])
 
 
 @inline
-def small_excess(z, lanes, args):
+def small_sum_exp_minus_1(z, lanes, args) -> float:
     """sum e - 1 without the exponentials that are 1, e = lanes(i, exist, args)."""
     rest, others, size, count = 0.0, 0.0, z.size, width(z)
     for first in range(0, size, CHUNK):
@@ -145,14 +145,14 @@ def small_excess(z, lanes, args):
 
 # ---------------------------------------------------------------------------------------------- results
 @inline
-def _divided(i, exist, args):
+def _divided(i, exist, args) -> Lanes:
     e, high, low = args
     x = load_lanes(e, i, width(e), 0.0)
     return x * high + x * low
 
 
 @inline
-def divide_into(e, total, out, around):
+def divide_into(e, total, out, around) -> None:
     """out = e / total with one rounding to speak of."""
     high = e.dtype.type(1.0 / total)
     low = e.dtype.type(1.0 / total - np.float64(high))
@@ -160,6 +160,6 @@ def divide_into(e, total, out, around):
 
 
 @inline
-def fill(out, value):
+def fill(out, value) -> None:
     for i in range(out.size):
         store(out, i, value)

@@ -57,12 +57,12 @@ def _store_running(running: np.ndarray | None, new: np.ndarray) -> None:
 
 
 @kernel
-def _copy_vector(values, out):
+def _copy_vector(values, out) -> None:
     for i in range(values.size):
         store(out, i, values[i])
 
 
-def _check(x, mean, *of_channels, like=(), mask=None):
+def _check(x, mean, *of_channels, like=(), mask=None) -> None:
     """The kernels look at no bound: a wrong shape is a wrong address. `like`: what has x's shape, or is None."""
     C = x.shape[1]
     assert mean.shape == (2, C), (mean.shape, x.shape)
@@ -133,7 +133,7 @@ def _sum_gradients(of: Pass, dy: np.ndarray, x: np.ndarray, mean: np.ndarray) ->
     return _merged(partial)
 
 
-def _sum_and_scale_gradients(dy, x, mean, scale, dx):
+def _sum_and_scale_gradients(dy: np.ndarray, x: np.ndarray, mean: np.ndarray, scale: np.ndarray, dx: np.ndarray) -> np.ndarray:
     """As `_sum_gradients`, and dx = scale dy."""
     of = channel_plan.plan_sums_and_result(layout_of(x, dy, dx))
     partial = np.empty((of.partial, 2, x.shape[1]))
@@ -171,7 +171,7 @@ def _before_residual(x: np.ndarray, residual: np.ndarray | None, y: np.ndarray, 
     return _in_order(np.empty(_in_order(x, x).shape, dtype), x)
 
 
-def _finish(x, values, residual, y, mask, dtype):
+def _finish(x, values, residual, y, mask, dtype) -> None:
     """y = values + residual, what is below 0 as 0 where a mask is given to be written."""
     if x.size == 0 or (residual is None and mask is None):
         return
@@ -182,7 +182,9 @@ def _finish(x, values, residual, y, mask, dtype):
     _write_back(line if values is y else rounded, y, x)
 
 
-def _passing(dy, x, mask, dx, dresidual):
+def _passing(
+    dy: np.ndarray, x: np.ndarray, mask: np.ndarray | None, dx: np.ndarray, dresidual: np.ndarray | None
+) -> np.ndarray:
     """dy as far as the mask lets it through: in dresidual, where that is given, else in dx."""
     if x.size == 0 or (mask is None and dresidual is None):
         return dy
@@ -214,7 +216,7 @@ def statistics(
     _statistics(of, x, mean, var, rstd, running_mean, running_var, eps, momentum)
 
 
-def _statistics(of, x, mean, var, rstd, running_mean, running_var, eps, momentum):
+def _statistics(of, x, mean, var, rstd, running_mean, running_var, eps, momentum) -> None:
     C, m = x.shape[1], float(x.shape[0] * x.shape[2])
     new_mean, new_var = _running(running_mean, var.dtype), _running(running_var, var.dtype)
     if m == 0:
@@ -248,7 +250,7 @@ def normalize(
     _finish(x, values, residual, y, mask, rstd.dtype)
 
 
-def _normalize(of, x, mean, rstd, gamma, beta, y):
+def _normalize(of, x, mean, rstd, gamma, beta, y) -> None:
     if x.size == 0:
         return
     C, dtype = x.shape[1], rstd.dtype
@@ -308,7 +310,7 @@ def backward_reduce(
     _reduce(channel_plan.plan_sums(layout_of(x, dy)), dy, x, mean, rstd, dgamma, dbeta)
 
 
-def _reduce(of, dy, x, mean, rstd, dgamma, dbeta):
+def _reduce(of, dy, x, mean, rstd, dgamma, dbeta) -> None:
     sums = _sum_gradients(of, dy, x, mean) if x.size else np.zeros((2, x.shape[1]))
     finish_gradients(sums, rstd, dgamma, dbeta)
 
@@ -333,7 +335,7 @@ def backward_apply(
     _apply(channel_plan.plan_result(layout_of(x, dy, dx)), dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx)
 
 
-def _apply(of, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx):
+def _apply(of, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx) -> None:
     if x.size == 0:
         return
     count = float(np.asarray(count).item())

@@ -32,7 +32,7 @@ SHORTEST, FEWEST_OF_A_PLANE = 32, 16
 @kernel
 def _forward(
     first, last, group, x_at, gamma_at, beta_at, y_at, stats_at, running_mean_at, running_var_at, N, C, S, eps, momentum
-):  # fmt: skip
+) -> None:  # fmt: skip
     x, y, stats = planes(x_at, N, C, S), planes(y_at, N, C, S), floats(stats_at, (4, C))
     gamma, beta = vector_or(gamma_at, C, 1.0), vector_or(beta_at, C, 0.0)
     kept = C if running_mean_at else 0
@@ -42,7 +42,7 @@ def _forward(
 
 
 @kernel
-def _backward(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S):
+def _backward(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S) -> None:
     dy, x, dx = planes(dy_at, N, C, S), planes(x_at, N, C, S), planes(dx_at, N, C, S)
     stats, gamma = floats(stats_at, (3, C)), vector_or(gamma_at, C, 1.0)
     dgamma, dbeta = floats(dgamma_at, C), floats(dbeta_at, C)
@@ -51,7 +51,9 @@ def _backward(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma
 
 # ---------------------------------------------------------------------------------------------- backward of known statistics
 @inline
-def _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S):
+def _inference_operands(
+    dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """dy, x, mean, scale and dx."""
     stats = floats(stats_at, (3, C))
     scale = stats[2] * vector_or(gamma_at, C, 1.0)
@@ -59,25 +61,25 @@ def _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S):
 
 
 @kernel
-def _inference_tiles(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial):
+def _inference_tiles(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial) -> None:
     dy, x, mean, scale, dx = _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S)
     _tiles.gradient_sums(first, last, group, dy, x, mean, scale, dx, partial)
 
 
 @kernel
-def _inference_planes(first, last, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial):
+def _inference_planes(first, last, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial) -> None:
     dy, x, mean, scale, dx = _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S)
     _planes.gradient_sums(first, last, dy, x, mean, scale, dx, partial)
 
 
 @kernel
-def _inference_rows(first, last, rows, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial):
+def _inference_rows(first, last, rows, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial) -> None:
     dy, x, mean, scale, dx = _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S)
     lines.gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial)
 
 
 @kernel
-def _finish_gradients(partial, stats_at, dgamma_at, dbeta_at, C):
+def _finish_gradients(partial, stats_at, dgamma_at, dbeta_at, C) -> None:
     sums = np.empty((2, C))
     merge(partial, sums)
     finish_gradients(sums, floats(stats_at, (3, C))[2], floats(dgamma_at, C), floats(dbeta_at, C))
@@ -86,7 +88,9 @@ def _finish_gradients(partial, stats_at, dgamma_at, dbeta_at, C):
 # ---------------------------------------------------------------------------------------------- evaluation
 # In the order of memory: nothing is summed, so that channels need not be done whole.
 @inline
-def _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps):
+def _known(
+    first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """mean, scale and beta, by float32's operations, as PyTorch has them; the first block writes stats (3, C) if asked for."""
     mean, var, rstd = floats(running_mean_at, C), floats(running_var_at, C), np.empty(C, np.float32)
     for c in range(C):
@@ -99,7 +103,7 @@ def _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, 
 
 
 @inline
-def _pair(mean):
+def _pair(mean) -> Any:
     """A mean that has no second part."""
     pair = np.zeros((2, mean.size), np.float32)
     for c in range(mean.size):
@@ -110,7 +114,7 @@ def _pair(mean):
 @kernel
 def _normalize_tiles(
     first, last, group, parts, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
-):  # fmt: skip
+) -> None:  # fmt: skip
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     pair = _pair(mean)
     _tiles.normalize(first, last, group, parts, planes(x_at, N, C, S), pair, scale, beta, planes(y_at, N, C, S))
@@ -119,7 +123,7 @@ def _normalize_tiles(
 @kernel
 def _normalize_planes(
     first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
-):  # fmt: skip
+) -> None:  # fmt: skip
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     pair = _pair(mean)
     _planes.normalize(first, last, blocks, planes(x_at, N, C, S), pair, scale, beta, planes(y_at, N, C, S))
@@ -128,7 +132,7 @@ def _normalize_planes(
 @kernel
 def _normalize_small_planes(
     first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Plane by plane, which LLVM's vectoriser does best: the length is the same for all."""
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     x, y = floats(x_at, (N * C, S)), floats(y_at, (N * C, S))
@@ -144,7 +148,7 @@ def _normalize_small_planes(
 @kernel
 def _normalize_rows(
     first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Rows of channels, S = 1: several a line where they are short, a piece of each where they are long."""
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     x, y = floats(x_at, (1, N, C)), floats(y_at, (1, N, C))

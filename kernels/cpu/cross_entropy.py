@@ -65,7 +65,7 @@ _NO_WEIGHT = {np.dtype(of): np.empty(0, of) for of in (np.float32, np.float64)}
 _NO_CLASSES, _ANY_CLASS = np.empty((0, 0), np.int64), np.iinfo(np.int64).max
 
 
-def _check(z, target, weight, *of_rows):
+def _check(z, target, weight, *of_rows) -> None:
     """The kernels look at no bound: a wrong shape is a wrong address."""
     N, V, S = z.shape
     assert target.shape in ((N, S), (N, V, S)), (target.shape, z.shape)
@@ -106,7 +106,7 @@ def forward(
         _reduce_rows(loss, target, weight, total, found, mean, zero_if_ignored, ignore_index)
 
 
-def _reduce_rows(loss, target, weight, total, denominator, mean, zero_if_ignored, ignore_index):
+def _reduce_rows(loss, target, weight, total, denominator, mean, zero_if_ignored, ignore_index) -> None:
     reduce(loss, target, weight, total, denominator, ignore_index=ignore_index)
     _never_zero(denominator, zero_if_ignored)
     if mean:
@@ -114,7 +114,7 @@ def _reduce_rows(loss, target, weight, total, denominator, mean, zero_if_ignored
             np.divide(total, denominator, out=total)
 
 
-def _never_zero(denominator, zero_if_ignored):
+def _never_zero(denominator, zero_if_ignored) -> None:
     """A mean over nothing is 0/0, or 0 where that is asked for: over an infinite number."""
     if zero_if_ignored and denominator[0] == 0:
         denominator[0] = math.inf
@@ -168,12 +168,12 @@ def forward_backward(
         _reduce_rows(loss, target, weight, total, np.empty(1, loss.dtype), mean, zero_if_ignored, ignore_index)
 
 
-def _quotient(upstream, denominator):
+def _quotient(upstream, denominator) -> float:
     """upstream / denominator; infinite for 0, where no row has a gradient."""
     return float(upstream) / float(denominator) if denominator else math.inf
 
 
-def _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap):
+def _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap) -> None:
     """`forward_backward` for the upstream gradient `g` of every row's loss."""
     _check(z, target, weight, loss)
     assert dz.shape == z.shape, (dz.shape, z.shape)
@@ -200,7 +200,7 @@ def _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_in
 def _rows_with_options(
     z, target, weight, loss, stats, known, dz, invalid, upstream, denominator, unless_one,
     ignore_index, smoothing, z_loss, softcap,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Loss and stats (unless None, or known), and dz (unless None) by the kernels of `_cross_entropy.row_with_options`."""
     weight, _ = _weights(weight, z, True)
     stats = np.empty((0, *loss.shape), loss.dtype) if stats is None else stats
@@ -234,7 +234,7 @@ def reduce(loss, target, weight, total, denominator, *, ignore_index: int) -> No
     _reduce(*args)
 
 
-def _counted(target, weight, dtype):
+def _counted(target: np.ndarray, weight: np.ndarray | None, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, int]:
     """Classes, weights and the number of classes as `denominator_of` takes them."""
     classes, V = _NO_CLASSES, -1
     if target.ndim == 2:

@@ -24,7 +24,7 @@ from .cross_entropy import _ANY_CLASS, _loss_and_gradient, _quotient, count
 
 
 @kernel
-def _divide(loss, denominator, result):
+def _divide(loss, denominator, result) -> None:
     of = result.dtype.type  # two roundings, as of a loss that is reduced without its gradient
     result[0] = of(compensated_sum(loss)) / of(denominator)
 
@@ -32,7 +32,7 @@ def _divide(loss, denominator, result):
 @kernel
 def _at_addresses(
     z_at, target_at, dz_at, result_at, N, V, S, upstream, mean, zero_if_ignored, ignore_index, smoothing
-):  # fmt: skip
+) -> int:  # fmt: skip
     z, dz, result = planes(z_at, N, V, S), planes(dz_at, N, V, S), floats(result_at, 1)
     target = carray(pointer(target_at), (N, S), np.int64)
     no_weight, loss, invalid = np.empty(0, np.float32), np.empty((N, S), np.float32), np.full(1, N * S)

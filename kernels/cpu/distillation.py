@@ -26,9 +26,9 @@ from ._distillation.terms import NEAR, magnitude, minus_one, mixed, mixture_logs
 from ._numba.compile import inline, kernel
 from ._numba.elements import accumulate_dtype
 from ._numba.exp import exp
-from ._numba.simd import load_lanes, prefetch, streamed, sum_of, times, where_below, width, write, zeros_like
+from ._numba.simd import Lanes, load_lanes, prefetch, streamed, sum_of, times, where_below, width, write, zeros_like
 from ._numba.threads import Moves, moving, run
-from ._numba.views import gather, goes_around, place, release, row_ahead, row_of, row_scratch, scatter
+from ._numba.views import bypasses_cache, gather, prefetch_row, release, row_buffer, row_of, row_scratch, scatter
 from ._rows import CHUNK, fill, row_max
 
 _LOWEST = -3.4028234663852886e38  # of float32: below it is -inf alone, or a float64 that no softmax tells from it
@@ -36,7 +36,7 @@ _LOWEST = -3.4028234663852886e38  # of float32: below it is -inf alone, or a flo
 
 # ---------------------------------------------------------------------------------------------- forward
 @inline
-def _masses(base, other, m, m_o, scale, ahead, ahead_o):
+def _masses(base, other, m, m_o, scale, ahead, ahead_o) -> tuple[float, float]:
     """sum exp((z - max z) scale) of both rows. Meanwhile fetches the rows `ahead`."""
     Z, Z_o, size, count = 0.0, 0.0, base.size, width(base)
     for first in range(0, size, CHUNK):
@@ -55,7 +55,7 @@ def _masses(base, other, m, m_o, scale, ahead, ahead_o):
 
 
 @inline
-def _kl_terms(base, other, numbers):
+def _kl_terms(base, other, numbers) -> tuple[Lanes, Lanes, Lanes]:
     """What each class adds to (A, B, F): p phi(y) without the e^y of the classes where |y| is not small, p y, and those e^y."""
     m, over, m_o, over_o, s, scale = numbers
     p, q = exp((base - m) * scale) * over, exp((other - m_o) * scale) * over_o
@@ -69,13 +69,13 @@ def _kl_terms(base, other, numbers):
 
 
 @inline
-def _lacking(base, other):
+def _lacking(base, other) -> Lanes:
     """1 for a class that base has and other does not: the divergence is infinite."""
     return where_below(other, _LOWEST, where_below(base, _LOWEST, 0.0, 1.0), 0.0)
 
 
 @inline
-def _kl(base, other, numbers):
+def _kl(base, other, numbers) -> tuple[float, float, float]:
     """(A + F, B, how many classes are lacking) of a row."""
     A, B, lacking, size, count = 0.0, 0.0, 0.0, base.size, width(base)
     for first in range(0, size, CHUNK):
@@ -93,12 +93,12 @@ def _kl(base, other, numbers):
 
 
 @inline
-def _phi(x):
+def _phi(x) -> Lanes:
     return x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x / 120)))
 
 
 @inline
-def _normalizers(z, z_o, z_ahead, z_o_ahead, scale, over_temperature):
+def _normalizers(z, z_o, z_ahead, z_o_ahead, scale, over_temperature) -> tuple[float, float, float, float, float]:
     """Maximum m and sum of exponentials Z of both rows, and K = log of the ratio of their softmax's divisors."""
     m, m_o = row_max(z), row_max(z_o)
     Z, Z_o = _masses(z, z_o, m, m_o, scale, z_ahead, z_o_ahead)
@@ -106,7 +106,7 @@ def _normalizers(z, z_o, z_ahead, z_o_ahead, scale, over_temperature):
 
 
 @kernel
-def _divergence_rows(first, last, base, other, mask, loss, stats, over_temperature):
+def _divergence_rows(first, last, base, other, mask, loss, stats, over_temperature) -> None:
     """KL(base‖other)."""
     S, of = base.shape[2], loss.dtype.type
     scale, scratch, scratch_o = of(over_temperature), row_scratch(base), row_scratch(other)
@@ -117,7 +117,7 @@ def _divergence_rows(first, last, base, other, mask, loss, stats, over_temperatu
             continue
         z, z_o = gather(row_of(base, n, s), scratch), gather(row_of(other, n, s), scratch_o)
         m, Z, m_o, Z_o, K = _normalizers(
-            z, z_o, row_ahead(base, row, last, z), row_ahead(other, row, last, z_o), scale, over_temperature
+            z, z_o, prefetch_row(base, row, last, z), prefetch_row(other, row, last, z_o), scale, over_temperature
         )
         shift = of(K)
         A, B, lacking = _kl(z, z_o, (m, of(1.0 / Z), m_o, of(1.0 / Z_o), shift, scale))
@@ -132,7 +132,7 @@ def _divergence_rows(first, last, base, other, mask, loss, stats, over_temperatu
 
 
 @inline
-def _mixed_sums(base, other, numbers, beta, gamma):
+def _mixed_sums(base, other, numbers, beta, gamma) -> tuple[float, float, float]:
     """KL(p‖M), KL(q‖M) and sum p (e^y - 1) of a row."""
     m, over, m_o, over_o, s, scale = numbers
     in_p, in_q, drift, size, count = 0.0, 0.0, 0.0, base.size, width(base)
@@ -153,7 +153,7 @@ def _mixed_sums(base, other, numbers, beta, gamma):
 
 
 @kernel
-def _jensen_shannon_rows(first, last, base, other, mask, loss, stats, over_temperature, beta):
+def _jensen_shannon_rows(first, last, base, other, mask, loss, stats, over_temperature, beta) -> None:
     """beta KL(p‖M) + (1 - beta) KL(q‖M), p of base and q of other."""
     S, of = base.shape[2], loss.dtype.type
     scale, scratch, scratch_o = of(over_temperature), row_scratch(base), row_scratch(other)
@@ -164,7 +164,7 @@ def _jensen_shannon_rows(first, last, base, other, mask, loss, stats, over_tempe
             continue
         z, z_o = gather(row_of(base, n, s), scratch), gather(row_of(other, n, s), scratch_o)
         m, Z, m_o, Z_o, K = _normalizers(
-            z, z_o, row_ahead(base, row, last, z), row_ahead(other, row, last, z_o), scale, over_temperature
+            z, z_o, prefetch_row(base, row, last, z), prefetch_row(other, row, last, z_o), scale, over_temperature
         )
         shift = of(K)
         numbers = m, of(1.0 / Z), m_o, of(1.0 / Z_o), shift, scale
@@ -184,7 +184,7 @@ def _jensen_shannon_rows(first, last, base, other, mask, loss, stats, over_tempe
 
 # ---------------------------------------------------------------------------------------------- backward
 @inline
-def _p_q_u(i, exist, base, other, numbers):
+def _p_q_u(i, exist, base, other, numbers) -> tuple[Lanes, Lanes, Lanes]:
     m, over, m_o, over_o, s, kappa, scale = numbers
     z, z_o = load_lanes(base, i, exist, 0.0), load_lanes(other, i, exist, 0.0)
     u = ((z_o - z) * scale - s) - kappa
@@ -193,14 +193,14 @@ def _p_q_u(i, exist, base, other, numbers):
 
 # `of_base`: 1.0 for the gradient of base, 0.0 for that of other; one compiled loop for both takes half the time to compile.
 @inline
-def _gradient(i, exist, args):
+def _gradient(i, exist, args) -> Lanes:
     base, other, numbers, g, divergence, of_base = args
     p, q, u = _p_q_u(i, exist, base, other, numbers)
     return where_below(0.5, of_base, 0.0 - times(p, u + divergence), minus_one(u, p, q)) * g
 
 
 @inline
-def _gradient_in_mixture(i, exist, args):
+def _gradient_in_mixture(i, exist, args) -> Lanes:
     base, other, numbers, g, divergence, of_base, beta, gamma = args
     p, q, u = _p_q_u(i, exist, base, other, numbers)
     v, w = mixture_logs(p, q, u, beta, gamma)
@@ -208,20 +208,20 @@ def _gradient_in_mixture(i, exist, args):
 
 
 @inline
-def _saved(stats, n, s, over_temperature, of):
+def _saved(stats, n, s, over_temperature, of) -> tuple[float, float, float, float, float, float, float]:
     """What `_p_q_u` takes of a row."""
     over, over_o = of(1.0 / np.float64(stats[1, n, s])), of(1.0 / np.float64(stats[3, n, s]))
     return stats[0, n, s], over, stats[2, n, s], over_o, stats[4, n, s], stats[5, n, s], of(over_temperature)
 
 
 @kernel
-def _backward_rows(first, last, base, other, mask, stats, upstream, d, is_base, over_temperature):
+def _backward_rows(first, last, base, other, mask, stats, upstream, d, is_base, over_temperature) -> None:
     """The gradient of KL(base‖other) by base or by other."""
     S, of = base.shape[2], stats.dtype.type
-    scratch, scratch_o, d_scratch, around = row_scratch(base), row_scratch(other), row_scratch(d), goes_around(d)
+    scratch, scratch_o, d_scratch, around = row_scratch(base), row_scratch(other), row_scratch(d), bypasses_cache(d)
     for row in range(first, last):
         n, s = row // S, row % S
-        d_row = place(row_of(d, n, s), d_scratch)
+        d_row = row_buffer(row_of(d, n, s), d_scratch)
         g = np.float64(upstream[n, s]) * over_temperature
         if (mask.size and not mask[n, s]) or g == 0.0:
             fill(d_row, 0.0)
@@ -237,13 +237,13 @@ def _backward_rows(first, last, base, other, mask, stats, upstream, d, is_base, 
 
 
 @kernel
-def _backward_mixture_rows(first, last, base, other, mask, stats, upstream, d, is_base, over_temperature, beta):
+def _backward_mixture_rows(first, last, base, other, mask, stats, upstream, d, is_base, over_temperature, beta) -> None:
     """The gradient of beta KL(p‖M) + (1 - beta) KL(q‖M) by base or by other."""
     S, of = base.shape[2], stats.dtype.type
-    scratch, scratch_o, d_scratch, around = row_scratch(base), row_scratch(other), row_scratch(d), goes_around(d)
+    scratch, scratch_o, d_scratch, around = row_scratch(base), row_scratch(other), row_scratch(d), bypasses_cache(d)
     for row in range(first, last):
         n, s = row // S, row % S
-        d_row = place(row_of(d, n, s), d_scratch)
+        d_row = row_buffer(row_of(d, n, s), d_scratch)
         g = np.float64(upstream[n, s]) * over_temperature
         if (mask.size and not mask[n, s]) or g == 0.0:
             fill(d_row, 0.0)

@@ -56,14 +56,14 @@ _call: Any = intrinsic(_call_routine)
 
 
 @numba.njit(inline="always")
-def _at(array, i):
+def _at(array, i) -> int:
     """The address of element i of a contiguous array."""
     return array.ctypes.data + i * array.itemsize
 
 
 # ---------------------------------------------------------------------------------------------- tridiagonal form
 @reduction
-def _dot(x, y):
+def _dot(x, y) -> float:
     total = x.dtype.type(0)
     for i in range(x.size):
         total += x[i] * y[i]
@@ -71,13 +71,13 @@ def _dot(x, y):
 
 
 @inline
-def _subtract_two(row, x, y, y_times, x_times):
+def _subtract_two(row, x, y, y_times, x_times) -> None:
     for j in range(row.size):
         row[j] -= y_times * y[j] + x_times * x[j]
 
 
 @inline
-def _tridiagonal(a, d, e, tau, work):
+def _tridiagonal(a, d, e, tau, work) -> None:
     """Qᵀ a Q with diagonal d and off-diagonal e, as LAPACK's sytd2 (uplo='L') has it: Householder vectors stay in rows of `a`.
 
     Row i of `a` (m, m) is its column i to LAPACK. Both triangles are kept up to date, so that every loop runs along a row.
@@ -113,7 +113,7 @@ def _tridiagonal(a, d, e, tau, work):
 
 
 @inline
-def _turn_back(a, tau, z):
+def _turn_back(a, tau, z) -> None:
     """Q z for each row z of (k, m), with Q as `_tridiagonal` left it in `a` and `tau`."""
     m = a.shape[0]
     for i in range(m - 2, -1, -1):
@@ -128,7 +128,7 @@ def _turn_back(a, tau, z):
 
 # ---------------------------------------------------------------------------------------------- solvers
 @kernel
-def _smallest_of_small(first, last, routine, letters, a, values, vectors, info):
+def _smallest_of_small(first, last, routine, letters, a, values, vectors, info) -> None:
     m, k = a.shape[-1], values.shape[-1]
     size = 20 * m
     matrix, pair, work = np.zeros((m, m), a.dtype), np.zeros((2, m), a.dtype), np.zeros(size, a.dtype)
@@ -156,7 +156,7 @@ def _smallest_of_small(first, last, routine, letters, a, values, vectors, info):
 
 
 @kernel
-def _smallest(first, last, routine, letters, a, values, vectors, info):
+def _smallest(first, last, routine, letters, a, values, vectors, info) -> None:
     """syevr of real matrices, heevr of complex ones, which wants `reals` besides."""
     m, k = a.shape[-1], values.shape[-1]
     # the least workspaces are 26 m numbers, of heevr 2 m and 24 m real ones, and 10 m integers

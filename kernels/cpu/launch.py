@@ -22,7 +22,7 @@ class Bound:
 
     __slots__ = ("_launches", "_seen")
 
-    def __init__(self, launches: list[tuple[Any, tuple[Any, ...], list[tuple[int, int]]]], seen: list[tuple[Any, ...]]):
+    def __init__(self, launches: list[tuple[Any, tuple[Any, ...], list[tuple[int, int]]]], seen: list[tuple[Any, ...]]) -> None:
         """Of each launch the function, its first arguments, and of each array (which operand, bytes beyond its start).
 
         seen: of each launch its kernel, plan and moves, for an observer.
@@ -46,7 +46,7 @@ class Bound:
 class Recording:
     """Notes the launches inside its `with` block, on these tensors (or None)."""
 
-    def __init__(self, operands: tuple[Any, ...]):
+    def __init__(self, operands: tuple[Any, ...]) -> None:
         self._memory = [None if x is None else _span_of_tensor(x) for x in operands]
         self._noted: list[Any] = []
 
@@ -61,16 +61,16 @@ class Recording:
         """What was noted; None where an array is not of one operand's memory alone, and for more than one thread's work."""
         launches, seen = [], []
         for kernel, blocks, cost, args, plan, moves in self._noted:
-            places = [self._place(a) for a in args if isinstance(a, np.ndarray)]
-            known = [place for place in places if place is not None]
-            if cost >= 2 * BYTES_PER_THREAD or len(known) < len(places):
+            buffers = [self._address_and_size(a) for a in args if isinstance(a, np.ndarray)]
+            known = [buffer for buffer in buffers if buffer is not None]
+            if cost >= 2 * BYTES_PER_THREAD or len(known) < len(buffers):
                 return None
             given = [_without_elements(a) if isinstance(a, np.ndarray) else a for a in args]
             launches.append((at_addresses(kernel), (0, blocks, *given), known))
             seen.append((kernel, plan, moves))
         return Bound(launches, seen) if launches else None
 
-    def _place(self, x: np.ndarray) -> tuple[int, int] | None:
+    def _address_and_size(self, x: np.ndarray) -> tuple[int, int] | None:
         if not x.size:
             return 0, 0  # never looked at
         start = x.__array_interface__["data"][0]

@@ -39,7 +39,7 @@ BAND_ROWS = 256
 
 # ---------------------------------------------------------------------------------------------- one block, in the cache
 @reduction
-def _total(d, j, count):
+def _total(d, j, count) -> float:
     total = 0.0
     for p in range(count):
         total += d[j, p]
@@ -47,7 +47,7 @@ def _total(d, j, count):
 
 
 @reduction
-def _reaches(d, j, count, limit):
+def _reaches(d, j, count, limit) -> int:
     """How many values of variable j are `limit` or more."""
     found = 0
     for p in range(count):
@@ -56,7 +56,7 @@ def _reaches(d, j, count, limit):
 
 
 @inline
-def _centre(x, b, m, first, count, d, unit, shift, rest):
+def _centre(x, b, m, first, count, d, unit, shift, rest) -> float:
     """d (m, BLOCK_N + PAD) = the deviations of `count` points of x[b] from their mean, shift + rest (m), times unit (m).
 
     The units fall where values are too large for them; whether one did.
@@ -85,7 +85,7 @@ def _centre(x, b, m, first, count, d, unit, shift, rest):
 
 
 @reduction
-def _dots(d, i, j, count):
+def _dots(d, i, j, count) -> tuple[float, ...]:
     """The products of variables i…i+3 and j, j+1."""
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = 0.0
     for p in range(count):
@@ -102,7 +102,7 @@ def _dots(d, i, j, count):
 
 
 @inline
-def _four_rows(d, i, count, rows):
+def _four_rows(d, i, count, rows) -> None:
     """rows (4, ≥ i + 4) = rows i…i+3 of the scatter of the deviations `d`, up to the diagonal."""
     for j in range(0, i + 4, 2):
         (
@@ -112,7 +112,7 @@ def _four_rows(d, i, count, rows):
 
 # ---------------------------------------------------------------------------------------------- merging
 @inline
-def _difference(m, count, shift, total, low, more, more_shift, more_rest, delta):
+def _difference(m, count, shift, total, low, more, more_shift, more_rest, delta) -> None:
     """delta (m) = the mean of `more` points less that of `count`; adds theirs to total + low = Σ (x - shift)."""
     for j in range(m):
         if count == 0:
@@ -125,7 +125,7 @@ def _difference(m, count, shift, total, low, more, more_shift, more_rest, delta)
 
 
 @inline
-def _add_row(scatter, low, i, count, more, weight, delta):
+def _add_row(scatter, low, i, count, more, weight, delta) -> None:
     """Row i of scatter + low, up to the diagonal, grows by `more` and by that of weight · delta deltaᵀ; 0 points have none."""
     scaled = weight * delta[i]
     if count == 0:
@@ -138,7 +138,7 @@ def _add_row(scatter, low, i, count, more, weight, delta):
 
 
 @inline
-def _rescale(m, factor, shift, total, low):
+def _rescale(m, factor, shift, total, low) -> None:
     for j in range(m):
         shift[j] *= factor[j]
         total[j] *= factor[j]
@@ -146,7 +146,7 @@ def _rescale(m, factor, shift, total, low):
 
 
 @inline
-def _rescale_rows(factor, scatter, low, top, end):
+def _rescale_rows(factor, scatter, low, top, end) -> None:
     for i in range(top, end):
         for j in range(i + 1):  # a factor after the other: their product is no number
             scatter[i, j] = scatter[i, j] * factor[i] * factor[j]
@@ -154,20 +154,20 @@ def _rescale_rows(factor, scatter, low, top, end):
 
 
 @inline
-def _band_row(band, bands, m):
+def _band_row(band, bands, m) -> int:
     """The first row of a band of the lower triangle, a multiple of 4; the bands are of about one area."""
     return m if band == bands else int(m * math.sqrt(band / bands)) // 4 * 4
 
 
 @inline
-def _run_of(r, n, runs):
+def _run_of(r, n, runs) -> tuple[int, int]:
     """The points start…stop of run r: the first n % runs runs have one more than n // runs."""
     start = r * (n // runs) + min(r, n % runs)
     return start, start + n // runs + (1 if r < n % runs else 0)
 
 
 @kernel
-def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, old_unit, shift, total, scatter, unit):
+def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, old_unit, shift, total, scatter, unit) -> None:
     """runs = 1: add x to the state of `seen` points. Else a state of index b · runs + r for each run, rounded to index 0."""
     n, m = x.shape[1], x.shape[2]
     tiled = (m + 3) // 4 * 4
@@ -214,7 +214,7 @@ def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, old_unit,
 
 
 @kernel
-def _merge(first, last, n, runs, seen, more_shift, more_total, more_scatter, more_unit, shift, total, scatter, unit):
+def _merge(first, last, n, runs, seen, more_shift, more_total, more_scatter, more_unit, shift, total, scatter, unit) -> None:
     """Add the states of `runs` runs, n points in all, to the state of `seen` points."""
     m, whole = shift.shape[1], more_scatter.shape[0] == 1
     delta, mean, rest, row = np.empty(m), np.empty(m), np.empty(m), np.empty(m)
@@ -246,7 +246,7 @@ def _merge(first, last, n, runs, seen, more_shift, more_total, more_scatter, mor
 
 
 @kernel
-def _finish(first, last, count, divisor, shift, total, scatter, unit, mean, covariance):
+def _finish(first, last, count, divisor, shift, total, scatter, unit, mean, covariance) -> None:
     of = mean.dtype.type
     for b in range(first, last):
         for i in range(shift.shape[1]):

@@ -15,14 +15,14 @@ import numpy as np
 
 from ._numba.compile import inline, kernel
 from ._numba.elements import accumulate_dtype
-from ._numba.simd import load_lanes, prefetch, streamed, sum_of, wide, width, write, zeros_like
+from ._numba.simd import Lanes, load_lanes, prefetch, streamed, sum_of, wide, width, write, zeros_like
 from ._numba.threads import Moves, moving, run
-from ._numba.views import gather, goes_around, place, release, row_ahead, row_of, row_scratch, scatter
-from ._rows import divide_into, exp_and_excess, room_for_exps, row_max
+from ._numba.views import bypasses_cache, gather, prefetch_row, release, row_buffer, row_of, row_scratch, scatter
+from ._rows import divide_into, exp_and_sum_minus_1, exps_workspace, row_max
 
 
 @inline
-def _dot(a, b):
+def _dot(a, b) -> float:
     """sum a b in float64."""
     i, size, count = 0, a.size, width(a)
     total = zeros_like(wide(load_lanes(a, 0, 0, 0.0)))
@@ -35,16 +35,16 @@ def _dot(a, b):
 
 
 @kernel
-def _forward_rows(first, last, z, y, acc):
+def _forward_rows(first, last, z, y, acc) -> None:
     V, S = z.shape[1], z.shape[2]
     z_scratch, y_scratch = row_scratch(z), row_scratch(y)
-    exps, around = room_for_exps(V, acc), goes_around(y)
+    exps, around = exps_workspace(V, acc), bypasses_cache(y)
     for row in range(first, last):
         n, s = row // S, row % S
         z_row = gather(row_of(z, n, s), z_scratch)
-        y_row = place(row_of(y, n, s), y_scratch)
-        excess = exp_and_excess(z_row, row_max(z_row), exps, row_ahead(z, row, last, z_row))
-        divide_into(exps, 1.0 + excess, y_row, around)
+        y_row = row_buffer(row_of(y, n, s), y_scratch)
+        sum_exp_minus_1 = exp_and_sum_minus_1(z_row, row_max(z_row), exps, prefetch_row(z, row, last, z_row))
+        divide_into(exps, 1.0 + sum_exp_minus_1, y_row, around)
         scatter(row_of(y, n, s), y_scratch)
     streamed()
     release(z_scratch)
@@ -53,7 +53,7 @@ def _forward_rows(first, last, z, y, acc):
 
 
 @inline
-def _gradient(i, exist, args):
+def _gradient(i, exist, args) -> Lanes:
     dy, y, high, low, dy_ahead, y_ahead = args
     prefetch(dy_ahead, i)
     prefetch(y_ahead, i)
@@ -61,18 +61,18 @@ def _gradient(i, exist, args):
 
 
 @kernel
-def _backward_rows(first, last, dy, y, dz, acc):
+def _backward_rows(first, last, dy, y, dz, acc) -> None:
     S = y.shape[2]
     dy_scratch, y_scratch = row_scratch(dy), row_scratch(y)
-    dz_scratch, around = row_scratch(dz), goes_around(dz)
+    dz_scratch, around = row_scratch(dz), bypasses_cache(dz)
     for row in range(first, last):
         n, s = row // S, row % S
         dy_row, y_row = gather(row_of(dy, n, s), dy_scratch), gather(row_of(y, n, s), y_scratch)
         total = _dot(dy_row, y_row)
         high = acc.dtype.type(total)
         low = acc.dtype.type(total - np.float64(high) if math.isfinite(total) else 0.0)
-        dz_row = place(row_of(dz, n, s), dz_scratch)
-        following = row_ahead(dy, row, last, dy_row), row_ahead(y, row, last, y_row)
+        dz_row = row_buffer(row_of(dz, n, s), dz_scratch)
+        following = prefetch_row(dy, row, last, dy_row), prefetch_row(y, row, last, y_row)
         write(dz_row, around, _gradient, (dy_row, y_row, high, low, *following))
         scatter(row_of(dz, n, s), dz_scratch)
     streamed()

@@ -1,7 +1,7 @@
 """Log-probability of a class, entropy and log sum exp along the middle axis of (N, V, S), and their gradient, on the CPU.
 
     d_c      = (z_c - m) / T,   m = max_c z_c,   T the temperature
-    excess   = sum exp(d) - 1,   mean = sum exp(d) d / sum exp(d)
+    sum_exp_minus_1   = sum exp(d) - 1,   mean = sum exp(d) d / sum exp(d)
     lse      = m / T + log sum exp(d)
     log_prob = d_t - log sum exp(d)
     entropy  = log sum exp(d) - mean
@@ -10,9 +10,9 @@
     forward     reads z               1 pass
     backward    reads z, writes dz    2 passes
 
-A pass is one read or one write of the whole tensor. `forward` saves m, excess and mean for the backward pass, and z_t - m: of
-logits near 1e4 a rounded lse would lose the digits of p, and where p -> 1 so would 1 - p in a sum near 1. Differences are
-taken before they are divided by T, which would round large logits. Everything is computed in float32 (float64 for float64),
+A pass is one read or one write of the whole tensor. `forward` saves m, sum_exp_minus_1 and mean for the backward pass, and z_t
+- m: of logits near 1e4 a rounded lse would lose the digits of p, and where p -> 1 so would 1 - p in a sum near 1. Differences
+are taken before they are divided by T, which would round large logits. Everything is computed in float32 (float64 for float64),
 and sums are merged in float64. A row whose target is `ignore_index` gives zeros, one whose target is no class at all NaN, and
 the smallest such row number n S + s goes to `invalid`. The logits of neither are read.
 """
@@ -26,20 +26,20 @@ import numpy as np
 from ._numba.compile import inline, kernel
 from ._numba.elements import accumulate_dtype, as_classes, atomic_min, load
 from ._numba.exp import exp
-from ._numba.simd import load_lanes, prefetch, streamed, times, with_lane, write
+from ._numba.simd import Lanes, load_lanes, prefetch, streamed, times, with_lane, write
 from ._numba.threads import Moves, moving, run
-from ._numba.views import gather, goes_around, place, release, row_ahead, row_of, row_scratch, scatter
-from ._rows import SMALL, fill, row_max, small_excess, sums_of_row
+from ._numba.views import bypasses_cache, gather, prefetch_row, release, row_buffer, row_of, row_scratch, scatter
+from ._rows import SMALL, fill, row_max, small_sum_exp_minus_1, sums_of_row
 
 
 @inline
-def _exps(i, exist, args):
+def _exps(i, exist, args) -> Lanes:
     z, m, beta = args
     return exp((load_lanes(z, i, exist, -math.inf) - m) * beta)
 
 
 @inline
-def _exps_and_spread(i, exist, args):
+def _exps_and_spread(i, exist, args) -> tuple[Lanes, Lanes]:
     z, m, beta = args
     d = (load_lanes(z, i, exist, -math.inf) - m) * beta
     e = exp(d)
@@ -47,14 +47,14 @@ def _exps_and_spread(i, exist, args):
 
 
 @inline
-def _sums(z, m, beta, ahead):
+def _sums(z, m, beta, ahead) -> tuple[float, float]:
     """sum exp(d) - 1 and sum exp(d) d, d = (z - m) beta. Meanwhile fetches the row `ahead`."""
     total, spread = sums_of_row(z, _exps_and_spread, (z, m, beta), ahead)
-    return total - 1.0 if not total < SMALL else small_excess(z, _exps, (z, m, beta)), spread
+    return total - 1.0 if not total < SMALL else small_sum_exp_minus_1(z, _exps, (z, m, beta)), spread
 
 
 @kernel
-def _forward_rows(first, last, z, target, log_prob, entropy, lse, stats, invalid, ignore_index, over_temperature):
+def _forward_rows(first, last, z, target, log_prob, entropy, lse, stats, invalid, ignore_index, over_temperature) -> None:
     V, S, of = z.shape[1], z.shape[2], lse.dtype.type
     beta, z_scratch = of(over_temperature), row_scratch(z)
     for row in range(first, last):
@@ -63,13 +63,13 @@ def _forward_rows(first, last, z, target, log_prob, entropy, lse, stats, invalid
         if 0 <= t < V and t != ignore_index:
             z_row = gather(row_of(z, n, s), z_scratch)
             m = row_max(z_row)
-            excess, spread = _sums(z_row, m, beta, row_ahead(z, row, last, z_row))
-            log_total, mean = math.log1p(excess), spread / (1.0 + excess)
+            sum_exp_minus_1, spread = _sums(z_row, m, beta, prefetch_row(z, row, last, z_row))
+            log_total, mean = math.log1p(sum_exp_minus_1), spread / (1.0 + sum_exp_minus_1)
             below = load(z_row, t) - m
             log_prob[n, s] = np.float64(below) * over_temperature - log_total
             entropy[n, s] = log_total - mean
             lse[n, s] = np.float64(m) * over_temperature + log_total
-            stats[0, n, s], stats[1, n, s], stats[2, n, s], stats[3, n, s] = m, excess, mean, below
+            stats[0, n, s], stats[1, n, s], stats[2, n, s], stats[3, n, s] = m, sum_exp_minus_1, mean, below
         else:
             value = 0.0 if t == ignore_index else math.nan
             log_prob[n, s], entropy[n, s], lse[n, s] = value, value, value
@@ -80,37 +80,37 @@ def _forward_rows(first, last, z, target, log_prob, entropy, lse, stats, invalid
 
 
 @inline
-def _gradient(i, exist, args):
-    z, m, beta, mean, over, pull, g_entropy, t, at_target, ahead = args
+def _gradient(i, exist, args) -> Lanes:
+    z, m, beta, mean, over, of_p, g_entropy, t, at_target, ahead = args
     prefetch(ahead, i)
     d = (load_lanes(z, i, exist, 0.0) - m) * beta
-    return with_lane(times(exp(d) * over, pull - (d - mean) * g_entropy), t - i, at_target)
+    return with_lane(times(exp(d) * over, of_p - (d - mean) * g_entropy), t - i, at_target)
 
 
 @kernel
 def _backward_rows(
     first, last, z, target, stats, g_log_prob, g_entropy, g_lse, dz, ignore_index, over_temperature
-):  # fmt: skip
+) -> None:  # fmt: skip
     V, S, of = z.shape[1], z.shape[2], stats.dtype.type
-    beta, z_scratch, dz_scratch, around = of(over_temperature), row_scratch(z), row_scratch(dz), goes_around(dz)
+    beta, z_scratch, dz_scratch, around = of(over_temperature), row_scratch(z), row_scratch(dz), bypasses_cache(dz)
     for row in range(first, last):
         n, s = row // S, row % S
         t = target[n, s]
-        dz_row = place(row_of(dz, n, s), dz_scratch)
+        dz_row = row_buffer(row_of(dz, n, s), dz_scratch)
         if 0 <= t < V and t != ignore_index:
             z_row = gather(row_of(z, n, s), z_scratch)
-            m, excess, mean = stats[0, n, s], np.float64(stats[1, n, s]), stats[2, n, s]
+            m, sum_exp_minus_1, mean = stats[0, n, s], np.float64(stats[1, n, s]), stats[2, n, s]
             of_log_prob = np.float64(g_log_prob[n, s]) * over_temperature
             of_entropy = np.float64(g_entropy[n, s]) * over_temperature
             of_lse = np.float64(g_lse[n, s]) * over_temperature
-            total, d_t = 1.0 + excess, (load(z_row, t) - m) * beta
+            total, d_t = 1.0 + sum_exp_minus_1, (load(z_row, t) - m) * beta
             e_t = np.float64(exp(d_t))
             # without the difference 1 - p_t, whose digits are lost where p_t -> 1
-            at_target = of_log_prob * ((excess + (1.0 - e_t)) / total)
+            at_target = of_log_prob * ((sum_exp_minus_1 + (1.0 - e_t)) / total)
             if e_t != 0.0:
                 at_target += e_t / total * (of_lse - of_entropy * np.float64(d_t - mean))
             numbers = of(1.0 / total), of(of_lse - of_log_prob), of(of_entropy), t, of(at_target)
-            write(dz_row, around, _gradient, (z_row, m, beta, mean, *numbers, row_ahead(z, row, last, z_row)))
+            write(dz_row, around, _gradient, (z_row, m, beta, mean, *numbers, prefetch_row(z, row, last, z_row)))
         else:
             fill(dz_row, 0.0 if t == ignore_index else math.nan)
         scatter(row_of(dz, n, s), dz_scratch)

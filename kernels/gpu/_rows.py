@@ -1,7 +1,7 @@
 """What the kernels of rows share: the rows of a program, the online maximum and sum of a row, and how tensors are accessed.
 
-Σ exp(z - m) of a row is kept as `excess` = Σ exp(z - m) - 1. The largest term of the sum is exactly 1; where one class has
-nearly all probability the other terms are far below 1, and added to 1 they would lose their digits.
+Σ exp(z - m) of a row is kept as `sum_exp_minus_1` = Σ exp(z - m) - 1. The largest term of the sum is exactly 1; where one
+class has nearly all probability the other terms are far below 1, and added to 1 they would lose their digits.
 """
 
 import functools
@@ -18,76 +18,78 @@ ACC = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.
 
 
 @triton.jit
-def rows_of(tile, S, tiles, BLOCK_R: tl.constexpr):
+def rows_of_tile(tile, S, tiles, BLOCK_R: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """The rows of tile number `tile`: n, a scalar, and s, (BLOCK_R,). `tiles`: how many tiles the S rows of one n take."""
     tile = tl.cast(tile, tl.int64)
     return tile // tiles, (tile % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
 
 
 @triton.jit
-def finite_base(m):
+def finite_base(m) -> tl.tensor:
     """m, or 0 where m is -inf: a row of nothing but -inf then gives exp(z - 0) = 0, and not NaN."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
-def _sum_and_excess(zero, e, e_ends):
-    """(Σ e, Σ e - 1) of each row of e = exp(z - max z) and of its ends; e or e_ends may be None.
+def _sum_and_sum_minus_1(zero, e, e_edges) -> tuple[tl.tensor, tl.tensor]:
+    """(Σ e, Σ e - 1) of each row of e = exp(z - max z) and of its edges; e or e_edges may be None.
 
     Where Σ e is below 2 the terms other than the 1 are summed again without it, to keep their digits. A row of zeros has the
-    excess -1.
+    sum_exp_minus_1 -1.
     """
-    total = _tile.plus_sum(zero, e, e_ends)
-    excess = total - 1.0
+    total = _tile.add_row_sums(zero, e, e_edges)
+    sum_exp_minus_1 = total - 1.0
     near_one = (total >= 1.0) & (total < 2.0)
     if tl.max(tl.ravel(near_one.to(tl.int32)), axis=0) > 0:
         rest = zero
         if e is not None:
-            rest = _tile.plus_sum(rest, tl.where(e == 1.0, 0.0, e), None)
-        if e_ends is not None:
-            rest = _tile.plus_sum(rest, None, tl.where(e_ends == 1.0, 0.0, e_ends))
-        excess = tl.where(near_one, rest, excess)
-    return total, excess
+            rest = _tile.add_row_sums(rest, tl.where(e == 1.0, 0.0, e), None)
+        if e_edges is not None:
+            rest = _tile.add_row_sums(rest, None, tl.where(e_edges == 1.0, 0.0, e_edges))
+        sum_exp_minus_1 = tl.where(near_one, rest, sum_exp_minus_1)
+    return total, sum_exp_minus_1
 
 
 @triton.jit
-def excess_with(m, excess, m_new, e, e_ends):
-    """Σ exp(z - m_new) - 1 of each row after one more tile. `excess`: the same sum about m, before the tile. e: the tile's
-    exp(z - m_new)."""
-    total, more = _sum_and_excess(tl.zeros_like(m), e, e_ends)
-    return tl.where(m_new > m, more + (1.0 + excess) * tl.exp(m - finite_base(m_new)), excess + total)
+def merged_sum_exp_minus_1(m, sum_exp_minus_1, m_new, e, e_edges) -> tl.tensor:
+    """Σ exp(z - m_new) - 1 of each row after one more tile of e = exp(z - m_new).
+
+    sum_exp_minus_1: the same sum about m, before the tile.
+    """
+    total, more = _sum_and_sum_minus_1(tl.zeros_like(m), e, e_edges)
+    return tl.where(m_new > m, more + (1.0 + sum_exp_minus_1) * tl.exp(m - finite_base(m_new)), sum_exp_minus_1 + total)
 
 
 @triton.jit
-def no_lanes(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr):
-    """(m, excess) of lanes that have seen no value. m is the lowest finite number: -inf - (-inf) would be NaN."""
+def empty_lanes(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """(m, sum_exp_minus_1) of lanes that have seen no value. m is the lowest finite number: -inf - (-inf) would be NaN."""
     lowest: tl.constexpr = -1.7976931348623157e308 if tl.float64 == ACC else -3.4028234663852886e38
     return tl.full([R, L], lowest, ACC), tl.full([R, L], -1.0, ACC)
 
 
 @triton.jit
-def online_lanes(m, excess, z):
+def update_lanes(m, sum_exp_minus_1, z) -> tuple[tl.tensor, tl.tensor]:
     """Each lane's m and Σ exp(z - m) - 1 after one more value z a lane. Lanes do not meet, so no thread waits for another."""
     d = z - m
     e = tl.exp(-tl.abs(d))
-    return tl.maximum(m, z), tl.where(z > m, excess * e, excess) + e
+    return tl.maximum(m, z), tl.where(z > m, sum_exp_minus_1 * e, sum_exp_minus_1) + e
 
 
 @triton.jit
-def merge_lanes(m, excess):
+def merge_lanes(m, sum_exp_minus_1) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """(m, Σ exp(z - m) - 1) of each row from those of its lanes, and the factor exp(m_lane - m) of each lane.
 
     The 1 of the largest value is never added and subtracted again, so the other terms keep their digits.
     """
     top = tl.max(m, axis=1)[:, None]
     shrunk = tl.exp(m - top)
-    rest = tl.sum(excess * shrunk + tl.where(shrunk == 1.0, 0.0, shrunk), axis=1)[:, None]
+    rest = tl.sum(sum_exp_minus_1 * shrunk + tl.where(shrunk == 1.0, 0.0, shrunk), axis=1)[:, None]
     rest += tl.sum(tl.where(shrunk == 1.0, 1.0, 0.0), axis=1)[:, None] - 1.0
     return tl.where(rest == -1.0, float("-inf"), top), rest, shrunk
 
 
 @triton.jit
-def log_1_plus(x, ACC: tl.constexpr):
+def log1p(x, ACC: tl.constexpr) -> tl.tensor:
     """log(1 + x), accurate for small x too; -inf at x = -1."""
     u = 1.0 + x
     if tl.float64 == ACC:
@@ -101,7 +103,7 @@ def log_1_plus(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def quotient(a, b, ACC: tl.constexpr):
+def quotient(a, b, ACC: tl.constexpr) -> tl.tensor:
     """a / b, rounded to nearest in float32 too."""
     if tl.float64 == ACC:
         q = a / b
@@ -111,7 +113,7 @@ def quotient(a, b, ACC: tl.constexpr):
 
 
 @triton.jit
-def real(single, bits, ACC: tl.constexpr):
+def as_acc(single, bits, ACC: tl.constexpr) -> tl.tensor:
     """A scalar argument in the dtype ACC. Triton passes floats as float32: float64 kernels take the bits (`float_and_bits`)."""
     if tl.float64 == ACC:
         value = tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True)
@@ -125,7 +127,7 @@ def rows_along_s(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, -1) if x.shape[-1] == 1 else x
 
 
-def run_mode(axis: int, *tensors: torch.Tensor, width: int = 16) -> int:
+def access_mode(axis: int, *tensors: torch.Tensor, width: int = 16) -> int:
     """`plan.row_mode` of tensors with three axes that are read together along `axis`, `width` bytes of the first an access."""
     x = tensors[0]
     if any(t.stride(axis) != x.stride(axis) or t.element_size() < x.element_size() for t in tensors):
@@ -135,12 +137,12 @@ def run_mode(axis: int, *tensors: torch.Tensor, width: int = 16) -> int:
     return row_mode([t.data_ptr() for t in tensors], x.element_size(), x.shape[axis], x.stride(axis), steps, width)
 
 
-def follower_mode(axis: int, lead: torch.Tensor, x: torch.Tensor, width: int = 16) -> int:
+def operand_mode(axis: int, lead: torch.Tensor, x: torch.Tensor, width: int = 16) -> int:
     """MODE of an operand `x` in a kernel whose lanes follow the bodies of the rows of `lead`, `width` bytes of it an access."""
-    if run_mode(axis, lead, width=width) == _tile.SHIFTED.value:
-        return run_mode(axis, lead, x, width=width)
+    if access_mode(axis, lead, width=width) == _tile.SHIFTED.value:
+        return access_mode(axis, lead, x, width=width)
     whole_groups = x.shape[axis] % (width // lead.element_size()) == 0  # x is masked by the lanes of the lead
-    aligned = whole_groups and run_mode(axis, x, width=width) == _tile.ALIGNED.value
+    aligned = whole_groups and access_mode(axis, x, width=width) == _tile.ALIGNED.value
     return _tile.ALIGNED.value if aligned else _tile.STRIDED.value
 
 
@@ -160,7 +162,7 @@ def _takes_maxnreg() -> bool:
     return not triton.knobs.runtime.interpret and _warp_size(triton.runtime.driver.active) == 32
 
 
-def of_plan(plan: Any) -> dict[str, Any]:
+def plan_constants(plan: Any) -> dict[str, Any]:
     """The constants of a kernel of rows from its `row_plan.RowPlan`."""
     registers = {"maxnreg": plan.registers} if plan.registers and _takes_maxnreg() else {}
     return {

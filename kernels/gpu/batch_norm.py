@@ -22,23 +22,26 @@ near 1e18 do not overflow. Tiles are (samples, channels, lanes), or all rows of 
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import torch
 
 from ._batch_norm.backward import _backward_apply_kernel, _backward_kernel, _backward_merge_kernel, _backward_reduce_kernel
 from ._batch_norm.forward import _forward_kernel, _merge_kernel, _normalize_kernel, _statistics_kernel
-from ._rows import ACC, follower_mode, run_mode, warps
+from ._rows import ACC, access_mode, operand_mode, warps
 from .channel_plan import plan_batch_norm, plan_channels
 from .device import device_of
 from .launch import launch, numbers, scratch
 from .plan import ALIGNED, SHIFTED, cdiv, float_and_bits, next_power_of_2
 
 
-def _is_one_run(x):
+def _is_one_run(x) -> bool:
     """True where the samples and positions of a channel of (N, C, S) have one stride: channels-last, N = 1, S = 1."""
     N, _, S = x.shape
     return N == 1 or S == 1 or x.stride(0) == S * x.stride(2)
 
 
-def _as_one_run(x):
+def _as_one_run(x) -> torch.Tensor:
     """(N, C, S) as a view (1, C, N·S); `_is_one_run` holds."""
     N, C, S = x.shape
     if N == 1:
@@ -48,7 +51,7 @@ def _as_one_run(x):
     return x.permute(1, 0, 2).reshape(1, C, N * S)
 
 
-def _flatten(x, *others, mask=None):
+def _flatten(x, *others, mask=None) -> tuple[torch.Tensor | None, ...]:
     """Views (1, C, N·S) of the tensors where every one allows it, else the tensors. With a mask x alone decides: its layout is
     the mask's."""
     if _is_one_run(x) if mask is not None else all(_is_one_run(t) for t in (x, *others) if t is not None):
@@ -56,20 +59,20 @@ def _flatten(x, *others, mask=None):
     return (x, *others)
 
 
-def _access(x):
+def _access(x) -> tuple[int, int]:
     """(MODE, bytes of an access) of x: 8 bytes where all rows begin and end on 8 but not on 16, as 14 x 14 halves do."""
-    mode = run_mode(2, x)
-    if mode == SHIFTED and run_mode(2, x, width=8) == ALIGNED:
+    mode = access_mode(2, x)
+    if mode == SHIFTED and access_mode(2, x, width=8) == ALIGNED:
         return ALIGNED, 8
     return mode, 16
 
 
-def _follower(x, t):
+def _follower(x, t) -> int:
     """MODE of an operand beside x."""
-    return follower_mode(2, x, t, _access(x)[1])
+    return operand_mode(2, x, t, _access(x)[1])
 
 
-def _plan(x, operands, extra=(), alike=None, sums=False):
+def _plan(x, operands, extra=(), alike=None, sums=False) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
     """(plan, sizes and constants as the kernels take them) for a pass over `x`; operands: how many tensors it reads.
 
     extra: a residual and a mask, or None. alike: the other tensors, where a program may own whole channels; else None.
@@ -89,12 +92,12 @@ def _plan(x, operands, extra=(), alike=None, sums=False):
     return plan, (N, C, S, plan.lane_blocks, plan.row_lanes, plan.tiles), constants
 
 
-def _strides_and_mode(name, x, t):
+def _strides_and_mode(name, x, t) -> tuple[tuple[int, ...], dict[str, int]]:
     """(strides, {name: MODE}) of an operand t beside x; t may be None."""
     return ((0, 0, 0), {name: 0}) if t is None else (t.stride(), {name: _follower(x, t)})
 
 
-def _mask_strides(x):
+def _mask_strides(x) -> tuple[int, int, int]:
     """Strides of the mask of x (N, C, S): each row's bytes side by side, or the channels' where x is channels-last."""
     _, C, S = x.shape
     row = cdiv(S, 8) + 2
@@ -108,13 +111,13 @@ def mask_size(x) -> int:
     return C * (cdiv(N, 8) + 2) if S == 1 else N * C * (cdiv(S, 8) + 2)
 
 
-def _moment_scalars(m, eps, momentum):
+def _moment_scalars(m, eps, momentum) -> tuple[float, tuple[Any, ...]]:
     """(α, m, ε, momentum) as the kernels take them; α² is a power of four near 1/m. Only the momentum changes call by call."""
     alpha = 2.0 ** -(max(m - 1, 1).bit_length() // 2)
     return alpha, (m, *float_and_bits(eps), *numbers(momentum))
 
 
-def _partial_statistics(x, mean, alpha):
+def _partial_statistics(x, mean, alpha) -> tuple[torch.Tensor, int]:
     """Launches the statistics of each split: (partial (4, splits, C), number of splits)."""
     (x,) = _flatten(x)
     plan, sizes, constants = _plan(x, 1, sums=True)
@@ -143,13 +146,13 @@ def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, mom
 def normalize(x, mean, rstd, gamma, beta, y, *, residual=None, mask=None) -> None:
     """y = (x - mean) (rstd γ) + β + residual. Where a mask is given: y = relu(…), and the mask says where it is above 0."""
     if x.numel():
-        alone = None, 1, None, None, None, 1.0, (0, 0.0, 0, 0.0, 0)
-        _normalize(x, mean, rstd, gamma, beta, y, residual, mask, *alone)
+        as_column = None, 1, None, None, None, 1.0, (0, 0.0, 0, 0.0, 0)
+        _normalize(x, mean, rstd, gamma, beta, y, residual, mask, *as_column)
 
 
 def _normalize(
     x, mean, rstd, gamma, beta, y, residual, mask, partial, summed, var, running_mean, running_var, alpha, scalars
-):  # fmt: skip
+) -> None:  # fmt: skip
     """`normalize`. Where `partial` is given, its `summed` splits are merged first, and mean, var and rstd are written too."""
     x, y, residual = _flatten(x, y, residual, mask=mask)
     plan, sizes, constants = _plan(x, 1, (residual, mask))
@@ -193,7 +196,7 @@ def forward(
     )  # fmt: skip
 
 
-def _partial_sums(dy, x, mean, mask):
+def _partial_sums(dy, x, mean, mask) -> tuple[torch.Tensor, int]:
     """Launches the two sums of each split: (partial (4, splits, C), number of splits)."""
     x, dy = _flatten(x, dy, mask=mask)
     plan, sizes, constants = _plan(x, 2, (mask,), sums=True)
@@ -228,7 +231,7 @@ def backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count: int, dx, *, m
     _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, trained=True)
 
 
-def _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, trained, partial=None, summed=1):
+def _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, trained, partial=None, summed=1) -> None:
     """dx. Where `partial` is given, its `summed` splits are merged first, and dγ and dβ are written too."""
     if not x.numel():
         return

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .device import H100, Device
 from .plan import SHIFTED, STRIDED, body_lanes, cdiv, next_power_of_2, warps_for
-from .tuned import of_channels, tunable
+from .tuned import as_vector, tunable
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class BatchNormPlan:
     LANES: int
     ROWS: int  # samples of a tile, rounded up to a power of two
     flat: bool  # a FLAT tile (`_batch_norm.tiles`): rows of `row_lanes` lanes end to end, BLOCK_N groups of 8 lanes
-    halvings: int  # a thread adds 2^halvings values plainly before each Kahan step (`_batch_norm.statistics.held`)
+    halvings: int  # a thread adds 2^halvings values plainly before each Kahan step (`_batch_norm.statistics.halved_lanes`)
     lane_blocks: int  # tiles along the positions of one sample
     row_lanes: int
     tiles: int
@@ -40,7 +40,7 @@ class BatchNormPlan:
         return self.per_split, self.splits
 
 
-@tunable(of_channels)
+@tunable(as_vector)
 def plan_batch_norm(
     N: int,
     C: int,
@@ -65,17 +65,17 @@ def plan_batch_norm(
     most = 16384 // (2 if itemsize == 8 else 1)
     lanes = body_lanes(S, itemsize, mode)
     row_lanes = cdiv(lanes, 8) * 8  # a byte of the mask has the bits of 8 lanes
-    # a pointer a lane takes registers, and so do the rows' ends, with two operands or many rows
+    # a pointer a lane takes registers, and so do the rows' edges, with two operands or many rows
     crowded = mode == STRIDED or (mode == SHIFTED and (busy or (operands == 2 and itemsize != 2)))
-    ends = 32 // itemsize if mode == SHIFTED else 0  # lanes for the ends of a row
-    most_rows = most // (8 if busy or itemsize * operands >= 8 else 4) // ends if ends else most
+    edges = 32 // itemsize if mode == SHIFTED else 0  # lanes for the edges of a row
+    most_rows = most // (8 if busy or itemsize * operands >= 8 else 4) // edges if edges else most
     resident = most // 2 if crowded else most
     passes = LONG_CHANNELS_LAST if channels_last else LONG
-    of_thread, num_warps, registers, stages = passes[sums, operands][itemsize]
+    values_a_thread, num_warps, registers, stages = passes[sums, operands][itemsize]
     if channels_last and C * itemsize % 16:
-        of_thread = min(of_thread, 16)  # each value has an address of its own
-    long = of_thread * 32 * num_warps
-    # 64-bit addresses would spill with two operands and many ends: a FLAT tile has 32-bit ones
+        values_a_thread = min(values_a_thread, 16)  # each value has an address of its own
+    long = values_a_thread * 32 * num_warps
+    # 64-bit addresses would spill with two operands and many edges: a FLAT tile has 32-bit ones
     short_of_registers = mode == SHIFTED and itemsize == operands == 2 and may_be_flat
     flat, fits = False, True
     if whole and channels_last and next_power_of_2(S) * min(next_power_of_2(C), 32 // itemsize) <= most:
@@ -97,29 +97,29 @@ def plan_batch_norm(
     else:
         fits = False
         block_c, block_n, block_l = _long_tile(N, C, lanes, channels_last, long)
-        if ends:  # at most 8 lanes of ends a thread, 4 with two operands
-            block_n = max(min(block_n, 8 // operands * 32 * num_warps // ends), 1)
+        if edges:  # at most 8 lanes of edges a thread, 4 with two operands
+            block_n = max(min(block_n, 8 // operands * 32 * num_warps // edges), 1)
     elements = block_c * block_n * block_l
     lane_blocks = 1 if flat else max(cdiv(lanes, block_l), 1)
     tiles = 1 if flat else max(cdiv(N, block_n), 1) * lane_blocks
     channel_blocks = max(cdiv(C, block_c), 1)
     if fits and not whole:
         splits, stages = 1, 1
-        num_warps = warps_for(elements * (2 if busy else 1) * (2 if 2 * ends * block_n >= elements or itemsize == 8 else 1))
+        num_warps = warps_for(elements * (2 if busy else 1) * (2 if 2 * edges * block_n >= elements or itemsize == 8 else 1))
     elif fits:
         splits, stages = 1, 1
         of_each = cdiv(channel_blocks, device.multiprocessors)  # programs a multiprocessor
-        many_ends = 2 * ends * block_n >= elements
-        num_warps = _resident_warps(elements, many_ends, itemsize, mode, channels_last, operands, busy, of_each)
+        many_edges = 2 * edges * block_n >= elements
+        num_warps = _resident_warps(elements, many_edges, itemsize, mode, channels_last, operands, busy, of_each)
     else:
-        if not ends:
-            num_warps = max(min(elements // (32 * of_thread), num_warps), 1)
+        if not edges:
+            num_warps = max(min(elements // (32 * values_a_thread), num_warps), 1)
         splits = _splits(tiles, channel_blocks, device.multiprocessors * (device.registers // (registers * 32 * num_warps)))
     per_split = cdiv(tiles, splits)
     accesses = elements * itemsize // (16 * 32 * num_warps)
     halvings = _halvings(accesses, S, block_l, itemsize, mode, channels_last, operands, flat)
     if mode == SHIFTED and elements >= most:
-        halvings = min(halvings, 1)  # more of them would spill with the ends
+        halvings = min(halvings, 1)  # more of them would spill with the edges
     return BatchNormPlan(
         block_c, block_n, block_l, next_power_of_2(N) if flat else block_n, flat, halvings, lane_blocks, row_lanes, tiles,
         per_split, cdiv(tiles, per_split), channel_blocks, num_warps, stages,
@@ -127,17 +127,17 @@ def plan_batch_norm(
 
 
 def _resident_warps(
-    elements: int, many_ends: bool, itemsize: int, mode: int, channels_last: bool, operands: int, busy: bool, of_each: int
+    elements: int, many_edges: bool, itemsize: int, mode: int, channels_last: bool, operands: int, busy: bool, of_each: int
 ) -> int:
     """Warps of a program that keeps a tile: the more programs a multiprocessor has, the fewer warps each, up to 64 values a
     thread, so that while some wait for their sums others load and store."""
-    if mode == STRIDED or itemsize == 8 or busy or many_ends:
-        spread = (2 if busy else 1) * (2 if itemsize == (2 if channels_last else 8) else 1) * (2 if many_ends else 1)
+    if mode == STRIDED or itemsize == 8 or busy or many_edges:
+        spread = (2 if busy else 1) * (2 if itemsize == (2 if channels_last else 8) else 1) * (2 if many_edges else 1)
         largest = 16384 // (2 if itemsize == 8 or (busy and mode == SHIFTED) else 1)
         return 8 if elements >= largest else warps_for(elements * spread)
-    least = 4 if mode == SHIFTED and itemsize * operands == 8 else 1  # two operands of float32 and their ends take registers
-    of_thread = 64 if of_each >= 4 else 32 if of_each >= 2 else 16
-    return min(max(elements // (32 * of_thread), least), 8 if elements >= 16384 else 16)
+    least = 4 if mode == SHIFTED and itemsize * operands == 8 else 1  # two operands of float32 and their edges take registers
+    values_a_thread = 64 if of_each >= 4 else 32 if of_each >= 2 else 16
+    return min(max(elements // (32 * values_a_thread), least), 8 if elements >= 16384 else 16)
 
 
 def _halvings(

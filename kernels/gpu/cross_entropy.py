@@ -19,22 +19,23 @@ near 1 those of 1 - p. The 1 of a one-hot y is subtracted in float32, and the re
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from . import _tile
 from ._cross_entropy.backward import _backward_kernel
 from ._cross_entropy.forward import _forward_kernel
 from ._cross_entropy.reduction import _reduce_kernel
-from ._rows import ACC, follower_mode, of_plan, rows_along_s, run_mode, warps
+from ._rows import ACC, access_mode, operand_mode, plan_constants, rows_along_s, warps
 from .device import device_of
 from .launch import counter, launch, scratch
 from .plan import cdiv, float_and_bits
 from .row_plan import plan_columns, plan_reduce, plan_rows
 
 
-def _call(z, target, dz, options):
+def _call(z, target, dz, options) -> tuple[tuple[int, ...], Any, dict[str, Any]]:
     """(strides, ignore_index and options, constants) as the kernels take them."""
     soft = target.ndim == z.ndim
-    mode = run_mode(1, z)
+    mode = access_mode(1, z)
     smoothing, cap = options["label_smoothing"], options["softcap"]
     constants = {
         "SOFT": soft,
@@ -42,8 +43,8 @@ def _call(z, target, dz, options):
         "CAPPED": cap is not None,
         "Z_LOSS": options["z_loss"] != 0.0,
         "MODE": mode,
-        "TARGET_MODE": follower_mode(1, z, target) if soft else _tile.STRIDED.value,
-        "DZ_MODE": follower_mode(1, z, dz),
+        "TARGET_MODE": operand_mode(1, z, target) if soft else _tile.STRIDED.value,
+        "DZ_MODE": operand_mode(1, z, dz),
         "GROUP": 16 // z.element_size(),
         "ACC": ACC[z.dtype],
     }
@@ -53,7 +54,7 @@ def _call(z, target, dz, options):
     return (*z.stride(), *stride_t, *dz.stride()), fixed, constants
 
 
-def _launch_forward(z, target, weight, loss, stats, dz, invalid, denominator, reduced, options, row_weights=None):
+def _launch_forward(z, target, weight, loss, stats, dz, invalid, denominator, reduced, options, row_weights=None) -> None:
     """Launches the forward kernel, with the gradient where dz is given.
 
     reduced: (total, denominator to write or None, whether the mean is asked for, what replaces a denominator of 0), or None
@@ -71,11 +72,11 @@ def _launch_forward(z, target, weight, loss, stats, dz, invalid, denominator, re
     strides, fixed, constants = _call(z, given, z if dz is None else dz, options)
     unit_s = z.stride(2) == 1 and z.stride(1) != 1
     more = stats is not None and len(stats) > 3
-    beside = constants["DENSE"] + (constants["CAPPED"] or (constants["DENSE"] and more))
+    extra_per_lane = constants["DENSE"] + (constants["CAPPED"] or (constants["DENSE"] and more))
     rare = more or constants["SOFT"] or weight is not None or constants["Z_LOSS"]
     plan = plan_rows(
-        V, S, z.element_size(), constants["MODE"], unit_s, beside, constants["DENSE"], tensors=1 + constants["SOFT"],
-        stays=dz is not None, ahead=0 if rare else 1, device=device_of(z),
+        V, S, z.element_size(), constants["MODE"], unit_s, extra_per_lane, constants["DENSE"], tensors=1 + constants["SOFT"],
+        row_reused=dz is not None, rows_ahead=0 if rare else 1, device=device_of(z),
     )  # fmt: skip
     tiles = cdiv(S, plan.BLOCK_R)
     weighed = sum_of_weights is not None and not constants["SOFT"]
@@ -88,13 +89,13 @@ def _launch_forward(z, target, weight, loss, stats, dz, invalid, denominator, re
         None if total is None else counter(z.device),
         V, S, N * S, tiles, *fixed, if_none, *strides,
         plan=plan, reads=("z", "target"), writes=("loss", "stats", "dz"), again=0.0 if dz is None else plan.again(V),
-        MORE=more, MEAN=mean and (total is not None or dz is not None), **constants, **of_plan(plan),
+        MORE=more, MEAN=mean and (total is not None or dz is not None), **constants, **plan_constants(plan),
     )  # fmt: skip
     if rows_apart:
         _reduce_apart(loss, target, weight, reduced, options)
 
 
-def _reduce_apart(loss, target, weight, reduced, options):
+def _reduce_apart(loss, target, weight, reduced, options) -> None:
     """The sum of the losses in a launch of its own: of many rows, or of none."""
     if reduced is not None:
         total, sum_of_weights, mean, if_none = reduced
@@ -131,7 +132,7 @@ def forward_backward(
     _launch_forward(z, target, weight, loss, stats, dz, invalid, None if found else denominator, reduced, options)
 
 
-def _if_none(zero_if_ignored):
+def _if_none(zero_if_ignored) -> float:
     """What replaces a denominator of 0, so that the mean over no rows is 0/0 = NaN, or 0."""
     return math.inf if zero_if_ignored else 0.0
 
@@ -175,7 +176,7 @@ def reduce(loss, target, weight, total, denominator, *, ignore_index: int) -> No
     _reduce(loss, target, weight, total, denominator, ignore_index, False, 0.0)
 
 
-def _reduce(loss, target, weight, total, denominator, ignore_index, mean, if_none):
+def _reduce(loss, target, weight, total, denominator, ignore_index, mean, if_none) -> None:
     N, S = target.shape[0], target.shape[-1]
     plan = plan_reduce(N * S)
     like = denominator if total is None else total

@@ -28,11 +28,11 @@ observer: contextvars.ContextVar[Any] = contextvars.ContextVar("hw3gpu_gpu_obser
 
 
 class Number(NamedTuple):
-    """An argument that may differ in later calls of the same `Bound`: a number or its bits, the `place`-th of such
+    """An argument that may differ in later calls of the same `Bound`: a number or its bits, the `address_of`-th of such
     arguments."""
 
     value: float
-    place: int
+    address_of: int
 
 
 def numbers(*values: float) -> tuple[Number, ...]:
@@ -66,9 +66,9 @@ def _seen(
     """A launch as an observer is told of it."""
     of = dict(zip(kernel.arg_names, args, strict=False))
 
-    def moved(names: tuple[str, ...], times: float) -> tuple[tuple[str, int, int | None], ...]:
+    def moved(names: tuple[str, ...], product_or_0: float) -> tuple[tuple[str, int, int | None], ...]:
         tensors = [(name, of[f"{name}_ptr"]) for name in names]
-        return tuple((name, round(t.nbytes * times), t.data_ptr()) for name, t in tensors if t is not None)
+        return tuple((name, round(t.nbytes * product_or_0), t.data_ptr()) for name, t in tensors if t is not None)
 
     module = kernel.fn.__module__.partition("kernels.")[2]
     return f"{module}.{kernel.fn.__name__}", plan, programs, moved(reads, 1.0 + again), moved(writes, 1.0)
@@ -130,7 +130,7 @@ class Bound:
     def __init__(
         self, launches: tuple[_Launch, ...], scratch: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...], n: int,
         seen: tuple[tuple[Any, ...], ...],
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         """n: how many operands there are. seen: the launches as an observer is told of them."""
         self._launches, self._scratch, self._seen = launches, scratch, seen
         self._direct = _as_code(launches, scratch, n)
@@ -147,8 +147,8 @@ class Bound:
             return
         x = operands[0]
         assert x is not None
-        held = [_counter(x.device) if of is None else x.new_empty(of[0], dtype=of[1]) for of in self._scratch]
-        values: list[Any] = [None if t is None else t.data_ptr() for t in (*operands, *held)]
+        halved_lanes = [_counter(x.device) if of is None else x.new_empty(of[0], dtype=of[1]) for of in self._scratch]
+        values: list[Any] = [None if t is None else t.data_ptr() for t in (*operands, *halved_lanes)]
         for number in numbers:
             values += float_and_bits(number)
         stream = _triton.stream()
@@ -188,7 +188,7 @@ def _as_code(launches: tuple[_Launch, ...], scratch: tuple[tuple[tuple[int, ...]
 class Recording:
     """Notes the launches inside its `with` block, on these tensors (or None) and on scratch memory."""
 
-    def __init__(self, operands: tuple[torch.Tensor | None, ...]):
+    def __init__(self, operands: tuple[torch.Tensor | None, ...]) -> None:
         self._given = len(operands)
         self._memory = [None if x is None else _span(x) for x in operands]
         self._scratch: list[tuple[tuple[int, ...], torch.dtype] | None] = []  # None: a counter
@@ -226,12 +226,12 @@ class Recording:
             args, places = list(noted), []
             for i, arg in enumerate(noted):
                 if type(arg) is Number:
-                    places.append((i, len(self._memory) + arg.place, 0))
+                    places.append((i, len(self._memory) + arg.address_of, 0))
                 elif isinstance(arg, torch.Tensor):
-                    place = self._place(arg)
-                    if place is None:
+                    address_of = self._place(arg)
+                    if address_of is None:
                         return None
-                    places.append((i, *place))
+                    places.append((i, *address_of))
             for i, *_ in places:
                 args[i] = None
             found.append(_Launch(compiled, programs, args, tuple(places)))

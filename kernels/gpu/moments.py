@@ -31,7 +31,7 @@ TINY, LARGE, STEP = tl.constexpr(2.0**-480), tl.constexpr(2.0**480), tl.constexp
 
 
 @triton.jit
-def _two_sum(a, b):
+def _two_sum(a, b) -> tuple[tl.tensor, tl.tensor]:
     """a + b in two parts: the rounded sum, and what the rounding left (Knuth)."""
     high = a + b
     part = high - a
@@ -39,18 +39,18 @@ def _two_sum(a, b):
 
 
 @triton.jit
-def _finite(x):
+def _finite(x) -> tl.tensor:
     return tl.abs(x) < float("inf")
 
 
 @triton.jit
-def _with_low(total, low):
+def _with_low(total, low) -> tl.tensor:
     """total + low: a sum and what its roundings have left. An infinite sum has left NaN, and stays as it is."""
     return tl.where(_finite(low), total + low, total)
 
 
 @triton.jit
-def _block_mean(x_columns, p, stop, stride_xn, inside, count, unit):
+def _block_mean(x_columns, p, stop, stride_xn, inside, count, unit) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """The mean of a block of `count` points p < stop (BLOCK_N, BLOCK_M) as (shift, rest, unit): shift + rest, in units of
     1/unit.
 
@@ -69,7 +69,7 @@ def _block_mean(x_columns, p, stop, stride_xn, inside, count, unit):
 
 
 @triton.jit
-def _deviations(x_columns, p, stop, stride_xn, inside, shift, rest, unit):
+def _deviations(x_columns, p, stop, stride_xn, inside, shift, rest, unit) -> tl.tensor:
     """x - mean of the points p < stop (GROUP, BLOCK_M), in units of 1/unit; 0 for the other lanes."""
     live = (p < stop)[:, None]
     x = tl.load(x_columns + p[:, None] * stride_xn, mask=live & inside, other=0.0)
@@ -80,7 +80,7 @@ def _deviations(x_columns, p, stop, stride_xn, inside, shift, rest, unit):
 
 
 @triton.jit
-def _moved(seen, shift, total, low, more, more_shift, more_rest):
+def _moved(seen, shift, total, low, more, more_shift, more_rest) -> tuple[tl.tensor, ...]:
     """(shift, total, low, delta) after `more` points; delta: their mean minus the mean of the `seen` points."""
     shift = tl.where(seen > 0, shift, tl.where(_finite(more_shift), more_shift, 0.0))
     away = (more_shift - shift) + more_rest
@@ -90,7 +90,7 @@ def _moved(seen, shift, total, low, more, more_shift, more_rest):
 
 
 @triton.jit
-def _grown(scatter, low, product, seen, more, delta_i, delta_j):
+def _grown(scatter, low, product, seen, more, delta_i, delta_j) -> tuple[tl.tensor, tl.tensor]:
     """scatter + low of `seen` points after `more` points with the scatter `product`: Chan's formula."""
     between = tl.where(seen > 0, ((seen * (more / (seen + more))) * delta_i)[:, None] * delta_j[None, :], 0.0)
     scatter, lost = _two_sum(scatter, product + between)
@@ -98,19 +98,19 @@ def _grown(scatter, low, product, seen, more, delta_i, delta_j):
 
 
 @triton.jit
-def _factor(now, unit):
+def _factor(now, unit) -> tl.tensor:
     """now / unit for units that are STEP, 1 or 1 / STEP; 0 where that is not representable. A division would take registers."""
     return tl.where(now == unit, 1.0, tl.where(now * STEP == unit, 1 / STEP, 0.0))
 
 
 @triton.jit
-def _rescaled(scatter, factor_i, factor_j):
+def _rescaled(scatter, factor_i, factor_j) -> tl.tensor:
     """A tile of the scatter in new units. One factor after the other: their product may leave the range of float64."""
     return scatter * factor_i[:, None] * factor_j[None, :]
 
 
 @triton.jit
-def _place(program, tiles, m, BLOCK_M: tl.constexpr):
+def _place(program, tiles, m, BLOCK_M: tl.constexpr) -> tuple[tl.tensor, ...]:
     """(set or run, rows, columns, whether the tile is in the lower triangle) of a program."""
     pair = program % (tiles * tiles)
     i, j = pair // tiles, pair % tiles
@@ -119,39 +119,41 @@ def _place(program, tiles, m, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _run_of(r, per_run, longer):
+def _run_of(r, per_run, longer) -> tuple[tl.tensor, tl.tensor]:
     """(start, stop) of the points of run r: `per_run` points, one more in each of the first `longer` runs."""
     start = tl.cast(r, tl.int64) * per_run + tl.minimum(r, longer)
     return start, start + per_run + (r < longer).to(tl.int64)
 
 
 @triton.jit
-def _lower(t, rows, columns, m):
+def _lower(t, rows, columns, m) -> tuple[tl.tensor, tl.tensor]:
     """(offsets, mask) of the elements of a tile in the lower triangle of matrix t."""
     row, column = rows[:, None], columns[None, :]
     return (t * m + row) * m + column, (row < m) & (column <= row)
 
 
 @triton.jit
-def _vector(ptr, t, index, m, live):
+def _vector(ptr, t, index, m, live) -> tl.tensor:
     """One number a variable of set t; 0 where the state holds nothing yet."""
     return tl.load(ptr + t * m + index, mask=(index < m) & live, other=0.0)
 
 
 @triton.jit
-def _units(ptr, t, index, m, live, otherwise):
+def _units(ptr, t, index, m, live, otherwise) -> tl.tensor:
     """The units of the variables of set t; `otherwise` where the state holds nothing yet."""
     return tl.load(ptr + t * m + index, mask=(index < m) & live, other=otherwise)
 
 
 @triton.jit
-def _two_parts(ptr, plane, offsets, mask):
+def _two_parts(ptr, plane, offsets, mask) -> tl.tensor:
     """A sum of the state, with what its roundings have left, as one number."""
     return _with_low(tl.load(ptr + offsets, mask=mask, other=0.0), tl.load(ptr + plane + offsets, mask=mask, other=0.0))
 
 
 @triton.jit
-def _store(shift_ptr, total_ptr, scatter_ptr, unit_ptr, B, t, m, rows, columns, shift, total, total_low, scatter, low, unit):
+def _store(
+    shift_ptr, total_ptr, scatter_ptr, unit_ptr, B, t, m, rows, columns, shift, total, total_low, scatter, low, unit
+) -> None:
     """Stores a tile of the scatter; tiles on the diagonal store shift, total and unit too."""
     offsets, mask = _lower(t, rows, columns, m)
     tl.store(scatter_ptr + offsets, scatter, mask=mask)
@@ -168,7 +170,7 @@ def _add_runs_kernel(
     x_ptr, old_shift_ptr, old_total_ptr, old_unit_ptr, shift_ptr, total_ptr, scatter_ptr, unit_ptr,
     per_run, longer, m, runs, tiles, count, B, stride_xb, stride_xn, stride_xm,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Adds points to states: with one run a set to the state of `count` points, with several a new state b · runs + r each.
 
     Grid: one program a run and tile of the scatter (those above the diagonal end at once). Reads x (B, n, m) once for each row
@@ -222,7 +224,7 @@ def _merge_kernel(
     more_shift_ptr, more_total_ptr, more_scatter_ptr, more_unit_ptr, old_shift_ptr, old_total_ptr, old_unit_ptr,
     shift_ptr, total_ptr, scatter_ptr, unit_ptr,
     per_run, longer, m, runs, tiles, count, B, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Adds the states of `runs` runs, in order, to the state of `count` points.
 
     Grid: one program a set and tile of the scatter. Reads the states of the runs, reads and writes the state of the set.
@@ -267,7 +269,7 @@ def _merge_kernel(
 @triton.jit(do_not_specialize=["m", "tiles", "count", "divisor", "B"])
 def _finish_kernel(
     shift_ptr, total_ptr, scatter_ptr, unit_ptr, mean_ptr, covariance_ptr, m, tiles, count, divisor, B, BLOCK_M: tl.constexpr
-):  # fmt: skip
+) -> None:  # fmt: skip
     """mean = shift + total / count and covariance = scatter / divisor, in the units of the points.
 
     Grid: one program a set and tile of the scatter. Reads the state; writes the mean and both triangles of the covariance.

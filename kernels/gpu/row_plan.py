@@ -37,7 +37,7 @@ class RowPlan:
         return 0.0 if self.FITS else max(V - self.KEEP, 0) / V
 
 
-def resident_lanes(beside: int, itemsize: int, mode: int) -> int:
+def resident_lanes(extra_per_lane: int, itemsize: int, mode: int) -> int:
     """The most lanes of a row that can stay in registers without a spill.
 
     beside: how many numbers a lane the kernel keeps beside exp(z): 0 softmax, cross entropy of hard targets; 1 softmax
@@ -45,8 +45,8 @@ def resident_lanes(beside: int, itemsize: int, mode: int) -> int:
     3 a divergence of two rows.
     """
     if mode == STRIDED:
-        return 8192 if not beside else 2048 if itemsize == 8 else 4096
-    return (32768 >> beside) // (4 if itemsize == 8 else 1)
+        return 8192 if not extra_per_lane else 2048 if itemsize == 8 else 4096
+    return (32768 >> extra_per_lane) // (4 if itemsize == 8 else 1)
 
 
 @tunable(of_rows)
@@ -56,11 +56,11 @@ def plan_rows(
     itemsize: int,
     mode: int,
     unit_s: bool,
-    beside: int = 0,
+    extra_per_lane: int = 0,
     dense: bool = False,
     tensors: int = 1,
-    stays: bool = True,
-    ahead: int = 2,
+    row_reused: bool = True,
+    rows_ahead: int = 2,
     device: Device = H100,
 ) -> RowPlan:
     """The plan for rows of V values, S of them neighbours.
@@ -71,57 +71,61 @@ def plan_rows(
     allow; 0: no persistent programs.
     """
     lanes, neighbours = body_lanes(V, itemsize, mode), unit_s and S > 1
-    # numbers beside a lane, ends of rows and strides cost registers: fewer lanes a thread
-    spread = 1 if mode == ALIGNED and not beside else 4 if mode != ALIGNED and beside > 1 else 2
+    # numbers beside a lane, edges of rows and strides cost registers: fewer lanes a thread
+    spread = 1 if mode == ALIGNED and not extra_per_lane else 4 if mode != ALIGNED and extra_per_lane > 1 else 2
     spread = min(spread, itemsize)  # and at least 16 bytes a thread
     if neighbours:
         # neighbouring rows fill a line of 128 bytes where their lanes still fit, and at least a sector of 32
         resident = 2048 // (2 if itemsize == 8 else 1)
-        room = resident // next_power_of_2(lanes) * itemsize
-        width = min(room, 128) if room >= 32 else min(32 * itemsize, 128)
+        available = resident // next_power_of_2(lanes) * itemsize
+        width = min(available, 128) if available >= 32 else min(32 * itemsize, 128)
         block_r = min(next_power_of_2(S), width // itemsize)
         resident, spread = resident // block_r, 4
     else:
-        tile = 4096 >> ((beside > 1) + (beside > 2) + (mode == STRIDED or itemsize == 8))
+        tile = 4096 >> ((extra_per_lane > 1) + (extra_per_lane > 2) + (mode == STRIDED or itemsize == 8))
         block_r = max(1, min(next_power_of_2(S), tile // next_power_of_2(lanes)))
-        resident = resident_lanes(beside, itemsize, mode)
-        if lanes > 4096 and (not stays or beside > 2):
-            return _passing(itemsize, mode, beside, stays)
+        resident = resident_lanes(extra_per_lane, itemsize, mode)
+        if lanes > 4096 and (not row_reused or extra_per_lane > 2):
+            return _streaming(itemsize, mode, extra_per_lane, row_reused)
     if lanes <= resident:
         keep = next_power_of_2(lanes)
-        plain = mode != STRIDED and itemsize < 8 and not neighbours and beside == tensors - 1
-        # the rows' ends take registers, and the code for a B200 spills 40 bytes
-        crowded = ahead < 2 and keep > 16384 and (mode == SHIFTED or device.in_flight >= 64 << 10)
-        in_turn = _in_turn(keep, itemsize, tensors, ahead, device) if keep > 4096 and plain and ahead and not crowded else None
+        plain = mode != STRIDED and itemsize < 8 and not neighbours and extra_per_lane == tensors - 1
+        # the rows' edges take registers, and the code for a B200 spills 40 bytes
+        crowded = rows_ahead < 2 and keep > 16384 and (mode == SHIFTED or device.in_flight >= 64 << 10)
+        in_turn = (
+            _persistent(keep, itemsize, tensors, rows_ahead, device)
+            if keep > 4096 and plain and rows_ahead and not crowded
+            else None
+        )
         if in_turn:
             return in_turn
         num_warps = min(warps_for(spread * block_r * keep), 8 if mode == STRIDED and not neighbours else 16)
-        if not stays and not neighbours:  # a program reads, reduces and ends: smaller ones, and more of them
+        if not row_reused and not neighbours:  # a program reads, reduces and edges: smaller ones, and more of them
             while block_r > 1 and num_warps > 4:
                 block_r, num_warps = block_r // 2, num_warps // 2
-        registers = _registers_of_one_tile(itemsize, mode, beside, keep, num_warps, stays and not ahead)
+        registers = _registers_of_one_tile(itemsize, mode, extra_per_lane, keep, num_warps, row_reused and not rows_ahead)
         return RowPlan(block_r, keep, keep, True, num_warps, registers=registers)
     plain = mode != STRIDED and itemsize < 8 and not neighbours and not dense
-    if plain and (not beside or (beside == 1 and tensors == 2 and itemsize == 2)):
+    if plain and (not extra_per_lane or (extra_per_lane == 1 and tensors == 2 and itemsize == 2)):
         # of two half-precision tensors fewer lanes stay, so that a multiprocessor holds two programs: the cache has the rest
-        keep = resident if not beside else 8192
-        ahead = min(64 << 10, device.shared_memory // 2) // (8192 * itemsize * tensors)
-        return RowPlan(block_r, keep, 8192, False, 16, min(1 + ahead, 5), registers=64 if beside else None)
-    keep, block_v, num_warps = _tiles_of_a_long_row(resident, itemsize, mode, neighbours, beside, dense)
-    in_turn_or_on_16 = stays and (ahead > 0 or mode == ALIGNED)
-    registers = None if neighbours else _registers_of_tiles(itemsize, mode, beside, num_warps, in_turn_or_on_16)
+        keep = resident if not extra_per_lane else 8192
+        rows_ahead = min(64 << 10, device.shared_memory // 2) // (8192 * itemsize * tensors)
+        return RowPlan(block_r, keep, 8192, False, 16, min(1 + rows_ahead, 5), registers=64 if extra_per_lane else None)
+    keep, block_v, num_warps = _tiles_of_a_long_row(resident, itemsize, mode, neighbours, extra_per_lane, dense)
+    in_turn_or_on_16 = row_reused and (rows_ahead > 0 or mode == ALIGNED)
+    registers = None if neighbours else _registers_of_tiles(itemsize, mode, extra_per_lane, num_warps, in_turn_or_on_16)
     return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps, registers=registers)
 
 
 def _tiles_of_a_long_row(
-    resident: int, itemsize: int, mode: int, neighbours: bool, beside: int, dense: bool
+    resident: int, itemsize: int, mode: int, neighbours: bool, extra_per_lane: int, dense: bool
 ) -> tuple[int, int, int]:
-    """(KEEP, BLOCK_V, warps). The loop over the tail keeps strides, or float64's ends, beside the lanes: more registers."""
+    """(KEEP, BLOCK_V, warps). The loop over the tail keeps strides, or float64's edges, beside the lanes: more registers."""
     if neighbours:
-        return max(resident // 4, 1), max(resident // 4, 1), 16 if beside > 1 else 8
+        return max(resident // 4, 1), max(resident // 4, 1), 16 if extra_per_lane > 1 else 8
     if itemsize == 8:
-        return resident // 2, 512 << (mode != SHIFTED or beside > 0), 16 if beside or mode == STRIDED else 8
-    if beside > 1:
+        return resident // 2, 512 << (mode != SHIFTED or extra_per_lane > 0), 16 if extra_per_lane or mode == STRIDED else 8
+    if extra_per_lane > 1:
         return min(resident, 4096), 1024 * itemsize, 16 if mode == ALIGNED and itemsize == 4 else 8
     if dense:
         return min(resident, 8192), 16384 // itemsize, 16
@@ -130,34 +134,34 @@ def _tiles_of_a_long_row(
 
 # Where the compiler would spill 8 to 64 bytes to fit one more program a multiprocessor, maxnreg allows a thread more registers.
 def _registers_of_one_tile(
-    itemsize: int, mode: int, beside: int, keep: int, num_warps: int, with_all: bool
+    itemsize: int, mode: int, extra_per_lane: int, keep: int, num_warps: int, with_all: bool
 ) -> int | None:  # fmt: skip
     """maxnreg of rows without a tail. with_all: a loss with all options, whose row stays."""
-    if beside > 2:
+    if extra_per_lane > 2:
         return 248 if itemsize == 8 and num_warps <= 8 else 128
     if mode == STRIDED:
         return None if keep <= 4096 else 248 if itemsize == 8 else 168
-    return 80 if with_all and not beside and itemsize < 8 and keep == 16384 else None
+    return 80 if with_all and not extra_per_lane and itemsize < 8 and keep == 16384 else None
 
 
-def _registers_of_tiles(itemsize: int, mode: int, beside: int, num_warps: int, in_turn_or_on_16: bool) -> int | None:
+def _registers_of_tiles(itemsize: int, mode: int, extra_per_lane: int, num_warps: int, in_turn_or_on_16: bool) -> int | None:
     """maxnreg of rows with a tail. in_turn_or_on_16: the row stays, and programs may be persistent or rows are ALIGNED."""
     if num_warps == 8:
-        return 248 if beside > 1 else 128 if itemsize == 8 and not beside and in_turn_or_on_16 else None
+        return 248 if extra_per_lane > 1 else 128 if itemsize == 8 and not extra_per_lane and in_turn_or_on_16 else None
     return 128 if mode == STRIDED else None
 
 
-def _passing(itemsize: int, mode: int, beside: int, stays: bool) -> RowPlan:
+def _streaming(itemsize: int, mode: int, extra_per_lane: int, row_reused: bool) -> RowPlan:
     """Long rows of which nothing stays, or one tile: many small programs, whose threads meet at the end of the row."""
-    block_v = (1024 if beside else 2048) // (2 if itemsize == 8 else 1)
-    registers = 128 if beside > 1 else 168 if itemsize == 8 and not beside else None
-    if beside > 2:
+    block_v = (1024 if extra_per_lane else 2048) // (2 if itemsize == 8 else 1)
+    registers = 128 if extra_per_lane > 1 else 168 if itemsize == 8 and not extra_per_lane else None
+    if extra_per_lane > 2:
         registers = 168 if itemsize < 8 and mode == ALIGNED else 248
-    stages = 1 if mode == STRIDED else 4 if beside > 2 and itemsize == 2 else 3
-    return RowPlan(1, block_v * stays, block_v, False, 4, stages, registers=registers)
+    stages = 1 if mode == STRIDED else 4 if extra_per_lane > 2 and itemsize == 2 else 3
+    return RowPlan(1, block_v * row_reused, block_v, False, 4, stages, registers=registers)
 
 
-def _in_turn(keep: int, itemsize: int, tensors: int, ahead: int, device: Device) -> RowPlan | None:
+def _persistent(keep: int, itemsize: int, tensors: int, rows_ahead: int, device: Device) -> RowPlan | None:
     """Persistent programs: they load the next row into shared memory while they compute and write one of `keep` lanes.
 
     None where a multiprocessor cannot hold two such programs, nor one with two rows ahead.
@@ -166,7 +170,7 @@ def _in_turn(keep: int, itemsize: int, tensors: int, ahead: int, device: Device)
     threads, row = 32 * num_warps, keep * itemsize * tensors
     registers = 80 if keep * tensors <= 32 * threads else 128  # a thread holds 32 numbers, or 64
     for programs in range(min(device.registers // registers, device.threads) // threads, 0, -1):
-        rows = min((device.shared_memory // programs - 2048) // row, ahead if programs > 1 else 2)
+        rows = min((device.shared_memory // programs - 2048) // row, rows_ahead if programs > 1 else 2)
         if rows >= (1 if programs > 1 else 2):
             registers = min(device.registers // (threads * programs) // 8 * 8, 248)
             return RowPlan(1, keep, keep, True, num_warps, rows + 1, programs * device.multiprocessors, registers)

@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 
 from . import _tile
-from ._rows import ACC, excess_with, finite_base, merge_lanes, no_lanes, of_plan, online_lanes, rows_along_s, rows_of, run_mode
+from ._rows import (
+    ACC,
+    access_mode,
+    empty_lanes,
+    finite_base,
+    merge_lanes,
+    merged_sum_exp_minus_1,
+    plan_constants,
+    rows_along_s,
+    rows_of_tile,
+    update_lanes,
+)
 from .device import device_of
 from .launch import launch
 from .plan import cdiv
@@ -28,7 +39,7 @@ def _forward_kernel(
     stride_zn, stride_zv, stride_zs, stride_yn, stride_yv, stride_ys,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     LOOP: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """y_c = exp(z_c - m) / Σ_k exp(z_k - m) of each row.
 
     Grid: one program a tile of BLOCK_R rows, or (LOOP) fewer programs that take tile after tile.
@@ -50,14 +61,14 @@ def _forward_tile(
     pid, pointers, V, S, tiles, strides,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Softmax of tile number `pid`: BLOCK_R rows."""
     z_ptr, y_ptr = pointers
     stride_zn, stride_zv, stride_zs, stride_yn, stride_yv, stride_ys = strides
-    ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    EDGES: tl.constexpr = MODE == _tile.SHIFTED
     NEG_INF: tl.constexpr = float("-inf")
     # 1. which rows, and where they begin
-    n, s = rows_of(pid, S, tiles, BLOCK_R)
+    n, s = rows_of_tile(pid, S, tiles, BLOCK_R)
     s = s[:, None]
     live = s < S
     z_start = n * stride_zn + s * stride_zs
@@ -66,40 +77,40 @@ def _forward_tile(
 
     # 2. the tail: each lane's running maximum and sum, joined once at the end
     if FITS:
-        m, excess = tl.full([BLOCK_R, 1], NEG_INF, ACC), tl.full([BLOCK_R, 1], -1.0, ACC)
+        m, sum_exp_minus_1 = tl.full([BLOCK_R, 1], NEG_INF, ACC), tl.full([BLOCK_R, 1], -1.0, ACC)
     else:
         tail = tl.arange(0, BLOCK_V)[None, :]
         steps = tl.cdiv(V - KEEP, BLOCK_V)
-        m, excess = no_lanes(BLOCK_R, BLOCK_V, ACC)
+        m, sum_exp_minus_1 = empty_lanes(BLOCK_R, BLOCK_V, ACC)
         for i in tl.range(0, steps, num_stages=STAGES):
             offset = KEEP + i * BLOCK_V
-            t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+            t_hi = _tile.count_in_tile(head, offset, V, live, BLOCK_V, MODE, GROUP)
             z_tail = _tile.load(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
-            m, excess = online_lanes(m, excess, z_tail)
-        m, excess, _ = merge_lanes(m, excess)
-    # 3. the KEEP lanes that stay, and the row's ends: maximum and sum of the whole row
+            m, sum_exp_minus_1 = update_lanes(m, sum_exp_minus_1, z_tail)
+        m, sum_exp_minus_1, _ = merge_lanes(m, sum_exp_minus_1)
+    # 3. the KEEP lanes that stay, and the row's edges: maximum and sum of the whole row
     lane = tl.arange(0, KEEP)[None, :]
-    hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
+    hi = _tile.count_in_tile(head, 0, V, live, KEEP, MODE, GROUP)
     z = _tile.load(z_ptr, z_start, head, 0, lane, hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
     before = m
-    z_ends, e_ends = None, None
-    if ENDS:
-        c, inside = _tile.ends(_tile.lone(head), V, _tile.lone(live), GROUP)
-        z_ends = tl.load(z_ptr + (_tile.lone(z_start) + c), mask=inside, other=NEG_INF).to(ACC)
-    m = _tile.max_with(m, z, z_ends)
-    if ENDS:
-        e_ends = tl.exp(z_ends - _tile.lone(finite_base(m)))
+    z_edges, e_edges = None, None
+    if EDGES:
+        c, inside = _tile.edges(_tile.scalar_if_one(head), V, _tile.scalar_if_one(live), GROUP)
+        z_edges = tl.load(z_ptr + (_tile.scalar_if_one(z_start) + c), mask=inside, other=NEG_INF).to(ACC)
+    m = _tile.max_with_rows(m, z, z_edges)
+    if EDGES:
+        e_edges = tl.exp(z_edges - _tile.scalar_if_one(finite_base(m)))
     e = tl.exp(z - finite_base(m))
-    scale = 1.0 / (1.0 + excess_with(before, excess, m, e, e_ends))
+    scale = 1.0 / (1.0 + merged_sum_exp_minus_1(before, sum_exp_minus_1, m, e, e_edges))
 
     # 4. write what stayed; read the tail again, backwards, and write it
-    if ENDS:
-        tl.store(y_ptr + (_tile.lone(y_start) + c), e_ends * _tile.lone(scale), mask=inside)
+    if EDGES:
+        tl.store(y_ptr + (_tile.scalar_if_one(y_start) + c), e_edges * _tile.scalar_if_one(scale), mask=inside)
     _tile.store(y_ptr, y_start, head, 0, lane, hi, e * scale, stride_yv, MODE, GROUP)
     if not FITS:
         for i in tl.range(0, steps, num_stages=STAGES):
             offset = KEEP + (steps - 1 - i) * BLOCK_V
-            t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+            t_hi = _tile.count_in_tile(head, offset, V, live, BLOCK_V, MODE, GROUP)
             z_tail = _tile.load(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, NEG_INF, MODE, GROUP, ACC)
             y = tl.exp(z_tail - finite_base(m)) * scale
             _tile.store(y_ptr, y_start, head, offset, tail, t_hi, y, stride_yv, MODE, GROUP)
@@ -111,7 +122,7 @@ def _backward_kernel(
     stride_gn, stride_gv, stride_gs, stride_yn, stride_yv, stride_ys, stride_dn, stride_dv, stride_ds,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     LOOP: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """dz_c = y_c (dy_c - Σ_k dy_k y_k) of each row.
 
     Grid: as `_forward_kernel`. Reads dy and y, once, and what lies beyond KEEP lanes twice; writes dz.
@@ -132,13 +143,13 @@ def _backward_tile(
     pid, pointers, V, S, tiles, strides,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Gradient of tile number `pid`: BLOCK_R rows."""
     dy_ptr, y_ptr, dz_ptr = pointers
     stride_gn, stride_gv, stride_gs, stride_yn, stride_yv, stride_ys, stride_dn, stride_dv, stride_ds = strides
-    ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    EDGES: tl.constexpr = MODE == _tile.SHIFTED
     # 1. which rows, and where they begin
-    n, s = rows_of(pid, S, tiles, BLOCK_R)
+    n, s = rows_of_tile(pid, S, tiles, BLOCK_R)
     s = s[:, None]
     live = s < S
     g_start = n * stride_gn + s * stride_gs
@@ -146,7 +157,7 @@ def _backward_tile(
     d_start = n * stride_dn + s * stride_ds
     head = _tile.head_of(y_start, MODE, GROUP)
 
-    # 2. Σ dy y: the tail, each lane for itself, then the KEEP lanes that stay and the row's ends
+    # 2. Σ dy y: the tail, each lane for itself, then the KEEP lanes that stay and the row's edges
     inner = tl.zeros([BLOCK_R, 1], ACC)
     if not FITS:
         tail = tl.arange(0, BLOCK_V)[None, :]
@@ -154,27 +165,27 @@ def _backward_tile(
         lanes = tl.zeros([BLOCK_R, BLOCK_V], ACC)
         for i in tl.range(0, steps, num_stages=STAGES):
             offset = KEEP + i * BLOCK_V
-            t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+            t_hi = _tile.count_in_tile(head, offset, V, live, BLOCK_V, MODE, GROUP)
             dy_tail = _tile.load(dy_ptr, g_start, head, offset, tail, t_hi, stride_gv, 0.0, MODE, GROUP, ACC)
             y_tail = _tile.load(y_ptr, y_start, head, offset, tail, t_hi, stride_yv, 0.0, MODE, GROUP, ACC)
             lanes += dy_tail * y_tail
         inner = tl.sum(lanes, axis=1)[:, None]
     lane = tl.arange(0, KEEP)[None, :]
-    hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
+    hi = _tile.count_in_tile(head, 0, V, live, KEEP, MODE, GROUP)
     dy = _tile.load(dy_ptr, g_start, head, 0, lane, hi, stride_gv, 0.0, MODE, GROUP, ACC)
     y = _tile.load(y_ptr, y_start, head, 0, lane, hi, stride_yv, 0.0, MODE, GROUP, ACC)
     inner += tl.sum(dy * y, axis=1)[:, None]
-    if ENDS:
-        c, inside = _tile.ends(_tile.lone(head), V, _tile.lone(live), GROUP)
-        dy_ends = tl.load(dy_ptr + (_tile.lone(g_start) + c), mask=inside, other=0.0).to(ACC)
-        y_ends = tl.load(y_ptr + (_tile.lone(y_start) + c), mask=inside, other=0.0).to(ACC)
-        inner = _tile.plus_sum(inner, None, dy_ends * y_ends)
-        tl.store(dz_ptr + (_tile.lone(d_start) + c), y_ends * (dy_ends - _tile.lone(inner)), mask=inside)
+    if EDGES:
+        c, inside = _tile.edges(_tile.scalar_if_one(head), V, _tile.scalar_if_one(live), GROUP)
+        dy_edges = tl.load(dy_ptr + (_tile.scalar_if_one(g_start) + c), mask=inside, other=0.0).to(ACC)
+        y_edges = tl.load(y_ptr + (_tile.scalar_if_one(y_start) + c), mask=inside, other=0.0).to(ACC)
+        inner = _tile.add_row_sums(inner, None, dy_edges * y_edges)
+        tl.store(dz_ptr + (_tile.scalar_if_one(d_start) + c), y_edges * (dy_edges - _tile.scalar_if_one(inner)), mask=inside)
     _tile.store(dz_ptr, d_start, head, 0, lane, hi, y * (dy - inner), stride_dv, MODE, GROUP)
     if not FITS:
         for i in tl.range(0, steps, num_stages=STAGES):
             offset = KEEP + (steps - 1 - i) * BLOCK_V
-            t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+            t_hi = _tile.count_in_tile(head, offset, V, live, BLOCK_V, MODE, GROUP)
             dy_tail = _tile.load(dy_ptr, g_start, head, offset, tail, t_hi, stride_gv, 0.0, MODE, GROUP, ACC)
             y_tail = _tile.load(y_ptr, y_start, head, offset, tail, t_hi, stride_yv, 0.0, MODE, GROUP, ACC)
             _tile.store(dz_ptr, d_start, head, offset, tail, t_hi, y_tail * (dy_tail - inner), stride_dv, MODE, GROUP)
@@ -186,7 +197,7 @@ def forward(z: torch.Tensor, y: torch.Tensor) -> None:
         return
     z, y = rows_along_s(z), rows_along_s(y)
     N, V, S = z.shape
-    mode = run_mode(1, z, y)
+    mode = access_mode(1, z, y)
     unit_s = z.stride(2) == 1 and z.stride(1) != 1
     plan = plan_rows(V, S, z.element_size(), mode, unit_s, device=device_of(z))
     tiles = cdiv(S, plan.BLOCK_R)
@@ -194,7 +205,7 @@ def forward(z: torch.Tensor, y: torch.Tensor) -> None:
         _forward_kernel, plan.grid(N * tiles),
         z, y, V, S, N * S, tiles, *z.stride(), *y.stride(),
         plan=plan, reads=("z",), writes=("y",), again=plan.again(V),
-        MODE=mode, GROUP=16 // z.element_size(), ACC=ACC[z.dtype], **of_plan(plan),
+        MODE=mode, GROUP=16 // z.element_size(), ACC=ACC[z.dtype], **plan_constants(plan),
     )  # fmt: skip
 
 
@@ -204,13 +215,13 @@ def backward(dy: torch.Tensor, y: torch.Tensor, dz: torch.Tensor) -> None:
         return
     dy, y, dz = (rows_along_s(x) for x in (dy, y, dz))
     N, V, S = y.shape
-    mode = run_mode(1, y, dy, dz)
+    mode = access_mode(1, y, dy, dz)
     unit_s = y.stride(2) == 1 and y.stride(1) != 1
-    plan = plan_rows(V, S, y.element_size(), mode, unit_s, beside=1, tensors=2, device=device_of(y))
+    plan = plan_rows(V, S, y.element_size(), mode, unit_s, extra_per_lane=1, tensors=2, device=device_of(y))
     tiles = cdiv(S, plan.BLOCK_R)
     launch(
         _backward_kernel, plan.grid(N * tiles),
         dy, y, dz, V, S, N * S, tiles, *dy.stride(), *y.stride(), *dz.stride(),
         plan=plan, reads=("dy", "y"), writes=("dz",), again=plan.again(V),
-        MODE=mode, GROUP=16 // y.element_size(), ACC=ACC[y.dtype], **of_plan(plan),
+        MODE=mode, GROUP=16 // y.element_size(), ACC=ACC[y.dtype], **plan_constants(plan),
     )  # fmt: skip

@@ -96,7 +96,7 @@ def of_rows(plan: Any, given: Given, use: dict[str, int]) -> Any:
     return replace(plan, **use)
 
 
-def of_channels(plan: Any, given: Given, use: dict[str, int]) -> Any:
+def as_vector(plan: Any, given: Given, use: dict[str, int]) -> Any:
     """Changes a `BatchNormPlan`: of one tile the warps alone; of several their shape and splits too.
 
     `halvings` stays as it is, and so does whether a channel is one tile: they decide how sums are rounded.

@@ -9,6 +9,7 @@ up at the end.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numba import types
 from numba.extending import overload
 
 from .._numba.compile import exact, inline, kernel
-from .._numba.simd import load_lanes, load_lanes_like, store_lanes, streamed, width, write
+from .._numba.simd import Lanes, load_lanes, load_lanes_like, store_lanes, streamed, width, write
 from .._numba.views import line_of
 from .planes import AROUND
 from .statistics import add_to, sums_of
@@ -27,13 +28,13 @@ MEAN, REST, SCALE, SHIFT_1, SHIFT_2 = range(5)
 
 
 @inline
-def parameters(positions, like):
+def parameters(positions, like) -> np.ndarray:
     """For the parameters of a line; the last vector of them is read whole."""
     return np.empty((1, 5, positions + width(like)), like.dtype)
 
 
 @inline
-def _of(at, row):
+def _of(at, row) -> np.ndarray:
     """A row of parameters. It counts no reference: `at` has to be used after it, or in the same loop."""
     return line_of(at, 0, row, 0, at.shape[2])
 
@@ -41,12 +42,12 @@ def _of(at, row):
 # Sums are float64, and so is what they are sums of, from where it is loaded. Several lines at once: a sum is read and written
 # once for all of them.
 @inline
-def _add(sums, p, exist, v):
+def _add(sums, p, exist, v) -> None:
     store_lanes(sums, p, exist, load_lanes(sums, p, exist, 0.0) + v)
 
 
 @inline
-def _add_deviations(p, exist, args):
+def _add_deviations(p, exist, args) -> None:
     x, shift, total, square = args
     d = load_lanes_like(x, p, exist, 0.0, total) - load_lanes(shift, p, exist, 0.0)
     _add(total, p, exist, d)
@@ -54,7 +55,7 @@ def _add_deviations(p, exist, args):
 
 
 @inline
-def _add_four_deviations(p, exist, args):
+def _add_four_deviations(p, exist, args) -> None:
     x0, x1, x2, x3, shift, total, square = args
     about = load_lanes(shift, p, exist, 0.0)
     d0, d1 = load_lanes_like(x0, p, exist, 0.0, total) - about, load_lanes_like(x1, p, exist, 0.0, total) - about
@@ -64,12 +65,12 @@ def _add_four_deviations(p, exist, args):
 
 
 @inline
-def _from_one(x, p, exist, mean, rest, like):
+def _from_one(x, p, exist, mean, rest, like) -> Lanes:
     return load_lanes_like(x, p, exist, 0.0, like) - load_lanes_like(mean, p, exist, 0.0, like)
 
 
 @inline
-def _from_two(x, p, exist, mean, rest, like):
+def _from_two(x, p, exist, mean, rest, like) -> Lanes:
     return _from_one(x, p, exist, mean, rest, like) - load_lanes_like(rest, p, exist, 0.0, like)
 
 
@@ -79,14 +80,14 @@ def _from_mean(x: Any, p: Any, exist: Any, mean: Any, rest: Any, like: Any) -> A
 
 
 @overload(_from_mean)
-def _choose_from_mean(x, p, exist, mean, rest, like):
+def _choose_from_mean(x, p, exist, mean, rest, like) -> Callable[..., Any]:
     if mean.dtype == types.float64 and x.dtype != types.float64:
         return lambda x, p, exist, mean, rest, like: _from_one(x, p, exist, mean, rest, like)
     return lambda x, p, exist, mean, rest, like: _from_two(x, p, exist, mean, rest, like)
 
 
 @inline
-def _add_gradients(p, exist, args):
+def _add_gradients(p, exist, args) -> None:
     dy, x, mean, rest, total, product = args
     g = load_lanes_like(dy, p, exist, 0.0, total)
     _add(total, p, exist, g)
@@ -94,7 +95,7 @@ def _add_gradients(p, exist, args):
 
 
 @inline
-def _add_two_gradients(p, exist, args):
+def _add_two_gradients(p, exist, args) -> None:
     dy0, dy1, x0, x1, mean, rest, total, product = args
     g0, g1 = load_lanes_like(dy0, p, exist, 0.0, total), load_lanes_like(dy1, p, exist, 0.0, total)
     d0, d1 = _from_mean(x0, p, exist, mean, rest, total), _from_mean(x1, p, exist, mean, rest, total)
@@ -103,7 +104,7 @@ def _add_two_gradients(p, exist, args):
 
 
 @inline
-def _along(size, like, lanes, args):
+def _along(size, like, lanes, args) -> None:
     """lanes(p, exist, args) for the positions of a line, vector by vector of `like`."""
     p, count = 0, width(like)
     while p + count <= size:
@@ -114,7 +115,7 @@ def _along(size, like, lanes, args):
 
 
 @inline
-def _normalized(i, exist, args):
+def _normalized(i, exist, args) -> Lanes:
     x, mean, rest, scale, beta = args
     whole = width(mean)
     d = (load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, whole, 0.0)) - load_lanes(rest, i, whole, 0.0)
@@ -122,13 +123,13 @@ def _normalized(i, exist, args):
 
 
 @inline
-def _normalize(x, at, y, around):
+def _normalize(x, at, y, around) -> None:
     """at[SHIFT_1] is beta."""
     write(y, around, _normalized, (x, _of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1)))
 
 
 @inline
-def _normalized_by_known(i, exist, args):
+def _normalized_by_known(i, exist, args) -> Lanes:
     """As `_normalized`, of a mean that has no second part."""
     x, mean, scale, beta = args
     whole = width(mean)
@@ -137,13 +138,13 @@ def _normalized_by_known(i, exist, args):
 
 
 @inline
-def normalize_known(x, at, y, of):
+def normalize_known(x, at, y, of) -> None:
     """A line, by means that have no second part; y is one of `of`."""
     write(y, _goes_around(of), _normalized_by_known, (x, _of(at, MEAN), _of(at, SCALE), _of(at, SHIFT_1)))
 
 
 @inline
-def _applied(i, exist, args):
+def _applied(i, exist, args) -> Lanes:
     dy, x, mean, rest, scale, b, k = args
     whole = width(mean)
     d = (load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, whole, 0.0)) - load_lanes(rest, i, whole, 0.0)
@@ -152,45 +153,45 @@ def _applied(i, exist, args):
 
 
 @inline
-def _apply(dy, x, at, dx, around):
+def _apply(dy, x, at, dx, around) -> None:
     """at[SHIFT_1] is dbeta / m, at[SHIFT_2] is rstd dgamma / m."""
     of = (_of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1), _of(at, SHIFT_2))
     write(dx, around, _applied, (dy, x, *of))
 
 
 @inline
-def _scaled(i, exist, args):
+def _scaled(i, exist, args) -> Lanes:
     dy, scale = args
     return load_lanes(dy, i, exist, 0.0) * load_lanes(scale, i, width(scale), 0.0)
 
 
 @inline
-def _scale(dy, at, dx, around):
+def _scale(dy, at, dx, around) -> None:
     write(dx, around, _scaled, (dy, _of(at, SCALE)))
 
 
 @inline
-def _goes_around(y):
+def _goes_around(y) -> bool:
     """True where the lines of a result are to be written around the caches."""
     return y.size * y.itemsize >= AROUND
 
 
 @inline
-def _spread(at, row, j, S, value):
+def _spread(at, row, j, S, value) -> None:
     """`value` at the positions of the tile's channel j. (The index is unsigned: a signed one may count from the end.)"""
     for s in range(S):
         at[0, row, np.uintp(j * S + s)] = value
 
 
 @exact
-def _left(high, low):
+def _left(high, low) -> float:
     """What high + low loses, |high| >= |low|."""
     left = (high - (high + low)) + low
     return left if math.isfinite(left) else 0.0
 
 
 @inline
-def _wide_means(about, c0, c1, S, mean):
+def _wide_means(about, c0, c1, S, mean) -> None:
     for c in range(c0, c1):
         high, low = np.float64(mean[0, c]), np.float64(mean[1, c])
         _spread(about, MEAN, c - c0, S, high + low)
@@ -201,13 +202,13 @@ def _wide_means(about, c0, c1, S, mean):
 # Row v is x[v // S, :, v % S]; its C channels are adjacent. A line is `rows` rows, which are adjacent too if rows > 1; position
 # j C + c. Block b is the rows m b / blocks … m (b + 1) / blocks - 1.
 @inline
-def _rows_of(x, v, size):
+def _rows_of(x, v, size) -> np.ndarray:
     S = x.shape[2]
     return line_of(x, v // S, 0, v % S, size)
 
 
 @inline
-def _repeat(at, row, values):
+def _repeat(at, row, values) -> None:
     """`values`, a number a channel, at the positions of every row of a line."""
     start, C = 0, values.size
     while start + C <= at.shape[2]:
@@ -217,7 +218,7 @@ def _repeat(at, row, values):
 
 
 @inline
-def repeat_known(at, mean, scale, beta):
+def repeat_known(at, mean, scale, beta) -> None:
     """What `normalize_known` needs of a line of rows."""
     _repeat(at, MEAN, mean)
     _repeat(at, SCALE, scale)
@@ -225,26 +226,26 @@ def repeat_known(at, mean, scale, beta):
 
 
 @inline
-def _means_of_rows(at, mean):
+def _means_of_rows(at, mean) -> None:
     _repeat(at, MEAN, mean[0])
     _repeat(at, REST, mean[1])
 
 
 @inline
-def _normalization_of_rows(at, mean, scale, beta):
+def _normalization_of_rows(at, mean, scale, beta) -> None:
     _means_of_rows(at, mean)
     _repeat(at, SCALE, scale)
     _repeat(at, SHIFT_1, beta)
 
 
 @inline
-def _slopes_of_rows(at, mean, scale, b, k):
+def _slopes_of_rows(at, mean, scale, b, k) -> None:
     _normalization_of_rows(at, mean, scale, b)
     _repeat(at, SHIFT_2, k)
 
 
 @inline
-def _fold(first, second, C, partial):
+def _fold(first, second, C, partial) -> None:
     """partial[i, c] = the sum over the positions of channel c."""
     pieces = np.zeros((2, 2, C))
     for start in range(0, first.size, C):
@@ -255,7 +256,7 @@ def _fold(first, second, C, partial):
 
 
 @kernel
-def sums(first, last, rows, x, shift, partial):
+def sums(first, last, rows, x, shift, partial) -> None:
     """partial (blocks, 2, C): sum (x - shift) and sum (x - shift)^2 of every block."""
     N, C, S = x.shape
     blocks, m, P = partial.shape[0], N * S, rows * C
@@ -278,7 +279,7 @@ def sums(first, last, rows, x, shift, partial):
 
 
 @kernel
-def gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial):
+def gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial) -> None:
     """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
     N, C, S = x.shape
     blocks, m, P, scaled = partial.shape[0], N * S, rows * C, dx.size > 0
@@ -321,7 +322,7 @@ def gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial):
 
 
 @kernel
-def normalize(first, last, blocks, rows, x, mean, scale, beta, y):
+def normalize(first, last, blocks, rows, x, mean, scale, beta, y) -> None:
     N, C, S = x.shape
     m, at = N * S, parameters(rows * C, mean)
     _normalization_of_rows(at, mean, scale, beta)
@@ -335,7 +336,7 @@ def normalize(first, last, blocks, rows, x, mean, scale, beta, y):
 
 
 @kernel
-def apply(first, last, blocks, rows, dy, x, mean, scale, b, k, dx):
+def apply(first, last, blocks, rows, dy, x, mean, scale, b, k, dx) -> None:
     """dx = scale (dy - b - (x - mean) k)."""
     N, C, S = x.shape
     m, at = N * S, parameters(rows * C, mean)

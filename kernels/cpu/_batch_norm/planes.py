@@ -6,6 +6,7 @@ such a run is copied to be adjacent, a piece at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from numba.extending import overload
 
 from .._numba.compile import inline, kernel, reduction
 from .._numba.elements import load, store
-from .._numba.simd import fetch, load_lanes, streamed, write
-from .._numba.views import gather, line_of, place, plane_of, scatter
+from .._numba.simd import Lanes, fetch, load_lanes, streamed, write
+from .._numba.views import gather, line_of, plane_of, row_buffer, scatter
 from .statistics import add_to, better_shift, finish, first_mean, sums_of, two_sum, with_low
 
 # Bytes of the smallest result that goes around the caches; as many are read. A MiB took 33 us through a last cache of
@@ -29,17 +30,17 @@ START = np.int64(0)
 
 # ---------------------------------------------------------------------------------------------- one run
 @inline
-def _from_shift(x, i, shift):
+def _from_shift(x, i, shift) -> float:
     return np.float64(load(x, i)) - shift
 
 
 @inline
-def _from_mean(x, i, mean, rest):
+def _from_mean(x, i, mean, rest) -> float:
     return (load(x, i) - mean) - rest
 
 
 @reduction
-def _fast_deviation_sums(x, shift):
+def _fast_deviation_sums(x, shift) -> tuple[float, float]:
     total, square = 0.0, 0.0
     for i in range(x.size):
         d = _from_shift(x, i, shift)
@@ -49,7 +50,7 @@ def _fast_deviation_sums(x, shift):
 
 
 @inline
-def _exact_deviation_sums(x, shift):
+def _exact_deviation_sums(x, shift) -> tuple[float, float]:
     """For float64 itself, which leaves no digits to spare: the rounding of each addition is carried along."""
     total, square, total_low, square_low = 0.0, 0.0, 0.0, 0.0
     for i in range(x.size):
@@ -62,7 +63,7 @@ def _exact_deviation_sums(x, shift):
 
 
 @reduction
-def _fast_gradient_sums(dy, x, mean, rest):
+def _fast_gradient_sums(dy, x, mean, rest) -> tuple[float, float]:
     total, product = 0.0, 0.0
     for i in range(x.size):
         g = np.float64(load(dy, i))
@@ -72,7 +73,7 @@ def _fast_gradient_sums(dy, x, mean, rest):
 
 
 @inline
-def _exact_gradient_sums(dy, x, mean, rest):
+def _exact_gradient_sums(dy, x, mean, rest) -> tuple[float, float]:
     total, product, total_low, product_low = 0.0, 0.0, 0.0, 0.0
     for i in range(x.size):
         g = load(dy, i)
@@ -89,7 +90,7 @@ def _deviation_sums(x: Any, shift: Any) -> Any:
 
 
 @overload(_deviation_sums)
-def _choose_deviation_sums(x, shift):
+def _choose_deviation_sums(x, shift) -> Callable[..., Any]:
     if x.dtype == types.float64:
         return lambda x, shift: _exact_deviation_sums(x, shift)
     return lambda x, shift: _fast_deviation_sums(x, shift)
@@ -101,56 +102,56 @@ def _gradient_sums(dy: Any, x: Any, mean: Any, rest: Any) -> Any:
 
 
 @overload(_gradient_sums)
-def _choose_gradient_sums(dy, x, mean, rest):
+def _choose_gradient_sums(dy, x, mean, rest) -> Callable[..., Any]:
     if x.dtype == types.float64:
         return lambda dy, x, mean, rest: _exact_gradient_sums(dy, x, mean, rest)
     return lambda dy, x, mean, rest: _fast_gradient_sums(dy, x, mean, rest)
 
 
 @inline
-def _normalized(i, exist, args):
+def _normalized(i, exist, args) -> Lanes:
     x, mean, rest, scale, beta = args
     return ((load_lanes(x, i, exist, 0.0) - mean) - rest) * scale + beta
 
 
 @inline
-def _applied(i, exist, args):
+def _applied(i, exist, args) -> Lanes:
     dy, x, mean, rest, scale, b, k = args
     return ((load_lanes(dy, i, exist, 0.0) - b) - ((load_lanes(x, i, exist, 0.0) - mean) - rest) * k) * scale
 
 
 @inline
-def _normalize_run(x, mean, rest, scale, beta, y, around):
+def _normalize_run(x, mean, rest, scale, beta, y, around) -> None:
     write(y, around, _normalized, (x, mean, rest, scale, beta))
 
 
 @inline
-def _apply_run(dy, x, mean, rest, scale, b, k, dx, around):
+def _apply_run(dy, x, mean, rest, scale, b, k, dx, around) -> None:
     write(dx, around, _applied, (dy, x, mean, rest, scale, b, k))
 
 
 # ---------------------------------------------------------------------------------------------- values s0…s1-1 of a plane
 @inline
-def _scratch(x):
+def _scratch(x) -> np.ndarray:
     """Room for a run of `x` that is not adjacent in memory; empty where runs are adjacent."""
     return np.empty(0 if x.strides[2] == x.itemsize else RUN, x.dtype)
 
 
 @inline
-def _goes_around(y):
+def _goes_around(y) -> bool:
     """True where the planes of a result are to be written around the caches."""
     return y.size * y.itemsize >= AROUND and y.strides[2] == y.itemsize
 
 
 @inline
-def _fetch_next(x, n, c, s, end):
+def _fetch_next(x, n, c, s, end) -> None:
     """Asks for the same values of the next sample."""
     if n + 1 < x.shape[0] and x.strides[2] == x.itemsize:
         fetch(line_of(x, n + 1, c, s, end - s))
 
 
 @inline
-def _add_deviations(x, n, c, s0, s1, shift, sums, j, scratch, ahead):
+def _add_deviations(x, n, c, s0, s1, shift, sums, j, scratch, ahead) -> None:
     """`ahead`: the next to be read is the next sample."""
     for s in range(s0, s1, RUN):
         if ahead:
@@ -160,7 +161,7 @@ def _add_deviations(x, n, c, s0, s1, shift, sums, j, scratch, ahead):
 
 
 @inline
-def _add_gradients(dy, x, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch, ahead):
+def _add_gradients(dy, x, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch, ahead) -> None:
     for s in range(s0, s1, RUN):
         end = min(s + RUN, s1)
         if ahead:
@@ -172,30 +173,30 @@ def _add_gradients(dy, x, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch, ah
 
 
 @inline
-def _normalize(x, n, c, s0, s1, mean, scale, beta, y, around, x_scratch, y_scratch):
+def _normalize(x, n, c, s0, s1, mean, scale, beta, y, around, x_scratch, y_scratch) -> None:
     step = RUN if x_scratch.size or y_scratch.size else max(s1 - s0, 1)
     for s in range(s0, s1, step):
         end = min(s + step, s1)
-        y_run = place(plane_of(y, n, c, s, end), y_scratch)
+        y_run = row_buffer(plane_of(y, n, c, s, end), y_scratch)
         _normalize_run(gather(plane_of(x, n, c, s, end), x_scratch), mean[0, c], mean[1, c], scale, beta, y_run, around)
         scatter(plane_of(y, n, c, s, end), y_scratch)
 
 
 @inline
-def _apply(dy, x, n, c, s0, s1, mean, scale, b, k, dx, around, dy_scratch, x_scratch, dx_scratch):
+def _apply(dy, x, n, c, s0, s1, mean, scale, b, k, dx, around, dy_scratch, x_scratch, dx_scratch) -> None:
     step = RUN if dy_scratch.size or x_scratch.size or dx_scratch.size else max(s1 - s0, 1)
     for s in range(s0, s1, step):
         end = min(s + step, s1)
         dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
-        dx_run = place(plane_of(dx, n, c, s, end), dx_scratch)
+        dx_run = row_buffer(plane_of(dx, n, c, s, end), dx_scratch)
         _apply_run(dy_run, x_run, mean[0, c], mean[1, c], scale, b, k, dx_run, around)
         scatter(plane_of(dx, n, c, s, end), dx_scratch)
 
 
 @inline
-def _scale(dy, n, c, s0, s1, scale, dx, dy_scratch, dx_scratch):
+def _scale(dy, n, c, s0, s1, scale, dx, dy_scratch, dx_scratch) -> None:
     """dx = scale dy for a run that is in the nearest cache."""
-    dy_run, dx_run = gather(plane_of(dy, n, c, s0, s1), dy_scratch), place(plane_of(dx, n, c, s0, s1), dx_scratch)
+    dy_run, dx_run = gather(plane_of(dy, n, c, s0, s1), dy_scratch), row_buffer(plane_of(dx, n, c, s0, s1), dx_scratch)
     for i in range(dy_run.size):
         store(dx_run, i, load(dy_run, i) * scale)
     scatter(plane_of(dx, n, c, s0, s1), dx_scratch)
@@ -203,7 +204,7 @@ def _scale(dy, n, c, s0, s1, scale, dx, dy_scratch, dx_scratch):
 
 # ---------------------------------------------------------------------------------------------- whole channels
 @inline
-def _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_var, eps, momentum, x_scratch):
+def _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_var, eps, momentum, x_scratch) -> None:
     """Statistics of the channels c0…c1-1; shift (c1 - c0) and sums (2, 2, c1 - c0) hold them."""
     N, S = x.shape[0], x.shape[2]
     m = np.float64(N * S)
@@ -227,7 +228,7 @@ def _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_v
 
 
 @inline
-def _gradients_of_channels(sums, c0, c1, m, rstd, dgamma, dbeta, b, k):
+def _gradients_of_channels(sums, c0, c1, m, rstd, dgamma, dbeta, b, k) -> None:
     """dgamma and dbeta of the channels c0…c1-1 from their sums, and what dx needs of them in b and k."""
     of = rstd.dtype.type
     for c in range(c0, c1):
@@ -240,7 +241,7 @@ def _gradients_of_channels(sums, c0, c1, m, rstd, dgamma, dbeta, b, k):
 
 # A block is `group` channels, done from first to last while they are in cache.
 @kernel
-def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum):
+def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum) -> None:
     """Statistics and y of the blocks first…last-1."""
     N, C, S = x.shape
     x_scratch, y_scratch, around = _scratch(x), _scratch(y), _goes_around(y)
@@ -255,7 +256,7 @@ def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean
 
 
 @kernel
-def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
+def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta) -> None:
     """dgamma, dbeta and dx of the blocks first…last-1."""
     N, C, S = x.shape
     m = np.float64(N * S)
@@ -278,7 +279,7 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
 # ---------------------------------------------------------------------------------------------- split
 # Block b is the values size b / blocks … size (b + 1) / blocks - 1 of all, in the order of n, c, s: one run in memory, mostly.
 @inline
-def _run_at(x, v, end):
+def _run_at(x, v, end) -> tuple[int, int, int, int]:
     """n, c, s and where s ends: the values v… of a plane, below `end`."""
     C, S = x.shape[1], x.shape[2]
     s = v % S
@@ -286,7 +287,7 @@ def _run_at(x, v, end):
 
 
 @kernel
-def sums(first, last, x, shift, partial):
+def sums(first, last, x, shift, partial) -> None:
     """partial (blocks, 2, C): sum (x - shift) and sum (x - shift)^2 of every block."""
     C = x.shape[1]
     blocks, scratch, pieces = partial.shape[0], _scratch(x), np.empty((2, 2, C))
@@ -302,7 +303,7 @@ def sums(first, last, x, shift, partial):
 
 
 @kernel
-def gradient_sums(first, last, dy, x, mean, scale, dx, partial):
+def gradient_sums(first, last, dy, x, mean, scale, dx, partial) -> None:
     """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
     C = x.shape[1]
     blocks, dy_scratch, x_scratch, pieces = partial.shape[0], _scratch(dy), _scratch(x), np.empty((2, 2, C))
@@ -322,7 +323,7 @@ def gradient_sums(first, last, dy, x, mean, scale, dx, partial):
 
 
 @kernel
-def normalize(first, last, blocks, x, mean, scale, beta, y):
+def normalize(first, last, blocks, x, mean, scale, beta, y) -> None:
     x_scratch, y_scratch, around = _scratch(x), _scratch(y), _goes_around(y)
     for block in range(first, last):
         v, end = x.size * block // blocks, x.size * (block + 1) // blocks
@@ -334,7 +335,7 @@ def normalize(first, last, blocks, x, mean, scale, beta, y):
 
 
 @kernel
-def apply(first, last, blocks, dy, x, mean, scale, b, k, dx):
+def apply(first, last, blocks, dy, x, mean, scale, b, k, dx) -> None:
     """dx = scale (dy - b - (x - mean) k)."""
     dy_scratch, x_scratch, dx_scratch, around = _scratch(dy), _scratch(x), _scratch(dx), _goes_around(dx)
     for block in range(first, last):

@@ -31,12 +31,12 @@ def mask_size(size: int) -> int:
 
 
 @inline
-def _bits_of(mask, piece, size):
+def _bits_of(mask, piece, size) -> np.ndarray:
     return line_of(mask, 0, 0, piece * (RUN // 8), (size + 7) // 8)
 
 
 @inline
-def _put_bits(on, size, bits):
+def _put_bits(on, size, bits) -> None:
     """on[:size], 0 or 1 each, as bits; `on` holds 8 a byte."""
     B = bits.size
     for p in range(size, 8 * B):
@@ -48,13 +48,13 @@ def _put_bits(on, size, bits):
 
 
 @inline
-def _add(values, residual):
+def _add(values, residual) -> None:
     for i in range(values.size):
         store(values, i, load(values, i) + load(residual, i))
 
 
 @inline
-def _add_relu(values, residual, zero, on):
+def _add_relu(values, residual, zero, on) -> None:
     """NaN passes, as in PyTorch."""
     for i in range(values.size):
         value = load(values, i) + load(residual, i)
@@ -64,7 +64,7 @@ def _add_relu(values, residual, zero, on):
 
 
 @kernel
-def finish(first, last, values, residual, mask, zero, y):
+def finish(first, last, values, residual, mask, zero, y) -> None:
     """Pieces first…last-1 of `values` in place, then rounded to y where it is given."""
     on, none = np.empty(RUN, np.uint8), np.zeros((1, 1, 0 if residual.size else RUN), residual.dtype)
     for piece in range(first, last):
@@ -83,7 +83,7 @@ def finish(first, last, values, residual, mask, zero, y):
 
 
 @inline
-def _masked(dy, bits, out):
+def _masked(dy, bits, out) -> None:
     B, zero = bits.size, dy.dtype.type(0)
     for j in range(8):
         bit, start = np.uint8(1 << j), j * B
@@ -94,7 +94,7 @@ def _masked(dy, bits, out):
 
 
 @kernel
-def let_through(first, last, dy, mask, out):
+def let_through(first, last, dy, mask, out) -> None:
     """Pieces first…last-1."""
     for piece in range(first, last):
         size = min(RUN, dy.size - piece * RUN)

@@ -28,7 +28,7 @@ FAR_SHIFT = 64.0
 
 # ---------------------------------------------------------------------------------------------- sums in pieces
 @exact
-def two_sum(a, b):
+def two_sum(a, b) -> tuple[float, float]:
     """a + b in two parts: the rounded sum, and what the rounding left (Knuth)."""
     high = a + b
     part = high - a
@@ -36,13 +36,13 @@ def two_sum(a, b):
 
 
 @exact
-def with_low(total, low):
+def with_low(total, low) -> float:
     """A sum and what its roundings left; an infinite sum has left NaN."""
     return total + low if math.isfinite(low) else total
 
 
 @inline
-def add_to(sums, j, first, second):
+def add_to(sums, j, first, second) -> None:
     """Add to the two sums of channel j. sums (2, 2, channels): the sums, and what their roundings left."""
     sums[0, 0, j], low = two_sum(sums[0, 0, j], first)
     sums[1, 0, j] += low
@@ -51,13 +51,13 @@ def add_to(sums, j, first, second):
 
 
 @inline
-def sums_of(sums, j):
+def sums_of(sums, j) -> tuple[float, float]:
     """The two sums of channel j."""
     return with_low(sums[0, 0, j], sums[1, 0, j]), with_low(sums[0, 1, j], sums[1, 1, j])
 
 
 @kernel
-def merge(partial, sums):
+def merge(partial, sums) -> None:
     """sums (2, C) = the sum over the blocks of partial (blocks, 2, C), in order."""
     C = sums.shape[1]
     pieces = np.zeros((2, 2, C))
@@ -70,14 +70,14 @@ def merge(partial, sums):
 
 # ---------------------------------------------------------------------------------------------- shift
 @inline
-def shift_of(total, size, count):
+def shift_of(total, size, count) -> float:
     """The mean of `count` values of this sum; 0 if they spread as far as that, or if it is no finite number."""
     mean = total / count
     return mean if math.isfinite(mean) and abs(total) > 0.7 * size else 0.0
 
 
 @inline
-def first_mean(x, c):
+def first_mean(x, c) -> float:
     """The shift by the first values of channel c."""
     N, S = x.shape[0], x.shape[2]
     total, size, count = 0.0, 0.0, 0
@@ -94,7 +94,7 @@ def first_mean(x, c):
 
 
 @inline
-def better_shift(shift, total, square, m):
+def better_shift(shift, total, square, m) -> float:
     """The mean, if `shift` is too far from it for `finish`; else NaN."""
     of_m = 1.0 / m
     d = total * of_m
@@ -102,13 +102,13 @@ def better_shift(shift, total, square, m):
 
 
 @kernel
-def first_means(x, shift):
+def first_means(x, shift) -> None:
     for c in range(x.shape[1]):
         shift[c] = first_mean(x, c)
 
 
 @kernel
-def better_shifts(shift, sums, m):
+def better_shifts(shift, sums, m) -> int:
     """Replace every shift that is too far from its channel's mean; True if there was one."""
     found = False
     for c in range(shift.size):
@@ -122,7 +122,7 @@ def better_shifts(shift, sums, m):
 # ---------------------------------------------------------------------------------------------- statistics
 # A number in two parts, high + low, is held to about twice the digits of float64.
 @exact
-def _divide(a, m):
+def _divide(a, m) -> tuple[float, float]:
     """a / m in two parts, the first perhaps an ulp off: the second has what it left. 1 / m is taken once for all channels."""
     of_m = 1.0 / m
     high = a * of_m
@@ -130,7 +130,7 @@ def _divide(a, m):
 
 
 @exact
-def _reciprocal_root(high, low):
+def _reciprocal_root(high, low) -> float:
     """1 / sqrt(high + low): a Newton step on the rounded one, with its square in two parts."""
     root = 1.0 / math.sqrt(high)
     square = root * root
@@ -139,7 +139,7 @@ def _reciprocal_root(high, low):
 
 
 @exact
-def finish(c, shift, total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var):
+def finish(c, shift, total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var) -> None:
     """The statistics of channel c from its sums about `shift`, each with one rounding in float64, then to their dtype."""
     of = var.dtype.type
     d, d_low = _divide(total, m)
@@ -168,13 +168,13 @@ def finish(c, shift, total, square, m, eps, momentum, mean, var, rstd, running_m
 
 
 @kernel
-def finish_all(shift, sums, m, eps, momentum, mean, var, rstd, running_mean, running_var):
+def finish_all(shift, sums, m, eps, momentum, mean, var, rstd, running_mean, running_var) -> None:
     for c in range(shift.size):
         finish(c, shift[c], sums[0, c], sums[1, c], m, eps, momentum, mean, var, rstd, running_mean, running_var)
 
 
 @kernel
-def finish_gradients(sums, rstd, dgamma, dbeta):
+def finish_gradients(sums, rstd, dgamma, dbeta) -> None:
     """dbeta and dgamma from sum dy and sum dy (x - mean)."""
     of = rstd.dtype.type
     for c in range(rstd.size):

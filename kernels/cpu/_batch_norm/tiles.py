@@ -7,6 +7,7 @@ in turn are done as one of up to WIDE positions: what is done to a channel is th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,27 +45,27 @@ WIDE, STRIP_BYTES = 1024, 1 << 20
 
 
 @inline
-def _at_once(group, x):
+def _at_once(group, x) -> int:
     """Tiles that are done as one, STRIP_BYTES of them at most."""
     N, S = x.shape[0], x.shape[2]
     return max(1, min(WIDE // (group * S), STRIP_BYTES // (N * group * S * x.itemsize)))
 
 
 @inline
-def _block_of(block, parts, group, x):
+def _block_of(block, parts, group, x) -> tuple[int, int, int, int]:
     """The samples n0…n1-1 and channels c0…c1-1 of a block."""
     N, tile, part = x.shape[0], block // parts, block % parts
     return N * part // parts, N * (part + 1) // parts, tile * group, min(tile * group + group, x.shape[1])
 
 
 @inline
-def _is_far(x):
+def _is_far(x) -> bool:
     """True where the next lines are worth asking for: those of a small array come by themselves."""
     return x.size * x.itemsize >= LARGE
 
 
 @inline
-def _tile_deviations(x, n0, n1, c0, c1, shift, total, square):
+def _tile_deviations(x, n0, n1, c0, c1, shift, total, square) -> None:
     size, n, fetches = (c1 - c0) * x.shape[2], n0, _is_far(x)
     total[:] = 0.0
     square[:] = 0.0
@@ -82,7 +83,7 @@ def _tile_deviations(x, n0, n1, c0, c1, shift, total, square):
 
 
 @inline
-def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product):
+def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product) -> None:
     """about (1, 2, positions): the mean in float64, and what is left of it."""
     size, n, mean, rest, fetches = (c1 - c0) * x.shape[2], n0, _of(about, MEAN), _of(about, REST), _is_far(x)
     total[:] = 0.0
@@ -102,7 +103,7 @@ def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product):
 
 
 @reduction
-def _fast_sums(first, second, start, S):
+def _fast_sums(first, second, start, S) -> tuple[float, float]:
     a, b = 0.0, 0.0
     for s in range(S):
         p = np.uintp(start + s)
@@ -112,7 +113,7 @@ def _fast_sums(first, second, start, S):
 
 
 @inline
-def _exact_sums(first, second, start, S):
+def _exact_sums(first, second, start, S) -> tuple[float, float]:
     a, b, a_low, b_low = 0.0, 0.0, 0.0, 0.0
     for s in range(S):
         a, low = two_sum(a, first[start + s])
@@ -128,14 +129,14 @@ def _position_sums(first: Any, second: Any, start: Any, S: Any, x: Any) -> Any:
 
 
 @overload(_position_sums)
-def _choose_position_sums(first, second, start, S, x):
+def _choose_position_sums(first, second, start, S, x) -> Callable[..., Any]:
     if x.dtype == types.float64:
         return lambda first, second, start, S, x: _exact_sums(first, second, start, S)
     return lambda first, second, start, S, x: _fast_sums(first, second, start, S)
 
 
 @inline
-def _tile_sums(x, first, second, c0, c1, sums):
+def _tile_sums(x, first, second, c0, c1, sums) -> None:
     """sums (2, ≥ c1 - c0) = the positions of each channel added up."""
     S = x.shape[2]
     for j in range(c1 - c0):
@@ -143,7 +144,7 @@ def _tile_sums(x, first, second, c0, c1, sums):
 
 
 @inline
-def _tile_shifts(x, c0, c1, shift, total, size, sums):
+def _tile_shifts(x, c0, c1, shift, total, size, sums) -> None:
     """As `first_mean`, of all the tile's channels."""
     S = x.shape[2]
     count = min(x.shape[0], -(-SHIFT_VALUES // S))
@@ -161,7 +162,7 @@ def _tile_shifts(x, c0, c1, shift, total, size, sums):
 
 
 @inline
-def _statistics(x, c0, c1, shift, sums, at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum):
+def _statistics(x, c0, c1, shift, sums, at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum) -> None:
     """Statistics of the channels c0…c1-1 of a tile, and memory for them; at (1, 1, positions) float64."""
     N, S = x.shape[0], x.shape[2]
     m = np.float64(N * S)
@@ -185,20 +186,20 @@ def _statistics(x, c0, c1, shift, sums, at, total, square, mean, var, rstd, runn
 
 
 @inline
-def _means_of_tile(at, c0, c1, S, mean):
+def _means_of_tile(at, c0, c1, S, mean) -> None:
     for c in range(c0, c1):
         _spread(at, MEAN, c - c0, S, mean[0, c])
         _spread(at, REST, c - c0, S, mean[1, c])
 
 
 @inline
-def _scale_of_tile(at, c0, c1, S, rstd, gamma):
+def _scale_of_tile(at, c0, c1, S, rstd, gamma) -> None:
     for c in range(c0, c1):
         _spread(at, SCALE, c - c0, S, rstd[c] * gamma[c])
 
 
 @inline
-def _normalization_of_tile(at, c0, c1, S, mean, scale, beta):
+def _normalization_of_tile(at, c0, c1, S, mean, scale, beta) -> None:
     _means_of_tile(at, c0, c1, S, mean)
     for c in range(c0, c1):
         _spread(at, SCALE, c - c0, S, scale[c])
@@ -206,14 +207,14 @@ def _normalization_of_tile(at, c0, c1, S, mean, scale, beta):
 
 
 @inline
-def _slopes_of_tile(at, c0, c1, S, mean, scale, b, k):
+def _slopes_of_tile(at, c0, c1, S, mean, scale, b, k) -> None:
     _normalization_of_tile(at, c0, c1, S, mean, scale, b)
     for c in range(c0, c1):
         _spread(at, SHIFT_2, c - c0, S, k[c])
 
 
 @inline
-def _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta):
+def _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta) -> None:
     """dgamma and dbeta of the tile's channels from their sums, and what dx needs of them."""
     of = rstd.dtype.type
     for c in range(c0, c1):
@@ -224,7 +225,7 @@ def _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta):
 
 
 @kernel
-def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum):
+def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum) -> None:
     """Statistics and y of the tiles first…last-1."""
     N, C, S = x.shape
     step = min(_at_once(group, x), last - first)
@@ -245,7 +246,7 @@ def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean
 
 
 @kernel
-def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
+def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta) -> None:
     """dgamma, dbeta and dx of the tiles first…last-1."""
     N, C, S = x.shape
     m, step = np.float64(N * S), min(_at_once(group, x), last - first)
@@ -268,7 +269,7 @@ def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta):
 
 
 @kernel
-def sums(first, last, group, x, shift, partial):
+def sums(first, last, group, x, shift, partial) -> None:
     """partial (parts, 2, C): sum (x - shift) and sum (x - shift)^2 of every block."""
     S, P, parts = x.shape[2], group * x.shape[2], partial.shape[0]
     sums, at, total, square = np.empty((2, group)), np.empty((1, 1, P)), np.empty(P), np.empty(P)
@@ -282,7 +283,7 @@ def sums(first, last, group, x, shift, partial):
 
 
 @kernel
-def gradient_sums(first, last, group, dy, x, mean, scale, dx, partial):
+def gradient_sums(first, last, group, dy, x, mean, scale, dx, partial) -> None:
     """partial (parts, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
     S, P, parts, scaled = x.shape[2], group * x.shape[2], partial.shape[0], dx.size > 0
     sums, about, total, product = np.empty((2, group)), np.empty((1, 2, P)), np.empty(P), np.empty(P)
@@ -303,7 +304,7 @@ def gradient_sums(first, last, group, dy, x, mean, scale, dx, partial):
 
 
 @kernel
-def normalize(first, last, group, parts, x, mean, scale, beta, y):
+def normalize(first, last, group, parts, x, mean, scale, beta, y) -> None:
     S, at = x.shape[2], parameters(group * x.shape[2], mean)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
@@ -315,7 +316,7 @@ def normalize(first, last, group, parts, x, mean, scale, beta, y):
 
 
 @kernel
-def apply(first, last, group, parts, dy, x, mean, scale, b, k, dx):
+def apply(first, last, group, parts, dy, x, mean, scale, b, k, dx) -> None:
     """dx = scale (dy - b - (x - mean) k)."""
     S, at = x.shape[2], parameters(group * x.shape[2], mean)
     for block in range(first, last):

@@ -12,7 +12,7 @@ from .row import class_weight
 
 # ---------------------------------------------------------------------------------------------- reduction
 @inline
-def compensated_sum(loss):
+def compensated_sum(loss) -> float:
     losses, lost = 0.0, 0.0
     for n in range(loss.shape[0]):
         for s in range(loss.shape[1]):
@@ -24,7 +24,7 @@ def compensated_sum(loss):
 
 
 @inline
-def denominator_of(rows, target, weight, V, ignore_index):
+def denominator_of(rows, target, weight, V, ignore_index) -> float:
     """sum w_target over the rows that have a class, or the number of rows if V < 0."""
     if V < 0:
         return np.float64(rows)
@@ -38,11 +38,11 @@ def denominator_of(rows, target, weight, V, ignore_index):
 
 
 @kernel
-def _count(rows, target, weight, V, ignore_index, denominator):
+def _count(rows, target, weight, V, ignore_index, denominator) -> None:
     denominator[0] = denominator_of(rows, target, weight, V, ignore_index)
 
 
 @kernel
-def _reduce(loss, target, weight, V, ignore_index, total, denominator):
+def _reduce(loss, target, weight, V, ignore_index, total, denominator) -> None:
     total[0] = compensated_sum(loss)
     denominator[0] = denominator_of(loss.size, target, weight, V, ignore_index)

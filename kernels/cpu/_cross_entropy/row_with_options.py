@@ -11,6 +11,7 @@ so that class targets and probabilities share what follows. The backward pass ta
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from numba.extending import overload
 from .._numba.compile import inline, kernel, reduction
 from .._numba.elements import atomic_min, load, store
 from .._numba.exp import exp
-from .._numba.views import gather, place, release, row_of, row_scratch, scatter
-from .._rows import CHUNK, exp_and_excess, fill, room_for_exps, row_max
+from .._numba.views import gather, release, row_buffer, row_of, row_scratch, scatter
+from .._rows import CHUNK, exp_and_sum_minus_1, exps_workspace, fill, row_max
 
 _SERIES = tuple(np.float32(c) for c in (1 / 3, 2 / 15, 17 / 315, 62 / 2835, 1382 / 155925))
 _ONE, _ZERO, _MINUS_TWO, _FAR, _SMALL = (np.float32(c) for c in (1.0, 0.0, -2.0, 0.25, 0.0625))
@@ -33,11 +34,11 @@ def tanh(x: Any) -> Any:
 
 
 @overload(tanh)
-def _tanh(x):
+def _tanh(x) -> Callable[..., Any]:
     if x == types.float64:
         return lambda x: math.tanh(x)
 
-    def of_float32(x):
+    def of_float32(x) -> Any:
         # 1 - exp(-2 |x|) would lose its digits near 0
         x2 = x * x
         u = exp(_MINUS_TWO * abs(x))
@@ -52,7 +53,7 @@ def _tanh(x):
 
 
 @inline
-def _logits(z, cap, u):
+def _logits(z, cap, u) -> None:
     """u from a row of logits; `cap` is 0 where there is none."""
     of = u.dtype.type
     if cap == 0.0:
@@ -65,7 +66,7 @@ def _logits(z, cap, u):
 
 
 @inline
-def _of_probabilities(y, smoothing, weight, q):
+def _of_probabilities(y, smoothing, weight, q) -> None:
     of = q.dtype.type
     keep, uniform = of(1.0 - smoothing), of(smoothing / q.size)
     for c in range(q.size):
@@ -73,7 +74,7 @@ def _of_probabilities(y, smoothing, weight, q):
 
 
 @inline
-def _of_a_class(smoothing, weight, q):
+def _of_a_class(smoothing, weight, q) -> None:
     """What a class target leaves to every class."""
     uniform = q.dtype.type(smoothing / q.size)
     for c in range(q.size):
@@ -81,12 +82,12 @@ def _of_a_class(smoothing, weight, q):
 
 
 @inline
-def _below(u, i, m):
+def _below(u, i, m) -> float:
     return u[i] - m
 
 
 @reduction
-def _sums_of_chunk(u, m, q, e, first, last):
+def _sums_of_chunk(u, m, q, e, first, last) -> tuple[float, float, float]:
     """sum q, sum q (u - m) and sum e (u - m) of a chunk."""
     zero = u.dtype.type(0)
     dense, inner, spread = zero, zero, zero
@@ -99,7 +100,7 @@ def _sums_of_chunk(u, m, q, e, first, last):
 
 
 @inline
-def _sums(u, m, q, e):
+def _sums(u, m, q, e) -> tuple[float, float, float]:
     dense, inner, spread, chunk = 0.0, 0.0, 0.0, CHUNK
     for first in range(0, u.size, chunk):
         sums = _sums_of_chunk(u, m, q, e, first, min(first + chunk, u.size))
@@ -109,42 +110,42 @@ def _sums(u, m, q, e):
 
 
 @inline
-def _slope(u, cap):
+def _slope(u, cap) -> float:
     """The derivative of tau tanh(z / tau) by z, from u; the difference is taken before anything else is rounded."""
     return (cap - u) * (cap + u) / (cap * cap)
 
 
 @inline
-def _gradient(u, q, e, scale, pull, g, cap, dz):
-    """dz = ((scale e - g q) + pull e) (1 - u^2 / tau^2): where scale e and g q cancel, pull e keeps its digits."""
+def _gradient(u, q, e, scale, z_loss_scale, g, cap, dz) -> None:
+    """dz = ((scale e - g q) + z_loss_scale e) (1 - u^2 / tau^2); z_loss_scale e is added last and keeps its digits."""
     of = u.dtype.type
-    scale, pull, g = of(scale), of(pull), of(g)
+    scale, z_loss_scale, g = of(scale), of(z_loss_scale), of(g)
     if cap == 0.0:
         for c in range(u.size):
-            store(dz, c, (e[c] * scale - g * q[c]) + e[c] * pull)
+            store(dz, c, (e[c] * scale - g * q[c]) + e[c] * z_loss_scale)
     else:
         tau, over = of(cap), of(1 / (cap * cap))
         for c in range(u.size):
             slope = (tau - u[c]) * (tau + u[c]) * over
-            store(dz, c, ((e[c] * scale - g * q[c]) + e[c] * pull) * slope)
+            store(dz, c, ((e[c] * scale - g * q[c]) + e[c] * z_loss_scale) * slope)
 
 
 @inline
-def _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz, row_stats, known):
+def _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz, row_stats, known) -> float:
     """The loss of a row, its statistics, and dz where that is not empty. t is a class, or -1 where q is all there is.
 
     `known` statistics are taken as they are given, and the loss is not asked for: u may be a part of the row they are of.
     """
     q_t, loss = (1.0 - smoothing) * w_t if t >= 0 else 0.0, 0.0
     m = u.dtype.type(row_stats[0]) if known else row_max(u)
-    excess = exp_and_excess(u, m, e, u)
+    sum_exp_minus_1 = exp_and_sum_minus_1(u, m, e, u)
     if known:
-        excess, W = row_stats[1], row_stats[2]
-        log_total, total = math.log1p(excess), 1.0 + excess
+        sum_exp_minus_1, W = row_stats[1], row_stats[2]
+        log_total, total = math.log1p(sum_exp_minus_1), 1.0 + sum_exp_minus_1
         lse = np.float64(m) + log_total
     else:
         dense, inner, spread = _sums(u, m, q, e)
-        log_total, total = math.log1p(excess), 1.0 + excess
+        log_total, total = math.log1p(sum_exp_minus_1), 1.0 + sum_exp_minus_1
         lse = np.float64(m) + log_total
         below = np.float64(u[t] - m) if t >= 0 else 0.0
         W = q_t + dense
@@ -153,14 +154,14 @@ def _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz, row_stats, known):
             loss -= q_t * below
         if z_loss != 0.0:
             loss += z_loss * lse * lse
-        row_stats[0], row_stats[1], row_stats[2], row_stats[3] = m, excess, W, below
+        row_stats[0], row_stats[1], row_stats[2], row_stats[3] = m, sum_exp_minus_1, W, below
         row_stats[4] = log_total - spread / total
     if dz.size:
-        pull = 2.0 * z_loss * lse if z_loss != 0.0 else 0.0
-        _gradient(u, q, e, g * W / total, g * pull / total, g, cap, dz)
+        of_lse = 2.0 * z_loss * lse if z_loss != 0.0 else 0.0
+        _gradient(u, q, e, g * W / total, g * of_lse / total, g, cap, dz)
         if t >= 0:  # without the difference p_t - 1, whose digits are lost where p_t -> 1
             e_t = np.float64(e[t])
-            at_target = (W - q_t) - W * ((excess + (1.0 - e_t)) / total) - np.float64(q[t]) + pull * (e_t / total)
+            at_target = (W - q_t) - W * ((sum_exp_minus_1 + (1.0 - e_t)) / total) - np.float64(q[t]) + of_lse * (e_t / total)
             if cap != 0.0:
                 at_target *= _slope(np.float64(u[t]), cap)
             store(dz, t, u.dtype.type(g * at_target))
@@ -168,7 +169,7 @@ def _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz, row_stats, known):
 
 
 @inline
-def _exchange(stats, n, s, row_stats, get, put):
+def _exchange(stats, n, s, row_stats, get, put) -> None:
     for k in range(stats.shape[0]):
         if get:
             row_stats[k] = stats[k, n, s]
@@ -177,7 +178,7 @@ def _exchange(stats, n, s, row_stats, get, put):
 
 
 @inline
-def _row_without_a_class(value, dz, row_stats):
+def _row_without_a_class(value, dz, row_stats) -> float:
     row_stats[:] = 0.0
     fill(dz, value)
     return value
@@ -187,10 +188,10 @@ def _row_without_a_class(value, dz, row_stats):
 def hard_rows(
     first, last, z, target, weight, loss, stats, known, dz, invalid, upstream, denominator, unless_one,
     ignore_index, smoothing, z_loss, cap,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Loss and statistics (as many rows of them as `stats` has) unless `known`, and dz unless that is empty, of classes."""
     V, S = z.shape[1], z.shape[2]
-    u, q, e = np.empty(V, weight.dtype), np.empty(V, weight.dtype), room_for_exps(V, weight)
+    u, q, e = np.empty(V, weight.dtype), np.empty(V, weight.dtype), exps_workspace(V, weight)
     row_stats = np.empty(5)
     z_scratch, dz_scratch = row_scratch(z), row_scratch(dz)
     _of_a_class(smoothing, weight, q)
@@ -199,7 +200,7 @@ def hard_rows(
         if unless_one and upstream[n, s] == 1.0:
             continue
         t = target[n, s]
-        dz_row = place(row_of(dz, n, s), dz_scratch) if dz.size else place(dz_scratch[:0], dz_scratch)
+        dz_row = row_buffer(row_of(dz, n, s), dz_scratch) if dz.size else row_buffer(dz_scratch[:0], dz_scratch)
         if 0 <= t < V and t != ignore_index:
             _exchange(stats, n, s, row_stats, known, False)
             _logits(gather(row_of(z, n, s), z_scratch), cap, u)
@@ -221,17 +222,17 @@ def hard_rows(
 @kernel
 def soft_rows(
     first, last, z, y, weight, loss, stats, known, dz, upstream, denominator, unless_one, smoothing, z_loss, cap
-):  # fmt: skip
+) -> None:  # fmt: skip
     """As `hard_rows`, of probabilities."""
     V, S = z.shape[1], z.shape[2]
-    u, q, e = np.empty(V, weight.dtype), np.empty(V, weight.dtype), room_for_exps(V, weight)
+    u, q, e = np.empty(V, weight.dtype), np.empty(V, weight.dtype), exps_workspace(V, weight)
     row_stats = np.empty(5)
     z_scratch, y_scratch, dz_scratch = row_scratch(z), row_scratch(y), row_scratch(dz)
     for row in range(first, last):
         n, s = row // S, row % S
         if unless_one and upstream[n, s] == 1.0:
             continue
-        dz_row = place(row_of(dz, n, s), dz_scratch) if dz.size else place(dz_scratch[:0], dz_scratch)
+        dz_row = row_buffer(row_of(dz, n, s), dz_scratch) if dz.size else row_buffer(dz_scratch[:0], dz_scratch)
         _exchange(stats, n, s, row_stats, known, False)
         _logits(gather(row_of(z, n, s), z_scratch), cap, u)
         _of_probabilities(gather(row_of(y, n, s), y_scratch), smoothing, weight, q)

@@ -34,18 +34,18 @@ def _of_any_strides(typingctx: Any, array: Any) -> Any:
 
 
 @inline
-def floats(address, shape):
+def floats(address, shape) -> np.ndarray:
     return carray(pointer(address), shape, np.float32)
 
 
 @inline
-def planes(address, N, C, S):
+def planes(address, N, C, S) -> np.ndarray:
     """float32 (N, C, S), of the type of a launcher's arrays, so that both call the same compiled kernel."""
     return _of_any_strides(floats(address, (N, C, S)))
 
 
 @inline
-def vector_or(address, size, default):
+def vector_or(address, size, default) -> np.ndarray:
     return floats(address, size) if address else np.full(size, np.float32(default), np.float32)
 
 
@@ -56,7 +56,7 @@ def at_addresses(kernel: Any) -> Any:
     The arrays in `args` give dtype, shape and strides; their own elements are not touched.
     """
 
-    def at(first, last, *args):
+    def at(first, last, *args) -> None:
         _call_at(kernel, first, last, args)
 
     original = kernel.py_func

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def _power(typingctx: Any, shifted: Any) -> Any:
 
 
 @inline
-def _exp32(x):
+def _exp32(x) -> Any:
     x = larger(_LOWEST32, x)
     shifted = x * _INV_LN2_32 + _MAGIC32
     n = shifted - _MAGIC32
@@ -69,7 +70,7 @@ def _exp32(x):
 
 
 @inline
-def _exp64(x):
+def _exp64(x) -> Any:
     x = larger(_LOWEST64, x)
     shifted = x * _INV_LN2_64 + _MAGIC64
     n = shifted - _MAGIC64
@@ -90,7 +91,7 @@ def exp(x: Any) -> Any:
 
 
 @overload(exp)
-def _exp(x):
+def _exp(x) -> Callable[..., Any]:
     if getattr(x, "dtype", x) == types.float64:
         return lambda x: _exp64(x)
     return lambda x: _exp32(x)

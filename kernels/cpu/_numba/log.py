@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def _parts(typingctx: Any, u: Any) -> Any:
 
 
 @inline
-def _log1p32(x, u):
+def _log1p32(x, u) -> Any:
     k, m = _parts(u)
     f = where_below(k * k, np.float32(0.5), x, m - np.float32(1.0))
     s = f / (f + np.float32(2.0))
@@ -62,7 +63,7 @@ def _log1p32(x, u):
 
 
 @inline
-def _log1p64(x, u):
+def _log1p64(x, u) -> Any:
     k, m = _parts(u)
     f = where_below(k * k, 0.5, x, m - 1.0)
     s = f / (f + 2.0)
@@ -79,7 +80,7 @@ def log1p(x: Any, u: Any) -> Any:
 
 
 @overload(log1p)
-def _log1p(x, u):
+def _log1p(x, u) -> Callable[..., Any]:
     if x.dtype == types.float64:
         return lambda x, u: _log1p64(x, u)
     return lambda x, u: _log1p32(x, u)

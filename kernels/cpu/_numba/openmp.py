@@ -61,7 +61,7 @@ def team_of(kernel: Any) -> Any:
     A team does the pieces from `piece` to `end` of the `pieces` that range(blocks) is cut into.
     """
 
-    def team(entry, threads, piece, end, pieces, blocks, *args):
+    def team(entry, threads, piece, end, pieces, blocks, *args) -> None:
         _share(kernel, entry, threads, piece, end, pieces, blocks, args)
 
     original = kernel.py_func
@@ -87,12 +87,12 @@ def _share(
             for pair in zip(args, cgutils.unpack_tuple(builder, packed, len(args)), strict=True)
         )
         data = cgutils.pack_struct(builder, [*head, *given])
-        place = cgutils.alloca_once_value(builder, data)
+        frame = cgutils.alloca_once_value(builder, data)
         work = _worker(context, builder.module, called, arguments, data.type)
-        start = ir.FunctionType(ir.VoidType(), [work.type, place.type, _FLAG, _FLAG])
+        start = ir.FunctionType(ir.VoidType(), [work.type, frame.type, _FLAG, _FLAG])
         start = builder.inttoptr(entry, start.as_pointer())
-        builder.call(start, [work, place, builder.trunc(threads, _FLAG), ir.Constant(_FLAG, 0)])
-        failed = builder.load(cgutils.gep_inbounds(builder, place, 0, 4))
+        builder.call(start, [work, frame, builder.trunc(threads, _FLAG), ir.Constant(_FLAG, 0)])
+        failed = builder.load(cgutils.gep_inbounds(builder, frame, 0, 4))
         with cgutils.if_unlikely(builder, cgutils.is_not_null(builder, failed)):
             raise_error(context, builder, MemoryError, "a kernel found no memory")
         return context.get_dummy_value()
@@ -113,23 +113,23 @@ def _worker(context: Any, module: Any, called: Any, arguments: Any, layout: Any)
     """The function of a thread, void f(data*): takes pieces and calls the kernel for each."""
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [layout.as_pointer()]), module.get_unique_name("pieces"))
     function.linkage = "internal"
-    place = function.args[0]
+    frame = function.args[0]
     builder = ir.IRBuilder(function.append_basic_block())
 
     def member(i: int) -> Any:
-        return builder.load(cgutils.gep_inbounds(builder, place, 0, i))
+        return builder.load(cgutils.gep_inbounds(builder, frame, 0, i))
 
     end, pieces, blocks, given = member(1), member(2), member(3), [member(5 + i) for i in range(len(arguments) - 2)]
     take, do, done = (function.append_basic_block(name) for name in ("take", "do", "done"))
     builder.branch(take)
     builder.position_at_end(take)
     one = ir.Constant(_INT, 1)
-    piece = builder.atomic_rmw("add", cgutils.gep_inbounds(builder, place, 0, 0), one, "monotonic")
+    piece = builder.atomic_rmw("add", cgutils.gep_inbounds(builder, frame, 0, 0), one, "monotonic")
     builder.cbranch(builder.icmp_signed("<", piece, end), do, done)
     builder.position_at_end(do)
     first, last = (builder.sdiv(builder.mul(blocks, p), pieces) for p in (piece, builder.add(piece, one)))
     with cgutils.if_unlikely(builder, call(context, builder, called, (first, last, *given))):
-        builder.store(ir.Constant(_FLAG, 1), cgutils.gep_inbounds(builder, place, 0, 4))
+        builder.store(ir.Constant(_FLAG, 1), cgutils.gep_inbounds(builder, frame, 0, 4))
     builder.branch(take)
     builder.position_at_end(done)
     builder.ret_void()

@@ -332,7 +332,7 @@ def load_lanes_like(typingctx: Any, row: Any, i: Any, exist: Any, rest: Any, lik
 
 
 @inline
-def load_lanes(row, i, exist, rest):
+def load_lanes(row, i, exist, rest) -> Lanes:
     """row[i : i + exist], then `rest` in the other lanes; rest is 0 or an infinity, 0 <= exist <= width(row)."""
     return load_lanes_like(row, i, exist, rest, row)
 
@@ -416,7 +416,7 @@ def prefetch(typingctx: Any, row: Any, i: Any) -> Any:
 
 
 @inline
-def fetch(row):
+def fetch(row) -> None:
     """Prefetches a whole row."""
     for i in range(0, row.size, LINE // row.itemsize):
         prefetch(row, i)
@@ -442,7 +442,7 @@ def streamed(typingctx: Any) -> Any:
 
 
 @inline
-def before_line(row):
+def before_line(row) -> int:
     """How many elements of `row` come before its first whole cache line; -1 where elements are not aligned to their size."""
     head = -_address(row) % LINE
     return head // row.itemsize if head % row.itemsize == 0 else -1
@@ -450,7 +450,7 @@ def before_line(row):
 
 # ---------------------------------------------------------------------------------------------- a row of results
 @inline
-def write(row, around, lanes, args):
+def write(row, around, lanes, args) -> None:
     """row[i : i + exist] = lanes(i, exist, args), vector by vector; `lanes` is a compiled function.
 
     around: whole cache lines are written past the caches.

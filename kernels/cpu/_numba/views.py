@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -93,7 +94,7 @@ def borrowed(typingctx: Any, row: Any) -> Any:
 
 
 @intrinsic
-def room(typingctx: Any, size: Any, like: Any) -> Any:
+def workspace(typingctx: Any, size: Any, like: Any) -> Any:
     """Uninitialised memory for `size` elements of `like`'s dtype, aligned to a cache line; `release` frees it.
 
     np.empty would count references in the loop over rows, and each count is an atomic operation that waits for all stores
@@ -135,7 +136,7 @@ def _before(builder: Any, start: Any, kind: Any) -> Any:
 
 @intrinsic
 def release(typingctx: Any, scratch: Any) -> Any:
-    """Frees the memory of a `room`."""
+    """Frees the memory of a `workspace`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         start = builder.ptrtoint(make_array(scratch)(context, builder, args[0]).data, ir.IntType(64))
@@ -146,30 +147,30 @@ def release(typingctx: Any, scratch: Any) -> Any:
 
 
 @inline
-def row_scratch(x):
+def row_scratch(x) -> np.ndarray:
     """Memory for one row x[n, :, s] where the elements of rows are not adjacent; of size 0 where they are."""
-    return room(0 if x.strides[1] == x.itemsize else x.shape[1], x)
+    return workspace(0 if x.strides[1] == x.itemsize else x.shape[1], x)
 
 
 @outline
-def copy(source, destination):
+def copy(source, destination) -> None:
     for i in range(source.size):
         destination[i] = source[i]
 
 
 @inline
-def prefix(scratch, size):
+def prefix(scratch, size) -> np.ndarray:
     """scratch[:size] without reference counting; its elements are adjacent."""
     return borrowed(scratch[:size])
 
 
 @inline
-def _is_adjacent(row):
+def _is_adjacent(row) -> bool:
     return row.strides[0] == row.itemsize or row.size <= 1
 
 
 @inline
-def gather(row, scratch):
+def gather(row, scratch) -> np.ndarray:
     """`row` with adjacent elements: itself if they are, else copied to `scratch`."""
     if _is_adjacent(row):
         return borrowed(row)
@@ -178,7 +179,7 @@ def gather(row, scratch):
 
 
 @inline
-def place(row, scratch):
+def row_buffer(row, scratch) -> np.ndarray:
     """Buffer to write: `row` if its elements are adjacent, else `scratch`, which `scatter` copies back."""
     if _is_adjacent(row):
         return borrowed(row)
@@ -186,20 +187,20 @@ def place(row, scratch):
 
 
 @inline
-def scatter(row, scratch):
-    """Copies `scratch` to `row` where `place` gave scratch."""
+def scatter(row, scratch) -> None:
+    """Copies `scratch` to `row` where `row_buffer` gave scratch."""
     if not _is_adjacent(row):
         copy(scratch[: row.size], row)
 
 
 @inline
-def goes_around(y):
+def bypasses_cache(y) -> bool:
     """True where a result's rows y[n, :, s] should be written past the caches: it is large and its rows are adjacent."""
     return y.size * y.itemsize >= LARGE and y.strides[1] == y.itemsize
 
 
 @inline
-def row_ahead(x, row, last, z_row):
+def prefetch_row(x, row, last, z_row) -> np.ndarray:
     """The row after `row`, to prefetch while it is computed; `z_row`, the row itself, where prefetching would not help."""
     if row + 1 < last and x.strides[1] == x.itemsize and x.shape[1] * x.itemsize <= AHEAD:
         return line_of(x, (row + 1) // x.shape[2], 0, (row + 1) % x.shape[2], x.shape[1])

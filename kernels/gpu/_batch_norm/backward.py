@@ -4,120 +4,143 @@ import triton
 import triton.language as tl
 
 from .. import _tile
-from .mask import fetch_bits, fetch_end_bits
-from .statistics import compensated_add, held, of_channels, over_splits, per_channel, per_channel_with_ends, splits_of
-from .tiles import ends_of, fetch, fetch_ends, line, lone, place, put, put_ends, tile_after, tile_at, tile_before, vector
+from .mask import load_bits, load_edge_bits
+from .statistics import as_vector, compensated_add, halved_lanes, over_splits, per_channel, per_channel_with_edges, splits_of
+from .tiles import (
+    address_of,
+    edges_of,
+    line,
+    load_edges,
+    load_tile,
+    scalar_if_one,
+    store_edges,
+    store_tile,
+    tile_after,
+    tile_at,
+    tile_before,
+    vector,
+)
 
 COUNTS = ["N", "S", "lane_blocks", "row_lanes", "tiles", "per_split", "splits", "summed", "m"]
 
 
 @triton.jit
 def _fetch_dy(
-    dy, mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    dy, mask, c, at, layout, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
+) -> tl.tensor:  # fmt: skip
     """Loads a tile of dy; 0 where a mask is given and not set."""
-    values = fetch(dy, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+    values = load_tile(dy, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
     if mask[0] is not None:
-        values = tl.where(fetch_bits(mask, c, at, walk, LANES, FLAT), values, 0.0)
+        values = tl.where(load_bits(mask, c, at, layout, LANES, FLAT), values, 0.0)
     return values
 
 
 @triton.jit
-def _fetch_ends(dy, x, mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr):
-    """dy and x at the ends of the rows that begin in the tile."""
-    ends = ends_of(c, tile, walk, ROWS, GROUP)
-    values = fetch_ends(dy, c, ends, 0.0, ACC)
+def _load_edges(
+    dy, x, mask, c, tile, layout, ROWS: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """dy and x at the edges of the rows that begin in the tile."""
+    edges = edges_of(c, tile, layout, ROWS, GROUP)
+    values = load_edges(dy, c, edges, 0.0, ACC)
     if mask[0] is not None:
-        values = tl.where(fetch_end_bits(mask, c, tile, walk, ROWS, GROUP), values, 0.0)
-    return values, fetch_ends(x, c, ends, 0.0, ACC)
+        values = tl.where(load_edge_bits(mask, c, tile, layout, ROWS, GROUP), values, 0.0)
+    return values, load_edges(x, c, edges, 0.0, ACC)
 
 
 @triton.jit
-def _started(dy, x, mean_hi, mean_lo, HALVINGS: tl.constexpr, MODE: tl.constexpr):
+def _started(dy, x, mean_hi, mean_lo, HALVINGS: tl.constexpr, MODE: tl.constexpr) -> tuple[tl.tensor, ...]:
     """Σ dy and Σ dy (x - μ) of a first tile, lane by lane, each with its lost part; dy is 0 in lanes without a value."""
-    dbeta, dgamma = held(dy, HALVINGS, MODE), held(dy * ((x - mean_hi) - mean_lo), HALVINGS, MODE)
+    dbeta, dgamma = halved_lanes(dy, HALVINGS, MODE), halved_lanes(dy * ((x - mean_hi) - mean_lo), HALVINGS, MODE)
     return dbeta, tl.zeros_like(dbeta), dgamma, tl.zeros_like(dbeta)
 
 
 @triton.jit
-def _continued(sums, dy, x, mean_hi, mean_lo, HALVINGS: tl.constexpr, MODE: tl.constexpr):
+def _continued(sums, dy, x, mean_hi, mean_lo, HALVINGS: tl.constexpr, MODE: tl.constexpr) -> tuple[tl.tensor, ...]:
     """The sums after one more tile."""
     total, lost, total_dgamma, lost_dgamma = sums
-    total, lost = compensated_add(total, lost, held(dy, HALVINGS, MODE))
-    total_dgamma, lost_dgamma = compensated_add(total_dgamma, lost_dgamma, held(dy * ((x - mean_hi) - mean_lo), HALVINGS, MODE))
+    total, lost = compensated_add(total, lost, halved_lanes(dy, HALVINGS, MODE))
+    total_dgamma, lost_dgamma = compensated_add(
+        total_dgamma, lost_dgamma, halved_lanes(dy * ((x - mean_hi) - mean_lo), HALVINGS, MODE)
+    )
     return total, lost, total_dgamma, lost_dgamma
 
 
 @triton.jit
-def _ended(sums):
+def _ended(sums) -> tuple[tl.tensor, ...]:
     """The two sums of each lane as (hi, lo) each: what Kahan's step has lost is to be subtracted."""
     return sums[0], -sums[1], sums[2], -sums[3]
 
 
 @triton.jit
 def _sums_of(
-    dy, x, mask, mean_hi, mean_lo, c, first, stop, walk,
+    dy, x, mask, mean_hi, mean_lo, c, first, stop, layout,
     BLOCK_N: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr,
     STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr,
     ACC: tl.constexpr,
-):  # fmt: skip
-    """(hi, lo) of Σ dy and of Σ dy (x - μ) over the tiles first…stop-1, and dy and x of the first tile and of its rows' ends.
+) -> tuple[tl.tensor, ...]:  # fmt: skip
+    """(hi, lo) of Σ dy and of Σ dy (x - μ) over the tiles first…stop-1, and dy and x of the first tile and of its rows' edges.
 
     ONE: there is one tile, with the whole channel. Where hi is infinite or NaN, lo is 0.
     """
-    ENDS: tl.constexpr = MODE == _tile.SHIFTED
-    tile = tile_at(first, walk, BLOCK_N)
-    dy_ends, x_ends = c, c  # not used: Triton 3.6 cannot return None
-    at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
-    x_tile = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
-    dy_tile = _fetch_dy(dy, mask, c, at, walk, LANES, FLAT, DY_MODE, GROUP, ACC)
+    EDGES: tl.constexpr = MODE == _tile.SHIFTED
+    tile = tile_at(first, layout, BLOCK_N)
+    dy_edges, x_edges = c, c  # not used: Triton 3.6 cannot return None
+    at = address_of(c, tile, layout, BLOCK_N, LANES, FLAT, MODE, GROUP)
+    x_tile = load_tile(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+    dy_tile = _fetch_dy(dy, mask, c, at, layout, LANES, FLAT, DY_MODE, GROUP, ACC)
     sums = _started(dy_tile, x_tile, mean_hi, mean_lo, HALVINGS, MODE)
-    if ENDS:
-        dy_ends, x_ends = _fetch_ends(dy, x, mask, c, tile, walk, ROWS, GROUP, ACC)
-        end_sums = _started(dy_ends, x_ends, lone(mean_hi), lone(mean_lo), 0, MODE)
+    if EDGES:
+        dy_edges, x_edges = _load_edges(dy, x, mask, c, tile, layout, ROWS, GROUP, ACC)
+        edge_sums = _started(dy_edges, x_edges, scalar_if_one(mean_hi), scalar_if_one(mean_lo), 0, MODE)
     if not ONE:
         for _ in tl.range(first + 1, stop, num_stages=STAGES):
-            tile = tile_after(tile, walk, BLOCK_N)
-            at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
-            x_more = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
-            dy_more = _fetch_dy(dy, mask, c, at, walk, LANES, FLAT, DY_MODE, GROUP, ACC)
+            tile = tile_after(tile, layout, BLOCK_N)
+            at = address_of(c, tile, layout, BLOCK_N, LANES, FLAT, MODE, GROUP)
+            x_more = load_tile(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+            dy_more = _fetch_dy(dy, mask, c, at, layout, LANES, FLAT, DY_MODE, GROUP, ACC)
             sums = _continued(sums, dy_more, x_more, mean_hi, mean_lo, HALVINGS, MODE)
-            if ENDS:
-                dy_more, x_more = _fetch_ends(dy, x, mask, c, tile, walk, ROWS, GROUP, ACC)
-                end_sums = _continued(end_sums, dy_more, x_more, lone(mean_hi), lone(mean_lo), 0, MODE)
-    if ENDS:
-        sums = per_channel_with_ends(_ended(sums), _ended(end_sums))
+            if EDGES:
+                dy_more, x_more = _load_edges(dy, x, mask, c, tile, layout, ROWS, GROUP, ACC)
+                edge_sums = _continued(edge_sums, dy_more, x_more, scalar_if_one(mean_hi), scalar_if_one(mean_lo), 0, MODE)
+    if EDGES:
+        sums = per_channel_with_edges(_ended(sums), _ended(edge_sums))
     else:
         sums = per_channel(_ended(sums))
     dbeta_hi, dbeta_lo, dgamma_hi, dgamma_lo = sums
     dbeta_lo = tl.where(tl.abs(dbeta_hi) < float("inf"), dbeta_lo, 0.0)
     dgamma_lo = tl.where(tl.abs(dgamma_hi) < float("inf"), dgamma_lo, 0.0)
-    return dbeta_hi, dbeta_lo, dgamma_hi, dgamma_lo, dy_tile, x_tile, dy_ends, x_ends
+    return dbeta_hi, dbeta_lo, dgamma_hi, dgamma_lo, dy_tile, x_tile, dy_edges, x_edges
 
 
 @triton.jit
 def _write(
     dy_tile, x_tile, slope, dx, dresidual, c, at, LANES: tl.constexpr, FLAT: tl.constexpr,
     DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Stores dx, and dresidual where there is one, of a tile."""
-    put(dx, _dx(dy_tile, x_tile, slope), c, at, LANES, FLAT, DX_MODE, GROUP)
+    store_tile(dx, _dx(dy_tile, x_tile, slope), c, at, LANES, FLAT, DX_MODE, GROUP)
     if dresidual[0] is not None:
-        put(dresidual, dy_tile, c, at, LANES, FLAT, DRESIDUAL_MODE, GROUP)
+        store_tile(dresidual, dy_tile, c, at, LANES, FLAT, DRESIDUAL_MODE, GROUP)
 
 
 @triton.jit
-def _write_ends(dy_ends, x_ends, slope, dx, dresidual, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """`_write` for the ends of the rows that begin in the tile."""
-    ends = ends_of(c, tile, walk, ROWS, GROUP)
-    slope = lone(slope[0]), lone(slope[1]), lone(slope[2]), lone(slope[3]), lone(slope[4])
-    put_ends(dx, _dx(dy_ends, x_ends, slope), c, ends)
+def _write_edges(dy_edges, x_edges, slope, dx, dresidual, c, tile, layout, ROWS: tl.constexpr, GROUP: tl.constexpr) -> None:
+    """`_write` for the edges of the rows that begin in the tile."""
+    edges = edges_of(c, tile, layout, ROWS, GROUP)
+    slope = (
+        scalar_if_one(slope[0]),
+        scalar_if_one(slope[1]),
+        scalar_if_one(slope[2]),
+        scalar_if_one(slope[3]),
+        scalar_if_one(slope[4]),
+    )
+    store_edges(dx, _dx(dy_edges, x_edges, slope), c, edges)
     if dresidual[0] is not None:
-        put_ends(dresidual, dy_ends, c, ends)
+        store_edges(dresidual, dy_edges, c, edges)
 
 
 @triton.jit
-def _dx(dy, x, slope):
+def _dx(dy, x, slope) -> tl.tensor:
     """dx = γ rstd (dy - dβ/m - x̂ dγ/m), or γ rstd dy where the statistics were constants (x None).
 
     slope = (γ rstd, dβ/m, rstd dγ/m, mean hi, mean lo).
@@ -135,7 +158,7 @@ def _backward_reduce_kernel(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
     STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr,
     ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Σ dy (x - μ) and Σ dy of each split of each channel.
 
     Grid: one program a split of a block of BLOCK_C channels, `per_split` tiles each. Reads dy and x (and the mask) once. Writes
@@ -162,18 +185,18 @@ def _backward_reduce_kernel(
 
 
 @triton.jit
-def _merged(partial_ptr, channel, C, splits, rstd, SPLITS: tl.constexpr):
+def _merged(partial_ptr, channel, C, splits, rstd, SPLITS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """(dγ, dβ) of channels (BLOCK_C,) from their splits."""
     dgamma, dgamma_lo, dbeta, dbeta_lo = over_splits(*splits_of(partial_ptr, channel, C, splits, SPLITS))
     dgamma += tl.where(tl.abs(dgamma) < float("inf"), dgamma_lo, 0.0)
     dbeta += tl.where(tl.abs(dbeta) < float("inf"), dbeta_lo, 0.0)
-    return of_channels(dgamma, channel) * rstd, of_channels(dbeta, channel)
+    return as_vector(dgamma, channel) * rstd, as_vector(dbeta, channel)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _backward_merge_kernel(
     partial_ptr, rstd_ptr, dgamma_ptr, dbeta_ptr, C, splits, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
+) -> None:  # fmt: skip
     """dγ = rstd Σ dy (x - μ) and dβ = Σ dy of each channel from its splits.
 
     Grid: one program a block of BLOCK_C channels. Reads partial (4, splits, C), at most SPLITS splits.
@@ -194,7 +217,7 @@ def _backward_apply_kernel(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, TRAINED: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr,
     DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """dx = γ rstd (dy - dβ/m - x̂ dγ/m) of the batch's own statistics (TRAINED), or γ rstd dy of constant ones.
 
     Grid: one program a split of a block of BLOCK_C channels, the last ones first: the cache still holds what the sums have read
@@ -205,7 +228,7 @@ def _backward_apply_kernel(
     first = (pid % splits) * per_split
     channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
-    walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
+    layout = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
     dy, x = (dy_ptr, stride_gn, stride_gc, stride_gs), (x_ptr, stride_xn, stride_xc, stride_xs)
     dx, dresidual = (dx_ptr, stride_dn, stride_dc, stride_ds), (dresidual_ptr, stride_rn, stride_rc, stride_rs)
     mask = (mask_ptr, stride_mn, stride_mc, stride_mb)
@@ -227,20 +250,20 @@ def _backward_apply_kernel(
         b = dbeta / tl.cast(m, ACC)
     slope = (a, b, k, mean_hi, mean_lo)
     stop = tl.minimum(first + per_split, tiles)
-    tile = tile_at(stop - 1, walk, BLOCK_N)
+    tile = tile_at(stop - 1, layout, BLOCK_N)
     for _ in tl.range(first, stop, num_stages=STAGES):
-        at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
-        dy_tile = _fetch_dy(dy, mask, c, at, walk, LANES, FLAT, DY_MODE, GROUP, ACC)
+        at = address_of(c, tile, layout, BLOCK_N, LANES, FLAT, MODE, GROUP)
+        dy_tile = _fetch_dy(dy, mask, c, at, layout, LANES, FLAT, DY_MODE, GROUP, ACC)
         x_tile = None
         if TRAINED:
-            x_tile = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+            x_tile = load_tile(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
         _write(dy_tile, x_tile, slope, dx, dresidual, c, at, LANES, FLAT, DX_MODE, DRESIDUAL_MODE, GROUP)
         if MODE == _tile.SHIFTED:
-            dy_ends, x_ends = _fetch_ends(dy, x, mask, c, tile, walk, ROWS, GROUP, ACC)
+            dy_edges, x_edges = _load_edges(dy, x, mask, c, tile, layout, ROWS, GROUP, ACC)
             if not TRAINED:
-                x_ends = None
-            _write_ends(dy_ends, x_ends, slope, dx, dresidual, c, tile, walk, ROWS, GROUP)
-        tile = tile_before(tile, walk, BLOCK_N)
+                x_edges = None
+            _write_edges(dy_edges, x_edges, slope, dx, dresidual, c, tile, layout, ROWS, GROUP)
+        tile = tile_before(tile, layout, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -252,7 +275,7 @@ def _backward_kernel(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
     HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr,
     GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """dγ, dβ and dx of channels that fit one tile, which stays in registers: formulas as in the kernels above.
 
     Grid: one program a block of BLOCK_C channels. Reads dy and x (and the mask) once, writes dx (and dresidual).
@@ -260,7 +283,7 @@ def _backward_kernel(
     # 1. which channels, and their statistics
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
-    walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
+    layout = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
     dy, x = (dy_ptr, stride_gn, stride_gc, stride_gs), (x_ptr, stride_xn, stride_xc, stride_xs)
     dx, dresidual = (dx_ptr, stride_dn, stride_dc, stride_ds), (dresidual_ptr, stride_rn, stride_rc, stride_rs)
     mask = (mask_ptr, stride_mn, stride_mc, stride_mb)
@@ -268,8 +291,8 @@ def _backward_kernel(
     mean_lo = vector(mean_ptr + C, channel, C, 0.0, ACC)
     rstd = vector(rstd_ptr, channel, C, 0.0, ACC)
     # 2. dβ and dγ; program_id(1) is 0, which the compiler does not know (see 3)
-    dbeta, dbeta_lo, dgamma, dgamma_lo, dy_tile, x_tile, dy_ends, x_ends = _sums_of(
-        dy, x, mask, mean_hi, mean_lo, c, tl.program_id(1), tiles, walk,
+    dbeta, dbeta_lo, dgamma, dgamma_lo, dy_tile, x_tile, dy_edges, x_edges = _sums_of(
+        dy, x, mask, mean_hi, mean_lo, c, tl.program_id(1), tiles, layout,
         BLOCK_N, LANES, ROWS, FLAT, True, 1, HALVINGS, MODE, DY_MODE, GROUP, ACC,
     )  # fmt: skip
     dbeta += dbeta_lo
@@ -281,7 +304,7 @@ def _backward_kernel(
     # 3. dx. The tile's addresses are computed again, from a number that the compiler does not know: kept through the sums they
     # would spill
     tile = (tl.cast(tiles - 1, tl.int64), tiles - 1)
-    at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
+    at = address_of(c, tile, layout, BLOCK_N, LANES, FLAT, MODE, GROUP)
     _write(dy_tile, x_tile, slope, dx, dresidual, c, at, LANES, FLAT, DX_MODE, DRESIDUAL_MODE, GROUP)
     if MODE == _tile.SHIFTED:
-        _write_ends(dy_ends, x_ends, slope, dx, dresidual, c, tile, walk, ROWS, GROUP)
+        _write_edges(dy_edges, x_edges, slope, dx, dresidual, c, tile, layout, ROWS, GROUP)

@@ -4,32 +4,32 @@ import triton
 import triton.language as tl
 
 from .. import _tile
-from .._rows import quotient, real
-from .mask import put_bits, put_end_bits
+from .._rows import as_acc, quotient
+from .mask import store_bits, store_edge_bits
 from .statistics import (
+    as_vector,
     continued,
     finite_or_zero,
     first_mean,
     moments,
-    of_channels,
     over_splits,
     per_channel,
-    per_channel_with_ends,
+    per_channel_with_edges,
     renewed,
     splits_of,
     started,
 )
 from .tiles import (
+    address_of,
     count_between,
-    ends_of,
-    fetch,
-    fetch_ends,
+    edges_of,
     inside_of,
     line,
-    lone,
-    place,
-    put,
-    put_ends,
+    load_edges,
+    load_tile,
+    scalar_if_one,
+    store_edges,
+    store_tile,
     tile_after,
     tile_at,
     tile_before,
@@ -40,7 +40,7 @@ COUNTS = ["N", "S", "lane_blocks", "row_lanes", "tiles", "per_split", "splits", 
 
 
 @triton.jit
-def _reciprocal_std(var, eps, ACC: tl.constexpr):
+def _reciprocal_std(var, eps, ACC: tl.constexpr) -> tl.tensor:
     """rstd = 1/√(σ² + ε), each operation rounded to nearest."""
     if tl.float64 == ACC:
         rstd = 1.0 / tl.sqrt(var + eps)
@@ -53,16 +53,16 @@ def _reciprocal_std(var, eps, ACC: tl.constexpr):
 def _finish(
     hi, lo, M2, alpha, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, c, C, end,
     m, eps, eps_bits, momentum, momentum_bits, ACC: tl.constexpr,
-):  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """Writes mean, var and rstd of the channels c (BLOCK_C,) below `end`, updates the running statistics, and returns rstd."""
     count, M2 = tl.cast(m, ACC), tl.where(M2 < 0.0, 0.0, M2)
     var = quotient(M2, alpha * alpha * count, ACC)
-    rstd = _reciprocal_std(var, real(eps, eps_bits, ACC), ACC)
+    rstd = _reciprocal_std(var, as_acc(eps, eps_bits, ACC), ACC)
     tl.store(mean_ptr + c, hi, mask=c < end)
     tl.store(mean_ptr + (C + c), lo, mask=c < end)
     tl.store(var_ptr + c, var, mask=c < end)
     tl.store(rstd_ptr + c, rstd, mask=c < end)
-    weight = real(momentum, momentum_bits, ACC)
+    weight = as_acc(momentum, momentum_bits, ACC)
     if running_mean_ptr is not None:
         old = tl.load(running_mean_ptr + c, mask=c < end, other=0.0).to(ACC)
         tl.store(running_mean_ptr + c, old * (1.0 - weight) + weight * hi, mask=c < end)
@@ -75,64 +75,64 @@ def _finish(
 
 @triton.jit
 def _moments_of(
-    x, channel, first, stop, walk, alpha,
+    x, channel, first, stop, layout, alpha,
     BLOCK_N: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr,
     STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """(mean hi, mean lo, alpha² M2, count) of the tiles first…stop-1, and the values of the first tile and of its rows' ends.
+) -> tuple[tl.tensor, ...]:  # fmt: skip
+    """(mean hi, mean lo, alpha² M2, count) of the tiles first…stop-1, and the values of the first tile and of its rows' edges.
 
     ONE: there is one tile, with the whole channel.
     """
-    ENDS: tl.constexpr = MODE == _tile.SHIFTED
-    N, C, S, _, _, stride_n, stride_c, stride_s = walk
+    EDGES: tl.constexpr = MODE == _tile.SHIFTED
+    N, C, S, _, _, stride_n, stride_c, stride_s = layout
     c = channel[None, :, None]
-    tile = tile_at(first, walk, BLOCK_N)
-    if ENDS:
-        ends = ends_of(c, tile, walk, ROWS, GROUP)
-        end_values = fetch_ends(x, c, ends, 0.0, ACC)
-    at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
-    values = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+    tile = tile_at(first, layout, BLOCK_N)
+    if EDGES:
+        edges = edges_of(c, tile, layout, ROWS, GROUP)
+        edge_values = load_edges(x, c, edges, 0.0, ACC)
+    at = address_of(c, tile, layout, BLOCK_N, LANES, FLAT, MODE, GROUP)
+    values = load_tile(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
     start = tile[0] * stride_n + tl.minimum(tile[1].to(tl.int64) * LANES, S - 1) * stride_s
     one = tl.load(x[0] + (start + channel * stride_c), mask=channel < C, other=0.0).to(ACC)[None, :, None]
     inside = inside_of(at, LANES, MODE, GROUP)
-    after = tile_after(tile, walk, BLOCK_N)
+    after = tile_after(tile, layout, BLOCK_N)
     if ONE:
         count = tl.zeros(c.shape, ACC) + tl.cast(N * S, ACC)
     else:
-        count = count_between(tile, after, c, walk, BLOCK_N, LANES, FLAT, MODE, GROUP).to(ACC)
-    if ENDS:
-        origin = first_mean(values, inside, end_values, ends[2], count, one)
+        count = count_between(tile, after, c, layout, BLOCK_N, LANES, FLAT, MODE, GROUP).to(ACC)
+    if EDGES:
+        origin = first_mean(values, inside, edge_values, edges[2], count, one)
     else:
         origin = first_mean(values, inside, None, None, count, one)
     origin = origin.to(x[0].dtype.element_ty)  # as it is read in lanes outside
     shift = alpha * origin.to(ACC)
     sums = started(tl.where(inside, alpha * values - shift, 0.0), HALVINGS, MODE)
-    if ENDS:
-        end_shift = lone(shift)
-        end_sums = started(tl.where(ends[2], alpha * end_values - end_shift, 0.0), 0, MODE)
+    if EDGES:
+        edge_shift = scalar_if_one(shift)
+        edge_sums = started(tl.where(edges[2], alpha * edge_values - edge_shift, 0.0), 0, MODE)
     if not ONE:
         for _ in tl.range(first + 1, stop, num_stages=STAGES):
-            at = place(c, after, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
-            more = fetch(x, c, at, origin, LANES, FLAT, MODE, GROUP, ACC)
+            at = address_of(c, after, layout, BLOCK_N, LANES, FLAT, MODE, GROUP)
+            more = load_tile(x, c, at, origin, LANES, FLAT, MODE, GROUP, ACC)
             sums = continued(sums, alpha * more - shift, HALVINGS, MODE)
-            if ENDS:
-                more = fetch_ends(x, c, ends_of(c, after, walk, ROWS, GROUP), lone(origin), ACC)
-                end_sums = continued(end_sums, alpha * more - end_shift, 0, MODE)
-            after = tile_after(after, walk, BLOCK_N)
-        count = count_between(tile, after, c, walk, BLOCK_N, LANES, FLAT, MODE, GROUP).to(ACC)
-    if ENDS:
-        sums = per_channel_with_ends(
-            (sums[0], sums[1], sums[2], -sums[3]), (end_sums[0], end_sums[1], end_sums[2], -end_sums[3])
+            if EDGES:
+                more = load_edges(x, c, edges_of(c, after, layout, ROWS, GROUP), scalar_if_one(origin), ACC)
+                edge_sums = continued(edge_sums, alpha * more - edge_shift, 0, MODE)
+            after = tile_after(after, layout, BLOCK_N)
+        count = count_between(tile, after, c, layout, BLOCK_N, LANES, FLAT, MODE, GROUP).to(ACC)
+    if EDGES:
+        sums = per_channel_with_edges(
+            (sums[0], sums[1], sums[2], -sums[3]), (edge_sums[0], edge_sums[1], edge_sums[2], -edge_sums[3])
         )
     else:
-        end_values = c  # not used: Triton 3.6 cannot return None
+        edge_values = c  # not used: Triton 3.6 cannot return None
         sums = per_channel((sums[0], sums[1], sums[2], -sums[3]))
     hi, lo, M2 = moments(sums, count, origin.to(ACC), alpha)
-    return hi, lo, M2, count, values, end_values
+    return hi, lo, M2, count, values, edge_values
 
 
 @triton.jit
-def _activated(values, affine, residual, RELU: tl.constexpr):
+def _activated(values, affine, residual, RELU: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """(y, mask of y > 0 or NaN) of values of x: y = γ x̂ + β + residual, after relu where RELU; NaN stays NaN."""
     mean_hi, mean_lo, scale, beta = affine
     y = ((values - mean_hi) - mean_lo) * scale + beta
@@ -146,33 +146,33 @@ def _activated(values, affine, residual, RELU: tl.constexpr):
 
 @triton.jit
 def _write(
-    values, affine, residual, y, mask, c, at, walk, LANES: tl.constexpr, FLAT: tl.constexpr,
+    values, affine, residual, y, mask, c, at, layout, LANES: tl.constexpr, FLAT: tl.constexpr,
     RESIDUAL_MODE: tl.constexpr, Y_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Stores y, and the mask where there is one, of a tile's values of x."""
     more = None
     if residual[0] is not None:
-        more = fetch(residual, c, at, 0.0, LANES, FLAT, RESIDUAL_MODE, GROUP, ACC)
+        more = load_tile(residual, c, at, 0.0, LANES, FLAT, RESIDUAL_MODE, GROUP, ACC)
     out, on = _activated(values, affine, more, mask[0] is not None)
-    put(y, out, c, at, LANES, FLAT, Y_MODE, GROUP)
+    store_tile(y, out, c, at, LANES, FLAT, Y_MODE, GROUP)
     if mask[0] is not None:
-        put_bits(mask, on, c, at, walk, LANES, FLAT)
+        store_bits(mask, on, c, at, layout, LANES, FLAT)
 
 
 @triton.jit
-def _write_ends(
-    values, affine, residual, y, mask, c, tile, walk, ROWS: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
-    """`_write` for the ends of the rows that begin in the tile."""
-    ends = ends_of(c, tile, walk, ROWS, GROUP)
+def _write_edges(
+    values, affine, residual, y, mask, c, tile, layout, ROWS: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
+) -> None:  # fmt: skip
+    """`_write` for the edges of the rows that begin in the tile."""
+    edges = edges_of(c, tile, layout, ROWS, GROUP)
     more = None
     if residual[0] is not None:
-        more = fetch_ends(residual, c, ends, 0.0, ACC)
-    affine = lone(affine[0]), lone(affine[1]), lone(affine[2]), lone(affine[3])
+        more = load_edges(residual, c, edges, 0.0, ACC)
+    affine = scalar_if_one(affine[0]), scalar_if_one(affine[1]), scalar_if_one(affine[2]), scalar_if_one(affine[3])
     out, on = _activated(values, affine, more, mask[0] is not None)
-    put_ends(y, out, c, ends)
+    store_edges(y, out, c, edges)
     if mask[0] is not None:
-        put_end_bits(mask, on, c, tile, walk, ROWS, GROUP)
+        store_edge_bits(mask, on, c, tile, layout, ROWS, GROUP)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -180,7 +180,7 @@ def _statistics_kernel(
     x_ptr, partial_ptr, N, C, S, lane_blocks, row_lanes, tiles, per_split, splits, alpha, stride_xn, stride_xc, stride_xs,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
     STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """μ and M2 = Σ (x - μ)² of each split of each channel.
 
     Grid: one program a split of a block of BLOCK_C channels, `per_split` tiles each. Reads x once. Writes partial (4, splits,
@@ -191,9 +191,9 @@ def _statistics_kernel(
     channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
     first = split * per_split
-    walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
+    layout = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
     mean_hi, mean_lo, M2, count, _, _ = _moments_of(
-        (x_ptr, stride_xn, stride_xc, stride_xs), channel, first, tl.minimum(first + per_split, tiles), walk, alpha,
+        (x_ptr, stride_xn, stride_xc, stride_xs), channel, first, tl.minimum(first + per_split, tiles), layout, alpha,
         BLOCK_N, LANES, ROWS, FLAT, False, STAGES, HALVINGS, MODE, GROUP, ACC,
     )  # fmt: skip
     out = partial_ptr + (split * C + c)
@@ -204,7 +204,7 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _merged(partial_ptr, channel, C, splits, alpha, SPLITS: tl.constexpr):
+def _merged(partial_ptr, channel, C, splits, alpha, SPLITS: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """(mean hi, mean lo, alpha² M2) of channels (BLOCK_C,) from their splits, by Chan's formulas: first the means, as
     differences from the first split's, then the squares about the common mean."""
     hi, lo, M2, count = splits_of(partial_ptr, channel, C, splits, SPLITS)
@@ -220,8 +220,8 @@ def _merged(partial_ptr, channel, C, splits, alpha, SPLITS: tl.constexpr):
     u /= tl.maximum(total, 1.0)
     d = alpha * (delta - u) if channel.shape[0] == 1 else alpha * (delta - u[None, :])
     M2, more, _, _ = over_splits(M2, count * d * d, none, none)
-    hi, lo = renewed(first, of_channels(u, channel))
-    return hi, lo, of_channels(M2 + more, channel)
+    hi, lo = renewed(first, as_vector(u, channel))
+    return hi, lo, as_vector(M2 + more, channel)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -229,7 +229,7 @@ def _merge_kernel(
     partial_ptr, mean_ptr, var_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, C, splits, alpha,
     m, eps, eps_bits, momentum, momentum_bits,
     SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """mean, var, rstd and the running statistics of each channel from its splits.
 
     Grid: one program a block of BLOCK_C channels. Reads partial (4, splits, C), at most SPLITS splits.
@@ -252,7 +252,7 @@ def _normalize_kernel(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr, RESIDUAL_MODE: tl.constexpr, Y_MODE: tl.constexpr,
     GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """y = (x - μ) (rstd γ) + β + residual, with relu and its mask where mask_ptr is given.
 
     Grid: one program a split of a block of BLOCK_C channels, the last ones first: the cache still holds what the statistics
@@ -263,7 +263,7 @@ def _normalize_kernel(
     first = (pid % splits) * per_split
     channel = (pid // splits) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
-    walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
+    layout = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
     x, y = (x_ptr, stride_xn, stride_xc, stride_xs), (y_ptr, stride_yn, stride_yc, stride_ys)
     residual, mask = (residual_ptr, stride_rn, stride_rc, stride_rs), (mask_ptr, stride_mn, stride_mc, stride_mb)
     gamma, beta = vector(gamma_ptr, channel, C, 1.0, ACC), vector(beta_ptr, channel, C, 0.0, ACC)
@@ -280,15 +280,15 @@ def _normalize_kernel(
     # from the last tile of the split to its first
     affine = (mean_hi, mean_lo, rstd * gamma, beta)
     stop = tl.minimum(first + per_split, tiles)
-    tile = tile_at(stop - 1, walk, BLOCK_N)
+    tile = tile_at(stop - 1, layout, BLOCK_N)
     for _ in tl.range(first, stop, num_stages=STAGES):
-        at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
-        values = fetch(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
-        _write(values, affine, residual, y, mask, c, at, walk, LANES, FLAT, RESIDUAL_MODE, Y_MODE, GROUP, ACC)
+        at = address_of(c, tile, layout, BLOCK_N, LANES, FLAT, MODE, GROUP)
+        values = load_tile(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+        _write(values, affine, residual, y, mask, c, at, layout, LANES, FLAT, RESIDUAL_MODE, Y_MODE, GROUP, ACC)
         if MODE == _tile.SHIFTED:
-            end_values = fetch_ends(x, c, ends_of(c, tile, walk, ROWS, GROUP), 0.0, ACC)
-            _write_ends(end_values, affine, residual, y, mask, c, tile, walk, ROWS, GROUP, ACC)
-        tile = tile_before(tile, walk, BLOCK_N)
+            edge_values = load_edges(x, c, edges_of(c, tile, layout, ROWS, GROUP), 0.0, ACC)
+            _write_edges(edge_values, affine, residual, y, mask, c, tile, layout, ROWS, GROUP, ACC)
+        tile = tile_before(tile, layout, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -300,7 +300,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
     HALVINGS: tl.constexpr, MODE: tl.constexpr, RESIDUAL_MODE: tl.constexpr, Y_MODE: tl.constexpr,
     GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Statistics and y of channels that fit one tile, which stays in registers: formulas as in the kernels above.
 
     Grid: one program a block of BLOCK_C channels. Reads x (and the residual) once, writes y (and the mask).
@@ -308,12 +308,12 @@ def _forward_kernel(
     # 1. which channels
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel[None, :, None]
-    walk = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
+    layout = (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs)
     x, y = (x_ptr, stride_xn, stride_xc, stride_xs), (y_ptr, stride_yn, stride_yc, stride_ys)
     residual, mask = (residual_ptr, stride_rn, stride_rc, stride_rs), (mask_ptr, stride_mn, stride_mc, stride_mb)
     # 2. statistics; program_id(1) is 0, which the compiler does not know (see 3)
-    mean_hi, mean_lo, M2, _, values, end_values = _moments_of(
-        x, channel, tl.program_id(1), tiles, walk, alpha, BLOCK_N, LANES, ROWS, FLAT, True, 1, HALVINGS, MODE, GROUP, ACC
+    mean_hi, mean_lo, M2, _, values, edge_values = _moments_of(
+        x, channel, tl.program_id(1), tiles, layout, alpha, BLOCK_N, LANES, ROWS, FLAT, True, 1, HALVINGS, MODE, GROUP, ACC
     )  # fmt: skip
     rstd = _finish(
         line(mean_hi), line(mean_lo), line(M2), alpha,
@@ -325,7 +325,7 @@ def _forward_kernel(
     # 3. y. The tile's addresses are computed again, from a number that the compiler does not know: kept through the sums they
     # would spill
     tile = (tl.cast(tiles - 1, tl.int64), tiles - 1)
-    at = place(c, tile, walk, BLOCK_N, LANES, FLAT, MODE, GROUP)
-    _write(values, affine, residual, y, mask, c, at, walk, LANES, FLAT, RESIDUAL_MODE, Y_MODE, GROUP, ACC)
+    at = address_of(c, tile, layout, BLOCK_N, LANES, FLAT, MODE, GROUP)
+    _write(values, affine, residual, y, mask, c, at, layout, LANES, FLAT, RESIDUAL_MODE, Y_MODE, GROUP, ACC)
     if MODE == _tile.SHIFTED:
-        _write_ends(end_values, affine, residual, y, mask, c, tile, walk, ROWS, GROUP, ACC)
+        _write_edges(edge_values, affine, residual, y, mask, c, tile, layout, ROWS, GROUP, ACC)

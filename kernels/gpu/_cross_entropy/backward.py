@@ -7,49 +7,52 @@ import triton
 import triton.language as tl
 
 from .. import _tile
-from .._rows import finite_base, log_1_plus, real, rows_of
-from .tile import dense, dense_at, hard_target, logits, logits_at, times
+from .._rows import as_acc, finite_base, log1p, rows_of_tile
+from .tile import dense, dense_at, hard_target, logits, logits_at, product_or_0
 
 OF_CALL = ["V", "S", "rows", "tiles", "columns", "per_program", "ignore_index", "smoothing_bits", "z_loss_bits", "cap_bits"]
 
 
 # ---------------------------------------------------------------------------------------------- formula
 @triton.jit
-def _slope(capped, cap):
+def _slope(capped, cap) -> tl.tensor:
     """∂ cap tanh(z / cap) / ∂z = 1 - (capped / cap)², as (cap - capped)(cap + capped) / cap², which keeps its digits near 0."""
     return (cap - capped) * (cap + capped) / (cap * cap)
 
 
 @triton.jit
-def scale_of(g, known, bad, excess, W):
+def scale_of(g, known, bad, sum_exp_minus_1, W) -> tl.tensor:
     """g W / Σ exp(z - m), the factor of exp(z - m) in the gradient of the loss; 0, or NaN, in rows without a class."""
-    return tl.where(known, g * W / (1.0 + excess), _otherwise(bad))
+    return tl.where(known, g * W / (1.0 + sum_exp_minus_1), _otherwise(bad))
 
 
 @triton.jit
-def pull_of(g, known, excess, lse, z_loss):
+def z_loss_scale_of(g, known, sum_exp_minus_1, lse, z_loss) -> tl.tensor:
     """2 g ζ lse / Σ exp(z - m), the factor of exp(z - m) in the gradient of the z-loss."""
-    return tl.where(known, g * times(2.0 * z_loss, lse) / (1.0 + excess), 0.0)
+    return tl.where(known, g * product_or_0(2.0 * z_loss, lse) / (1.0 + sum_exp_minus_1), 0.0)
 
 
 @triton.jit
-def at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED: tl.constexpr):
+def at_target_of(
+    g, known, bad, z_t, m, sum_exp_minus_1, lse, W, w_t, epsilon, z_loss, cap, V, CAPPED: tl.constexpr
+) -> tl.tensor:
     """g ((W + 2 ζ lse) p_t - q_t), the gradient at the class t of a hard target.
 
-    p_t - 1 is computed as -(excess + (1 - exp(z_t - m))) / Σ exp(z - m): the difference itself loses its digits as p_t -> 1.
+    p_t - 1 is computed as -(sum_exp_minus_1 + (1 - exp(z_t - m))) / Σ exp(z - m): the difference itself loses its digits as
+    p_t -> 1.
     """
-    e_t, total = tl.exp(z_t - finite_base(m)), 1.0 + excess
+    e_t, total = tl.exp(z_t - finite_base(m)), 1.0 + sum_exp_minus_1
     q_t = w_t * (1.0 - epsilon)
-    dz = ((W - q_t) - W * ((excess + (1.0 - e_t)) / total)) - w_t * (epsilon / V)
+    dz = ((W - q_t) - W * ((sum_exp_minus_1 + (1.0 - e_t)) / total)) - w_t * (epsilon / V)
     if z_loss is not None:
-        dz += times(2.0 * z_loss, lse) * (e_t / total)
+        dz += product_or_0(2.0 * z_loss, lse) * (e_t / total)
     if CAPPED:
         dz *= _slope(z_t, cap)
     return tl.where(known, g * dz, _otherwise(bad))
 
 
 @triton.jit
-def _otherwise(bad):
+def _otherwise(bad) -> tl.tensor:
     """The gradient of a row without a class: 0, or NaN where its target is out of range."""
     if bad is None:
         value = 0.0
@@ -59,18 +62,18 @@ def _otherwise(bad):
 
 
 @triton.jit
-def gradient(z, m, scale, pull, q, lane, first, t, at_target, cap, CAPPED: tl.constexpr):
-    """dz = (scale + pull) exp(z - m) - q for the classes first + lane, and `at_target` at the hard target's class t.
+def gradient(z, m, scale, z_loss_scale, q, lane, first, t, at_target, cap, CAPPED: tl.constexpr) -> tl.tensor:
+    """dz = (scale + z_loss_scale) exp(z - m) - q for the classes first + lane, and `at_target` at the hard target's class t.
 
-    scale, pull, q and at_target already have the factor g. None: pull without a z-loss, q where nothing is dense, t for soft
-    targets. pull exp(z - m) is added last: where scale exp(z - m) and q cancel, it keeps its digits.
+    scale, z_loss_scale, q and at_target already have the factor g. None: z_loss_scale without a z-loss, q where nothing is
+    dense, t for soft targets. z_loss_scale exp(z - m) is added last: where scale exp(z - m) and q cancel, it keeps its digits.
     """
     e = tl.exp(z - finite_base(m))
     dz = e * scale
     if q is not None:
         dz -= q
-    if pull is not None:
-        dz += e * pull
+    if z_loss_scale is not None:
+        dz += e * z_loss_scale
     if CAPPED:
         dz *= tl.where(z == float("-inf"), 0.0, _slope(z, cap))  # a row that is not read has no logits
     if t is not None:
@@ -87,7 +90,7 @@ def _backward_kernel(
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr,
     Z_LOSS: tl.constexpr, UNLESS_ONE: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """dz_c = g ((W + 2 ζ lse) p_c - q_c) of each row, g = upstream / denominator, from the statistics of the forward pass.
 
     Grid: one program a tile of BLOCK_R rows and BLOCK_V classes, `columns` of them to a row; with UNLESS_ONE fewer programs, of
@@ -95,8 +98,8 @@ def _backward_kernel(
     UNLESS_ONE: dz holds the gradient for an upstream of 1, and only the rows with another upstream are computed again.
     """
     pointers = z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr
-    zeta, cap = real(z_loss, z_loss_bits, ACC) if Z_LOSS else None, real(cap, cap_bits, ACC)
-    numbers = V, S, rows, tiles, ignore_index, real(smoothing, smoothing_bits, ACC), zeta, cap
+    zeta, cap = as_acc(z_loss, z_loss_bits, ACC) if Z_LOSS else None, as_acc(cap, cap_bits, ACC)
+    numbers = V, S, rows, tiles, ignore_index, as_acc(smoothing, smoothing_bits, ACC), zeta, cap
     strides = stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds
     strides_u = stride_un, stride_us
     pid = tl.program_id(0).to(tl.int64)
@@ -121,7 +124,7 @@ def _rewrite(
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr,
     Z_LOSS: tl.constexpr, UNLESS_ONE: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """The tiles first…last-1; a function of its own (noinline), so that its registers are not those of the check."""
     for i in range(first, last):
         _backward_tile(
@@ -131,7 +134,7 @@ def _rewrite(
 
 
 @triton.jit
-def _any_but_one(upstream_ptr, first, last, S, tiles, strides, BLOCK_R: tl.constexpr):
+def _any_but_one(upstream_ptr, first, last, S, tiles, strides, BLOCK_R: tl.constexpr) -> tl.tensor:
     """Whether any row of the tiles first…last-1 has an upstream gradient other than 1."""
     found = tl.zeros([256], tl.int32)
     for i in range(first * BLOCK_R, last * BLOCK_R, 256):
@@ -149,15 +152,15 @@ def _backward_tile(
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr,
     Z_LOSS: tl.constexpr, UNLESS_ONE: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """The gradient of tile number `tile`: BLOCK_R rows, BLOCK_V lanes of each from lane `offset` on."""
     z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr = pointers
     V, S, rows, tiles, ignore_index, epsilon, zeta, cap = numbers
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds = strides
     stride_un, stride_us = strides_u
-    ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    EDGES: tl.constexpr = MODE == _tile.SHIFTED
     # 1. which rows, their upstream gradients, targets and statistics
-    n, s = rows_of(tile, S, tiles, BLOCK_R)
+    n, s = rows_of_tile(tile, S, tiles, BLOCK_R)
     row = n * S + s
     live = s < S
     g = tl.load(upstream_ptr + (n * stride_un + s * stride_us), mask=live, other=1.0).to(ACC)
@@ -171,26 +174,26 @@ def _backward_tile(
         z_t = logits_at(z_ptr, n * stride_zn + s * stride_zs + t * stride_zv, known, cap, CAPPED, ACC)
         t, bad, w_t, z_t = t[:, None].to(tl.int32), bad[:, None], w_t[:, None], z_t[:, None]
     m = tl.load(stats_ptr + row, mask=known, other=0.0)[:, None]
-    excess = tl.load(stats_ptr + (row + rows), mask=known, other=0.0)[:, None]
+    sum_exp_minus_1 = tl.load(stats_ptr + (row + rows), mask=known, other=0.0)[:, None]
     W = tl.load(stats_ptr + (row + 2 * rows), mask=known, other=0.0)[:, None]
-    first = (live & (offset == 0))[:, None]  # the program of a row's first lanes writes its ends
+    first = (live & (offset == 0))[:, None]  # the program of a row's first lanes writes its edges
     live, known, g = live[:, None], known[:, None], g[:, None]
     g = tl.where(known, g, 1.0)  # a row without a class gives 0, or NaN, whatever its upstream
     # 2. the factors of each row
-    lse = m + log_1_plus(excess, ACC)
-    scale = scale_of(g, known, bad, excess, W)
-    pull = pull_of(g, known, excess, lse, zeta) if Z_LOSS else None
+    lse = m + log1p(sum_exp_minus_1, ACC)
+    scale = scale_of(g, known, bad, sum_exp_minus_1, W)
+    z_loss_scale = z_loss_scale_of(g, known, sum_exp_minus_1, lse, zeta) if Z_LOSS else None
     at_target = None
     if not SOFT:
-        at_target = at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, zeta, cap, V, CAPPED)
+        at_target = at_target_of(g, known, bad, z_t, m, sum_exp_minus_1, lse, W, w_t, epsilon, zeta, cap, V, CAPPED)
     z_start = n * stride_zn + s[:, None] * stride_zs
     t_start = n * stride_tn + s[:, None] * stride_ts
     d_start = n * stride_dn + s[:, None] * stride_ds
     head = _tile.head_of(z_start, MODE, GROUP)
 
-    # 3. read z, compute and store dz; the first column does the rows' ends too
+    # 3. read z, compute and store dz; the first column does the rows' edges too
     lane = tl.arange(0, BLOCK_V)[None, :]
-    hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
+    hi = _tile.count_in_tile(head, offset, V, known, BLOCK_V, MODE, GROUP)
     z = logits(z_ptr, z_start, head, offset, lane, hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
     q = None
     if DENSE:
@@ -200,17 +203,17 @@ def _backward_tile(
         )  # fmt: skip
     if DENSE:
         q *= g
-    dz = gradient(z, m, scale, pull, q, lane, head + offset, t, at_target, cap, CAPPED)
-    hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+    dz = gradient(z, m, scale, z_loss_scale, q, lane, head + offset, t, at_target, cap, CAPPED)
+    hi = _tile.count_in_tile(head, offset, V, live, BLOCK_V, MODE, GROUP)
     _tile.store(dz_ptr, d_start, head, offset, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
-    if ENDS:
-        c, inside = _tile.ends(head, V, known & first, GROUP)
+    if EDGES:
+        c, inside = _tile.edges(head, V, known & first, GROUP)
         z = logits_at(z_ptr, z_start + c, inside, cap, CAPPED, ACC)
         q = None
         if DENSE:
             q = dense_at(target_ptr, t_start, weight_ptr, c, inside, stride_tv, V, epsilon, SOFT, ACC)
         if DENSE:
             q *= g
-        dz = gradient(z, m, scale, pull, q, c, 0, t, at_target, cap, CAPPED)
-        _, inside = _tile.ends(head, V, first, GROUP)
+        dz = gradient(z, m, scale, z_loss_scale, q, c, 0, t, at_target, cap, CAPPED)
+        _, inside = _tile.edges(head, V, first, GROUP)
         tl.store(dz_ptr + (d_start + c * stride_dv), dz, mask=inside)

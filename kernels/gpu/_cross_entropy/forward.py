@@ -1,23 +1,25 @@
 """The kernel of cross entropy's forward pass, with or without the gradient. Formulas and names: `cross_entropy.py`."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from .. import _tile
-from .._rows import finite_base, log_1_plus, real, rows_of
-from .backward import at_target_of, gradient, pull_of, scale_of
+from .._rows import as_acc, finite_base, log1p, rows_of_tile
+from .backward import at_target_of, gradient, scale_of, z_loss_scale_of
 from .reduction import is_last, leave, reduce_rows
 from .tile import (
+    accumulate,
+    accumulate_lanes,
     dense,
     dense_at,
+    empty_sums,
     hard_target,
     logits,
     logits_at,
     merge,
-    no_sums,
-    take,
-    take_lanes,
-    times,
+    product_or_0,
 )
 
 OF_CALL = ["V", "S", "rows", "tiles", "ignore_index", "smoothing_bits", "z_loss_bits", "cap_bits"]
@@ -33,7 +35,7 @@ def _forward_kernel(
     LOOP: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr, Z_LOSS: tl.constexpr,
     MORE: tl.constexpr, MEAN: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """loss = W (lse - m) - Σ q (z - m) + ζ lse² of each row, its statistics, and dz where dz_ptr is given.
 
     Grid: one program a tile of BLOCK_R rows, or (LOOP) fewer programs that take tile after tile.
@@ -42,19 +44,19 @@ def _forward_kernel(
     where row_weight_ptr is given.
     """
     pointers = z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, denominator_ptr, dz_ptr, invalid_ptr, row_weight_ptr
-    zeta, cap = real(z_loss, z_loss_bits, ACC) if Z_LOSS else None, real(cap, cap_bits, ACC)
-    numbers = V, S, rows, tiles, ignore_index, real(smoothing, smoothing_bits, ACC), zeta, cap
+    zeta, cap = as_acc(z_loss, z_loss_bits, ACC) if Z_LOSS else None, as_acc(cap, cap_bits, ACC)
+    numbers = V, S, rows, tiles, ignore_index, as_acc(smoothing, smoothing_bits, ACC), zeta, cap
     strides = stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds
     if LOOP:  # the next tile's rows are loaded while this tile is computed
         zero = tl.zeros([BLOCK_R, 1], tl.int64)
-        late = zero, zero.to(ACC), zero > 0
+        deferred = zero, zero.to(ACC), zero > 0
         for pid in tl.range(tl.program_id(0), rows // S * tiles, tl.num_programs(0), num_stages=STAGES):
-            late = _forward_tile(
-                pid, late, pointers, numbers, strides, BLOCK_R, KEEP, BLOCK_V, FITS, 1,
+            deferred = _forward_tile(
+                pid, deferred, pointers, numbers, strides, BLOCK_R, KEEP, BLOCK_V, FITS, 1,
                 SOFT, DENSE, CAPPED, Z_LOSS, MORE, MEAN, MODE, TARGET_MODE, DZ_MODE, GROUP, ACC,
             )  # fmt: skip
         tl.debug_barrier()
-        tl.store(dz_ptr + late[0], late[1], mask=late[2])
+        tl.store(dz_ptr + deferred[0], deferred[1], mask=deferred[2])
     else:
         _forward_tile(
             tl.program_id(0), None, pointers, numbers, strides, BLOCK_R, KEEP, BLOCK_V, FITS, STAGES,
@@ -71,27 +73,27 @@ def _forward_kernel(
 
 @triton.jit
 def _forward_tile(
-    pid, late, pointers, numbers, strides,
+    pid, deferred, pointers, numbers, strides,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
     SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr, Z_LOSS: tl.constexpr, MORE: tl.constexpr,
     MEAN: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """Loss, statistics and gradient of tile number `pid`: BLOCK_R rows.
 
-    late: (offsets, values, mask) of the gradient at the target classes of the tile before. In a loop over tiles it is stored
-    one tile later, over what the row's other lanes have written, after a reduction has brought the threads together: to select
-    it among the lanes, every lane's number would have to stay in a register. The same of this tile is returned. None where
-    there is no loop, and the value is selected.
+    deferred: (offsets, values, mask) of the gradient at the target classes of the tile before. In a loop over tiles it is
+    stored one tile later, over what the row's other lanes have written, after a reduction has brought the threads together: to
+    select it among the lanes, every lane's number would have to stay in a register. The same of this tile is returned. None
+    where there is no loop, and the value is selected.
     """
     z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, denominator_ptr, dz_ptr, invalid_ptr, row_weight_ptr = pointers
     V, S, rows, tiles, ignore_index, epsilon, zeta, cap = numbers
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds = strides
-    ENDS: tl.constexpr = MODE == _tile.SHIFTED
+    EDGES: tl.constexpr = MODE == _tile.SHIFTED
     LOADED: tl.constexpr = SOFT or weight_ptr is not None
     # 1. which rows, their targets, and the logits there. What has one number a row is read and stored as (R,): as a column of
     # a tile, (R, 1), every thread of the row would do it
-    n, s = rows_of(pid, S, tiles, BLOCK_R)
+    n, s = rows_of_tile(pid, S, tiles, BLOCK_R)
     row = n * S + s
 
     live = (s < S)[:, None]
@@ -110,17 +112,17 @@ def _forward_tile(
     d_start = n * stride_dn + s[:, None] * stride_ds
     head = _tile.head_of(z_start, MODE, GROUP)
 
-    # 2. one pass over z: the tail, each lane for itself, then the first KEEP lanes, which stay, and the row's ends
-    z, q, z_ends, q_ends = None, None, None, None
+    # 2. one pass over z: the tail, each lane for itself, then the first KEEP lanes, which stay, and the row's edges
+    z, q, z_edges, q_edges = None, None, None, None
     if FITS:
-        sums = no_sums(BLOCK_R, 0, ACC)
+        sums = empty_sums(BLOCK_R, 0, ACC)
     else:
         tail = tl.arange(0, BLOCK_V)[None, :]
         steps = tl.cdiv(V - KEEP, BLOCK_V)
-        lanes = no_sums(BLOCK_R, BLOCK_V, ACC)
+        lanes = empty_sums(BLOCK_R, BLOCK_V, ACC)
         for i in tl.range(0, steps, num_stages=STAGES):
             offset = KEEP + i * BLOCK_V
-            t_hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
+            t_hi = _tile.count_in_tile(head, offset, V, known, BLOCK_V, MODE, GROUP)
             z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
             q_tail = None
             if DENSE:
@@ -128,11 +130,11 @@ def _forward_tile(
                     target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
                     SOFT, MODE, TARGET_MODE, GROUP, ACC,
                 )  # fmt: skip
-            lanes = take_lanes(lanes, z_tail, q_tail, MORE, LOADED)
+            lanes = accumulate_lanes(lanes, z_tail, q_tail, MORE, LOADED)
         sums = merge(lanes, DENSE, MORE)
     if KEEP:
         lane = tl.arange(0, KEEP)[None, :]
-        hi = _tile.reach(head, 0, V, known, KEEP, MODE, GROUP)
+        hi = _tile.count_in_tile(head, 0, V, known, KEEP, MODE, GROUP)
         z = logits(z_ptr, z_start, head, 0, lane, hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
         q = None
         if DENSE:
@@ -140,43 +142,43 @@ def _forward_tile(
                 target_ptr, t_start, weight_ptr, head, 0, lane, hi, stride_tv, V, epsilon,
                 SOFT, MODE, TARGET_MODE, GROUP, ACC,
             )  # fmt: skip
-    if ENDS:
-        c_ends, in_ends = _tile.ends(_tile.lone(head), V, _tile.lone(known), GROUP)
-        z_ends = logits_at(z_ptr, _tile.lone(z_start) + c_ends, in_ends, cap, CAPPED, ACC)
-        q_ends = None
+    if EDGES:
+        c_edges, in_edges = _tile.edges(_tile.scalar_if_one(head), V, _tile.scalar_if_one(known), GROUP)
+        z_edges = logits_at(z_ptr, _tile.scalar_if_one(z_start) + c_edges, in_edges, cap, CAPPED, ACC)
+        q_edges = None
         if DENSE:
-            q_ends = dense_at(
-                target_ptr, _tile.lone(t_start), weight_ptr, c_ends, in_ends, stride_tv, V, epsilon, SOFT, ACC
+            q_edges = dense_at(
+                target_ptr, _tile.scalar_if_one(t_start), weight_ptr, c_edges, in_edges, stride_tv, V, epsilon, SOFT, ACC
             )  # fmt: skip
-    if KEEP or ENDS:
-        sums = take(sums, z, q, z_ends, q_ends, MORE, LOADED)
-    m, excess, in_dense, inner, spread = sums
+    if KEEP or EDGES:
+        sums = accumulate(sums, z, q, z_edges, q_edges, MORE, LOADED)
+    m, sum_exp_minus_1, in_dense, inner, spread = sums
 
     # 3. loss and statistics
     W = q_t + in_dense
-    log_total = log_1_plus(excess, ACC)
+    log_total = log1p(sum_exp_minus_1, ACC)
     lse = m + log_total
     loss = W * log_total - inner
     if Z_LOSS:
-        loss += times(zeta, lse * lse)
+        loss += product_or_0(zeta, lse * lse)
     if not SOFT:
-        loss -= times(q_t, z_t - finite_base(m))
+        loss -= product_or_0(q_t, z_t - finite_base(m))
         loss = tl.where(known, loss, tl.where(bad, float("nan"), 0.0))
     row = row[:, None]
     tl.store(loss_ptr + row, loss, mask=live)
     if stats_ptr is not None:
         tl.store(stats_ptr + row, tl.where(known, m, 0.0), mask=live)
-        tl.store(stats_ptr + (row + rows), tl.where(known, excess, 0.0), mask=live)
+        tl.store(stats_ptr + (row + rows), tl.where(known, sum_exp_minus_1, 0.0), mask=live)
         tl.store(stats_ptr + (row + 2 * rows), tl.where(known, W, 0.0), mask=live)
         if MORE:
             below = tl.zeros_like(m)
             if not SOFT:
                 below = tl.where(known, z_t - finite_base(m), 0.0)
             tl.store(stats_ptr + (row + 3 * rows), below, mask=live)
-            entropy = log_total - spread / (1.0 + excess)
+            entropy = log_total - spread / (1.0 + sum_exp_minus_1)
             tl.store(stats_ptr + (row + 4 * rows), tl.where(known, entropy, 0.0), mask=live)
 
-    # 4. gradient: the KEEP lanes and the ends, then the tail again, from its end backwards
+    # 4. gradient: the KEEP lanes and the edges, then the tail again, from its end backwards
     if dz_ptr is not None:
         g = tl.cast(1.0, ACC)
         if denominator_ptr is not None:
@@ -186,30 +188,30 @@ def _forward_tile(
         if DENSE:
             g = tl.where(known, g, 0.0)
             q *= g
-            if ENDS:
-                q_ends *= _tile.lone(g)
-        scale = scale_of(g, known, bad, excess, W)
-        pull = pull_of(g, known, excess, lse, zeta) if Z_LOSS else None
-        at_target, t_ends, at_target_ends = None, None, None
+            if EDGES:
+                q_edges *= _tile.scalar_if_one(g)
+        scale = scale_of(g, known, bad, sum_exp_minus_1, W)
+        z_loss_scale = z_loss_scale_of(g, known, sum_exp_minus_1, lse, zeta) if Z_LOSS else None
+        at_target, t_edges, at_target_edges = None, None, None
         if not SOFT:
-            at_target = at_target_of(g, known, bad, z_t, m, excess, lse, W, w_t, epsilon, zeta, cap, V, CAPPED)
-            if late is None:
-                t_ends, at_target_ends = _tile.lone(t), _tile.lone(at_target)
-        dz = gradient(z, m, scale, pull, q, lane, head, t if late is None else None, at_target, cap, CAPPED)
-        hi = _tile.reach(head, 0, V, live, KEEP, MODE, GROUP)
+            at_target = at_target_of(g, known, bad, z_t, m, sum_exp_minus_1, lse, W, w_t, epsilon, zeta, cap, V, CAPPED)
+            if deferred is None:
+                t_edges, at_target_edges = _tile.scalar_if_one(t), _tile.scalar_if_one(at_target)
+        dz = gradient(z, m, scale, z_loss_scale, q, lane, head, t if deferred is None else None, at_target, cap, CAPPED)
+        hi = _tile.count_in_tile(head, 0, V, live, KEEP, MODE, GROUP)
         _tile.store(dz_ptr, d_start, head, 0, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
-        if ENDS:
-            of_row = _tile.lone(m), _tile.lone(scale), _tile.lone(pull) if Z_LOSS else None
-            dz_ends = gradient(z_ends, *of_row, q_ends, c_ends, 0, t_ends, at_target_ends, cap, CAPPED)
-            _, in_ends = _tile.ends(_tile.lone(head), V, _tile.lone(live), GROUP)
-            tl.store(dz_ptr + (_tile.lone(d_start) + c_ends * stride_dv), dz_ends, mask=in_ends)
-        if not SOFT and late is not None:
-            tl.store(dz_ptr + late[0], late[1], mask=late[2])
-            late = d_start + t * stride_dv, at_target, known
+        if EDGES:
+            of_row = _tile.scalar_if_one(m), _tile.scalar_if_one(scale), _tile.scalar_if_one(z_loss_scale) if Z_LOSS else None
+            dz_edges = gradient(z_edges, *of_row, q_edges, c_edges, 0, t_edges, at_target_edges, cap, CAPPED)
+            _, in_edges = _tile.edges(_tile.scalar_if_one(head), V, _tile.scalar_if_one(live), GROUP)
+            tl.store(dz_ptr + (_tile.scalar_if_one(d_start) + c_edges * stride_dv), dz_edges, mask=in_edges)
+        if not SOFT and deferred is not None:
+            tl.store(dz_ptr + deferred[0], deferred[1], mask=deferred[2])
+            deferred = d_start + t * stride_dv, at_target, known
         if not FITS:
             for i in tl.range(0, steps, num_stages=STAGES):
                 offset = KEEP + (steps - 1 - i) * BLOCK_V
-                t_hi = _tile.reach(head, offset, V, known, BLOCK_V, MODE, GROUP)
+                t_hi = _tile.count_in_tile(head, offset, V, known, BLOCK_V, MODE, GROUP)
                 z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
                 q_tail = None
                 if DENSE:
@@ -219,8 +221,8 @@ def _forward_tile(
                     )  # fmt: skip
                 if DENSE:
                     q_tail *= g
-                dz_tail = gradient(z_tail, m, scale, pull, q_tail, tail, head + offset, t, at_target, cap, CAPPED)
-                t_hi = _tile.reach(head, offset, V, live, BLOCK_V, MODE, GROUP)
+                dz_tail = gradient(z_tail, m, scale, z_loss_scale, q_tail, tail, head + offset, t, at_target, cap, CAPPED)
+                t_hi = _tile.count_in_tile(head, offset, V, live, BLOCK_V, MODE, GROUP)
                 _tile.store(dz_ptr, d_start, head, offset, tail, t_hi, dz_tail, stride_dv, DZ_MODE, GROUP)
-    if late is not None:
-        return late
+    if deferred is not None:
+        return deferred

@@ -15,7 +15,7 @@ LANES = tl.constexpr(SUMMED)
 
 
 @triton.jit
-def is_last(arrived_ptr):
+def is_last(arrived_ptr) -> tl.tensor:
     """True in the program that calls this last. It then sees the stores of the others, by loads that bypass the L1 cache (.cg).
 
     arrived_ptr: an int32, 0 before the launch; the last program sets it to 0 again (`leave`).
@@ -25,13 +25,13 @@ def is_last(arrived_ptr):
 
 
 @triton.jit
-def leave(arrived_ptr, last):
+def leave(arrived_ptr, last) -> None:
     """The last program sets the counter to 0 for the next launch."""
     tl.store(arrived_ptr, 0, mask=last)
 
 
 @triton.jit
-def in_pairs(x):
+def in_pairs(x) -> tl.tensor:
     """The sum of a vector of 2^k numbers, neighbours first: the same bits for any number of threads."""
     for _ in tl.static_range(30):
         if x.shape[0] > 1:
@@ -40,7 +40,7 @@ def in_pairs(x):
 
 
 @triton.jit
-def finish(total, weight, total_ptr, weight_ptr, if_none, MEAN: tl.constexpr, ACC: tl.constexpr):
+def finish(total, weight, total_ptr, weight_ptr, if_none, MEAN: tl.constexpr, ACC: tl.constexpr) -> None:
     """Writes Σ loss or (MEAN) the mean, and, where weight_ptr is given, the denominator: Σ weight, `if_none` if that is 0."""
     weight = tl.where(weight == 0.0, if_none, weight).to(ACC)
     if weight_ptr is not None:
@@ -54,7 +54,7 @@ def finish(total, weight, total_ptr, weight_ptr, if_none, MEAN: tl.constexpr, AC
 @triton.jit(noinline=True)  # one program of many calls it: the others need not have its registers
 def reduce_rows(
     loss_ptr, row_weight_ptr, denominator_ptr, total_ptr, weight_ptr, rows, if_none, MEAN: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Adds up the losses of all rows, in the last program of the launch that wrote them.
 
     The denominator of the mean is Σ row_weight where row_weight_ptr is given, else what denominator_ptr holds, else the number
@@ -80,7 +80,7 @@ def _reduce_kernel(
     loss_ptr, target_ptr, weight_ptr, partial_ptr, arrived_ptr, total_ptr, denominator_ptr,
     V, S, rows, per_program, ignore_index, if_none, stride_tn, stride_ts,
     PROGRAMS: tl.constexpr, SOFT: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Σ loss, or the mean, and Σ w_target. Grid: up to PROGRAMS programs, `per_program` rows each; the last one to end adds up
     what all have found. Reads a loss and a target a row; writes two numbers."""
     pid = tl.program_id(0).to(tl.int64)

@@ -1,12 +1,13 @@
 """What the kernels of cross entropy do with a tile of logits: read targets, and add up the sums of a row.
 
-The sums of a row are a tuple (m, excess, dense, inner, spread) of columns (R, 1), or of (R, L) while each lane has its own:
+The sums of a row are a tuple (m, sum_exp_minus_1, dense, inner, spread) of columns (R, 1), or of (R, L) while each lane has
+its own:
 
-    m       max z
-    excess  Σ exp(z - m) - 1
-    dense   Σ q               q: the dense part of the target, which every class has (smoothing, soft targets)
-    inner   Σ q (z - m)
-    spread  Σ exp(z - m) (z - m)                       for the entropy
+    m                max z
+    sum_exp_minus_1  Σ exp(z - m) - 1
+    dense            Σ q             q: the dense part of the target, which every class has (smoothing, soft targets)
+    inner            Σ q (z - m)
+    spread           Σ exp(z - m) (z - m)            for the entropy
 
 Constants of the kernel (DENSE, MORE) say which of them are computed. The gradient is in `backward.py`.
 """
@@ -15,11 +16,11 @@ import triton
 import triton.language as tl
 
 from .. import _tile
-from .._rows import excess_with, finite_base, merge_lanes, no_lanes
+from .._rows import empty_lanes, finite_base, merge_lanes, merged_sum_exp_minus_1
 
 
 @triton.jit
-def hard_target(target_ptr, at, weight_ptr, live, V, ignore_index, ACC: tl.constexpr):
+def hard_target(target_ptr, at, weight_ptr, live, V, ignore_index, ACC: tl.constexpr) -> tuple[tl.tensor, ...]:
     """(t, known, bad, w_t) of each row, all (R,): the class, whether it is one, whether it is out of range, and its weight.
 
     A row of `ignore_index` is neither known nor bad. t and w_t are 0 in rows that are not known.
@@ -37,7 +38,7 @@ def hard_target(target_ptr, at, weight_ptr, live, V, ignore_index, ACC: tl.const
 
 
 @triton.jit
-def soft_cap(z, cap, ACC: tl.constexpr):
+def soft_cap(z, cap, ACC: tl.constexpr) -> tl.tensor:
     """cap tanh(z / cap), within a few units in the last place. Near 0, 1 - exp(-2 |x|) would lose digits: a series there."""
     x = z / cap
     y = -2.0 * tl.abs(x)
@@ -58,7 +59,7 @@ def soft_cap(z, cap, ACC: tl.constexpr):
 def logits(
     z_ptr, start, head, offset, lane, hi, stride, cap,
     CAPPED: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """A tile of the logits of each row's body; -inf in lanes without a class, after the cap, which would make -cap of -inf."""
     z = _tile.load(z_ptr, start, head, offset, lane, hi, stride, float("-inf"), MODE, GROUP, ACC)
     if CAPPED:
@@ -67,7 +68,7 @@ def logits(
 
 
 @triton.jit
-def logits_at(z_ptr, at, inside, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
+def logits_at(z_ptr, at, inside, cap, CAPPED: tl.constexpr, ACC: tl.constexpr) -> tl.tensor:
     """The logits at the offsets `at`; -inf where `inside` is false."""
     z = tl.load(z_ptr + at, mask=inside, other=float("-inf")).to(ACC)
     if CAPPED:
@@ -76,7 +77,7 @@ def logits_at(z_ptr, at, inside, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _dense(y, weight_ptr, first, lane, inside, V, epsilon, ACC: tl.constexpr):
+def _dense(y, weight_ptr, first, lane, inside, V, epsilon, ACC: tl.constexpr) -> tl.tensor:
     """q_c for the classes c = first + lane: w_c ((1 - ε) y_c + ε/V) of soft targets y, w_c ε/V of hard ones (y None)."""
     q = epsilon / V
     if y is not None:
@@ -90,7 +91,7 @@ def _dense(y, weight_ptr, first, lane, inside, V, epsilon, ACC: tl.constexpr):
 def dense(
     target_ptr, start, weight_ptr, head, offset, lane, hi, stride, V, epsilon,
     SOFT: tl.constexpr, MODE: tl.constexpr, TARGET_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """q of a tile of each row's body. MODE: how the logits are accessed, TARGET_MODE: how the soft targets are."""
     y = None
     if SOFT:
@@ -101,7 +102,7 @@ def dense(
 @triton.jit
 def dense_at(
     target_ptr, start, weight_ptr, c, inside, stride, V, epsilon, SOFT: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """q of the classes c."""
     y = None
     if SOFT:
@@ -110,89 +111,89 @@ def dense_at(
 
 
 @triton.jit
-def times(q, d):
+def product_or_0(q, d) -> tl.tensor:
     """q d, and 0 where q is 0: 0·∞ = 0."""
     return q * tl.where(q == 0.0, 0.0, d)
 
 
 @triton.jit
-def no_sums(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr):
+def empty_sums(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr) -> tuple[tl.tensor, ...]:
     """The sums before anything is read: (R, L), or (R, 1) where L is 0."""
     if L:
         zero = tl.zeros([R, L], ACC)
-        m, excess = no_lanes(R, L, ACC)
+        m, sum_exp_minus_1 = empty_lanes(R, L, ACC)
     else:
         zero = tl.zeros([R, 1], ACC)
-        m, excess = zero + float("-inf"), zero - 1.0
-    return m, excess, zero, zero, zero
+        m, sum_exp_minus_1 = zero + float("-inf"), zero - 1.0
+    return m, sum_exp_minus_1, zero, zero, zero
 
 
 @triton.jit
-def take_lanes(sums, z, q, SPREAD: tl.constexpr, LOADED: tl.constexpr):
-    """The sums of each lane after one more logit a lane; lanes do not meet, so no thread waits. LOADED: as in `take`."""
-    m, excess, dense, inner, spread = sums
+def accumulate_lanes(sums, z, q, SPREAD: tl.constexpr, LOADED: tl.constexpr) -> tuple[tl.tensor, ...]:
+    """The sums of each lane after one more logit a lane; lanes do not meet, so no thread waits. LOADED: as in `accumulate`."""
+    m, sum_exp_minus_1, dense, inner, spread = sums
     d = z - m
     e = tl.exp(-tl.abs(d))
     rises = z > m
     if q is not None:
-        inner += tl.where(rises, -times(dense, d), times(q, d))
+        inner += tl.where(rises, -product_or_0(dense, d), product_or_0(q, d))
         dense += q if LOADED else tl.where(d == d, q, 0.0)
     if SPREAD:
-        spread = tl.where(rises, times(e, spread - (1.0 + excess) * d), spread + times(e, d))
-    return tl.maximum(m, z), tl.where(rises, excess * e, excess) + e, dense, inner, spread
+        spread = tl.where(rises, product_or_0(e, spread - (1.0 + sum_exp_minus_1) * d), spread + product_or_0(e, d))
+    return tl.maximum(m, z), tl.where(rises, sum_exp_minus_1 * e, sum_exp_minus_1) + e, dense, inner, spread
 
 
 @triton.jit
-def merge(sums, DENSE: tl.constexpr, SPREAD: tl.constexpr):
+def merge(sums, DENSE: tl.constexpr, SPREAD: tl.constexpr) -> tuple[tl.tensor, ...]:
     """The sums of each row from those of its lanes."""
-    m, excess, dense, inner, spread = sums
-    top, total, shrunk = merge_lanes(m, excess)
+    m, sum_exp_minus_1, dense, inner, spread = sums
+    top, total, shrunk = merge_lanes(m, sum_exp_minus_1)
     moved = m - finite_base(top)
     zero = tl.zeros_like(top)
     in_dense, in_inner, in_spread = zero, zero, zero
     if DENSE:
         in_dense = tl.sum(dense, axis=1)[:, None]
-        in_inner = tl.sum(inner + times(dense, moved), axis=1)[:, None]
+        in_inner = tl.sum(inner + product_or_0(dense, moved), axis=1)[:, None]
     if SPREAD:
-        in_spread = tl.sum(times(shrunk, spread + times(1.0 + excess, moved)), axis=1)[:, None]
+        in_spread = tl.sum(product_or_0(shrunk, spread + product_or_0(1.0 + sum_exp_minus_1, moved)), axis=1)[:, None]
     return top, total, in_dense, in_inner, in_spread
 
 
 @triton.jit
-def take(sums, z, q, z_ends, q_ends, SPREAD: tl.constexpr, LOADED: tl.constexpr):
-    """The sums of rows after one more tile of logits z and the rows' ends z_ends; either may be None, and so may q.
+def accumulate(sums, z, q, z_edges, q_edges, SPREAD: tl.constexpr, LOADED: tl.constexpr) -> tuple[tl.tensor, ...]:
+    """The sums of rows after one more tile of logits z and the rows' edges z_edges; either may be None, and so may q.
 
     LOADED: q is read from memory. Else it is a constant, and is tied to z so that the compiler does not lay it out whole in
     every thread.
     """
-    m, excess, dense, inner, spread = sums
-    top = _tile.max_with(m, z, z_ends)
+    m, sum_exp_minus_1, dense, inner, spread = sums
+    top = _tile.max_with_rows(m, z, z_edges)
     base = finite_base(top)
     moved = finite_base(m) - base
-    d, d_ends, e, e_ends = None, None, None, None
+    d, d_edges, e, e_edges = None, None, None, None
     if z is not None:
         d = z - base
         e = tl.exp(d)
-    if z_ends is not None:
-        d_ends = z_ends - _tile.lone(base)
-        e_ends = tl.exp(d_ends)
-    if q is not None or q_ends is not None:
-        inner = _plus_products(inner + dense * moved, q, d, q_ends, d_ends)
+    if z_edges is not None:
+        d_edges = z_edges - _tile.scalar_if_one(base)
+        e_edges = tl.exp(d_edges)
+    if q is not None or q_edges is not None:
+        inner = _plus_products(inner + dense * moved, q, d, q_edges, d_edges)
         if not LOADED and q is not None:  # d == d is false for a NaN only, and then the whole row is NaN
             q = tl.where(d == d, q, 0.0)
-        dense = _tile.plus_sum(dense, q, q_ends)
+        dense = _tile.add_row_sums(dense, q, q_edges)
     if SPREAD:
         shrunk = tl.where(top > m, tl.exp(m - base), 1.0)
-        spread = shrunk * (spread + (1.0 + excess) * moved)
-        spread = _plus_products(spread, e, d, e_ends, d_ends)
-    return top, excess_with(m, excess, top, e, e_ends), dense, inner, spread
+        spread = shrunk * (spread + (1.0 + sum_exp_minus_1) * moved)
+        spread = _plus_products(spread, e, d, e_edges, d_edges)
+    return top, merged_sum_exp_minus_1(m, sum_exp_minus_1, top, e, e_edges), dense, inner, spread
 
 
 @triton.jit
-def _plus_products(start, q, d, q_ends, d_ends):
-    """`start` plus Σ q d over the rows of a tile and over their ends, with 0·∞ = 0; q or q_ends may be None."""
+def _plus_products(start, q, d, q_edges, d_edges) -> tl.tensor:
+    """`start` plus Σ q d over the rows of a tile and over their edges, with 0·∞ = 0; q or q_edges may be None."""
     if q is not None:
-        start = _tile.plus_sum(start, times(q, d), None)
-    if q_ends is not None:
-        start = _tile.plus_sum(start, None, times(q_ends, d_ends))
+        start = _tile.add_row_sums(start, product_or_0(q, d), None)
+    if q_edges is not None:
+        start = _tile.add_row_sums(start, None, product_or_0(q_edges, d_edges))
     return start

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 
 from .. import _tile
-from .._cross_entropy.tile import times
+from .._cross_entropy.tile import product_or_0
 from .._rows import finite_base
 from .terms import is_near, lacks, log_ratio, phi_near
 
 
 @triton.jit
-def no_sums(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr):
+def empty_sums(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr) -> tuple[tl.tensor, ...]:
     """(m, Z, s, B, A, m', Z', F) of L lanes that have seen nothing."""
     lowest: tl.constexpr = -1.7976931348623157e308 if tl.float64 == ACC else -3.4028234663852886e38
     m, zero = tl.full([R, L], lowest, ACC), tl.zeros([R, L], ACC)
@@ -27,20 +27,20 @@ def no_sums(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _moved(Z, B, A, x, ACC: tl.constexpr):
+def _moved(Z, B, A, x, ACC: tl.constexpr) -> tl.tensor:
     """A about another s, where every y is larger by x; where x is not near, all classes are as those that are not."""
     near = phi_near(x, ACC)
     return tl.where(is_near(x), A + (x + near) * (A + B) + near * Z, -((1.0 + x) * Z + B))
 
 
 @triton.jit
-def _shrunk(F, e):
+def _shrunk(F, e) -> tl.tensor:
     """F e; ∞ stays."""
     return tl.where(float("inf") == F, F, F * e)
 
 
 @triton.jit
-def take_lanes(sums, base, other, scale, ACC: tl.constexpr):
+def accumulate_lanes(sums, base, other, scale, ACC: tl.constexpr) -> tuple[tl.tensor, ...]:
     """The sums of each lane after one more class: no thread waits for another. scale = 1/T."""
     m, Z, s, B, A, m_o, Z_o, F = sums
     d, d_o = (base - m) * scale, (other - m_o) * scale
@@ -52,49 +52,49 @@ def take_lanes(sums, base, other, scale, ACC: tl.constexpr):
     x = tl.where(rises, -y, y)
     far = is_near(x) == 0
     # what was near and is no longer: its e^y goes to F
-    gone = tl.where(rises & far, times(A + Z + B, tl.exp((m - top_o) * scale + s)), 0.0)
+    gone = tl.where(rises & far, product_or_0(A + Z + B, tl.exp((m - top_o) * scale + s)), 0.0)
     F = tl.where(rises_o, _shrunk(F, e_o), F) + gone + tl.where(far & (rises == 0), mass, 0.0) + lacks(base, other)
-    in_A = tl.where(far, -times(e, 1.0 + x), e * phi_near(x, ACC))
-    A = tl.where(rises, times(e, _moved(Z, B, A, x, ACC)), A + in_A)
-    B = tl.where(rises, times(e, B + x * Z), B + times(e, x))
+    in_A = tl.where(far, -product_or_0(e, 1.0 + x), e * phi_near(x, ACC))
+    A = tl.where(rises, product_or_0(e, _moved(Z, B, A, x, ACC)), A + in_A)
+    B = tl.where(rises, product_or_0(e, B + x * Z), B + product_or_0(e, x))
     s = tl.where(rises & (other > float("-inf")), (other - base) * scale, s)
     Z, Z_o = tl.where(rises, Z * e + 1.0, Z + e), tl.where(rises_o, Z_o * e_o + 1.0, Z_o + e_o)
     return tl.maximum(m, base), Z, s, B, A, top_o, Z_o, F
 
 
 @triton.jit
-def totals(m, Z, m_l, Z_l, z, z_ends, scale, LANES: tl.constexpr):
-    """(max z, Σ exp((z - max z) / T)) of rows: of lanes (where LANES), of a tile and of its ends, either None."""
+def totals(m, Z, m_l, Z_l, z, z_edges, scale, LANES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """(max z, Σ exp((z - max z) / T)) of rows: of lanes (where LANES), of a tile and of its edges, either None."""
     top = m
     if LANES:
         top = tl.maximum(top, tl.max(m_l, axis=1)[:, None])
-    top = _tile.max_with(top, z, z_ends)
+    top = _tile.max_with_rows(top, z, z_edges)
     at = finite_base(top)
     if LANES:
-        Z += tl.sum(times(Z_l, tl.exp((m_l - at) * scale)), axis=1)[:, None]
-    e, e_ends = None, None
+        Z += tl.sum(product_or_0(Z_l, tl.exp((m_l - at) * scale)), axis=1)[:, None]
+    e, e_edges = None, None
     if z is not None:
         e = tl.exp((z - at) * scale)
-    if z_ends is not None:
-        e_ends = tl.exp((z_ends - _tile.lone(at)) * scale)
-    return top, _tile.plus_sum(Z, e, e_ends)
+    if z_edges is not None:
+        e_edges = tl.exp((z_edges - _tile.scalar_if_one(at)) * scale)
+    return top, _tile.add_row_sums(Z, e, e_edges)
 
 
 @triton.jit
-def terms_of_lanes(sums, top, top_o, s, scale, ACC: tl.constexpr):
+def terms_of_lanes(sums, top, top_o, s, scale, ACC: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """What each lane adds to (A, B, F) of its row, about the row's maxima and s."""
     m, Z, own, B, A, m_o, _, F = sums
     shrunk, shrunk_o = tl.exp((m - top) * scale), tl.exp((m_o - top_o) * scale)
     x = own - s
-    gone = tl.where(is_near(x), 0.0, times(A + Z + B, tl.exp((m - top_o) * scale + own)))
-    return times(shrunk, _moved(Z, B, A, x, ACC)), times(shrunk, B + x * Z), _shrunk(F, shrunk_o) + gone
+    gone = tl.where(is_near(x), 0.0, product_or_0(A + Z + B, tl.exp((m - top_o) * scale + own)))
+    return product_or_0(shrunk, _moved(Z, B, A, x, ACC)), product_or_0(shrunk, B + x * Z), _shrunk(F, shrunk_o) + gone
 
 
 @triton.jit
-def terms(base, other, top, top_o, s, scale, ACC: tl.constexpr):
+def terms(base, other, top, top_o, s, scale, ACC: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """What each class adds to (A, B, F) of its row."""
     w, mass = tl.exp((base - top) * scale), tl.exp((other - top_o) * scale)
     y = log_ratio(base, other, s, scale)
     near = is_near(y)
-    in_A = tl.where(near, w * phi_near(y, ACC), -times(w, 1.0 + y))
-    return in_A, times(w, y), tl.where(near, 0.0, mass) + lacks(base, other)
+    in_A = tl.where(near, w * phi_near(y, ACC), -product_or_0(w, 1.0 + y))
+    return in_A, product_or_0(w, y), tl.where(near, 0.0, mass) + lacks(base, other)

@@ -3,17 +3,17 @@
 import triton
 import triton.language as tl
 
-from .._cross_entropy.tile import times
+from .._cross_entropy.tile import product_or_0
 
 
 @triton.jit
-def is_near(x):
+def is_near(x) -> tl.tensor:
     """Where φ(x) is the series'; a NaN is not."""
     return tl.abs(x) <= 0.5
 
 
 @triton.jit
-def phi_near(x, ACC: tl.constexpr):
+def phi_near(x, ACC: tl.constexpr) -> tl.tensor:
     """φ(x) = e^x - 1 - x for |x| <= 1/2, by its series to half a unit in the last place."""
     if tl.float64 == ACC:
         y = 1 / 40320 + x * (1 / 362880 + x * (1 / 3628800 + x * (1 / 39916800 + x * (1 / 479001600 + x * (1 / 6227020800
@@ -25,7 +25,7 @@ def phi_near(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def log1p(x, u, ACC: tl.constexpr):
+def log1p(x, u, ACC: tl.constexpr) -> tl.tensor:
     """log(1 + x) with the digits of a small x, where u is 1 + x with those of a small u."""
     if tl.float64 == ACC:
         v = 1.0 + x
@@ -39,25 +39,25 @@ def log1p(x, u, ACC: tl.constexpr):
 
 
 @triton.jit
-def log_ratio(base, other, shift, scale):
+def log_ratio(base, other, shift, scale) -> tl.tensor:
     """(other - base) scale - shift of each class: 0 for one that other does not have, +∞ for one that base alone lacks."""
     return tl.where(other == float("-inf"), 0.0, (other - base) * scale - shift)
 
 
 @triton.jit
-def lacks(base, other):
+def lacks(base, other) -> tl.tensor:
     """∞ for a class that base has and other does not: so is the divergence. Else 0."""
     return tl.where((other == float("-inf")) & (base > float("-inf")), float("inf"), 0.0)
 
 
 @triton.jit
-def minus_one(u, p, q, ACC: tl.constexpr):
+def minus_one(u, p, q, ACC: tl.constexpr) -> tl.tensor:
     """p (e^u - 1) = q - p with the digits of a small u."""
-    return tl.where(is_near(u), times(p, u + phi_near(u, ACC)), q - p)
+    return tl.where(is_near(u), product_or_0(p, u + phi_near(u, ACC)), q - p)
 
 
 @triton.jit
-def mixed_logs(u, ratio, beta, gamma, ACC: tl.constexpr):
+def mixed_logs(u, ratio, beta, gamma, ACC: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """log(M/p) and log(M/q) for u = log(q/p) <= 0, M = β p + γ q, ratio = q/p, γ = 1 - β."""
     near = is_near(u)
     below = tl.where(near, u + phi_near(u, ACC), ratio - 1.0)
@@ -68,7 +68,7 @@ def mixed_logs(u, ratio, beta, gamma, ACC: tl.constexpr):
 
 
 @triton.jit
-def by_size(p, q, u, beta, gamma):
+def by_size(p, q, u, beta, gamma) -> tuple[tl.tensor, ...]:
     """(p is the larger, log of the smaller over the larger, their ratio, what each is multiplied by in M)."""
     falls = u <= 0.0
     large, small = tl.where(falls, p, q), tl.where(falls, q, p)
@@ -77,13 +77,13 @@ def by_size(p, q, u, beta, gamma):
 
 
 @triton.jit
-def mixed(p, q, u, beta, gamma, ACC: tl.constexpr):
+def mixed(p, q, u, beta, gamma, ACC: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """What a class adds to KL(p‖M) and to KL(q‖M), M = β p + γ q, u = log(q/p), γ = 1 - β."""
     falls, x, ratio, b, g = by_size(p, q, u, beta, gamma)
     large, small = tl.where(falls, p, q), tl.where(falls, q, p)
     of_large, of_small = mixed_logs(x, ratio, b, g, ACC)
-    far_large = g * (small - large) - times(large, of_large)
-    far_small = b * (large - small) - times(small, of_small)
-    in_large = tl.where(is_near(of_large), times(large, phi_near(of_large, ACC)), far_large)
-    in_small = tl.where(is_near(of_small), times(small, phi_near(of_small, ACC)), far_small)
+    far_large = g * (small - large) - product_or_0(large, of_large)
+    far_small = b * (large - small) - product_or_0(small, of_small)
+    in_large = tl.where(is_near(of_large), product_or_0(large, phi_near(of_large, ACC)), far_large)
+    in_small = tl.where(is_near(of_small), product_or_0(small, phi_near(of_small, ACC)), far_small)
     return tl.where(falls, in_large, in_small), tl.where(falls, in_small, in_large)
