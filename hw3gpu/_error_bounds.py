@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import reference
-from .reference import Array, Extended, _extended, _ieee, _one_hot, _per_channel, _softmax
+from .reference import Array, Extended, _extended, _ieee, _one_hot, _per_channel, _sigmoid, _softmax, _standard_normal
 
 # docs/errors.md, "What an operation costs": roundings of
 EXP = 4  # exp x, and 2 |x| more, for x is the rounded difference of a logit and the maximum, times log2 e
@@ -506,6 +506,46 @@ def batch_norm_inference_backward(
     constant = reference.batch_norm_inference_backward(*given, eps, channel_axis)
     dx = _result((RSTD + 3.0) * abs(_extended(constant.dx)), dtype)
     return reference.BatchNormInferenceGradients(dx, trained.dgamma, trained.dbeta)
+
+
+@_ieee
+def activation(p: Any, kind: str, *, dtype: str) -> Array:
+    """Of a(p), p exact."""
+    p = _extended(p)
+    y = abs(_extended(reference.activation(p, kind)))
+    if kind == "silu":
+        return _result(_times(y, 6.0 + _times(_sigmoid(-p), EXP + abs(p))), dtype)
+    if kind == "hardswish":
+        return _result(5.0 * y, dtype)
+    if kind == "gelu":
+        return _result(_times(abs(p), _of_distribution(p)) + 2.0 * y, dtype)
+    return _result(0.0 * y, dtype)
+
+
+@_ieee
+def activation_backward(dy: Any, p: Any, kind: str, *, dtype: str) -> Array:
+    """Of dy a'(p), p exact."""
+    dy, p = abs(_extended(dy)), _extended(p)
+    if kind == "silu":
+        sigma, rest, e = _sigmoid(p), _sigmoid(-p), EXP + abs(p)
+        product = _times(rest, abs(p))
+        of_product = _times(product, _times(sigma, e) + 7.0)
+        counted = _times(sigma, _times(abs(1.0 + product * np.sign(p)), _times(rest, e) + 9.0) + of_product)
+    elif kind == "hardswish":
+        counted = np.where(abs(p) < 3.0, abs(p) + 2.0, 0.0) + 1.0
+    elif kind == "gelu":
+        density, distribution = _standard_normal(p)
+        product = _times(density, abs(p))
+        counted = _of_distribution(p) + _times(product, EXP + 1.5 * p * p + 4.0) + 2.0 * (distribution + product)
+    else:
+        counted = 0.0 * p
+    return _result(_times(counted, dy), dtype)
+
+
+def _of_distribution(p: Extended) -> Extended:
+    """Φ = ½ (1 + erf(p / √2)): 4 for erf, 2 for p / √2, 2 for the sum and its half."""
+    density, distribution = _standard_normal(p)
+    return 4.0 * abs(distribution - 0.5) + 2.0 * _times(density, abs(p)) + 2.0 * distribution
 
 
 # Points and the trace: docs/errors.md, section 3 -------------------------------------------------------------------

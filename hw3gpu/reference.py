@@ -27,6 +27,8 @@ __all__ = [
     "SoftmaxCrossEntropy",
     "TokenLogProbs",
     "TraceMinimum",
+    "activation",
+    "activation_backward",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_inference",
@@ -50,6 +52,7 @@ __all__ = [
 
 Array = NDArray[np.float64]
 Extended = NDArray[np.longdouble]
+_PI = np.longdouble("3.14159265358979323846264338327950288")
 
 # 0/0, log 0 and overflow mean here what IEEE 754 says they do: a NaN or an infinity in the answer, no warning.
 _ieee = np.errstate(divide="ignore", invalid="ignore", over="ignore")
@@ -253,6 +256,56 @@ def batch_norm_inference_backward(
     dx = dy * gamma.reshape(shape) * rstd
     dgamma, dbeta = np.sum(dy * x_hat, axis=axes), np.sum(dy, axis=axes)
     return BatchNormInferenceGradients(*map(_float64, (dx, dgamma, dbeta)))
+
+
+def _sigmoid(p: Extended) -> Extended:
+    return np.asarray(1.0 / (1.0 + np.exp(-p)))
+
+
+def _standard_normal(p: Extended) -> tuple[Extended, Extended]:
+    """The density φ and the distribution Φ of the standard normal law, Φ by the series (2.25)."""
+    square = np.minimum(p * p, 200.0)  # beyond, exp(-p²/2) is below every other rounding
+    term = np.clip(p, -np.sqrt(200.0), np.sqrt(200.0))
+    total = np.zeros_like(term)
+    for k in range(500):
+        total = total + term
+        term = term * square / (2 * k + 3)
+    density = np.exp(-p * p / 2.0) / np.sqrt(2.0 * _PI)
+    rest = np.exp(-square / 2.0) / np.sqrt(2.0 * _PI) * total
+    return density, np.clip(0.5 + rest, 0.0, 1.0)
+
+
+@_ieee
+def activation(p: Any, kind: str) -> Array:
+    """a(p), (2.22) to (2.24): "relu", "silu", "hardswish" or "gelu". As in PyTorch, a(−∞) is NaN but for "relu"."""
+    p = _extended(p)
+    if kind == "relu":
+        return _float64(np.where(p <= 0.0, 0.0, p))
+    if kind == "silu":
+        return _float64(p * _sigmoid(p))
+    if kind == "hardswish":
+        return _float64(p * np.clip(p + 3.0, 0.0, 6.0) / 6.0)
+    if kind == "gelu":
+        return _float64(p * _standard_normal(p)[1])
+    raise ValueError(f"kind: expected 'relu', 'silu', 'hardswish' or 'gelu', got {kind!r}")
+
+
+@_ieee
+def activation_backward(dy: Any, p: Any, kind: str) -> Array:
+    """dy a′(p), (2.21), ``dy`` = ∂ℓ/∂y. Where a has no derivative a′ is as in PyTorch: 0 at 0 for "relu"; for "hardswish"
+    0 at −3 and 1 at 3."""
+    dy, p = _extended(dy), _extended(p)
+    if kind == "relu":
+        return _float64(np.where(p <= 0.0, 0.0, dy))
+    if kind == "silu":
+        sigma = _sigmoid(p)
+        return _float64(dy * sigma * (1.0 + p * (1.0 - sigma)))
+    if kind == "hardswish":
+        return _float64(dy * np.where(p <= -3.0, 0.0, np.where(p >= 3.0, 1.0, p / 3.0 + 0.5)))
+    if kind == "gelu":
+        density, distribution = _standard_normal(p)
+        return _float64(dy * (distribution + p * density))
+    raise ValueError(f"kind: expected 'relu', 'silu', 'hardswish' or 'gelu', got {kind!r}")
 
 
 # Softmax and cross entropy: docs/derivations.md, section 3 ---------------------------------------------------------

@@ -254,3 +254,35 @@ def test_2_17_to_2_20_are_the_batch_of_the_values_that_count() -> None:
     np.testing.assert_allclose(gradients.dx[mask], of_alone.dx, rtol=1e-15)
     assert gradients.dx[2] == 0
     assert (gradients.dgamma, gradients.dbeta) == (of_alone.dgamma, of_alone.dbeta)
+
+
+P = sp.Symbol("p", real=True)
+SIGMA, DENSITY = 1 / (1 + sp.exp(-P)), sp.exp(-(P**2) / 2) / sp.sqrt(2 * sp.pi)
+DISTRIBUTION = (1 + sp.erf(P / sp.sqrt(2))) / 2
+FORMULAS = {
+    "silu": (P * SIGMA, SIGMA * (1 + P * SIGMA.subs(P, -P))),
+    "hardswish": (P * sp.Min(sp.Max(P + 3, 0), 6) / 6, P / 3 + sp.Rational(1, 2)),
+    "gelu": (P * DISTRIBUTION, DISTRIBUTION + P * DENSITY),
+}
+
+
+@proves("2.21", "2.22", "2.23", "2.24")
+def test_2_21_to_2_24_are_the_activations_of_the_answer_sheet_and_of_pytorch_and_their_derivatives() -> None:
+    at = np.array([-7.5, -3.0, -2.5, -0.5, 0.0, 1.25, 3.0, 6.5])
+    for kind, (value, derivative) in FORMULAS.items():
+        inside = value.subs(sp.Min(sp.Max(P + 3, 0), 6), P + 3)
+        assert sp.simplify(sp.diff(inside, P) - derivative) == 0
+        p = torch.tensor(at, requires_grad=True)
+        y = getattr(torch.nn.functional, kind)(p)
+        y.backward(torch.full_like(y, 2.0))
+        exact = [float(value.subs(P, sp.Rational(v)).evalf(30)) for v in at]
+        np.testing.assert_allclose(reference.activation(at, kind), exact, rtol=1e-15, atol=2e-18)
+        np.testing.assert_allclose(reference.activation(at, kind), y.detach().numpy(), rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(reference.activation_backward(2.0, at, kind), p.grad, rtol=1e-12, atol=1e-15)
+
+
+@proves("2.25")
+def test_2_25_is_the_series_of_the_normal_distribution() -> None:
+    terms = [P ** (2 * k + 1) / sp.factorial2(2 * k + 1) for k in range(6)]
+    left = sp.series((DISTRIBUTION - sp.Rational(1, 2)) / DENSITY, P, 0, 13).removeO()
+    assert sp.simplify(left - sum(terms)) == 0

@@ -65,6 +65,8 @@ _A = np.random.default_rng(19).normal(size=(4, 3, 5)).astype(np.float32)
 _C, _SQUARE = _A[0, :, 0], _A[0, :, :3] @ _A[0, :, :3].T
 _SQUARE = (_SQUARE + _SQUARE.T) / 2
 ARGUMENTS = {
+    "activation": (_A, "silu"),
+    "activation_backward": (_A, _A, "gelu"),
     "batch_norm": (_A, _C, _C),
     "batch_norm_backward": (_A, _A, _C, _C**2, _C),
     "batch_norm_inference": (_A, _C, _C**2, _C, _C),
