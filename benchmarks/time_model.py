@@ -70,7 +70,7 @@ def kernel_seconds(kernel: Kernel, device: Device, earlier: int = 0) -> float:
 class _Program:
     """A program of a launch, among others on its multiprocessor; times in cycles, bytes of a program."""
 
-    def __init__(self, kernel: Kernel, device: Device, clock: Clock, earlier: int):
+    def __init__(self, kernel: Kernel, device: Device, clock: Clock, earlier: int) -> None:
         grid, self.warps, self.clock = kernel["grid"], kernel["warps"], clock
         read, written = kernel.get("read", 0) / grid, kernel.get("written", 0) / grid
         self.parts, again = _with_trips(kernel["parts"], read / self.warps)

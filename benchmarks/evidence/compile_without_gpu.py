@@ -45,15 +45,15 @@ def count_accesses(observe: Observer, launched: Callable[[str], Any]) -> Iterato
             running[0], kind, np.asarray(pointers.data)[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)], itemsize
         )
 
-    def counted_load(self, pointers, mask, *rest):
+    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         seen("load", pointers, mask)
         return load(self, pointers, mask, *rest)
 
-    def counted_store(self, pointers, value, mask, *rest):
+    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         seen("store", pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
-    def counted_call(self, *args, **kwargs):
+    def counted_call(self: Any, *args: Any, **kwargs: Any) -> Any:
         running[0] = self.fn.__name__
         launched(running[0])
         return call(self, *args, **kwargs)
@@ -89,7 +89,7 @@ class StandIn:
     driver that does nothing, and are not recorded.
     """
 
-    def __init__(self, arch: int | str, in_c: bool = False):
+    def __init__(self, arch: int | str, in_c: bool = False) -> None:
         from triton.backends.compiler import GPUTarget
 
         self.in_c = in_c
@@ -129,10 +129,12 @@ def _driver(device: StandIn) -> Any:
     from triton.backends.driver import DriverBase
 
     class Launcher:
-        def __init__(self, src: Any, metadata: Any):
+        def __init__(self, src: Any, metadata: Any) -> None:
             self.src, self.metadata = src, metadata
 
-        def __call__(self, x, y, z, stream, binary, packed, told, enter, leave, *args: Any) -> None:
+        def __call__(
+            self, x: int, y: int, z: int, stream: Any, binary: Any, packed: Any, told: Any, enter: Any, leave: Any, *args: Any
+        ) -> None:
             signature = {str(name): str(kind) for name, kind in self.src.signature.items()}
             metadata, hooks = self.metadata, (enter, leave)
             # Triton keeps compiled kernels and their launchers: one made under an earlier stand-in records for the present

@@ -149,7 +149,7 @@ def _loops(code: Sequence[Instruction], spans: Sequence[tuple[int, int]], least:
 class _State:
     """What a warp waits for, as it goes through its code."""
 
-    def __init__(self, least: dict[bool, int]):
+    def __init__(self, least: dict[bool, int]) -> None:
         self.least = least
         self.clock = 0
         self.ready = [0] * 8
