@@ -146,8 +146,8 @@ def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, mom
 def normalize(x, mean, rstd, gamma, beta, y, *, residual=None, mask=None) -> None:
     """y = (x - mean) (rstd γ) + β + residual. Where a mask is given: y = relu(…), and the mask says where it is above 0."""
     if x.numel():
-        as_column = None, 1, None, None, None, 1.0, (0, 0.0, 0, 0.0, 0)
-        _normalize(x, mean, rstd, gamma, beta, y, residual, mask, *as_column)
+        one_split = None, 1, None, None, None, 1.0, (0, 0.0, 0, 0.0, 0)
+        _normalize(x, mean, rstd, gamma, beta, y, residual, mask, *one_split)
 
 
 def _normalize(

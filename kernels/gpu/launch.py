@@ -28,11 +28,11 @@ observer: contextvars.ContextVar[Any] = contextvars.ContextVar("hw3gpu_gpu_obser
 
 
 class Number(NamedTuple):
-    """An argument that may differ in later calls of the same `Bound`: a number or its bits, the `address_of`-th of such
+    """An argument that may differ in later calls of the same `Bound`: a number or its bits, the `index`-th of such
     arguments."""
 
     value: float
-    address_of: int
+    index: int
 
 
 def numbers(*values: float) -> tuple[Number, ...]:
@@ -66,9 +66,9 @@ def _seen(
     """A launch as an observer is told of it."""
     of = dict(zip(kernel.arg_names, args, strict=False))
 
-    def moved(names: tuple[str, ...], product_or_0: float) -> tuple[tuple[str, int, int | None], ...]:
+    def moved(names: tuple[str, ...], times: float) -> tuple[tuple[str, int, int | None], ...]:
         tensors = [(name, of[f"{name}_ptr"]) for name in names]
-        return tuple((name, round(t.nbytes * product_or_0), t.data_ptr()) for name, t in tensors if t is not None)
+        return tuple((name, round(t.nbytes * times), t.data_ptr()) for name, t in tensors if t is not None)
 
     module = kernel.fn.__module__.partition("kernels.")[2]
     return f"{module}.{kernel.fn.__name__}", plan, programs, moved(reads, 1.0 + again), moved(writes, 1.0)
@@ -147,8 +147,8 @@ class Bound:
             return
         x = operands[0]
         assert x is not None
-        halved_lanes = [_counter(x.device) if of is None else x.new_empty(of[0], dtype=of[1]) for of in self._scratch]
-        values: list[Any] = [None if t is None else t.data_ptr() for t in (*operands, *halved_lanes)]
+        memory = [_counter(x.device) if of is None else x.new_empty(of[0], dtype=of[1]) for of in self._scratch]
+        values: list[Any] = [None if t is None else t.data_ptr() for t in (*operands, *memory)]
         for number in numbers:
             values += float_and_bits(number)
         stream = _triton.stream()
@@ -226,12 +226,12 @@ class Recording:
             args, places = list(noted), []
             for i, arg in enumerate(noted):
                 if type(arg) is Number:
-                    places.append((i, len(self._memory) + arg.address_of, 0))
+                    places.append((i, len(self._memory) + arg.index, 0))
                 elif isinstance(arg, torch.Tensor):
-                    address_of = self._place(arg)
-                    if address_of is None:
+                    address = self._place(arg)
+                    if address is None:
                         return None
-                    places.append((i, *address_of))
+                    places.append((i, *address))
             for i, *_ in places:
                 args[i] = None
             found.append(_Launch(compiled, programs, args, tuple(places)))
