@@ -40,7 +40,7 @@ class RowPlan:
 def resident_lanes(extra_per_lane: int, itemsize: int, mode: int) -> int:
     """The most lanes of a row that can stay in registers without a spill.
 
-    beside: how many numbers a lane the kernel keeps beside exp(z): 0 softmax, cross entropy of hard targets; 1 softmax
+    extra_per_lane: how many numbers a lane the kernel keeps beside exp(z): 0 softmax, cross entropy of hard targets; 1 softmax
     backward, soft targets or smoothing, a softcap alone; 2 soft targets or smoothing with the rows' statistics or a softcap;
     3 a divergence of two rows.
     """
@@ -65,10 +65,10 @@ def plan_rows(
 ) -> RowPlan:
     """The plan for rows of V values, S of them neighbours.
 
-    unit_s: neighbouring rows are adjacent in memory and classes are not (the class axis in the middle). beside: as in
-    `resident_lanes`. dense: soft targets or smoothing, a q for every lane. tensors: how many tensors are read. stays: the row
-    is needed again after the first pass. ahead: how many rows may be loaded ahead by a persistent program, as its registers
-    allow; 0: no persistent programs.
+    unit_s: neighbouring rows are adjacent in memory and classes are not (the class axis in the middle). extra_per_lane: as
+    in `resident_lanes`. dense: soft targets or smoothing, a q for every lane. tensors: how many tensors are read. row_reused:
+    the row is needed again after the first pass. rows_ahead: how many rows may be loaded ahead by a persistent program, as its
+    registers allow; 0: no persistent programs.
     """
     lanes, neighbours = body_lanes(V, itemsize, mode), unit_s and S > 1
     # numbers beside a lane, edges of rows and strides cost registers: fewer lanes a thread
@@ -100,7 +100,7 @@ def plan_rows(
         if in_turn:
             return in_turn
         num_warps = min(warps_for(spread * block_r * keep), 8 if mode == STRIDED and not neighbours else 16)
-        if not row_reused and not neighbours:  # a program reads, reduces and edges: smaller ones, and more of them
+        if not row_reused and not neighbours:  # a program reads, reduces and ends: smaller ones, and more of them
             while block_r > 1 and num_warps > 4:
                 block_r, num_warps = block_r // 2, num_warps // 2
         registers = _registers_of_one_tile(itemsize, mode, extra_per_lane, keep, num_warps, row_reused and not rows_ahead)
