@@ -105,9 +105,9 @@ class _Program:
 
     def cycles(self, count: int) -> float:
         """Until `count` of them, begun together, are done: the largest of what bytes, taking turns and latency ask for."""
-        return max(count * self.memory, self._persistent(count), self._by_littles_law(count))
+        return max(count * self.memory, self._taking_turns(count), self._by_littles_law(count))
 
-    def _persistent(self, count: int) -> float:
+    def _taking_turns(self, count: int) -> float:
         """Programs take turns at memory and at the schedulers: mean value analysis of a closed network of queues."""
         think = max(self.alone(self._latency(0.0)) - self.issue, 0.0)
         demand = (self.transfer, self.issue)

@@ -106,7 +106,7 @@ def examined(case: Case, arch: int | str) -> tuple[dict[str, dict[str, Any]], li
 
 @functools.cache
 def keys_of(operation: str) -> dict[str, str]:
-    """What decides the evidence of each case of a room (`evidence_keys.py`), by label."""
+    """What decides the evidence of each case of an operation (`keys.py`), by label."""
     return {case.label: key(case, ARCHITECTURES, SCHEMA) for case in cases() if case.operation == operation}
 
 
@@ -148,7 +148,7 @@ def _examine(label: str) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
 
 
 def add(of: dict[str, Any], its_key: str, label: str, found: dict[str, dict[str, Any]], complaints: list[str]) -> None:
-    """Puts what `_examine` gave of a case into the evidence of a room."""
+    """Puts what `_examine` gave of a case into the evidence of an operation."""
     of["keys"][label], of["kernels"][label] = its_key, found
     of["complaints"] += complaints
 
