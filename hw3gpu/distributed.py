@@ -14,18 +14,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import functional
-from ._torch import arguments, operators
+from ._core import check
+from ._torch import arguments, cross_entropy_formula, operators
 from ._torch import sync_batch_norm as _sync_batch_norm
 from ._torch import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
+from ._torch import vocab_parallel_linear_cross_entropy as _vocab_parallel_linear_cross_entropy
 from ._torch.arguments import _vocab_parallel_arguments, _vocab_parallel_numbers
-from ._torch.autograd import accumulate_dtype, as_dtype
+from ._torch.autograd import accumulate_dtype, as_dtype, graph_is_needed
+from ._torch.cross_entropy_formula import Options
 
-__all__ = ["sync_batch_norm", "vocab_parallel_cross_entropy"]
+__all__ = ["sync_batch_norm", "vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"]
 
 
 def _or_all(group: Any) -> Any:
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: expected None or a process group, got {group!r} ({type(group).__name__})")
+    if group is None and dist.group.WORLD is None:
+        raise RuntimeError("group: expected a process group, or torch.distributed.init_process_group called before")
     return dist.group.WORLD if group is None else group
 
 
@@ -121,6 +126,77 @@ def vocab_parallel_cross_entropy(
         return as_dtype(loss.reshape(shape), logits_shard.dtype)
     total = loss.sum()
     return as_dtype(total if reduction == "sum" else total / weights.sum(), logits_shard.dtype)
+
+
+def vocab_parallel_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    group: Any = None,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    gradient: str = "auto",
+    all_ignored: str = "nan",
+    return_stats: bool = False,
+    chunk_rows: int | None = None,
+    vocab_start: int | None = None,
+) -> Any:
+    """`functional.linear_cross_entropy` where the rows of the weight, its classes, are divided over `group` (None: all).
+
+    There are never more than two chunks of `chunk_rows` rows of this process's logits, by default some eleventh of all rows.
+    One collective a chunk in the forward pass, of six numbers a row (seven with statistics), which is on its way while the next
+    chunk's logits are made; one in the backward pass, which adds up the gradient of `input` in float32 (float64 for float64).
+    The loss is the same on every process. Each has the gradient of its own rows of the weight, and all have that of `input`:
+    do not divide these, or sum them, over the group. (docs/derivations.md, section 3.7)
+
+    input: (…, D), the same on every process. linear_weight: (V_r, D), this process's classes, in order of rank, of input's
+    dtype; V_r may differ from process to process, and be 0. linear_bias: (V_r,). target: classes (…) of the whole vocabulary,
+    the same on every process. weight: (V_r,), the weights of this process's classes. vocab_start: the number of the first
+    class here; left out, processes exchange their sizes first, in a collective of one number each. Every other argument,
+    `chunk_rows` and whether `input` needs a gradient has to be the same on every process; backward is called on every process,
+    or on none.
+
+    gradient: "forward", what "auto" is for a reduced loss, makes the gradients in the forward pass: three products. "backward"
+    makes the logits twice. all_ignored: the mean over no rows is "nan" or "zero". return_stats: also `CrossEntropyStatistics`
+    of every row, the same on every process, without a gradient. Under autocast the products are in its dtype.
+
+    Raises TypeError for kinds and dtypes (probabilities as target among them), ValueError for shapes and values, IndexError for
+    a class that no process has, on the CPU; on a GPU nothing waits for the device, and such a row gives NaN. RuntimeError for a
+    second derivative and under `torch.func` transforms.
+    """
+    check.boolean(return_stats, "return_stats")
+    z_loss, softcap = arguments.extra(z_loss, softcap, gradient, all_ignored)
+    ignore_index = check.integer_value(ignore_index, "ignore_index")
+    asked = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero")
+    problem = arguments.vocab_parallel_linear(input, linear_weight, target, linear_bias, weight, asked, vocab_start)
+    if gradient == "forward" and reduction == "none":
+        raise ValueError("gradient: expected 'auto' or 'backward' with reduction 'none', got 'forward'")
+    rows = arguments.chunk_rows(chunk_rows)
+    rest = _vocab_parallel_linear_cross_entropy.Rest(
+        asked._replace(label_smoothing=float(label_smoothing)),
+        -1 if vocab_start is None else index(vocab_start),
+        _or_all(group).group_name,
+        rows or 0,
+        return_stats,
+    )
+    loss, taken, numbers = _vocab_parallel_linear_cross_entropy.vocab_parallel_linear_cross_entropy(problem, rest, gradient)
+    if input.device.type == "cpu" and not operators.traced(input):
+        _every_class_exists(taken, target, ignore_index)
+    loss = as_dtype(loss.reshape(target.shape) if reduction == "none" else loss, arguments.loss_dtype(input, target))
+    if not return_stats:
+        return loss
+    # a class that no process has makes NaN of its row, or has raised
+    stats = cross_entropy_formula.statistics(numbers, target.shape, 1 << 62, target, ignore_index)
+    depends_on = input, linear_weight, linear_bias
+    if graph_is_needed(*depends_on):
+        stats = cross_entropy_formula.without_derivatives(stats, *depends_on)
+    return loss, stats
 
 
 def _every_class_exists(taken: Tensor, target: Tensor, ignore_index: int) -> None:

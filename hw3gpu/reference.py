@@ -11,6 +11,7 @@ softmax, ``n`` points x_1…x_n in R^m. Numbers in parentheses are the tags of d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ __all__ = [
     "SoftmaxCrossEntropy",
     "TokenLogProbs",
     "TraceMinimum",
+    "VocabParallelLinearCrossEntropy",
     "activation",
     "activation_backward",
     "batch_norm",
@@ -48,6 +50,7 @@ __all__ = [
     "softmax_cross_entropy",
     "softmax_jacobian",
     "token_log_probs",
+    "vocab_parallel_linear_cross_entropy",
 ]
 
 Array = NDArray[np.float64]
@@ -334,6 +337,15 @@ class CrossEntropyStatistics(NamedTuple):
     correct: NDArray[np.bool_] | None
 
 
+class VocabParallelLinearCrossEntropy(NamedTuple):
+    """``loss`` (N,) of every row; of their sum ``dx`` (N, D), by process ``dweights`` (V_r, D), ``dbiases`` (V_r,)."""
+
+    loss: Array
+    dx: Array
+    dweights: list[Array]
+    dbiases: list[Array]
+
+
 class Distillation(NamedTuple):
     """``loss`` as reduced; ``dstudent`` and ``dteacher`` of the shape of the logits."""
 
@@ -485,6 +497,48 @@ def cross_entropy_with_options(
     scale = np.broadcast_to(scale, kept.shape)
     dz = np.where(kept[..., None], scale[..., None] * dz, 0.0)
     return CrossEntropyWithOptions(_float64(loss), _float64(np.moveaxis(dz, -1, class_axis)))
+
+
+@_ieee
+def vocab_parallel_linear_cross_entropy(
+    x: Any,
+    weights: Sequence[Any],
+    target: Any,
+    biases: Sequence[Any] | None = None,
+    *,
+    class_weights: Sequence[Any] | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> VocabParallelLinearCrossEntropy:
+    """The loss of every row, and the gradients of their sum, where the classes are divided, (3.32) to (3.34).
+
+    ``x`` (N, D); of every process r ``weights`` W_r (V_r, D), ``biases`` b_r (V_r,), 0 if None, and ``class_weights`` (V_r,), 1
+    if None; ``target`` (N,) classes of the whole vocabulary. A row whose class is ``ignore_index`` adds nothing.
+    """
+    x, target = _extended(x), np.asarray(target)
+    kept, W = target != ignore_index, [_extended(W_r) for W_r in weights]
+    sizes = [len(W_r) for W_r in W]
+    b = [np.zeros(V_r, np.longdouble) for V_r in sizes] if biases is None else [_extended(b_r) for b_r in biases]
+    w = [np.ones(V_r, np.longdouble) for V_r in sizes] if class_weights is None else [_extended(w_r) for w_r in class_weights]
+    z = [x @ W_r.T + b_r for W_r, b_r in zip(W, b, strict=True)]
+    u = [_capped(z_r, softcap) for z_r in z]
+    lse = _log_sum_exp(np.concatenate([_log_sum_exp(u_r, -1) for u_r in u], axis=-1), -1)
+    q = []
+    for w_r, V_r, first in zip(w, sizes, np.cumsum([0, *sizes]), strict=False):
+        y = target[:, None] - first == np.arange(V_r)
+        q.append(kept[:, None] * w_r * ((1 - label_smoothing) * y + label_smoothing / sum(sizes)))
+    terms = [np.where((q_r == 0.0) & np.isneginf(u_r), 0.0, q_r * (lse - u_r)) for q_r, u_r in zip(q, u, strict=True)]
+    pull = kept[:, None] * 2 * np.longdouble(z_loss) * lse
+    loss = sum(np.sum(of_r, axis=-1) for of_r in terms) + kept * z_loss * lse[:, 0] ** 2
+    Q = sum(np.sum(q_r, axis=-1, keepdims=True) for q_r in q) + pull
+    slope = [np.longdouble(1.0) if softcap is None else 1 - (u_r / softcap) ** 2 for u_r in u]
+    dz = [(np.exp(u_r - lse) * Q - q_r) * slope_r for u_r, q_r, slope_r in zip(u, q, slope, strict=True)]
+    dx = sum(dz_r @ W_r for dz_r, W_r in zip(dz, W, strict=True))
+    return VocabParallelLinearCrossEntropy(
+        _float64(loss), _float64(dx), [_float64(dz_r.T @ x) for dz_r in dz], [_float64(dz_r.sum(0)) for dz_r in dz]
+    )
 
 
 def _capped(z: Extended, softcap: float | None) -> Extended:

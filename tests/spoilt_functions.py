@@ -154,6 +154,12 @@ def functions() -> dict[str, Function]:
         given |= {"weight": None, "ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
         return {**given, "z_loss": 0.0, "softcap": None, "vocab_start": rng.choice([None, 0])}
 
+    def linear_sharded(rng: random.Random) -> dict[str, Any]:
+        given = {k: v for k, v in linear_tokens(rng).items() if k != "temperature"}
+        C, dtype = len(given["linear_weight"]), given["input"].dtype
+        options = {k: v for k, v in loss_options(rng, C, dtype).items() if k != "differentiable"}
+        return {**given, **options, "group": None, "vocab_start": rng.choice([None, 0])}
+
     def synchronised(rng: random.Random) -> dict[str, Any]:
         return {**torch_batch(rng), "group": None}
 
@@ -303,6 +309,10 @@ def functions() -> dict[str, Function]:
         "distributed.sync_batch_norm": Function(distributed.sync_batch_norm, synchronised, same("input")),
         "distributed.vocab_parallel_cross_entropy": Function(
             distributed.vocab_parallel_cross_entropy, sharded,
+            of_loss(lambda g: g["target"].shape),
+        ),
+        "distributed.vocab_parallel_linear_cross_entropy": Function(
+            distributed.vocab_parallel_linear_cross_entropy, linear_sharded,
             of_loss(lambda g: g["target"].shape),
         ),
         "nn.BatchNorm1d": Function(module(nn.BatchNorm1d), moduled(2), same("input")),

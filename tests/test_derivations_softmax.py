@@ -356,3 +356,45 @@ def test_3_21_sums_the_gradients_of_chunks() -> None:
         db += g.sum(axis=0)
     for ours, leaf in zip((dx, dw, db), leaves, strict=True):
         np.testing.assert_allclose(ours, leaf.grad.numpy(), rtol=0, atol=1e-15)
+
+
+@proves("3.32", "3.33", "3.34")
+def test_3_32_to_3_34_of_classes_in_parts() -> None:
+    """In 60 digits, of parts of 1, 2 and no classes; and the answer sheet against that of all classes in one."""
+    x = sp.symbols("x1:3")
+    W = [[sp.Rational(i + 3 * k, 7 - k) for i in range(2)] for k in range(3)]
+    w, epsilon, zeta, t = [sp.Rational(1, 2), 3, 2], sp.Rational(1, 5), sp.Rational(1, 9), 2
+    at = {x[0]: sp.Rational(-3, 4), x[1]: sp.Rational(5, 3)}
+    z = [sum(a * b for a, b in zip(x, row, strict=True)) for row in W]
+    lse = sp.log(sum(sp.exp(v) for v in z))
+    q = [w_k * ((1 - epsilon) * delta(k, t) + epsilon / 3) for k, w_k in enumerate(w)]
+    loss = sum(q_k * (lse - z_k) for q_k, z_k in zip(q, z, strict=True)) + zeta * lse**2
+
+    parts, numbers = [(0,), (1, 2)], [v.subs(at) for v in z]
+    c_r = [max(numbers[k] for k in part) for part in parts]
+    c = max(c_r)
+    s = sum(sum(sp.exp(numbers[k] - of) for k in part) * sp.exp(of - c) for part, of in zip(parts, c_r, strict=True))
+    Q, found = sum(q), c + sp.log(s)
+    assert abs((found - lse.subs(at)).evalf(60)) < 1e-55
+    inner = sum(
+        sum(w[k] * (numbers[k] - of) for k in part) + (of - c) * sum(w[k] for k in part)
+        for part, of in zip(parts, c_r, strict=True)
+    )
+    merged = Q * sp.log(s) - (1 - epsilon) * w[t] * (numbers[t] - c) - epsilon / 3 * inner + zeta * found**2
+    assert abs((merged - loss.subs(at)).evalf(60)) < 1e-55
+    g = [(sp.exp(numbers[k] - found) * (Q + 2 * zeta * found) - q[k]) for k in range(3)]
+    for i in range(2):
+        of_parts = sum(sum(g[k] * W[k][i] for k in part) for part in parts)
+        assert abs((of_parts - loss.diff(x[i]).subs(at)).evalf(60)) < 1e-55
+
+    cuts, target, options = (0, 1, 1, 3), np.array([2, -100, 0]), {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 3.0}
+    rows, head, bias, class_weights = (np.random.default_rng(3).normal(size=n) for n in ((3, 2), (3, 2), 3, 3))
+    divided = [np.split(v, cuts[1:-1]) for v in (head, bias, class_weights**2)]
+    ours = reference.vocab_parallel_linear_cross_entropy(
+        rows, divided[0], target, divided[1], class_weights=divided[2], **options
+    )
+    whole = reference.cross_entropy_with_options(rows @ head.T + bias, target, class_weights**2, reduction="none", **options)
+    np.testing.assert_allclose(ours.loss, whole.loss, rtol=0, atol=1e-15)
+    for found_, expected in ((ours.dx, whole.dlogits @ head), (np.concatenate(ours.dweights), whole.dlogits.T @ rows)):
+        np.testing.assert_allclose(found_, expected, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(np.concatenate(ours.dbiases), whole.dlogits.sum(0), rtol=0, atol=1e-15)

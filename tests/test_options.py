@@ -46,6 +46,10 @@ CALLS = {
     "distributed.vocab_parallel_cross_entropy": (
         lambda **o: distributed.vocab_parallel_cross_entropy(T, CLASSES, **o), (*LOSS, "vocab_start", "group"),
     ),
+    "distributed.vocab_parallel_linear_cross_entropy": (
+        lambda **o: distributed.vocab_parallel_linear_cross_entropy(T, T[:3], CLASSES, **o),
+        (*LOSS, "gradient", "all_ignored", "linear_bias", "chunk_rows", "return_stats", "vocab_start", "group"),
+    ),
 }  # fmt: skip
 NAMES = ("reduction", "gradient", "all_ignored", "activation", "method")
 
@@ -57,6 +61,13 @@ def test_an_option_of_the_wrong_kind_is_a_type_error_that_names_it(name, option)
         with pytest.raises(TypeError, match=rf"^{option}: ") as caught:
             CALLS[name][0](**{option: value})
         assert "truth value" not in str(caught.value)
+
+
+def test_a_function_over_processes_says_that_there_are_none():
+    calls = CALLS["distributed.vocab_parallel_cross_entropy"][0], CALLS["distributed.vocab_parallel_linear_cross_entropy"][0]
+    for call in (*calls, CALLS["distributed.sync_batch_norm"][0]):
+        with pytest.raises(RuntimeError, match=r"^group: expected a process group, or torch.distributed.init_process_group"):
+            call()
 
 
 def test_a_module_refuses_an_activation_of_the_wrong_kind():

@@ -335,6 +335,10 @@ def _beside(x: Tensor, W: Tensor, b: Tensor | None) -> None:
     """Checks dtype and device of what is multiplied with `x` and added, the bias, and that there is a class."""
     if W.shape[0] == 0:
         raise ValueError(f"linear_weight: expected at least one class, got shape {check.shape_of(W)}")
+    _like_input(x, W, b)
+
+
+def _like_input(x: Tensor, W: Tensor, b: Tensor | None) -> None:
     beside = [("linear_weight", W)]
     if b is not None:
         floating_tensor(b, "linear_bias")
@@ -468,10 +472,36 @@ def _vocab_parallel_arguments(
         check.shape(weight, "weight", (z.shape[axis],), "one weight per class of logits_shard")
         _same_device(weight, "weight", z, "logits_shard")
     check.integer_value(ignore_index, "ignore_index")
-    check.one_of(reduction, "reduction", ("none", "mean", "sum"))
+    check.one_of(reduction, "reduction", REDUCTIONS)
     check.real_value(label_smoothing, "label_smoothing")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+
+
+def vocab_parallel_linear(
+    x: Tensor, W: Tensor, target: Tensor, b: Tensor | None, weight: Tensor | None, asked: Options, vocab_start: int | None
+) -> Problem:
+    """The `Problem` of this process's classes, its parts checked."""
+    floating_tensor(x, "input")
+    floating_tensor(W, "linear_weight")
+    check.rank_at_least(x, "input", 1, "…, D")
+    if W.dim() != 2:
+        raise check.ShapeError(f"linear_weight: expected (V_r, D), got shape {check.shape_of(W)}")
+    check.shape(W, "linear_weight", (W.shape[0], x.shape[-1]), "last, the features of input")
+    _like_input(x, W, b)
+    tensor(target, "target")
+    check.integer(target, "target")
+    check.shape(target, "target", tuple(x.shape[:-1]), "one class per row of input")
+    rows = x.reshape(target.numel(), x.shape[-1])
+    logits = x.detach().new_empty(()).expand(len(rows), len(W))
+    _vocab_parallel_arguments(logits, target.reshape(-1), None, asked.ignore_index, asked.reduction, asked.label_smoothing)
+    _vocab_parallel_numbers(asked.z_loss, asked.softcap, vocab_start)
+    if weight is not None:
+        floating_tensor(weight, "weight")
+        check.shape(weight, "weight", (len(W),), "one weight per row of linear_weight")
+        _same_device(weight, "weight", x, "input")
+        weight = as_dtype(weight.detach(), accumulate_dtype(x)).contiguous()
+    return linear_problem(rows, W, target.reshape(-1), b, weight)
 
 
 def _vocab_parallel_numbers(z_loss: float, softcap: float | None, vocab_start: int | None) -> None:

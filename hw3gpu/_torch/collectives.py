@@ -17,10 +17,21 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 
 def gathered(sent: torch.Tensor, group: Any) -> torch.Tensor:
     """(processes, n): what every process has sent, (n,) each, in order of rank."""
-    of = process_group(group)
-    received = sent.new_empty(dist.get_world_size(of) * sent.numel())
-    _gather(received, sent, group=of)
-    return received.view(-1, sent.numel())
+    return Gathering(sent, group).result()
+
+
+class Gathering:
+    """What every process has sent, on its way: the device computes meanwhile."""
+
+    def __init__(self, sent: torch.Tensor, group: Any) -> None:
+        of = process_group(group)
+        self.sent, self.received = sent, sent.new_empty(dist.get_world_size(of) * sent.numel())
+        self.work = _gather(self.received, sent, group=of, async_op=True)
+
+    def result(self) -> torch.Tensor:
+        """(processes, n), once it is there: on a GPU the stream waits for it, not the host."""
+        self.work.wait()
+        return self.received.view(-1, self.sent.numel())
 
 
 def summed(own: torch.Tensor, group: Any) -> torch.Tensor:

@@ -1,0 +1,279 @@
+"""Cross entropy of logits x Wᵀ + b whose classes are divided over processes, and of which there are never more than two chunks.
+
+Of each chunk of rows a process makes the logits of its own classes, x W_rᵀ + b_r, and sends the numbers of
+`vocab_parallel_rows`; while they are on their way it makes the next chunk's logits. Then dz takes the place of the chunk's:
+
+    ∂ℓ/∂x = Σ_r dz_r W_r,   ∂ℓ/∂W_r = Σ_chunks dz_rᵀ x,   ∂ℓ/∂b_r = Σ_rows dz_r            (docs/derivations.md, section 3.7)
+
+The first is a sum over processes: one collective of N D numbers in the backward pass. A reduced loss makes its gradients in the
+forward pass, for an upstream gradient of 1 of the sum, in three products; without a reduction, for a second call of backward
+and under a compiler backward makes the logits again: four products. What a half precision does about its range is
+`linear_chunks`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._core import arrays
+from . import float16_scale, operators
+from . import vocab_parallel_rows as of_rows
+from .autograd import accumulate_dtype, graph_is_needed, no_second_derivative
+from .collectives import Gathering, summed
+from .cross_entropy import never_zero
+from .cross_entropy_formula import NUMBERS, OPTIONS_SCHEMA, Options
+from .linear_chunks import HALVES, Gradients, Problem, as_given, chunks, fake_gradients, logits_of, scaled
+from .vocab_parallel_rows import Divided
+
+# Two chunks of logits are held. Rows of a chunk are the same on every process, whatever its number of classes: a part of all
+# rows that keeps both chunks below a tenth of the logits, or, where ∂ℓ/∂W is its own sum, as many as give them W's size.
+PARTS, PARTS_OF_HALVES_ON_THE_HOST = 22, 44
+LEAST, MOST = 128, 8192
+
+
+class Rest(NamedTuple):
+    """What of a call has no gradient.
+
+    start: the number of the first class here, -1 where the processes are to find out. rows: of a chunk. at_once: the gradients
+    are made in the forward pass. traced: the call goes through the operators.
+    """
+
+    options: Options
+    start: int
+    group: str
+    rows: int
+    statistics: bool
+    at_once: bool = False
+    traced: bool = False
+
+
+class Found(NamedTuple):
+    """What the forward pass finds: the loss, the sum of the weights that the mean is divided by, and of every row how many
+    processes have its target, the numbers of `statistics` (or none), and what `vocab_parallel_rows.gradient` takes; the
+    gradients of x (this process's part), W and b of the sum, and a factor for each row of the first."""
+
+    loss: Tensor
+    denominator: Tensor
+    taken: Tensor
+    numbers: Tensor
+    stats: Tensor
+    at: Tensor
+    scaled: Tensor | None
+    gradients: tuple[Any, Any, Any] = (None, None, None)
+    factor: Tensor | None = None
+
+
+def chunk_rows(x: Tensor) -> int:
+    """Rows of a chunk, unless the caller says otherwise."""
+    (N, D), half = x.shape, x.dtype in HALVES
+    rows = max(N // (PARTS_OF_HALVES_ON_THE_HOST if half and arrays.on_host(x) else PARTS), 0 if half else D // 2)
+    return min(max(rows // LEAST * LEAST, LEAST), MOST)
+
+
+def vocab_parallel_linear_cross_entropy(problem: Problem, rest: Rest, gradient: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, taken, the numbers of `statistics` or none), of (N, 1) rows; the arguments are checked."""
+    if operators.traced(problem.x):
+        loss, _, *rows = FORWARD(*problem, *rest[1:5], *rest.options)
+        return loss, *rows[:2]
+    if operators.transformed():
+        raise RuntimeError("vocab_parallel_linear_cross_entropy: torch.func transforms do not reach the other processes")
+    if graph_is_needed(*problem[:3]):
+        at_once = gradient != "backward" and rest.options.reduction != "none"
+        return _VocabParallelLinear.apply(*problem, rest._replace(at_once=at_once))
+    return _results(run(problem, rest))
+
+
+def _results(found: Found) -> tuple[Tensor, Tensor, Tensor]:
+    return found.loss, found.taken, found.numbers
+
+
+# ---------------------------------------------------------------------------------------------- forward
+def run(problem: Problem, rest: Rest, needs: Sequence[bool] = (False, False, False)) -> Found:
+    """The loss, and the gradients that `needs` names, of x, W and b."""
+    (N, V, _), options, rows = problem.sizes, rest.options, rest.rows or chunk_rows(problem.x)
+    start = of_rows.first_class(rest.start, V, rest.group, problem.x.device)
+    of = Divided(
+        start, problem.weight, options.ignore_index, options.label_smoothing, options.z_loss, options.softcap, rest.statistics
+    )
+    merge = _Merge(problem, of, options, needs)
+    logits = [problem.x.new_empty(min(rows, N), V) for _ in range(2 if any(needs) and rows < N else 1)]
+    ahead = None
+    for number, (first, last) in enumerate(chunks(problem, rows)):
+        part = problem.chunk(first, last)
+        z = logits_of(part, logits[number % len(logits)])
+        row = of_rows.rows_of(part.target, V, of)
+        on_its_way = Gathering(of_rows.to_send(z, row, of), rest.group)
+        if ahead is not None:  # what it has sent came while this chunk's logits were made
+            merge.add(*ahead)
+        ahead = on_its_way, part, z, row, first, last
+    if ahead is not None:
+        merge.add(*ahead)
+    return merge.found(options)
+
+
+class _Merge:
+    """The rows of all chunks, as what is known of them comes in."""
+
+    def __init__(self, problem: Problem, of: Divided, options: Options, needs: Sequence[bool]) -> None:
+        x, (N, V, S) = problem.x, problem.sizes
+        acc = accumulate_dtype(x)
+        self.of, self.needed = of, any(needs)
+        self.loss, self.w_t, self.taken = (x.new_empty((N, S), dtype=acc) for _ in range(3))
+        self.stats = x.new_empty((4, N, S), dtype=acc)
+        self.numbers = x.new_empty((NUMBERS if of.statistics else 0, N, S), dtype=acc)
+        self.index = x.new_empty((N, S), dtype=torch.int64)
+        self.scaled = x.new_ones(V, dtype=acc) if of.label_smoothing else None
+        self.gradients, self.options = Gradients(problem, needs), options
+        scales = x.dtype == torch.float16 and self.needed
+        self.largest = float16_scale.largest_element(problem.W) if scales else None
+        self.factor = x.new_ones((N, 1), dtype=acc) if scales else None
+
+    def add(self, gathering: Gathering, part: Problem, z: Tensor, row: of_rows.Row, first: int, last: int) -> None:
+        """The rows first…last, whose logits z become their gradient."""
+        found = of_rows.merged(gathering.result(), row, z.shape[1], self.of)
+        here, index = slice(first, last), of_rows.index_of(row)
+        self.loss[here], self.w_t[here], self.taken[here] = found.loss, found.w_t, found.taken
+        self.stats[:, here] = found.stats
+        self.index[here] = index
+        if found.scaled is not None:
+            self.scaled = found.scaled
+        if found.numbers is not None:
+            self.numbers[:, here] = found.numbers
+        if not self.needed:
+            return
+        shrink = None
+        if self.factor is not None and self.largest is not None and z.numel():
+            weighed = part._replace(weight=found.scaled if self.of.label_smoothing else self.of.weight)
+            numbers = torch.stack([*found.stats[:2], found.W])
+            shrink = float16_scale.of_chunk(weighed, found.loss, numbers, self.options, self.largest)
+            self.factor[here] = shrink
+        upstream = torch.ones_like(found.loss)
+        options = self.of.label_smoothing, self.of.softcap
+        of_rows.gradient(upstream, z, z, found.stats, index, found.scaled, *options, over=shrink)
+        self.gradients.add(part, z, first, last, shrink)
+
+    def found(self, options: Options) -> Found:
+        loss, denominator = self.loss, self.w_t.sum().view(1)
+        if options.reduction != "none":
+            loss = loss.sum()
+        if options.reduction == "mean":
+            loss = loss / never_zero(denominator, options)[0]
+        rows = self.taken, self.numbers, self.stats, self.index, self.scaled
+        return Found(loss, denominator, *rows, self.gradients.found, self.factor)
+
+
+# ---------------------------------------------------------------------------------------------- backward
+def run_backward(
+    upstream: Tensor, problem: Problem, stats: Tensor, index: Tensor, weights: Tensor | None, label_smoothing: float,
+    softcap: float | None, rows: int, needs: Sequence[bool], group: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients that `needs` names, of x, W and b, for upstream gradients (N, S), from logits made again."""
+    (N, V, _), rows = problem.sizes, rows or chunk_rows(problem.x)
+    gradients, z = Gradients(problem, needs), problem.x.new_empty(min(rows, N), V)
+    for first, last in chunks(problem, rows):
+        part, here = problem.chunk(first, last), slice(first, last)
+        dz = logits_of(part, z)
+        of_rows.gradient(upstream[here], dz, dz, stats[:, here], index[here], weights, label_smoothing, softcap)
+        gradients.add(part, dz, first, last)
+    dx, dW, db = gradients.found
+    return None if dx is None else summed(dx.to(stats.dtype), group), dW, db
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+class _VocabParallelLinear(torch.autograd.Function):
+    """`at_once` makes the gradients in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None, rest: Rest
+    ) -> tuple[Tensor | None, ...]:
+        problem = Problem(x, W, b, target, weight)
+        if rest.traced:
+            found = Found(*operators.below_autograd(FORWARD, *problem, *rest[1:5], *rest.options))
+        else:
+            found = run(problem, rest, ctx.needs_input_grad[:3] if rest.at_once else (False,) * 3)
+        divides = found.denominator if rest.options.reduction == "mean" else None
+        weights = found.scaled if rest.options.label_smoothing else None
+        ctx.save_for_backward(*problem, found.stats, found.at, weights, divides, found.factor, *found.gradients)
+        ctx.rest, ctx.handed_out = rest, not rest.at_once
+        results = found[:7] if rest.traced else _results(found)  # an operator gives all
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    @no_second_derivative("vocab_parallel_linear_cross_entropy")
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 6
+        saved, rest = ctx.saved_tensors, ctx.rest
+        problem, (stats, index, weights, denominator, factor, *held) = Problem(*saved[:5]), saved[5:]
+        if ctx.handed_out:
+            g = upstream if denominator is None else upstream / denominator[0]
+            g = g.to(stats.dtype).expand(index.shape)
+            backward = BACKWARD if rest.traced else _run_backward
+            options = rest.options.label_smoothing, rest.options.softcap, rest.rows, ctx.needs_input_grad[:3], rest.group
+            found = backward(g, *problem[:4], stats, index, weights, *options)
+        else:
+            ctx.handed_out = True
+            dx = _summed_over_processes(held[0], upstream, denominator, factor, rest.group)
+            found = as_given((dx, *scaled((None, *held[1:]), upstream, denominator, factor)[1:], None), problem)
+        return *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad[:3], strict=False)), None, None, None
+
+
+def _summed_over_processes(
+    dx: Tensor | None, upstream: Tensor, denominator: Tensor | None, factor: Tensor | None, group: str
+) -> Tensor | None:
+    """The gradient of x from this process's part of it for an upstream gradient of 1, in the dtype of its sums."""
+    if dx is None:
+        return None
+    scale = upstream if denominator is None else upstream / denominator[0]
+    return summed(dx.to(scale.dtype) * (scale if factor is None else scale * factor), group)
+
+
+# ---------------------------------------------------------------------------------------------- operators
+def _rest(start: int, group: str, rows: int, statistics: bool, *options: Any) -> Rest:
+    return Rest(Options(*options), start, group, rows, statistics, traced=True)
+
+
+def _forward(problem: Problem, rest: Rest) -> tuple[Tensor | None, ...]:
+    return run(problem, rest)[:7]
+
+
+def _fake(problem: Problem, rest: Rest) -> tuple[Tensor | None, ...]:
+    x, (N, V, S) = problem.x, problem.sizes
+    rows = [x.new_empty(N, S, dtype=accumulate_dtype(x)) for _ in range(2)]
+    loss = rows[0] if rest.options.reduction == "none" else rows[0].new_empty(())
+    numbers, stats = rows[0].new_empty(NUMBERS if rest.statistics else 0, N, S), rows[0].new_empty(4, N, S)
+    index = x.new_empty(N, S, dtype=torch.int64)
+    return loss, loss.new_empty(1), rows[1], numbers, stats, index, loss.new_empty(V) if rest.options.label_smoothing else None
+
+
+def _run_backward(
+    upstream: Tensor, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    problem = Problem(x, W, b, target, None)
+    found = run_backward(upstream, problem, *rest)
+    return as_given((*found, None), problem)[:3]
+
+
+_PROBLEM = "Tensor x, Tensor W, Tensor? b, Tensor target"
+FORWARD = operators.define(
+    f"vocab_parallel_linear_cross_entropy({_PROBLEM}, Tensor? weight, int start, str group, int rows, bool statistics, "
+    f"{OPTIONS_SCHEMA}) -> (Tensor loss, Tensor denominator, Tensor taken, Tensor numbers_of_rows, Tensor stats, "
+    "Tensor index, Tensor scaled)",
+    *(
+        lambda x, W, b, target, weight, *options, f=f: f(Problem(x, W, b, target, weight), _rest(*options))
+        for f in (_forward, _fake, lambda problem, rest: _VocabParallelLinear.apply(*problem, rest))
+    ),
+)
+BACKWARD = operators.define(
+    f"vocab_parallel_linear_cross_entropy_backward(Tensor upstream, {_PROBLEM}, Tensor stats, Tensor index, Tensor? scaled, "
+    "float label_smoothing, float? softcap, int rows, bool[] needs, str group) -> (Tensor dx, Tensor dW, Tensor db)",
+    _run_backward,
+    lambda upstream, x, W, b, *rest: fake_gradients((x, W, b), rest[-2]),
+)

@@ -1,0 +1,212 @@
+"""Cross entropy of rows whose classes are divided over processes: what each sends, what all merge, and each one's gradient.
+
+Every process runs the forward kernel on its classes, for m_r = max z and s_r = Σ exp(z - m_r) - 1 of every row, and sends them
+with what it has of the target (its logit, its weight) and of a smoothed target (Σ w_c (z_c - m_r)), and for the entropy
+t_r = Σ exp(z - m_r) (m_r - z). All merge what all have sent, in order of rank (docs/derivations.md, section 3.5):
+
+    m = max m_r,  s = Σ_r s_r exp(m_r - m) + Σ_{r ≠ r*} exp(m_r - m),   r* the first rank that has m
+    loss = W log(1 + s) - q_t (z_t - m) - (ε/V) Σ_r (Σ w_c (z_c - m_r) + (m_r - m) Σ w_c) + ζ lse²
+    q_t = (1 - ε) w_t,  W = q_t + (ε/V) Σ w_c,  lse = m + log(1 + s)
+    entropy = log(1 + s) + Σ_r exp(m_r - m) ((m - m_r) (1 + s_r) + t_r) / (1 + s)
+
+The gradient is local. The backward kernel takes (m, s, W + 2 ζ lse) of the whole row in the place of the classes' own, and the
+weights times V_r / V, so that its ε / V_r is the row's ε / V. What it writes at one class a row, the target or, where that is
+another process's, class 0, is written again with the q_t that the row has here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._core import dispatch
+from .autograd import accumulate_dtype
+from .collectives import before
+
+NO_CLASS = -100
+
+
+class Divided(NamedTuple):
+    """What is the same for every row. start: the number of this process's first class, or a tensor of it.
+
+    weight: (V_r,) in the kernels' dtype, or None. statistics: the entropy is merged too.
+    """
+
+    start: Any
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    statistics: bool = False
+
+
+class Row(NamedTuple):
+    """Of every row, (N, S) each: its target among the classes here, 0 where it is elsewhere; whether it counts, and is here."""
+
+    label: Tensor
+    counts: Tensor
+    here: Tensor
+
+
+class Merged(NamedTuple):
+    """Of every row, (N, S) each unless said otherwise.
+
+    loss, W, the weight of the target, how many processes have its class (1 where the row does not count); stats (4, N, S):
+    m, s, W + 2 ζ lse, and q_t where the target is here; scaled: weights · V_r / V, or None without smoothing; numbers:
+    (5, N, S) as `cross_entropy_formula.statistics` takes them, or None.
+    """
+
+    loss: Tensor
+    W: Tensor
+    w_t: Tensor
+    taken: Tensor
+    stats: Tensor
+    scaled: Tensor | None
+    numbers: Tensor | None
+
+
+def first_class(start: int, V: int, group: Any, device: torch.device) -> Any:
+    """The number of the first of the V classes here; -1: found by a collective of one number."""
+    return before(V, group, device) if start < 0 else start
+
+
+def rows_of(target: Tensor, V: int, of: Divided) -> Row:
+    """Where the targets (N, S) are among the V classes here."""
+    target = target.long()  # in fewer bits PyTorch wraps the number that it is compared with
+    counts, local = target != of.ignore_index, target - of.start
+    here = counts & (local >= 0) & (local < V)
+    return Row(torch.where(here, local, 0), counts, here)
+
+
+# ---------------------------------------------------------------------------------------------- forward
+def to_send(z: Tensor, row: Row, of: Divided) -> Tensor:
+    """What the other processes need of the logits (N, V_r, S): six numbers a row, seven with statistics, and two more."""
+    acc, V = accumulate_dtype(z), z.shape[1]
+    *numbers, z_t = _own_sums(z, row, of, acc)
+    w_t = _weight_at(of.weight, row.label, acc)
+    numbers[3:3] = [*(torch.where(row.here, v, 0) for v in (z_t, w_t)), row.here.to(acc)]
+    weights = torch.full((), float(V), dtype=acc, device=z.device) if of.weight is None else of.weight.sum()
+    return torch.cat([v.reshape(-1) for v in (*numbers, weights, torch.full_like(weights, V))])
+
+
+def _own_sums(z: Tensor, row: Row, of: Divided, acc: torch.dtype) -> list[Tensor]:
+    """Of the classes here m, Σ exp(z - m) - 1, with smoothing Σ w_c (z_c - m), with statistics Σ exp(z - m) (m - z); z_t."""
+    N, V, S = z.shape
+    if V == 0:
+        nothing = (-torch.inf, -1.0, 0.0, *[0.0] * of.statistics, 0.0)
+        return [torch.full((N, S), v, dtype=acc, device=z.device) for v in nothing]
+    which = dispatch.backend(z)
+    see, device = dispatch.viewer(which), z.device
+    loss = torch.empty((N, S), dtype=acc, device=device)
+    stats = torch.empty((5 if of.statistics else 3, N, S), dtype=acc, device=device)
+    invalid = torch.full((1,), N * S, dtype=torch.int64, device=device)
+    # a target that is elsewhere is class 0: its part of the loss is not asked for
+    dispatch.cross_entropy(which).forward(
+        see(z), see(index_of(row)), see(of.weight), see(loss), see(stats), see(invalid), ignore_index=NO_CLASS,
+        label_smoothing=1.0 if of.label_smoothing else 0.0, softcap=of.softcap,
+    )  # fmt: skip
+    m, s = stats[0], stats[1]
+    # of a target that is smoothed out altogether the loss is W log Σ - Σ w_c (z_c - m) / V
+    sums = [V * (stats[2] * s.log1p() - loss) if of.label_smoothing else torch.zeros_like(loss)]
+    if of.statistics:
+        sums.append((1 + s) * (stats[4] - s.log1p()))
+    z_t = _logit_at(z, row.label, of.softcap, acc)
+    if of.statistics and of.softcap is not None:  # by the kernel's tanh, so that the largest logit's is m
+        z_t = m + stats[3]
+    empty = m == -torch.inf  # no mass here; what its classes add to a smoothed loss is in m_r - m
+    return [m, torch.where(empty, -1.0, s), *(torch.where(empty, 0.0, v) for v in sums), z_t]
+
+
+def merged(received: Tensor, row: Row, V: int, of: Divided) -> Merged:
+    """The rows' losses, and what their gradients need, from what all processes have sent; V: the number of classes here."""
+    shape, smoothing = row.label.shape, of.label_smoothing
+    m_r, s_r, inner_r, *of_target = received[:, :-2].reshape(len(received), 6 + of.statistics, *shape).unbind(1)
+    weights_r, sizes = received[:, -2, None, None], received[:, -1]
+    z_t, w_t, taken = (v.sum(0) for v in of_target[:3])
+
+    m, first = m_r.max(0)
+    base = torch.where(m == -torch.inf, 0, m)
+    scale_r = (m_r - base).exp()
+    others = torch.where(torch.arange(len(m_r), device=m.device).view(-1, 1, 1) == first, 0, scale_r)
+    s = (s_r * scale_r + others).sum(0)
+    log_total, below = s.log1p(), z_t - base
+    uniform = smoothing / sizes.sum()
+    q_t, lse = (1 - smoothing) * w_t, m + log_total
+    W = whole = q_t + uniform * weights_r.sum(0)
+    loss = W * log_total - torch.where(q_t == 0, 0, q_t * below)
+    if smoothing:
+        under = torch.where(weights_r == 0, 0, (m_r - base) * weights_r)
+        loss = loss - uniform * (inner_r + under).sum(0)
+    if of.z_loss:
+        loss, W = loss + of.z_loss * lse.square(), W + 2 * of.z_loss * lse
+    known = row.counts & (taken == 1)
+    loss, W = (torch.where(row.counts, torch.where(known, v, torch.nan), 0) for v in (loss, W))
+    scaled = None
+    if smoothing:
+        scaled = (W.new_ones(V) if of.weight is None else of.weight) * (V / sizes.sum())
+    numbers = None
+    if of.statistics:
+        moved = torch.where(scale_r == 0, 0, scale_r * ((base - m_r) * (1 + s_r) + of_target[3]))
+        numbers = torch.stack([m, s, W, below, log_total + moved.sum(0) / (1 + s)])
+        numbers = torch.where(row.counts, torch.where(known, numbers, torch.nan), 0)
+    return Merged(
+        loss,
+        whole,
+        torch.where(row.counts, w_t, 0),
+        torch.where(row.counts, taken, 1),
+        torch.stack([m, s, W, torch.where(row.here, q_t, 0)]),
+        scaled,
+        numbers,
+    )
+
+
+def index_of(row: Row) -> Tensor:
+    """The class here at which `gradient` writes again, `NO_CLASS` in rows that do not count."""
+    return torch.where(row.counts, row.label, NO_CLASS)
+
+
+def _logit_at(z: Tensor, index: Tensor, softcap: float | None, acc: torch.dtype) -> Tensor:
+    if z.shape[1] == 0:
+        return torch.zeros(index.shape, dtype=acc, device=z.device)
+    z_t = z.gather(1, index[:, None])[:, 0].to(acc)
+    return z_t if softcap is None else softcap * (z_t / softcap).tanh()
+
+
+def _weight_at(weight: Tensor | None, index: Tensor, acc: torch.dtype) -> Tensor:
+    if weight is None or not len(weight):
+        return torch.ones(index.shape, dtype=acc, device=index.device)
+    return weight[index]
+
+
+# ---------------------------------------------------------------------------------------------- backward
+def gradient(
+    upstream: Tensor, z: Tensor, dz: Tensor, stats: Tensor, index: Tensor, scaled: Tensor | None,
+    label_smoothing: float, softcap: float | None, over: Tensor | None = None,
+) -> None:  # fmt: skip
+    """dz (N, V_r, S) of the classes here for the upstream gradient (N, S) of every row's loss, over `over`, (1,).
+
+    dz may be z: each element is read before it is written, and what the kernel finds at the target's is written again.
+    """
+    if not z.numel():
+        return
+    which = dispatch.backend(z)
+    see, upstream = dispatch.viewer(which), upstream.to(stats.dtype).contiguous()
+    at = index.clamp(min=0)
+    z_t = _logit_at(z, at, softcap, stats.dtype)
+    dispatch.cross_entropy(which).backward(
+        see(z), see(index), see(scaled), see(stats[:3]), see(upstream), see(over), see(dz), ignore_index=NO_CLASS,
+        label_smoothing=label_smoothing, softcap=softcap,
+    )  # fmt: skip
+    m, s, W, q_t = stats
+    below = z_t - torch.where(m == -torch.inf, 0, m)
+    # without the difference p - 1, whose digits are lost where p -> 1
+    at_target = torch.where(q_t == 0, W * below.exp() / (1 + s), (W - q_t) - W * ((s - below.expm1()) / (1 + s)))
+    if scaled is not None:
+        at_target = at_target - scaled[at] * (label_smoothing / z.shape[1])
+    if softcap is not None:
+        at_target = at_target * (1 - (z_t / softcap).square())
+    at_target = torch.where(index == NO_CLASS, 0, (upstream if over is None else upstream / over) * at_target)
+    dz.scatter_(1, at[:, None], at_target[:, None].to(dz.dtype))
