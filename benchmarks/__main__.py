@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: what measures. Each command verifies what it times or counts."""
+"""`python -m benchmarks`: what measures. Each command verifies what it times or counts, and writes a folder of results."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ COMMANDS = {
     "linear": "linear cross entropy on the CPU beside PyTorch's unfused and chunked paths",
     "models": "a training step and an evaluation of whole models on the CPU, batch normalisations fused or not",
     "processors": "every processor that this machine can play: bits, verify and the tests of the CPU kernels",
+    "all": "cpu, linear, linalg, models, traffic, overhead and, where there is one, gpu, each into a folder of its own",
     "pictures": "the pictures of the pages, drawn again from their tables and from the imports",
     "compare": "two runs side by side: ratios of medians, marked where their quartiles do not overlap",
     "linalg": "minimize_trace beside the eigensolvers of NumPy, torch and SciPy",
 }
+
+HARNESS = ("cpu", "traffic", "linalg", "linear", "overhead", "models", "gpu")
+MODULES = {"evidence": "evidence.run", "all": "every"}
 
 
 def _turns(text: str) -> int:
@@ -44,8 +48,6 @@ def _gpu(command: argparse.ArgumentParser) -> None:
     command.add_argument("--minutes", type=_minutes, default=8.0, help="when to stop (%(default)g)")
     command.add_argument("--tune", action="store_true", help="try other plans too, and write the best down")
     command.add_argument("--pretend", action="store_true", help="on a driver that does nothing: no time is one of a GPU")
-    command.add_argument("--only", nargs="+", metavar="TEXT", help="the rows whose name has one of these in it")
-    command.add_argument("--into", metavar="FOLDER", help="where the results go (benchmarks/results/<device and time>)")
     # of the process that measures: see supervisor.py
     command.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     command.add_argument("--until", type=float, help=argparse.SUPPRESS)
@@ -57,20 +59,21 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
-        if name not in ("pictures", "compare"):
+        if name in ("evidence", "times", "processors"):
             command.add_argument("--json", metavar="FILE", help="write the figures there too")
-        if name in ("cpu", "linear", "models", "overhead"):
+        if name in (*HARNESS, "all"):
+            where = "a new folder for JSON, CSV and plots (benchmarks/results/<command, device and time>)"
+            command.add_argument("--output", metavar="DIR", help=where)
+        if name in HARNESS:
+            command.add_argument("--only", nargs="+", metavar="TEXT", help="the rows whose name has one of these in it")
+        if name in (*HARNESS, "all") and name not in ("traffic", "gpu"):
             command.add_argument("--turns", type=_turns, default=15, help="how often each contestant is measured (%(default)s)")
         if name == "times":
             command.add_argument("--others", action="store_true", help="compile Liger's kernels anew: others.json")
-        if name == "cpu":
-            command.add_argument("--output", metavar="DIR", help="a folder for JSON, CSV and plots: benchmarks/results/<name>")
         if name == "compare":
             command.add_argument("runs", nargs=2, metavar="RUN", help="its folder, or its results.json")
         if name == "gpu":
             _gpu(command)
-        if name == "models":
-            command.add_argument("--only", nargs="+", metavar="TEXT", help="the models whose name has one of these in it")
         if name == "processors":
             from .processors import TESTS
 
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "traffic":
         os.environ["TRITON_INTERPRET"] = "1"  # counts only before Triton is imported
     watched = args.command == "gpu" and not args.worker
-    module = "supervisor" if watched else {"evidence": "evidence.run"}.get(args.command, args.command)
+    module = "supervisor" if watched else MODULES.get(args.command, args.command)
     return importlib.import_module(f"benchmarks.{module}").run(args)
 
 

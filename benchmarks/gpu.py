@@ -1,7 +1,7 @@
 """`python -m benchmarks gpu [--minutes 8] [--tune] [--pretend]`: everything worth measuring on a GPU, the most valuable first.
 
 In this order, until the time is over: the environment, the speed of a copy, the correctness of every operation (at most a
-minute), then each row of `gpu_rows`: held to the answer sheet, timed with a cold cache, as it is called and in a CUDA graph,
+minute), then each row of `rows`: held to the answer sheet, timed with a cold cache, as it is called and in a CUDA graph,
 in turn with eager PyTorch, torch.compile, Liger, cuDNN and CuPy. `--tune` then tries other plans (`gpu_tune`). What fails is a
 note in its row. A process of its own measures: where it crashes, or hangs, another goes on (`supervisor`). docs/gpu.md tells
 what each column means.
@@ -27,15 +27,10 @@ from hw3gpu.kernels.gpu.device import A100, B200, H100, H200, RTX_5090, Device, 
 
 from . import gpu_checks, gpu_tune, plots, time_model
 from .cuda_clock import Clock, Passes, Step, Timed, Times, told
-from .gpu_rows import ROWS, SEED, TABLE, Row, contestants, inputs, solvers
-from .harness import Deadline, Results, Spread, environment
+from .harness import COLUMNS, INTERRUPTED, Deadline, Results, Spread, environment, rates_of, speedup_of, spread_of
 from .progress import Progress
+from .rows import ROWS, SEED, TABLE, Row, compiled, contestants, inputs, solvers
 
-COLUMNS = (
-    "row", "operation", "shape", "dtype", "pass", "contestant", "graph_us", "graph_low_us", "graph_high_us", "called_us",
-    "called_low_us", "called_high_us", "host_us", "speedup", "speedup_low", "speedup_high", "bytes", "GB_s", "share_of_copy",
-    "peak_MB", "predicted_us", "measured_over_predicted", "first_call_s", "right", "note",
-)  # fmt: skip
 COPIES = tuple(2**n for n in range(20, 31, 2))  # bytes
 ROW_SECONDS, COPY_SECONDS = 3.0, 3.0  # for the turns of a row, and of the copies
 PASSES = ("forward", "backward")
@@ -67,16 +62,6 @@ class Gpu:
     def seconds(self, of: float) -> float:
         """For turns and checks; times of nothing need few."""
         return min(of / 50, 1.0) if self.pretended else of
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` for one shape; what cannot be compiled as a whole raises.
-
-    A backward that is called again for the same result, as `Clock` does, may not give its buffers away.
-    """
-    config: Any = importlib.import_module("torch._functorch.config")
-    config.donated_buffer = False
-    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 @contextlib.contextmanager
@@ -205,8 +190,8 @@ def records(
             if name in found:
                 one = found[name]
                 line |= {"host_us": one.host[which], "peak_MB": one.peak / 1e6, "first_call_s": one.first_call_s}
-                line |= spread("called", called[which].turns.get(name)) | spread("graph", graph[which].turns.get(name))
-                line |= speedup(name, graph[which], called[which]) | rates(gpu, nbytes[of], line)
+                line |= spread_of("called", called[which].turns.get(name)) | spread_of("graph", graph[which].turns.get(name))
+                line |= speedup(name, graph[which], called[which]) | rates_of(nbytes[of], plots.time_of(line), gpu.copy_rate)
                 if name == "hw3gpu" and of in predicted:
                     measured = plots.time_of(line)
                     line["predicted_us"] = predicted[of]
@@ -224,13 +209,6 @@ def head(row: Row, of: str, contestant: str, note: str = "", right: str = "") ->
     }  # fmt: skip
 
 
-def spread(kind: str, turns: list[float] | None) -> dict[str, float]:
-    if not turns:
-        return {}
-    of = Spread.of(turns)
-    return {f"{kind}_us": of.median, f"{kind}_low_us": of.low, f"{kind}_high_us": of.high}
-
-
 def predictions(gpu: Gpu, row: Row) -> dict[str, float]:
     """Microseconds of hw3gpu's passes by the time model, where it knows the device and the evidence has the row."""
     names = gpu.device.name.replace("-", " ").split()
@@ -242,23 +220,8 @@ def predictions(gpu: Gpu, row: Row) -> dict[str, float]:
 
 
 def speedup(name: str, graph: Times, called: Times) -> dict[str, float]:
-    """How many times hw3gpu's time it took, turn by turn: in the graphs where both have one, else as called."""
-    for times in (graph, called):
-        theirs, ours = times.turns.get(name), times.turns.get("hw3gpu")
-        if theirs and ours:
-            of = Spread.ratio(theirs, ours)
-            return {"speedup": of.median, "speedup_low": of.low, "speedup_high": of.high}
-    return {}
-
-
-def rates(gpu: Gpu, nbytes: float, line: dict[str, Any]) -> dict[str, float]:
-    """Bytes, and their speed and its share of a copy's, by the graph's time where there is one, else as called."""
-    us = line.get("graph_us") or line.get("called_us")
-    if not nbytes or not us:
-        return {}
-    rate = nbytes / (1e-6 * us)
-    share = {"share_of_copy": rate / gpu.copy_rate} if gpu.copy_rate else {}
-    return {"bytes": nbytes, "GB_s": rate / 1e9, **share}
+    """In the graphs where both have one, else as called."""
+    return next(filter(None, (speedup_of(times.turns.get(name), times.turns.get("hw3gpu")) for times in (graph, called))), {})
 
 
 def measure_solvers(gpu: Gpu, row: Row) -> list[dict[str, Any]]:
@@ -288,7 +251,7 @@ def measure_solvers(gpu: Gpu, row: Row) -> list[dict[str, Any]]:
     lines = []
     for name in [*times.turns, *(name for name in notes if name not in times.turns)]:
         line = head(row, "forward", name, notes.get(name, ""), right.get(name, ""))
-        lines.append(line | spread("called", times.turns.get(name)) | speedup(name, Times(), times))
+        lines.append(line | spread_of("called", times.turns.get(name)) | speedup(name, Times(), times))
     return lines
 
 
@@ -411,7 +374,7 @@ def collected_by_hand() -> Iterator[None]:
 
 def work(args: argparse.Namespace) -> None:
     """Does what an earlier process of this run has not done. DeviceLostError where another one has to go on."""
-    results, deadline = Results.open(Path(args.into), COLUMNS), Deadline(args.until)
+    results, deadline = Results.open(Path(args.output), COLUMNS), Deadline(args.until)
     with contextlib.suppress(Exception):  # where it fails, torch.compile says so in its place
         importlib.import_module("torch._dynamo")
     with collected_by_hand(), opened(args.pretend) as gpu, Progress(deadline, gpu.pretended) as progress:
@@ -447,5 +410,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"the device does not answer any more: {error}", flush=True)
         return supervisor.GO_ON
     except KeyboardInterrupt:
-        return supervisor.INTERRUPTED
+        return INTERRUPTED
     return 0

@@ -21,8 +21,8 @@ from hw3gpu.kernels.gpu import tuned
 
 from . import gpu_checks
 from .cuda_clock import Passes, Step, told
-from .gpu_rows import Inputs, Row, contestants, inputs
 from .harness import Deadline, Results, Spread, replace
+from .rows import Inputs, Row, contestants, inputs
 
 if TYPE_CHECKING:
     from .gpu import Gpu

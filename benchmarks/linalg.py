@@ -1,79 +1,55 @@
-"""`minimize_trace` against numpy.linalg.eigh, torch.linalg.eigh and scipy.linalg.eigh, on the CPU in float64.
+"""`python -m benchmarks linalg`: `minimize_trace` against the eigensolvers of NumPy, torch and SciPy, on the CPU in float64.
 
-The solvers take turns, so that a busy machine slows all of them; each figure is the best of its turns. NumPy and torch compute
-all eigenpairs, SciPy and `minimize_trace` the k asked for. Before anything is timed, the result has to be certified and to
-agree with NumPy's.
+NumPy and torch compute all eigenpairs, SciPy and `minimize_trace` the k asked for. Before anything is timed, the result has to
+be certified and to lie within the answer sheet's bound.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import scipy.linalg
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from hw3gpu import minimize_trace
+from hw3gpu import _error_bounds, minimize_trace, reference
+
+from .harness import OURS, Aim, Bench, Row, Task, bench
 
 # Seconds after which the threads of the library measured before no longer spin, beside those of the next one.
 IDLE = 0.05
-OTHERS = ("numpy", "torch", "scipy")
-OURS = ("certified", "uncertified")
-
-
-@dataclass(frozen=True)
-class Promise:
-    """`solver` takes at most `share` of the time of the fastest of `others`; of its own, "extra" is the certificate's cost."""
-
-    solver: str
-    share: float
-    others: tuple[str, ...]
-
-    def taken(self, seconds: dict[str, float]) -> float:
-        """The share that it does take."""
-        ours = seconds["certified"] - seconds["uncertified"] if self.solver == "extra" else seconds[self.solver]
-        return ours / min(seconds[other] for other in self.others)
-
-    def describe(self, seconds: dict[str, float]) -> str:
-        """The promise beside what was measured."""
-        if self.solver == "extra":
-            return f"certificate {100 * self.taken(seconds):.0f} % of the solve, promised {100 * self.share:.0f} %"
-        what = f"{self.solver}: {1 / self.taken(seconds):.2f} times as fast as {' and '.join(self.others)}"
-        return f"{what}, promised {1 / self.share:.2f}"
-
-
-BOTH = ("numpy", "torch")
-FEW = (Promise("certified", 1 / 2, BOTH), Promise("uncertified", 1 / 2.5, BOTH))
-MANY = (Promise("uncertified", 1.1, OTHERS),)
-STACK = (Promise("certified", 1 / 3, ("torch",)), Promise("uncertified", 1 / 3, ("torch",)))
-CERTIFICATE = Promise("extra", 0.25, ("uncertified",))
+SEED = 0
+UNCERTIFIED = "hw3gpu, not certified"
+# the times of others over ours; the certificate may take a quarter of the solve
+FEW = (Aim("NumPy", 2), Aim("torch", 2), Aim("NumPy", 2.5, UNCERTIFIED), Aim("torch", 2.5, UNCERTIFIED))
+MANY = tuple(Aim(other, 1 / 1.1, UNCERTIFIED) for other in ("NumPy", "torch", "SciPy"))
+STACK = (Aim("torch", 3), Aim("torch", 3, UNCERTIFIED))
+CERTIFICATE = Aim(UNCERTIFIED, 1 / 1.25)
 
 
 @dataclass(frozen=True)
 class Case:
-    """k of the eigenpairs of a matrix (m, m), or of each of a stack (batch, m, m), and what is promised of them."""
+    """k of the eigenpairs of a matrix (m, m), or of each of a stack (batch, m, m), and what is aimed at."""
 
     m: int
     k: int
-    promises: tuple[Promise, ...]
+    aims: tuple[Aim, ...]
     batch: int | None = None
     turns: int = 11
 
-    def describe(self) -> str:
-        matrix = f"{self.m} x {self.m}"
-        return f"{matrix if self.batch is None else f'{self.batch} of {matrix}'}, k = {self.k}"
+    @property
+    def name(self) -> str:
+        matrix = f"{self.m}x{self.m}"
+        return f"minimize_trace {matrix if self.batch is None else f'{self.batch}x{matrix}'}, k = {self.k}"
 
     def matrices(self) -> np.ndarray:
         """Wishart matrices."""
-        x = np.random.default_rng(0).standard_normal((self.batch or 1, 2 * self.m, self.m))
+        x = np.random.default_rng(SEED).standard_normal((self.batch or 1, 2 * self.m, self.m))
         sigma = x.swapaxes(-1, -2) @ x / (2 * self.m)
         return sigma if self.batch else sigma[0]
 
@@ -90,31 +66,27 @@ CASES = (
 )
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Seconds of each of `OTHERS` and `OURS` on a case."""
-
-    case: Case
-    seconds: dict[str, float]
-
-    def speedup(self, solver: str) -> float:
-        """How many times faster than the faster of NumPy and torch."""
-        return min(self.seconds[other] for other in BOTH) / self.seconds[solver]
-
-    def shortfalls(self) -> list[str]:
-        """The promises of the case that were not kept."""
-        return [promise.describe(self.seconds) for promise in self.case.promises if promise.taken(self.seconds) > promise.share]
+def check(case: Case, sigma: np.ndarray) -> str:
+    """'' if the minimum is certified and has the answer sheet's value, within the bound of its rounding."""
+    found = minimize_trace(sigma, case.k)
+    if not np.all(found.certified):
+        return "not certified"
+    stack, values = sigma.reshape(-1, case.m, case.m), np.ravel(found.value)
+    for matrix, value in zip(stack, values, strict=True):
+        bound, _ = _error_bounds.minimize_trace(matrix, case.k, dtype="float64")
+        error = abs(float(value) - float(reference.minimize_trace(matrix, case.k).value))
+        if not error <= bound:
+            return f"the value is off the answer sheet's by {error:.3g}, allowed {bound:.3g}"
+    return ""
 
 
-def verify(case: Case, sigma: np.ndarray) -> None:
-    """AssertionError unless `minimize_trace` certifies its result and NumPy has the same value."""
-    result = minimize_trace(sigma, case.k)
-    assert np.all(result.certified), f"{case.describe()}: not certified"
-    expected = np.linalg.eigvalsh(sigma)[..., : case.k].sum(axis=-1)
-    assert np.all(abs(result.value - expected) <= 1e-12 * case.m), f"{case.describe()}: another value than NumPy's"
+@contextmanager
+def _idle(name: str) -> Iterator[None]:
+    time.sleep(IDLE)
+    yield
 
 
-def measure(case: Case) -> Measurement:
+def measure(case: Case, run: Bench) -> None:
     sigma = case.matrices()
     tensor = torch.from_numpy(sigma)
     stack = sigma[None] if case.batch is None else sigma
@@ -124,22 +96,16 @@ def measure(case: Case) -> Measurement:
             scipy.linalg.eigh(matrix, subset_by_index=(0, case.k - 1), check_finite=False)
 
     calls: dict[str, Callable[[], object]] = {
-        "numpy": lambda: np.linalg.eigh(sigma),
+        OURS: lambda: minimize_trace(sigma, case.k),
+        UNCERTIFIED: lambda: minimize_trace(sigma, case.k, certify=False),
+        "NumPy": lambda: np.linalg.eigh(sigma),
         "torch": lambda: torch.linalg.eigh(tensor),
-        "scipy": scipy_range,
-        "certified": lambda: minimize_trace(sigma, case.k),
-        "uncertified": lambda: minimize_trace(sigma, case.k, certify=False),
+        "SciPy": scipy_range,
     }
-    verify(case, sigma)
-    best = dict.fromkeys(calls, float("inf"))
-    for turn in range(case.turns + 1):
-        for solver, call in calls.items():
-            time.sleep(IDLE)
-            start = time.perf_counter()
-            call()
-            if turn:  # the first one warms up
-                best[solver] = min(best[solver], time.perf_counter() - start)
-    return Measurement(case, best)
+    row = Row(
+        case.name, "minimize_trace", sigma.shape, "float64", "forward", calls, partial(check, case, sigma), aims=case.aims
+    )
+    run.measure(row, turns=min(run.turns, case.turns), around=_idle, warm=0)
 
 
 def _threads() -> str:
@@ -147,31 +113,14 @@ def _threads() -> str:
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
-        return "threads unknown"
+        return "unknown"
     pools = {f"{pool['internal_api']} {pool['version'] or ''}".strip(): pool["num_threads"] for pool in threadpool_info()}
-    return ", ".join(f"{name}: {threads} threads" for name, threads in sorted(pools.items()))
+    return ", ".join(f"{name}: {threads}" for name, threads in sorted(pools.items()))
+
+
+def tasks() -> list[Task]:
+    return [(case.name, partial(measure, case)) for case in CASES]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a table of every case and what falls short of the promises; writes seconds to `args.json` where that is given."""
-    console = Console()
-    versions = f"NumPy {np.__version__}, SciPy {scipy.__version__}, torch {torch.__version__}"
-    console.print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, {versions}; {_threads()}")
-    table = Table(title="minimize_trace in float64, ms (times faster than the faster of NumPy and torch)")
-    table.add_column("matrices")
-    for column in (*OTHERS, *OURS, "certificate"):
-        table.add_column(column, justify="right")
-    measurements = [measure(case) for case in CASES]
-    for measured in measurements:
-        cells = [f"{1e3 * measured.seconds[solver]:.1f} ({measured.speedup(solver):.2f}x)" for solver in (*OTHERS, *OURS)]
-        table.add_row(measured.case.describe(), *cells, f"{100 * CERTIFICATE.taken(measured.seconds):.0f} %")
-    console.print(table)
-    short = [f"{measured.case.describe()}: {what}" for measured in measurements for what in measured.shortfalls()]
-    for line in short:
-        console.print(f"short: {line}")
-    if not short:
-        console.print("every promise was kept")
-    if args.json:
-        found = {measured.case.describe(): measured.seconds for measured in measurements}
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+    return bench(args, tasks(), SEED, threads=_threads())

@@ -4,7 +4,8 @@ The models have the layers and sizes of ResNet-50 and MobileNetV3-large, from th
 process with one thread: PyTorch's model, `convert_batch_norm` of it, and that with fuse=True; in evaluation also the latter
 with its batch normalisations folded into the convolutions, by PyTorch's tool after `to_torch`. A step is forward, cross entropy
 and backward. Times are of the processor, which other processes disturb less; a ratio is the median and the quartiles of the
-ratios turn by turn. Before anything is timed, the three models' losses and gradients are compared. Where the time goes is
+ratios turn by turn. Before anything is timed, losses and gradients are held to those of PyTorch's model in
+float64. Where the time goes is
 told by the shares that torch.profiler finds in one more call.
 """
 
@@ -12,18 +13,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse as fold
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -31,11 +28,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import hw3gpu.functional as HF
 import hw3gpu.nn as HN
 
-from .cpu import machine
-from .harness import Spread
+from .cpu import threads
+from .harness import OURS, Aim, Bench, Row, Task, bench
 
 BATCH, SIDE, CLASSES = 8, 128, 1000
-PYTORCH, CONVERTED, FUSED, FOLDED = "PyTorch", "hw3gpu", "hw3gpu, fused", "to_torch, folded"
+AIMS = {"training": 1.1, "evaluation": 1.0}  # of eager's time over that of the fused or folded model
+PYTORCH, CONVERTED, FUSED, FOLDED = "eager", OURS, "hw3gpu, fused", "to_torch, folded"
 GROUPS = {
     "convolution": ("conv",),
     "normalisation": ("batch_norm", "batchnorm", "byaddress"),
@@ -155,8 +153,8 @@ def contestants(name: str) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
     theirs = make().to(memory_format=layout)  # type: ignore[call-overload]
     images = torch.randn(BATCH, 3, SIDE, SIDE).contiguous(memory_format=layout)
     models = {
-        PYTORCH: theirs,
         CONVERTED: HN.convert_batch_norm(copy.deepcopy(theirs)),
+        PYTORCH: theirs,
         FUSED: HN.convert_batch_norm(copy.deepcopy(theirs), fuse=True),
     }
     return models, images, torch.arange(BATCH) * 97 % CLASSES
@@ -175,27 +173,21 @@ def evaluate(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     return F.cross_entropy(model(images), classes)
 
 
-def verify(models: dict[str, nn.Module], images: Tensor, classes: Tensor) -> None:
-    """AssertionError unless losses and the classifier's gradients agree to what float32 leaves after so many layers."""
-    found = {}
+def verify(models: dict[str, nn.Module], images: Tensor, classes: Tensor) -> str:
+    """'' if losses and the classifier's gradients are those of PyTorch's model in float64, to what float32 leaves after so many
+    layers; else what is not."""
+
+    def found(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        loss = step(model, x, classes)
+        return loss.double(), next(p.grad for p in reversed(list(model.parameters())) if p.grad is not None).double()
+
+    sheet = found(copy.deepcopy(models[PYTORCH]).double(), images.double())
     for name, model in models.items():
-        copied = copy.deepcopy(model)
-        loss = step(copied, images, classes)
-        found[name] = loss, next(p.grad for p in reversed(list(copied.parameters())) if p.grad is not None)
-    for name in (CONVERTED, FUSED):
-        torch.testing.assert_close(found[name], found[PYTORCH], rtol=1e-3, atol=1e-4)
-
-
-def in_turn(calls: Mapping[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
-    """Milliseconds of the processor of every turn, after one that does not count."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-1, turns):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            if turn >= 0:
-                found[name].append(1e3 * (time.process_time() - start))
-    return found
+        try:
+            torch.testing.assert_close(found(copy.deepcopy(model), images), sheet, rtol=1e-3, atol=1e-4)
+        except AssertionError as error:
+            return f"{name}: {' '.join(str(error).split())}"
+    return ""
 
 
 def shares(call: Callable[[], object], milliseconds: float) -> dict[str, float]:
@@ -219,52 +211,30 @@ def shares(call: Callable[[], object], milliseconds: float) -> dict[str, float]:
     return {of: time * milliseconds / sum(found.values()) for of, time in found.items()}
 
 
-def measured(name: str, turns: int) -> dict[str, Any]:
-    """Of one model: medians, ratios to PyTorch's time, and where the time goes, in training and in evaluation."""
+def measure(name: str, what: str, run: Bench) -> None:
+    """A model in 'training' or in 'evaluation': times of the processor, and where they go."""
     models, images, classes = contestants(name)
-    verify(models, images, classes)
-    found: dict[str, Any] = {}
-    for what, call in (("training", step), ("evaluation", evaluate)):
-        for model in models.values():
-            model.train(what == "training")
-        if what == "evaluation":
-            models[FOLDED] = fold(HN.to_torch(copy.deepcopy(models[FUSED])))
-        calls = {of: partial(call, model, images, classes) for of, model in models.items()}
-        times = in_turn(calls, turns)
-        medians = {of: statistics.median(times[of]) for of in models}
-        found[what] = {
-            of: {
-                "ms": medians[of],
-                "times faster": str(Spread.ratio(times[PYTORCH], times[of])),
-                "parts": shares(calls[of], medians[of]),
-            }
-            for of in models
-        }
-    return found
+    for model in models.values():
+        model.train(what == "training")
+    if what == "evaluation":
+        models[FOLDED] = fold(HN.to_torch(copy.deepcopy(models[FUSED])))
+    call = step if what == "training" else evaluate
+    calls: dict[str, Callable[[], object]] = {of: partial(call, model, images, classes) for of, model in models.items()}
+    best = FOLDED if what == "evaluation" else FUSED
+    aims = [Aim(PYTORCH, AIMS[what], over=best)]
+    check = partial(verify, models, images, classes)
+    row = Row(f"{name}, {what}", name, images.shape, "float32", what, calls, check, aims=aims)
+    seconds = run.measure(row, clock=time.process_time, warm=0)
+    for of, turns in seconds.items():
+        parts = {group: 1e3 * ms for group, ms in shares(calls[of], 1e3 * statistics.median(turns)).items()}
+        run.results.parts.setdefault("layers_us", {})[f"{row.name}, {of}"] = {"all": sum(parts.values()), **parts}
 
 
-def table_of(name: str, found: dict[str, Any]) -> Table:
-    table = Table("", "", "ms", "PyTorch's time / its own", *GROUPS, "rest", title=f"{name}, {BATCH} images of {SIDE}x{SIDE}")
-    for what, rows in found.items():
-        for of, row in rows.items():
-            parts = [f"{ms:.0f}" for ms in row["parts"].values()]
-            table.add_row(what, of, f"{row['ms']:.0f}", row["times faster"], *parts)
-    return table
+def tasks() -> list[Task]:
+    modes = ("training", "evaluation")
+    return [(f"{name}, {what}", partial(measure, name, what)) for name in MODELS for what in modes]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a table of each model; writes all to `args.json` where that is given."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    console = Console(width=140)
-    found = {}
-    names: Sequence[str] = [name for name in MODELS if not args.only or any(text in name for text in args.only)]
-    try:
-        for name in names:
-            found[name] = measured(name, args.turns)
-            console.print(table_of(name, found[name]))
-    finally:
-        torch.set_num_threads(before)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"machine": machine(), "models": found}, indent=1) + "\n")
-    return 0
+    with threads(1):
+        return bench(args, tasks(), threads=1, clock="processor time", batch=BATCH, side=SIDE)

@@ -2,12 +2,13 @@
 
 Host tensors stand for those on a GPU: `meta` tensors would not do, many of whose operations are Python. Triton's own launcher
 runs over a CUDA driver whose functions return at once; what a GPU's driver takes comes on top. Times are of this thread's
-processor time: the median of `--turns` turns, in which the layers take turns.
+processor time: the median of `--turns` turns, in which the layers take turns. Nothing is computed, so that no result can be
+held to the answer sheet: what is checked is that the call launches kernels. `gpu` verifies the same calls.
 
     an empty autograd function   with the call's inputs, saved tensors and outputs: what eager autograd asks of any call
-    launches                     the call's kernels with these arguments, through `kernel[grid](...)`
-    bare launches                the same, through the compiled kernel's launcher, pointers given as numbers
-    checks and choices           what is left of the call without the empty function and its launches
+    bare launches                the call's kernels with these arguments, through the compiled kernel's launcher
+    checks, choices, ...         what is left of the call without the empty function and its bare launches
+    launches                     for comparison: the same kernels through Triton's `kernel[grid](...)`, which is not used
 """
 
 from __future__ import annotations
@@ -15,19 +16,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import hw3gpu.functional as HF
@@ -36,6 +33,7 @@ from hw3gpu._torch import batch_norm as _batch_norm
 from hw3gpu._torch import class_range
 
 from .evidence.compile_without_gpu import StandIn
+from .harness import OURS, Bench, Row, Task, bench
 
 CALLS = 100  # in each turn
 
@@ -130,8 +128,12 @@ def launches_of(call: Callable[[], Any]) -> tuple[Any, list[Launch]]:
         return call(), found
 
 
-def contestants(case: Case) -> dict[str, Callable[[], Any]]:
-    """What is timed, forward and backward."""
+EMPTY, LAUNCHES, BARE = "an empty autograd function", "launches", "bare launches"
+REST = "checks, choices and bound arguments"
+
+
+def contestants(case: Case) -> dict[str, tuple[dict[str, Callable[[], Any]], int]]:
+    """What is timed forward and backward, the whole call first; and how many launches there are."""
     result, forward = launches_of(case.call)
     empty, upstream = _Empty.apply(case, *case.leaves), torch.ones_like(result)
 
@@ -139,17 +141,22 @@ def contestants(case: Case) -> dict[str, Callable[[], Any]]:
         return torch.autograd.grad(of, case.leaves, upstream, retain_graph=True)
 
     _, backward = launches_of(lambda: gradients(result))
-    found: dict[str, Callable[[], Any]] = {
-        "forward, all": case.call,
-        "forward, an empty autograd function": lambda: _Empty.apply(case, *case.leaves),
-        "backward, all": lambda: gradients(result),
-        "backward, an empty autograd function": lambda: gradients(empty),
+    whole = {
+        "forward": (case.call, lambda: _Empty.apply(case, *case.leaves), forward),
+        "backward": (lambda: gradients(result), lambda: gradients(empty), backward),
     }
-    for way, launches in (("forward", forward), ("backward", backward)):
-        found[f"{way}, launches"] = partial(_each, launches)
-        found[f"{way}, bare launches"] = partial(_each, [launch.bare() for launch in launches])
-        found[f"{way}, count"] = partial(len, launches)
-    return found
+    return {
+        of: (
+            {
+                OURS: call,
+                EMPTY: nothing,
+                LAUNCHES: partial(_each, launches),
+                BARE: partial(_each, [launch.bare() for launch in launches]),
+            },
+            len(launches),
+        )
+        for of, (call, nothing, launches) in whole.items()
+    }
 
 
 def _each(calls: Sequence[Callable[[], Any]]) -> None:
@@ -178,36 +185,24 @@ def on_a_gpu() -> Iterator[None]:
         yield
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.thread_time()
-    for _ in range(CALLS):
-        call()
-    return (time.thread_time() - start) / CALLS
+def measure(name: str, case: Case, run: Bench) -> None:
+    """Each layer, and what is left of the call without an empty function and its launches."""
+    with on_a_gpu():
+        for of, (calls, count) in contestants(case).items():
+            check = lambda count=count: "" if count else "no kernel is launched"  # noqa: E731
+            shape, dtype = case.leaves[0].shape, str(case.leaves[0].dtype).removeprefix("torch.")
+            row = Row(name, name.partition(",")[0], shape, dtype, of, calls, check, repeat=CALLS)
+            seconds = run.measure(row, clock=time.thread_time, peers=False, warm=0)
+            us = {layer: 1e6 * statistics.median(turns) for layer, turns in seconds.items()}
+            if us:
+                parts = {EMPTY: us[EMPTY], BARE: us[BARE], REST: us[OURS] - us[EMPTY] - us[BARE]}
+                run.results.parts.setdefault("layers_us", {})[f"{name}, {of}"] = {"all": us[OURS], **parts}
+                run.results.parts.setdefault("launches", {})[f"{name}, {of}"] = count
 
 
-def measure(case: Case, turns: int) -> dict[str, float]:
-    """Microseconds of each layer, and how many launches there are."""
-    timed = contestants(case)
-    counts = {name: float(timed.pop(name)()) for name in list(timed) if name.endswith("count")}
-    rounds = [{name: _seconds(call) for name, call in timed.items()} for _ in range(turns + 1)]  # the first warms up
-    found = {name: 1e6 * statistics.median(r[name] for r in rounds[1:]) for name in timed}
-    for way in ("forward", "backward"):
-        parts = (f"{way}, an empty autograd function", f"{way}, launches")
-        found[f"{way}, checks and choices"] = found[f"{way}, all"] - sum(found[part] for part in parts)
-    return found | counts
+def tasks() -> list[Task]:
+    return [(name, partial(measure, name, case)) for name, case in CASES.items()]
 
 
 def run(args: argparse.Namespace) -> int:
-    table = Table("call", "", "all", "an empty autograd function", "launches", "bare launches", "checks and choices")
-    results = {}
-    with on_a_gpu():
-        for name, case in CASES.items():
-            results[name] = found = measure(case, args.turns)
-            for way in ("forward", "backward"):
-                figures = [f"{found[f'{way}, {column.header}']:.1f}" for column in table.columns[2:]]
-                figures[2] += f" ({found[f'{way}, count']:.0f})"
-                table.add_row(name, way, *figures)
-    Console(width=140).print("microseconds of the host a call", table)
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+    return bench(args, tasks(), clock="processor time of one thread")

@@ -263,9 +263,9 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table, a row when it is done; status 1 where a result is wrong. Writes the rows to `args.json` if given."""
     import tempfile
 
-    from .cpu import machine
+    from .harness import environment, processor
 
-    print(", ".join(f"{k} {v}" for k, v in machine().items()))
+    print(", ".join(f"{k} {v}" for k, v in environment(processor(), seed=0).items()))
     print(f"\n| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
     tests = [*args.tests, *(["--sample", str(args.sample)] if args.sample else [])] if args.tests else []
     rows = []

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,21 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .harness import MARK, ROOT, Deadline
+from .harness import INTERRUPTED, MARK, ROOT, Deadline, folder_of
 
-GO_ON, INTERRUPTED = 75, 130  # statuses of a measuring process
+GO_ON = 75  # the status of a measuring process that lost its device
 STILL_SECONDS = 120.0  # without a mark, after which a process is taken for hung
 GRACE = 10.0  # seconds to end in, after the time is over or an interrupt
 RESTARTS = 8
 PLOT_SECONDS = 10.0  # between two drawings
-
-
-def folder_of(args: argparse.Namespace, device: str) -> Path:
-    """benchmarks/results/<device and time>, or the folder that was asked for."""
-    if args.into:
-        return Path(args.into)
-    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return ROOT / "benchmarks" / "results" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def found(folder: Path) -> dict[str, Any]:
@@ -69,7 +60,7 @@ class Watch:
         given = self.args
         flags = [f"--{name}" for name in ("tune", "pretend") if getattr(given, name)]
         flags += ["--only", *given.only] if given.only else []
-        hidden = ["--into", str(self.folder.resolve()), "--until", str(self.deadline.at), "--after", after, "--worker"]
+        hidden = ["--output", str(self.folder.resolve()), "--until", str(self.deadline.at), "--after", after, "--worker"]
         self.since = time.time()
         return subprocess.Popen([sys.executable, "-m", "benchmarks", "gpu", *flags, *hidden], cwd=ROOT)
 
@@ -159,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     if device is None:
         print("python -m benchmarks gpu: torch finds no CUDA device; --pretend runs it all without one", file=sys.stderr)
         return 2
-    folder = folder_of(args, device)
+    folder = folder_of(args.output, args.command, device)
     folder.mkdir(parents=True, exist_ok=True)
     status = Watch(args, folder).run()
     results = found(folder)
@@ -167,6 +158,4 @@ def run(args: argparse.Namespace) -> int:
         plots.report(results)
         print(drawn(results, folder) or f"plots in {folder}")
         print(f"{folder / 'results.json'} and measurements.csv")
-        if args.json:
-            Path(args.json).write_text((folder / "results.json").read_text())
     return status

@@ -1,36 +1,29 @@
 """`python -m benchmarks traffic`: what loss and gradient of cross entropy ask to move, beside Liger's kernel.
 
-A pass is one read or one write of the logits' bytes, all launches together, counted by `ledger` in Triton's interpreter.
+A pass is one read or one write of the logits' bytes, all launches together, counted by `ledger` in Triton's interpreter, after
+the result has been held to the answer sheet.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from hw3gpu import reference
 from hw3gpu._cli.interpreter import mend_the_interpreter
 
+from .harness import OURS, Bench, Task, bench
 from .ledger import Ledger, ledger
 
 ROWS = 3
 SIZES = (1000, 1001, 16384, 32000, 50257, 65536, 131072)
 DTYPES = (torch.float32, torch.bfloat16)
 HARD: dict[str, Any] = {"ignore_index": -100, "label_smoothing": 0.0}
-COLUMNS = (
-    "hw3gpu, loss and gradient at once",
-    "hw3gpu, forward, backward, any upstream",
-    "hw3gpu, soft targets, at once",
-    "hw3gpu, log-probability, entropy and lse, forward, backward",
-    "hw3gpu, KL of teacher and student, forward, backward",
-    "Liger, upstream 1",
-    "Liger, upstream not 1",
-)
 
 
 def _logits(V: int, dtype: torch.dtype) -> torch.Tensor:
@@ -87,13 +80,10 @@ def _distillation(V: int, dtype: torch.dtype) -> float:
     with ledger(student=student, teacher=teacher, dstudent=dstudent) as book:
         distillation.forward(student, teacher, None, loss, sums, **options)
         distillation.backward(student, teacher, None, sums, upstream, dstudent, None, **options)
-    x = student[..., 0].double().requires_grad_()
-    log_q, log_p = torch.log_softmax(x, 1), torch.log_softmax(teacher[..., 0].double(), 1)
-    losses = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
-    (gradient,) = torch.autograd.grad(losses, x, upstream[:, 0].double())
-    rtol = 2e-2 if dtype == torch.bfloat16 else 1e-4
-    torch.testing.assert_close(loss[:, 0].double(), losses.detach(), rtol=rtol, atol=1e-4)
-    torch.testing.assert_close(dstudent[..., 0].double(), gradient, rtol=rtol, atol=1e-4)
+    sheet = reference.distillation_loss(
+        _numbers(student), _numbers(teacher), reduction="none", upstream=upstream[:, 0].double().numpy()
+    )
+    _right(dtype, (loss[:, 0], sheet.loss), (dstudent[..., 0], sheet.dstudent))
     return sum(book.asked.values()) / (student.numel() * student.element_size())
 
 
@@ -109,50 +99,62 @@ def _liger(V: int, dtype: torch.dtype, upstream: float) -> float:
     return _verified(book, z[:, :, None], target[:, None], loss, dz.detach()[:, :, None], torch.full((ROWS, 1), upstream))
 
 
+def _numbers(t: torch.Tensor) -> np.ndarray:
+    return t[..., 0].double().numpy()
+
+
+def _right(dtype: torch.dtype, *pairs: tuple[torch.Tensor, np.ndarray]) -> None:
+    """AssertionError unless the results are the answer sheet's, to the rounding of `dtype`."""
+    rtol = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for found, sheet in pairs:
+        torch.testing.assert_close(found.double(), torch.as_tensor(sheet), rtol=rtol, atol=1e-4)
+
+
 def _verified(
     book: Ledger, z: torch.Tensor, target: torch.Tensor, loss: torch.Tensor, dz: torch.Tensor, upstream: torch.Tensor
 ) -> float:
-    """Passes, after the result has been held to float64: what is wrong is not counted."""
-    x = z[..., 0].double().requires_grad_()
-    y = target[..., 0].double() if target.dim() == 3 else target[:, 0]
-    losses = torch.nn.functional.cross_entropy(x, y, reduction="none")
-    (gradient,) = torch.autograd.grad(losses, x, upstream[:, 0].double())
-    rtol = 2e-2 if z.dtype == torch.bfloat16 else 1e-4
-    torch.testing.assert_close(loss.double().sum(), losses.detach().sum(), rtol=rtol, atol=1e-4)
-    torch.testing.assert_close(dz[..., 0].double(), gradient, rtol=rtol, atol=1e-4)
+    """Passes, after the result has been held to the answer sheet: what is wrong is not counted."""
+    y = _numbers(target) if target.dim() == 3 else target[:, 0].numpy()
+    sheet = reference.cross_entropy_with_options(_numbers(z), y, reduction="none", upstream=upstream[:, 0].double().numpy())
+    _right(z.dtype, (loss.sum(), np.asarray(sheet.loss.sum())), (dz[..., 0], sheet.dlogits))
     return sum(book.asked.values()) / (z.numel() * z.element_size())
 
 
-def measure() -> dict[str, dict[str, float]]:
-    """Passes by row ("V = 1000, float32") and column of the table."""
-    table = {}
-    for dtype in DTYPES:
-        for V in SIZES:
-            counts: tuple[Callable[[], float], ...] = (
-                partial(_at_once, V, dtype, soft=False),
-                partial(_in_two_steps, V, dtype),
-                partial(_at_once, V, dtype, soft=True),
-                partial(_token_log_probs, V, dtype),
-                partial(_distillation, V, dtype),
-                partial(_liger, V, dtype, 1.0),
-                partial(_liger, V, dtype, 2.0),
-            )
-            row = f"V = {V}, {str(dtype).removeprefix('torch.')}"
-            table[row] = {column: round(count(), 2) for column, count in zip(COLUMNS, counts, strict=True)}
-    return table
+Count = Callable[[int, torch.dtype], float]
+# what is counted, for whom, and the passes that no kernel can do without
+COUNTS: dict[str, tuple[float, dict[str, Count]]] = {
+    "loss and gradient at once": (2, {OURS: partial(_at_once, soft=False)}),
+    "forward, backward, upstream 1": (3, {OURS: _in_two_steps, "Liger": partial(_liger, upstream=1.0)}),
+    "forward, backward, any upstream": (3, {OURS: _in_two_steps, "Liger": partial(_liger, upstream=2.0)}),
+    "soft targets, at once": (3, {OURS: partial(_at_once, soft=True)}),
+    "log-probability, entropy and lse": (3, {OURS: _token_log_probs}),
+    "KL of teacher and student": (5, {OURS: _distillation}),
+}
+
+
+def measure(V: int, dtype: torch.dtype, run: Bench) -> None:
+    """All of COUNTS for logits (ROWS, V); what is not installed is a note."""
+    name = str(dtype).removeprefix("torch.")
+    for what, (least, counts) in COUNTS.items():
+        head = {"row": f"V = {V}, {name}", "operation": "cross entropy", "shape": f"{ROWS}x{V}", "dtype": name, "pass": what}
+        for contestant, count in counts.items():
+            line: dict[str, Any] = {**head, "contestant": contestant, "least_passes": least}
+            line["bytes"] = int(least * ROWS * V * dtype.itemsize)
+            try:
+                line |= {"passes": round(count(V, dtype), 2), "right": "yes"}
+            except ImportError as error:
+                line["note"] = f"not installed ({error})"
+            except AssertionError as error:
+                run.wrong += contestant == OURS
+                line |= {"right": "no", "note": f"wrong: {' '.join(str(error).split())}"}
+            run.results.add([line])
+
+
+def tasks() -> list[Task]:
+    return [(f"V = {V}, {str(dtype).removeprefix('torch.')}", partial(measure, V, dtype)) for dtype in DTYPES for V in SIZES]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; writes it to `args.json` where that is given."""
-    from rich.console import Console
-    from rich.table import Table
-
     mend_the_interpreter()
-    found = measure()
-    table = Table("passes", *COLUMNS, title=f"Bytes asked for / bytes of the logits, {ROWS} rows, in Triton's interpreter")
-    for row, counts in found.items():
-        table.add_row(row, *(f"{counts[column]:.2f}" for column in COLUMNS))
-    Console().print(table)
-    if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+    with np.errstate(all="ignore"):  # of the interpreter's arithmetic
+        return bench(args, tasks(), rows=ROWS)

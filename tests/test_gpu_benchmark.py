@@ -21,9 +21,9 @@ from benchmarks import cuda_clock, gpu, gpu_checks, gpu_tune, time_model
 from benchmarks.__main__ import main
 from benchmarks.cuda_clock import Clock, Times
 from benchmarks.evidence.compile_without_gpu import StandIn
-from benchmarks.gpu_rows import BF16, F16, ROWS, Row, contestants, inputs
 from benchmarks.harness import Deadline, Results
 from benchmarks.pretended import Cuda
+from benchmarks.rows import BF16, F16, ROWS, Row, contestants, inputs
 from hw3gpu import functional as HF
 from hw3gpu._cli.operations import Operation, Output
 from hw3gpu._torch import bound_launches
@@ -47,7 +47,7 @@ AS_FROM_A_TERMINAL = "import os, signal, sys; signal.signal(signal.SIGINT, signa
 
 def command(folder, *options, session=False):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "benchmarks", "gpu", "--pretend", "--into", str(folder), *options]
+    words = [sys.executable, "-m", "benchmarks", "gpu", "--pretend", "--output", str(folder), *options]
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     if session:  # with SIGINT as a terminal leaves it: a shell's background job, as pytest may be one, ignores it
         words = [sys.executable, "-c", AS_FROM_A_TERMINAL, *words]

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import cuda_clock, gpu, supervisor
 from benchmarks.cuda_clock import Clock
-from benchmarks.harness import Results
+from benchmarks.harness import COLUMNS, INTERRUPTED, Results
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def nothing_is_collected(monkeypatch):
 ENDS = {
     "crash": "os.kill(os.getpid(), signal.SIGSEGV)",
     "hang": "time.sleep(60)",
-    "hang that is interrupted": f"signal.signal(signal.SIGINT, lambda *_: sys.exit({supervisor.INTERRUPTED})); time.sleep(60)",
+    "hang that is interrupted": f"signal.signal(signal.SIGINT, lambda *_: sys.exit({INTERRUPTED})); time.sleep(60)",
     "lost device": f"sys.exit({supervisor.GO_ON})",
 }
 MEASURES = """
@@ -77,7 +77,14 @@ def test_a_process_that_does_not_stop_in_its_time_is_ended(tmp_path, monkeypatch
 
 
 def arguments(folder, **options):
-    given = {"pretend": True, "tune": False, "only": [], "into": str(folder), "until": time.time() + 60, "after": "status -11"}
+    given = {
+        "pretend": True,
+        "tune": False,
+        "only": [],
+        "output": str(folder),
+        "until": time.time() + 60,
+        "after": "status -11",
+    }
     return argparse.Namespace(**given | {"worker": True} | options)
 
 
@@ -90,14 +97,14 @@ def faked_tasks(monkeypatch):
 
 
 def test_the_row_that_ended_a_process_is_given_up_and_what_was_done_stays(tmp_path, faked_tasks):
-    left = Results.open(tmp_path, gpu.COLUMNS)
+    left = Results.open(tmp_path, COLUMNS)
     left.begin("one")
     left.finish()
     left.begin("two")
     ran = []
     faked_tasks |= {name: lambda name=name: ran.append(name) for name in ("one", "two", "three")}
     assert gpu.run(arguments(tmp_path)) == 0
-    results = Results.open(tmp_path, gpu.COLUMNS)
+    results = Results.open(tmp_path, COLUMNS)
     assert ran == ["three"]
     assert results.done == ["one", "two", "three"]
     assert [(line["row"], line["note"]) for line in results.measurements] == [
@@ -114,20 +121,20 @@ def test_a_row_that_fails_is_a_note_and_a_device_that_is_lost_ends_the_process(t
 
     faked_tasks |= {"one": fails, "two": lambda: monkeypatch.setattr(Clock, "free", lost), "three": fails}
     assert gpu.run(arguments(tmp_path)) == supervisor.GO_ON
-    results = Results.open(tmp_path, gpu.COLUMNS)
+    results = Results.open(tmp_path, COLUMNS)
     assert (results.done, results.running) == (["one"], "two")
     assert [line["note"] for line in results.measurements] == ["ValueError: no such thing"]
 
 
 @pytest.mark.parametrize(("blamed", "of"), [("compiled", gpu.EVERY_ROW), ("hw3gpu", "two")])
 def test_a_contestant_that_ended_a_process_is_left_out_and_its_row_measured_again(tmp_path, faked_tasks, blamed, of):
-    left = Results.open(tmp_path, gpu.COLUMNS)
+    left = Results.open(tmp_path, COLUMNS)
     left.begin("two")
     left.mark(blamed)
     ran = []
     faked_tasks |= {name: lambda name=name: ran.append(name) for name in ("one", "two")}
     assert gpu.run(arguments(tmp_path)) == 0
-    results = Results.open(tmp_path, gpu.COLUMNS)
+    results = Results.open(tmp_path, COLUMNS)
     assert ran == ["one", "two"]
     assert results.parts["left_out"] == {of: [blamed]}
     assert results.parts["ended"] == [f"two, at {blamed}: status -11"]

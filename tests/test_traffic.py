@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import hw3gpu.functional as HF
 from benchmarks import traffic
 from benchmarks.evidence.compile_without_gpu import count_accesses
+from benchmarks.harness import COLUMNS, Bench, Results
 from benchmarks.ledger import ledger
 from hw3gpu import use_backend
 from hw3gpu.kernels.gpu import batch_norm, cross_entropy, distillation, softmax, token_log_probs
@@ -308,8 +309,8 @@ def test_rows_off_16_bytes_touch_few_sectors_too_many(dtype):
 def test_liger_stands_in_the_same_table():
     """Any Triton kernel can be counted: Liger's reads twice, and twice more where the upstream gradient is not 1."""
     pytest.importorskip("liger_kernel", reason="the `bench` extra is not installed")
-    assert traffic._liger(1000, torch.float32, 1.0) == pytest.approx(3.0, abs=0.02)
-    assert traffic._liger(1000, torch.float32, 2.0) == pytest.approx(5.0, abs=0.02)
+    assert traffic._liger(1000, torch.float32, upstream=1.0) == pytest.approx(3.0, abs=0.02)
+    assert traffic._liger(1000, torch.float32, upstream=2.0) == pytest.approx(5.0, abs=0.02)
     assert traffic._at_once(1000, torch.float32, soft=False) == pytest.approx(2.0, abs=0.02)
 
 
@@ -319,6 +320,27 @@ def test_log_probabilities_stand_in_the_same_table():
 
 def test_divergences_stand_in_the_same_table():
     assert traffic._distillation(1000, torch.float32) == pytest.approx(5.0, abs=0.04)
+
+
+def test_what_is_counted_is_written_and_what_is_wrong_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        traffic, "COUNTS", {what: of for what, of in traffic.COUNTS.items() if what == "loss and gradient at once"}
+    )
+    run = Bench(Results.new(tmp_path, COLUMNS, {}), 1)
+    traffic.measure(1000, torch.float32, run)
+    monkeypatch.setattr(traffic.reference, "cross_entropy_with_options", _twice(traffic.reference.cross_entropy_with_options))
+    traffic.measure(1000, torch.float32, run)
+    right, wrong = run.results.measurements
+    assert (right["passes"], right["least_passes"], right["bytes"], right["right"]) == (2.0, 2, 2 * 3 * 1000 * 4, "yes")
+    assert (wrong["right"], wrong.get("passes"), run.wrong) == ("no", None, 1)
+
+
+def _twice(sheet):
+    def twice(*args, **options):
+        found = sheet(*args, **options)
+        return found._replace(loss=2 * found.loss)
+
+    return twice
 
 
 def test_the_ledger_counts_what_is_read_twice():

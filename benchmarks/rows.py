@@ -1,11 +1,12 @@
-"""The rows of `python -m benchmarks gpu`: an operation on one shape, its inputs, who takes part, and the bytes it has to move.
+"""An operation on one shape, its inputs, who takes part, and the bytes it has to move; and the rows of `gpu`.
 
-The most valuable rows come first. Bytes are those that the operation cannot do without (`call_cases.Call.least`): what has to
-be read twice counts twice as far as L2 cannot keep it.
+Those of `cpu` are in `cpu_cases`. The most valuable rows come first. Bytes are those that the operation cannot do without
+(`call_cases.Call.least`): what has to be read twice counts twice as far as L2 cannot keep it.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Row:
     fused: bool = False  # batch norm with a residual and ReLU
     soft: bool = False  # targets are probabilities
     gradient: str = "backward"  # of cross entropy: where it is made
+    statistics: str = "of the batch"  # of batch norm; or "evaluation", forward alone, or "frozen", forward and backward
     k: int = 1  # of minimize_trace
 
     @property
@@ -47,6 +49,7 @@ class Row:
             ("residual and ReLU", self.fused),
             ("soft targets", self.soft),
             ("gradient=forward", self.gradient == "forward"),
+            (self.statistics, self.statistics != "of the batch"),
             (f"k = {self.k}", self.operation == "minimize_trace"),
         ]
         of_shape = f"{self.operation} {'x'.join(map(str, self.shape))} {self.dtype_name}"
@@ -59,7 +62,7 @@ class Row:
     @property
     def call(self) -> Call | None:
         """The case of the evidence, as which its time is predicted, if it could be one."""
-        if self.soft or self.operation not in ("batch norm", "cross entropy", "softmax"):
+        if self.soft or self.statistics != "of the batch" or self.operation not in ("batch norm", "cross entropy", "softmax"):
             return None
         options = ((self.channels_last, "channels-last"), (self.fused, "residual and ReLU"),
                    (self.gradient == "forward", 'gradient="forward"'), (True, ""))  # fmt: skip
@@ -128,6 +131,7 @@ class Inputs:
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     residual: torch.Tensor | None = None
+    running: tuple[torch.Tensor, ...] = ()  # mean and variance
     upstream: torch.Tensor = field(default_factory=lambda: torch.ones(()))
 
     @property
@@ -151,7 +155,8 @@ def inputs(row: Row, device: str) -> Inputs:
         C = row.shape[1]
         weight, bias = (torch.linspace(0.5, end, C, device=device).requires_grad_() for end in (1.5, 1.0))
         residual = normal(*row.shape).requires_grad_() if row.fused else None
-        return Inputs(normal(*row.shape).requires_grad_(), None, weight, bias, residual, normal(*row.shape))
+        running = tuple(torch.linspace(first, 2, C, device=device) for first in (-1, 0.5))
+        return Inputs(normal(*row.shape).requires_grad_(), None, weight, bias, residual, running, normal(*row.shape))
     if row.operation == "minimize_trace":
         x = normal(row.shape[0], 2 * row.shape[1], row.shape[1])
         return Inputs((x.mT @ x / x.shape[1]).squeeze(0))
@@ -168,6 +173,16 @@ def inputs(row: Row, device: str) -> Inputs:
 
 
 # ---------------------------------------------------------------------------------------------- who takes part
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` for one shape; what cannot be compiled as a whole raises.
+
+    A backward that is called again for the same result, as `Clock` does, may not give its buffers away.
+    """
+    config: Any = importlib.import_module("torch._functorch.config")
+    config.donated_buffer = False
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
 Make = Callable[[], Step]
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -178,17 +193,19 @@ def contestants(row: Row, given: Inputs, compiled: Compile) -> dict[str, Make]:
 
 
 def _batch_norms(row: Row, given: Inputs, compiled: Compile) -> dict[str, Make]:
+    training = row.statistics == "of the batch"
+
     def step(function: Callable[..., torch.Tensor]) -> Step:
-        running = [torch.zeros_like(given.bias), torch.ones_like(given.bias)]  # type: ignore[arg-type]
+        running = (t.clone() for t in given.running)  # that of another one is not written
         call = partial(function, given.x, *running, given.weight, given.bias, given.residual)
         return Step(call, given.leaves, given.upstream)
 
     def ours(x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, residual: Any) -> torch.Tensor:
         more = {"residual": residual, "activation": "relu"} if row.fused else {}
-        return HF.batch_norm(x, running_mean, running_var, weight, bias, training=True, **more)
+        return HF.batch_norm(x, running_mean, running_var, weight, bias, training=training, **more)
 
     def eager(x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, residual: Any) -> torch.Tensor:
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, training=True)
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training=training)
         return F.relu(y + residual) if row.fused else y
 
     def without_cudnn(*args: Any) -> torch.Tensor:
