@@ -197,7 +197,7 @@ def gradient(
     at = index.clamp(min=0)
     z_t = _logit_at(z, at, softcap, stats.dtype)
     dispatch.cross_entropy(which).backward(
-        see(z), see(index), see(scaled), see(stats[:3]), see(upstream), see(over), see(dz), ignore_index=NO_CLASS,
+        see(z), see(index), see(scaled), see(stats[:3].contiguous()), see(upstream), see(over), see(dz), ignore_index=NO_CLASS,
         label_smoothing=label_smoothing, softcap=softcap,
     )  # fmt: skip
     m, s, W, q_t = stats
