@@ -198,11 +198,12 @@ def softmax_cross_entropy(z: Any, y: Any, *, dtype: str) -> reference.SoftmaxCro
 @_ieee
 def cross_entropy_with_options(
     logits: Any, target: Any, weight: Any = None, ignore_index: int = -100, label_smoothing: float = 0.0,
-    reduction: str = "mean", upstream: Any = None, z_loss: float = 0.0, softcap: float | None = None, *, dtype: str,
+    reduction: str = "mean", upstream: Any = None, z_loss: float = 0.0, softcap: float | None = None,
+    logit_scale: float = 1.0, token_weight: Any = None, normalizer: float | None = None, *, dtype: str,
 ) -> reference.CrossEntropyWithOptions:  # fmt: skip
     logits, target = _extended(logits), np.asarray(target)
     axis = 1 if logits.ndim > 1 else 0
-    z = reference._capped(np.moveaxis(logits, axis, -1), softcap)
+    z = reference._capped(logit_scale * np.moveaxis(logits, axis, -1), softcap)
     n_classes, hard = z.shape[-1], np.issubdtype(target.dtype, np.integer)
     kept = target != ignore_index if hard else np.ones(z.shape[:-1], dtype=bool)
     y = _one_hot(np.where(kept, target, 0), n_classes) if hard else abs(np.moveaxis(_extended(target), axis, -1))
@@ -211,33 +212,47 @@ def cross_entropy_with_options(
 
     additions = _of_a_row(n_classes, dtype, axis == logits.ndim - 1)
     of_weight = 0.0 if hard and not label_smoothing else additions + 4.0
-    row = _row(z, q, y == 1.0 if hard else None, additions, of_weight, z_loss, 0.0 if softcap is None else CAP)
+    of_scaling = 0.0 if math.frexp(logit_scale)[0] == 0.5 else 2.0  # the scale and the product with it, exact for powers of two
+    of_logits = of_scaling if softcap is None else CAP + of_scaling
+    row = _row(z, q, y == 1.0 if hard else None, additions, of_weight, z_loss, of_logits)
     of_loss: Any
     of_dz: Any
     of_loss, of_dz = (_times(kept, row.loss), _times(kept, row.sheet_loss)), (row.dz, row.sheet_dz)
 
     # what the sheet finds for each row, before the reduction
     given = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
-    sheet = reference.cross_entropy_with_options(logits, target, **given, softcap=softcap, reduction="none")
-    dz = abs(np.moveaxis(_extended(sheet.dlogits), axis, -1))
+    given |= {"softcap": softcap, "logit_scale": logit_scale}
+    sheet = reference.cross_entropy_with_options(logits, target, **given, reduction="none")
+    dz = abs(np.moveaxis(_extended(sheet.dlogits), axis, -1)) / logit_scale
     terms = dz if hard and not label_smoothing else np.where(y == 1.0, dz, _sum(q) * _softmax(z, -1) + q)
     if softcap is not None:
         share = (z / softcap) ** 2
         of_dz = tuple((1.0 - share) * v for v in of_dz)
         before_cap = _sum(q) * _softmax(z, -1) + q
-        of_dz = of_dz[0] + (4.0 * (1.0 - share) + 2.0 * CAP * share) * before_cap, of_dz[1] + 4.0 * before_cap
+        of_dz = of_dz[0] + (4.0 * (1.0 - share) + 2.0 * of_logits * share) * before_cap, of_dz[1] + 4.0 * before_cap
 
-    scale = abs(_extended(1.0 if upstream is None else upstream))
-    of_scale: Any = 4.0
+    token_weights = np.ones(kept.shape, np.longdouble) if token_weight is None else abs(_extended(token_weight))
+    scale = abs(_extended(1.0 if upstream is None else upstream)) * token_weights * logit_scale
+    of_scale: Any = 4.0 + of_scaling
+    losses = _times(token_weights, abs(_extended(sheet.loss)))
+    of_loss = tuple(_times(token_weights, of) for of in of_loss)
+    if token_weight is not None:
+        of_scale += 2.0
+        of_loss = tuple(of + 2.0 * losses for of in of_loss)
     divisor: Any = 1.0
+    of_sum = _additions(kept.size, ROW) + 2.0
     if reduction != "none":
-        of_sum = _additions(kept.size, ROW) + 2.0
-        losses = np.sum(abs(_extended(sheet.loss)))
-        of_loss = np.sum(of_loss[0]) + of_sum * losses, np.sum(of_loss[1]) + of_sum * losses
-    if reduction == "mean":
-        divisor = np.sum(_times(kept, _sum(w * y)[..., 0])) if hard else np.longdouble(kept.size)
+        losses = np.sum(losses)
+        of_loss = tuple(np.sum(of) + of_sum * losses for of in of_loss)
+    if normalizer is not None:
+        divisor = np.longdouble(normalizer)
+        of_scale += 2.0
+        of_loss = tuple((of + 2.0 * losses) / divisor for of in of_loss)
+    elif reduction == "mean":
+        counted = _times(kept, _sum(w * y)[..., 0]) if hard else kept.astype(np.longdouble)
+        divisor = np.sum(token_weights * counted)
         of_scale += of_sum
-        of_loss = tuple((v + (of_sum + 1.0) * losses) / divisor for v in of_loss)
+        of_loss = tuple((of + (of_sum + 1.0) * losses) / divisor for of in of_loss)
     scale = np.broadcast_to(scale / divisor, kept.shape)[..., None]
     of_dz = tuple(np.where(kept[..., None], scale * (v + of_scale * terms), 0.0) for v in of_dz)
     loss, dlogits = _result(of_loss[0], dtype, of_loss[1]), _result(of_dz[0], dtype, of_dz[1])

@@ -26,7 +26,7 @@ from ._torch import token_log_probs as _token_log_probs
 from ._torch import top_k_distillation as _top_k_distillation
 from ._torch.autograd import as_dtype
 from ._torch.class_range import check_targets
-from ._torch.cross_entropy_formula import CrossEntropyStatistics, Options
+from ._torch.cross_entropy_formula import CrossEntropyStatistics, Options, loss_shape
 from ._torch.token_log_probs import TokenLogProbs
 from ._torch.trace import minimize_trace
 
@@ -158,6 +158,9 @@ def cross_entropy(
     all_ignored: str = "nan",
     return_stats: bool = False,
     differentiable: bool = False,
+    loss_dtype: torch.dtype | None = None,
+    normalizer: float | Tensor | None = None,
+    token_weight: Tensor | None = None,
 ) -> Any:
     """`torch.nn.functional.cross_entropy`: softmax cross entropy of logits with classes or class probabilities.
 
@@ -182,6 +185,13 @@ def cross_entropy(
     differentiable: with `return_stats`, statistics that have gradients, and `gradient` does not count. Of classes without
         label_smoothing and softcap they come from the loss's pass, and all gradients from one more read and one write; of the
         others by the formula in PyTorch's operations.
+    loss_dtype: of the loss; None for PyTorch's. float32 keeps the digits that half precision has not.
+    normalizer: a number above 0, or a tensor () of one, such as the count of targets of all micro-batches: the sum of the
+        losses is divided by it, whatever `reduction` says ("none": each row's). Gradients are divided before they are rounded.
+        A tensor's value is not looked at: 0 gives NaN or infinities, or with `all_ignored="zero"` 0.
+    token_weight: a weight for each row, of the shape of the loss of every row and any floating dtype: it multiplies the row's
+        loss, z-loss included, and what the row counts in the mean's divisor, Σ token_weight · weight[target]. It may ask for a
+        gradient. 3 passes over input-sized memory, and `gradient` "forward" is refused.
 
     Gradients of gradients, `torch.func` transforms and forward-mode derivatives are computed by the formula in PyTorch's
     operations, without kernels. Raises TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a class
@@ -194,19 +204,29 @@ def cross_entropy(
     arguments.statistics(return_stats, differentiable)
     if type(ignore_index) is not int:
         ignore_index = check.integer_value(ignore_index, "ignore_index")
-    call = None
+    if loss_dtype is not None:
+        arguments.asked_dtype(loss_dtype)
+    call, by = None, None
     if differentiable:
         arguments.differentiable(return_stats)
-    elif arguments.may_be_known(input, target, reduction, gradient, all_ignored):
-        dtype = arguments.loss_dtype(input, target)
+    elif (
+        normalizer is None and token_weight is None and arguments.may_be_known(input, target, reduction, gradient, all_ignored)
+    ):
+        dtype = loss_dtype or arguments.loss_dtype(input, target)
         options = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero")
         call = _cross_entropy.call_of(input, target, weight, options, gradient, return_stats, dtype)
     if call is None or call.launches is None:
         weight = arguments.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
         z_loss, softcap = arguments.extra(z_loss, softcap, gradient, all_ignored)
         options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero")
-        dtype = arguments.loss_dtype(input, target)
-    if differentiable:
+        dtype = loss_dtype or arguments.loss_dtype(input, target)
+        by = arguments.row_weights(token_weight, normalizer, loss_shape(input), input, options.zero_if_ignored)
+    if by is not None:
+        arguments.gradient_of_rows(gradient, by)
+        loss, stats = _cross_entropy.with_row_weights(
+            input, target, weight, options, gradient, return_stats, differentiable, by
+        )
+    elif differentiable:
         loss, stats = _cross_entropy.with_differentiable_statistics(input, target, weight, options)
     else:
         loss, stats = _cross_entropy.cross_entropy(input, target, weight, options, gradient, return_stats, dtype, call)
@@ -379,6 +399,9 @@ def linear_cross_entropy(
     return_stats: bool = False,
     differentiable: bool = False,
     chunk_rows: int | None = None,
+    loss_dtype: torch.dtype | None = None,
+    normalizer: float | Tensor | None = None,
+    token_weight: Tensor | None = None,
 ) -> Any:
     """`torch.nn.functional.linear_cross_entropy`: cross entropy of the logits input · linear_weightᵀ + linear_bias.
 
@@ -388,8 +411,9 @@ def linear_cross_entropy(
     products are PyTorch's (docs/derivations.md, section 3.7).
 
     input: (D,) or (N, D). linear_weight: (C, D) or (C, d1, …, D), of input's dtype; linear_bias: (C,) or (C, d1, …). target:
-    classes (), (N,) or (N, d1, …), or probabilities (C,), (N, C) or (N, C, d1, …). ignore_index: -100 for None. options:
-    `torch.nn.LinearCrossEntropyOptions`, of which `batch_chunk_size` counts, as `chunk_rows`.
+    classes (), (N,) or (N, d1, …), or probabilities (C,), (N, C) or (N, C, d1, …). Beyond PyTorch's: input (N, …, D), such as
+    hidden states (B, T, D), with linear_weight (C, D) and classes (N, …) or probabilities (N, …, C). ignore_index: -100 for
+    None. options: `torch.nn.LinearCrossEntropyOptions`, of which `batch_chunk_size` counts, as `chunk_rows`.
 
     gradient: "forward" makes the gradients in the forward pass: three products, one of them for the logits; the gradients are
     held until backward; in float16 times powers of two, so that neither class weights nor a loss scale to come cost
@@ -409,14 +433,21 @@ def linear_cross_entropy(
     rows = getattr(options, "batch_chunk_size", None) if chunk_rows is None else chunk_rows
     rows = arguments.chunk_rows(rows)
     asked = asked._replace(label_smoothing=float(label_smoothing))
-    problem = arguments.linear_problem(input, linear_weight, target, linear_bias, weight)
+    of_rows = (*input.shape[:-1], *linear_weight.shape[1:-1])
+    arguments.asked_dtype(loss_dtype)
     if differentiable:
         arguments.differentiable(return_stats)
+    by = arguments.row_weights(token_weight, normalizer, of_rows, input, asked.zero_if_ignored)
+    problem = arguments.linear_problem(input, linear_weight, target, linear_bias, weight)
+    if by is not None:
+        arguments.gradient_of_rows(gradient, by)
+        loss, stats = _linear_cross_entropy.with_row_weights(problem, asked, gradient, return_stats, differentiable, rows, by)
+    elif differentiable:
         loss, stats = _linear_cross_entropy.with_differentiable_statistics(problem, asked, rows)
     else:
         loss, stats = _linear_cross_entropy.linear_cross_entropy(problem, asked, gradient, return_stats, rows)
-    of_rows = (*input.shape[:-1], *linear_weight.shape[1:-1])
-    loss = as_dtype(loss.reshape(of_rows) if reduction == "none" else loss, arguments.loss_dtype(input, target))
+    loss = loss.reshape(of_rows) if reduction == "none" else loss
+    loss = as_dtype(loss, loss_dtype or arguments.loss_dtype(input, target))
     if stats is None:
         return loss
     return loss, type(stats)._make(None if v is None else v.reshape(of_rows) for v in stats)

@@ -329,12 +329,13 @@ class CrossEntropyWithOptions(NamedTuple):
 
 
 class CrossEntropyStatistics(NamedTuple):
-    """Of every row; ``log_prob`` and ``correct`` are None for probabilities. Ignored rows have zeros."""
+    """Of every row; ``log_prob`` and ``correct`` are None for probabilities. Ignored rows have zeros, and ``predicted`` −1."""
 
     lse: Array
     log_prob: Array | None
     entropy: Array
     correct: NDArray[np.bool_] | None
+    predicted: NDArray[np.int64]
 
 
 class VocabParallelLinearCrossEntropy(NamedTuple):
@@ -453,19 +454,23 @@ def cross_entropy_with_options(
     upstream: Any = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Any = None,
+    normalizer: float | None = None,
 ) -> CrossEntropyWithOptions:
-    """The loss of ``torch.nn.functional.cross_entropy`` and its gradient, (3.10) to (3.14), (3.17) and (3.18).
+    """The loss of ``torch.nn.functional.cross_entropy`` and its gradient, (3.10) to (3.14), (3.17), (3.18) and (3.35).
 
     ``logits`` (V,) or (N, V, d1, …); ``target`` integer classes (…) without the class axis, or probabilities of the
     shape of ``logits``; ``weight`` (V,). A row's loss is Σ_c q_c (lse − z_c), q_c = w_c ((1 − ε) y_c + ε/V); rows whose
     class is ``ignore_index`` have q = 0. "mean" divides by Σ w_target over the rows kept for classes, and by the number
-    of rows for probabilities. ``upstream`` is ∂ℓ/∂loss, of the shape of the loss, 1 if None.
+    of rows for probabilities; ``token_weight`` (…) multiplies each row's loss and what it counts in that sum; ``normalizer``
+    takes the sum's place, whatever the reduction. ``upstream`` is ∂ℓ/∂loss, of the shape of the loss, 1 if None.
     One thing differs from PyTorch: a class with q_c = 0 and logit −inf adds 0, where PyTorch's 0 · inf may give NaN.
     """
     logits = _extended(logits)
     target = np.asarray(target)
     class_axis = 1 if logits.ndim > 1 else 0
-    z = _capped(np.moveaxis(logits, class_axis, -1), softcap)
+    z = _capped(logit_scale * np.moveaxis(logits, class_axis, -1), softcap)
     n_classes = z.shape[-1]
     w = np.ones(n_classes, np.longdouble) if weight is None else _extended(weight)
 
@@ -473,28 +478,31 @@ def cross_entropy_with_options(
     if hard:
         kept = target != ignore_index
         y = _one_hot(np.where(kept, target, 0), n_classes)
-        divisor = np.sum(np.where(kept, np.sum(w * y, axis=-1), 0.0))
+        counted = np.where(kept, np.sum(w * y, axis=-1), 0.0)
     else:
         kept = np.ones(z.shape[:-1], dtype=bool)
         y = np.moveaxis(_extended(target), class_axis, -1)
-        divisor = np.longdouble(kept.size)
+        counted = kept.astype(np.longdouble)
+    v = np.ones(kept.shape, np.longdouble) if token_weight is None else _extended(token_weight)
 
     q = w * ((1.0 - label_smoothing) * y + label_smoothing / n_classes)
     lse = _log_sum_exp(z, -1)
     z_losses, pull = (z_loss * lse[..., 0] ** 2, 2 * z_loss * lse) if z_loss else (0.0, 0.0)
-    loss = np.where(kept, _weighted_loss(q, z) + z_losses, 0.0)
+    loss = np.where(kept & (v != 0.0), v * (_weighted_loss(q, z) + z_losses), 0.0)
     dz = _softmax(z, -1) * (np.sum(q, axis=-1, keepdims=True) + pull) - q
     if softcap is not None:
         dz = (1 - (z / softcap) ** 2) * dz
+    dz = logit_scale * dz
 
-    scale = _extended(1.0 if upstream is None else upstream)
-    if reduction == "mean":
-        loss, scale = np.sum(loss) / divisor, scale / divisor
-    elif reduction == "sum":
+    divisor = np.sum(v * counted) if reduction == "mean" else np.longdouble(1)
+    if normalizer is not None:
+        divisor = np.longdouble(normalizer)
+    if reduction in ("mean", "sum"):
         loss = np.sum(loss)
     elif reduction != "none":
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    scale = np.broadcast_to(scale, kept.shape)
+    loss = loss / divisor
+    scale = np.broadcast_to(_extended(1.0 if upstream is None else upstream) / divisor, kept.shape) * v
     dz = np.where(kept[..., None], scale[..., None] * dz, 0.0)
     return CrossEntropyWithOptions(_float64(loss), _float64(np.moveaxis(dz, -1, class_axis)))
 
@@ -533,7 +541,7 @@ def vocab_parallel_linear_cross_entropy(
     pull = kept[:, None] * 2 * np.longdouble(z_loss) * lse
     loss = sum(np.sum(of_r, axis=-1) for of_r in terms) + kept * z_loss * lse[:, 0] ** 2
     Q = sum(np.sum(q_r, axis=-1, keepdims=True) for q_r in q) + pull
-    slope = [np.longdouble(1.0) if softcap is None else 1 - (u_r / softcap) ** 2 for u_r in u]
+    slope = [np.longdouble(1) if softcap is None else 1 - (u_r / softcap) ** 2 for u_r in u]
     dz = [(np.exp(u_r - lse) * Q - q_r) * slope_r for u_r, q_r, slope_r in zip(u, q, slope, strict=True)]
     dx = sum(dz_r @ W_r for dz_r, W_r in zip(dz, W, strict=True))
     return VocabParallelLinearCrossEntropy(
@@ -547,19 +555,22 @@ def _capped(z: Extended, softcap: float | None) -> Extended:
 
 @_ieee
 def cross_entropy_statistics(
-    logits: Any, target: Any, ignore_index: int = -100, softcap: float | None = None
+    logits: Any, target: Any, ignore_index: int = -100, softcap: float | None = None, logit_scale: float = 1.0
 ) -> CrossEntropyStatistics:
-    """lse, log ŷ_t, the entropy of ŷ, and whether no logit exceeds the target's, of every row (3.19); arguments as above."""
+    """lse, log ŷ_t, the entropy of ŷ, whether no logit exceeds the target's, and the first class that has the largest, of
+    every row (3.19); arguments as above."""
     logits, target = _extended(logits), np.asarray(target)
-    z = _capped(np.moveaxis(logits, 1 if logits.ndim > 1 else 0, -1), softcap)
+    z = _capped(logit_scale * np.moveaxis(logits, 1 if logits.ndim > 1 else 0, -1), softcap)
+    predicted = np.argmax(z, axis=-1)
     lse, p = _log_sum_exp(z, -1)[..., 0], _softmax(z, -1)
     entropy = -np.sum(np.where(p == 0.0, 0.0, p * (z - lse[..., None])), axis=-1)
     if not np.issubdtype(target.dtype, np.integer):
-        return CrossEntropyStatistics(_float64(lse), None, _float64(entropy), None)
+        return CrossEntropyStatistics(_float64(lse), None, _float64(entropy), None, predicted)
     kept = target != ignore_index
     z_t = np.take_along_axis(z, np.where(kept, target, 0)[..., None], -1)[..., 0]
     of_rows = [_float64(np.where(kept, v, 0.0)) for v in (lse, z_t - lse, entropy)]
-    return CrossEntropyStatistics(of_rows[0], of_rows[1], of_rows[2], np.asarray(kept & (z_t == np.max(z, axis=-1))))
+    correct = np.asarray(kept & (z_t == np.max(z, axis=-1)))
+    return CrossEntropyStatistics(of_rows[0], of_rows[1], of_rows[2], correct, np.where(kept, predicted, -1))
 
 
 @_ieee

@@ -109,6 +109,7 @@ def functions() -> dict[str, Function]:
         given = {"weight": rng.choice([None, torch.ones(C, dtype=dtype)]), "ignore_index": -100, "reduction": "mean"}
         given |= {"label_smoothing": rng.choice([0.0, 0.1]), "z_loss": 0.0, "softcap": rng.choice([None, 30.0])}
         stats = rng.random() < 0.3
+        given |= {"loss_dtype": rng.choice([None, torch.float32]), "normalizer": rng.choice([None, 3.0, torch.tensor(2)])}
         return {**given, "gradient": "auto", "all_ignored": "nan", "return_stats": stats, "differentiable": stats}
 
     def loss(rng: random.Random) -> dict[str, Any]:
@@ -116,13 +117,16 @@ def functions() -> dict[str, Function]:
         C = x.shape[min(x.dim() - 1, 1)]
         rows_of = () if x.dim() == 1 else (x.shape[0], *x.shape[2:])
         target = torch.zeros(rows_of, dtype=torch.int64) if rng.random() < 0.7 else torch.full(x.shape, 0.3, dtype=x.dtype)
-        return {"input": x, "target": target, **loss_options(rng, C, x.dtype)}
+        token_weight = rng.choice([None, torch.ones(rows_of)])
+        return {"input": x, "target": target, "token_weight": token_weight, **loss_options(rng, C, x.dtype)}
 
     def linear_loss(rng: random.Random) -> dict[str, Any]:
         N, C, D = sizes(rng, 3)
-        x = tensor(rng, (N, D))
+        rows_of = rng.choice([(N,), (2, N)])
+        x = tensor(rng, (*rows_of, D))
         W = tensor(rng, (C, D), x.dtype)
-        given = {"input": x, "linear_weight": W, "target": torch.zeros(N, dtype=torch.int64)}
+        given = {"input": x, "linear_weight": W, "target": torch.zeros(rows_of, dtype=torch.int64)}
+        given["token_weight"] = rng.choice([None, torch.ones(rows_of)])
         given["linear_bias"] = rng.choice([None, torch.ones(C, dtype=x.dtype)])
         return {**given, **loss_options(rng, C, x.dtype), "options": None, "chunk_rows": rng.choice([None, 1])}
 
@@ -198,8 +202,8 @@ def functions() -> dict[str, Function]:
 
         return good
 
-    def loss_module(input: Any, target: Any, **options: Any) -> Any:
-        return nn.CrossEntropyLoss(**options)(input, target)
+    def loss_module(input: Any, target: Any, token_weight: Any = None, normalizer: Any = None, **options: Any) -> Any:
+        return nn.CrossEntropyLoss(**options)(input, target, token_weight=token_weight, normalizer=normalizer)
 
     def backend(name: Any) -> None:
         with hw3gpu.use_backend(name):

@@ -341,6 +341,32 @@ def test_3_30_and_3_31_hold_for_any_shift() -> None:
         assert abs(ours - whole) < 1e-40
 
 
+@proves("3.35", "3.36")
+def test_3_35_and_3_36_are_the_weighted_mean_and_its_derivatives() -> None:
+    v, L, c = (sp.symbols(f"{name}1:4", positive=True) for name in "vLc")
+    divisor = sp.Symbol("d", positive=True)
+    total = sum(a * b for a, b in zip(v, L, strict=True))
+    counted = sum(a * b for a, b in zip(v, c, strict=True))
+    for n in range(3):
+        mean = total / counted
+        assert sp.simplify(sp.diff(mean, L[n]) - v[n] / counted) == 0
+        assert sp.simplify(sp.diff(mean, v[n]) - (L[n] - mean * c[n]) / counted) == 0
+        assert sp.simplify(sp.diff(total / divisor, v[n]) - L[n] / divisor) == 0
+    assert sp.simplify(sp.diff(total / divisor, divisor) + total / divisor / divisor) == 0
+
+    rng = np.random.default_rng(5)
+    z, w, t, weights = rng.normal(size=(6, 4)), rng.uniform(0.5, 2.0, 4), np.array([0, 3, -100, 1, 2, 2]), rng.normal(size=6)
+    leaf, kept = torch.tensor(z, requires_grad=True), np.asarray(t >= 0)
+    rows = torch.nn.functional.cross_entropy(leaf, torch.tensor(t), torch.tensor(w), reduction="none")
+    counted = weights * np.where(kept, w[np.where(kept, t, 0)], 0.0)
+    for given, d in (({}, counted.sum()), ({"normalizer": 7.0}, 7.0), ({"reduction": "sum"}, 1.0)):
+        loss = (rows * torch.tensor(weights)).sum() / d
+        sheet = reference.cross_entropy_with_options(z, t, w, token_weight=weights, upstream=0.5, **given)
+        (gradient,) = torch.autograd.grad(loss, leaf, torch.tensor(0.5, dtype=torch.float64), retain_graph=True)
+        np.testing.assert_allclose(sheet.loss, loss.item(), rtol=1e-13)
+        np.testing.assert_allclose(sheet.dlogits, gradient.numpy(), rtol=0, atol=1e-14)
+
+
 @proves("3.21")
 def test_3_21_sums_the_gradients_of_chunks() -> None:
     rng = np.random.default_rng(9)

@@ -289,7 +289,7 @@ def test_losses_take_the_extras(device, rng):
         (TypeError, r"input: expected a torch.Tensor", (np.ones((2, 4)), ones(5, 4), zeros(2)), {}),
         (TypeError, r"linear_weight: expected the dtype of input, float32, got float64",
          (ones(2, 4), ones(5, 4, dtype=torch.float64), zeros(2)), {}),
-        (ValueError, r"input: expected \(D,\) or \(N, D\), got shape \(2, 3, 4\)", (ones(2, 3, 4), ones(5, 4), zeros(2)), {}),
+        (ValueError, r"target: expected shape \(2, 3\)", (ones(2, 3, 4), ones(5, 4), zeros(2)), {}),
         (ValueError, r"linear_weight: expected \(C, D\) .* got shape \(4,\)", (ones(2, 4), ones(4), zeros(2)), {}),
         (ValueError, r"linear_weight: expected shape \(5, 4\) \(last, the features of input\), got \(5, 3\)",
          (ones(2, 4), ones(5, 3), zeros(2)), {}),

@@ -14,10 +14,13 @@ __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
 
 
 class _Extras(Unscripted):
-    """The arguments that losses have beyond PyTorch's: those of `functional.cross_entropy` by keyword. No part of the state."""
+    """The arguments that losses have beyond PyTorch's: those of `functional.cross_entropy` by keyword. No part of the state.
+
+    `token_weight` and `normalizer`, which belong to a batch, go to the call.
+    """
 
     extras: dict[str, Any] = {}  # noqa: RUF012  of a module that was pickled without
-    _names: tuple[str, ...] = ("z_loss", "softcap", "gradient", "all_ignored", "return_stats", "differentiable")
+    _names: tuple[str, ...] = ("z_loss", "softcap", "gradient", "all_ignored", "return_stats", "differentiable", "loss_dtype")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         extras = {name: kwargs.pop(name) for name in self._names if name in kwargs}
@@ -31,10 +34,13 @@ class _Extras(Unscripted):
 class CrossEntropyLoss(_Extras, torch.nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss` on this library's kernels; also takes the keyword extras of `functional.cross_entropy`."""
 
-    def forward(self, input: Tensor, target: Tensor) -> Any:
+    def forward(
+        self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None, normalizer: float | Tensor | None = None
+    ) -> Any:
         """The loss of logits `input` for classes or probabilities `target`; (loss, statistics) with `return_stats`."""
+        of_rows: dict[str, Any] = {"token_weight": token_weight, "normalizer": normalizer}
         if isinstance(input, Proxy):
-            return as_leaf(self, input, target)
+            return as_leaf(self, input, target, **of_rows)
         return functional.cross_entropy(
             input,
             target,
@@ -43,6 +49,7 @@ class CrossEntropyLoss(_Extras, torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             **self.extras,
+            **of_rows,
         )
 
 
@@ -52,10 +59,13 @@ class LinearCrossEntropyLoss(_Extras, torch.nn.LinearCrossEntropyLoss):
 
     _names = (*_Extras._names, "chunk_rows")
 
-    def forward(self, input: Tensor, target: Tensor) -> Any:
+    def forward(
+        self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None, normalizer: float | Tensor | None = None
+    ) -> Any:
         """The loss of the logits of `input` for classes or probabilities; (loss, statistics) with `return_stats`."""
+        of_rows: dict[str, Any] = {"token_weight": token_weight, "normalizer": normalizer}
         if isinstance(input, Proxy):
-            return as_leaf(self, input, target)
+            return as_leaf(self, input, target, **of_rows)
         C, D, bias = self.num_classes, self.linear.in_features, self.linear.bias
         return functional.linear_cross_entropy(
             input,
@@ -68,4 +78,5 @@ class LinearCrossEntropyLoss(_Extras, torch.nn.LinearCrossEntropyLoss):
             label_smoothing=self.label_smoothing,
             options=self.options,
             **self.extras,
+            **of_rows,
         )

@@ -14,6 +14,7 @@ from .autograd import PLAIN, accumulate_dtype, as_dtype
 from .cross_entropy_formula import Options, loss_shape
 from .distillation import KINDS, TEACHERS, Divergence
 from .linear_chunks import Problem
+from .row_weights import RowWeights
 
 REDUCTIONS = ("none", "mean", "sum")
 GRADIENTS = ("auto", "forward", "backward")
@@ -210,6 +211,52 @@ def differentiable(return_stats: bool) -> None:
         raise ValueError("differentiable: expected return_stats=True beside it: it is the statistics that get gradients")
 
 
+def row_weights(
+    token_weight: Any, normalizer: Any, rows: tuple[int, ...], x: Tensor, zero_if_ignored: bool = False, of: str = "input"
+) -> RowWeights | None:
+    """Both, checked, in the precision of the sums; None where there is neither. `rows`: the shape of the loss of every row."""
+    if token_weight is None and normalizer is None:
+        return None
+    if token_weight is not None:
+        floating_tensor(token_weight, "token_weight")
+        check.shape(token_weight, "token_weight", rows, f"one weight per row of {of}")
+        _same_device(token_weight, "token_weight", x, of)
+        token_weight = as_dtype(token_weight, accumulate_dtype(x))
+    if normalizer is not None:
+        normalizer = _normalizer(normalizer, x, of)
+        if zero_if_ignored:  # 0/∞ = 0 where 0/0 is NaN
+            normalizer = torch.where(normalizer == 0, torch.inf, normalizer)
+    return RowWeights(token_weight, normalizer)
+
+
+def _normalizer(value: Any, x: Tensor, of: str) -> Tensor:
+    """A tensor () beside `x`, in the precision of its sums."""
+    acc = accumulate_dtype(x)
+    if isinstance(value, Tensor):
+        tensor(value, "normalizer")
+        if value.is_complex() or value.dtype is torch.bool:
+            raise check.DtypeError(f"normalizer: expected a tensor of real numbers, {check.got_dtype(value, 'normalizer')}")
+        check.shape(value, "normalizer", (), "one number")
+        if value.device.type != "cpu":
+            _same_device(value, "normalizer", x, of)
+        return value.to(x.device, acc)
+    check.real_value(value, "normalizer")
+    check.positive(value, "normalizer")
+    return torch.full((), float(value), dtype=acc, device=x.device)
+
+
+def gradient_of_rows(gradient: str, by: RowWeights) -> None:
+    """Checks what may not stand beside weights of rows."""
+    if gradient == "forward" and by.token_weight is not None:
+        raise ValueError("gradient: expected 'auto' or 'backward' with token_weight, got 'forward'")
+
+
+def asked_dtype(dtype: Any) -> None:
+    """Checks `loss_dtype`."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATING):
+        raise TypeError(f"loss_dtype: expected None or one of {', '.join(check.FLOATING)}, got {dtype!r}")
+
+
 def loss_dtype(x: Tensor, target: Tensor) -> torch.dtype:
     """The dtype of the loss, as PyTorch's."""
     if x.dtype is torch.float32 and target.dtype is torch.int64:
@@ -365,15 +412,20 @@ def linear_cross_entropy(
     """Checks every argument that PyTorch's function has; the class weights in the kernels' dtype."""
     floating_tensor(x, "input")
     floating_tensor(W, "linear_weight")
-    if x.dim() not in (1, 2):
-        raise check.ShapeError(f"input: expected (D,) or (N, D), got shape {check.shape_of(x)}")
+    if x.dim() == 0:
+        raise check.ShapeError("input: expected (D,), (N, D) or (N, …, D), got shape ()")
     if W.dim() < 2:
         raise check.ShapeError(f"linear_weight: expected (C, D) or (C, d1, …, D), got shape {check.shape_of(W)}")
-    if W.dim() > 2 and x.dim() == 1:
+    if W.dim() > 2 and x.dim() != 2:
         raise check.ShapeError(f"input: expected (N, D) with linear_weight (C, d1, …, D), got shape {check.shape_of(x)}")
     check.shape(W, "linear_weight", (*W.shape[:-1], x.shape[-1]), "last, the features of input")
     _beside(x, W, b)
     logits = x.detach().new_empty(()).expand(*x.shape[:-1], *W.shape[:-1])
+    if x.dim() > 2:  # rows (N, …) with the classes last, where PyTorch's function has them second
+        logits = logits.movedim(-1, 1)
+        if isinstance(target, Tensor) and target.is_floating_point():
+            check.shape(target, "target", (*x.shape[:-1], len(W)), "the probabilities of each row of input")
+            target = target.movedim(-1, 1)
     return cross_entropy(logits, target, weight, asked.ignore_index, asked.reduction, asked.label_smoothing)
 
 
@@ -445,7 +497,7 @@ def in_autocast(x: Tensor, W: Tensor, b: Tensor | None) -> Operands:
 def linear_problem(x: Tensor, W: Tensor, target: Tensor, b: Tensor | None, weight: Tensor | None) -> Problem:
     """The arguments as `Problem` has them, in autocast's dtype where that is on."""
     x, W, b = in_autocast(x, W, b)
-    C, S, N = W.shape[0], math.prod(W.shape[1:-1]), 1 if x.dim() == 1 else x.shape[0]
+    C, S, N = W.shape[0], math.prod(W.shape[1:-1]), math.prod(x.shape[:-1])
     return Problem(
         x.reshape(N, x.shape[-1]),
         W.reshape(C * S, W.shape[-1]),

@@ -30,6 +30,7 @@ from .cross_entropy_formula import (
     loss_shape,
     without_derivatives,
 )
+from .row_weights import RowWeights, reduced_by
 from .token_log_probs import TokenLogProbs
 
 
@@ -38,6 +39,7 @@ class Rest(NamedTuple):
 
     numbers: how many are kept of every row. at_once: the gradient is written in the forward pass. dtype: of the loss of CUDA
     tensors, None for that of its sums. call: what `bound_launches` knows of it. traced: it goes through the operators.
+    normalizer: what the caller will divide the loss by, () in the precision of the sums.
     """
 
     weight: torch.Tensor | None
@@ -47,6 +49,7 @@ class Rest(NamedTuple):
     dtype: torch.dtype | None = None
     call: Call | None = None
     traced: bool = False
+    normalizer: Tensor | None = None
 
 
 def call_of(
@@ -59,13 +62,14 @@ def call_of(
 
 def cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, gradient: str, stats: bool,
-    dtype: torch.dtype | None = None, call: Call | None = None,
+    dtype: torch.dtype | None = None, call: Call | None = None, normalizer: Tensor | None = None,
 ) -> tuple[Tensor, CrossEntropyStatistics | None]:  # fmt: skip
     """(loss, CrossEntropyStatistics or None); the arguments are checked, weight is in the kernels' dtype.
 
-    dtype: of the loss of CUDA tensors; others have that of its sums. `call`: what `bound_launches` knows of it.
+    dtype: of the loss of CUDA tensors; others have that of its sums. `call`: what `bound_launches` knows of it. normalizer: the
+    caller will divide the loss by it, which makes 1 / normalizer the upstream gradient to expect.
     """
-    with_graph, rest = False, Rest(weight, options, NUMBERS if stats else 3, dtype=dtype, call=call)
+    with_graph, rest = False, Rest(weight, options, NUMBERS if stats else 3, dtype=dtype, call=call, normalizer=normalizer)
     if call is None and operators.traced(logits):
         found = FORWARD(logits, target, weight, rest.numbers, *options)
     elif call is None and operators.transformed():
@@ -79,6 +83,20 @@ def cross_entropy(
     V = logits.shape[class_axis(logits)]
     of_rows = cross_entropy_formula.statistics(found[1], loss_shape(logits), V, target, options.ignore_index)
     return found[0], without_derivatives(of_rows, logits, target) if with_graph else of_rows
+
+
+def with_row_weights(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, gradient: str, stats: bool, differentiable: bool,
+    by: RowWeights,
+) -> tuple[Tensor, CrossEntropyStatistics | None]:  # fmt: skip
+    """(loss, CrossEntropyStatistics or None) with weights of rows, or a normaliser."""
+
+    def call(asked: Options) -> tuple[Tensor, CrossEntropyStatistics | None]:
+        if differentiable:
+            return with_differentiable_statistics(logits, target, weight, asked)
+        return cross_entropy(logits, target, weight, asked, gradient, stats, normalizer=by.normalizer)
+
+    return reduced_by(call, options, target, weight, by)
 
 
 def with_differentiable_statistics(
@@ -122,7 +140,10 @@ def _eager_with_graph(logits: Tensor, target: Tensor, rest: Rest, gradient: str)
     if at_once and rest.options.reduction != "none" and dispatch.backend(logits) == "cpu":
         # a small call costs less than what it would remember
         remember = gradient == "auto" and logits.nbytes > small_calls.MOST_BYTES
-        return _CrossEntropyStep.apply(logits, target, rest, expected_upstream.of_caller() if remember else None)
+        expected = expected_upstream.of_caller() if remember else None
+        if rest.normalizer is not None:
+            expected = expected_upstream.Divided(expected, rest.normalizer)
+        return _CrossEntropyStep.apply(logits, target, rest, expected)
     return _CrossEntropy.apply(logits, target, rest._replace(at_once=gradient == "forward" and differentiated))
 
 
@@ -250,7 +271,7 @@ IN_ONE_LAUNCH = 8192  # rows that are added up where their losses are made (`row
 
 def run(logits: Tensor, target: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradient if `at_once`."""
-    weight, options, numbers, at_once, dtype, call, _ = rest
+    weight, options, numbers, at_once, dtype, call, *_ = rest
     again = None if call is None else call.launches
     which = "gpu" if again is not None else dispatch.backend(logits)
     N, S = rows_shape(logits)

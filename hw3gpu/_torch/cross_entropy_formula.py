@@ -154,16 +154,23 @@ def _loss(z: Tensor, target: Tensor, weight: Tensor | None, options: Options) ->
     return reduced(loss, kept, target, weight, options), log_p
 
 
-def reduced(loss: Tensor, kept: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """The reduction of the losses of all rows; `kept`: those that are not ignored."""
+def reduced(
+    loss: Tensor, kept: Tensor, target: Tensor, weight: Tensor | None, options: Options, token_weight: Tensor | None = None
+) -> Tensor:
+    """The reduction of the losses of all rows; `kept`: those that are not ignored. token_weight: of their shape."""
+    if token_weight is not None:
+        loss = token_weight * torch.where((token_weight == 0) & loss.isinf(), 0.0, loss)  # 0 · ∞ = 0
     if options.reduction == "none":
         return loss
     if options.reduction == "sum":
         return loss.sum()
     if target.is_floating_point():
-        return loss.sum() / loss.numel()
-    counted = kept.to(loss.dtype) if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
-    denominator = counted.sum()
+        if token_weight is None:
+            return loss.sum() / loss.numel()
+        counted = torch.ones_like(loss)
+    else:
+        counted = kept.to(loss.dtype) if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
+    denominator = (counted if token_weight is None else token_weight * counted).sum()
     if options.zero_if_ignored:
         denominator = torch.where(denominator == 0, torch.inf, denominator)
     return loss.sum() / denominator

@@ -10,6 +10,9 @@ import functools
 import sys
 from types import CodeType, FrameType
 
+import torch
+from torch import Tensor
+
 _MOST = 256  # places that are remembered
 _OURS = ("hw3gpu", "torch")
 
@@ -30,6 +33,26 @@ class Expected:
         """Take note of one."""
         self.misses = 0 if upstream == self.last else self.misses + 1
         self.last = upstream
+
+
+class Divided(Expected):
+    """`Expected` of a loss before it is divided by a number; `of`, None for nothing remembered: that of the quotient."""
+
+    __slots__ = ("divisor", "of")
+
+    def __init__(self, of: Expected | None, divisor: Tensor) -> None:
+        self.of, self.divisor = of or Expected(), divisor
+
+    def guess(self) -> float | None:
+        upstream = self.of.guess()
+        return None if upstream is None else self._over(upstream)
+
+    def was(self, upstream: float) -> None:
+        # a quotient does not give back the number that was divided
+        self.of.was(self.of.last if upstream == self._over(self.of.last) else upstream * self.divisor.item())
+
+    def _over(self, upstream: float) -> float:
+        return (torch.tensor(upstream, dtype=self.divisor.dtype) / self.divisor).item()
 
 
 @functools.lru_cache(_MOST)

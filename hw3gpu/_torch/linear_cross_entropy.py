@@ -25,6 +25,7 @@ from .linear_chunks import (
     run_backward,
     scaled,
 )
+from .row_weights import RowWeights, reduced_by
 
 
 class Rest(NamedTuple):
@@ -60,6 +61,21 @@ def linear_cross_entropy(
     N, V, S = problem.sizes
     of_rows = cross_entropy_formula.statistics(found[1], (N, S), V, problem.target, options.ignore_index)
     return found[0], cross_entropy_formula.without_derivatives(of_rows, *problem[:4]) if with_graph else of_rows
+
+
+def with_row_weights(
+    problem: Problem, options: Options, gradient: str, stats: bool, differentiable: bool, rows: int | None, by: RowWeights
+) -> tuple[Tensor, CrossEntropyStatistics | None]:
+    """(loss, CrossEntropyStatistics or None) of (N, S) rows, with weights of rows, or a normaliser."""
+    N, _, S = problem.sizes
+    of_rows = None if by.token_weight is None else by.token_weight.reshape(N, S)
+
+    def call(asked: Options) -> tuple[Tensor, CrossEntropyStatistics | None]:
+        if differentiable:
+            return with_differentiable_statistics(problem, asked, rows)
+        return linear_cross_entropy(problem, asked, gradient, stats, rows)
+
+    return reduced_by(call, options, problem.target, problem.weight, by._replace(token_weight=of_rows))
 
 
 def with_differentiable_statistics(
