@@ -16,6 +16,7 @@ COMMANDS = {
     "overhead": "what a call on a GPU costs the host, by layer, under a driver that does nothing",
     "gpu": "all that is worth measuring on a GPU, in minutes; --pretend: the same without one",
     "linear": "linear cross entropy on the CPU beside PyTorch's unfused and chunked paths",
+    "products": "the products of linear cross entropy at the heads of published models, counted on meta tensors",
     "models": "a training step and an evaluation of whole models on the CPU, batch normalisations fused or not",
     "processors": "every processor that this machine can play: bits, verify and the tests of the CPU kernels",
     "all": "cpu, linear, linalg, models, traffic, overhead and, where there is one, gpu, each into a folder of its own",

@@ -407,8 +407,9 @@ def linear_cross_entropy(
 
     There are never more than `chunk_rows` rows of logits: by default as many as keep the peak, beyond inputs, gradients and one
     float32 ∂ℓ/∂linear_weight, below a tenth of the logits, in chunks of 1 MiB to 512 MiB. (In float32 that one is the gradient
-    itself, and a chunk may have its size.) ∂ℓ/∂linear_weight and ∂ℓ/∂linear_bias are summed over chunks in float32. The
-    products are PyTorch's (docs/derivations.md, section 3.7).
+    itself, and a chunk may have its size; in half precision on a GPU it may have the size of the gradient, which is made last.)
+    ∂ℓ/∂linear_weight and ∂ℓ/∂linear_bias are summed over chunks in float32. The products are PyTorch's, three a chunk
+    (docs/derivations.md, section 3.7; docs/gpu.md).
 
     input: (D,) or (N, D). linear_weight: (C, D) or (C, d1, …, D), of input's dtype; linear_bias: (C,) or (C, d1, …). target:
     classes (), (N,) or (N, d1, …), or probabilities (C,), (N, C) or (N, C, d1, …). Beyond PyTorch's: input (N, …, D), such as
@@ -416,8 +417,9 @@ def linear_cross_entropy(
     None. options: `torch.nn.LinearCrossEntropyOptions`, of which `batch_chunk_size` counts, as `chunk_rows`.
 
     gradient: "forward" makes the gradients in the forward pass: three products, one of them for the logits; the gradients are
-    held until backward; in float16 times powers of two, so that neither class weights nor a loss scale to come cost
-    digits. "backward" makes the logits twice: four products. "auto": "forward" for a reduced loss. The other
+    held until backward, in their dtype (an upstream gradient that is no power of two rounds them once more), but in float16 the
+    sums in float32, times powers of two, so that neither class weights nor a loss scale to come cost digits. "backward" makes
+    the logits twice: four products, and holds nothing. "auto": "forward" for a reduced loss. The other
     arguments, the loss, what raises, second derivatives, transforms and compiled graphs are as of `cross_entropy`, where those
     that need the formula in PyTorch's operations hold all logits.
     """

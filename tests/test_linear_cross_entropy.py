@@ -248,10 +248,29 @@ def test_chunks_of_the_promised_size():
         x, W = torch.empty(N, D, dtype=dtype, device="meta"), torch.empty(V, D, dtype=dtype, device="meta")
         return linear_chunks.chunk_rows(linear_chunks.Problem(x, W, None, torch.empty(N, 1, device="meta"), None))
 
-    assert rows(8192, 4096, 128256, torch.bfloat16) == 8192 // 11  # on a device
+    assert rows(8192, 4096, 128256, torch.bfloat16) == 2048  # on a device: as many numbers as W has, up to 512 MiB, whole tiles
+    assert rows(1000, 64, 128256, torch.bfloat16) == 88  # an eleventh of the rows, in eights where that is less than a tile
+    assert rows(5000, 4096, 128256, torch.bfloat16) == 1792  # three chunks, of alike many rows
     assert rows(1 << 20, 4096, 128256, torch.bfloat16) * 128256 * 2 <= linear_chunks.MOST
     assert rows(1024, 512, 16000, torch.float32) == 512  # as many numbers as W has
     assert rows(4, 512, 100, torch.bfloat16) >= 4  # small ones whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gradients_are_held_in_their_dtype_until_backward(device, rng, dtype):
+    """But in float16, whose sums meet the loss scale in float32. A power of two, or a class weight, loses nothing."""
+    x, W, b, target = problem(rng, device, dtype)
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        loss = HF.linear_cross_entropy(x, W, target, linear_bias=b, chunk_rows=4)
+    of_W = [v for v in held if v.shape == W.shape and v.data_ptr() != W.data_ptr()]
+    assert [v.dtype for v in of_W] == [torch.float32 if dtype == "float16" else W.dtype]
+    for_one = torch.autograd.grad(loss, (x, W, b), torch.ones_like(loss))
+    loss = HF.linear_cross_entropy(x, W, target, linear_bias=b, chunk_rows=4)
+    for_a_quarter = torch.autograd.grad(loss, (x, W, b), torch.full_like(loss, 0.25))
+    for one, quarter in zip(for_one, for_a_quarter, strict=True):
+        assert (one.abs() > 1e-3).any()
+        assert torch.equal(torch.where(one.abs() > 1e-3, one / 4, 0), torch.where(one.abs() > 1e-3, quarter, 0))
 
 
 # ---------------------------------------------------------------------------------------------- the module

@@ -4,10 +4,9 @@
 
 The products are torch's, loss and dz this library's kernels', sums over chunks are taken in float32 (float64 for float64).
 A reduced loss makes its gradients in the forward pass, for an upstream gradient of 1: three products, and dz takes the place of
-the chunk's logits. In half precision they are those of the sum, so that no 1/n makes them subnormal, and meet upstream/n when
-that is known; in float16 dz of a chunk is multiplied by a power of two, for which its rows' losses are computed first
-(`float16_scale`). Without a reduction, and for a second call of backward, backward makes each chunk's logits again: four
-products.
+the chunk's logits. In float16 they are those of the sum, so that no 1/n makes them subnormal, and meet upstream/n when that is
+known; dz of a chunk is multiplied by a power of two, for which its rows' losses are computed first (`float16_scale`). Without a
+reduction, and for a second call of backward, backward makes each chunk's logits again: four products.
 """
 
 from __future__ import annotations
@@ -26,10 +25,12 @@ from .cross_entropy import never_zero, target_gradient
 from .cross_entropy_formula import CrossEntropyStatistics, Options
 
 # A part of all rows keeps the peak below a tenth of the logits; on the host, half of it in half precision, whose products have
-# buffers of their own there. Fewer bytes make slow products, more make none faster. Where ∂ℓ/∂W is its own float32 sum there is
-# room for as many numbers as W has, which a chunk may take: its products are then no slower than unfused ones.
+# buffers of their own there. Fewer bytes make slow products, more make none faster. The peak counts gradients and one float32
+# ∂ℓ/∂W. In float32 that is one tensor, and in half precision the gradient is made of it when the chunks are gone: a chunk may
+# take as many numbers as W has. On a GPU the number of chunks is how often the float32 ∂ℓ/∂W is read and written.
 PARTS, PARTS_OF_HALVES_ON_THE_HOST = 11, 22
 LEAST, MOST = 1 << 20, 1 << 29
+TILE = 128  # rows of a chunk on a device, numbers from one row of logits to the next, and classes of a product: whole tiles
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -66,17 +67,35 @@ class Found(NamedTuple):
     factor: Tensor | None = None
 
 
-def chunk_rows(problem: Problem) -> int:
-    """Rows of a chunk, unless the caller says otherwise."""
+def chunk_rows(problem: Problem, of_W: bool = True) -> int:
+    """Rows of a chunk, unless the caller says otherwise. of_W: ∂ℓ/∂W is summed over the chunks."""
     (N, D), wide = problem.x.shape, max(problem.W.shape[0] * problem.x.element_size(), 1)
     half = problem.x.dtype in HALVES
-    part = N // (PARTS_OF_HALVES_ON_THE_HOST if half and arrays.on_host(problem.x) else PARTS)
-    return max(1, min(max(part, LEAST // wide, 0 if half else D), MOST // wide))
+    slow = half and arrays.on_host(problem.x)
+    part = N // (PARTS_OF_HALVES_ON_THE_HOST if slow else PARTS)
+    as_W = 0 if half and (slow or not of_W) else D
+    return whole_tiles(problem, min(max(part, LEAST // wide, as_W), MOST // wide))
+
+
+def whole_tiles(problem: Problem, most: int) -> int:
+    """At most so many rows: on a device as few as make no more chunks, in whole tiles, or in eights where they are few."""
+    N, most = problem.x.shape[0], max(most, 1)
+    if arrays.on_host(problem.x):
+        return most
+    tile = next(t for t in (TILE, 8, 1) if most >= t)
+    most = most // tile * tile
+    return min(most, -(-N // max(-(-N // most), 1) // tile) * tile) if most < N else most
 
 
 def chunks(problem: Problem, rows: int) -> list[tuple[int, int]]:
     N = problem.x.shape[0]
     return [(first, min(first + rows, N)) for first in range(0, N, rows)]
+
+
+def logits_buffer(problem: Problem, rows: int) -> Tensor:
+    """What a chunk's logits are written to, (rows, V S); its rows begin at whole tiles."""
+    (N, V, S), x = problem.sizes, problem.x
+    return x.new_empty(min(rows, N), -(-V * S // TILE) * TILE)[:, : V * S]
 
 
 def logits_of(problem: Problem, out: Tensor) -> Tensor:
@@ -99,7 +118,7 @@ def run(
 ) -> Found:  # fmt: skip
     """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradients that `needs`
     names, of x, W and b."""
-    x, (N, V, S) = problem.x, problem.sizes
+    x, (N, _, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
     see, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
     acc, device = accumulate_dtype(x), x.device
@@ -113,7 +132,7 @@ def run(
     gradients = Gradients(problem, needs)
     largest = float16_scale.largest_element(problem.W) if x.dtype == torch.float16 and any(needs) else None
     factor = None if largest is None else torch.ones((N, 1), dtype=acc, device=device)
-    z = torch.empty((min(rows, N), V * S), dtype=x.dtype, device=device)
+    z = logits_buffer(problem, rows)
     invalid = judge_targets(problem, options.ignore_index)
     for first, last in chunks(problem, rows):
         part = problem.chunk(first, last)
@@ -146,11 +165,11 @@ def run_backward(
     x, (N, V, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
     see, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
-    rows = max(rows // 2, 1)  # of logits and dz
+    rows = whole_tiles(problem, rows // 2)  # of logits and dz
     upstream = upstream.reshape(N, S) if options.reduction == "none" else upstream.expand(N, S)
     gradients = Gradients(problem, needs[:3])
     dtarget = torch.empty_like(problem.target) if needs[3] else None
-    z, dz = (torch.empty((min(rows, N), V * S), dtype=x.dtype, device=x.device) for _ in range(2))
+    z, dz = (logits_buffer(problem, rows) for _ in range(2))
     of_rows = options._replace(reduction="none")  # upstream is one number a row by now
     for first, last in chunks(problem, rows):
         part, of_chunk, g = problem.chunk(first, last), numbers[:, first:last].contiguous(), upstream[first:last]
@@ -164,12 +183,13 @@ def run_backward(
 
 
 class Gradients:
-    """∂ℓ/∂x, and the sums over chunks of ∂ℓ/∂W and ∂ℓ/∂b, where needed."""
+    """∂ℓ/∂x, and the sums over chunks of ∂ℓ/∂W and ∂ℓ/∂b, where needed. The chunks come in order."""
 
     def __init__(self, problem: Problem, needs: Sequence[bool]) -> None:
         acc = accumulate_dtype(problem.x)
         self.dx = torch.empty_like(problem.x, memory_format=torch.contiguous_format) if needs[0] else None
-        self.dW = torch.zeros_like(problem.W, dtype=acc, memory_format=torch.contiguous_format) if needs[1] else None
+        make = torch.empty_like if len(problem.x) else torch.zeros_like  # the first chunk writes it
+        self.dW = make(problem.W, dtype=acc, memory_format=torch.contiguous_format) if needs[1] else None
         self.db = None if problem.b is None or not needs[2] else torch.zeros_like(problem.b, dtype=acc)
 
     @property
@@ -181,21 +201,40 @@ class Gradients:
         dz = dz.view(last - first, part.W.shape[0])
         if self.dx is not None:
             torch.mm(dz, part.W, out=self.dx[first:last])
-        if self.dW is not None and self.dW.dtype == dz.dtype:
-            self.dW.addmm_(dz.t(), part.x)
-        elif self.dW is not None:
-            _add_product(self.dW, dz, part.x, shrink)
+        if self.dW is not None:
+            _add_product(self.dW, dz, part.x, shrink, keep=first > 0)
         if self.db is not None:
             of_rows = dz.sum(0, dtype=self.db.dtype)
             self.db += of_rows if shrink is None else of_rows * shrink
 
 
-def _add_product(dW: Tensor, dz: Tensor, x: Tensor, shrink: Tensor | None) -> None:
-    """dW += dzᵀ x of half precision, of so many classes at a time that their product is a small part of dz."""
-    step = max(dz.numel() // (8 * max(x.shape[1], 1)), 256)
+def _add_product(dW: Tensor, dz: Tensor, x: Tensor, shrink: Tensor | None, keep: bool) -> None:
+    """dW = dzᵀ x shrink, and what was there if `keep`: one product, where it sums and writes in dW's dtype."""
+    if dW.dtype == dz.dtype:
+        dW.addmm_(dz.t(), x, beta=int(keep))
+    elif shrink is None and sums_in_float32(dz):
+        torch.addmm(dW, dz.t(), x, out_dtype=dW.dtype, beta=int(keep), out=dW)
+    else:
+        _add_in_slices(dW, dz, x, shrink, keep)
+
+
+def sums_in_float32(x: Tensor) -> bool:
+    """Whether PyTorch's products of half precision add to float32 here: those of CUDA do, on a host or by ROCm none."""
+    if arrays.on_host(x) or torch.version.hip is not None:
+        return False
+    return x.dtype != torch.float16 or not torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
+def _add_in_slices(dW: Tensor, dz: Tensor, x: Tensor, shrink: Tensor | None, keep: bool) -> None:
+    """The same of half precision by products of some classes each, a small part of dz, which float32 sums take up."""
+    step = max(dz.numel() // (8 * max(x.shape[1], 1)) // TILE, 2) * TILE
+    count = -(-dz.shape[1] // step)
+    record.note(f"∂ℓ/∂W of {len(x)} rows in {count} products of half precision by PyTorch, each added to float32")
     for first in range(0, dz.shape[1], step):
         product, out = dz[:, first : first + step].t() @ x, dW[first : first + step]
-        if shrink is None:
+        if not keep:
+            torch.mul(product, 1 if shrink is None else shrink, out=out)
+        elif shrink is None:
             out += product
         else:
             out.addcmul_(product, shrink)
@@ -243,6 +282,8 @@ def scaled(
     scale = upstream if denominator is None else upstream / denominator[0]
     if factor is not None and held[0] is not None:
         held[0].mul_(scale * factor)
+    if not arrays.on_host(scale):
+        scale = scale.reshape(1)  # of no dimensions CUDA would round it to a bfloat16 gradient's dtype
     if not (arrays.on_host(scale) and scale == 1):
         for g in held if factor is None else held[1:]:
             if g is not None:

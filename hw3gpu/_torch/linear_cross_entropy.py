@@ -13,7 +13,6 @@ from .autograd import accumulate_dtype, graph_is_needed
 from .cross_entropy import of_token_log_probs
 from .cross_entropy_formula import NUMBERS, OPTIONS_SCHEMA, CrossEntropyStatistics, Options
 from .linear_chunks import (
-    HALVES,
     Found,
     Problem,
     as_given,
@@ -55,7 +54,7 @@ def linear_cross_entropy(
         at_once = gradient != "backward" and options.reduction != "none" and not problem.target.requires_grad
         found = _LinearCrossEntropy.apply(*problem, rest._replace(at_once=at_once))
     else:
-        found = run(problem, options, rows or chunk_rows(problem), rest.numbers)
+        found = run(problem, options, rows or chunk_rows(problem, of_W=False), rest.numbers)
     if not stats:
         return found[0], None
     N, V, S = problem.sizes
@@ -100,13 +99,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         problem = Problem(x, W, b, target, weight)
         needs = ctx.needs_input_grad[:3] if rest.at_once else (False,) * 3
-        ctx.of_sum = rest.options.reduction == "mean" and x.dtype in HALVES
+        ctx.of_sum = rest.options.reduction == "mean" and x.dtype == torch.float16
         if rest.traced:
             found = Found(*operators.below_autograd(FORWARD, *problem, rest.rows, rest.numbers, *rest.options))
         else:
-            found = run(problem, rest.options, rest.rows or chunk_rows(problem), rest.numbers, needs, ctx.of_sum)
+            rows = rest.rows or chunk_rows(problem, of_W=needs[1])
+            found = run(problem, rest.options, rows, rest.numbers, needs, ctx.of_sum)
         divides = found.denominator if rest.options.reduction == "mean" else None
-        ctx.save_for_backward(*problem, found.numbers, divides, found.factor, *found.gradients)
+        held: tuple[Tensor | None, ...] = found.gradients
+        if x.dtype != torch.float16:  # whose gradients of the sum meet loss scale / n in float32
+            held = as_given((*held, None), problem)[:3]
+        ctx.save_for_backward(*problem, found.numbers, divides, found.factor, *held)
         ctx.rest, ctx.handed_out = rest, not rest.at_once
         ctx.mark_non_differentiable(*(v for v in found[1:3] if v is not None))
         ctx.set_materialize_grads(False)
@@ -125,7 +128,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             found = BACKWARD(upstream, *problem, numbers, denominator, ctx.rest.rows, needs, *options)
             return *(g if needed else None for g, needed in zip(found, needs, strict=True)), None, None
         if ctx.handed_out:
-            found = run_backward(upstream, problem, numbers, denominator, options, ctx.rest.rows or chunk_rows(problem), needs)
+            rows = ctx.rest.rows or chunk_rows(problem, of_W=needs[1])
+            found = run_backward(upstream, problem, numbers, denominator, options, rows, needs)
         else:
             ctx.handed_out = True
             found = (*scaled(held, upstream, denominator if ctx.of_sum else None, factor), None)
@@ -134,7 +138,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 # ---------------------------------------------------------------------------------------------- operators
 def _forward(problem: Problem, rest: Rest) -> tuple[Tensor, Tensor, Tensor | None]:
-    return run(problem, rest.options, rest.rows or chunk_rows(problem), rest.numbers)[:3]
+    return run(problem, rest.options, rest.rows or chunk_rows(problem, of_W=False), rest.numbers)[:3]
 
 
 def _fake(problem: Problem, rest: Rest) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -149,7 +153,8 @@ def _backward(
     denominator: Tensor | None, rows: int, needs: Sequence[bool], *options: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     problem = Problem(x, W, b, target, weight)
-    found = run_backward(upstream, problem, numbers, denominator, Options(*options), rows or chunk_rows(problem), needs)
+    rows = rows or chunk_rows(problem, of_W=needs[1])
+    found = run_backward(upstream, problem, numbers, denominator, Options(*options), rows, needs)
     return as_given(found, problem)
 
 

@@ -46,9 +46,11 @@ def _problems(tensors: Tensors) -> list[Problem]:
     return of
 
 
-def _rows(problems: Sequence[Problem], rows: int) -> int:
+def _rows(problems: Sequence[Problem], rows: int, of_W: Sequence[bool] = (False, False)) -> int:
     """Rows of a chunk, in which there are two sets of logits, unless the caller says otherwise."""
-    return rows or max(min(map(linear_chunks.chunk_rows, problems)) // 2, 1)
+    most = min(linear_chunks.chunk_rows(p, of_W=False) for p in problems)
+    most = max([most, *(linear_chunks.chunk_rows(p) for p, needed in zip(problems, of_W, strict=True) if needed)])
+    return rows or linear_chunks.whole_tiles(problems[0], most // 2)
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
@@ -57,13 +59,13 @@ def run(
     beta: float, temperature: float, rows: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The divergence of every row, and what the backward pass needs, (8, N, 1)."""
-    problems, N, V = _problems((xs, Ws, bs, xt, Wt, bt)), xs.shape[0], Ws.shape[0]
+    problems, N = _problems((xs, Ws, bs, xt, Wt, bt)), xs.shape[0]
     which = dispatch.backend(xs)
     see, kernels = dispatch.viewer(which), dispatch.distillation(which)
     loss = xs.new_empty(N, dtype=accumulate_dtype(xs))
     stats = loss.new_empty(8, N, 1)
     rows = _rows(problems, rows)
-    z = [p.x.new_empty(min(rows, N), V) for p in problems]
+    z = [linear_chunks.logits_buffer(p, rows) for p in problems]
     for first, last in chunks(problems[0], rows):
         logits = [logits_of(p.chunk(first, last), out) for p, out in zip(problems, z, strict=True)]
         counts = None if mask is None else distillation.of_rows(mask[first:last], (last - first, 1))
@@ -79,13 +81,15 @@ def run_backward(
     mask: Tensor | None, stats: Tensor, kind: str, beta: float, temperature: float, rows: int, needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients that `needs` names, of x, W and b of the student and of the teacher, from logits made again; else None."""
-    problems, N, V = _problems((xs, Ws, bs, xt, Wt, bt)), xs.shape[0], Ws.shape[0]
+    problems = _problems((xs, Ws, bs, xt, Wt, bt))
     which = dispatch.backend(xs)
     see, kernels = dispatch.viewer(which), dispatch.distillation(which)
-    rows = max(_rows(problems, rows) // 2, 1)  # of logits and their gradients
+    rows = _rows(problems, rows, (needs[1], needs[4])) // 2  # of logits and their gradients
+    rows = linear_chunks.whole_tiles(problems[0], rows)
     sides = [Gradients(p, needed) for p, needed in zip(problems, (needs[:3], needs[3:]), strict=True)]
-    z = [p.x.new_empty(min(rows, N), V) for p in problems]
-    dz = [torch.empty_like(of) if any(needed) else None for of, needed in zip(z, (needs[:3], needs[3:]), strict=True)]
+    z = [linear_chunks.logits_buffer(p, rows) for p in problems]
+    asked = zip(problems, (needs[:3], needs[3:]), strict=True)
+    dz = [linear_chunks.logits_buffer(p, rows) if any(needed) else None for p, needed in asked]
     for first, last in chunks(problems[0], rows):
         parts = [p.chunk(first, last) for p in problems]
         logits = [logits_of(part, out) for part, out in zip(parts, z, strict=True)]

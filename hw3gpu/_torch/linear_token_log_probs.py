@@ -34,23 +34,23 @@ def with_sums(problem: Problem, temperature: float, ignore_index: int, rows: int
     if operators.traced(problem.x):
         *found, sums = FORWARD(*problem[:4], *options, rows or 0)
         return TokenLogProbs(*found), sums
-    rows = rows or linear_chunks.chunk_rows(problem)
     if graph_is_needed(*problem[:3]):
-        *found, sums = _LinearTokenLogProbs.apply(*problem[:4], ((*options, rows), _run, _run_backward))
+        *found, sums = _LinearTokenLogProbs.apply(*problem[:4], ((*options, rows or 0), _run, _run_backward))
     else:
-        *found, sums = run(problem, *options, rows)
+        *found, sums = run(problem, *options, rows or 0)
     return TokenLogProbs(*found), sums
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
 def run(problem: Problem, temperature: float, ignore_index: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The three numbers of every row, and what the backward pass needs, (4, N, S)."""
-    x, (N, V, S) = problem.x, problem.sizes
+    x, (N, _, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
     see, kernels = dispatch.viewer(which), dispatch.token_log_probs(which)
     found = [x.new_empty((N, S), dtype=accumulate_dtype(x)) for _ in range(3)]
     sums = found[0].new_empty(4, N, S)
-    z = x.new_empty(min(rows, N), V * S)
+    rows = rows or linear_chunks.chunk_rows(problem, of_W=False)
+    z = linear_chunks.logits_buffer(problem, rows)
     invalid = linear_chunks.judge_targets(problem, ignore_index)
     for first, last in chunks(problem, rows):
         part, of_chunk = problem.chunk(first, last), sums.new_empty(4, last - first, S)
@@ -69,12 +69,12 @@ def run_backward(
 
     options: temperature and ignore_index.
     """
-    x, (N, V, S), (temperature, ignore_index) = problem.x, problem.sizes, options
+    x, (_, V, S), (temperature, ignore_index) = problem.x, problem.sizes, options
     which = dispatch.backend(x)
     see, kernels = dispatch.viewer(which), dispatch.token_log_probs(which)
-    rows = max(rows // 2, 1)  # of logits and dz
+    rows = linear_chunks.whole_tiles(problem, (rows or linear_chunks.chunk_rows(problem, of_W=needs[1])) // 2)
     gradients = Gradients(problem, needs)
-    z, dz = (x.new_empty(min(rows, N), V * S) for _ in range(2))
+    z, dz = (linear_chunks.logits_buffer(problem, rows) for _ in range(2))  # which share a chunk
     for first, last in chunks(problem, rows):
         part, out = problem.chunk(first, last), dz[: last - first].view(last - first, V, S)
         g = [None if of is None else of[first:last] for of in upstream]
@@ -132,8 +132,7 @@ def _below_autograd(*operands: Any) -> Any:
 def _run(
     x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, temperature: float, ignore_index: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = _problem(x, W, b, target)
-    return run(problem, temperature, ignore_index, rows or linear_chunks.chunk_rows(problem))
+    return run(_problem(x, W, b, target), temperature, ignore_index, rows)
 
 
 def _fake(x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -146,7 +145,6 @@ def _run_backward(
     target: Tensor, sums: Tensor, temperature: float, ignore_index: int, rows: int, needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     problem, upstream = _problem(x, W, b, target), (g_log_prob, g_entropy, g_lse)
-    rows = rows or linear_chunks.chunk_rows(problem)
     found = run_backward(upstream, problem, sums, (temperature, ignore_index), rows, needs)
     return as_given((*found, None), problem)[:3]
 
