@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
-        if name in ("evidence", "times", "processors"):
+        if name in ("evidence", "times", "processors", "products"):
             command.add_argument("--json", metavar="FILE", help="write the figures there too")
         if name in (*HARNESS, "all"):
             where = "a new folder for JSON, CSV and plots (benchmarks/results/<command, device and time>)"
