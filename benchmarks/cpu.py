@@ -26,7 +26,7 @@ import torch
 
 from hw3gpu._core import pool as _pool
 from hw3gpu._torch import small_calls
-from hw3gpu.kernels.cpu import batch_norm_small, cross_entropy_step
+from hw3gpu.kernels.cpu import batch_norm_small, cross_entropy_small
 
 from . import gpu_checks
 from .cpu_cases import HALVES, KNOWN, ROWS, TINIES, Work
@@ -216,7 +216,7 @@ def layers(work: Work, given: Inputs, steps: Mapping[str, Step], turns: int) -> 
         module, kernel_names, last = batch_norm_small, ("_forward", "_backward"), True
     else:
         names, last = ("cross_entropy_step",), None
-        module, kernel_names = cross_entropy_step, ("_at_addresses",)
+        module, kernel_names = cross_entropy_small, ("_at_addresses",)
     empty = Step(lambda: _Empty.apply(*given.leaves, last), given.leaves, given.upstream)
     with_outputs: list[_Call] = []
     kernels: list[_Call] = []

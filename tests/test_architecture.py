@@ -130,6 +130,7 @@ def test_the_table_of_places_counts_the_files_and_functions_of_the_calls() -> No
         found = calls(operation, engine.lower())
         assert (file, name) == found[-1]
         assert (int(files), int(functions)) == (len({file for file, _ in found}), len(found))
+        assert int(files) <= 4
 
 
 def test_the_answer_sheet_is_one_call() -> None:

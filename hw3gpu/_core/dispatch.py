@@ -226,7 +226,8 @@ def moments(which: str) -> MomentsKernels:
 # Modules of one engine alone, as attributes of this one: `dispatch.eigh.smallest(...)`.
 if TYPE_CHECKING:
     from ..kernels.cpu import batch_norm_small as batch_norm_small
-    from ..kernels.cpu import cross_entropy_step as cross_entropy_step
+    from ..kernels.cpu import cross_entropy as cpu_cross_entropy  # noqa: F401
+    from ..kernels.cpu import cross_entropy_small as cross_entropy_small
     from ..kernels.cpu import eigh as eigh
     from ..kernels.cpu import launch as cpu_launch  # noqa: F401
     from ..kernels.cpu._numba import blas as blas
@@ -239,7 +240,8 @@ _OF_ONE_ENGINE = {
     "blas": "cpu._numba.blas",
     "compile_cache": "cpu._numba.compile",
     "cpu_launch": "cpu.launch",
-    "cross_entropy_step": "cpu.cross_entropy_step",
+    "cpu_cross_entropy": "cpu.cross_entropy",
+    "cross_entropy_small": "cpu.cross_entropy_small",
     "eigh": "cpu.eigh",
     "gpu_launch": "gpu.launch",
     "threads": "cpu._numba.threads",

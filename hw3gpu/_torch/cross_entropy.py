@@ -389,7 +389,7 @@ def _run_step(
     # a tensor on NumPy's memory: sooner made than NumPy's view of a tensor
     result, invalid = np.empty(1, np.float64 if acc is torch.float64 else np.float32), np.array((N * S,))
     numbers = torch.empty((NUMBERS, N, S), dtype=acc) if stats else None
-    dispatch.cross_entropy_step.forward_backward(
+    dispatch.cpu_cross_entropy.forward_backward_reduced(
         z, t, see(weight), result, dz, invalid, stats=see(numbers), upstream=upstream,
         mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored, **options.of_rows,
     )  # fmt: skip

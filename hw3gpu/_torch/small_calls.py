@@ -61,7 +61,7 @@ def cross_entropy_step(
     record.note(_PATH, "cpu")
     loss = logits.new_empty(())
     dlogits = torch.empty_like(logits) if dlogits is None else dlogits
-    row = dispatch.cross_entropy_step.at_addresses(
+    row = dispatch.cross_entropy_small.forward_backward(
         logits.data_ptr(), target.data_ptr(), dlogits.data_ptr(), loss.data_ptr(), N, V, logits.numel() // (N * V),
         upstream=upstream, mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored,
         ignore_index=options.ignore_index, label_smoothing=options.label_smoothing,

@@ -10,7 +10,7 @@ With class weights w (1 if there are none), label smoothing eps and target proba
 
     forward             reads z (and y)              1 pass  (2)
     backward            reads z (and y), writes dz   2 passes (3)
-    forward_backward    reads z (and y), writes dz   2 passes (3)
+    forward_backward    reads z (and y), writes dz   2 passes (3), and so does forward_backward_reduced
 
 A pass is one read or one write of the whole tensor. `forward` saves three numbers a row, m, sum exp(z - m) - 1 and W: logits
 near 1e4 would lose the digits of p in a rounded m + log sum, and where p -> 1 so would 1 - p in a sum near 1. Everything is
@@ -36,7 +36,7 @@ from ._cross_entropy.kernels import (
     _soft_forward,
     _soft_forward_backward,
 )
-from ._cross_entropy.reduction import _count, _reduce
+from ._cross_entropy.reduction import _count, _divide, _reduce
 from ._cross_entropy.row_with_options import hard_rows, soft_rows
 from ._numba.elements import accumulate_dtype, as_classes, to_accumulate
 from ._numba.threads import Moves, moving, run, tell
@@ -166,6 +166,25 @@ def forward_backward(
     _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap)
     if total is not None:
         _reduce_rows(loss, target, weight, total, np.empty(1, loss.dtype), mean, zero_if_ignored, ignore_index)
+
+
+def forward_backward_reduced(
+    z, target, weight, result, dz, invalid, *, stats=None, upstream: float, mean: bool, zero_if_ignored: bool = False,
+    ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+) -> None:  # fmt: skip
+    """The sum or the mean of the loss as `result` (1,), and dz for the upstream gradient of `result`; else `forward_backward`.
+
+    For a training step: 2 passes (3) and one exponential an element, where `forward` and `backward` take 3 (5) and two. dz is
+    computed before the upstream gradient is known, which is nearly always 1; for another it is called again. The GPU has no
+    such launcher: it would have to wait for the denominator, and for the upstream gradient.
+    """
+    denominator = np.ones(1)
+    if mean:
+        count(target, weight, denominator, ignore_index=ignore_index, zero_if_ignored=zero_if_ignored)
+    loss = np.empty((z.shape[0], z.shape[2]), result.dtype)
+    g = _quotient(upstream, denominator[0])
+    _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap)
+    _divide(loss, denominator[0], result)
 
 
 def _quotient(upstream, denominator) -> float:

@@ -28,11 +28,11 @@ observer: contextvars.ContextVar[Any] = contextvars.ContextVar("hw3gpu_gpu_obser
 
 
 class Number(NamedTuple):
-    """An argument that may differ in later calls of the same `Bound`: a number or its bits, the `index`-th of such
+    """An argument that may differ in later calls of the same `Bound`: a number or its bits, the one at `position` among such
     arguments."""
 
     value: float
-    index: int
+    position: int
 
 
 def numbers(*values: float) -> tuple[Number, ...]:
@@ -226,7 +226,7 @@ class Recording:
             args, places = list(noted), []
             for i, arg in enumerate(noted):
                 if type(arg) is Number:
-                    places.append((i, len(self._memory) + arg.index, 0))
+                    places.append((i, len(self._memory) + arg.position, 0))
                 elif isinstance(arg, torch.Tensor):
                     address = self._place(arg)
                     if address is None:

@@ -19,7 +19,7 @@ from numba.extending import overload
 from .._numba.compile import exact, inline, kernel
 from .._numba.simd import Lanes, load_lanes, load_lanes_like, store_lanes, streamed, width, write
 from .._numba.views import line_of
-from .planes import AROUND
+from .planes import AROUND, _dx, _y
 from .statistics import add_to, sums_of
 
 # ---------------------------------------------------------------------------------------------- one line
@@ -115,26 +115,29 @@ def _along(size, like, lanes, args) -> None:
 
 
 @inline
-def _normalized(i, exist, args) -> Lanes:
+def _at_position(parameter, i) -> Lanes:
+    """A parameter of the positions i…; its last vector is whole."""
+    return load_lanes(parameter, i, width(parameter), 0.0)
+
+
+@inline
+def _y_of_line(i, exist, args) -> Lanes:
     x, mean, rest, scale, beta = args
-    whole = width(mean)
-    d = (load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, whole, 0.0)) - load_lanes(rest, i, whole, 0.0)
-    return d * load_lanes(scale, i, whole, 0.0) + load_lanes(beta, i, whole, 0.0)
+    of = (_at_position(mean, i), _at_position(rest, i), _at_position(scale, i), _at_position(beta, i))
+    return _y(load_lanes(x, i, exist, 0.0), *of)
 
 
 @inline
 def _normalize(x, at, y, around) -> None:
     """at[SHIFT_1] is beta."""
-    write(y, around, _normalized, (x, _of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1)))
+    write(y, around, _y_of_line, (x, _of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1)))
 
 
 @inline
 def _normalized_by_known(i, exist, args) -> Lanes:
-    """As `_normalized`, of a mean that has no second part."""
+    """As `_y_of_line`, of a mean that has no second part."""
     x, mean, scale, beta = args
-    whole = width(mean)
-    d = load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, whole, 0.0)
-    return d * load_lanes(scale, i, whole, 0.0) + load_lanes(beta, i, whole, 0.0)
+    return (load_lanes(x, i, exist, 0.0) - _at_position(mean, i)) * _at_position(scale, i) + _at_position(beta, i)
 
 
 @inline
@@ -144,25 +147,23 @@ def normalize_known(x, at, y, of) -> None:
 
 
 @inline
-def _applied(i, exist, args) -> Lanes:
+def _dx_of_line(i, exist, args) -> Lanes:
     dy, x, mean, rest, scale, b, k = args
-    whole = width(mean)
-    d = (load_lanes(x, i, exist, 0.0) - load_lanes(mean, i, whole, 0.0)) - load_lanes(rest, i, whole, 0.0)
-    g = load_lanes(dy, i, exist, 0.0) - load_lanes(b, i, whole, 0.0)
-    return (g - d * load_lanes(k, i, whole, 0.0)) * load_lanes(scale, i, whole, 0.0)
+    of = (_at_position(mean, i), _at_position(rest, i), _at_position(scale, i), _at_position(b, i), _at_position(k, i))
+    return _dx(load_lanes(dy, i, exist, 0.0), load_lanes(x, i, exist, 0.0), *of)
 
 
 @inline
 def _apply(dy, x, at, dx, around) -> None:
     """at[SHIFT_1] is dbeta / m, at[SHIFT_2] is rstd dgamma / m."""
     of = (_of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1), _of(at, SHIFT_2))
-    write(dx, around, _applied, (dy, x, *of))
+    write(dx, around, _dx_of_line, (dy, x, *of))
 
 
 @inline
 def _scaled(i, exist, args) -> Lanes:
     dy, scale = args
-    return load_lanes(dy, i, exist, 0.0) * load_lanes(scale, i, width(scale), 0.0)
+    return load_lanes(dy, i, exist, 0.0) * _at_position(scale, i)
 
 
 @inline

@@ -109,25 +109,27 @@ def _choose_gradient_sums(dy, x, mean, rest) -> Callable[..., Any]:
 
 
 @inline
-def _normalized(i, exist, args) -> Lanes:
+def _y(x, mean, rest, scale, beta) -> Any:
+    """y = (x - mean) scale + beta, scale = rstd gamma; the mean is mean + rest. Of numbers or of vectors of them."""
+    return ((x - mean) - rest) * scale + beta
+
+
+@inline
+def _dx(dy, x, mean, rest, scale, b, k) -> Any:
+    """dx = scale (dy - b - (x - mean) k), b = dbeta / m, k = rstd dgamma / m: docs/derivations.md, (2.3)."""
+    return ((dy - b) - ((x - mean) - rest) * k) * scale
+
+
+@inline
+def _y_of_run(i, exist, args) -> Lanes:
     x, mean, rest, scale, beta = args
-    return ((load_lanes(x, i, exist, 0.0) - mean) - rest) * scale + beta
+    return _y(load_lanes(x, i, exist, 0.0), mean, rest, scale, beta)
 
 
 @inline
-def _applied(i, exist, args) -> Lanes:
+def _dx_of_run(i, exist, args) -> Lanes:
     dy, x, mean, rest, scale, b, k = args
-    return ((load_lanes(dy, i, exist, 0.0) - b) - ((load_lanes(x, i, exist, 0.0) - mean) - rest) * k) * scale
-
-
-@inline
-def _normalize_run(x, mean, rest, scale, beta, y, around) -> None:
-    write(y, around, _normalized, (x, mean, rest, scale, beta))
-
-
-@inline
-def _apply_run(dy, x, mean, rest, scale, b, k, dx, around) -> None:
-    write(dx, around, _applied, (dy, x, mean, rest, scale, b, k))
+    return _dx(load_lanes(dy, i, exist, 0.0), load_lanes(x, i, exist, 0.0), mean, rest, scale, b, k)
 
 
 # ---------------------------------------------------------------------------------------------- values s0…s1-1 of a plane
@@ -178,7 +180,8 @@ def _normalize(x, n, c, s0, s1, mean, scale, beta, y, around, x_scratch, y_scrat
     for s in range(s0, s1, step):
         end = min(s + step, s1)
         y_run = row_buffer(plane_of(y, n, c, s, end), y_scratch)
-        _normalize_run(gather(plane_of(x, n, c, s, end), x_scratch), mean[0, c], mean[1, c], scale, beta, y_run, around)
+        x_run = gather(plane_of(x, n, c, s, end), x_scratch)
+        write(y_run, around, _y_of_run, (x_run, mean[0, c], mean[1, c], scale, beta))
         scatter(plane_of(y, n, c, s, end), y_scratch)
 
 
@@ -189,7 +192,7 @@ def _apply(dy, x, n, c, s0, s1, mean, scale, b, k, dx, around, dy_scratch, x_scr
         end = min(s + step, s1)
         dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
         dx_run = row_buffer(plane_of(dx, n, c, s, end), dx_scratch)
-        _apply_run(dy_run, x_run, mean[0, c], mean[1, c], scale, b, k, dx_run, around)
+        write(dx_run, around, _dx_of_run, (dy_run, x_run, mean[0, c], mean[1, c], scale, b, k))
         scatter(plane_of(dx, n, c, s, end), dx_scratch)
 
 

@@ -7,10 +7,14 @@ import math
 import numpy as np
 
 from .._numba.compile import inline, kernel
-from .row import class_weight
 
 
-# ---------------------------------------------------------------------------------------------- reduction
+@inline
+def class_weight(weight, t) -> float:
+    """w_t; 1 where there are no class weights."""
+    return np.float64(weight[t]) if weight.size else 1.0
+
+
 @inline
 def compensated_sum(loss) -> float:
     losses, lost = 0.0, 0.0
@@ -46,3 +50,10 @@ def _count(rows, target, weight, V, ignore_index, denominator) -> None:
 def _reduce(loss, target, weight, V, ignore_index, total, denominator) -> None:
     total[0] = compensated_sum(loss)
     denominator[0] = denominator_of(loss.size, target, weight, V, ignore_index)
+
+
+@kernel
+def _divide(loss, denominator, result) -> None:
+    """result = sum loss / denominator, with two roundings, as of a loss that is reduced without its gradient."""
+    of = result.dtype.type
+    result[0] = of(compensated_sum(loss)) / of(denominator)

@@ -23,6 +23,7 @@ from .._numba.elements import atomic_min, load, store
 from .._numba.exp import exp
 from .._numba.views import gather, release, row_buffer, row_of, row_scratch, scatter
 from .._rows import CHUNK, exp_and_sum_minus_1, exps_workspace, fill, row_max
+from .kernels import gradient_at_target
 
 _SERIES = tuple(np.float32(c) for c in (1 / 3, 2 / 15, 17 / 315, 62 / 2835, 1382 / 155925))
 _ONE, _ZERO, _MINUS_TWO, _FAR, _SMALL = (np.float32(c) for c in (1.0, 0.0, -2.0, 0.25, 0.0625))
@@ -159,9 +160,9 @@ def _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz, row_stats, known) -> fl
     if dz.size:
         of_lse = 2.0 * z_loss * lse if z_loss != 0.0 else 0.0
         _gradient(u, q, e, g * W / total, g * of_lse / total, g, cap, dz)
-        if t >= 0:  # without the difference p_t - 1, whose digits are lost where p_t -> 1
+        if t >= 0:
             e_t = np.float64(e[t])
-            at_target = (W - q_t) - W * ((sum_exp_minus_1 + (1.0 - e_t)) / total) - np.float64(q[t]) + of_lse * (e_t / total)
+            at_target = gradient_at_target(e_t, sum_exp_minus_1, q_t, W) - np.float64(q[t]) + of_lse * (e_t / total)
             if cap != 0.0:
                 at_target *= _slope(np.float64(u[t]), cap)
             store(dz, t, u.dtype.type(g * at_target))
