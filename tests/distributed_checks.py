@@ -1,4 +1,4 @@
-"""What each process of a group does in `test_distributed.py`: checks of the public operations and of what is below them, in one order.
+"""What each process of a group does in `test_distributed.py`: checks of public operations and of what is below, in one order.
 
 A check takes a `Rank` and raises where it finds something wrong; its single-process answer it computes itself, from the same
 random numbers. `python distributed_checks.py BACKEND PLAN FILE` starts the processes, once for groups of every size, and
