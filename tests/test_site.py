@@ -85,3 +85,15 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     built = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     assert "\\tag{2.1}" in (tmp_path / "derivations" / "index.html").read_text()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("griffe"), reason="mkdocstrings is not installed: `make docs` installs it")
+def test_what_a_docstring_says_of_its_arguments_becomes_a_list() -> None:
+    spec = importlib.util.spec_from_file_location("griffe_arguments", DOCS / "griffe_arguments.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = "First line.\n\nx: (N,) of\nfloats. weight, bias: (C,). mode: 'a: b' or not.\n\nRaises: nothing. Of x: y."
+    assert module.listed(text, ["x", "weight", "bias", "mode"]) == (
+        "First line.\n\n- **x**: (N,) of floats.\n- **weight, bias**: (C,).\n- **mode**: 'a: b' or not.\n\n"
+        "Raises: nothing. Of x: y."
+    )
