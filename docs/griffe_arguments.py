@@ -33,7 +33,11 @@ class Arguments(griffe.Extension):
             func.docstring.value = listed(func.docstring.value, names)
 
     def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
-        """A class's docstring tells of the arguments of `__init__`, or of its fields."""
+        """A class's docstring tells of the arguments of `__init__`; `__doc__ = f"… {Base.__doc__}"` is one too."""
+        text = re.fullmatch(r'f"(.*)\{(\w+)\.__doc__\}"', str(getattr(cls.members.get("__doc__"), "value", "")))
+        if text and not cls.docstring:
+            base = cls.module.members[text[2]].docstring
+            cls.docstring = griffe.Docstring(text[1] + (base.value if base else ""), parent=cls)
         if cls.docstring:
             made = cls.members.get("__init__")
             names = [p.name for p in made.parameters if p.name != "self"] if isinstance(made, griffe.Function) else []

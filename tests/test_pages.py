@@ -174,3 +174,14 @@ def test_the_example_of_machine_code_is_one() -> None:
     names: dict[str, object] = {}
     exec(block[: block.index("print(")], names)
     assert names["case"].dtype.itemsize == 4  # type: ignore[attr-defined]
+
+
+def test_every_derivation_has_its_kernel_in_the_guide() -> None:
+    """The first column of its table names each section once: "1.1 to 1.4", "2.2, 2.3"."""
+    headings = re.findall(r"^### (\d+)\.(\d+) ", (ROOT / "docs" / "derivations.md").read_text(), re.MULTILINE)
+    rows = (ROOT / "docs" / "kernel_guide.md").read_text().partition("| [derivation]")[2].partition("\n\n")[0]
+    named: list[tuple[int, int]] = []
+    for cell in re.findall(r"^\| ([\d., to]+)", rows, re.MULTILINE):
+        for chapter, first, last in re.findall(r"(\d+)\.(\d+)(?: to \d+\.(\d+))?", cell):
+            named += [(int(chapter), section) for section in range(int(first), int(last or first) + 1)]
+    assert named == [(int(chapter), int(section)) for chapter, section in headings]
