@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._core import arrays, check
 from ._core.torch_internals import legacy_reduction
-from ._torch import arguments, bound_launches
+from ._torch import arguments, bound_launches, distillation_arguments
 from ._torch import batch_norm as _batch_norm
 from ._torch import cross_entropy as _cross_entropy
 from ._torch import distillation as _distillation
@@ -327,7 +327,9 @@ def distillation_loss(
     TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a `dim` that student does not have,
     RuntimeError for tensors on several devices.
     """
-    options = arguments.distillation(student, teacher, temperature, kind, beta, top_k, teacher_is, mask, reduction, dim)
+    options = distillation_arguments.distillation(
+        student, teacher, temperature, kind, beta, top_k, teacher_is, mask, reduction, dim
+    )
     if not isinstance(teacher, Tensor):
         log_p = _top_k_distillation.as_logarithms(teacher[0], teacher_is, student)
         rows = _top_k_distillation.divergences(student, log_p, teacher[1], mask, options)
@@ -369,7 +371,7 @@ def linear_distillation_loss(
     latter two hold all logits.
     """
     student, teacher = (student_input, student_weight, student_bias), (teacher_input, teacher_weight, teacher_bias)
-    options = arguments.linear_distillation(student, teacher, temperature, kind, beta, mask, reduction)
+    options = distillation_arguments.linear_distillation(student, teacher, temperature, kind, beta, mask, reduction)
     chunk_rows = arguments.chunk_rows(chunk_rows)
     rows = student_input.shape[:-1]
     sides = []

@@ -12,7 +12,6 @@ from torch import Tensor
 from .._core import arrays, check
 from .autograd import PLAIN, accumulate_dtype, as_dtype
 from .cross_entropy_formula import Options, loss_shape
-from .distillation import KINDS, TEACHERS, Divergence
 from .linear_chunks import Problem
 from .row_weights import RowWeights
 
@@ -46,7 +45,7 @@ def number(value: Any, name: str) -> float:
     return float(value)
 
 
-def _same_device(v: Tensor, name: str, x: Tensor, of: str) -> None:
+def same_device(v: Tensor, name: str, x: Tensor, of: str) -> None:
     if v.device != x.device:
         raise RuntimeError(f"{name}: expected a tensor on {x.device}, where {of} is, got one on {v.device}")
 
@@ -110,7 +109,7 @@ def _of_channels(v: Tensor, name: str, x: Tensor, vector: Sequence[int], alone: 
         check.floating(v, name, check.FLOATING if alone and not x.numel() else tuple(allowed))
     if v.shape != vector:
         check.shape(v, name, tuple(vector), "one number per channel of input")
-    _same_device(v, name, x, "input")
+    same_device(v, name, x, "input")
     if v.requires_grad and name.startswith("running") and torch.is_grad_enabled():
         raise RuntimeError(f"{name}: expected a tensor that asks for no gradient: there is none with respect to it")
     return beyond
@@ -130,7 +129,7 @@ def fused(x: Tensor, residual: Tensor | None, activation: Any) -> Tensor | None:
         return None
     tensor(residual, "residual")
     check.same_shape(residual, "residual", x, "input")
-    _same_device(residual, "residual", x, "input")
+    same_device(residual, "residual", x, "input")
     if autocast(x):
         return as_dtype(residual, x.dtype)
     check.same_dtype(residual, "residual", x, "input")
@@ -161,11 +160,11 @@ def cross_entropy(
         rows = loss_shape(z)
         if target.shape != rows:
             check.shape(target, "target", rows, "one class per row of input")
-    _same_device(target, "target", z, "input")
+    same_device(target, "target", z, "input")
     if weight is not None:
         floating_tensor(weight, "weight")
         check.shape(weight, "weight", (C,), "one weight per class")
-        _same_device(weight, "weight", z, "input")
+        same_device(weight, "weight", z, "input")
         weight = as_dtype(weight.detach(), accumulate_dtype(z)).contiguous()
     check.one_of(reduction, "reduction", REDUCTIONS)
     if type(label_smoothing) is not float:
@@ -220,7 +219,7 @@ def row_weights(
     if token_weight is not None:
         floating_tensor(token_weight, "token_weight")
         check.shape(token_weight, "token_weight", rows, f"one weight per row of {of}")
-        _same_device(token_weight, "token_weight", x, of)
+        same_device(token_weight, "token_weight", x, of)
         token_weight = as_dtype(token_weight, accumulate_dtype(x))
     if normalizer is not None:
         normalizer = _normalizer(normalizer, x, of)
@@ -238,7 +237,7 @@ def _normalizer(value: Any, x: Tensor, of: str) -> Tensor:
             raise check.DtypeError(f"normalizer: expected a tensor of real numbers, {check.got_dtype(value, 'normalizer')}")
         check.shape(value, "normalizer", (), "one number")
         if value.device.type != "cpu":
-            _same_device(value, "normalizer", x, of)
+            same_device(value, "normalizer", x, of)
         return value.to(x.device, acc)
     check.real_value(value, "normalizer")
     check.positive(value, "normalizer")
@@ -281,100 +280,15 @@ def token_log_probs(z: Tensor, target: Tensor, temperature: float, ignore_index:
         raise ValueError(f"logits: expected at least one class, got shape {check.shape_of(z)}")
     check.integer(target, "target")
     check.shape(target, "target", (*z.shape[:dim], *z.shape[dim + 1 :]), "one class per row of logits")
-    _same_device(target, "target", z, "logits")
-    return _temperature(temperature), check.integer_value(ignore_index, "ignore_index"), dim
+    same_device(target, "target", z, "logits")
+    return temperature_value(temperature), check.integer_value(ignore_index, "ignore_index"), dim
 
 
-def _temperature(temperature: float) -> float:
+def temperature_value(temperature: float) -> float:
     temperature = number(temperature, "temperature")
     if not 1e-30 <= temperature <= 1e30:  # beyond, its inverse or a quotient is no float32
         raise ValueError(f"temperature: expected a number from 1e-30 to 1e30, got {temperature}")
     return temperature
-
-
-# ---------------------------------------------------------------------------------------------- distillation
-def distillation(
-    student: Tensor, teacher: Tensor | tuple[Tensor, Tensor], temperature: float, kind: str, beta: float, top_k: int | None,
-    teacher_is: str, mask: Tensor | None, reduction: str, dim: int,
-) -> Divergence:  # fmt: skip
-    """Checks every argument; their `Divergence`."""
-    floating_tensor(student, "student")
-    check.rank_at_least(student, "student", 1, "…, V")
-    options = divergence(student, temperature, kind, beta, dim)
-    if student.shape[options.dim] == 0:
-        raise ValueError(f"student: expected at least one class, got shape {check.shape_of(student)}")
-    check.one_of(teacher_is, "teacher_is", TEACHERS)
-    classes = student.shape[options.dim]
-    if isinstance(teacher, tuple):
-        _top_k_teacher(teacher, student, options.dim, top_k, teacher_is)
-    else:
-        floating_tensor(teacher, "teacher")
-        check.same_shape(teacher, "teacher", student, "student")
-        _teacher_dtype(teacher, "teacher", student, "student")
-        _same_device(teacher, "teacher", student, "student")
-        if top_k is not None and not 1 <= check.integer_value(top_k, "top_k") <= classes:
-            raise ValueError(f"top_k: expected a number of classes from 1 to {classes}, got {top_k}")
-    rows_that_count(mask, (*student.shape[: options.dim], *student.shape[options.dim + 1 :]), student)
-    check.one_of(reduction, "reduction", REDUCTIONS)
-    return options
-
-
-def _top_k_teacher(teacher: tuple[Tensor, Tensor], student: Tensor, dim: int, top_k: int | None, teacher_is: str) -> None:
-    """Checks (values, indices) of k classes of every row."""
-    if len(teacher) != 2:
-        raise ValueError(f"teacher: expected a tensor or a pair (values, indices), got {len(teacher)} of them")
-    if top_k is not None:
-        raise ValueError("top_k: expected None with a pair (values, indices) as teacher, whose classes are given")
-    if teacher_is == "logits":
-        raise ValueError(
-            "teacher_is: expected 'probabilities' or 'log_probabilities' with a pair (values, indices) as teacher, "
-            "got 'logits', which do not say what the other classes have"
-        )
-    values, indices = teacher
-    floating_tensor(values, "teacher")
-    tensor(indices, "teacher")
-    if indices.dtype != torch.int64:
-        raise check.DtypeError(f"teacher: expected indices of dtype int64, {check.got_dtype(indices, 'indices')}")
-    shape, classes = list(student.shape), student.shape[dim]
-    shape[dim] = values.shape[dim] if values.dim() == student.dim() else -1
-    check.shape(values, "teacher", tuple(shape), "student's rows, k values each")
-    check.shape(indices, "teacher", tuple(shape), "an index for each value")
-    if not 1 <= shape[dim] <= classes:
-        raise check.ShapeError(f"teacher: expected 1 to {classes} values a row, got {shape[dim]}")
-    for v in teacher:
-        _same_device(v, "teacher", student, "student")
-    if arrays.on_host(indices) and indices.numel() and not (indices.min() >= 0 and indices.max() < classes):
-        raise IndexError(f"teacher: expected indices of classes in 0…{classes - 1}, got {indices.min()}…{indices.max()}")
-
-
-def divergence(z: Tensor, temperature: float, kind: str, beta: float, dim: int) -> Divergence:
-    """`Divergence` of logits like `z`, its parts checked."""
-    check.one_of(kind, "kind", KINDS)
-    beta = number(beta, "beta")
-    if not 0.0 < beta < 1.0:
-        raise ValueError(f"beta: expected a number between 0 and 1, got {beta}; at its ends the divergence is 0")
-    if type(dim) is not int:
-        dim = check.integer_value(dim, "dim")
-    if not -z.dim() <= dim < z.dim():
-        raise IndexError(f"dim: expected an axis of student with shape {check.shape_of(z)}, got {dim}")
-    return Divergence(kind, beta, _temperature(temperature), dim % z.dim())
-
-
-def _teacher_dtype(teacher: Tensor, name: str, student: Tensor, of: str) -> None:
-    """float64 has no other dtype beside it."""
-    if torch.float64 in (teacher.dtype, student.dtype):
-        check.same_dtype(teacher, name, student, of)
-
-
-def rows_that_count(mask: Tensor | None, rows: tuple[int, ...], z: Tensor) -> None:
-    """Checks a mask of rows, or None."""
-    if mask is None:
-        return
-    tensor(mask, "mask")
-    if mask.dtype != torch.bool:
-        raise check.DtypeError(f"mask: expected dtype bool, True for the rows that count, {check.got_dtype(mask, 'mask')}")
-    check.shape(mask, "mask", rows, "one bool per row of student")
-    _same_device(mask, "mask", z, "student")
 
 
 # ---------------------------------------------------------------------------------------------- of logits that are a product
@@ -394,7 +308,7 @@ def _like_input(x: Tensor, W: Tensor, b: Tensor | None) -> None:
     for name, v in beside:
         if not autocast(x):
             check.same_dtype(v, name, x, "input")
-        _same_device(v, name, x, "input")
+        same_device(v, name, x, "input")
 
 
 def chunk_rows(rows: int | None) -> int | None:
@@ -447,41 +361,6 @@ def linear_token_log_probs(
     return token_log_probs(logits, target, temperature, ignore_index, -1)[:2]
 
 
-def linear_distillation(
-    student: Operands, teacher: Operands, temperature: float, kind: str, beta: float, mask: Tensor | None, reduction: str
-) -> Divergence:
-    """Checks every argument but chunk_rows; student and teacher are (input, weight, bias). Their `Divergence`."""
-    for side, (x, W, b) in (("student", student), ("teacher", teacher)):
-        names = tuple(f"{side}_{of}" for of in ("input", "weight", "bias"))
-        for name, v in zip(names[:2], (x, W), strict=True):
-            floating_tensor(v, name)
-        check.rank_at_least(x, names[0], 1, "…, D")
-        if W.dim() != 2:
-            raise check.ShapeError(f"{names[1]}: expected (V, D), got shape {check.shape_of(W)}")
-        check.shape(W, names[1], (W.shape[0], x.shape[-1]), f"last, the features of {names[0]}")
-        if b is not None:
-            floating_tensor(b, names[2])
-            check.shape(b, names[2], (W.shape[0],), f"one number per row of {names[1]}")
-        for name, given in zip(names[1:], (W, b), strict=True):
-            if given is not None and not autocast(x):
-                check.same_dtype(given, name, x, names[0])
-            if given is not None:
-                _same_device(given, name, x, names[0])
-    x, W = student[:2]
-    if len(W) == 0:
-        raise ValueError(f"student_weight: expected at least one class, got shape {check.shape_of(W)}")
-    if len(teacher[1]) != len(W):
-        raise check.ShapeError(f"teacher_weight: expected {len(W)} classes, as student_weight has, got {len(teacher[1])}")
-    if teacher[0].shape[:-1] != x.shape[:-1]:
-        expected = (*x.shape[:-1], teacher[0].shape[-1])
-        check.shape(teacher[0], "teacher_input", expected, "rows as student_input has")
-    _teacher_dtype(teacher[0], "teacher_input", x, "student_input")
-    _same_device(teacher[0], "teacher_input", x, "student_input")
-    rows_that_count(mask, tuple(x.shape[:-1]), x)
-    check.one_of(reduction, "reduction", REDUCTIONS)
-    return divergence(x, temperature, kind, beta, -1)
-
-
 def in_autocast(x: Tensor, W: Tensor, b: Tensor | None) -> Operands:
     """The operands of a product in autocast's dtype where that is on, as PyTorch's `linear`."""
     if not autocast(x):
@@ -517,12 +396,12 @@ def _vocab_parallel_arguments(
     check.rank_at_least(z, "logits_shard", 1, "(V_r,), (N, V_r) or (N, V_r, d1, …)")
     axis = min(z.dim() - 1, 1)
     check.shape(target, "target", (*z.shape[:axis], *z.shape[axis + 1 :]), "one class per row of logits_shard")
-    _same_device(target, "target", z, "logits_shard")
+    same_device(target, "target", z, "logits_shard")
     if weight is not None:
         tensor(weight, "weight")
         check.floating(weight, "weight")
         check.shape(weight, "weight", (z.shape[axis],), "one weight per class of logits_shard")
-        _same_device(weight, "weight", z, "logits_shard")
+        same_device(weight, "weight", z, "logits_shard")
     check.integer_value(ignore_index, "ignore_index")
     check.one_of(reduction, "reduction", REDUCTIONS)
     check.real_value(label_smoothing, "label_smoothing")
@@ -551,7 +430,7 @@ def vocab_parallel_linear(
     if weight is not None:
         floating_tensor(weight, "weight")
         check.shape(weight, "weight", (len(W),), "one weight per row of linear_weight")
-        _same_device(weight, "weight", x, "input")
+        same_device(weight, "weight", x, "input")
         weight = as_dtype(weight.detach(), accumulate_dtype(x)).contiguous()
     return linear_problem(rows, W, target.reshape(-1), b, weight)
 
