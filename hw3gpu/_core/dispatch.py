@@ -1,4 +1,4 @@
-"""Which kernels run for an array, and how these see it.
+"""Which kernels run for an array, and what they take in its place.
 
 A public function asks here which kernels run (`backend`), for their launchers (`batch_norm(which)`, `softmax(which)`, …: the
 Protocols of `protocols.py`) and for its arrays as these take them (`kernel_view`). The GPU kernels take torch tensors, the
@@ -67,7 +67,7 @@ def _known_backend(name: str, source: str) -> str:
     return name
 
 
-# What `os.environ` keeps its names in, and how: to ask itself for one that is not there costs it two exceptions.
+# The dict inside `os.environ`, and its key: to ask `os.environ` itself for a missing name raises two exceptions.
 _ENVIRONMENT = getattr(os.environ, "_data", os.environ)
 _ASKED = os.environ.encodekey("HW3GPU_BACKEND") if hasattr(os.environ, "_data") else "HW3GPU_BACKEND"
 
@@ -309,7 +309,7 @@ def kernel_view(x: Array, which: str) -> Array:
 
 
 def viewer(which: str) -> Callable[[Array], Array]:
-    """`kernel_view` for the `which` kernels alone."""
+    """`kernel_view` for one engine, as a function of the array."""
     return _host_view if which == "cpu" else _torch_view
 
 
@@ -325,7 +325,7 @@ def _host_view(x: Array) -> Array:
             return x.detach().resolve_neg().view(sys.modules["torch"].uint16).numpy()
         if x.requires_grad:
             x = x.detach()
-        x = x.resolve_neg().numpy() if x.is_neg() else x.numpy()  # on the host no copy but for that lazy sign
+        x = x.resolve_neg().numpy() if x.is_neg() else x.numpy()  # no copy on the host, but for a lazy negation
     elif not x.flags.aligned:
         x = x.copy()  # an argument: outputs are aligned. For such memory Numba would compile each kernel anew
     bits = _HALVES.get(x.dtype.char)
@@ -335,7 +335,7 @@ def _host_view(x: Array) -> Array:
 def _torch_view(x: Array) -> Array:
     if x is None:
         return None
-    if hasattr(x, "is_neg"):  # flags first: one operation of PyTorch's takes longer than all that is asked here
+    if hasattr(x, "is_neg"):  # flags first: one PyTorch operation takes longer than all these questions
         if x.requires_grad and sys.modules["torch"].is_grad_enabled():
             x = x.detach()
         return x.resolve_neg() if x.is_neg() else x

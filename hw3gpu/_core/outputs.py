@@ -40,7 +40,7 @@ def _folded_sizes(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 
 def folded(x: Array, axis: int, which: str) -> Array:
-    """The `fold` of `x` as the `which` kernels see it."""
+    """`fold` of `x`, as an operand of the kernels of `which`."""
     # outside of autograd a view of a tensor has no graph to be detached from; NumPy's views are the cheaper ones
     return fold(_host_view(x), axis) if which == "cpu" else _torch_view(fold(x, axis))
 
@@ -51,7 +51,7 @@ def output_like(x: Array, axis: int | None) -> tuple[Array, Array]:
 
 
 def output(x: Array, axis: int | None, view: Callable[[Array], Array]) -> tuple[Array, Array]:
-    """As `output_like`, with the `fold` of what `view`, a `viewer`, makes of the output."""
+    """As `output_like`; the second result is a kernel operand, which `view` (of `dispatch.viewer`) makes of the output."""
     out = empty_like(x)
     seen = view(out)
     folded = fold(seen, axis)
@@ -62,7 +62,7 @@ def output(x: Array, axis: int | None, view: Callable[[Array], Array]) -> tuple[
 
 
 def _is_contiguous(x: Array) -> bool:
-    """False also where it is dear to say."""
+    """False also where finding out takes long."""
     return x.is_contiguous() if hasattr(x, "is_cpu") else isinstance(x, np.ndarray) and x.flags.c_contiguous
 
 
@@ -70,7 +70,7 @@ def empty_like(x: Array) -> Array:
     """An uninitialised array of `x`'s kind, dtype, device and layout, in recycled memory where it is large."""
     if x.nbytes >= pool.SMALLEST and arrays.on_host(x):
         xp = namespace(x)
-        # where the array module would put the elements; none of these touches memory
+        # the strides that the array module would choose; none of these touches memory
         if xp is np:
             like = np.empty_like(x)
         else:
@@ -84,7 +84,7 @@ def empty_like(x: Array) -> Array:
 def _pooled(shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str, like: Array) -> Array | None:
     """An uninitialised array of `like`'s kind in recycled memory, `strides` in the kind's own units (None: contiguous).
 
-    None where that is not to be: on a GPU, for small arrays, with the pool off, and beside a subclass of the plain array.
+    None where memory is not recycled: on a GPU, for small arrays, with the pool off, and beside a subclass of the plain array.
     """
     if type(like) is np.ndarray:
         memory = pool.empty(shape, np.dtype(dtype), strides)

@@ -1,4 +1,4 @@
-"""Memory for large outputs on the host, used again once nothing sees it any more.
+"""Memory for large outputs on the host, used again once no array or tensor refers to it.
 
 A fresh large array costs more than the arithmetic that fills it: the system hands out each page with a fault, and clears it.
 `empty` takes a *block* from those that came back, or makes one, and lends it: the array that it gives is a `_Lease`, which
@@ -156,7 +156,7 @@ def _new_block(size: int) -> _Block:
 
 
 def _block_size(nbytes: int) -> int:
-    """Room for `nbytes` and their alignment, in steps of an eighth of a power of two: outputs of nearly one size share."""
+    """Bytes for `nbytes` and their alignment, in steps of an eighth of a power of two: outputs of nearly one size share."""
     wanted = nbytes + ALIGNMENT
     step = max(1 << (wanted.bit_length() - 4), 1)
     return -(-wanted // step) * step

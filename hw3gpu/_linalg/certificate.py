@@ -12,7 +12,7 @@ M = Σ + S - (t + c) I that succeeds in floating point proves Σ + S - t I ≥ 0
     γ_{m+2} / (1 - γ_{m+2}) · (Trace M + m f)     the backward error of the factorisation (Higham 2002, Theorem 10.3), and
     f = γ_{k+8} (‖Σ‖_F + Trace S + |t|)           what forming M rounds,        γ_n = n u / (1 - n u),  u = eps / 2.
 
-τ = 4 c + 2 ‖ΣΦ - ΦΛ‖_F leaves room for Φ's own error; it is the margin that a result states.
+τ = 4 c + 2 ‖ΣΦ - ΦΛ‖_F leaves a margin for Φ's own error; it is the margin that a result states.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _certify_smallest(ns: Numerics, sigma: Array, values: Array, phi: Array, fol
     last = values[..., -1]
     middle = last + (following - last) / 2
     separated = following - last > 2 * margin(middle)
-    # with no room between λ_k and λ_{k+1} the value is certified from just below λ_k
+    # with no gap between λ_k and λ_{k+1} the value is certified from just below λ_k
     t = xp.where(separated, middle, last - margin(last))
     tau = xp.where(separated, margin(middle), margin(last))
     d, trace_s = deflation(t + tau)

@@ -1,9 +1,9 @@
-"""The launches of earlier calls on a GPU, and of small ones on the host, kept for later ones like them.
+"""The launches of earlier calls, kept for later calls like them: of all calls on a GPU, of small ones on the host.
 
-What a call launches depends on shapes, strides, dtypes, options and the device, and on how far its pointers are off 16 bytes:
-its key. Memory that a call allocates itself lies on 16 bytes. A later call of the same key neither checks its arguments nor
-plans nor makes views: it allocates and launches. Nothing is kept in Triton's interpreter, for calls that copy an argument, and
-for operands that overlap. On the host calls are kept whose launchers do nothing beside their launches (`of_host`).
+Which kernels a call launches, and how, follows from shapes, strides, dtypes, options, the device, and how far each pointer is
+from a multiple of 16 bytes: these are the key of the call. Memory that a call allocates begins at such a multiple. A later call
+with the same key skips checks, plan and views: it allocates and launches. Nothing is kept in Triton's interpreter, for calls
+that copy an argument, and for operands that overlap. On the host a call is kept if its launchers only launch (`of_host`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .._core import arrays, dispatch, record
 from . import operators
 from .autograd import PLAIN
 
-MOST_BYTES = 1 << 16  # of a first operand on the host; beyond, what a call takes beside its kernels hardly counts
-MOST = 1024  # calls that are kept; beyond, all are forgotten and found anew
+MOST_BYTES = 1 << 16  # of the first operand on the host: most of the time of a larger call is its kernels'
+MOST = 1024  # calls that are kept; one more, and all are forgotten
 
 _kept: dict[tuple[Any, ...], Any] = {}
 _NOTHING = contextlib.nullcontext()
@@ -34,8 +34,8 @@ class Call(NamedTuple):
 
 
 def of(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor | None) -> Call | None:
-    """The call of `options` for these tensors; None on the host, where somebody traces or transforms, and for tensors that are
-    no plain ones, or on another device than the current one."""
+    """The call with these options and tensors. None where nothing is kept: on the host, under a compiler or a transform, for
+    subclasses of tensors, and for tensors on another device than the current one."""
     if arrays.on_host(x) or not operators.eager() or dispatch.requested_backend() == "cpu":
         return None
     if x.is_meta and dispatch.gpu_refusal("meta") is not None:
@@ -51,7 +51,7 @@ def of(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor | None) 
         for t in (x, *beside):
             if t is None:
                 key.append(None)
-            elif type(t) in PLAIN and not t.is_neg():  # memory then holds the values with the other sign
+            elif type(t) in PLAIN and not t.is_neg():  # a lazy negation: memory holds the negated values
                 key += t.shape, t.stride(), t.dtype, t.data_ptr() & 15, t.get_device()
             else:
                 return None
@@ -62,7 +62,7 @@ def of(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor | None) 
 
 
 def of_host(options: tuple[Any, ...], x: torch.Tensor, *beside: torch.Tensor) -> Call | None:
-    """As `of` for a small call on the host. `use_backend` and who traces are asked each time: the key does not hold them."""
+    """As `of`, for a small call on the host. `use_backend` and compilers are asked each time: they are not in the key."""
     # who traces first: Dynamo follows no context variable, which `requested_backend` asks
     if not x.is_cpu or x.layout is not torch.strided or not operators.eager() or dispatch.requested_backend() == "gpu":
         return None
@@ -87,15 +87,17 @@ def _launches_of(key: tuple[Any, ...], which: str) -> Any:
 
 
 def forget() -> None:
-    """Every call is found anew: plans may be others now."""
+    """Forget every call: plans may have changed."""
     _kept.clear()
 
 
 def noted(
     call: Call | None, operands: tuple[torch.Tensor | None, ...], *like: torch.Tensor
 ) -> contextlib.AbstractContextManager[None]:
-    """Keeps what is launched inside on `operands` for later calls with the key of `call`, if there is one. like: those of them
-    that later calls allocate as `torch.empty_like` of the first."""
+    """Keeps the launches made inside, on `operands`, for later calls with the key of `call`; nothing if that is None.
+
+    like: those operands that a later call allocates as `torch.empty_like` of the first one.
+    """
     if call is None or operands[0] is None:
         return _NOTHING
     layout = torch.empty_like(operands[0], device="meta").stride()

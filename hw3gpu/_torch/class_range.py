@@ -1,8 +1,8 @@
 """Classes out of range on a GPU, reported without waiting for it.
 
-The kernels leave the number of the first wrong row in a device's flag. Each call that finds the last copy of it arrived looks
-at that and starts another into pinned memory: so a wrong class is reported by a later call, or by `check_targets`, which waits.
-While a CUDA graph is captured nothing is looked at; its replays write to the same flag.
+The kernels write the number of the first wrong row to a flag on the device. A call reads the copy of the flag that an earlier
+call has started, if it has arrived, and starts the next one: so a wrong class is reported by a later call, or by
+`check_targets`, which waits. During the capture of a CUDA graph nothing is read; its replays write to the same flag.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def looks(device: torch.device) -> bool:
 
 
 def flag(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """Where the kernels leave the number of a wrong row of `x`: below `rows` if there is one."""
+    """What the kernels write the number of a wrong row of `x` to: it is below `rows` if there is one."""
     if x.device.type != "cuda":
         return torch.full((1,), rows, dtype=torch.int64, device=x.device)
     if looks(x.device):
@@ -88,7 +88,7 @@ def check_targets(device: torch.device | str | int | None = None) -> None:
 
 
 def judge_targets(logits: torch.Tensor, target: torch.Tensor, invalid: torch.Tensor, V: int, ignore_index: int) -> None:
-    """At once on the host; on a GPU the flag sets out."""
+    """Reports a class out of range: at once on the host; on a GPU the copy of the flag starts."""
     if arrays.on_host(logits):
         row = int(invalid)
         if row < target.numel():
@@ -104,7 +104,7 @@ def out_of_range(target: torch.Tensor, V: int, ignore_index: int) -> torch.Tenso
 
 
 def check_classes(target: torch.Tensor, V: int, ignore_index: int) -> None:
-    """IndexError for a class out of range among classes on the host, where no kernel is to find it."""
+    """Raises IndexError for a class out of range in `target` on the host, where no kernel looks for it."""
     if target.is_floating_point() or not arrays.on_host(target) or not target.numel():
         return
     bad = out_of_range(target, V, ignore_index)
@@ -113,7 +113,7 @@ def check_classes(target: torch.Tensor, V: int, ignore_index: int) -> None:
 
 
 def refuse_class(target: torch.Tensor, row: int, V: int, ignore_index: int) -> None:
-    """IndexError: what stands in a row of `target` is no class."""
+    """Raises IndexError for the value in a row of `target`."""
     raise IndexError(
         f"target: expected classes in 0…{V - 1} or ignore_index {ignore_index}, got {int(target.reshape(-1)[row])} in row {row}"
     )

@@ -35,7 +35,7 @@ from .token_log_probs import TokenLogProbs
 
 
 class Rest(NamedTuple):
-    """What of a call has no gradient, in one argument: PyTorch looks at each argument of an autograd function, each time.
+    """The arguments without a gradient, as one: PyTorch inspects each argument of an autograd function in each call.
 
     numbers: how many are kept of every row. at_once: the gradient is written in the forward pass. dtype: of the loss of CUDA
     tensors, None for that of its sums. call: what `bound_launches` knows of it. traced: it goes through the operators.
@@ -56,7 +56,7 @@ def call_of(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, gradient: str, stats: bool,
     dtype: torch.dtype | None,
 ) -> Call | None:  # fmt: skip
-    """What `bound_launches` knows of a call with these arguments, of which only the kinds of the first two are checked."""
+    """The `bound_launches.Call` of a call with these arguments, or None; only the kinds of the first two are checked."""
     return _bound_call(logits, target, weight, options, gradient, NUMBERS if stats else 3, dtype)
 
 
@@ -138,7 +138,7 @@ def _eager_with_graph(logits: Tensor, target: Tensor, rest: Rest, gradient: str)
         return _apply_again(logits, target, rest._replace(at_once=gradient == "forward" and differentiated))
     at_once = gradient != "backward" and differentiated and not target.requires_grad
     if at_once and rest.options.reduction != "none" and dispatch.backend(logits) == "cpu":
-        # a small call costs less than what it would remember
+        # a small call costs less than to remember its upstream gradient
         remember = gradient == "auto" and logits.nbytes > small_calls.MOST_BYTES
         expected = expected_upstream.of_caller() if remember else None
         if rest.normalizer is not None:
@@ -241,7 +241,7 @@ class _CrossEntropyStep(torch.autograd.Function):
 
 # ---------------------------------------------------------------------------------------------- forward and backward
 def rows_of(logits: Tensor, target: Tensor, which: str) -> tuple[Array, Array]:
-    """Logits as (N, V, S) and targets as (N, S) or (N, V, S), as the `which` kernels see them."""
+    """Logits (N, V, S) and targets (N, S) or (N, V, S) as operands of the kernels of `which`."""
     axis = class_axis(logits)
     z = outputs.folded(logits, axis, which)
     if target.ndim == logits.ndim:
@@ -254,8 +254,7 @@ def _bound_call(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, gradient: str, numbers: int,
     dtype: torch.dtype | None,
 ) -> Call | None:  # fmt: skip
-    """What `bound_launches` knows of a call of `functional.cross_entropy` with these arguments; None where it keeps none
-    such."""
+    """The `bound_launches.Call` of a call of `functional.cross_entropy`; None where it is not kept."""
     if arrays.on_host(logits) or not (type(options.ignore_index) is int and type(options.label_smoothing) is float):
         return None
     if type(options.z_loss) is not float or not (options.softcap is None or type(options.softcap) is float):
@@ -325,7 +324,7 @@ def _launch_forward(
 
 
 def cell(number: Tensor | None, which: str) -> Array | None:
-    """A tensor of one number as the `which` kernels see it: those on the CPU take (1,)."""
+    """A tensor of one number as an operand of the kernels of `which`: (1,) on the CPU."""
     return number if which != "cpu" or number is None else number.numpy().reshape(1)
 
 
@@ -419,7 +418,7 @@ def _small_step(
 
 
 def never_zero(denominator: Tensor, options: Options) -> Tensor:
-    """What counts nothing makes a loss of 0/0, or of 0 where that is asked for: over an infinite number."""
+    """A denominator of 0 makes a loss of 0/0; where `zero_if_ignored`, it is replaced by infinity, and the loss is 0."""
     return denominator.masked_fill_(denominator == 0, torch.inf) if options.zero_if_ignored else denominator
 
 

@@ -50,7 +50,7 @@ class Problem(NamedTuple):
         return self.x.shape[0], self.W.shape[0] // S if S else 0, S
 
     def chunk(self, first: int, last: int) -> Problem:
-        """The same of some rows."""
+        """The problem of the rows first…last - 1."""
         return self._replace(x=self.x[first:last], target=self.target[first:last])
 
 
@@ -99,7 +99,7 @@ def logits_buffer(problem: Problem, rows: int) -> Tensor:
 
 
 def logits_of(problem: Problem, out: Tensor) -> Tensor:
-    """x Wᵀ + b of a chunk into `out`, seen as (n, V, S)."""
+    """x Wᵀ + b of a chunk, written to `out`; returned as (n, V, S)."""
     n, (_, V, S) = problem.x.shape[0], problem.sizes
     out = out[:n]
     if problem.b is None:
@@ -241,7 +241,7 @@ def _add_in_slices(dW: Tensor, dz: Tensor, x: Tensor, shrink: Tensor | None, kee
 
 
 def judge_targets(problem: Problem, ignore_index: int) -> Tensor:
-    """At once on the host, later on a GPU; what the kernels may write to."""
+    """Reports a class out of range, at once on the host, later on a GPU; returns a flag for the kernels to write to."""
     target, (N, V, S) = problem.target, problem.sizes
     scratch = torch.full((1,), N * S, dtype=torch.int64, device=target.device)
     if target.is_floating_point() or not target.numel():
@@ -260,7 +260,7 @@ def judge_targets(problem: Problem, ignore_index: int) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- gradients to hand out
 def as_given(found: Iterable[Tensor | None], problem: Problem) -> tuple[Tensor | None, ...]:
-    """Gradients in the dtypes of what they are of."""
+    """Each gradient in the dtype of its tensor."""
     of = zip(found, problem[:4], strict=True)
     return tuple(None if g is None or v is None else as_dtype(g, v.dtype) for g, v in of)
 

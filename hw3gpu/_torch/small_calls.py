@@ -1,6 +1,6 @@
-"""Calls on the host in float32, the way of least overhead: kernels take addresses, and no views are made.
+"""Small float32 calls on the host: kernels take addresses, so that no NumPy views of tensors are made.
 
-Each function gives what the general way gives, to the bit, or None where the call is not one of these.
+Each function returns the same bits as the general path, or None for a call that it does not take.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PATH = "kernels by address, without views: a small float32 call on the host"
 
 
 def _is_plain(v: Tensor) -> bool:
-    """True for a tensor of float32 on the host whose memory holds its values; what is asked for first refuses no tensor."""
+    """True for a float32 tensor on the host whose memory holds its values; every tensor has what is asked for first."""
     return (
         type(v) in PLAIN
         and v.dtype is torch.float32
@@ -36,7 +36,7 @@ def _is_plain(v: Tensor) -> bool:
 
 
 def _is_adjacent(v: Tensor | None) -> bool:
-    """True for a plain tensor whose elements follow one another, and for None."""
+    """True for a plain contiguous tensor, and for None."""
     return v is None or (_is_plain(v) and v.is_contiguous())
 
 
@@ -71,7 +71,7 @@ def cross_entropy_step(
 
 # ---------------------------------------------------------------------------------------------- batch normalisation
 class Way(NamedTuple):
-    """How the kernels walk an input: N, C, S (S = 1 for channels-last), and what an output is made by."""
+    """The layout of an input: N, C, S (S = 1 for channels-last), how an output is allocated, and which kernels take it."""
 
     sizes: tuple[int, int, int]
     nbytes: int
@@ -83,7 +83,7 @@ class Way(NamedTuple):
 
 @functools.lru_cache(1024)
 def _way(shape: torch.Size, strides: tuple[int, ...]) -> Way | None:
-    """Decided once for a layout; None for what the kernels do not take."""
+    """The `Way` of a layout, found once; None where no kernel takes it."""
     x = torch.empty_strided(shape, strides, dtype=torch.float32, device="meta")
     if x.dim() < 2 or not x.numel():
         return None

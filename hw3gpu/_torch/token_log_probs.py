@@ -58,7 +58,7 @@ def with_sums(
 
 # ---------------------------------------------------------------------------------------------- forward and backward
 def rows_of(logits: Tensor, target: Tensor, dim: int, which: str) -> tuple[Array, Array]:
-    """Logits as (N, V, S) and targets as (N, S), as the `which` kernels see them."""
+    """Logits (N, V, S) and targets (N, S) as operands of the kernels of `which`."""
     z = outputs.folded(logits, dim, which)
     return z, dispatch.kernel_view(target.reshape(z.shape[0], z.shape[2]), which)
 

@@ -66,7 +66,7 @@ _NO_CLASSES, _ANY_CLASS = np.empty((0, 0), np.int64), np.iinfo(np.int64).max
 
 
 def _check(z, target, weight, *of_rows) -> None:
-    """The kernels look at no bound: a wrong shape is a wrong address."""
+    """The kernels check no bounds: with a wrong shape they use a wrong address."""
     N, V, S = z.shape
     assert target.shape in ((N, S), (N, V, S)), (target.shape, z.shape)
     assert weight is None or weight.shape == (V,), (weight.shape, z.shape)

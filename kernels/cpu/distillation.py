@@ -275,7 +275,7 @@ def forward(student, teacher, mask, loss, stats, *, kind: str, beta: float, temp
     N, _, S = base.shape
     stats = np.empty((8, N, S), loss.dtype) if stats is None else stats
     mask = _mask(mask, N, S)
-    assert base.shape == other.shape, (base.shape, other.shape)  # the kernels look at no bound
+    assert base.shape == other.shape, (base.shape, other.shape)  # the kernels check no bounds
     assert loss.shape == stats.shape[1:] == (N, S), (loss.shape, stats.shape)
     assert len(stats) == 8, stats.shape
     assert mask.shape in ((0, 0), (N, S)), mask.shape

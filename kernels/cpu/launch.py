@@ -1,7 +1,7 @@
 """The launches of a small call, kept for later calls like it: the same kernels, blocks and arguments, with other addresses.
 
-As `kernels/gpu/launch.py` has it: inside a `Recording` of a call's operands its launches become a `Bound`. What a launcher does
-beside its launches, an operation of NumPy's say, is not seen: a call may be recorded whose launchers do nothing else.
+As in `kernels/gpu/launch.py`: a `Recording` of a call notes its launches, and makes a `Bound` of them. It notes launches
+alone: a call may be recorded only if its launchers do nothing else, no operation of NumPy for example.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Bound:
     __slots__ = ("_launches", "_seen")
 
     def __init__(self, launches: list[tuple[Any, tuple[Any, ...], list[tuple[int, int]]]], seen: list[tuple[Any, ...]]) -> None:
-        """Of each launch the function, its first arguments, and of each array (which operand, bytes beyond its start).
+        """launches: of each the function, its first arguments, and for each array (which operand it lies in, bytes from there).
 
         seen: of each launch its kernel, plan and moves, for an observer.
         """
@@ -58,7 +58,7 @@ class Recording:
         recording.reset(self._token)
 
     def bound(self) -> Bound | None:
-        """What was noted; None where an array is not of one operand's memory alone, and for more than one thread's work."""
+        """The launches noted; None where an array is in the memory of no operand or of two, and for several threads' work."""
         launches, seen = [], []
         for kernel, blocks, cost, args, plan, moves in self._noted:
             buffers = [self._address_and_size(a) for a in args if isinstance(a, np.ndarray)]
@@ -72,7 +72,7 @@ class Recording:
 
     def _address_and_size(self, x: np.ndarray) -> tuple[int, int] | None:
         if not x.size:
-            return 0, 0  # never looked at
+            return 0, 0  # never read
         start = x.__array_interface__["data"][0]
         fits = [
             (which, start - memory[0])

@@ -247,6 +247,7 @@ def _merge(first, last, n, runs, seen, more_shift, more_total, more_scatter, mor
 
 @kernel
 def _finish(first, last, count, divisor, shift, total, scatter, unit, mean, covariance) -> None:
+    """mean = shift + total / count and covariance = scatter / divisor, both triangles; reads the state, writes these."""
     of = mean.dtype.type
     for b in range(first, last):
         for i in range(shift.shape[1]):

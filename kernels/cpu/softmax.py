@@ -36,6 +36,7 @@ def _dot(a, b) -> float:
 
 @kernel
 def _forward_rows(first, last, z, y, acc) -> None:
+    """Rows first…last - 1: reads z, writes y = exp(z - m) / sum exp(z - m)."""
     V, S = z.shape[1], z.shape[2]
     z_scratch, y_scratch = row_scratch(z), row_scratch(y)
     exps, around = exps_workspace(V, acc), bypasses_cache(y)
@@ -62,6 +63,7 @@ def _gradient(i, exist, args) -> Lanes:
 
 @kernel
 def _backward_rows(first, last, dy, y, dz, acc) -> None:
+    """Rows first…last - 1: reads dy and y, writes dz = y (dy - sum dy y)."""
     S = y.shape[2]
     dy_scratch, y_scratch = row_scratch(dy), row_scratch(y)
     dz_scratch, around = row_scratch(dz), bypasses_cache(dz)

@@ -55,6 +55,7 @@ def _sums(z, m, beta, ahead) -> tuple[float, float]:
 
 @kernel
 def _forward_rows(first, last, z, target, log_prob, entropy, lse, stats, invalid, ignore_index, over_temperature) -> None:
+    """Rows first…last - 1: reads z, writes the three numbers of each and stats."""
     V, S, of = z.shape[1], z.shape[2], lse.dtype.type
     beta, z_scratch = of(over_temperature), row_scratch(z)
     for row in range(first, last):
@@ -91,6 +92,7 @@ def _gradient(i, exist, args) -> Lanes:
 def _backward_rows(
     first, last, z, target, stats, g_log_prob, g_entropy, g_lse, dz, ignore_index, over_temperature
 ) -> None:  # fmt: skip
+    """Rows first…last - 1: reads z and stats, writes dz."""
     V, S, of = z.shape[1], z.shape[2], stats.dtype.type
     beta, z_scratch, dz_scratch, around = of(over_temperature), row_scratch(z), row_scratch(dz), bypasses_cache(dz)
     for row in range(first, last):
@@ -129,7 +131,7 @@ def forward(z, target, log_prob, entropy, lse, stats, invalid, *, ignore_index: 
     stats = np.empty((4, N, S), lse.dtype) if stats is None else stats
     assert len(stats) == 4, stats.shape
     for values in (target, log_prob, entropy, lse, stats[0]):
-        assert values.shape == (N, S), (values.shape, z.shape)  # the kernels look at no bound
+        assert values.shape == (N, S), (values.shape, z.shape)  # the kernels check no bounds
     args = (z, as_classes(target), log_prob, entropy, lse, stats, invalid, int(ignore_index), 1.0 / temperature)
     run(_forward_rows, N * S, z.nbytes, *args)
 

@@ -103,6 +103,7 @@ def better_shift(shift, total, square, m) -> float:
 
 @kernel
 def first_means(x, shift) -> None:
+    """shift (C,) of all channels; reads SHIFT_VALUES values of each."""
     for c in range(x.shape[1]):
         shift[c] = first_mean(x, c)
 
@@ -169,6 +170,7 @@ def finish(c, shift, total, square, m, eps, momentum, mean, var, rstd, running_m
 
 @kernel
 def finish_all(shift, sums, m, eps, momentum, mean, var, rstd, running_mean, running_var) -> None:
+    """The statistics of all channels from sums (2, C) about shift (C,)."""
     for c in range(shift.size):
         finish(c, shift[c], sums[0, c], sums[1, c], m, eps, momentum, mean, var, rstd, running_mean, running_var)
 

@@ -160,6 +160,7 @@ def _soft_gradient(exps, sum_exp_minus_1, y, W, g, smoothing, weight, dz, around
 # ---------------------------------------------------------------------------------------------- kernels, hard targets
 @kernel
 def _hard_forward(first, last, z, target, weight, loss, stats, invalid, ignore_index, smoothing, weight_sum) -> None:
+    """Reads z, writes loss and stats: m, sum exp(z - m) - 1 and W. weight_sum: sum_c w_c, where smoothing needs it."""
     V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
     uniform, z_scratch = smoothing / V, row_scratch(z)
     for row in range(first, last):
@@ -186,6 +187,7 @@ def _hard_forward(first, last, z, target, weight, loss, stats, invalid, ignore_i
 def _hard_backward(
     first, last, z, target, weight, stats, upstream, denominator, dz, unless_one, ignore_index, smoothing
 ) -> None:  # fmt: skip
+    """Reads z and stats, writes dz for g = upstream / denominator; `unless_one` passes over rows with an upstream of 1."""
     V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
     uniform, z_scratch, dz_scratch, around = smoothing / V, row_scratch(z), row_scratch(dz), bypasses_cache(dz)
     for row in range(first, last):
@@ -211,6 +213,7 @@ def _hard_backward(
 
 @kernel
 def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, g, ignore_index, smoothing, weight_sum) -> None:
+    """Reads z, writes loss and dz for one g of all rows; each exponential is computed once."""
     V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
     uniform, z_scratch, dz_scratch, around = smoothing / V, row_scratch(z), row_scratch(dz), bypasses_cache(dz)
     exps = exps_workspace(V, weight)
@@ -243,6 +246,7 @@ def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, g,
 # ---------------------------------------------------------------------------------------------- kernels, soft targets
 @kernel
 def _soft_forward(first, last, z, y, weight, loss, stats, smoothing) -> None:
+    """As `_hard_forward`, of probabilities y, which it reads too."""
     S, weight = z.shape[2], borrowed(weight)
     z_scratch, y_scratch = row_scratch(z), row_scratch(y)
     for row in range(first, last):
@@ -259,6 +263,7 @@ def _soft_forward(first, last, z, y, weight, loss, stats, smoothing) -> None:
 
 @kernel
 def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, unless_one, smoothing) -> None:
+    """As `_hard_backward`, of probabilities y, which it reads too."""
     S, weight = z.shape[2], borrowed(weight)
     z_scratch, y_scratch, dz_scratch, around = row_scratch(z), row_scratch(y), row_scratch(dz), bypasses_cache(dz)
     for row in range(first, last):
@@ -280,6 +285,7 @@ def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, 
 
 @kernel
 def _soft_forward_backward(first, last, z, y, weight, loss, dz, g, smoothing) -> None:
+    """As `_hard_forward_backward`, of probabilities y, which it reads too."""
     V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
     z_scratch, y_scratch, dz_scratch, around = row_scratch(z), row_scratch(y), row_scratch(dz), bypasses_cache(dz)
     exps = exps_workspace(V, weight)

@@ -17,6 +17,7 @@ def class_weight(weight, t) -> float:
 
 @inline
 def compensated_sum(loss) -> float:
+    """sum loss of (N, S) in float64, with the rounding of each addition carried along (Neumaier)."""
     losses, lost = 0.0, 0.0
     for n in range(loss.shape[0]):
         for s in range(loss.shape[1]):
@@ -43,11 +44,13 @@ def denominator_of(rows, target, weight, V, ignore_index) -> float:
 
 @kernel
 def _count(rows, target, weight, V, ignore_index, denominator) -> None:
+    """denominator (1,) = sum w_target, as `denominator_of`. Reads the targets."""
     denominator[0] = denominator_of(rows, target, weight, V, ignore_index)
 
 
 @kernel
 def _reduce(loss, target, weight, V, ignore_index, total, denominator) -> None:
+    """total (1,) = sum loss, and denominator (1,) as `_count`. Reads loss and targets."""
     total[0] = compensated_sum(loss)
     denominator[0] = denominator_of(loss.size, target, weight, V, ignore_index)
 

@@ -105,7 +105,7 @@ def cache_folder() -> str | None:
                 stacklevel=2,
             )
             return None
-    except (OSError, RuntimeError):  # RuntimeError: no home
+    except (OSError, RuntimeError):  # RuntimeError: no home directory
         return None
     return str(folder)
 
