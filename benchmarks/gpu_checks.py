@@ -12,8 +12,8 @@ import torch
 import hw3gpu
 from hw3gpu import _error_bounds, reference
 from hw3gpu._cli.arrays import Place, cupy_refusal, to_numpy
-from hw3gpu._cli.operations import OPERATIONS, Operation, Output
-from hw3gpu._cli.verify import Check, check
+from hw3gpu._cli.operations import Operation, Output
+from hw3gpu._cli.verify import OPERATIONS, Check, check
 from hw3gpu._core import arrays, dispatch
 
 from .harness import Deadline

@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import hw3gpu.functional as HF
+from hw3gpu._core.torch_internals import DispatchMode
 from hw3gpu._torch import linear_chunks, operators
 from hw3gpu.kernels.gpu import cross_entropy, distillation, token_log_probs
 from hw3gpu.kernels.gpu.device import H100
@@ -75,7 +74,7 @@ class Product(NamedTuple):
 
 
 @dataclass
-class Counted(TorchDispatchMode):
+class Counted(DispatchMode):
     """What PyTorch and the kernels are asked for inside. elementwise_bytes: of PyTorch's other operations, read and written.
     peak: bytes of all tensors that were made and live together."""
 
@@ -90,18 +89,18 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        self._keep((args, given), counts=False)  # what others have made
+        self._keep((*args, *given.values()), counts=False)  # what others have made
         result = func(*args, **given)
         name = func.overloadpacket.__name__
         if name in PRODUCTS:
             self.products.append(_product(name, args, given, result))
         elif not func.is_view and "empty" not in name:
-            self.elementwise_bytes += sum(t.nbytes for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor))
-        self._keep(result, counts=True)
+            self.elementwise_bytes += sum(t.nbytes for t in (*args, result) if isinstance(t, torch.Tensor))
+        self._keep(result if isinstance(result, (tuple, list)) else (result,), counts=True)
         return result
 
-    def _keep(self, values: Any, counts: bool) -> None:
-        for storage in (v.untyped_storage() for v in tree_leaves(values) if isinstance(v, torch.Tensor)):
+    def _keep(self, values: Sequence[Any], counts: bool) -> None:
+        for storage in (v.untyped_storage() for v in values if isinstance(v, torch.Tensor)):
             if id(storage) not in self._alive:
                 self._alive[id(storage)] = storage.nbytes() * counts
                 weakref.finalize(storage, self._alive.pop, id(storage), None)

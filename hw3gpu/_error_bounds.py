@@ -298,7 +298,7 @@ def token_log_probs(
     dz = np.where(at_target, of_target, of_sum(g + u))
     # the sheet rounds log p before it multiplies, and 1 - p_t
     of_sheet = 3.0 * (1.0 + log_total + e.below)
-    sheet_dz = dz + of_sheet * _times(e.p, g + u + h * (1.0 + mean)) + np.where(at_target, g, 0.0)
+    sheet_dz = dz + _times(_times(e.p, g + u + h * (1.0 + mean)), of_sheet) + np.where(at_target, g, 0.0)
     sheet = of_sheet.max(axis=-1, keepdims=True, initial=0.0, where=np.isfinite(of_sheet))
     rows = (_result(_times(kept, v)[..., 0], dtype, _times(kept, v + sheet)[..., 0]) for v in (log_prob, entropy, lse))
     log_prob, entropy, lse = rows

@@ -86,6 +86,7 @@ PYTORCH = [
     "torch.nn.modules.batchnorm._NormBase",
     "torch.nn.modules.conv._ConvNd",
     "torch.distributed.distributed_c10d._resolve_process_group",
+    "torch.utils._python_dispatch.TorchDispatchMode",
 ]
 
 

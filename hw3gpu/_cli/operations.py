@@ -46,7 +46,7 @@ class Operation:
     kinds: tuple[str, ...] = KINDS
 
 
-def _rng() -> np.random.Generator:
+def random() -> np.random.Generator:
     return np.random.default_rng(20240229)
 
 
@@ -94,7 +94,7 @@ def convolution(place: Place, dtype: str) -> Iterator[Output]:
 
     from .. import nn
 
-    rng = _rng()
+    rng = random()
     for size, kernel, stride, padding in CONVOLUTIONS:
         x = place.array(rng.standard_normal((2, *size, 3)), dtype)
         layer = nn.Conv2D(3, 5, kernel, stride, padding).to(device=x.device, dtype=x.dtype)
@@ -154,7 +154,7 @@ def _batches(place: Place, dtype: str) -> Iterator[tuple[str, list[_Batch]]]:
     Half precision gets the mean and the constant that its range and step allow.
     """
     half = dtype in ("float16", "bfloat16")
-    x = _rng().standard_normal((4, 4, 5, 8)) + np.arange(4).reshape(4, 1, 1) / 2
+    x = random().standard_normal((4, 4, 5, 8)) + np.arange(4).reshape(4, 1, 1) / 2
     constant = np.where(np.arange(4).reshape(4, 1, 1) == 2, 1000.0 if half else 1.23e6, x)
     offset = 50 if half else 10_000
     yield "", [_Batch.of(x, 1, place, dtype)]
@@ -242,9 +242,9 @@ def _torch_gradients(b: _Batch) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------- S4 to S7
-def _logits(dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def inputs_of_rows(dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """(what is special, logits (rows, classes)), with row lengths on both sides of the kernels' blocks."""
-    rng = _rng()
+    rng = random()
     for rows, classes in ((16, 5), (4, 257), (4, 1030)):
         yield f"N = {classes}", 3.0 * rng.standard_normal((rows, classes))
     masked = rng.standard_normal((6, 300))
@@ -263,7 +263,7 @@ def softmax(place: Place, dtype: str) -> Iterator[Output]:
     from .. import softmax, softmax_backward
     from .._core.torch_internals import softmax_backward as torch_softmax_backward
 
-    for what, values in _logits(dtype):
+    for what, values in inputs_of_rows(dtype):
         z = place.array(values, dtype)
         acc = arrays.accumulate_dtype(z)
         for axis, name in ((-1, "y"), (0, "y along axis 0")):
@@ -285,7 +285,7 @@ def softmax_jacobian(place: Place, dtype: str) -> Iterator[Output]:
 
     from .. import softmax_jacobian
 
-    for what, values in _logits(dtype):
+    for what, values in inputs_of_rows(dtype):
         if values.shape[-1] > 300:
             continue
         z = place.array(values, dtype)
@@ -302,8 +302,8 @@ def cross_entropy(place: Place, dtype: str) -> Iterator[Output]:
 
     from .. import cross_entropy
 
-    rng = _rng()
-    for what, values in _logits(dtype):
+    rng = random()
+    for what, values in inputs_of_rows(dtype):
         y_hat = place.array(reference.softmax(values), dtype)
         truth = rng.dirichlet(np.ones(values.shape[-1]), len(values)) * (to_numpy(y_hat) > 0)
         y = place.array(truth, dtype)
@@ -320,8 +320,8 @@ def softmax_cross_entropy(place: Place, dtype: str) -> Iterator[Output]:
 
     from .. import softmax_cross_entropy
 
-    rng = _rng()
-    for what, values in _logits(dtype):
+    rng = random()
+    for what, values in inputs_of_rows(dtype):
         rows, classes = values.shape
         soft = rng.dirichlet(np.ones(classes), rows) * np.isfinite(values)
         # the last of the classes, which no input masks; where one is certain, that one
@@ -349,7 +349,7 @@ def softmax_cross_entropy(place: Place, dtype: str) -> Iterator[Output]:
 # ---------------------------------------------------------------------------------------------- S8 and S9
 def _covariances() -> Iterator[tuple[str, list[np.ndarray]]]:
     """(what is special, matrices to be measured together)."""
-    rng = _rng()
+    rng = random()
     yield "full rank", [a @ a.T for a in rng.standard_normal((3, 6, 6))]
     yield "rank 2", [a @ a.T for a in rng.standard_normal((3, 6, 2))]
     yield "Σ = 0", [np.zeros((6, 6))]
@@ -404,7 +404,7 @@ def minimize_trace(place: Place, dtype: str) -> Iterator[Output]:
 
     from .. import minimize_trace
 
-    rng = _rng()
+    rng = random()
     a = rng.standard_normal((12, 12))
     for what, values in (("PSD", a @ a.T), ("indefinite", a + a.T)):
         sigma = place.array(values, dtype)

@@ -22,9 +22,12 @@ from .arrays import DTYPES, KINDS, Place, cupy_refusal, to_numpy
 from .files import why_not_written
 from .info import collect
 from .interpreter import mend_the_interpreter
+from .losses import LOSSES
 from .measure import max_error, share_of_bound, tolerance
-from .operations import OPERATIONS, Operation, Output
+from .operations import OPERATIONS as OF_EACH_ROW
+from .operations import Operation, Output
 
+OPERATIONS = tuple(sorted((*OF_EACH_ROW, *LOSSES), key=lambda operation: operation.row))
 INTERPRETED = "Triton kernels, interpreted"
 # In a new place the Numba kernels are compiled first, which takes most of the time. Each dtype has its own: two processes of
 # two dtypes each compile nothing twice and have as much to do, and where there are few rows the second is not worth its start.

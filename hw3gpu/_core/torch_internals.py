@@ -15,6 +15,7 @@ KNOWN = "2.11 to 2.14"
 try:
     BatchNormBase = torch.nn.modules.batchnorm._BatchNorm
     ConvNd = torch.nn.modules.conv._ConvNd
+    DispatchMode: Any = torch.utils._python_dispatch.TorchDispatchMode
     NormBase = torch.nn.modules.batchnorm._NormBase
     BelowAutograd: Any = torch._C._AutoDispatchBelowAutograd
     dispatch_modes: Any = torch._C._len_torch_dispatch_stack
@@ -33,6 +34,7 @@ __all__ = [
     "BatchNormBase",
     "BelowAutograd",
     "ConvNd",
+    "DispatchMode",
     "NormBase",
     "apply_of",
     "dispatch_modes",
