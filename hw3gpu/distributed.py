@@ -22,6 +22,7 @@ from ._torch import vocab_parallel_linear_cross_entropy as _vocab_parallel_linea
 from ._torch.arguments import _vocab_parallel_arguments, _vocab_parallel_numbers
 from ._torch.autograd import accumulate_dtype, as_dtype, graph_is_needed
 from ._torch.cross_entropy_formula import Options
+from ._torch.positions import packed
 
 __all__ = ["sync_batch_norm", "vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"]
 
@@ -47,13 +48,16 @@ def sync_batch_norm(
     *,
     residual: Tensor | None = None,
     activation: str | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """`functional.batch_norm` by the mean and variance over the batches of all processes of `group` (None: all).
 
     In training each process sends 2 C + 1 numbers forward and, where `input` needs a gradient, 2 C backward. Batches may differ
     in size; one may be empty, and its process takes part (its loss must depend on the result, if only by a sum of nothing, for
-    backward to be called). Gradients of weight and bias are this process's own, as everywhere in data parallelism. In
-    evaluation, and in a group of one, it is `functional.batch_norm`.
+    backward to be called). With mask or lengths a process sends the number of its values that count, which may be 0. Gradients
+    of weight and bias are this process's own, as everywhere in data parallelism. In evaluation, and in a group of one, it is
+    `functional.batch_norm`.
 
     Raises what `functional.batch_norm` raises; RuntimeError under `torch.func` transforms, for a second derivative, and in
     `torch.export` of a model in training.
@@ -63,8 +67,9 @@ def sync_batch_norm(
         raise TypeError(f"training: expected a bool, got {training!r}")
     if not training or dist.get_world_size(group) == 1:
         return functional.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual, activation=activation
-        )
+            input, running_mean, running_var, weight, bias, training, momentum, eps,
+            residual=residual, activation=activation, mask=mask, lengths=lengths,
+        )  # fmt: skip
     _, momentum, eps = arguments.batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, alone=False
     )
@@ -74,7 +79,11 @@ def sync_batch_norm(
             "pass this over, and leave it in training"
         )
     residual = arguments.fused(input, residual, activation)
-    rest = _sync_batch_norm.Rest(running_mean, running_var, momentum, eps, activation == "relu", group.group_name)
+    counted = arguments.counted(input, mask, lengths)
+    positions = None if counted is None else packed(counted)
+    rest = _sync_batch_norm.Rest(
+        running_mean, running_var, momentum, eps, activation == "relu", group.group_name, positions=positions
+    )  # fmt: skip
     return _sync_batch_norm.sync_batch_norm(input, weight, bias, residual, rest)
 
 

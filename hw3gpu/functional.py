@@ -59,6 +59,8 @@ def batch_norm(
     *,
     residual: Tensor | None = None,
     activation: str | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`: (N, C, …) normalised per channel, over the batch or by the running statistics.
 
@@ -70,6 +72,14 @@ def batch_norm(
     residual: of input's shape and dtype, added to the result. activation: "relu", applied after that. Both cost no further pass
     over the result; for the backward pass of "relu" one bit an element is kept.
 
+    mask: bool, (N, …) as input without its channels, or a shape that broadcasts to it: True where a value counts. lengths: for
+    (N, C, L), an integer a sample (N,): its first so many positions count. Give one of them. The statistics are those of the
+    values that count, n a channel, and the running variance takes n/(n - 1); the result, after residual and activation, and
+    the gradients of input and residual are 0 elsewhere, whatever stands there (docs/derivations.md, section 2.6). The same in
+    evaluation, by the running statistics. Of one value that counts the variance is 0; where none does, the running statistics
+    stay as they are. For the backward pass one bit a position is kept. On a GPU nothing waits for the device, so that lengths
+    are not looked at there: beyond 0 … L they count as the nearest.
+
     Gradients of gradients, `torch.func` transforms and forward-mode derivatives are computed by the formula in PyTorch's
     operations, without kernels. `torch.export` writes PyTorch's own batch normalisation into its graph: tools that move an
     exported model between training and evaluation know no other.
@@ -79,21 +89,28 @@ def batch_norm(
     too, the exception is also of the type that PyTorch raises.
     """
     fused = residual is not None or activation is not None
-    if not fused or _batch_norm.needs_no_mask(input, residual, activation):
+    masked = mask is not None or lengths is not None
+    if not masked and (not fused or _batch_norm.needs_no_mask(input, residual, activation)):
         y = _batch_norm.by_address(input, weight, bias, running_mean, running_var, training, momentum, eps)
         if y is not None:
             return _batch_norm.finished(y, residual) if fused else y
     arguments.tensor(input, "input")
-    call = _batch_norm.call_of(
-        input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation
-    )  # fmt: skip
+    call = counted = None
+    if not masked:
+        call = _batch_norm.call_of(
+            input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation
+        )  # fmt: skip
     if call is None or call.launches is None:
         beyond, momentum, eps = arguments.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         if fused:
             residual = arguments.fused(input, residual, activation)
+        if masked:
+            counted = arguments.counted(input, mask, lengths)
         if beyond:
             return _of_no_elements(input, weight, bias, residual)
-    rest = _batch_norm.Rest(running_mean, running_var, momentum, eps, activation == "relu", training, call)
+    rest = _batch_norm.Rest(
+        running_mean, running_var, momentum, eps, activation == "relu", training, call, counted=counted
+    )  # fmt: skip
     return _batch_norm.batch_norm(input, weight, bias, residual, rest)
 
 

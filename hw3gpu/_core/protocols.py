@@ -13,43 +13,49 @@ from .arrays import Array
 
 
 class BatchNormKernels(Protocol):
-    """`kernels/<engine>/batch_norm.py`: x, y, dy, dx, residual and dresidual are (N, C, S)."""
+    """`kernels/<engine>/batch_norm.py`: x, y, dy, dx, residual and dresidual are (N, C, S).
+
+    valid: bytes of a bit for each position, n S + s, set where it counts; count: how many do, int64 (1,). None: all do.
+    """
 
     def mask_size(self, x: Array) -> int: ...
 
     def statistics(
         self, x: Array, mean: Array, var: Array, rstd: Array, running_mean: Array | None, running_var: Array | None,
-        *, eps: float, momentum: float,
+        *, eps: float, momentum: float, valid: Array | None = None, count: Array | None = None,
     ) -> None: ...  # fmt: skip
 
     def normalize(
         self, x: Array, mean: Array, rstd: Array, gamma: Array | None, beta: Array | None, y: Array,
-        *, residual: Array | None = None, mask: Array | None = None,
+        *, residual: Array | None = None, mask: Array | None = None, valid: Array | None = None,
     ) -> None: ...  # fmt: skip
 
     def forward(
         self, x: Array, gamma: Array | None, beta: Array | None, y: Array, mean: Array, var: Array, rstd: Array,
         running_mean: Array | None, running_var: Array | None,
         *, eps: float, momentum: float, residual: Array | None = None, mask: Array | None = None,
+        valid: Array | None = None, count: Array | None = None,
     ) -> None: ...  # fmt: skip
 
     def backward_reduce(
-        self, dy: Array, x: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array, *, mask: Array | None = None
-    ) -> None: ...
+        self, dy: Array, x: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array,
+        *, mask: Array | None = None, valid: Array | None = None,
+    ) -> None: ...  # fmt: skip
 
     def backward_apply(
         self, dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, dgamma: Array, dbeta: Array, count: int,
-        dx: Array, *, mask: Array | None = None, dresidual: Array | None = None,
+        dx: Array, *, mask: Array | None = None, dresidual: Array | None = None, valid: Array | None = None,
     ) -> None: ...  # fmt: skip
 
     def backward(
         self, dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, dx: Array, dgamma: Array, dbeta: Array,
         *, mask: Array | None = None, dresidual: Array | None = None,
+        valid: Array | None = None, count: Array | None = None,
     ) -> None: ...  # fmt: skip
 
     def inference_backward(
         self, dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, dx: Array, dgamma: Array, dbeta: Array,
-        *, mask: Array | None = None, dresidual: Array | None = None,
+        *, mask: Array | None = None, dresidual: Array | None = None, valid: Array | None = None,
     ) -> None: ...  # fmt: skip
 
 

@@ -50,7 +50,8 @@ class BatchNormForward(Unscripted, NormBase):
         return super().train(mode and not self.frozen)
 
     def _forward(self, input: Tensor, eps: float, **fused: Any) -> Tensor:
-        """(N, C, …) normalised; in training the running statistics are updated. fused: `residual` and `activation`."""
+        """(N, C, …) normalised; in training the running statistics are updated. fused: `residual`, `activation`, `mask` and
+        `lengths` of `functional.batch_norm`."""
         arguments.tensor(input, "input")
         self._check_input_dim(input)
         used = not self.training or self.track_running_stats
@@ -81,11 +82,12 @@ class _BatchNorm(BatchNormForward, BatchNormBase):
             raise TypeError(f"activation: {given} is PyTorch's and has none; use hw3gpu.nn.{given.replace('Norm', 'NormAct')}")
         super().__init__(*args, **kwargs)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, C, …) normalised; in training the running statistics are updated."""
+    def forward(self, input: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """(N, C, …) normalised; in training the running statistics are updated. mask and lengths: what counts, as in
+        `functional.batch_norm`."""
         if isinstance(input, Proxy):
-            return as_leaf(self, input)
-        return self._forward(input, self.eps)
+            return as_leaf(self, input, mask=mask, lengths=lengths)
+        return self._forward(input, self.eps, mask=mask, lengths=lengths)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -117,11 +119,15 @@ class _BatchNormAct(BatchNormForward):
         arguments.activation_of(activation)
         self.activation = activation
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(N, C, …) normalised, plus `residual`, through `activation`; in training the running statistics are updated."""
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """(N, C, …) normalised, plus `residual`, through `activation`; in training the running statistics are updated. mask and
+        lengths: what counts, as in `functional.batch_norm`."""
         if isinstance(input, Proxy):
-            return as_leaf(self, input, residual=residual)
-        return self._forward(input, self.epsilon, residual=residual, activation=self.activation)
+            return as_leaf(self, input, residual=residual, mask=mask, lengths=lengths)
+        fused = {"residual": residual, "activation": self.activation, "mask": mask, "lengths": lengths}
+        return self._forward(input, self.epsilon, **fused)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self.ranks:

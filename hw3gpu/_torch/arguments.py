@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import arrays, check
+from . import operators
 from .autograd import PLAIN, accumulate_dtype, as_dtype
 from .cross_entropy_formula import Options, loss_shape
 from .linear_chunks import Problem
@@ -113,6 +114,44 @@ def _of_channels(v: Tensor, name: str, x: Tensor, vector: Sequence[int], alone: 
     if v.requires_grad and name.startswith("running") and torch.is_grad_enabled():
         raise RuntimeError(f"{name}: expected a tensor that asks for no gradient: there is none with respect to it")
     return beyond
+
+
+def counted(x: Tensor, mask: Any, lengths: Any) -> Tensor | None:
+    """The positions of input that count, a bool each (N, …), from the one of mask and lengths that is given; or None."""
+    if mask is None and lengths is None:
+        return None
+    if mask is not None and lengths is not None:
+        raise ValueError("mask and lengths: expected one of them, got both")
+    positions = (*x.shape[:1], *x.shape[2:])
+    if mask is not None:
+        tensor(mask, "mask")
+        if mask.dtype != torch.bool:
+            raise check.DtypeError(f"mask: expected dtype bool, True where a value counts, {check.got_dtype(mask, 'mask')}")
+        same_device(mask, "mask", x, "input")
+        if mask.dim() > len(positions) or any(
+            given not in (1, size) for given, size in zip(mask.shape[::-1], positions[::-1], strict=False)
+        ):
+            raise check.ShapeError(
+                f"mask: expected shape {positions}, input's without its channels, or one that broadcasts to it, "
+                f"got {check.shape_of(mask)}"
+            )
+        return mask.detach().expand(positions)
+    tensor(lengths, "lengths")
+    if check.dtype_name(lengths) not in check.INTEGER:
+        raise check.DtypeError(
+            f"lengths: expected an integer dtype ({', '.join(check.INTEGER)}), {check.got_dtype(lengths, 'lengths')}"
+        )
+    if x.dim() != 3:
+        raise check.ShapeError(f"lengths: expected input of shape (N, C, L) beside it, got {check.shape_of(x)}; give mask")
+    check.shape(lengths, "lengths", (x.shape[0],), "one length per sample of input")
+    same_device(lengths, "lengths", x, "input")
+    lengths = lengths.long()
+    if arrays.on_host(lengths) and not operators.traced(lengths):
+        wrong = ((lengths < 0) | (lengths > x.shape[2])).nonzero()
+        if len(wrong):
+            first = int(wrong[0])
+            raise ValueError(f"lengths: expected numbers from 0 to {x.shape[2]}, got {int(lengths[first])} for sample {first}")
+    return torch.arange(x.shape[2], device=x.device) < lengths[:, None]
 
 
 def activation_of(activation: Any) -> None:

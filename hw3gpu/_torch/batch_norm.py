@@ -5,7 +5,8 @@ way without views (`by_address`). Traced: the operators below, around the same f
 forward mode, and where a gradient is to be differentiated again, the formula in PyTorch's own operations, which has derivatives
 of every order.
 
-With `relu`, `mask` keeps for each element whether it passed: a buffer of the kernels' own, one bit an element.
+With `relu`, `mask` keeps for each element whether it passed: a buffer of the kernels' own, one bit an element. Where only some
+positions count (`counted`, a bool each), the kernels take these as bits, and how many they are (`positions`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .._core.torch_internals import apply_of, tracing_state
 from . import bound_launches, operators, small_calls
 from .autograd import accumulate_dtype, as_dtype, empty_of, graph_is_needed
 from .bound_launches import Call
+from .positions import Positions, packed, unpacked
 from .small_calls import Way
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]  # dx, dgamma, dbeta and dresidual
@@ -31,7 +33,8 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]  # dx, dgamma, dbeta an
 class Rest(NamedTuple):
     """What of a call has no gradient, in one argument: PyTorch looks at each argument of an autograd function, each time.
 
-    call: what `bound_launches` knows of it. traced: it goes through the operators.
+    call: what `bound_launches` knows of it. traced: it goes through the operators. counted: the positions that count (N, …), or
+    None where all do; positions: the same for the kernels.
     """
 
     running_mean: torch.Tensor | None
@@ -42,21 +45,29 @@ class Rest(NamedTuple):
     training: bool
     call: Call | None = None
     traced: bool = False
+    counted: Tensor | None = None
+    positions: Positions | None = None
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
     """y = x̂ γ + β, or relu(… + residual); the arguments are checked."""
     if rest.call is None:
         if operators.traced(x):
-            return _traced(x, weight, bias, residual, rest)
+            return _traced(x, weight, bias, residual, _for_kernels(rest))
         if operators.transformed():
             return (_exported if operators.exporting() else _formula)(x, weight, bias, residual, rest)
+        rest = _for_kernels(rest)
     if graph_is_needed(x, weight, bias, residual):
         again = rest.call is not None and rest.call.launches is not None
         return (_apply_again if again else _BatchNorm.apply)(x, weight, bias, residual, rest)
-    if rest.relu and dispatch.backend(x) == "cpu" and (residual is None or x.dtype in (torch.float32, torch.float64)):
+    on_host = rest.relu and rest.positions is None and dispatch.backend(x) == "cpu"
+    if on_host and (residual is None or x.dtype in (torch.float32, torch.float64)):
         return _without_mask(x, weight, bias, residual, rest)
     return run(x, weight, bias, residual, rest)[0]
+
+
+def _for_kernels(rest: Rest) -> Rest:
+    return rest if rest.counted is None else rest._replace(positions=packed(rest.counted), counted=None)
 
 
 def _without_mask(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
@@ -128,7 +139,7 @@ def run(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, and what `run_backward` needs: stats (mean, what its rounding left, rstd, var in training) and the mask."""
-    running_mean, running_var, momentum, eps, relu, training, call, traced = rest
+    running_mean, running_var, momentum, eps, relu, training, call, traced, _, positions = rest
     # kernels leave some bytes of a mask unwritten, and an operator's results are the same bits each time: there, these are 0
     new = torch.zeros if traced else torch.empty
     if call is not None and call.launches is not None:
@@ -137,7 +148,7 @@ def run(
         call.launches(x, weight, bias, running_mean, running_var, residual, y, stats, mask, numbers=(momentum,))
         return y, stats, mask
     which = dispatch.backend(x)
-    if which == "cpu" and residual is None and not relu:
+    if which == "cpu" and residual is None and not relu and positions is None:
         way = small_calls.batch_norm_way(x, weight, bias, running_mean, running_var, training)
         if way:
             y, of_call = small_calls.batch_norm_forward(
@@ -153,6 +164,10 @@ def run(
     folded, seen = outputs.folded(x, 1, which), see(stats)
     scale, shift = dispatch.vector_view(weight, which), dispatch.vector_view(bias, which)
     mask, fused = fused_operands(folded, residual, relu, x.device, see, kernels, new)
+    if positions is not None:
+        fused["valid"] = see(positions.bits)
+        if training:
+            fused["count"] = see(positions.n)
     running = (_dense(running_mean), _dense(running_var)) if training else (None, None)
     mean, rstd = parts(seen, which)
     with bound_launches.noted(call, (x, weight, bias, running_mean, running_var, residual, y, stats, mask), y):
@@ -201,17 +216,21 @@ def fused_operands(
 
 
 def _eager_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool, residual: bool
-) -> Gradients:
-    call = bound_launches.of(("batch norm, backward", training, relu, residual), x, dy, weight, stats, mask)
-    return run_backward(dy, x, weight, stats, mask, training, relu, residual, call)
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool,
+    residual: bool, bits: Tensor | None = None, count: Tensor | None = None,
+) -> Gradients:  # fmt: skip
+    call = None
+    if bits is None:
+        call = bound_launches.of(("batch norm, backward", training, relu, residual), x, dy, weight, stats, mask)
+    return run_backward(dy, x, weight, stats, mask, training, relu, residual, bits, count, call)
 
 
 def run_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool,
-    residual: bool, call: Call | None = None,
+    residual: bool, bits: Tensor | None = None, count: Tensor | None = None, call: Call | None = None,
 ) -> Gradients:  # fmt: skip
-    """dx, dgamma, dbeta in the accumulation dtype, and dresidual where `residual` asks for it. Without `relu` it is dy."""
+    """dx, dgamma, dbeta in the accumulation dtype, and dresidual where `residual` asks for it; it is dy without `relu` where
+    every position counts (bits None)."""
     if call is not None and call.launches is not None:
         C = x.shape[1]
         dx, dgamma, dbeta = torch.empty_like(x), stats.new_empty(C), stats.new_empty(C)
@@ -219,7 +238,7 @@ def run_backward(
         call.launches(x, dy, weight, stats, mask, dx, dgamma, dbeta, written)
         return dx, dgamma, dbeta, written
     which = dispatch.backend(x)
-    if which == "cpu" and not relu:
+    if which == "cpu" and not relu and bits is None:
         found = small_calls.batch_norm_backward(dy, x, weight, stats, training)
         if found:
             return *found, None
@@ -228,12 +247,16 @@ def run_backward(
     C = x.shape[1]
     dgamma, dbeta = stats.new_empty(C), stats.new_empty(C)
     if not x.numel():
-        return dx, dgamma.zero_(), dbeta.zero_(), torch.empty_like(x) if relu and residual else None
+        return dx, dgamma.zero_(), dbeta.zero_(), torch.empty_like(x) if (relu or bits is not None) and residual else None
     dresidual, fused = None, {}
     if relu:
         fused["mask"] = see(mask)
-        if residual:
-            dresidual, fused["dresidual"] = outputs.output(x, 1, see)
+    if bits is not None:
+        fused["valid"] = see(bits)
+        if training:
+            fused["count"] = see(count)
+    if residual and fused:
+        dresidual, fused["dresidual"] = outputs.output(x, 1, see)
     mean, rstd = parts(see(stats), which)
     with bound_launches.noted(call, (x, dy, weight, stats, mask, dx, dgamma, dbeta, dresidual), dx):
         (kernels.backward if training else kernels.inference_backward)(
@@ -257,7 +280,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
     ) -> Tensor | tuple[Tensor | None, ...]:
         y, stats, mask = (_below_autograd if rest.traced else run)(x, weight, bias, residual, rest)
-        ctx.save_for_backward(x, weight, stats, mask)
+        ctx.save_for_backward(x, weight, stats, mask, *(rest.positions or (None, None)))
         ctx.options = rest.training, rest.eps, rest.relu, rest.traced
         ctx.bias_dtype = None if bias is None else bias.dtype
         if not rest.traced:
@@ -270,18 +293,18 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None, None
-        x, weight, stats, mask = ctx.saved_tensors
+        x, weight, stats, mask, bits, count = ctx.saved_tensors
         training, eps, relu, traced = ctx.options
         x_needs, weight_needs, bias_needs, residual_needs, _ = ctx.needs_input_grad
         backward = BACKWARD if traced else _eager_backward
         if torch.is_grad_enabled():  # somebody will differentiate again
             backward = _differentiable_backward(backward, eps)
-        dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, mask, training, relu, residual_needs)
+        dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, mask, training, relu, residual_needs, bits, count)
         return (
             dx if x_needs else None,
             as_dtype(dgamma, weight.dtype) if weight_needs else None,
             as_dtype(dbeta, ctx.bias_dtype) if bias_needs else None,
-            (dresidual if relu else dy) if residual_needs else None,
+            (dresidual if relu or bits is not None else dy) if residual_needs else None,
             None,
         )
 
@@ -334,21 +357,27 @@ def mask_size(x: Tensor) -> int:
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool, residual: bool
-) -> Gradients:
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool,
+    residual: bool, bits: Tensor | None = None, count: Tensor | None = None,
+) -> Gradients:  # fmt: skip
     dx, C = operators.fake_output(x, 1), x.shape[1]
-    return dx, stats.new_empty(C), stats.new_empty(C), torch.empty_like(dx) if residual and relu else None
+    written = residual and (relu or bits is not None)
+    return dx, stats.new_empty(C), stats.new_empty(C), torch.empty_like(dx) if written else None
 
 
 def _define(name: str, training: bool, running: str) -> Any:
     """The operator of training or of evaluation: a graph has to know which of them writes running statistics."""
+
+    def rest(
+        running_mean: Any, running_var: Any, momentum: float, eps: float, relu: bool, bits: Any = None, count: Any = None
+    ) -> Rest:
+        positions = None if bits is None else Positions(bits, count)
+        return Rest(running_mean, running_var, momentum, eps, relu, training, traced=True, positions=positions)
+
     return operators.define(
-        f"{name}(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, {running}, float momentum, float eps, bool relu) "
-        "-> (Tensor y, Tensor stats, Tensor mask)",
-        *(
-            lambda *args, f=f: f(*args[:4], Rest._make((*args[4:], training, None, True)))
-            for f in (run, _fake, _BatchNorm.apply)
-        ),
+        f"{name}(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, {running}, float momentum, float eps, bool relu, "
+        "Tensor? bits=None, Tensor? count=None) -> (Tensor y, Tensor stats, Tensor mask)",
+        *(lambda *args, f=f: f(*args[:4], rest(*args[4:])) for f in (run, _fake, _BatchNorm.apply)),
     )
 
 
@@ -356,7 +385,7 @@ TRAINING = _define("batch_norm_training", True, "Tensor(a!)? running_mean, Tenso
 EVALUATION = _define("batch_norm_evaluation", False, "Tensor running_mean, Tensor running_var")
 BACKWARD = operators.define(
     "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor mask, bool training, bool relu, "
-    "bool residual) -> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
+    "bool residual, Tensor? bits=None, Tensor? count=None) -> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
     run_backward,
     _fake_backward,
 )
@@ -364,7 +393,7 @@ BACKWARD = operators.define(
 
 def _operator(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> tuple[Any, ...]:
     """The operator of a call, and its arguments."""
-    return TRAINING if rest.training else EVALUATION, x, weight, bias, residual, *rest[:5]
+    return TRAINING if rest.training else EVALUATION, x, weight, bias, residual, *rest[:5], *(rest.positions or (None, None))
 
 
 def _traced(*args: Any) -> Tensor:
@@ -380,9 +409,9 @@ def _below_autograd(*args: Any) -> Any:
 def _exported(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
     """PyTorch's own: what moves an exported model from training to evaluation, or back, looks for this operation alone.
 
-    PyTorch's exporter to ONNX writes it without the mark of training.
+    PyTorch's exporter to ONNX writes it without the mark of training. It has no mask.
     """
-    if rest.training and tracing_state() is None and torch.onnx.is_in_onnx_export():
+    if rest.counted is not None or (rest.training and tracing_state() is None and torch.onnx.is_in_onnx_export()):
         return _formula(x, weight, bias, residual, rest)
     y = torch.batch_norm(
         x, weight, bias, rest.running_mean, rest.running_var, rest.training, rest.momentum, rest.eps, True
@@ -394,16 +423,20 @@ def _exported(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: T
 
 def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
     """The same function in PyTorch's operations."""
-    running_mean, running_var, momentum, eps, relu, training, *_ = rest
+    running_mean, running_var, momentum, eps, relu, training, _, _, counted, _ = rest
     acc = accumulate_dtype(x)
-    values = x.to(acc)
+    on = None if counted is None else counted.unsqueeze(1)
+    values = _where(on, x.to(acc))
     if training:
-        deviations, var, rstd = _centred(values, eps)
+        deviations, var, rstd = _centred(values, eps, on)
         if running_mean is not None and running_var is not None and values.numel():
-            m = values.numel() / values.shape[1]
-            mean = (values - deviations).mean(_over(x))
+            m: Any = values.numel() / values.shape[1] if on is None else on.sum()
+            unbiased = m / (m - 1) if on is None else m / (m - 1).clamp(min=1)
+            mean = _mean(_where(on, values - deviations), on).flatten()
             new_mean = (1 - momentum) * running_mean.to(acc) + momentum * mean.detach()
-            new_var = (1 - momentum) * running_var.to(acc) + momentum * (m / (m - 1)) * var.detach().flatten()
+            new_var = (1 - momentum) * running_var.to(acc) + momentum * unbiased * var.detach().flatten()
+            if on is not None:
+                new_mean, new_var = torch.where(m > 0, new_mean, running_mean), torch.where(m > 0, new_var, running_var)
             _write(new_mean, running_mean, new_var, running_var)
     else:
         assert running_mean is not None
@@ -417,7 +450,7 @@ def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Te
         y = y + _wide(bias, x)
     if residual is not None:
         y = y + residual
-    return (y.relu() if relu else y).to(x.dtype)
+    return _where(on, y.relu() if relu else y).to(x.dtype)
 
 
 def _write(new_mean: Tensor, running_mean: Tensor, new_var: Tensor, running_var: Tensor) -> None:
@@ -438,16 +471,18 @@ def _differentiable_backward(backward: Callable[..., Gradients], eps: float) -> 
 
     def formula(
         dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool,
-        residual: bool,
+        residual: bool, bits: Tensor | None = None, count: Tensor | None = None,
     ) -> Gradients:  # fmt: skip
         if relu:
             with torch.no_grad():
                 passed = backward(torch.ones_like(dy), x, weight, stats, mask, False, True, True)[3]
             assert passed is not None
             dy = dy * passed
-        upstream, values = dy.to(stats.dtype), x.to(stats.dtype)
+        on = None if bits is None else unpacked(bits, x)
+        dy = _where(on, dy)
+        upstream, values = dy.to(stats.dtype), _where(on, x.to(stats.dtype))
         if training:
-            deviations, _, rstd = _centred(values, eps)
+            deviations, _, rstd = _centred(values, eps, on)
         else:
             deviations = values - _wide(stats[0], x) - _wide(stats[1], x)
             rstd = _wide(stats[2], x)
@@ -456,9 +491,9 @@ def _differentiable_backward(backward: Callable[..., Gradients], eps: float) -> 
         scale = rstd if weight is None else rstd * _wide(weight, x)
         dx = upstream
         if training:
-            m = max(x.numel() // max(x.shape[1], 1), 1)
+            m = max(x.numel() // max(x.shape[1], 1), 1) if count is None else count.clamp(min=1)
             dx = dx - _wide(dbeta, x) / m - x_hat * (_wide(dgamma, x) / m)
-        return (dx * scale).to(x.dtype), dgamma, dbeta, dy if residual else None
+        return _where(on, dx * scale).to(x.dtype), dgamma, dbeta, dy if residual else None
 
     return formula
 
@@ -472,9 +507,21 @@ def _wide(v: Tensor, x: Tensor) -> Tensor:
     return v.to(accumulate_dtype(x)).view(-1, *(1,) * (x.dim() - 2))
 
 
-def _centred(values: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _where(on: Tensor | None, values: Tensor) -> Tensor:
+    """`values`, and 0 where `on` is given and False, whatever they are there."""
+    return values if on is None else torch.where(on, values, 0.0)
+
+
+def _mean(values: Tensor, on: Tensor | None) -> Tensor:
+    """A channel's mean, with axes kept; of the values that count, where the others are 0."""
+    if on is None:
+        return values.mean(_over(values), keepdim=True)
+    return values.sum(_over(values), keepdim=True) / on.sum().clamp(min=1)
+
+
+def _centred(values: Tensor, eps: float, on: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """x - μ, σ² and rstd. The second mean is what the rounding of the first has left."""
-    deviations = values - values.mean(_over(values), keepdim=True)
-    deviations = deviations - deviations.mean(_over(values), keepdim=True)
-    var = deviations.square().mean(_over(values), keepdim=True)
+    deviations = _where(on, values - _mean(values, on))
+    deviations = _where(on, deviations - _mean(deviations, on))
+    var = _mean(deviations.square(), on)
     return deviations, var, (var + eps).rsqrt()

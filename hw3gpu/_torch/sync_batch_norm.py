@@ -23,10 +23,12 @@ from . import operators
 from .autograd import accumulate_dtype, as_dtype, graph_is_needed, no_second_derivative
 from .batch_norm import fused_operands, mask_size
 from .collectives import gathered, summed
+from .positions import Positions
 
 
 class Rest(NamedTuple):
-    """What of a call has no gradient; `group` is the name of the processes' group. traced: it goes through the operators."""
+    """What of a call has no gradient; `group` is the name of the processes' group. traced: it goes through the operators.
+    positions: those that count, or None where all do."""
 
     running_mean: torch.Tensor | None
     running_var: torch.Tensor | None
@@ -35,12 +37,13 @@ class Rest(NamedTuple):
     relu: bool
     group: str
     traced: bool = False
+    positions: Positions | None = None
 
 
 def sync_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
     """y = x̂ γ + β, or relu(… + residual), x̂ by the batches of all processes in the group."""
     if operators.traced(x):
-        return FORWARD(x, weight, bias, residual, *rest[:-1])[0]
+        return FORWARD(x, weight, bias, residual, *_arguments(rest))[0]
     if operators.transformed():
         raise RuntimeError("sync_batch_norm: torch.func transforms and forward mode do not reach the other processes")
     if graph_is_needed(x, weight, bias, residual):
@@ -53,17 +56,19 @@ def _run(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y, and what the backward pass needs: stats (mean, what its rounding left, rstd), the number of values, the mask."""
-    running_mean, running_var, momentum, eps, relu, group, traced = rest
+    running_mean, running_var, momentum, eps, relu, group, traced, positions = rest
     new = torch.zeros if traced else torch.empty  # of a mask some bytes are left unwritten
     which = dispatch.backend(x)
     see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
     y, y_folded = outputs.output(x, 1, see)
     folded = outputs.fold(see(x), 1)
-    stats, total, mean, var = _statistics(x, folded, see, kernels, eps, group)
+    stats, total, mean, var = _statistics(x, folded, see, kernels, eps, group, positions)
     if running_mean is not None and running_var is not None:
         _update(running_mean, mean, momentum, total)
         _update(running_var, var * (total / (total - 1).clamp(min=1)), momentum, total)
     mask, fused = fused_operands(folded, residual, relu, x.device, see, kernels, new)
+    if positions is not None:
+        fused["valid"] = see(positions.bits)
     if x.numel():
         seen = see(stats)
         scale, shift = dispatch.vector_view(weight, which), dispatch.vector_view(bias, which)
@@ -72,15 +77,17 @@ def _run(
 
 
 def _statistics(
-    x: Tensor, folded: Array, see: Callable[[Array], Array], kernels: BatchNormKernels, eps: float, group: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, folded: Array, see: Callable[[Array], Array], kernels: BatchNormKernels, eps: float, group: str,
+    positions: Positions | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Of the values of all processes: mean, what its rounding left, rstd; their number a channel; mean and var in float64."""
     C, acc = x.shape[1], accumulate_dtype(x)
     own = torch.zeros((4, C), dtype=acc, device=x.device)
     if x.numel():
         seen = see(own)
-        kernels.statistics(folded, seen[:2], seen[3], seen[2], None, None, eps=eps, momentum=0.0)
-    count = x.numel() // max(C, 1)
+        of = {} if positions is None else {"valid": see(positions.bits), "count": see(positions.n)}
+        kernels.statistics(folded, seen[:2], seen[3], seen[2], None, None, eps=eps, momentum=0.0, **of)
+    count = x.numel() // max(C, 1) if positions is None else positions.n[0].double()
     sent = own.new_empty(2 * C + 1, dtype=torch.float64)
     sent[0] = count
     torch.add(own[0].double(), own[1], out=sent[1 : C + 1])
@@ -106,19 +113,21 @@ def _update(running: Tensor, value: Tensor, momentum: float, total: Tensor) -> N
 
 def _run_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, total: Tensor, mask: Tensor | None, relu: bool,
-    residual: bool, dx_needed: bool, group: str,
+    residual: bool, dx_needed: bool, group: str, bits: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """dx where it is needed, this process's dgamma and dbeta, and dresidual where `residual` asks for it; None without `relu`:
-    it is dy."""
+    """dx where it is needed, this process's dgamma and dbeta, and dresidual where `residual` asks for it; None without `relu`
+    where every position counts (bits None): it is dy."""
     which = dispatch.backend(x)
     see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
     seen, scale = see(stats), dispatch.vector_view(weight, which)
     dgamma, dbeta = (torch.zeros(x.shape[1], dtype=stats.dtype, device=x.device) for _ in range(2))
     folded, upstream, fused = outputs.fold(see(x), 1), outputs.fold(see(dy), 1), {"mask": see(mask)} if relu else {}
+    if bits is not None:
+        fused["valid"] = see(bits)
     if x.numel():
         kernels.backward_reduce(upstream, folded, seen[:2], seen[2], see(dgamma), see(dbeta), **fused)
     dresidual = None
-    if residual and relu:
+    if residual and fused:
         dresidual, fused["dresidual"] = outputs.output(x, 1, see)
     elif not dx_needed:
         return None, dgamma, dbeta, dresidual
@@ -139,8 +148,8 @@ class _SyncBatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
     ) -> Tensor | tuple[Tensor | None, ...]:
         y, stats, total, mask = (_below_autograd if rest.traced else _run)(x, weight, bias, residual, rest)
-        ctx.save_for_backward(x, weight, stats, total, mask)
-        ctx.options, ctx.bias_dtype = rest[-3:], None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, stats, total, mask, None if rest.positions is None else rest.positions.bits)
+        ctx.options, ctx.bias_dtype = (rest.relu, rest.group, rest.traced), None if bias is None else bias.dtype
         if not rest.traced:
             return y
         ctx.mark_non_differentiable(stats, total, mask)
@@ -152,22 +161,27 @@ class _SyncBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None, None
-        (x, weight, stats, total, mask), (relu, group, traced) = ctx.saved_tensors, ctx.options
+        (x, weight, stats, total, mask, bits), (relu, group, traced) = ctx.saved_tensors, ctx.options
         x_needs, weight_needs, bias_needs, residual_needs, _ = ctx.needs_input_grad
         backward = BACKWARD if traced else _run_backward
-        dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, total, mask, relu, residual_needs, x_needs, group)
+        dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, total, mask, relu, residual_needs, x_needs, group, bits)
         return (
             dx if x_needs else None,
             as_dtype(dgamma, weight.dtype) if weight_needs else None,
             as_dtype(dbeta, ctx.bias_dtype) if bias_needs else None,
-            (dresidual if relu else dy) if residual_needs else None,
+            (dresidual if relu or bits is not None else dy) if residual_needs else None,
             None,
         )
 
 
 # ---------------------------------------------------------------------------------------------- operators
+def _arguments(rest: Rest) -> tuple[Any, ...]:
+    """What the operator takes of a call's `Rest`."""
+    return *rest[:6], *(rest.positions or (None, None))
+
+
 def _below_autograd(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Any:
-    return operators.below_autograd(FORWARD, x, weight, bias, residual, *rest[:-1])
+    return operators.below_autograd(FORWARD, x, weight, bias, residual, *_arguments(rest))
 
 
 def _fake(
@@ -180,22 +194,32 @@ def _fake(
 
 def _fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, total: Tensor, mask: Tensor | None, relu: bool,
-    residual: bool, dx_needed: bool, group: str,
+    residual: bool, dx_needed: bool, group: str, bits: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
     dx, C = operators.fake_output(x, 1), x.shape[1]
-    dresidual = torch.empty_like(dx) if residual and relu else None
+    dresidual = torch.empty_like(dx) if residual and (relu or bits is not None) else None
     return dx if dx_needed else None, stats.new_empty(C), stats.new_empty(C), dresidual
+
+
+def _rest(
+    running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float, relu: bool, group: str,
+    bits: Tensor | None = None, count: Tensor | None = None,
+) -> Rest:  # fmt: skip
+    """The `Rest` of the operator's arguments."""
+    positions = None if bits is None or count is None else Positions(bits, count)
+    return Rest(running_mean, running_var, momentum, eps, relu, group, True, positions)
 
 
 FORWARD = operators.define(
     "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, float momentum, float eps, bool relu, str group) "
+    "Tensor(b!)? running_var, float momentum, float eps, bool relu, str group, Tensor? bits=None, Tensor? count=None) "
     "-> (Tensor y, Tensor stats, Tensor total, Tensor mask)",
-    *(lambda *args, f=f: f(*args[:4], Rest._make((*args[4:], True))) for f in (_run, _fake, _SyncBatchNorm.apply)),
+    *(lambda *args, f=f: f(*args[:4], _rest(*args[4:])) for f in (_run, _fake, _SyncBatchNorm.apply)),
 )
 BACKWARD = operators.define(
     "sync_batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor total, Tensor mask, bool relu, "
-    "bool residual, bool dx_needed, str group) -> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
+    "bool residual, bool dx_needed, str group, Tensor? bits=None) "
+    "-> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
     _run_backward,
     _fake_backward,
 )

@@ -6,6 +6,7 @@
     dx = gamma rstd (dy - dbeta / m - x_hat dgamma / m)
     with a residual or a ReLU: y = relu(x_hat gamma + beta + residual), one bit a value kept of where it is above 0; dy is 0
     where it is not
+    with `valid`, the bits of the positions that count: m is their number, y, dx and dresidual are 0 elsewhere
 
     statistics, backward_reduce      read x (and dy)                    1 pass  (2)
     normalize, backward_apply        read x (and dy), write y or dx     2 passes (3)
@@ -26,7 +27,7 @@ A residual and a ReLU are a pass of their own (`_batch_norm/residual_relu.py`), 
 `backward`: one loop for every layout, measured to take no longer than loops that do it all at once.
 
 A call decides once which loops run and how their work is cut into blocks (`channel_plan.py`), by shapes and strides alone;
-a launcher follows that plan. Blocks are merged in order.
+a launcher follows that plan. Blocks are merged in order. Where some positions do not count, `batch_norm_masked.py` does it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import batch_norm_masked as masked
 from . import channel_plan
 from ._batch_norm import lines, planes, residual_relu, tiles
 from ._batch_norm.statistics import better_shifts, finish_all, finish_gradients, first_means, merge
@@ -62,7 +64,7 @@ def _copy_vector(values, out) -> None:
         store(out, i, values[i])
 
 
-def _check(x, mean, *of_channels, like=(), mask=None) -> None:
+def _check(x, mean, *of_channels, like=(), mask=None, valid=None) -> None:
     """The kernels look at no bound: a wrong shape is a wrong address. `like`: what has x's shape, or is None."""
     C = x.shape[1]
     assert mean.shape == (2, C), (mean.shape, x.shape)
@@ -71,6 +73,7 @@ def _check(x, mean, *of_channels, like=(), mask=None) -> None:
     for v in like:
         assert v is None or v.shape == x.shape, (v.shape, x.shape)
     assert mask is None or mask.nbytes == mask.size >= mask_size(x), (mask.nbytes, x.shape)
+    assert valid is None or valid.nbytes == valid.size >= -(-x.shape[0] * x.shape[2] // 8), (valid.nbytes, x.shape)
 
 
 # ---------------------------------------------------------------------------------------------- passes
@@ -171,8 +174,8 @@ def _before_residual(x: np.ndarray, residual: np.ndarray | None, y: np.ndarray, 
     return _in_order(np.empty(_in_order(x, x).shape, dtype), x)
 
 
-def _finish(x, values, residual, y, mask, dtype) -> None:
-    """y = values + residual, what is below 0 as 0 where a mask is given to be written."""
+def _finish(x, values, residual, y, mask, chosen, dtype) -> None:
+    """y = values + residual, what is below 0 as 0 where a mask is given to be written; 0 where a position is not `chosen`."""
     if x.size == 0 or (residual is None and mask is None):
         return
     line, rounded = _line(values, x), _line(None if values is y else y, x)
@@ -180,12 +183,16 @@ def _finish(x, values, residual, y, mask, dtype) -> None:
     of = residual_relu.pieces(x.size)
     run(residual_relu.finish, of, 3 * x.nbytes, line, _line(residual, x), bits, dtype.type(0), rounded)
     _write_back(line if values is y else rounded, y, x)
+    if chosen is not None:
+        masked.clear(chosen, y)
 
 
 def _passing(
-    dy: np.ndarray, x: np.ndarray, mask: np.ndarray | None, dx: np.ndarray, dresidual: np.ndarray | None
-) -> np.ndarray:
-    """dy as far as the mask lets it through: in dresidual, where that is given, else in dx."""
+    dy: np.ndarray, x: np.ndarray, mask: np.ndarray | None, dx: np.ndarray, dresidual: np.ndarray | None,
+    chosen: masked.Chosen | None = None,
+) -> np.ndarray:  # fmt: skip
+    """dy as far as the mask lets it through: in dresidual, where that is given, then 0 where a position is not `chosen`, else
+    in dx."""
     if x.size == 0 or (mask is None and dresidual is None):
         return dy
     passed = dx if dresidual is None else dresidual
@@ -195,6 +202,8 @@ def _passing(
         line, operands = _line(passed, x), (_line(dy, x), mask.reshape(1, 1, -1))
         run(residual_relu.let_through, residual_relu.pieces(x.size), 2 * x.nbytes, *operands, line)
         _write_back(line, passed, x)
+    if chosen is not None and dresidual is not None:
+        masked.clear(chosen, dresidual)
     return passed
 
 
@@ -209,9 +218,18 @@ def statistics(
     *,
     eps: float,
     momentum: float,
+    valid: np.ndarray | None = None,
+    count: np.ndarray | None = None,
 ) -> None:
-    """mean (2, C), var and rstd (C,) of x (N, C, S); running statistics updated in place."""
-    _check(x, mean, var, rstd, running_mean, running_var)
+    """mean (2, C), var and rstd (C,) of x (N, C, S); running statistics updated in place. count: bits set in valid."""
+    _check(x, mean, var, rstd, running_mean, running_var, valid=valid)
+    chosen = masked.chosen(x, valid)
+    if chosen is not None:
+        new_mean, new_var = _running(running_mean, var.dtype), _running(running_var, var.dtype)
+        masked.statistics(chosen, x, mean, var, rstd, new_mean, new_var, float(eps), float(momentum))
+        _store_running(running_mean, new_mean)
+        _store_running(running_var, new_var)
+        return
     of = channel_plan.plan_sums(layout_of(x))
     _statistics(of, x, mean, var, rstd, running_mean, running_var, eps, momentum)
 
@@ -242,19 +260,23 @@ def normalize(
     *,
     residual: np.ndarray | None = None,
     mask: np.ndarray | None = None,
+    valid: np.ndarray | None = None,
 ) -> None:
     """y = (x - mean) (rstd gamma) + beta + residual, what is below 0 as 0 where a mask is given to be written."""
-    _check(x, mean, rstd, gamma, beta, like=(y, residual), mask=mask)
-    values = _before_residual(x, residual, y, rstd.dtype)
-    _normalize(channel_plan.plan_result(layout_of(x, values)), x, mean, rstd, gamma, beta, values)
-    _finish(x, values, residual, y, mask, rstd.dtype)
+    _check(x, mean, rstd, gamma, beta, like=(y, residual), mask=mask, valid=valid)
+    values, chosen = _before_residual(x, residual, y, rstd.dtype), masked.chosen(x, valid)
+    _normalize(channel_plan.plan_result(layout_of(x, values)), x, mean, rstd, gamma, beta, values, chosen)
+    _finish(x, values, residual, y, mask, chosen, rstd.dtype)
 
 
-def _normalize(of, x, mean, rstd, gamma, beta, y) -> None:
+def _normalize(of, x, mean, rstd, gamma, beta, y, chosen=None) -> None:
     if x.size == 0:
         return
     C, dtype = x.shape[1], rstd.dtype
     scale = np.ascontiguousarray(rstd if gamma is None else rstd * to_accumulate(gamma, C, dtype, 1.0))
+    if chosen is not None:
+        masked.normalize(chosen, x, mean, scale, to_accumulate(beta, C, dtype, 0.0), y)
+        return
     _run(_NORMALIZE, of, 2 * x.nbytes, x, mean, scale, to_accumulate(beta, C, dtype, 0.0), y)
 
 
@@ -273,12 +295,14 @@ def forward(
     momentum: float,
     residual: np.ndarray | None = None,
     mask: np.ndarray | None = None,
+    valid: np.ndarray | None = None,
+    count: np.ndarray | None = None,
 ) -> None:
-    """`statistics`, then `normalize`."""
-    _check(x, mean, var, rstd, gamma, beta, running_mean, running_var, like=(y, residual), mask=mask)
-    values = _before_residual(x, residual, y, var.dtype)
+    """`statistics`, then `normalize`. count: bits set in valid."""
+    _check(x, mean, var, rstd, gamma, beta, running_mean, running_var, like=(y, residual), mask=mask, valid=valid)
+    values, chosen = _before_residual(x, residual, y, var.dtype), masked.chosen(x, valid)
     plan = channel_plan.plan_forward(layout_of(x, values))
-    if plan.whole is None:
+    if plan.whole is None and chosen is None:
         _statistics(plan.sums, x, mean, var, rstd, running_mean, running_var, eps, momentum)
         _normalize(plan.result, x, mean, rstd, gamma, beta, values)
     else:
@@ -286,11 +310,14 @@ def forward(
         new_mean, new_var = _running(running_mean, dtype), _running(running_var, dtype)
         gamma, beta = to_accumulate(gamma, C, dtype, 1.0), to_accumulate(beta, C, dtype, 0.0)
         results = mean, var, rstd, new_mean, new_var, float(eps), float(momentum)
-        walked_x, walked = _walked(plan.whole, x, values)
-        _run(_FORWARD, plan.whole, 3 * x.nbytes, walked_x, gamma, beta, walked, *results)
+        if chosen is not None:
+            masked.forward(chosen, x, gamma, beta, values, *results)
+        elif plan.whole is not None:
+            walked_x, walked = _walked(plan.whole, x, values)
+            _run(_FORWARD, plan.whole, 3 * x.nbytes, walked_x, gamma, beta, walked, *results)
         _store_running(running_mean, new_mean)
         _store_running(running_var, new_var)
-    _finish(x, values, residual, y, mask, var.dtype)
+    _finish(x, values, residual, y, mask, chosen, var.dtype)
 
 
 def backward_reduce(
@@ -302,16 +329,21 @@ def backward_reduce(
     dbeta: np.ndarray,
     *,
     mask: np.ndarray | None = None,
+    valid: np.ndarray | None = None,
 ) -> None:
-    """dbeta = sum dy, dgamma = sum dy x_hat; dy counts where the mask, if given, is set."""
-    _check(x, mean, rstd, dgamma, dbeta, like=(dy,), mask=mask)
+    """dbeta = sum dy, dgamma = sum dy x_hat; dy counts where the mask, if given, is set, and so with valid."""
+    _check(x, mean, rstd, dgamma, dbeta, like=(dy,), mask=mask, valid=valid)
     if mask is not None:
         dy = _passing(dy, x, mask, np.empty_like(dy), None)
-    _reduce(channel_plan.plan_sums(layout_of(x, dy)), dy, x, mean, rstd, dgamma, dbeta)
+    chosen = masked.chosen(x, valid)
+    _reduce(channel_plan.plan_sums(layout_of(x, dy)), dy, x, mean, rstd, dgamma, dbeta, chosen)
 
 
-def _reduce(of, dy, x, mean, rstd, dgamma, dbeta) -> None:
-    sums = _sum_gradients(of, dy, x, mean) if x.size else np.zeros((2, x.shape[1]))
+def _reduce(of, dy, x, mean, rstd, dgamma, dbeta, chosen) -> None:
+    if chosen is not None:
+        sums = masked.gradient_sums(chosen, dy, x, mean, mean[0], None)
+    else:
+        sums = _sum_gradients(of, dy, x, mean) if x.size else np.zeros((2, x.shape[1]))
     finish_gradients(sums, rstd, dgamma, dbeta)
 
 
@@ -328,20 +360,25 @@ def backward_apply(
     *,
     mask: np.ndarray | None = None,
     dresidual: np.ndarray | None = None,
+    valid: np.ndarray | None = None,
 ) -> None:
     """dx = gamma rstd (dy - dbeta / count - x_hat dgamma / count); dresidual, where given, is the dy that passes."""
-    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
-    dy = _passing(dy, x, mask, dx, dresidual)
-    _apply(channel_plan.plan_result(layout_of(x, dy, dx)), dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx)
+    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask, valid=valid)
+    chosen = masked.chosen(x, valid)
+    dy = _passing(dy, x, mask, dx, dresidual, chosen)
+    _apply(channel_plan.plan_result(layout_of(x, dy, dx)), dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, chosen)
 
 
-def _apply(of, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx) -> None:
+def _apply(of, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, chosen) -> None:
     if x.size == 0:
         return
     count = float(np.asarray(count).item())
     scale = rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
     b = (dbeta / count).astype(rstd.dtype)
     k = (rstd * (dgamma / count)).astype(rstd.dtype)
+    if chosen is not None:
+        masked.apply(chosen, dy, x, mean, scale, b, k, dx)
+        return
     _run(_APPLY, of, 3 * x.nbytes, dy, x, mean, scale, b, k, dx)
 
 
@@ -357,18 +394,26 @@ def backward(
     *,
     mask: np.ndarray | None = None,
     dresidual: np.ndarray | None = None,
+    valid: np.ndarray | None = None,
+    count: np.ndarray | None = None,
 ) -> None:
-    """`backward_reduce`, then `backward_apply` with count = m."""
-    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
-    dy = _passing(dy, x, mask, dx, dresidual)
+    """`backward_reduce`, then `backward_apply` with count = m. count: bits set in valid."""
+    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask, valid=valid)
+    chosen = masked.chosen(x, valid)
+    dy = _passing(dy, x, mask, dx, dresidual, chosen)
     plan = channel_plan.plan_backward(layout_of(x, dy, dx))
-    if plan.whole is None:
-        _reduce(plan.sums, dy, x, mean, rstd, dgamma, dbeta)
-        _apply(plan.result, dy, x, mean, rstd, gamma, dgamma, dbeta, x.shape[0] * x.shape[2], dx)
+    whole: Pass | None = masked.plan_whole(x, dy, dx) if chosen is not None else plan.whole
+    if whole is None:
+        m = x.shape[0] * x.shape[2] if chosen is None else max(chosen.m, 1)
+        _reduce(plan.sums, dy, x, mean, rstd, dgamma, dbeta, chosen)
+        _apply(plan.result, dy, x, mean, rstd, gamma, dgamma, dbeta, m, dx, chosen)
         return
     gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-    dy, x, dx = _walked(plan.whole, dy, x, dx)
-    _run(_BACKWARD, plan.whole, 5 * x.nbytes, dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
+    if chosen is not None:
+        masked.backward(whole, chosen, dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
+        return
+    dy, x, dx = _walked(whole, dy, x, dx)
+    _run(_BACKWARD, whole, 5 * x.nbytes, dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
 
 
 def inference_backward(
@@ -383,12 +428,17 @@ def inference_backward(
     *,
     mask: np.ndarray | None = None,
     dresidual: np.ndarray | None = None,
+    valid: np.ndarray | None = None,
 ) -> None:
     """dx = dy gamma rstd, for statistics that do not depend on x; dgamma and dbeta as in `backward_reduce`."""
-    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask)
+    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask, valid=valid)
     if x.size == 0:
         backward_reduce(dy, x, mean, rstd, dgamma, dbeta)
         return
-    dy = _passing(dy, x, mask, dx, dresidual)
+    chosen = masked.chosen(x, valid)
+    dy = _passing(dy, x, mask, dx, dresidual, chosen)
     scale = rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
+    if chosen is not None:
+        finish_gradients(masked.gradient_sums(chosen, dy, x, mean, scale, dx), rstd, dgamma, dbeta)
+        return
     finish_gradients(_sum_and_scale_gradients(dy, x, mean, scale, dx), rstd, dgamma, dbeta)

@@ -123,6 +123,30 @@ def plan_sums_and_result(of: Layout) -> Pass:
     return Pass("planes", blocks, (), blocks)
 
 
+@functools.lru_cache(1024)
+def plan_masked_sums(of: Layout) -> Pass:
+    """The sums of the positions that count: of x, of x and dy, or of x, dy and the dx that is written beside them."""
+    blocks = _blocks(of)
+    if in_rows(of):
+        return Pass("lines", blocks, (rows_per_line(SUM_AND_RESULT_LINE, of),), blocks)
+    return Pass("planes", blocks, (), blocks)
+
+
+@functools.lru_cache(1024)
+def plan_masked_result(of: Layout) -> Pass:
+    """The result of the positions that count, and 0 elsewhere."""
+    blocks = _blocks(of)
+    if in_rows(of):
+        return Pass("lines", blocks, (blocks, rows_per_line(LINE, of)))
+    return Pass("planes", blocks, (blocks,))
+
+
+@functools.lru_cache(1024)
+def plan_masked_whole(of: Layout) -> Pass | None:
+    """Channels done whole where a mask is given; None where they are to be split, and for channels-last."""
+    return _whole_planes(of)
+
+
 # ---------------------------------------------------------------------------------------------- passes
 _NOTHING = Pass("planes", 0)  # of arrays without an element
 

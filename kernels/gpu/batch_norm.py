@@ -3,11 +3,13 @@
     forward   μ = Σ x / m,  σ² = Σ (x - μ)² / m,  rstd = 1/√(σ² + ε),  x̂ = (x - μ) rstd,  y = γ x̂ + β
     backward  dβ = Σ dy,  dγ = Σ dy x̂,  dx = γ rstd (dy - dβ/m - x̂ dγ/m)
     fused     y = relu(γ x̂ + β + residual), one bit a value kept of where it is above 0; dy is 0 where it is not
+    valid     the positions that count, a bit each for all channels: m is then their number, y, dx and dresidual are 0 elsewhere
     running   r <- (1 - momentum) r + momentum · new,  the new variance being σ² m/(m - 1)
     source    docs/derivations.md, section 2
     bytes     channels that fit one tile: forward reads x, writes y; backward reads x and dy, writes dx.
               longer channels: x (and dy) are read twice, the second time from the end backwards, while the cache holds them.
-              residual: read once; its gradient: written once; the mask: an eighth of a byte a value, written or read once.
+              residual: read once; its gradient: written once; the mask: an eighth of a byte a value, written or read once;
+              valid: an eighth of a byte a position, read as often as x.
 
     launches  one where a channel fits one tile. Else two: statistics (backward: sums), and what follows from them, where each
               program merges the few splits of its channels itself. Channels-last three, with a merge between: there many splits
@@ -111,30 +113,37 @@ def mask_size(x) -> int:
     return C * (cdiv(N, 8) + 2) if S == 1 else N * C * (cdiv(S, 8) + 2)
 
 
-def _moment_scalars(m, eps, momentum) -> tuple[float, tuple[Any, ...]]:
-    """(α, m, ε, momentum) as the kernels take them; α² is a power of four near 1/m. Only the momentum changes call by call."""
+def _moment_scalars(x, count, eps, momentum) -> tuple[float, tuple[Any, ...]]:
+    """(α, m, ε, momentum) as the kernels take them; α² is a power of four near 1/m. Only the momentum changes call by call.
+
+    count: m as a tensor (1,) where some values do not count, else None.
+    """
+    m = x.shape[0] * x.shape[2]
     alpha = 2.0 ** -(max(m - 1, 1).bit_length() // 2)
-    return alpha, (m, *float_and_bits(eps), *numbers(momentum))
+    return alpha, (m if count is None else count, *float_and_bits(eps), *numbers(momentum))
 
 
-def _partial_statistics(x, mean, alpha) -> tuple[torch.Tensor, int]:
+def _partial_statistics(x, mean, alpha, valid) -> tuple[torch.Tensor, int]:
     """Launches the statistics of each split: (partial (4, splits, C), number of splits)."""
     (x,) = _flatten(x)
-    plan, sizes, constants = _plan(x, 1, sums=True)
+    plan, sizes, constants = _plan(x, 1, (valid,), sums=True)
     partial = scratch(mean.dtype, x.device, 4, plan.splits, x.shape[1])
     launch(
         _statistics_kernel, plan.channel_blocks * plan.splits,
-        x, partial, *sizes, *plan.split, alpha, *x.stride(),
-        plan=plan, reads=("x",), HALVINGS=plan.halvings, STAGES=plan.stages, **constants,
+        x, valid, partial, *sizes, *plan.split, alpha, *x.stride(),
+        plan=plan, reads=("x", "valid"), HALVINGS=plan.halvings, STAGES=plan.stages, **constants,
     )  # fmt: skip
     return partial, plan.splits
 
 
-def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float) -> None:
-    """mean (2, C), var and rstd (C,) of x (N, C, S); running_mean and running_var, where given, are updated."""
+def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float, valid=None, count=None) -> None:
+    """mean (2, C), var and rstd (C,) of x (N, C, S); running_mean and running_var, where given, are updated.
+
+    valid: the bits of the positions that count, and count: their number (1,); where it is 0 the running statistics stay.
+    """
     C = x.shape[1]
-    alpha, scalars = _moment_scalars(x.shape[0] * x.shape[2], eps, momentum)
-    partial, splits = _partial_statistics(x, mean, alpha)
+    alpha, scalars = _moment_scalars(x, count, eps, momentum)
+    partial, splits = _partial_statistics(x, mean, alpha, valid)
     block, programs = plan_channels(C, splits)
     launch(
         _merge_kernel, programs,
@@ -143,82 +152,84 @@ def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, mom
     )  # fmt: skip
 
 
-def normalize(x, mean, rstd, gamma, beta, y, *, residual=None, mask=None) -> None:
-    """y = (x - mean) (rstd γ) + β + residual. Where a mask is given: y = relu(…), and the mask says where it is above 0."""
+def normalize(x, mean, rstd, gamma, beta, y, *, residual=None, mask=None, valid=None) -> None:
+    """y = (x - mean) (rstd γ) + β + residual. Where a mask is given: y = relu(…), and the mask says where it is above 0. Where
+    valid is given: 0 at positions that do not count."""
     if x.numel():
         one_split = None, 1, None, None, None, 1.0, (0, 0.0, 0, 0.0, 0)
-        _normalize(x, mean, rstd, gamma, beta, y, residual, mask, *one_split)
+        _normalize(x, mean, rstd, gamma, beta, y, residual, mask, valid, *one_split)
 
 
 def _normalize(
-    x, mean, rstd, gamma, beta, y, residual, mask, partial, summed, var, running_mean, running_var, alpha, scalars
+    x, mean, rstd, gamma, beta, y, residual, mask, valid, partial, summed, var, running_mean, running_var, alpha, scalars
 ) -> None:  # fmt: skip
     """`normalize`. Where `partial` is given, its `summed` splits are merged first, and mean, var and rstd are written too."""
     x, y, residual = _flatten(x, y, residual, mask=mask)
-    plan, sizes, constants = _plan(x, 1, (residual, mask))
+    plan, sizes, constants = _plan(x, 1, (residual, mask, valid))
     stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
     launch(
         _normalize_kernel, plan.channel_blocks * plan.splits,
-        x, mean, rstd, gamma, beta, residual, y, mask, partial, var, running_mean, running_var,
+        x, mean, rstd, gamma, beta, residual, y, mask, valid, partial, var, running_mean, running_var,
         *sizes, *plan.split, summed, alpha, *scalars,
         *x.stride(), *stride_r, *y.stride(), *_mask_strides(x),
-        plan=plan, reads=("x", "residual"), writes=("y", "mask"),
+        plan=plan, reads=("x", "residual", "valid"), writes=("y", "mask"),
         SPLITS=next_power_of_2(summed), STAGES=plan.stages, Y_MODE=_follower(x, y), **mode_r, **constants,
     )  # fmt: skip
 
 
 def forward(
-    x, gamma, beta, y, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float, residual=None, mask=None
-) -> None:
+    x, gamma, beta, y, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float, residual=None, mask=None,
+    valid=None, count=None,
+) -> None:  # fmt: skip
     """`statistics`, then `normalize`: in one launch where a channel is one tile, in two where it has few splits."""
     given = x, y, residual
-    alpha, scalars = _moment_scalars(x.shape[0] * x.shape[2], eps, momentum)
+    alpha, scalars = _moment_scalars(x, count, eps, momentum)
     x, y, residual = _flatten(x, y, residual, mask=mask)
-    plan, sizes, constants = _plan(x, 1, (residual, mask), alike=(y,))
+    plan, sizes, constants = _plan(x, 1, (residual, mask, valid), alike=(y,))
     if plan.tiles == 1:
         stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
         launch(
             _forward_kernel, plan.channel_blocks,
-            x, gamma, beta, residual, y, mask, mean, var, rstd, running_mean, running_var, *sizes, alpha, *scalars,
+            x, gamma, beta, residual, y, mask, valid, mean, var, rstd, running_mean, running_var, *sizes, alpha, *scalars,
             *x.stride(), *stride_r, *y.stride(), *_mask_strides(x),
-            plan=plan, reads=("x", "residual"), writes=("y", "mask"),
+            plan=plan, reads=("x", "residual", "valid"), writes=("y", "mask"),
             HALVINGS=plan.halvings, Y_MODE=_follower(x, y), **mode_r, **constants,
         )  # fmt: skip
         return
     x, y, residual = given
     if plan.BLOCK_C > 1:
-        statistics(x, mean, var, rstd, running_mean, running_var, eps=eps, momentum=momentum)
-        normalize(x, mean, rstd, gamma, beta, y, residual=residual, mask=mask)
+        statistics(x, mean, var, rstd, running_mean, running_var, eps=eps, momentum=momentum, valid=valid, count=count)
+        normalize(x, mean, rstd, gamma, beta, y, residual=residual, mask=mask, valid=valid)
         return
-    partial, splits = _partial_statistics(x, mean, alpha)
+    partial, splits = _partial_statistics(x, mean, alpha, valid)
     _normalize(
-        x, mean, rstd, gamma, beta, y, residual, mask, partial, splits, var, running_mean, running_var, alpha, scalars
+        x, mean, rstd, gamma, beta, y, residual, mask, valid, partial, splits, var, running_mean, running_var, alpha, scalars
     )  # fmt: skip
 
 
-def _partial_sums(dy, x, mean, mask) -> tuple[torch.Tensor, int]:
+def _partial_sums(dy, x, mean, mask, valid) -> tuple[torch.Tensor, int]:
     """Launches the two sums of each split: (partial (4, splits, C), number of splits)."""
     x, dy = _flatten(x, dy, mask=mask)
-    plan, sizes, constants = _plan(x, 2, (mask,), sums=True)
+    plan, sizes, constants = _plan(x, 2, (mask, valid), sums=True)
     partial = scratch(mean.dtype, x.device, 4, plan.splits, x.shape[1])
     launch(
         _backward_reduce_kernel, plan.channel_blocks * plan.splits,
-        dy, x, mask, mean, partial, *sizes, *plan.split,
-        *dy.stride(), *x.stride(), *_mask_strides(x), plan=plan, reads=("dy", "x", "mask"),
+        dy, x, mask, valid, mean, partial, *sizes, *plan.split,
+        *dy.stride(), *x.stride(), *_mask_strides(x), plan=plan, reads=("dy", "x", "mask", "valid"),
         HALVINGS=plan.halvings, STAGES=plan.stages,
         DY_MODE=_follower(x, dy), **constants,
     )  # fmt: skip
     return partial, plan.splits
 
 
-def backward_reduce(dy, x, mean, rstd, dgamma, dbeta, *, mask=None) -> None:
-    """dγ = Σ dy x̂ and dβ = Σ dy, (C,) each; dy counts as 0 where a mask is given and not set."""
+def backward_reduce(dy, x, mean, rstd, dgamma, dbeta, *, mask=None, valid=None) -> None:
+    """dγ = Σ dy x̂ and dβ = Σ dy, (C,) each; dy counts as 0 where a mask is given and not set, and so with valid."""
     if not x.numel():
         dgamma.zero_()
         dbeta.zero_()
         return
     C = x.shape[1]
-    partial, splits = _partial_sums(dy, x, mean, mask)
+    partial, splits = _partial_sums(dy, x, mean, mask, valid)
     block, programs = plan_channels(C, splits)
     launch(
         _backward_merge_kernel, programs,
@@ -226,54 +237,59 @@ def backward_reduce(dy, x, mean, rstd, dgamma, dbeta, *, mask=None) -> None:
     )  # fmt: skip
 
 
-def backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count: int, dx, *, mask=None, dresidual=None) -> None:
-    """dx = γ rstd (dy - dβ/count - x̂ dγ/count); dresidual, where given, is dy where the mask is set, else 0."""
-    _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, trained=True)
+def backward_apply(
+    dy, x, mean, rstd, gamma, dgamma, dbeta, count: int, dx, *, mask=None, dresidual=None, valid=None
+) -> None:  # fmt: skip
+    """dx = γ rstd (dy - dβ/count - x̂ dγ/count); dresidual, where given, is dy where the mask is set, else 0. Where valid is
+    given, both are 0 at positions that do not count."""
+    _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, valid, trained=True)
 
 
-def _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, trained, partial=None, summed=1) -> None:
+def _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, valid, trained, partial=None, summed=1) -> None:
     """dx. Where `partial` is given, its `summed` splits are merged first, and dγ and dβ are written too."""
     if not x.numel():
         return
     x, dy, dx, dresidual = _flatten(x, dy, dx, dresidual, mask=mask)
-    plan, sizes, constants = _plan(x, 2 if trained else 1, (mask, dresidual))
+    plan, sizes, constants = _plan(x, 2 if trained else 1, (mask, dresidual, valid))
     stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
     launch(
         _backward_apply_kernel, plan.channel_blocks * plan.splits,
-        dy, x, mask, mean, rstd, gamma, dgamma, dbeta, dx, dresidual, partial, *sizes, *plan.split, summed, count,
+        dy, x, mask, valid, mean, rstd, gamma, dgamma, dbeta, dx, dresidual, partial, *sizes, *plan.split, summed, count,
         *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r,
-        plan=plan, reads=("dy", "x", "mask") if trained else ("dy", "mask"), writes=("dx", "dresidual"),
+        plan=plan, reads=("dy", "x", "mask", "valid") if trained else ("dy", "mask", "valid"), writes=("dx", "dresidual"),
         SPLITS=next_power_of_2(summed), STAGES=plan.stages, TRAINED=trained,
         DY_MODE=_follower(x, dy), DX_MODE=_follower(x, dx), **mode_r, **constants,
     )  # fmt: skip
 
 
-def backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidual=None) -> None:
+def backward(
+    dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidual=None, valid=None, count=None
+) -> None:  # fmt: skip
     """`backward_reduce`, then `backward_apply`: in one launch where a channel is one tile, in two where it has few splits."""
     given = dy, x, dx, dresidual
-    count = x.shape[0] * x.shape[2]
+    m = x.shape[0] * x.shape[2] if count is None else count
     x, dy, dx, dresidual = _flatten(x, dy, dx, dresidual, mask=mask)
-    plan, sizes, constants = _plan(x, 2, (mask, dresidual), alike=(dy, dx))
+    plan, sizes, constants = _plan(x, 2, (mask, dresidual, valid), alike=(dy, dx))
     if plan.tiles == 1 and x.numel():
         stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
         launch(
             _backward_kernel, plan.channel_blocks,
-            dy, x, mask, mean, rstd, gamma, dx, dresidual, dgamma, dbeta, *sizes, count,
+            dy, x, mask, valid, mean, rstd, gamma, dx, dresidual, dgamma, dbeta, *sizes, m,
             *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r,
-            plan=plan, reads=("dy", "x", "mask"), writes=("dx", "dresidual"), HALVINGS=plan.halvings,
+            plan=plan, reads=("dy", "x", "mask", "valid"), writes=("dx", "dresidual"), HALVINGS=plan.halvings,
             DY_MODE=_follower(x, dy), DX_MODE=_follower(x, dx), **mode_r, **constants,
         )  # fmt: skip
         return
     dy, x, dx, dresidual = given
     if plan.BLOCK_C > 1 or not x.numel():
-        backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask)
-        backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask=mask, dresidual=dresidual)
+        backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask, valid=valid)
+        backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, m, dx, mask=mask, dresidual=dresidual, valid=valid)
         return
-    partial, splits = _partial_sums(dy, x, mean, mask)
-    _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, True, partial, splits)
+    partial, splits = _partial_sums(dy, x, mean, mask, valid)
+    _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, m, dx, mask, dresidual, valid, True, partial, splits)
 
 
-def inference_backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidual=None) -> None:
+def inference_backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidual=None, valid=None) -> None:
     """Backward where mean and rstd are constants: dx = γ rstd dy, and the sums of `backward_reduce`."""
-    backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask)
-    _apply(dy, x, mean, rstd, gamma, None, None, 1, dx, mask, dresidual, trained=False)
+    backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask, valid=valid)
+    _apply(dy, x, mean, rstd, gamma, None, None, 1, dx, mask, dresidual, valid, trained=False)

@@ -165,7 +165,7 @@ def finish(c, shift, total, square, m, eps, momentum, mean, var, rstd, running_m
     if running_mean.size:
         running_mean[c] = of((1.0 - momentum) * running_mean[c] + momentum * mu)
     if running_var.size:
-        running_var[c] = of((1.0 - momentum) * running_var[c] + momentum * (variance * (m / (m - 1.0))))
+        running_var[c] = of((1.0 - momentum) * running_var[c] + momentum * (variance * (m / max(m - 1.0, 1.0))))
 
 
 @kernel

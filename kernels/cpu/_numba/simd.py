@@ -128,6 +128,20 @@ def where_below(typingctx: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
     return lanes(a, b, x, y), codegen
 
 
+@intrinsic
+def lanes_where(typingctx: Any, on: Any, i: Any, exist: Any, v: Any) -> Any:
+    """`v` in the lanes whose byte of on[i : i + exist] is not 0, else 0, whatever `v` is there."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bytes_of_lanes = ir.VectorType(_BYTE, v.count)
+        pointer = _pointer(context, builder, on, args[0], context.cast(builder, args[1], i, types.intp), bytes_of_lanes)
+        flags = _load(builder, pointer, 1, context.cast(builder, args[2], exist, types.intp), _BYTE(0))
+        chosen = builder.icmp_unsigned("!=", flags, ir.Constant(bytes_of_lanes, None))
+        return builder.select(chosen, args[3], ir.Constant(args[3].type, None))
+
+    return v(on, i, exist, v), codegen
+
+
 times = _of_lanes(_product_or_zero)  # q d, and 0 where q is 0 whatever d is
 
 

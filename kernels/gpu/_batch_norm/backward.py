@@ -20,31 +20,44 @@ from .tiles import (
     tile_before,
     vector,
 )
+from .valid import chosen, chosen_edges, divisor_of
 
 COUNTS = ["N", "S", "lane_blocks", "row_lanes", "tiles", "per_split", "splits", "summed", "m"]
 
 
 @triton.jit
 def _fetch_dy(
-    dy, mask, c, at, layout, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
+    dy, mask, valid, c, at, layout, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr,
+    GROUP: tl.constexpr, ACC: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Loads a tile of dy; 0 where a mask is given and not set."""
-    values = load_tile(dy, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+    """Loads a tile of dy; 0 where a mask is given and not set, and where a position does not count."""
+    values = load_tile(dy, c, at, 0.0, LANES, FLAT, DY_MODE, GROUP, ACC)
     if mask[0] is not None:
         values = tl.where(load_bits(mask, c, at, layout, LANES, FLAT), values, 0.0)
-    return values
+    return chosen(valid, values, 0.0, at, layout, LANES, FLAT, MODE)
+
+
+@triton.jit
+def _fetch_x(
+    x, valid, mean_hi, c, at, layout, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Loads a tile of x; the mean where a position does not count: a NaN there must not reach a sum."""
+    values = load_tile(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
+    return chosen(valid, values, mean_hi, at, layout, LANES, FLAT, MODE)
 
 
 @triton.jit
 def _load_edges(
-    dy, x, mask, c, tile, layout, ROWS: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
+    dy, x, mask, valid, mean_hi, c, tile, layout, ROWS: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """dy and x at the edges of the rows that begin in the tile."""
+    """dy and x at the edges of the rows that begin in the tile, as `_fetch_dy` and `_fetch_x` load them."""
     edges = edges_of(c, tile, layout, ROWS, GROUP)
     values = load_edges(dy, c, edges, 0.0, ACC)
     if mask[0] is not None:
         values = tl.where(load_edge_bits(mask, c, tile, layout, ROWS, GROUP), values, 0.0)
-    return values, load_edges(x, c, edges, 0.0, ACC)
+    values = chosen_edges(valid, values, 0.0, edges, layout)
+    return values, chosen_edges(valid, load_edges(x, c, edges, 0.0, ACC), scalar_if_one(mean_hi), edges, layout)
 
 
 @triton.jit
@@ -73,7 +86,7 @@ def _ended(sums) -> tuple[tl.tensor, ...]:
 
 @triton.jit
 def _sums_of(
-    dy, x, mask, mean_hi, mean_lo, c, first, stop, layout,
+    dy, x, mask, valid, mean_hi, mean_lo, c, first, stop, layout,
     BLOCK_N: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr,
     STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr,
     ACC: tl.constexpr,
@@ -86,21 +99,21 @@ def _sums_of(
     tile = tile_at(first, layout, BLOCK_N)
     dy_edges, x_edges = c, c  # not used: Triton 3.6 cannot return None
     at = address_of(c, tile, layout, BLOCK_N, LANES, FLAT, MODE, GROUP)
-    x_tile = load_tile(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
-    dy_tile = _fetch_dy(dy, mask, c, at, layout, LANES, FLAT, DY_MODE, GROUP, ACC)
+    x_tile = _fetch_x(x, valid, mean_hi, c, at, layout, LANES, FLAT, MODE, GROUP, ACC)
+    dy_tile = _fetch_dy(dy, mask, valid, c, at, layout, LANES, FLAT, MODE, DY_MODE, GROUP, ACC)
     sums = _started(dy_tile, x_tile, mean_hi, mean_lo, HALVINGS, MODE)
     if EDGES:
-        dy_edges, x_edges = _load_edges(dy, x, mask, c, tile, layout, ROWS, GROUP, ACC)
+        dy_edges, x_edges = _load_edges(dy, x, mask, valid, mean_hi, c, tile, layout, ROWS, GROUP, ACC)
         edge_sums = _started(dy_edges, x_edges, scalar_if_one(mean_hi), scalar_if_one(mean_lo), 0, MODE)
     if not ONE:
         for _ in tl.range(first + 1, stop, num_stages=STAGES):
             tile = tile_after(tile, layout, BLOCK_N)
             at = address_of(c, tile, layout, BLOCK_N, LANES, FLAT, MODE, GROUP)
-            x_more = load_tile(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
-            dy_more = _fetch_dy(dy, mask, c, at, layout, LANES, FLAT, DY_MODE, GROUP, ACC)
+            x_more = _fetch_x(x, valid, mean_hi, c, at, layout, LANES, FLAT, MODE, GROUP, ACC)
+            dy_more = _fetch_dy(dy, mask, valid, c, at, layout, LANES, FLAT, MODE, DY_MODE, GROUP, ACC)
             sums = _continued(sums, dy_more, x_more, mean_hi, mean_lo, HALVINGS, MODE)
             if EDGES:
-                dy_more, x_more = _load_edges(dy, x, mask, c, tile, layout, ROWS, GROUP, ACC)
+                dy_more, x_more = _load_edges(dy, x, mask, valid, mean_hi, c, tile, layout, ROWS, GROUP, ACC)
                 edge_sums = _continued(edge_sums, dy_more, x_more, scalar_if_one(mean_hi), scalar_if_one(mean_lo), 0, MODE)
     if EDGES:
         sums = per_channel_with_edges(_ended(sums), _ended(edge_sums))
@@ -114,17 +127,20 @@ def _sums_of(
 
 @triton.jit
 def _write(
-    dy_tile, x_tile, slope, dx, dresidual, c, at, LANES: tl.constexpr, FLAT: tl.constexpr,
-    DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr, GROUP: tl.constexpr,
+    dy_tile, x_tile, slope, dx, dresidual, valid, c, at, layout, LANES: tl.constexpr, FLAT: tl.constexpr,
+    MODE: tl.constexpr, DX_MODE: tl.constexpr, DRESIDUAL_MODE: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Stores dx, and dresidual where there is one, of a tile."""
-    store_tile(dx, _dx(dy_tile, x_tile, slope), c, at, LANES, FLAT, DX_MODE, GROUP)
+    out = chosen(valid, _dx(dy_tile, x_tile, slope), 0.0, at, layout, LANES, FLAT, MODE)
+    store_tile(dx, out, c, at, LANES, FLAT, DX_MODE, GROUP)
     if dresidual[0] is not None:
         store_tile(dresidual, dy_tile, c, at, LANES, FLAT, DRESIDUAL_MODE, GROUP)
 
 
 @triton.jit
-def _write_edges(dy_edges, x_edges, slope, dx, dresidual, c, tile, layout, ROWS: tl.constexpr, GROUP: tl.constexpr) -> None:
+def _write_edges(
+    dy_edges, x_edges, slope, dx, dresidual, valid, c, tile, layout, ROWS: tl.constexpr, GROUP: tl.constexpr
+) -> None:
     """`_write` for the edges of the rows that begin in the tile."""
     edges = edges_of(c, tile, layout, ROWS, GROUP)
     slope = (
@@ -134,7 +150,7 @@ def _write_edges(dy_edges, x_edges, slope, dx, dresidual, c, tile, layout, ROWS:
         scalar_if_one(slope[3]),
         scalar_if_one(slope[4]),
     )
-    store_edges(dx, _dx(dy_edges, x_edges, slope), c, edges)
+    store_edges(dx, chosen_edges(valid, _dx(dy_edges, x_edges, slope), 0.0, edges, layout), c, edges)
     if dresidual[0] is not None:
         store_edges(dresidual, dy_edges, c, edges)
 
@@ -153,7 +169,7 @@ def _dx(dy, x, slope) -> tl.tensor:
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_reduce_kernel(
-    dy_ptr, x_ptr, mask_ptr, mean_ptr, partial_ptr, N, C, S, lane_blocks, row_lanes, tiles, per_split, splits,
+    dy_ptr, x_ptr, mask_ptr, valid_ptr, mean_ptr, partial_ptr, N, C, S, lane_blocks, row_lanes, tiles, per_split, splits,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_mn, stride_mc, stride_mb,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
     STAGES: tl.constexpr, HALVINGS: tl.constexpr, MODE: tl.constexpr, DY_MODE: tl.constexpr, GROUP: tl.constexpr,
@@ -171,7 +187,7 @@ def _backward_reduce_kernel(
     first = split * per_split
     dbeta_hi, dbeta_lo, dgamma_hi, dgamma_lo, _, _, _, _ = _sums_of(
         (dy_ptr, stride_gn, stride_gc, stride_gs), (x_ptr, stride_xn, stride_xc, stride_xs),
-        (mask_ptr, stride_mn, stride_mc, stride_mb),
+        (mask_ptr, stride_mn, stride_mc, stride_mb), valid_ptr,
         vector(mean_ptr, channel, C, 0.0, ACC), vector(mean_ptr + C, channel, C, 0.0, ACC),
         c, first, tl.minimum(first + per_split, tiles), (N, C, S, lane_blocks, row_lanes, stride_xn, stride_xc, stride_xs),
         BLOCK_N, LANES, ROWS, FLAT, False, STAGES, HALVINGS, MODE, DY_MODE, GROUP, ACC,
@@ -210,8 +226,8 @@ def _backward_merge_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_apply_kernel(
-    dy_ptr, x_ptr, mask_ptr, mean_ptr, rstd_ptr, gamma_ptr, dgamma_ptr, dbeta_ptr, dx_ptr, dresidual_ptr, partial_ptr,
-    N, C, S, lane_blocks, row_lanes, tiles, per_split, splits, summed, m,
+    dy_ptr, x_ptr, mask_ptr, valid_ptr, mean_ptr, rstd_ptr, gamma_ptr, dgamma_ptr, dbeta_ptr, dx_ptr, dresidual_ptr,
+    partial_ptr, N, C, S, lane_blocks, row_lanes, tiles, per_split, splits, summed, m,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_mn, stride_mc, stride_mb,
     stride_dn, stride_dc, stride_ds, stride_rn, stride_rc, stride_rs,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
@@ -246,29 +262,32 @@ def _backward_apply_kernel(
             tl.store(dgamma_ptr + channel, dgamma, mask=write)
             tl.store(dbeta_ptr + channel, dbeta, mask=write)
             dgamma, dbeta = dgamma[None, :, None], dbeta[None, :, None]
-        k = rstd * (dgamma / tl.cast(m, ACC))
-        b = dbeta / tl.cast(m, ACC)
+        count = divisor_of(m, ACC)
+        k = rstd * (dgamma / count)
+        b = dbeta / count
     slope = (a, b, k, mean_hi, mean_lo)
     stop = tl.minimum(first + per_split, tiles)
     tile = tile_at(stop - 1, layout, BLOCK_N)
     for _ in tl.range(first, stop, num_stages=STAGES):
         at = address_of(c, tile, layout, BLOCK_N, LANES, FLAT, MODE, GROUP)
-        dy_tile = _fetch_dy(dy, mask, c, at, layout, LANES, FLAT, DY_MODE, GROUP, ACC)
+        dy_tile = _fetch_dy(dy, mask, valid_ptr, c, at, layout, LANES, FLAT, MODE, DY_MODE, GROUP, ACC)
         x_tile = None
         if TRAINED:
-            x_tile = load_tile(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
-        _write(dy_tile, x_tile, slope, dx, dresidual, c, at, LANES, FLAT, DX_MODE, DRESIDUAL_MODE, GROUP)
+            x_tile = _fetch_x(x, valid_ptr, mean_hi, c, at, layout, LANES, FLAT, MODE, GROUP, ACC)
+        _write(
+            dy_tile, x_tile, slope, dx, dresidual, valid_ptr, c, at, layout, LANES, FLAT, MODE, DX_MODE, DRESIDUAL_MODE, GROUP
+        )
         if MODE == _tile.SHIFTED:
-            dy_edges, x_edges = _load_edges(dy, x, mask, c, tile, layout, ROWS, GROUP, ACC)
+            dy_edges, x_edges = _load_edges(dy, x, mask, valid_ptr, mean_hi, c, tile, layout, ROWS, GROUP, ACC)
             if not TRAINED:
                 x_edges = None
-            _write_edges(dy_edges, x_edges, slope, dx, dresidual, c, tile, layout, ROWS, GROUP)
+            _write_edges(dy_edges, x_edges, slope, dx, dresidual, valid_ptr, c, tile, layout, ROWS, GROUP)
         tile = tile_before(tile, layout, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
-    dy_ptr, x_ptr, mask_ptr, mean_ptr, rstd_ptr, gamma_ptr, dx_ptr, dresidual_ptr, dgamma_ptr, dbeta_ptr,
+    dy_ptr, x_ptr, mask_ptr, valid_ptr, mean_ptr, rstd_ptr, gamma_ptr, dx_ptr, dresidual_ptr, dgamma_ptr, dbeta_ptr,
     N, C, S, lane_blocks, row_lanes, tiles, m,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_mn, stride_mc, stride_mb,
     stride_dn, stride_dc, stride_ds, stride_rn, stride_rc, stride_rs,
@@ -292,7 +311,7 @@ def _backward_kernel(
     rstd = vector(rstd_ptr, channel, C, 0.0, ACC)
     # 2. dβ and dγ; program_id(1) is 0, which the compiler does not know (see 3)
     dbeta, dbeta_lo, dgamma, dgamma_lo, dy_tile, x_tile, dy_edges, x_edges = _sums_of(
-        dy, x, mask, mean_hi, mean_lo, c, tl.program_id(1), tiles, layout,
+        dy, x, mask, valid_ptr, mean_hi, mean_lo, c, tl.program_id(1), tiles, layout,
         BLOCK_N, LANES, ROWS, FLAT, True, 1, HALVINGS, MODE, DY_MODE, GROUP, ACC,
     )  # fmt: skip
     dbeta += dbeta_lo
@@ -300,11 +319,12 @@ def _backward_kernel(
     tl.store(dgamma_ptr + c, dgamma, mask=c < C)
     tl.store(dbeta_ptr + c, dbeta, mask=c < C)
     a = rstd * vector(gamma_ptr, channel, C, 1.0, ACC)
-    slope = (a, dbeta / tl.cast(m, ACC), rstd * (dgamma / tl.cast(m, ACC)), mean_hi, mean_lo)
+    count = divisor_of(m, ACC)
+    slope = (a, dbeta / count, rstd * (dgamma / count), mean_hi, mean_lo)
     # 3. dx. The tile's addresses are computed again, from a number that the compiler does not know: kept through the sums they
     # would spill
     tile = (tl.cast(tiles - 1, tl.int64), tiles - 1)
     at = address_of(c, tile, layout, BLOCK_N, LANES, FLAT, MODE, GROUP)
-    _write(dy_tile, x_tile, slope, dx, dresidual, c, at, LANES, FLAT, DX_MODE, DRESIDUAL_MODE, GROUP)
+    _write(dy_tile, x_tile, slope, dx, dresidual, valid_ptr, c, at, layout, LANES, FLAT, MODE, DX_MODE, DRESIDUAL_MODE, GROUP)
     if MODE == _tile.SHIFTED:
-        _write_edges(dy_edges, x_edges, slope, dx, dresidual, c, tile, layout, ROWS, GROUP)
+        _write_edges(dy_edges, x_edges, slope, dx, dresidual, valid_ptr, c, tile, layout, ROWS, GROUP)

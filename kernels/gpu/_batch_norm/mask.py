@@ -39,7 +39,7 @@ def _packed(on, WIDTH: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _unpacked(packed, WIDTH: tl.constexpr) -> tl.tensor:
+def unpacked(packed, WIDTH: tl.constexpr) -> tl.tensor:
     """Unpacks each byte into WIDTH booleans along the last axis."""
     packed = packed.to(tl.int32)
     if len(packed.shape) == 1:
@@ -62,7 +62,7 @@ def store_bits(mask, on, c, at, layout, LANES: tl.constexpr, FLAT: tl.constexpr)
 def load_bits(mask, c, at, layout, LANES: tl.constexpr, FLAT: tl.constexpr) -> tl.tensor:
     """Loads the bits of a tile as booleans."""
     where, there = _bytes_at(mask, c, at, layout, LANES, FLAT)
-    return _unpacked(tl.load(where, mask=there, other=0), 8 if LANES >= 8 else LANES)
+    return unpacked(tl.load(where, mask=there, other=0), 8 if LANES >= 8 else LANES)
 
 
 @triton.jit
@@ -85,4 +85,4 @@ def store_edge_bits(mask, on, c, tile, layout, ROWS: tl.constexpr, GROUP: tl.con
 def load_edge_bits(mask, c, tile, layout, ROWS: tl.constexpr, GROUP: tl.constexpr) -> tl.tensor:
     """Loads the bits of the rows' edges as booleans."""
     where, there = _edge_bytes_at(mask, c, tile, layout, ROWS, GROUP)
-    return _unpacked(tl.load(where, mask=there, other=0), 8 if GROUP >= 4 else 2 * GROUP)
+    return unpacked(tl.load(where, mask=there, other=0), 8 if GROUP >= 4 else 2 * GROUP)
