@@ -180,7 +180,7 @@ def vocab_parallel_linear_cross_entropy(
     second derivative and under `torch.func` transforms.
     """
     check.boolean(return_stats, "return_stats")
-    z_loss, softcap = arguments.extra(z_loss, softcap, gradient, all_ignored)
+    z_loss, softcap, _ = arguments.extra(z_loss, softcap, 1.0, gradient, all_ignored)
     ignore_index = check.integer_value(ignore_index, "ignore_index")
     asked = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero")
     problem = arguments.vocab_parallel_linear(input, linear_weight, target, linear_bias, weight, asked, vocab_start)

@@ -178,6 +178,7 @@ def cross_entropy(
     loss_dtype: torch.dtype | None = None,
     normalizer: float | Tensor | None = None,
     token_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
 ) -> Any:
     """`torch.nn.functional.cross_entropy`: softmax cross entropy of logits with classes or class probabilities.
 
@@ -197,11 +198,12 @@ def cross_entropy(
         line of the caller's code had, so that a loss scale or a division by accumulated steps costs nothing; where it changes
         from call to call, in the backward pass. Else "backward". The bits are the same. A compiled graph takes "backward".
     all_ignored: what the mean over no rows is: "nan", as PyTorch's, or "zero".
-    return_stats: return (loss, `CrossEntropyStatistics`): lse, log_prob, entropy and correct of every row, from the same pass.
+    return_stats: return (loss, `CrossEntropyStatistics`): lse, log_prob, entropy, correct and predicted of every row, from the
+        same pass.
         To differentiate one of these raises RuntimeError; a compiled graph takes them for constants.
     differentiable: with `return_stats`, statistics that have gradients, and `gradient` does not count. Of classes without
-        label_smoothing and softcap they come from the loss's pass, and all gradients from one more read and one write; of the
-        others by the formula in PyTorch's operations.
+        label_smoothing and softcap they come from the loss's pass (predicted from one more read), and all gradients from one
+        more read and one write; of the others by the formula in PyTorch's operations.
     loss_dtype: of the loss; None for PyTorch's. float32 keeps the digits that half precision has not.
     normalizer: a number above 0, or a tensor () of one, such as the count of targets of all micro-batches: the sum of the
         losses is divided by it, whatever `reduction` says ("none": each row's). Gradients are divided before they are rounded.
@@ -209,6 +211,8 @@ def cross_entropy(
     token_weight: a weight for each row, of the shape of the loss of every row and any floating dtype: it multiplies the row's
         loss, z-loss included, and what the row counts in the mean's divisor, Σ token_weight · weight[target]. It may ask for a
         gradient. 3 passes over input-sized memory, and `gradient` "forward" is refused.
+    logit_scale: from 1e-30 to 1e30; logit_scale · input takes the place of the logits, before the cap. The product is taken in
+        the precision of the sums, and costs no pass.
 
     Gradients of gradients, `torch.func` transforms and forward-mode derivatives are computed by the formula in PyTorch's
     operations, without kernels. Raises TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a class
@@ -230,12 +234,12 @@ def cross_entropy(
         normalizer is None and token_weight is None and arguments.may_be_known(input, target, reduction, gradient, all_ignored)
     ):
         dtype = loss_dtype or arguments.loss_dtype(input, target)
-        options = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero")
+        options = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero", logit_scale)
         call = _cross_entropy.call_of(input, target, weight, options, gradient, return_stats, dtype)
     if call is None or call.launches is None:
         weight = arguments.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-        z_loss, softcap = arguments.extra(z_loss, softcap, gradient, all_ignored)
-        options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero")
+        z_loss, softcap, logit_scale = arguments.extra(z_loss, softcap, logit_scale, gradient, all_ignored)
+        options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero", logit_scale)
         dtype = loss_dtype or arguments.loss_dtype(input, target)
         by = arguments.row_weights(token_weight, normalizer, loss_shape(input), input, options.zero_if_ignored)
     if by is not None:
@@ -421,6 +425,7 @@ def linear_cross_entropy(
     loss_dtype: torch.dtype | None = None,
     normalizer: float | Tensor | None = None,
     token_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
 ) -> Any:
     """`torch.nn.functional.linear_cross_entropy`: cross entropy of the logits input · linear_weightᵀ + linear_bias.
 
@@ -445,9 +450,9 @@ def linear_cross_entropy(
     if ignore_index is not None and isinstance(target, Tensor) and target.is_floating_point():
         raise check.ShapeError(f"ignore_index: expected None with probabilities as target, got {ignore_index}")
     arguments.statistics(return_stats, differentiable)
-    z_loss, softcap = arguments.extra(z_loss, softcap, gradient, all_ignored)
+    z_loss, softcap, logit_scale = arguments.extra(z_loss, softcap, logit_scale, gradient, all_ignored)
     ignore_index = -100 if ignore_index is None else check.integer_value(ignore_index, "ignore_index")
-    asked = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero")
+    asked = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero", logit_scale)
     weight = arguments.linear_cross_entropy(input, linear_weight, target, linear_bias, weight, asked)
     if gradient == "forward" and reduction == "none":
         raise ValueError("gradient: expected 'auto' or 'backward' with reduction 'none', got 'forward'")

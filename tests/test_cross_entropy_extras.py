@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 EXTRAS = {
     "z-loss": {"z_loss": 1e-2},
     "softcap": {"softcap": 3.0},
-    "both": {"z_loss": 1e-3, "softcap": 20.0},
+    "all": {"z_loss": 1e-3, "softcap": 20.0, "logit_scale": 0.37},
 }
 
 
@@ -34,12 +34,13 @@ def soft(rng, shape):
     return y / y.sum(min(len(shape) - 1, 1), keepdims=True)
 
 
-def theirs(x, target, upstream, z_loss=0.0, softcap=None, reduction="mean", weight=None, label_smoothing=0.0):
+def theirs(x, target, upstream, z_loss=0.0, softcap=None, logit_scale=1.0, reduction="mean", weight=None, label_smoothing=0.0):
     """The loss in PyTorch's operations, and its gradient."""
     axis = min(x.dim() - 1, 1)
     hard = not target.is_floating_point()
     x = x.detach().requires_grad_()
-    z = x if softcap is None else softcap * torch.tanh(x / softcap)
+    z = logit_scale * x
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
     w = torch.ones_like(x).reshape(-1)[: x.shape[axis]] if weight is None else weight
     kept = target != -100 if hard else torch.ones(loss_shape(x.shape), dtype=torch.bool, device=x.device)
     losses = F.cross_entropy(z, target, weight=w, reduction="none", label_smoothing=label_smoothing)
@@ -63,15 +64,15 @@ def check(device, x, target, upstream, dtype, gradient="auto", **options):
     by_torch = theirs(x.to(acc), target.to(acc) if target.is_floating_point() else target, upstream.to(acc), **options)
     hold("loss", loss, sheet.loss, dtype, by_torch[0].to(x.dtype), bound.loss)
     hold("dx", dx, sheet.dlogits, dtype, by_torch[1].to(x.dtype), bound.dlogits)
-    check_statistics(x, t, stats, options.get("softcap"))
+    check_statistics(x, t, stats, options.get("softcap"), options.get("logit_scale", 1.0))
     plain = HF.cross_entropy(x.detach(), target, **options)
     assert torch.equal(plain, loss.detach()) or torch.allclose(plain, loss.detach(), rtol=1e-6, atol=0, equal_nan=True)
     return dx
 
 
-def check_statistics(x, t, stats, softcap=None):
+def check_statistics(x, t, stats, softcap=None, logit_scale=1.0):
     """Errors of a few units of the largest lse: what the maximum and the logarithm make together."""
-    sheet = reference.cross_entropy_statistics(values_of(x), t, softcap=softcap)
+    sheet = reference.cross_entropy_statistics(values_of(x), t, softcap=softcap, logit_scale=logit_scale)
     acc = ACC[str(x.dtype).removeprefix("torch.")]
     bound = 8 * torch.finfo(acc).eps
     for name in ("lse", "entropy", "log_prob"):
@@ -86,6 +87,16 @@ def check_statistics(x, t, stats, softcap=None):
             np.testing.assert_allclose(
                 values_of(ours), expected, rtol=bound, atol=bound * (1 + np.abs(sheet.lse).max(initial=0))
             )
+    z = logit_scale * np.moveaxis(values_of(x), min(x.dim() - 1, 1), -1)
+    z = z if softcap is None else softcap * np.tanh(z / softcap)
+    predicted = stats.predicted.cpu().numpy()
+    assert stats.predicted.dtype == torch.int64
+    if softcap is None and logit_scale == 1.0:
+        np.testing.assert_array_equal(predicted, sheet.predicted)
+    else:  # logits whose difference is rounded away tie, and the first of them is taken
+        chosen = np.take_along_axis(z, np.where(predicted < 0, 0, predicted)[..., None], -1)[..., 0]
+        assert ((predicted == -1) == (sheet.predicted == -1)).all()
+        assert (chosen >= z.max(-1) - bound * np.abs(z.max(-1)))[predicted >= 0].all()
     if sheet.correct is None:
         assert stats.correct is None
     else:
@@ -94,7 +105,6 @@ def check_statistics(x, t, stats, softcap=None):
         if softcap is None:
             np.testing.assert_array_equal(correct, sheet.correct)
         else:  # logits whose difference the cap takes away tie
-            z = softcap * np.tanh(np.moveaxis(values_of(x), min(x.dim() - 1, 1), -1) / softcap)
             nearly = np.take_along_axis(z, np.where(t < 0, 0, t)[..., None], -1)[..., 0] >= z.max(-1) - bound * softcap
             assert (correct >= sheet.correct).all()
             assert (correct <= nearly).all()
@@ -160,7 +170,8 @@ def test_hard_rows(device, rng, case, V, dtype, softcap):
     target = torch.tensor([V - 1, V - 2], device=device)
     upstream = tensor(rng.standard_normal(2), dtype, device)
     z_loss = 0.0 if case == "near +1e4" else 1e-3
-    check(device, x, target, upstream, dtype, reduction="none", z_loss=z_loss, softcap=softcap)
+    logit_scale = 1.0 if softcap is None else 0.7
+    check(device, x, target, upstream, dtype, reduction="none", z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
 
 
 @pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
@@ -180,6 +191,7 @@ def test_correct_means_that_no_class_is_above_the_target(device):
     target = torch.tensor([2, 0, 1, -100], device=device)
     _, stats = HF.cross_entropy(x, target, return_stats=True)
     assert stats.correct.tolist() == [True, True, False, False]
+    assert stats.predicted.tolist() == [1, 0, 2, -1]
     assert stats.lse[3] == stats.entropy[3] == stats.log_prob[3] == 0
 
 
@@ -354,6 +366,9 @@ def test_on_the_host_there_is_nothing_to_ask_for():
         (ValueError, r"softcap: expected a finite number above 0, got 0", {"softcap": 0}),
         (ValueError, r"softcap: expected a finite number above 0, got inf", {"softcap": math.inf}),
         (TypeError, r"softcap: expected a number, got '30'", {"softcap": "30"}),
+        (ValueError, r"logit_scale: expected a number from 1e-30 to 1e30, got -1.0", {"logit_scale": -1.0}),
+        (ValueError, r"logit_scale: expected a number from 1e-30 to 1e30, got inf", {"logit_scale": math.inf}),
+        (TypeError, r"logit_scale: expected a number, got tensor", {"logit_scale": torch.ones((), requires_grad=True)}),
         (ValueError, r"gradient: expected one of auto, forward, backward, got 'now'", {"gradient": "now"}),
         (ValueError, r"all_ignored: expected one of nan, zero, got 0", {"all_ignored": 0}),
     ],

@@ -124,7 +124,7 @@ def test_gradients_only_where_needed(device, rng, needed, reduction):
 @pytest.mark.parametrize("rows", [3, None])
 def test_extras_are_those_of_unfused_logits(device, rng, K, rows):
     x, W, b, target = problem(rng, device, K=K)
-    extras = {"z_loss": 0.01, "softcap": 4.0, "return_stats": True}
+    extras = {"z_loss": 0.01, "softcap": 4.0, "logit_scale": 0.7, "return_stats": True}
     loss, stats = HF.linear_cross_entropy(x, W, target, linear_bias=b, chunk_rows=rows, **extras)
     logits = F.linear(x, W.reshape(-1, D), b.reshape(-1)).reshape(N, C, *K)
     whole, expected = HF.cross_entropy(logits, target, **extras)

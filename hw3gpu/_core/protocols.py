@@ -75,19 +75,22 @@ class CrossEntropyKernels(Protocol):
         *, total: Array | None = None, denominator: Array | None = None, row_weights: Array | None = None,
         mean: bool = False, zero_if_ignored: bool = False,
         ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+        logit_scale: float = 1.0,
     ) -> None: ...  # fmt: skip
 
     def backward(
         self, z: Array, target: Array, weight: Array | None, stats: Array, upstream: Array, denominator: Array | None,
         dz: Array, *, unless_one: bool = False,
         ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+        logit_scale: float = 1.0,
     ) -> None: ...  # fmt: skip
 
     def forward_backward(
         self, z: Array, target: Array, weight: Array | None, loss: Array, dz: Array, invalid: Array,
-        *, stats: Array | None = None, denominator: Array | None = None, total: Array | None = None,
-        mean: bool = False, zero_if_ignored: bool = False,
+        *, stats: Array | None = None, upstream: Array | None = None, denominator: Array | None = None,
+        total: Array | None = None, mean: bool = False, zero_if_ignored: bool = False,
         ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+        logit_scale: float = 1.0,
     ) -> None: ...  # fmt: skip
 
     def count(

@@ -20,7 +20,8 @@ class _Extras(Unscripted):
     """
 
     extras: dict[str, Any] = {}  # noqa: RUF012  of a module that was pickled without
-    _names: tuple[str, ...] = ("z_loss", "softcap", "gradient", "all_ignored", "return_stats", "differentiable", "loss_dtype")
+    _names: tuple[str, ...] = ("z_loss", "softcap", "gradient", "all_ignored", "return_stats", "differentiable")
+    _names += ("loss_dtype", "logit_scale")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         extras = {name: kwargs.pop(name) for name in self._names if name in kwargs}

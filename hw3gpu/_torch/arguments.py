@@ -222,8 +222,10 @@ def may_be_known(z: Any, target: Any, reduction: Any, gradient: Any, all_ignored
     return reduction in REDUCTIONS and gradient in GRADIENTS and all_ignored in ALL_IGNORED
 
 
-def extra(z_loss: float, softcap: float | None, gradient: str, all_ignored: str) -> tuple[float, float | None]:
-    """Checks the arguments that PyTorch's function does not have; z_loss and softcap as floats."""
+def extra(
+    z_loss: float, softcap: float | None, logit_scale: float, gradient: str, all_ignored: str
+) -> tuple[float, float | None, float]:
+    """Checks the arguments that PyTorch's function does not have; z_loss, softcap and logit_scale as floats."""
     if type(z_loss) is not float:
         check.real_value(z_loss, "z_loss")
     if not 0.0 <= z_loss < math.inf:
@@ -233,7 +235,11 @@ def extra(z_loss: float, softcap: float | None, gradient: str, all_ignored: str)
         check.positive(softcap, "softcap")
     check.one_of(gradient, "gradient", GRADIENTS)
     check.one_of(all_ignored, "all_ignored", ALL_IGNORED)
-    return float(z_loss), None if softcap is None else float(softcap)
+    if type(logit_scale) is not float:
+        logit_scale = number(logit_scale, "logit_scale")
+    if not 1e-30 <= logit_scale <= 1e30:  # beyond, its inverse or a product is no float32
+        raise ValueError(f"logit_scale: expected a number from 1e-30 to 1e30, got {logit_scale}")
+    return float(z_loss), None if softcap is None else float(softcap), logit_scale
 
 
 def statistics(return_stats: Any, differentiable: Any) -> None:

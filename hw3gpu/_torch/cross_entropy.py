@@ -111,14 +111,17 @@ def with_differentiable_statistics(
         if not (operators.traced(logits) or operators.transformed()):
             class_range.check_classes(target, logits.shape[class_axis(logits)], options.ignore_index)
         return cross_entropy_formula.loss_and_statistics(logits, target, weight, options, True)
-    found, sums = token_log_probs.with_sums(logits, target, 1.0, options.ignore_index, class_axis(logits))
+    axis = class_axis(logits)
+    found, sums = token_log_probs.with_sums(logits, target, 1.0 / options.logit_scale, options.ignore_index, axis)
     assert sums is not None
-    return of_token_log_probs(found, sums[3].view(target.shape), target, weight, options)
+    predicted = logits.detach().argmax(axis)
+    return of_token_log_probs(found, sums[3].view(target.shape), target, weight, options, predicted)
 
 
 def of_token_log_probs(
-    found: TokenLogProbs, below: Tensor, target: Tensor, weight: Tensor | None, options: Options
-) -> tuple[Tensor, CrossEntropyStatistics]:
+    found: TokenLogProbs, below: Tensor, target: Tensor, weight: Tensor | None, options: Options,
+    predicted: Tensor | None = None,
+) -> tuple[Tensor, CrossEntropyStatistics]:  # fmt: skip
     """(loss, CrossEntropyStatistics) of classes, from the three numbers of every row and z_target - max z."""
     target = target.long()  # in fewer bits PyTorch wraps the number that it is compared with, and takes uint8 for a mask
     kept, loss = target != options.ignore_index, -found.log_prob
@@ -128,7 +131,8 @@ def of_token_log_probs(
     if options.z_loss:
         loss = loss + options.z_loss * found.lse**2
     loss = cross_entropy_formula.reduced(loss, kept, target, weight, options)
-    return loss, CrossEntropyStatistics(found.lse, found.log_prob, found.entropy, (below == 0) & kept)
+    predicted = None if predicted is None else torch.where(kept, predicted, -1)
+    return loss, CrossEntropyStatistics(found.lse, found.log_prob, found.entropy, (below == 0) & kept, predicted)
 
 
 def _eager_with_graph(logits: Tensor, target: Tensor, rest: Rest, gradient: str) -> tuple[Tensor, Tensor | None]:
@@ -257,7 +261,9 @@ def _bound_call(
     """The `bound_launches.Call` of a call of `functional.cross_entropy`; None where it is not kept."""
     if arrays.on_host(logits) or not (type(options.ignore_index) is int and type(options.label_smoothing) is float):
         return None
-    if type(options.z_loss) is not float or not (options.softcap is None or type(options.softcap) is float):
+    if not type(options.z_loss) is type(options.logit_scale) is float or not (
+        options.softcap is None or type(options.softcap) is float
+    ):
         return None
     if weight is not None and not (getattr(weight, "dtype", None) is accumulate_dtype(logits) and weight.is_contiguous()):
         return None
@@ -434,6 +440,8 @@ def target_gradient(
     """∂loss/∂y_c = -w_c (1 - ε) log p_c for probabilities."""
     acc = numbers.dtype
     z = outputs.fold(logits, class_axis(logits)).to(acc)
+    if options.logit_scale != 1.0:
+        z = options.logit_scale * z
     if options.softcap is not None:
         z = options.softcap * (z / options.softcap).tanh()
     log_p = (z - numbers[0][:, None]) - numbers[1].log1p()[:, None]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .autograd import accumulate_dtype, gradients_with_a_graph, no_derivative
 
-NUMBERS = 5  # m, Σ exp(z - m) - 1, W, z_target - m, entropy; the first three are what the backward pass needs
+NUMBERS = 6  # m, Σ exp(z - m) - 1, W, z_target - m, entropy, argmax; the first three are what the backward pass needs
 
 
 class Options(NamedTuple):
@@ -24,6 +24,7 @@ class Options(NamedTuple):
     z_loss: float
     softcap: float | None
     zero_if_ignored: bool
+    logit_scale: float = 1.0
 
     @property
     def of_rows(self) -> dict[str, Any]:
@@ -33,11 +34,15 @@ class Options(NamedTuple):
             "label_smoothing": self.label_smoothing,
             "z_loss": self.z_loss,
             "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
         }
 
 
 # The fields of `Options` as an operator's schema has them.
-OPTIONS_SCHEMA = "str reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, bool zero_if_ignored"
+OPTIONS_SCHEMA = (
+    "str reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, bool zero_if_ignored, "
+    "float logit_scale"
+)
 
 
 class CrossEntropyStatistics(NamedTuple):
@@ -46,19 +51,22 @@ class CrossEntropyStatistics(NamedTuple):
     To differentiate one raises RuntimeError, unless they were asked for with `differentiable=True`; `.detach()` leaves the
     graph.
 
-    The shape is that of the loss of every row. Rows that are ignored have zeros, and are not `correct`.
+    The shape is that of the loss of every row. Rows that are ignored have zeros, are not `correct`, and are `predicted` -1.
 
     Attributes:
-        lse: log Σ exp z, of the capped logits where `softcap` is given.
+        lse: log Σ exp z, of the scaled and capped logits where `logit_scale` or `softcap` is given.
         log_prob: log p of the target class; None for probabilities.
         entropy: -Σ p log p.
         correct: True where no class has a larger logit than the target, which may tie with others; None for probabilities.
+        predicted: the class of the largest logit, the first of several, int64. 0 in a row with a NaN. None of
+            `linear_cross_entropy` with `differentiable=True`, of classes without label_smoothing and softcap.
     """
 
     lse: Tensor
     log_prob: Tensor | None
     entropy: Tensor
     correct: Tensor | None
+    predicted: Tensor | None
 
 
 def loss_shape(logits: Tensor) -> tuple[int, ...]:
@@ -73,13 +81,15 @@ def class_axis(logits: Tensor) -> int:
 
 def statistics(numbers: Tensor, shape: tuple[int, ...], V: int, target: Tensor, ignore_index: int) -> CrossEntropyStatistics:
     """What the `NUMBERS` of every row say; `shape` is that of the loss of every row."""
-    m, excess, _, below, entropy = numbers.reshape(NUMBERS, *shape).unbind()
+    m, excess, _, below, entropy, argmax = numbers.reshape(NUMBERS, *shape).unbind()
     log_total = excess.log1p()
+    predicted = argmax.long()
     if target.is_floating_point():
-        return CrossEntropyStatistics(m + log_total, None, entropy, None)
+        return CrossEntropyStatistics(m + log_total, None, entropy, None, predicted)
     target = target.long()  # in fewer bits PyTorch wraps the numbers that it is compared with
     known = (target != ignore_index) & (target >= 0) & (target < V)
-    return CrossEntropyStatistics(m + log_total, below - log_total, entropy, (below == 0) & known)
+    correct, predicted = (below == 0) & known, torch.where(known, predicted, -1)
+    return CrossEntropyStatistics(m + log_total, below - log_total, entropy, correct, predicted)
 
 
 def without_derivatives(statistics: CrossEntropyStatistics, *depends_on: Tensor | None) -> CrossEntropyStatistics:
@@ -101,16 +111,17 @@ def loss_and_statistics(
     if not stats:
         return loss, None
     axis = class_axis(logits)
+    predicted = z.detach().argmax(axis)
     lse, entropy = torch.logsumexp(z, axis), entropy_of(log_p, axis)
     if target.is_floating_point():
-        return loss, CrossEntropyStatistics(lse, None, entropy, None)
+        return loss, CrossEntropyStatistics(lse, None, entropy, None, predicted)
     target = target.long()
     kept = target != options.ignore_index
     at = torch.where(kept, target, 0).unsqueeze(axis)
     log_prob = log_p.gather(axis, at).squeeze(axis)
     correct = z.gather(axis, at).squeeze(axis) == z.amax(axis)
     lse, log_prob, entropy = (torch.where(kept, v, 0.0) for v in (lse, log_prob, entropy))
-    return loss, CrossEntropyStatistics(lse, log_prob, entropy, kept & correct)
+    return loss, CrossEntropyStatistics(lse, log_prob, entropy, kept & correct, torch.where(kept, predicted, -1))
 
 
 def entropy_of(log_p: Tensor, axis: int) -> Tensor:
@@ -132,6 +143,8 @@ def gradients(
 
 def _capped(logits: Tensor, options: Options) -> Tensor:
     z = logits.to(accumulate_dtype(logits))
+    if options.logit_scale != 1.0:
+        z = options.logit_scale * z
     return z if options.softcap is None else options.softcap * (z / options.softcap).tanh()
 
 

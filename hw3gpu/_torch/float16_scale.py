@@ -7,7 +7,7 @@ s dz and its products stay in float16's range, and 1/s is applied where numbers 
     |dz|₁ ≤ A = 2 |W'| (1 - p_t) + |2 ζ lse|,   W' = W + 2 ζ lse        a class, not smoothed
     |dz|₁ ≤ A = |W'| + |q|₁                                             else
 
-and for a chunk, with a the sums of A over the positions of each row,
+times the logits' scale, and for a chunk, with a the sums of A over the positions of each row,
 
     |s dz W| ≤ s max(a) max|W_cd|,   |s dzᵀ x| ≤ s |a|₂ max_d |x_d|₂  (Cauchy, Schwarz)
 
@@ -40,7 +40,7 @@ def largest_element(W: Tensor) -> Tensor:
 def of_chunk(part: Problem, loss: Tensor, numbers: Tensor, options: Options, largest: Tensor) -> Tensor:
     """1/s, (1,) in float32, of a chunk's problem, the loss and the numbers of its rows; `largest` is max |W_cd|."""
     a = _row_norms(part, loss, numbers, options)
-    a = torch.where(a.isfinite(), a, 0).sum(1)
+    a = options.logit_scale * torch.where(a.isfinite(), a, 0).sum(1)
     most, beside = a.max(), torch.linalg.vector_norm(part.x, dim=0, dtype=torch.float32)
     products = torch.stack([most * largest, torch.linalg.vector_norm(a) * (beside.max() if len(beside) else 0)])
     # where a product is infinite whatever s is, the others keep their digits

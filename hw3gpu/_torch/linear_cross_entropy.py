@@ -85,7 +85,7 @@ def with_differentiable_statistics(
         if not (operators.traced(problem.x) or operators.transformed()):
             class_range.check_classes(problem.target, problem.sizes[1], options.ignore_index)
         return formula(problem, options, True)
-    found, sums = linear_token_log_probs.with_sums(problem, 1.0, options.ignore_index, rows)
+    found, sums = linear_token_log_probs.with_sums(problem, 1.0 / options.logit_scale, options.ignore_index, rows)
     return of_token_log_probs(found, sums[3], problem.target, problem.weight, options)
 
 

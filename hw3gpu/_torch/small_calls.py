@@ -52,7 +52,9 @@ def cross_entropy_step(
     logits: Tensor, target: Tensor, weight: Tensor | None, upstream: float, options: Options, dlogits: Tensor | None = None
 ) -> tuple[Tensor, Tensor, int] | None:
     """The reduced loss, its gradient for an upstream number (into `dlogits` where given), and the first wrong row."""
-    if weight is not None or options.z_loss or options.softcap is not None or not _fit(logits, dlogits):
+    if weight is not None or options.z_loss or options.softcap is not None or options.logit_scale != 1.0:
+        return None
+    if not _fit(logits, dlogits):
         return None
     if target.dtype is not torch.int64 or not target.is_contiguous():
         return None

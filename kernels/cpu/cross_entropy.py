@@ -7,6 +7,7 @@ With class weights w (1 if there are none), label smoothing eps and target proba
     loss   = W (lse - m) - sum_c q_c (z_c - m) + zeta lse^2,       zeta the z-loss's factor, 0 * inf = 0
     dz_c   = g ((W + 2 zeta lse) p_c - q_c),   p_c = exp(z_c - m) / sum exp(z - m),   g = upstream / denominator
     softcap tau: z stands for tau tanh(z / tau) everywhere, and dz_c gains the factor 1 - (z_c / tau)^2
+    logit_scale kappa: z stands for kappa z everywhere, before the cap, and dz_c gains the factor kappa
 
     forward             reads z (and y)              1 pass  (2)
     backward            reads z (and y), writes dz   2 passes (3)
@@ -78,22 +79,23 @@ def forward(
     z, target, weight, loss, stats, invalid, *,
     total=None, denominator=None, row_weights=None, mean: bool = False, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """Loss per row and stats, (3, N, S) or (5, N, S): m, sum exp(z - m) - 1, W; z_target - m and entropy.
+    """Loss per row and stats, (3, N, S) or (6, N, S): m, sum exp(z - m) - 1, W; z_target - m, entropy and argmax.
 
     Where `total` is given, also sum loss, or its mean and as `denominator` what it is divided by (`reduce`). row_weights:
     memory that kernels on a GPU need.
     """
     _check(z, target, weight, loss)
-    assert stats.shape[0] in (3, 5), stats.shape
+    assert stats.shape[0] in (3, 6), stats.shape
     assert stats.shape[1:] == loss.shape, (stats.shape, loss.shape)
     rows, smoothing, soft = loss.size, float(label_smoothing), target.ndim == 3
     if soft and z.size == 0:
         loss.fill(0.0)
         stats.fill(0.0)
-    elif z_loss or softcap is not None or len(stats) > 3:
+    elif z_loss or softcap is not None or logit_scale != 1.0 or len(stats) > 3:
         rows_of = (z, target, weight, loss, stats, False, None, invalid, None, None, False)
-        _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap)
+        _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap, logit_scale)
     elif soft:
         of_classes, _ = _weights(weight, z, False)
         run(_soft_forward, rows, z.nbytes + target.nbytes, z, target, of_classes, loss, stats, smoothing)
@@ -123,6 +125,7 @@ def _never_zero(denominator, zero_if_ignored) -> None:
 def backward(
     z, target, weight, stats, upstream, denominator, dz, *, unless_one: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """dz from what `forward` saved, for any upstream gradient per row, divided by `denominator` where given.
 
@@ -134,10 +137,10 @@ def backward(
     if z.size == 0:
         return
     rows, smoothing, soft = stats[0].size, float(label_smoothing), target.ndim == 3
-    if z_loss or softcap is not None:
+    if z_loss or softcap is not None or logit_scale != 1.0:
         invalid = np.empty(1, np.int64)  # reported by the forward pass
         rows_of = (z, target, weight, np.empty_like(stats[0]), stats, True, dz, invalid, upstream, denominator, unless_one)
-        _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap)
+        _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap, logit_scale)
         return
     weight, _ = _weights(weight, z, smoothing != 0.0 and not soft)
     upstream = to_accumulate(upstream, upstream.size, weight.dtype, 1.0)
@@ -151,11 +154,12 @@ def backward(
 
 
 def forward_backward(
-    z, target, weight, loss, dz, invalid, *, stats=None, denominator=None,
+    z, target, weight, loss, dz, invalid, *, stats=None, upstream=None, denominator=None,
     total=None, mean: bool = False, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """Loss per row, stats where given, and the gradient for an upstream gradient of 1, over `denominator` where given.
+    """Loss per row, stats where given, and the gradient for an upstream gradient of 1, or (N, S), over `denominator`.
 
     Where `total` is given, also sum loss, or its mean: for hard targets over `denominator`, which `count` has found; for soft
     ones over their number, which is written there.
@@ -163,7 +167,9 @@ def forward_backward(
     if total is not None and mean and target.ndim == 3:
         count(target, weight, denominator, ignore_index=ignore_index, zero_if_ignored=zero_if_ignored)
     g = 1.0 if denominator is None else _quotient(1.0, denominator[0])
-    _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap)
+    g = g if upstream is None else g * upstream
+    options = ignore_index, label_smoothing, z_loss, softcap, logit_scale
+    _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, *options)
     if total is not None:
         _reduce_rows(loss, target, weight, total, np.empty(1, loss.dtype), mean, zero_if_ignored, ignore_index)
 
@@ -171,6 +177,7 @@ def forward_backward(
 def forward_backward_reduced(
     z, target, weight, result, dz, invalid, *, stats=None, upstream: float, mean: bool, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """The sum or the mean of the loss as `result` (1,), and dz for the upstream gradient of `result`; else `forward_backward`.
 
@@ -183,7 +190,8 @@ def forward_backward_reduced(
         count(target, weight, denominator, ignore_index=ignore_index, zero_if_ignored=zero_if_ignored)
     loss = np.empty((z.shape[0], z.shape[2]), result.dtype)
     g = _quotient(upstream, denominator[0])
-    _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap)
+    options = ignore_index, label_smoothing, z_loss, softcap, logit_scale
+    _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, *options)
     _divide(loss, denominator[0], result)
 
 
@@ -192,8 +200,10 @@ def _quotient(upstream, denominator) -> float:
     return float(upstream) / float(denominator) if denominator else math.inf
 
 
-def _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap) -> None:
-    """`forward_backward` for the upstream gradient `g` of every row's loss."""
+def _loss_and_gradient(
+    z, target, weight, loss, stats, dz, invalid, g, ignore_index, label_smoothing, z_loss, softcap, logit_scale
+) -> None:
+    """`forward_backward` for the upstream gradient `g` of every row's loss, a number or (N, S)."""
     _check(z, target, weight, loss)
     assert dz.shape == z.shape, (dz.shape, z.shape)
     assert stats is None or stats.shape[1:] == loss.shape, (stats.shape, loss.shape)
@@ -202,10 +212,10 @@ def _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_in
         loss.fill(0.0)
         if stats is not None:
             stats.fill(0.0)
-    elif z_loss or softcap is not None or stats is not None:
+    elif z_loss or softcap is not None or logit_scale != 1.0 or stats is not None or isinstance(g, np.ndarray):
         upstream = np.full(loss.shape, g, loss.dtype)
         rows_of = (z, target, weight, loss, stats, False, dz, invalid, upstream, None, False)
-        _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap)
+        _rows_with_options(*rows_of, ignore_index, smoothing, z_loss, softcap, logit_scale)
     elif soft:
         weight, _ = _weights(weight, z, False)
         cost = 2 * z.nbytes + target.nbytes
@@ -218,7 +228,7 @@ def _loss_and_gradient(z, target, weight, loss, stats, dz, invalid, g, ignore_in
 
 def _rows_with_options(
     z, target, weight, loss, stats, known, dz, invalid, upstream, denominator, unless_one,
-    ignore_index, smoothing, z_loss, softcap,
+    ignore_index, smoothing, z_loss, softcap, logit_scale,
 ) -> None:  # fmt: skip
     """Loss and stats (unless None, or known), and dz (unless None) by the kernels of `_cross_entropy.row_with_options`."""
     weight, _ = _weights(weight, z, True)
@@ -226,7 +236,7 @@ def _rows_with_options(
     dz = np.empty((0, 0, 0), z.dtype) if dz is None else dz
     upstream = to_accumulate(upstream, loss.size, weight.dtype, 1.0).reshape(loss.shape)
     denominator = np.ones(1, weight.dtype) if denominator is None else denominator
-    numbers = (float(smoothing), float(z_loss), 0.0 if softcap is None else float(softcap))
+    numbers = (float(smoothing), float(z_loss), 0.0 if softcap is None else float(softcap), float(logit_scale))
     cost, moves = z.nbytes + dz.nbytes, _GRADIENT if known else None
     if target.ndim == 3:
         of_probabilities = (z, target, weight, loss, stats, known, dz, upstream, denominator, unless_one)

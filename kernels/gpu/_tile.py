@@ -121,6 +121,16 @@ def max_with_rows(start, x, x_edges) -> tl.tensor:
 
 
 @triton.jit
+def min_with_rows(start, x, x_edges) -> tl.tensor:
+    """The minimum of `start` (R, 1), the rows of a tile x and their edges; x or x_edges may be None."""
+    if x is not None:
+        start = tl.minimum(start, tl.min(x, axis=1)[:, None])
+    if x_edges is not None:
+        start = tl.minimum(start, -_max_edges(-x_edges))
+    return start
+
+
+@triton.jit
 def _pointers(ptr, start, head, offset, lane, stride, MODE: tl.constexpr, GROUP: tl.constexpr) -> tl.tensor:
     if MODE == STRIDED:
         at = ptr + (start + (head + offset) * stride + lane.to(tl.int64) * stride)

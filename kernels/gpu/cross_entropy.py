@@ -5,6 +5,7 @@
     loss  = W (lse - m) - Σ_c q_c (z_c - m) + ζ lse²,         ζ the z-loss's factor, 0·∞ = 0
     dz_c  = g ((W + 2 ζ lse) p_c - q_c),   p_c = exp(z_c - m) / Σ exp(z - m),   g = upstream / denominator
     softcap τ: z stands for τ tanh(z/τ) everywhere, and dz_c gains the factor 1 - (z_c/τ)²
+    logit_scale κ: z stands for κ z everywhere, before the cap, and dz_c gains the factor κ
     source: docs/derivations.md, section 3
     bytes   forward: read z.  backward: read z, write dz.  forward_backward: read z, write dz; of a row that does not fit one
             program, the part beyond KEEP lanes is read twice, the second time from the far end back.  Soft targets: y is
@@ -41,6 +42,7 @@ def _call(z, target, dz, options) -> tuple[tuple[int, ...], Any, dict[str, Any]]
         "SOFT": soft,
         "DENSE": soft or smoothing != 0.0,
         "CAPPED": cap is not None,
+        "SCALED": options["logit_scale"] != 1.0,
         "Z_LOSS": options["z_loss"] != 0.0,
         "MODE": mode,
         "TARGET_MODE": operand_mode(1, z, target) if soft else _tile.STRIDED.value,
@@ -48,13 +50,15 @@ def _call(z, target, dz, options) -> tuple[tuple[int, ...], Any, dict[str, Any]]
         "GROUP": 16 // z.element_size(),
         "ACC": ACC[z.dtype],
     }
-    numbers = (smoothing, options["z_loss"], 1.0 if cap is None else cap)
+    numbers = (smoothing, options["z_loss"], 1.0 if cap is None else cap, options["logit_scale"])
     fixed = (options["ignore_index"], *(half for number in numbers for half in float_and_bits(number)))
     stride_t = target.stride() if soft else (target.stride(0), 0, target.stride(1))
     return (*z.stride(), *stride_t, *dz.stride()), fixed, constants
 
 
-def _launch_forward(z, target, weight, loss, stats, dz, invalid, denominator, reduced, options, row_weights=None) -> None:
+def _launch_forward(
+    z, target, weight, loss, stats, dz, invalid, denominator, reduced, options, row_weights=None, upstream=None
+) -> None:
     """Launches the forward kernel, with the gradient where dz is given.
 
     reduced: (total, denominator to write or None, whether the mean is asked for, what replaces a denominator of 0), or None
@@ -84,7 +88,7 @@ def _launch_forward(z, target, weight, loss, stats, dz, invalid, denominator, re
         row_weights = scratch(loss.dtype, z.device, N * S)
     launch(
         _forward_kernel, plan.grid(N * tiles),
-        z, given, weight, loss, stats, denominator, dz, invalid,
+        z, given, weight, loss, stats, upstream, denominator, dz, invalid,
         total, sum_of_weights, row_weights if weighed else None,
         None if total is None else counter(z.device),
         V, S, N * S, tiles, *fixed, if_none, *strides,
@@ -106,30 +110,39 @@ def forward(
     z, target, weight, loss, stats, invalid, *,
     total=None, denominator=None, row_weights=None, mean: bool = False, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """Loss per row (N, S), and stats (3, N, S) or (5, N, S), contiguous: m, Σ exp(z - m) - 1, W; z_target - m, entropy.
+    """Loss per row (N, S), and stats (3, N, S) or (6, N, S), contiguous: m, Σ exp(z - m) - 1, W; z_target - m, entropy, argmax.
 
     Where `total` is given, also Σ loss, or the mean and its `denominator`. row_weights: memory for one number a row.
     """
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
+    options = {
+        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap,
+        "logit_scale": logit_scale,
+    }  # fmt: skip
     reduced = None if total is None else (total, denominator, mean, _if_none(zero_if_ignored))
     _launch_forward(z, target, weight, loss, stats, None, invalid, None, reduced, options, row_weights)
 
 
 def forward_backward(
-    z, target, weight, loss, dz, invalid, *, stats=None, denominator=None,
+    z, target, weight, loss, dz, invalid, *, stats=None, upstream=None, denominator=None,
     total=None, mean: bool = False, zero_if_ignored: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """Loss per row, stats where given, and dz for an upstream gradient of 1, divided by `denominator` where given.
+    """Loss per row, stats where given, and dz for an upstream gradient of 1, or (N, S), contiguous, divided by `denominator`.
 
     Where `total` is given, also Σ loss or the mean. Hard targets: divided by `denominator`, which `count` has computed before.
     Soft targets: divided by the number of rows, which is written to `denominator`.
     """
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
+    options = {
+        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap,
+        "logit_scale": logit_scale,
+    }  # fmt: skip
     found = total is not None and mean and target.ndim == z.ndim
     reduced = None if total is None else (total, denominator if found else None, mean, _if_none(zero_if_ignored))
-    _launch_forward(z, target, weight, loss, stats, dz, invalid, None if found else denominator, reduced, options)
+    over = None if found else denominator
+    _launch_forward(z, target, weight, loss, stats, dz, invalid, over, reduced, options, upstream=upstream)
 
 
 def _if_none(zero_if_ignored) -> float:
@@ -140,6 +153,7 @@ def _if_none(zero_if_ignored) -> float:
 def backward(
     z, target, weight, stats, upstream, denominator, dz, *, unless_one: bool = False,
     ignore_index: int, label_smoothing: float, z_loss: float = 0.0, softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """dz from what `forward` saved, for an upstream gradient a row, divided by `denominator` where given.
 
@@ -147,7 +161,10 @@ def backward(
     """
     if not z.numel():
         return
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
+    options = {
+        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap,
+        "logit_scale": logit_scale,
+    }  # fmt: skip
     z, target, upstream, dz = (rows_along_s(x) for x in (z, target, upstream, dz))
     N, V, S = z.shape
     strides, fixed, constants = _call(z, target, dz, options)

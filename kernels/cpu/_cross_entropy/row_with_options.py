@@ -1,9 +1,9 @@
-"""Rows of cross entropy with everything that may be asked of them: z-loss, softcap, five statistics, and the gradient.
+"""Rows of cross entropy with everything that may be asked of them: z-loss, softcap, a scale, six statistics, and the gradient.
 
 `cross_entropy` has shorter loops for rows of which nothing of this is asked. Here each row is first made three adjacent rows
 of the precision of the sums, which stay in the nearest caches:
 
-    u_c = z_c, or tau tanh(z_c / tau),   q_c = what every class has of the target,   e_c = exp(u_c - m)
+    u_c = kappa z_c, or tau tanh(kappa z_c / tau),   q_c = what every class has of the target,   e_c = exp(u_c - m)
 
 so that class targets and probabilities share what follows. The backward pass takes m, sum e - 1 and W from `stats`.
 """
@@ -54,16 +54,17 @@ def _tanh(x) -> Callable[..., Any]:
 
 
 @inline
-def _logits(z, cap, u) -> None:
+def _logits(z, cap, logit_scale, u) -> None:
     """u from a row of logits; `cap` is 0 where there is none."""
     of = u.dtype.type
+    scale = of(logit_scale)
     if cap == 0.0:
         for c in range(z.size):
-            u[c] = load(z, c)
+            u[c] = scale * load(z, c)
     else:
         tau = of(cap)
         for c in range(z.size):
-            u[c] = tau * tanh(load(z, c) / tau)
+            u[c] = tau * tanh(scale * load(z, c) / tau)
 
 
 @inline
@@ -132,7 +133,21 @@ def _gradient(u, q, e, scale, z_loss_scale, g, cap, dz) -> None:
 
 
 @inline
-def _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz, row_stats, known) -> float:
+def _argmax(u, m) -> int:
+    """The first class whose logit is m, 0 in a row with a NaN."""
+    for first in range(0, u.size, CHUNK):
+        last, found = min(first + CHUNK, u.size), 0
+        for c in range(first, last):
+            found += u[c] == m
+        if found:
+            for c in range(first, last):
+                if u[c] == m:
+                    return c
+    return 0
+
+
+@inline
+def _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz, row_stats, known, statistics) -> float:
     """The loss of a row, its statistics, and dz where that is not empty. t is a class, or -1 where q is all there is.
 
     `known` statistics are taken as they are given, and the loss is not asked for: u may be a part of the row they are of.
@@ -157,6 +172,8 @@ def _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz, row_stats, known) -> fl
             loss += z_loss * lse * lse
         row_stats[0], row_stats[1], row_stats[2], row_stats[3] = m, sum_exp_minus_1, W, below
         row_stats[4] = log_total - spread / total
+        if statistics:
+            row_stats[5] = _argmax(u, m)
     if dz.size:
         of_lse = 2.0 * z_loss * lse if z_loss != 0.0 else 0.0
         _gradient(u, q, e, g * W / total, g * of_lse / total, g, cap, dz)
@@ -188,12 +205,12 @@ def _row_without_a_class(value, dz, row_stats) -> float:
 @kernel
 def hard_rows(
     first, last, z, target, weight, loss, stats, known, dz, invalid, upstream, denominator, unless_one,
-    ignore_index, smoothing, z_loss, cap,
+    ignore_index, smoothing, z_loss, cap, logit_scale,
 ) -> None:  # fmt: skip
     """Loss and statistics (as many rows of them as `stats` has) unless `known`, and dz unless that is empty, of classes."""
     V, S = z.shape[1], z.shape[2]
     u, q, e = np.empty(V, weight.dtype), np.empty(V, weight.dtype), exps_workspace(V, weight)
-    row_stats = np.empty(5)
+    row_stats = np.empty(6)
     z_scratch, dz_scratch = row_scratch(z), row_scratch(dz)
     _of_a_class(smoothing, weight, q)
     for row in range(first, last):
@@ -204,9 +221,9 @@ def hard_rows(
         dz_row = row_buffer(row_of(dz, n, s), dz_scratch) if dz.size else row_buffer(dz_scratch[:0], dz_scratch)
         if 0 <= t < V and t != ignore_index:
             _exchange(stats, n, s, row_stats, known, False)
-            _logits(gather(row_of(z, n, s), z_scratch), cap, u)
-            g, w_t = np.float64(upstream[n, s]) / denominator[0], np.float64(weight[t])
-            loss[n, s] = _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz_row, row_stats, known)
+            _logits(gather(row_of(z, n, s), z_scratch), cap, logit_scale, u)
+            g, w_t = np.float64(upstream[n, s]) / denominator[0] * logit_scale, np.float64(weight[t])
+            loss[n, s] = _row(u, q, e, t, w_t, smoothing, z_loss, cap, g, dz_row, row_stats, known, stats.shape[0] > 5)
         elif t == ignore_index:
             loss[n, s] = _row_without_a_class(0.0, dz_row, row_stats)
         else:
@@ -222,12 +239,13 @@ def hard_rows(
 
 @kernel
 def soft_rows(
-    first, last, z, y, weight, loss, stats, known, dz, upstream, denominator, unless_one, smoothing, z_loss, cap
+    first, last, z, y, weight, loss, stats, known, dz, upstream, denominator, unless_one, smoothing, z_loss, cap,
+    logit_scale,
 ) -> None:  # fmt: skip
     """As `hard_rows`, of probabilities."""
     V, S = z.shape[1], z.shape[2]
     u, q, e = np.empty(V, weight.dtype), np.empty(V, weight.dtype), exps_workspace(V, weight)
-    row_stats = np.empty(5)
+    row_stats = np.empty(6)
     z_scratch, y_scratch, dz_scratch = row_scratch(z), row_scratch(y), row_scratch(dz)
     for row in range(first, last):
         n, s = row // S, row % S
@@ -235,10 +253,10 @@ def soft_rows(
             continue
         dz_row = row_buffer(row_of(dz, n, s), dz_scratch) if dz.size else row_buffer(dz_scratch[:0], dz_scratch)
         _exchange(stats, n, s, row_stats, known, False)
-        _logits(gather(row_of(z, n, s), z_scratch), cap, u)
+        _logits(gather(row_of(z, n, s), z_scratch), cap, logit_scale, u)
         _of_probabilities(gather(row_of(y, n, s), y_scratch), smoothing, weight, q)
-        g = np.float64(upstream[n, s]) / denominator[0]
-        loss[n, s] = _row(u, q, e, -1, 0.0, smoothing, z_loss, cap, g, dz_row, row_stats, known)
+        g = np.float64(upstream[n, s]) / denominator[0] * logit_scale
+        loss[n, s] = _row(u, q, e, -1, 0.0, smoothing, z_loss, cap, g, dz_row, row_stats, known, stats.shape[0] > 5)
         _exchange(stats, n, s, row_stats, False, not known)
         if dz.size:
             scatter(row_of(dz, n, s), dz_scratch)

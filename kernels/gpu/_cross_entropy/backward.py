@@ -10,7 +10,8 @@ from .. import _tile
 from .._rows import as_acc, finite_base, log1p, rows_of_tile
 from .tile import dense, dense_at, hard_target, logits, logits_at, product_or_0
 
-OF_CALL = ["V", "S", "rows", "tiles", "columns", "per_program", "ignore_index", "smoothing_bits", "z_loss_bits", "cap_bits"]
+OF_CALL = ["V", "S", "rows", "tiles", "columns", "per_program", "ignore_index"]
+OF_CALL += ["smoothing_bits", "z_loss_bits", "cap_bits", "scale_bits"]
 
 
 # ---------------------------------------------------------------------------------------------- formula
@@ -86,9 +87,10 @@ def gradient(z, m, scale, z_loss_scale, q, lane, first, t, at_target, cap, CAPPE
 def _backward_kernel(
     z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr,
     V, S, rows, tiles, columns, per_program, ignore_index, smoothing, smoothing_bits, z_loss, z_loss_bits, cap, cap_bits,
+    logit_scale, scale_bits,
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds, stride_un, stride_us,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr,
-    Z_LOSS: tl.constexpr, UNLESS_ONE: tl.constexpr,
+    SCALED: tl.constexpr, Z_LOSS: tl.constexpr, UNLESS_ONE: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ) -> None:  # fmt: skip
     """dz_c = g ((W + 2 ζ lse) p_c - q_c) of each row, g = upstream / denominator, from the statistics of the forward pass.
@@ -99,7 +101,8 @@ def _backward_kernel(
     """
     pointers = z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr
     zeta, cap = as_acc(z_loss, z_loss_bits, ACC) if Z_LOSS else None, as_acc(cap, cap_bits, ACC)
-    numbers = V, S, rows, tiles, ignore_index, as_acc(smoothing, smoothing_bits, ACC), zeta, cap
+    logit_scale = as_acc(logit_scale, scale_bits, ACC) if SCALED else None
+    numbers = V, S, rows, tiles, ignore_index, as_acc(smoothing, smoothing_bits, ACC), zeta, cap, logit_scale
     strides = stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds
     strides_u = stride_un, stride_us
     pid = tl.program_id(0).to(tl.int64)
@@ -155,7 +158,7 @@ def _backward_tile(
 ) -> None:  # fmt: skip
     """The gradient of tile number `tile`: BLOCK_R rows, BLOCK_V lanes of each from lane `offset` on."""
     z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr = pointers
-    V, S, rows, tiles, ignore_index, epsilon, zeta, cap = numbers
+    V, S, rows, tiles, ignore_index, epsilon, zeta, cap, logit_scale = numbers
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds = strides
     stride_un, stride_us = strides_u
     EDGES: tl.constexpr = MODE == _tile.SHIFTED
@@ -168,10 +171,12 @@ def _backward_tile(
         live = live & (g != 1.0)
     if denominator_ptr is not None:
         g = g / tl.load(denominator_ptr).to(ACC)
+    if logit_scale is not None:
+        g *= logit_scale
     t, known, bad, w_t, z_t = None, live, None, None, None
     if not SOFT:
         t, known, bad, w_t = hard_target(target_ptr, n * stride_tn + s * stride_ts, weight_ptr, live, V, ignore_index, ACC)
-        z_t = logits_at(z_ptr, n * stride_zn + s * stride_zs + t * stride_zv, known, cap, CAPPED, ACC)
+        z_t = logits_at(z_ptr, n * stride_zn + s * stride_zs + t * stride_zv, known, cap, logit_scale, CAPPED, ACC)
         t, bad, w_t, z_t = t[:, None].to(tl.int32), bad[:, None], w_t[:, None], z_t[:, None]
     m = tl.load(stats_ptr + row, mask=known, other=0.0)[:, None]
     sum_exp_minus_1 = tl.load(stats_ptr + (row + rows), mask=known, other=0.0)[:, None]
@@ -194,7 +199,7 @@ def _backward_tile(
     # 3. read z, compute and store dz; the first column does the rows' edges too
     lane = tl.arange(0, BLOCK_V)[None, :]
     hi = _tile.count_in_tile(head, offset, V, known, BLOCK_V, MODE, GROUP)
-    z = logits(z_ptr, z_start, head, offset, lane, hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
+    z = logits(z_ptr, z_start, head, offset, lane, hi, stride_zv, cap, logit_scale, CAPPED, MODE, GROUP, ACC)
     q = None
     if DENSE:
         q = dense(
@@ -208,7 +213,7 @@ def _backward_tile(
     _tile.store(dz_ptr, d_start, head, offset, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
     if EDGES:
         c, inside = _tile.edges(head, V, known & first, GROUP)
-        z = logits_at(z_ptr, z_start + c, inside, cap, CAPPED, ACC)
+        z = logits_at(z_ptr, z_start + c, inside, cap, logit_scale, CAPPED, ACC)
         q = None
         if DENSE:
             q = dense_at(target_ptr, t_start, weight_ptr, c, inside, stride_tv, V, epsilon, SOFT, ACC)

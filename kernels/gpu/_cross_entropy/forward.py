@@ -10,6 +10,7 @@ from .._rows import as_acc, finite_base, log1p, rows_of_tile
 from .backward import at_target_of, gradient, scale_of, z_loss_scale_of
 from .reduction import is_last, leave, reduce_rows
 from .tile import (
+    NO_CLASS,
     accumulate,
     accumulate_lanes,
     dense,
@@ -22,30 +23,33 @@ from .tile import (
     product_or_0,
 )
 
-OF_CALL = ["V", "S", "rows", "tiles", "ignore_index", "smoothing_bits", "z_loss_bits", "cap_bits"]
+OF_CALL = ["V", "S", "rows", "tiles", "ignore_index", "smoothing_bits", "z_loss_bits", "cap_bits", "scale_bits"]
 
 
 @triton.jit(do_not_specialize=OF_CALL)
 def _forward_kernel(
-    z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, denominator_ptr, dz_ptr, invalid_ptr,
+    z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr, invalid_ptr,
     total_ptr, sum_of_weights_ptr, row_weight_ptr, arrived_ptr,
-    V, S, rows, tiles, ignore_index, smoothing, smoothing_bits, z_loss, z_loss_bits, cap, cap_bits, if_none,
+    V, S, rows, tiles, ignore_index, smoothing, smoothing_bits, z_loss, z_loss_bits, cap, cap_bits,
+    logit_scale, scale_bits, if_none,
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds,
     BLOCK_R: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
-    LOOP: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr, Z_LOSS: tl.constexpr,
-    MORE: tl.constexpr, MEAN: tl.constexpr,
+    LOOP: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
+    Z_LOSS: tl.constexpr, MORE: tl.constexpr, MEAN: tl.constexpr,
     MODE: tl.constexpr, TARGET_MODE: tl.constexpr, DZ_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ) -> None:  # fmt: skip
     """loss = W (lse - m) - Σ q (z - m) + ζ lse² of each row, its statistics, and dz where dz_ptr is given.
 
     Grid: one program a tile of BLOCK_R rows, or (LOOP) fewer programs that take tile after tile.
     Reads z (and soft targets y) once; where dz is written too, what lies beyond KEEP lanes twice. Writes loss (rows,), stats
-    (3 or 5, rows), dz. Where total_ptr is given, the last program to end adds up the losses of all rows, and their weights
+    (3 or 6, rows), dz. Where total_ptr is given, the last program to end adds up the losses of all rows, and their weights
     where row_weight_ptr is given.
     """
-    pointers = z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, denominator_ptr, dz_ptr, invalid_ptr, row_weight_ptr
+    of_gradient = upstream_ptr, denominator_ptr, dz_ptr
+    pointers = z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, of_gradient, invalid_ptr, row_weight_ptr
     zeta, cap = as_acc(z_loss, z_loss_bits, ACC) if Z_LOSS else None, as_acc(cap, cap_bits, ACC)
-    numbers = V, S, rows, tiles, ignore_index, as_acc(smoothing, smoothing_bits, ACC), zeta, cap
+    logit_scale = as_acc(logit_scale, scale_bits, ACC) if SCALED else None
+    numbers = V, S, rows, tiles, ignore_index, as_acc(smoothing, smoothing_bits, ACC), zeta, cap, logit_scale
     strides = stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds
     if LOOP:  # the next tile's rows are loaded while this tile is computed
         zero = tl.zeros([BLOCK_R, 1], tl.int64)
@@ -86,8 +90,9 @@ def _forward_tile(
     select it among the lanes, every lane's number would have to stay in a register. The same of this tile is returned. None
     where there is no loop, and the value is selected.
     """
-    z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, denominator_ptr, dz_ptr, invalid_ptr, row_weight_ptr = pointers
-    V, S, rows, tiles, ignore_index, epsilon, zeta, cap = numbers
+    z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, of_gradient, invalid_ptr, row_weight_ptr = pointers
+    upstream_ptr, denominator_ptr, dz_ptr = of_gradient
+    V, S, rows, tiles, ignore_index, epsilon, zeta, cap, logit_scale = numbers
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds = strides
     EDGES: tl.constexpr = MODE == _tile.SHIFTED
     LOADED: tl.constexpr = SOFT or weight_ptr is not None
@@ -101,7 +106,7 @@ def _forward_tile(
     q_t = tl.zeros([BLOCK_R, 1], ACC)
     if not SOFT:
         t, known, bad, w_t = hard_target(target_ptr, n * stride_tn + s * stride_ts, weight_ptr, s < S, V, ignore_index, ACC)
-        z_t = logits_at(z_ptr, n * stride_zn + s * stride_zs + t * stride_zv, known, cap, CAPPED, ACC)
+        z_t = logits_at(z_ptr, n * stride_zn + s * stride_zs + t * stride_zv, known, cap, logit_scale, CAPPED, ACC)
         tl.atomic_min(invalid_ptr + s * 0, row, mask=bad, sem="relaxed")
         if row_weight_ptr is not None:
             tl.store(row_weight_ptr + row, w_t, mask=s < S)
@@ -113,7 +118,7 @@ def _forward_tile(
     head = _tile.head_of(z_start, MODE, GROUP)
 
     # 2. one pass over z: the tail, each lane for itself, then the first KEEP lanes, which stay, and the row's edges
-    z, q, z_edges, q_edges = None, None, None, None
+    z, q, c, z_edges, q_edges, c_edges = None, None, None, None, None, None
     if FITS:
         sums = empty_sums(BLOCK_R, 0, ACC)
     else:
@@ -123,19 +128,20 @@ def _forward_tile(
         for i in tl.range(0, steps, num_stages=STAGES):
             offset = KEEP + i * BLOCK_V
             t_hi = _tile.count_in_tile(head, offset, V, known, BLOCK_V, MODE, GROUP)
-            z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
+            z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, logit_scale, CAPPED, MODE, GROUP, ACC)
             q_tail = None
             if DENSE:
                 q_tail = dense(
                     target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
                     SOFT, MODE, TARGET_MODE, GROUP, ACC,
                 )  # fmt: skip
-            lanes = accumulate_lanes(lanes, z_tail, q_tail, MORE, LOADED)
+            lanes = accumulate_lanes(lanes, z_tail, q_tail, head + offset + tail, MORE, LOADED)
         sums = merge(lanes, DENSE, MORE)
     if KEEP:
         lane = tl.arange(0, KEEP)[None, :]
+        c = head + lane
         hi = _tile.count_in_tile(head, 0, V, known, KEEP, MODE, GROUP)
-        z = logits(z_ptr, z_start, head, 0, lane, hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
+        z = logits(z_ptr, z_start, head, 0, lane, hi, stride_zv, cap, logit_scale, CAPPED, MODE, GROUP, ACC)
         q = None
         if DENSE:
             q = dense(
@@ -144,15 +150,15 @@ def _forward_tile(
             )  # fmt: skip
     if EDGES:
         c_edges, in_edges = _tile.edges(_tile.scalar_if_one(head), V, _tile.scalar_if_one(known), GROUP)
-        z_edges = logits_at(z_ptr, _tile.scalar_if_one(z_start) + c_edges, in_edges, cap, CAPPED, ACC)
+        z_edges = logits_at(z_ptr, _tile.scalar_if_one(z_start) + c_edges, in_edges, cap, logit_scale, CAPPED, ACC)
         q_edges = None
         if DENSE:
             q_edges = dense_at(
                 target_ptr, _tile.scalar_if_one(t_start), weight_ptr, c_edges, in_edges, stride_tv, V, epsilon, SOFT, ACC
             )  # fmt: skip
     if KEEP or EDGES:
-        sums = accumulate(sums, z, q, z_edges, q_edges, MORE, LOADED)
-    m, sum_exp_minus_1, in_dense, inner, spread = sums
+        sums = accumulate(sums, z, q, c, z_edges, q_edges, c_edges, MORE, LOADED)
+    m, sum_exp_minus_1, in_dense, inner, spread, argmax = sums
 
     # 3. loss and statistics
     W = q_t + in_dense
@@ -177,6 +183,8 @@ def _forward_tile(
             tl.store(stats_ptr + (row + 3 * rows), below, mask=live)
             entropy = log_total - spread / (1.0 + sum_exp_minus_1)
             tl.store(stats_ptr + (row + 4 * rows), tl.where(known, entropy, 0.0), mask=live)
+            argmax = tl.where(known & (argmax != NO_CLASS), argmax, 0)
+            tl.store(stats_ptr + (row + 5 * rows), argmax.to(ACC), mask=live)
 
     # 4. gradient: the KEEP lanes and the edges, then the tail again, from its end backwards
     if dz_ptr is not None:
@@ -185,6 +193,10 @@ def _forward_tile(
             g = 1.0 / tl.load(denominator_ptr).to(ACC)
         elif MEAN:  # of soft targets every row counts 1
             g = 1.0 / tl.cast(rows, ACC)
+        if logit_scale is not None:
+            g *= logit_scale
+        if upstream_ptr is not None:
+            g *= tl.load(upstream_ptr + row, mask=live, other=0.0).to(ACC)
         if DENSE:
             g = tl.where(known, g, 0.0)
             q *= g
@@ -212,7 +224,7 @@ def _forward_tile(
             for i in tl.range(0, steps, num_stages=STAGES):
                 offset = KEEP + (steps - 1 - i) * BLOCK_V
                 t_hi = _tile.count_in_tile(head, offset, V, known, BLOCK_V, MODE, GROUP)
-                z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, CAPPED, MODE, GROUP, ACC)
+                z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, logit_scale, CAPPED, MODE, GROUP, ACC)
                 q_tail = None
                 if DENSE:
                     q_tail = dense(

@@ -1,13 +1,14 @@
 """What the kernels of cross entropy do with a tile of logits: read targets, and add up the sums of a row.
 
-The sums of a row are a tuple (m, sum_exp_minus_1, dense, inner, spread) of columns (R, 1), or of (R, L) while each lane has
-its own:
+The sums of a row are a tuple (m, sum_exp_minus_1, dense, inner, spread, argmax) of columns (R, 1), or of (R, L) while each
+lane has its own:
 
     m                max z
     sum_exp_minus_1  Σ exp(z - m) - 1
     dense            Σ q             q: the dense part of the target, which every class has (smoothing, soft targets)
     inner            Σ q (z - m)
     spread           Σ exp(z - m) (z - m)            for the entropy
+    argmax           the first class whose logit is m
 
 Constants of the kernel (DENSE, MORE) say which of them are computed. The gradient is in `backward.py`.
 """
@@ -17,6 +18,8 @@ import triton.language as tl
 
 from .. import _tile
 from .._rows import empty_lanes, finite_base, merge_lanes, merged_sum_exp_minus_1
+
+NO_CLASS = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -57,20 +60,24 @@ def soft_cap(z, cap, ACC: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def logits(
-    z_ptr, start, head, offset, lane, hi, stride, cap,
+    z_ptr, start, head, offset, lane, hi, stride, cap, logit_scale,
     CAPPED: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """A tile of the logits of each row's body; -inf in lanes without a class, after the cap, which would make -cap of -inf."""
     z = _tile.load(z_ptr, start, head, offset, lane, hi, stride, float("-inf"), MODE, GROUP, ACC)
+    if logit_scale is not None:
+        z *= logit_scale
     if CAPPED:
         z = tl.where(_tile.inside(lane, hi, MODE, GROUP), soft_cap(z, cap, ACC), float("-inf"))
     return z
 
 
 @triton.jit
-def logits_at(z_ptr, at, inside, cap, CAPPED: tl.constexpr, ACC: tl.constexpr) -> tl.tensor:
+def logits_at(z_ptr, at, inside, cap, logit_scale, CAPPED: tl.constexpr, ACC: tl.constexpr) -> tl.tensor:
     """The logits at the offsets `at`; -inf where `inside` is false."""
     z = tl.load(z_ptr + at, mask=inside, other=float("-inf")).to(ACC)
+    if logit_scale is not None:
+        z *= logit_scale
     if CAPPED:
         z = tl.where(inside, soft_cap(z, cap, ACC), float("-inf"))
     return z
@@ -125,48 +132,52 @@ def empty_sums(R: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr) -> tuple[tl.
     else:
         zero = tl.zeros([R, 1], ACC)
         m, sum_exp_minus_1 = zero + float("-inf"), zero - 1.0
-    return m, sum_exp_minus_1, zero, zero, zero
+    return m, sum_exp_minus_1, zero, zero, zero, tl.full(zero.shape, NO_CLASS, tl.int32)
 
 
 @triton.jit
-def accumulate_lanes(sums, z, q, SPREAD: tl.constexpr, LOADED: tl.constexpr) -> tuple[tl.tensor, ...]:
-    """The sums of each lane after one more logit a lane; lanes do not meet, so no thread waits. LOADED: as in `accumulate`."""
-    m, sum_exp_minus_1, dense, inner, spread = sums
+def accumulate_lanes(sums, z, q, c, MORE: tl.constexpr, LOADED: tl.constexpr) -> tuple[tl.tensor, ...]:
+    """The sums of each lane after one more logit a lane, of the classes c; lanes do not meet, so no thread waits. LOADED: as in
+    `accumulate`."""
+    m, sum_exp_minus_1, dense, inner, spread, argmax = sums
     d = z - m
     e = tl.exp(-tl.abs(d))
     rises = z > m
     if q is not None:
         inner += tl.where(rises, -product_or_0(dense, d), product_or_0(q, d))
         dense += q if LOADED else tl.where(d == d, q, 0.0)
-    if SPREAD:
+    if MORE:
         spread = tl.where(rises, product_or_0(e, spread - (1.0 + sum_exp_minus_1) * d), spread + product_or_0(e, d))
-    return tl.maximum(m, z), tl.where(rises, sum_exp_minus_1 * e, sum_exp_minus_1) + e, dense, inner, spread
+        argmax = tl.where(rises, c, argmax)
+    return tl.maximum(m, z), tl.where(rises, sum_exp_minus_1 * e, sum_exp_minus_1) + e, dense, inner, spread, argmax
 
 
 @triton.jit
-def merge(sums, DENSE: tl.constexpr, SPREAD: tl.constexpr) -> tuple[tl.tensor, ...]:
+def merge(sums, DENSE: tl.constexpr, MORE: tl.constexpr) -> tuple[tl.tensor, ...]:
     """The sums of each row from those of its lanes."""
-    m, sum_exp_minus_1, dense, inner, spread = sums
+    m, sum_exp_minus_1, dense, inner, spread, argmax = sums
     top, total, shrunk = merge_lanes(m, sum_exp_minus_1)
     moved = m - finite_base(top)
     zero = tl.zeros_like(top)
-    in_dense, in_inner, in_spread = zero, zero, zero
+    in_dense, in_inner, in_spread, in_argmax = zero, zero, zero, zero.to(tl.int32)
     if DENSE:
         in_dense = tl.sum(dense, axis=1)[:, None]
         in_inner = tl.sum(inner + product_or_0(dense, moved), axis=1)[:, None]
-    if SPREAD:
+    if MORE:
         in_spread = tl.sum(product_or_0(shrunk, spread + product_or_0(1.0 + sum_exp_minus_1, moved)), axis=1)[:, None]
-    return top, total, in_dense, in_inner, in_spread
+        in_argmax = tl.min(tl.where(m == top, argmax, NO_CLASS), axis=1)[:, None]
+    return top, total, in_dense, in_inner, in_spread, in_argmax
 
 
 @triton.jit
-def accumulate(sums, z, q, z_edges, q_edges, SPREAD: tl.constexpr, LOADED: tl.constexpr) -> tuple[tl.tensor, ...]:
-    """The sums of rows after one more tile of logits z and the rows' edges z_edges; either may be None, and so may q.
+def accumulate(sums, z, q, c, z_edges, q_edges, c_edges, MORE: tl.constexpr, LOADED: tl.constexpr) -> tuple[tl.tensor, ...]:
+    """The sums of rows after one more tile of logits z and the rows' edges z_edges, of the classes c and c_edges; either may be
+    None, and so may q.
 
     LOADED: q is read from memory. Else it is a constant, and is tied to z so that the compiler does not lay it out whole in
     every thread.
     """
-    m, sum_exp_minus_1, dense, inner, spread = sums
+    m, sum_exp_minus_1, dense, inner, spread, argmax = sums
     top = _tile.max_with_rows(m, z, z_edges)
     base = finite_base(top)
     moved = finite_base(m) - base
@@ -182,11 +193,16 @@ def accumulate(sums, z, q, z_edges, q_edges, SPREAD: tl.constexpr, LOADED: tl.co
         if not LOADED and q is not None:  # d == d is false for a NaN only, and then the whole row is NaN
             q = tl.where(d == d, q, 0.0)
         dense = _tile.add_row_sums(dense, q, q_edges)
-    if SPREAD:
+    if MORE:
         shrunk = tl.where(top > m, tl.exp(m - base), 1.0)
         spread = shrunk * (spread + (1.0 + sum_exp_minus_1) * moved)
         spread = _plus_products(spread, e, d, e_edges, d_edges)
-    return top, merged_sum_exp_minus_1(m, sum_exp_minus_1, top, e, e_edges), dense, inner, spread
+        argmax = tl.where(m == top, argmax, NO_CLASS)
+        if z is not None:
+            argmax = _tile.min_with_rows(argmax, tl.where(z == top, c, NO_CLASS), None)
+        if z_edges is not None:
+            argmax = _tile.min_with_rows(argmax, None, tl.where(z_edges == _tile.scalar_if_one(top), c_edges, NO_CLASS))
+    return top, merged_sum_exp_minus_1(m, sum_exp_minus_1, top, e, e_edges), dense, inner, spread, argmax
 
 
 @triton.jit
