@@ -52,6 +52,7 @@ __all__ = [
     "minor_components",
     "moments",
     "nn",
+    "patch_transformers",
     "points_with_moments",
     "softmax",
     "softmax_backward",
@@ -66,4 +67,6 @@ _ON_FIRST_USE = ("distributed", "functional", "nn")
 def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "patch_transformers":
+        return importlib.import_module(f"{__name__}._nn.transformers").patch_transformers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
