@@ -19,8 +19,8 @@ from hw3gpu._torch import softmax as softmax_room
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-PLAIN = ("mean", -100, 0.0, 0.0, None, False)
-EVERYTHING = ("none", -100, 0.1, 0.01, 4.0, True)
+PLAIN = ("mean", -100, 0.0, 0.0, None, False, 1.0)
+EVERYTHING = ("none", -100, 0.1, 0.01, 4.0, True, 0.7)
 
 
 def logits(rng, device, shape=(4, 6), dtype="float64", grad=True):
@@ -45,7 +45,7 @@ def test_operators_keep_the_rules_of_torch_library(device, rng, soft, options, l
     z = layout_of(logits(rng, device, (3, 6, 4), dtype).detach(), layout).requires_grad_()
     target = z.detach().softmax(1) if soft else classes(rng, device, (3, 4))
     compiled = (soft, options, layout, dtype) in COMPILED
-    opcheck(loss_room.FORWARD, (z, target, None, 5, *options), compiled)
+    opcheck(loss_room.FORWARD, (z, target, None, loss_room.NUMBERS, *options), compiled)
     loss, stats, denominator = loss_room.FORWARD(z.detach(), target, None, 3, *options)
     over = denominator if options[0] == "mean" else None
     given = (torch.ones_like(loss), z.detach(), target, None, stats, over)

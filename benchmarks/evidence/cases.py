@@ -71,7 +71,7 @@ def _cross_entropy_case(
         z, dz = _rows(shape, dtype, strided), _rows(shape, dtype, strided)
         target = _rows(shape, dtype, strided) if loss.soft else _meta((N, S), torch.int64)
         weight = _meta((V,), acc) if loss.more else None
-        losses, stats = _meta((N, S), acc), _meta((5 if loss.more else 3, N, S), acc)
+        losses, stats = _meta((N, S), acc), _meta((6 if loss.more else 3, N, S), acc)
         one, invalid = _meta((1,), acc), _meta((1,), torch.int64)
         reduced: dict[str, Any] = {"total": one, "denominator": one, "mean": True}
         options: dict[str, Any] = {
