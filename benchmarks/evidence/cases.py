@@ -59,7 +59,7 @@ class Loss:
     soft: bool = False
     smoothing: float = 0.0
     softcap: float | None = None
-    more: bool = False  # class weights, z-loss, a denominator and all statistics of the rows
+    more: bool = False  # class weights, z-loss, a scale, upstream gradients, a denominator and all statistics of the rows
 
 
 def _cross_entropy_case(
@@ -75,10 +75,11 @@ def _cross_entropy_case(
         one, invalid = _meta((1,), acc), _meta((1,), torch.int64)
         reduced: dict[str, Any] = {"total": one, "denominator": one, "mean": True}
         options: dict[str, Any] = {
-            "ignore_index": -100, "label_smoothing": loss.smoothing, "z_loss": 1e-4 * loss.more, "softcap": loss.softcap
+            "ignore_index": -100, "label_smoothing": loss.smoothing, "z_loss": 1e-4 * loss.more, "softcap": loss.softcap,
+            "logit_scale": 0.7 if loss.more else 1.0,
         }  # fmt: skip
         if at_once:
-            extras: dict[str, Any] = {"stats": stats, **reduced} if loss.more else {}
+            extras: dict[str, Any] = {"stats": stats, "upstream": losses, **reduced} if loss.more else {}
             cross_entropy.forward_backward(z, target, weight, losses, dz, invalid, **extras, **options)
         else:
             cross_entropy.forward(z, target, weight, losses, stats, invalid, **reduced, **options)
