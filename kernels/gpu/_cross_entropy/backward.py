@@ -100,9 +100,9 @@ def _backward_kernel(
     UNLESS_ONE: dz holds the gradient for an upstream of 1, and only the rows with another upstream are computed again.
     """
     pointers = z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr
-    zeta, cap = as_acc(z_loss, z_loss_bits, ACC) if Z_LOSS else None, as_acc(cap, cap_bits, ACC)
-    logit_scale = as_acc(logit_scale, scale_bits, ACC) if SCALED else None
-    numbers = V, S, rows, tiles, ignore_index, as_acc(smoothing, smoothing_bits, ACC), zeta, cap, logit_scale
+    zeta, kappa = as_acc(z_loss, z_loss_bits, ACC) if Z_LOSS else None, as_acc(logit_scale, scale_bits, ACC) if SCALED else None
+    cap = as_acc(cap, cap_bits, ACC)
+    numbers = V, S, rows, tiles, ignore_index, as_acc(smoothing, smoothing_bits, ACC), zeta, cap, kappa
     strides = stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds
     strides_u = stride_un, stride_us
     pid = tl.program_id(0).to(tl.int64)
@@ -158,7 +158,7 @@ def _backward_tile(
 ) -> None:  # fmt: skip
     """The gradient of tile number `tile`: BLOCK_R rows, BLOCK_V lanes of each from lane `offset` on."""
     z_ptr, target_ptr, weight_ptr, stats_ptr, upstream_ptr, denominator_ptr, dz_ptr = pointers
-    V, S, rows, tiles, ignore_index, epsilon, zeta, cap, logit_scale = numbers
+    V, S, rows, tiles, ignore_index, epsilon, zeta, cap, kappa = numbers
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds = strides
     stride_un, stride_us = strides_u
     EDGES: tl.constexpr = MODE == _tile.SHIFTED
@@ -171,12 +171,12 @@ def _backward_tile(
         live = live & (g != 1.0)
     if denominator_ptr is not None:
         g = g / tl.load(denominator_ptr).to(ACC)
-    if logit_scale is not None:
-        g *= logit_scale
+    if kappa is not None:
+        g *= kappa
     t, known, bad, w_t, z_t = None, live, None, None, None
     if not SOFT:
         t, known, bad, w_t = hard_target(target_ptr, n * stride_tn + s * stride_ts, weight_ptr, live, V, ignore_index, ACC)
-        z_t = logits_at(z_ptr, n * stride_zn + s * stride_zs + t * stride_zv, known, cap, logit_scale, CAPPED, ACC)
+        z_t = logits_at(z_ptr, n * stride_zn + s * stride_zs + t * stride_zv, known, cap, kappa, CAPPED, ACC)
         t, bad, w_t, z_t = t[:, None].to(tl.int32), bad[:, None], w_t[:, None], z_t[:, None]
     m = tl.load(stats_ptr + row, mask=known, other=0.0)[:, None]
     sum_exp_minus_1 = tl.load(stats_ptr + (row + rows), mask=known, other=0.0)[:, None]
@@ -199,7 +199,7 @@ def _backward_tile(
     # 3. read z, compute and store dz; the first column does the rows' edges too
     lane = tl.arange(0, BLOCK_V)[None, :]
     hi = _tile.count_in_tile(head, offset, V, known, BLOCK_V, MODE, GROUP)
-    z = logits(z_ptr, z_start, head, offset, lane, hi, stride_zv, cap, logit_scale, CAPPED, MODE, GROUP, ACC)
+    z = logits(z_ptr, z_start, head, offset, lane, hi, stride_zv, cap, kappa, CAPPED, MODE, GROUP, ACC)
     q = None
     if DENSE:
         q = dense(
@@ -213,7 +213,7 @@ def _backward_tile(
     _tile.store(dz_ptr, d_start, head, offset, lane, hi, dz, stride_dv, DZ_MODE, GROUP)
     if EDGES:
         c, inside = _tile.edges(head, V, known & first, GROUP)
-        z = logits_at(z_ptr, z_start + c, inside, cap, logit_scale, CAPPED, ACC)
+        z = logits_at(z_ptr, z_start + c, inside, cap, kappa, CAPPED, ACC)
         q = None
         if DENSE:
             q = dense_at(target_ptr, t_start, weight_ptr, c, inside, stride_tv, V, epsilon, SOFT, ACC)

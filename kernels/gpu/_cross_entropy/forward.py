@@ -47,9 +47,9 @@ def _forward_kernel(
     """
     of_gradient = upstream_ptr, denominator_ptr, dz_ptr
     pointers = z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, of_gradient, invalid_ptr, row_weight_ptr
-    zeta, cap = as_acc(z_loss, z_loss_bits, ACC) if Z_LOSS else None, as_acc(cap, cap_bits, ACC)
-    logit_scale = as_acc(logit_scale, scale_bits, ACC) if SCALED else None
-    numbers = V, S, rows, tiles, ignore_index, as_acc(smoothing, smoothing_bits, ACC), zeta, cap, logit_scale
+    zeta, kappa = as_acc(z_loss, z_loss_bits, ACC) if Z_LOSS else None, as_acc(logit_scale, scale_bits, ACC) if SCALED else None
+    cap = as_acc(cap, cap_bits, ACC)
+    numbers = V, S, rows, tiles, ignore_index, as_acc(smoothing, smoothing_bits, ACC), zeta, cap, kappa
     strides = stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds
     if LOOP:  # the next tile's rows are loaded while this tile is computed
         zero = tl.zeros([BLOCK_R, 1], tl.int64)
@@ -92,7 +92,7 @@ def _forward_tile(
     """
     z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, of_gradient, invalid_ptr, row_weight_ptr = pointers
     upstream_ptr, denominator_ptr, dz_ptr = of_gradient
-    V, S, rows, tiles, ignore_index, epsilon, zeta, cap, logit_scale = numbers
+    V, S, rows, tiles, ignore_index, epsilon, zeta, cap, kappa = numbers
     stride_zn, stride_zv, stride_zs, stride_tn, stride_tv, stride_ts, stride_dn, stride_dv, stride_ds = strides
     EDGES: tl.constexpr = MODE == _tile.SHIFTED
     LOADED: tl.constexpr = SOFT or weight_ptr is not None
@@ -106,7 +106,7 @@ def _forward_tile(
     q_t = tl.zeros([BLOCK_R, 1], ACC)
     if not SOFT:
         t, known, bad, w_t = hard_target(target_ptr, n * stride_tn + s * stride_ts, weight_ptr, s < S, V, ignore_index, ACC)
-        z_t = logits_at(z_ptr, n * stride_zn + s * stride_zs + t * stride_zv, known, cap, logit_scale, CAPPED, ACC)
+        z_t = logits_at(z_ptr, n * stride_zn + s * stride_zs + t * stride_zv, known, cap, kappa, CAPPED, ACC)
         tl.atomic_min(invalid_ptr + s * 0, row, mask=bad, sem="relaxed")
         if row_weight_ptr is not None:
             tl.store(row_weight_ptr + row, w_t, mask=s < S)
@@ -128,7 +128,7 @@ def _forward_tile(
         for i in tl.range(0, steps, num_stages=STAGES):
             offset = KEEP + i * BLOCK_V
             t_hi = _tile.count_in_tile(head, offset, V, known, BLOCK_V, MODE, GROUP)
-            z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, logit_scale, CAPPED, MODE, GROUP, ACC)
+            z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, kappa, CAPPED, MODE, GROUP, ACC)
             q_tail = None
             if DENSE:
                 q_tail = dense(
@@ -141,7 +141,7 @@ def _forward_tile(
         lane = tl.arange(0, KEEP)[None, :]
         c = head + lane
         hi = _tile.count_in_tile(head, 0, V, known, KEEP, MODE, GROUP)
-        z = logits(z_ptr, z_start, head, 0, lane, hi, stride_zv, cap, logit_scale, CAPPED, MODE, GROUP, ACC)
+        z = logits(z_ptr, z_start, head, 0, lane, hi, stride_zv, cap, kappa, CAPPED, MODE, GROUP, ACC)
         q = None
         if DENSE:
             q = dense(
@@ -150,7 +150,7 @@ def _forward_tile(
             )  # fmt: skip
     if EDGES:
         c_edges, in_edges = _tile.edges(_tile.scalar_if_one(head), V, _tile.scalar_if_one(known), GROUP)
-        z_edges = logits_at(z_ptr, _tile.scalar_if_one(z_start) + c_edges, in_edges, cap, logit_scale, CAPPED, ACC)
+        z_edges = logits_at(z_ptr, _tile.scalar_if_one(z_start) + c_edges, in_edges, cap, kappa, CAPPED, ACC)
         q_edges = None
         if DENSE:
             q_edges = dense_at(
@@ -193,8 +193,8 @@ def _forward_tile(
             g = 1.0 / tl.load(denominator_ptr).to(ACC)
         elif MEAN:  # of soft targets every row counts 1
             g = 1.0 / tl.cast(rows, ACC)
-        if logit_scale is not None:
-            g *= logit_scale
+        if kappa is not None:
+            g *= kappa
         if upstream_ptr is not None:
             g *= tl.load(upstream_ptr + row, mask=live, other=0.0).to(ACC)
         if DENSE:
@@ -224,7 +224,7 @@ def _forward_tile(
             for i in tl.range(0, steps, num_stages=STAGES):
                 offset = KEEP + (steps - 1 - i) * BLOCK_V
                 t_hi = _tile.count_in_tile(head, offset, V, known, BLOCK_V, MODE, GROUP)
-                z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, logit_scale, CAPPED, MODE, GROUP, ACC)
+                z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, kappa, CAPPED, MODE, GROUP, ACC)
                 q_tail = None
                 if DENSE:
                     q_tail = dense(

@@ -60,24 +60,24 @@ def soft_cap(z, cap, ACC: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def logits(
-    z_ptr, start, head, offset, lane, hi, stride, cap, logit_scale,
+    z_ptr, start, head, offset, lane, hi, stride, cap, kappa,
     CAPPED: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """A tile of the logits of each row's body; -inf in lanes without a class, after the cap, which would make -cap of -inf."""
     z = _tile.load(z_ptr, start, head, offset, lane, hi, stride, float("-inf"), MODE, GROUP, ACC)
-    if logit_scale is not None:
-        z *= logit_scale
+    if kappa is not None:
+        z *= kappa
     if CAPPED:
         z = tl.where(_tile.inside(lane, hi, MODE, GROUP), soft_cap(z, cap, ACC), float("-inf"))
     return z
 
 
 @triton.jit
-def logits_at(z_ptr, at, inside, cap, logit_scale, CAPPED: tl.constexpr, ACC: tl.constexpr) -> tl.tensor:
+def logits_at(z_ptr, at, inside, cap, kappa, CAPPED: tl.constexpr, ACC: tl.constexpr) -> tl.tensor:
     """The logits at the offsets `at`; -inf where `inside` is false."""
     z = tl.load(z_ptr + at, mask=inside, other=float("-inf")).to(ACC)
-    if logit_scale is not None:
-        z *= logit_scale
+    if kappa is not None:
+        z *= kappa
     if CAPPED:
         z = tl.where(inside, soft_cap(z, cap, ACC), float("-inf"))
     return z
@@ -179,6 +179,12 @@ def accumulate(sums, z, q, c, z_edges, q_edges, c_edges, MORE: tl.constexpr, LOA
     """
     m, sum_exp_minus_1, dense, inner, spread, argmax = sums
     top = _tile.max_with_rows(m, z, z_edges)
+    if MORE:
+        argmax = tl.where(m == top, argmax, NO_CLASS)
+        if z is not None:
+            argmax = _tile.min_with_rows(argmax, tl.where(z == top, c, NO_CLASS), None)
+        if z_edges is not None:
+            argmax = _tile.min_with_rows(argmax, None, tl.where(z_edges == _tile.scalar_if_one(top), c_edges, NO_CLASS))
     base = finite_base(top)
     moved = finite_base(m) - base
     d, d_edges, e, e_edges = None, None, None, None
@@ -197,11 +203,6 @@ def accumulate(sums, z, q, c, z_edges, q_edges, c_edges, MORE: tl.constexpr, LOA
         shrunk = tl.where(top > m, tl.exp(m - base), 1.0)
         spread = shrunk * (spread + (1.0 + sum_exp_minus_1) * moved)
         spread = _plus_products(spread, e, d, e_edges, d_edges)
-        argmax = tl.where(m == top, argmax, NO_CLASS)
-        if z is not None:
-            argmax = _tile.min_with_rows(argmax, tl.where(z == top, c, NO_CLASS), None)
-        if z_edges is not None:
-            argmax = _tile.min_with_rows(argmax, None, tl.where(z_edges == _tile.scalar_if_one(top), c_edges, NO_CLASS))
     return top, merged_sum_exp_minus_1(m, sum_exp_minus_1, top, e, e_edges), dense, inner, spread, argmax
 
 
