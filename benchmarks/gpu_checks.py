@@ -189,15 +189,32 @@ def _known_statistics(
 
 
 def _linear_cross_entropy(row: Row, given: Inputs, ours: Any, eager: Any) -> Iterator[Output]:
-    """Of all rows, by PyTorch's float64 on the device: the answer sheet has no product."""
-    x, weight = (t.detach().double().requires_grad_() for t in given.leaves)
+    """Of all rows, by PyTorch's float64 on the device: the answer sheet has no product.
+
+    The bound is that of three products, each summed in any order (`_error_bounds.sum_of_products`): logits z = x Wᵀ, whose
+    roundings δz move p by p (δz + Σ p δz), and dx = dz W, dW = dzᵀ x.
+    """
+    x, weight = (t.detach().double() for t in given.leaves)
     assert given.target is not None
-    loss = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, weight), given.target)
-    exact = torch.autograd.grad(loss, (x, weight))
-    yield Output("loss", ours[0].detach(), to_numpy(loss), eager[0].detach(), 0.0)
-    for name, mine, sheet, theirs in zip(("dx", "dW"), ours[1], exact, eager[1], strict=True):
+    N, V, u = len(x), len(weight), _error_bounds.unit_roundoff(arrays.accumulate_dtype(given.x))
+    z = x @ weight.T
+    of_z = u * (x.shape[1] + 1) * (x.abs() @ weight.abs().T)  # those of the sums
+    of_z += torch.finfo(given.x.dtype).eps / 2 * z.abs()  # and of logits that are kept in the dtype of x
+    loss = torch.nn.functional.cross_entropy(z, given.target)
+    of_loss = to_numpy(2.0 * of_z.max() + u * (V + N) * loss.abs())
+    yield Output("loss", ours[0].detach(), to_numpy(loss), eager[0].detach(), of_loss)
+    p = torch.softmax(z, 1)
+    of_z = p * (of_z + (p * of_z).sum(1, keepdim=True) + u * (V + 4)) / N
+    p[torch.arange(N, device=p.device), given.target] -= 1.0
+    dz = p.div_(N)
+    of_dz = of_z + (u + torch.finfo(given.x.dtype).eps / 2) * dz.abs()
+    exact = dz @ weight, dz.T @ x
+    bounds = (of_dz @ weight.abs() + u * (V + 1) * (dz.abs() @ weight.abs()),
+              of_dz.T @ x.abs() + u * (N + 1) * (dz.abs().T @ x.abs()))  # fmt: skip
+    for name, mine, sheet, theirs, bound in zip(("dx", "dW"), ours[1], exact, eager[1], bounds, strict=True):
         index = _few(len(sheet))
-        yield Output(name, _rows_of(mine, index), to_numpy(_rows_of(sheet, index)), _rows_of(theirs, index), 0.0)
+        held = (to_numpy(_rows_of(of, index)) for of in (sheet, bound))
+        yield Output(name, _rows_of(mine, index), next(held), _rows_of(theirs, index), next(held))
 
 
 _OUTPUTS: dict[str, Callable[[Row, Inputs, Any, Any], Iterator[Output]]] = {
