@@ -116,6 +116,21 @@ def test_forward_and_backward_of_the_public_function(dtype, reduction, gradient,
     torch.testing.assert_close(z.grad.double(), exact.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("extra", ["token_weight", "normalizer", "logit_scale", "predicted"])
+def test_numbers_of_rows_and_a_scale_cost_no_pass(extra):
+    z, target = logits(16384, torch.bfloat16)[..., 0].requires_grad_(), torch.randint(16384, (3,))
+    given = {"token_weight": torch.rand(3), "normalizer": torch.tensor(7), "logit_scale": 0.3, "predicted": None}[extra]
+    options = {"return_stats": True} if given is None else {extra: given, "loss_dtype": torch.float32}
+
+    def step():
+        found = HF.cross_entropy(z, target, **options)
+        (found if given is not None else found[0]).backward()
+
+    with use_backend("gpu"):
+        passes = bytes_asked(step) / (z.numel() * z.element_size())
+    assert 2.95 <= passes <= 3.02
+
+
 @pytest.mark.parametrize("V", [1001, 65536])
 def test_token_log_probs_of_the_public_function(V):
     """Gradients of all three: no pass more than cross entropy's, forward 1 read, backward 1 read and 1 write."""

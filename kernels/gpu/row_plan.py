@@ -41,8 +41,8 @@ def resident_lanes(extra_per_lane: int, itemsize: int, mode: int) -> int:
     """The most lanes of a row that can stay in registers without a spill.
 
     extra_per_lane: how many numbers a lane the kernel keeps beside exp(z): 0 softmax, cross entropy of hard targets; 1 softmax
-    backward, soft targets or smoothing, a softcap alone; 2 soft targets or smoothing with the rows' statistics or a softcap;
-    3 a divergence of two rows.
+    backward, soft targets or smoothing, a softcap, or the rows' statistics beside a gradient alone; 2 soft targets or smoothing
+    with the rows' statistics or a softcap; 3 a divergence of two rows.
     """
     if mode == STRIDED:
         return 8192 if not extra_per_lane else 2048 if itemsize == 8 else 4096
