@@ -9,7 +9,7 @@ Importing this package loads none of torch, triton, cupy and numba.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._array_functions.batch_norm import BatchNorm, BatchNormGradients, batch_norm, batch_norm_backward
 from ._array_functions.points import MomentAccumulator, Moments, moments, points_with_moments
@@ -26,6 +26,9 @@ from ._array_functions.trace import TraceMinimum, minimize_trace, minor_componen
 from ._core.dispatch import BackendError, use_backend
 from ._core.pool import empty_cache
 from ._explain import Explanation, explain
+
+if TYPE_CHECKING:  # for those who read the source: it is imported on first use
+    from ._nn.transformers import patch_transformers
 
 __version__ = "0.2.0"
 

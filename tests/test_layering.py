@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "distributed": {"_core", "_torch", "functional"},
     "_nn": {"_core", "_torch", "_nn", "functional", "distributed"},
     "nn": {"_nn", "functional", "_array_functions.shapes"},
-    "__init__": {"_core", "_explain", *PUBLIC},
+    "__init__": {"_core", "_explain", "_nn.transformers", *PUBLIC},
     "__main__": {"__init__", "_cli"},
     "_cli": {"__init__", "_cli", "_core", "_error_bounds", *PUBLIC},
 }
