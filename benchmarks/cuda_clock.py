@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from .harness import told
+
 Call = Callable[[], object]
 WARM = 3  # calls before a capture, PyTorch's own number
 
@@ -76,11 +78,6 @@ class Times:
 
     turns: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-
-
-def told(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 class Clock:

@@ -26,8 +26,8 @@ import torch
 from hw3gpu.kernels.gpu.device import A100, B200, H100, H200, RTX_5090, Device, read
 
 from . import gpu_checks, gpu_tune, plots, time_model
-from .cuda_clock import Clock, Passes, Step, Timed, Times, told
-from .harness import COLUMNS, INTERRUPTED, Deadline, Results, Spread, environment, rates_of, speedup_of, spread_of
+from .cuda_clock import Clock, Passes, Step, Timed, Times
+from .harness import COLUMNS, INTERRUPTED, Deadline, Results, Spread, environment, rates_of, speedup_of, spread_of, told
 from .progress import Progress
 from .rows import ROWS, SEED, TABLE, Row, compiled, contestants, inputs, solvers
 

@@ -20,8 +20,8 @@ from hw3gpu._torch import bound_launches
 from hw3gpu.kernels.gpu import tuned
 
 from . import gpu_checks
-from .cuda_clock import Passes, Step, told
-from .harness import Deadline, Results, Spread, replace
+from .cuda_clock import Passes, Step
+from .harness import Deadline, Results, Spread, replace, told
 from .rows import Inputs, Row, contestants, inputs
 
 if TYPE_CHECKING:

@@ -108,6 +108,11 @@ def processor() -> str:
     return (names or [platform.processor() or platform.machine()])[0].strip()
 
 
+def told(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -331,8 +336,9 @@ class Bench:
             self.say(f"wrong: {row.name}: {wrong}")
             self.results.add([{**head, "contestant": OURS, "right": "no", "note": f"wrong: {wrong}"}])
             return {}
-        seconds = in_turn(row.calls, turns or self.turns, row.repeat, **how)
         around = how.get("around", lambda name: contextlib.nullcontext())
+        calls, notes = self._able(row, around)
+        seconds = in_turn(calls, turns or self.turns, row.repeat, **how)
         rate = row.nbytes / statistics.median(seconds[copy]) if copy else self.copy_rate(row.nbytes)
         lines = []
         for name, of in seconds.items():
@@ -346,8 +352,24 @@ class Bench:
                 line |= {} if most is None else {"peak_MB": most / 1e6}
             lines.append(line)
         self._aims(row, seconds)
-        self.results.add(lines)
+        self.results.add([*lines, *({**head, "contestant": name, "note": note} for name, note in notes.items())])
         return seconds
+
+    def _able(
+        self, row: Row, around: Callable[[str], contextlib.AbstractContextManager[Any]]
+    ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+        """The contestants that can be called, and of the others why not; raises where hw3gpu cannot."""
+        calls, notes = dict(row.calls), {}
+        for name, call in row.calls.items():
+            try:
+                with around(name):
+                    call()
+            except Exception as error:
+                if name == OURS:
+                    raise
+                notes[name] = told(error)
+                del calls[name]
+        return calls, notes
 
     def copy_rate(self, nbytes: float) -> float | None:
         """Bytes a second of the copy whose size is nearest, where copies were timed."""
@@ -359,6 +381,8 @@ class Bench:
 
     def _aims(self, row: Row, seconds: Mapping[str, Sequence[float]]) -> None:
         for aim in row.aims:
+            if aim.of not in seconds or aim.over not in seconds:
+                continue
             spread = Spread.ratio(seconds[aim.of], seconds[aim.over])
             found = {"row": row.name, "pass": row.of, "of": aim.of, "over": aim.over, "least": aim.least}
             self.results.parts.setdefault("aims", []).append({**found, **vars(spread)})
@@ -378,7 +402,8 @@ def folder_of(output: str | None, command: str, device: str) -> Path:
 def bench(args: argparse.Namespace, tasks: Sequence[Task], seed: int = 0, **where: Any) -> int:
     """Does the tasks in their order, prints the tables, and writes results.json, measurements.csv and the plots.
 
-    Status 0; 1 if a result was wrong; 130 after Ctrl-C, with what was finished; 2 where the folder is another run's.
+    Status 0; 1 if a result was wrong or a task failed; 130 after Ctrl-C, with what was finished; 2 where the folder is another
+    run's.
     """
     from . import plots
     from .progress import Progress
@@ -400,7 +425,12 @@ def bench(args: argparse.Namespace, tasks: Sequence[Task], seed: int = 0, **wher
             for name, task in todo:
                 progress.announce(name)
                 results.running = name
-                task(run)
+                try:
+                    task(run)
+                except Exception as error:  # the other rows still are measured
+                    run.wrong += 1
+                    progress.say(f"failed: {name}: {told(error)}")
+                    results.add([{"row": name, "contestant": OURS, "note": told(error)}])
                 results.finish()
                 progress.advance(name)
         except KeyboardInterrupt:

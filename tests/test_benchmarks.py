@@ -71,6 +71,24 @@ def test_a_row_is_written_with_its_rates_and_its_aims(tmp_path, monkeypatch):
     assert short == "short: row, forward: eager takes 2.00 (2.00…2.00) × hw3gpu, aim 3"
 
 
+def test_a_peer_that_fails_is_a_note_and_hw3gpu_that_fails_is_told(tmp_path, monkeypatch, capsys):
+    def fails():
+        raise RuntimeError("no C++ compiler")
+
+    def task(**calls):
+        row = Row("row", "operation", (2,), "float32", "forward", calls, lambda: "", aims=[Aim("compiled", 1)])
+        return lambda run: run.measure(row)
+
+    monkeypatch.setattr(cpu, "tasks", lambda: [("one", task(hw3gpu=list, compiled=fails)), ("two", task(hw3gpu=fails))])
+    assert main(["cpu", "--turns", "2", "--output", str(tmp_path / "run")]) == 1
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    ours, compiled, failed = found["measurements"]
+    assert ours["called_us"] > 0
+    assert compiled["note"] == failed["note"] == "RuntimeError: no C++ compiler"
+    assert (found["done"], failed["row"]) == (["one", "two"], "two")
+    assert "failed: two: RuntimeError: no C++ compiler" in capsys.readouterr().out
+
+
 def test_a_share_is_that_of_the_copy_of_the_nearest_size(tmp_path):
     run = Bench(results(tmp_path), 2)
     assert run.copy_rate(100) is None
