@@ -200,10 +200,10 @@ def steps(soft: bool) -> Callable[..., None]:
 
 def steps_at_addresses(g: Guard, N: int, V: int, S: int) -> None:
     z, dz, result, target = g.numbers(N, V, S), g.out(N, V, S), g.sums(1), g.classes(N, V, S)
-    addresses = [a.ctypes.data for a in (z, target, dz, result)]
-    for smoothing in (0.0, 0.1):
+    given, results, weight = z.ctypes.data, (dz.ctypes.data, result.ctypes.data), g.vector(V).ctypes.data
+    for smoothing, of_classes in ((0.0, 0), (0.1, 0), (0.0, weight)):
         settings = {"mean": True, "zero_if_ignored": True, "ignore_index": -100, "label_smoothing": smoothing}
-        cross_entropy_small.forward_backward(*addresses, N, V, S, upstream=0.5, **settings)
+        cross_entropy_small.forward_backward(given, target.ctypes.data, of_classes, *results, N, V, S, upstream=0.5, **settings)
 
 
 # ---------------------------------------------------------------------------------------------- batch normalisation

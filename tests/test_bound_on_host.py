@@ -58,6 +58,49 @@ def test_later_calls_are_the_first_to_the_bit(ran, dtype, layout):
     assert all(torch.equal(x, y) for x, y in zip(first[0], anew, strict=True))
 
 
+def losses(z, target, weight, **options):
+    z = z.detach().requires_grad_()
+    loss = HF.cross_entropy(z, target, weight, reduction="none", **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), z)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["classes", "class weights", "probabilities", "positions"])
+def test_losses_of_rows_are_the_first_calls_to_the_bit(ran, dtype, kind):
+    random = torch.Generator().manual_seed(0)
+    shape = (6, 7, 3) if kind == "positions" else (6, 7)
+    z = torch.randn(2, *shape, generator=random).to(dtype)
+    target = torch.randint(7, (2, *shape[:1], *shape[2:]), generator=random)
+    if kind == "probabilities":
+        target = z.flip(0).softmax(2)
+    weight = torch.rand(7, generator=random).to(torch.promote_types(dtype, torch.float32)) if kind == "class weights" else None
+    first = [losses(z[i], target[i], weight) for i in range(2)]
+    assert len(ran) == 2  # the second call, each way
+    bound_launches._kept.clear()
+    anew = losses(z[1], target[1], weight)
+    assert len(ran) == 2
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(first[1], anew, strict=True))
+
+
+def test_a_class_is_checked_in_a_kept_call_too(ran):
+    z, target = torch.randn(5, 4), torch.arange(5) % 4
+    expected = losses(z, target, None, ignore_index=2)
+    losses(z, target, None)  # kept apart by its ignore_index
+    assert all(map(torch.equal, expected, losses(z, target, None, ignore_index=2)))
+    assert len(ran) == 2
+    with pytest.raises(IndexError, match=r"expected classes in 0…3 or ignore_index 2, got 9 in row 1"):
+        losses(z, torch.tensor([0, 9, 0, 0, 0]), None, ignore_index=2)
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"softcap": 3.0}, {"gradient": "backward"}], ids=str)
+def test_the_loss_follows_the_weights_of_a_later_call(ran, options):
+    """The sum of the weights is an argument of the launch where there is smoothing: such a forward pass is not kept."""
+    z, target, weight = torch.randn(5, 4), torch.arange(5) % 4, torch.rand(4)
+    first, later = losses(z, target, weight, **options), losses(z, target, 2 * weight, **options)
+    for a, b in zip(first, later, strict=True):
+        assert torch.equal(2 * a, b)
+
+
 def test_what_differs_is_kept_apart(ran):
     z = torch.randn(6, 6)
     for call in (

@@ -64,6 +64,8 @@ CLASSES = {
     "smoothing": ((33, 17), {"label_smoothing": 0.1}),
     "class axis in the middle": ((3, 5, 2, 4), {"ignore_index": 2}),
     "one class": ((4, 1), {}),
+    "class weights": ((32, 10), {"weight": torch.linspace(0.5, 2, 10), "ignore_index": 3}),
+    "the sum by class weights": ((3, 5, 2, 4), {"weight": torch.linspace(0.5, 2, 5), "reduction": "sum"}),
 }
 
 
@@ -176,7 +178,9 @@ def test_the_default_dtype_changes_nothing(taken):
 
 OTHERS = {
     "another dtype": lambda: HF.cross_entropy(torch.zeros(4, 3, dtype=torch.float64, requires_grad=True), torch.arange(4) % 3),
-    "class weights": lambda: HF.cross_entropy(torch.zeros(4, 3, requires_grad=True), torch.arange(4) % 3, torch.ones(3)),
+    "class weights and smoothing": lambda: HF.cross_entropy(
+        torch.zeros(4, 3, requires_grad=True), torch.arange(4) % 3, torch.ones(3), label_smoothing=0.1
+    ),
     "strided logits": lambda: HF.cross_entropy(torch.zeros(3, 4, requires_grad=True).t(), torch.arange(4) % 3),
     "strided classes": lambda: HF.cross_entropy(torch.zeros(4, 3, requires_grad=True), (torch.arange(8) % 3)[::2]),
     "probabilities": lambda: HF.cross_entropy(torch.zeros(4, 3, requires_grad=True), torch.full((4, 3), 1 / 3)),

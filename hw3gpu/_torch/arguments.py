@@ -214,10 +214,12 @@ def cross_entropy(
 
 
 def may_be_known(z: Any, target: Any, reduction: Any, gradient: Any, all_ignored: Any) -> bool:
-    """True for a call on a GPU whose tensors are some and whose choices there are: an earlier one may have been like it."""
-    if not (isinstance(z, Tensor) and isinstance(target, Tensor)) or arrays.on_host(z):
+    """True for tensors and choices of a call that may be kept, on the host without a reduction: one like it may have been."""
+    if not (isinstance(z, Tensor) and isinstance(target, Tensor)):
         return False
     if not type(reduction) is type(gradient) is type(all_ignored) is str:  # to look for an array among strings raises
+        return False
+    if reduction != "none" and arrays.on_host(z):
         return False
     return reduction in REDUCTIONS and gradient in GRADIENTS and all_ignored in ALL_IGNORED
 

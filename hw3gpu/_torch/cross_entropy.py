@@ -259,7 +259,7 @@ def _bound_call(
     dtype: torch.dtype | None,
 ) -> Call | None:  # fmt: skip
     """The `bound_launches.Call` of a call of `functional.cross_entropy`; None where it is not kept."""
-    if arrays.on_host(logits) or not (type(options.ignore_index) is int and type(options.label_smoothing) is float):
+    if not (type(options.ignore_index) is int and type(options.label_smoothing) is float):
         return None
     if not type(options.z_loss) is type(options.logit_scale) is float or not (
         options.softcap is None or type(options.softcap) is float
@@ -267,8 +267,23 @@ def _bound_call(
         return None
     if weight is not None and not (getattr(weight, "dtype", None) is accumulate_dtype(logits) and weight.is_contiguous()):
         return None
+    if arrays.on_host(logits):
+        plain = numbers == 3 and gradient != "forward" and not options.label_smoothing
+        return _call_on_host(("cross entropy", dtype), options, logits, target, weight) if plain else None
     at_once = gradient == "forward" and logits.requires_grad and torch.is_grad_enabled()
     return bound_launches.of(("cross entropy", options, at_once, numbers, dtype), logits, target, weight)
+
+
+def _call_on_host(
+    asked: tuple[Any, ...], options: Options, logits: Tensor, target: Tensor, weight: Tensor | None, *beside: Tensor
+) -> Call | None:
+    """The `bound_launches.Call` of a small call whose launcher does nothing but launch; None for others."""
+    if options.reduction != "none" or options.z_loss or options.softcap is not None or options.logit_scale != 1.0:
+        return None
+    if target.dtype is not torch.int64 and not target.is_floating_point():  # the launcher would convert it
+        return None
+    given = (target, *beside) if weight is None else (target, *beside, weight)
+    return bound_launches.of_host((*asked, options, weight is None), logits, *given)
 
 
 IN_ONE_LAUNCH = 8192  # rows that are added up where their losses are made (`row_plan.plan_reduce`)
@@ -278,7 +293,7 @@ def run(logits: Tensor, target: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Ten
     """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradient if `at_once`."""
     weight, options, numbers, at_once, dtype, call, *_ = rest
     again = None if call is None else call.launches
-    which = "gpu" if again is not None else dispatch.backend(logits)
+    which = dispatch.backend(logits) if call is None or again is None else "cpu" if call.on_host else "gpu"
     N, S = rows_shape(logits)
     if which == "cpu" or (N * S > IN_ONE_LAUNCH and options.reduction != "none"):
         dtype = None  # the caller casts it
@@ -343,10 +358,16 @@ def _eager_backward(
     upstream: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, numbers: Tensor, denominator: Tensor | None,
     options: Options, dlogits: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    call = bound_launches.of(
-        ("cross entropy, backward", options, dlogits is None),
-        logits, target, weight, upstream, numbers, denominator, dlogits,
-    )  # fmt: skip
+    call = None
+    if arrays.on_host(logits):
+        upstream = upstream.contiguous()  # else the launcher copies it, and the call is not kept
+        if dlogits is None and denominator is None:
+            call = _call_on_host(("cross entropy, backward",), options, logits, target, weight, upstream, numbers)
+    else:
+        call = bound_launches.of(
+            ("cross entropy, backward", options, dlogits is None),
+            logits, target, weight, upstream, numbers, denominator, dlogits,
+        )  # fmt: skip
     return run_backward(upstream, logits, target, weight, numbers, denominator, options, dlogits, call)
 
 

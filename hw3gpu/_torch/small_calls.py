@@ -52,9 +52,9 @@ def cross_entropy_step(
     logits: Tensor, target: Tensor, weight: Tensor | None, upstream: float, options: Options, dlogits: Tensor | None = None
 ) -> tuple[Tensor, Tensor, int] | None:
     """The reduced loss, its gradient for an upstream number (into `dlogits` where given), and the first wrong row."""
-    if weight is not None or options.z_loss or options.softcap is not None or options.logit_scale != 1.0:
+    if options.z_loss or options.softcap is not None or options.logit_scale != 1.0 or not _fit(logits, dlogits, weight):
         return None
-    if not _fit(logits, dlogits):
+    if weight is not None and options.label_smoothing:  # the sum of the weights is the general path's
         return None
     if target.dtype is not torch.int64 or not target.is_contiguous():
         return None
@@ -64,7 +64,8 @@ def cross_entropy_step(
     loss = logits.new_empty(())
     dlogits = torch.empty_like(logits) if dlogits is None else dlogits
     row = dispatch.cross_entropy_small.forward_backward(
-        logits.data_ptr(), target.data_ptr(), dlogits.data_ptr(), loss.data_ptr(), N, V, logits.numel() // (N * V),
+        logits.data_ptr(), target.data_ptr(), _address(weight), dlogits.data_ptr(), loss.data_ptr(),
+        N, V, logits.numel() // (N * V),
         upstream=upstream, mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored,
         ignore_index=options.ignore_index, label_smoothing=options.label_smoothing,
     )  # fmt: skip

@@ -144,7 +144,7 @@ def backward(
         return
     weight, _ = _weights(weight, z, smoothing != 0.0 and not soft)
     upstream = to_accumulate(upstream, upstream.size, weight.dtype, 1.0)
-    denominator = np.ones(1, weight.dtype) if denominator is None else denominator
+    denominator = _NO_WEIGHT[weight.dtype] if denominator is None else denominator
     if soft:
         cost = 2 * z.nbytes + target.nbytes
         run(_soft_backward, rows, cost, z, target, weight, stats, upstream, denominator, dz, unless_one, smoothing)

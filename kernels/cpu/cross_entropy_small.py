@@ -20,16 +20,17 @@ from .cross_entropy import _ANY_CLASS
 
 @kernel
 def _at_addresses(
-    z_at, target_at, dz_at, result_at, N, V, S, upstream, mean, zero_if_ignored, ignore_index, smoothing
+    z_at, target_at, weight_at, dz_at, result_at, N, V, S, upstream, mean, zero_if_ignored, ignore_index, smoothing
 ) -> int:  # fmt: skip
     z, dz, result = planes(z_at, N, V, S), planes(dz_at, N, V, S), floats(result_at, 1)
     target = carray(pointer(target_at), (N, S), np.int64)
-    no_weight, loss, invalid = np.empty(0, np.float32), np.empty((N, S), np.float32), np.full(1, N * S)
-    denominator = denominator_of(N * S, target, no_weight, _ANY_CLASS, ignore_index) if mean else 1.0
+    weight, loss, invalid = floats(weight_at, V if weight_at else 0), np.empty((N, S), np.float32), np.full(1, N * S)
+    denominator = denominator_of(N * S, target, weight, V if weight_at else _ANY_CLASS, ignore_index) if mean else 1.0
     if zero_if_ignored and denominator == 0.0:
         denominator = math.inf
     g = upstream / denominator if denominator != 0.0 else math.inf
-    weight = np.ones(V if smoothing else 0, np.float32)
+    if smoothing:
+        weight = np.ones(V, np.float32)
     _hard_forward_backward(0, N * S, z, target, weight, loss, dz, invalid, g, ignore_index, smoothing, np.float64(V))
     _divide(loss, denominator, result)
     return invalid[0]
@@ -39,10 +40,10 @@ moving(Moves(("z_at",), ("dz_at",)), _at_addresses)
 
 
 def forward_backward(
-    z: int, target: int, dz: int, result: int, N: int, V: int, S: int, *, upstream: float, mean: bool,
+    z: int, target: int, weight: int, dz: int, result: int, N: int, V: int, S: int, *, upstream: float, mean: bool,
     zero_if_ignored: bool, ignore_index: int, label_smoothing: float,
 ) -> int:  # fmt: skip
-    """result (1,) and dz of classes without class weights; returns the first row whose class is out of range, or N S."""
-    args = z, target, dz, result, N, V, S, upstream, mean, zero_if_ignored, ignore_index, label_smoothing
+    """result (1,) and dz of classes; returns the first row whose class is out of range, or N S. No weight beside smoothing."""
+    args = z, target, weight, dz, result, N, V, S, upstream, mean, zero_if_ignored, ignore_index, label_smoothing
     tell(_at_addresses, args)
     return _at_addresses(*args)

@@ -190,6 +190,7 @@ def _hard_backward(
     """Reads z and stats, writes dz for g = upstream / denominator; `unless_one` passes over rows with an upstream of 1."""
     V, S, weight = z.shape[1], z.shape[2], borrowed(weight)
     uniform, z_scratch, dz_scratch, around = smoothing / V, row_scratch(z), row_scratch(dz), bypasses_cache(dz)
+    over = denominator[0] if denominator.size else 1.0
     for row in range(first, last):
         n, s = row // S, row % S
         if unless_one and upstream[n, s] == 1.0:
@@ -199,7 +200,7 @@ def _hard_backward(
         if 0 <= t < V and t != ignore_index:
             z_row = gather(row_of(z, n, s), z_scratch)
             sum_exp_minus_1, W = np.float64(stats[1, n, s]), np.float64(stats[2, n, s])
-            q_t, g = (1.0 - smoothing) * class_weight(weight, t), np.float64(upstream[n, s]) / denominator[0]
+            q_t, g = (1.0 - smoothing) * class_weight(weight, t), np.float64(upstream[n, s]) / over
             m, ahead = stats[0, n, s], prefetch_row(z, row, last, z_row)
             exps, e_t = (z_row, m, ahead), exp(load(z_row, t) - m)
             _class_gradient(exps, e_t, sum_exp_minus_1, t, q_t, uniform, W, g, weight, dz_row, around)
@@ -266,6 +267,7 @@ def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, 
     """As `_hard_backward`, of probabilities y, which it reads too."""
     S, weight = z.shape[2], borrowed(weight)
     z_scratch, y_scratch, dz_scratch, around = row_scratch(z), row_scratch(y), row_scratch(dz), bypasses_cache(dz)
+    over = denominator[0] if denominator.size else 1.0
     for row in range(first, last):
         n, s = row // S, row % S
         if unless_one and upstream[n, s] == 1.0:
@@ -273,7 +275,7 @@ def _soft_backward(first, last, z, y, weight, stats, upstream, denominator, dz, 
         z_row, y_row = gather(row_of(z, n, s), z_scratch), gather(row_of(y, n, s), y_scratch)
         dz_row = row_buffer(row_of(dz, n, s), dz_scratch)
         sum_exp_minus_1, W = np.float64(stats[1, n, s]), np.float64(stats[2, n, s])
-        g = np.float64(upstream[n, s]) / denominator[0]
+        g = np.float64(upstream[n, s]) / over
         exps = (z_row, stats[0, n, s], prefetch_row(z, row, last, z_row))
         _soft_gradient(exps, sum_exp_minus_1, y_row, W, g, smoothing, weight, dz_row, around)
         scatter(row_of(dz, n, s), dz_scratch)
