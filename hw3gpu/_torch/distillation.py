@@ -77,14 +77,14 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The divergence of every row, and what the backward pass needs if `save`, else None."""
     which = dispatch.backend(student)
-    see = dispatch.viewer(which)
+    view = dispatch.viewer(which)
     s, t = (outputs.folded(z, dim, which) for z in (student, teacher))
     rows = s.shape[0], s.shape[2]
     shape = (*student.shape[:dim], *student.shape[dim + 1 :])
     loss = student.new_empty(shape, dtype=accumulate_dtype(student))
     stats = loss.new_empty(8, *rows) if save else None
     dispatch.distillation(which).forward(
-        s, t, see(of_rows(mask, rows)), see(loss.view(rows)), see(stats), kind=kind, beta=beta, temperature=temperature
+        s, t, view(of_rows(mask, rows)), view(loss.view(rows)), view(stats), kind=kind, beta=beta, temperature=temperature
     )
     return loss, stats
 
@@ -95,14 +95,14 @@ def run_backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of student and teacher that `needs` names, else None."""
     which = dispatch.backend(student)
-    see = dispatch.viewer(which)
+    view = dispatch.viewer(which)
     s, t = (outputs.folded(z, dim, which) for z in (student, teacher))
     rows = s.shape[0], s.shape[2]
     found = [
-        outputs.output(z, dim, see) if needed else (None, None) for z, needed in zip((student, teacher), needs, strict=True)
+        outputs.output(z, dim, view) if needed else (None, None) for z, needed in zip((student, teacher), needs, strict=True)
     ]
     dispatch.distillation(which).backward(
-        s, t, see(of_rows(mask, rows)), see(stats), see(upstream.reshape(rows)), *(seen for _, seen in found),
+        s, t, view(of_rows(mask, rows)), view(stats), view(upstream.reshape(rows)), *(operand for _, operand in found),
         kind=kind, beta=beta, temperature=temperature,
     )  # fmt: skip
     return tuple(d for d, _ in found)

@@ -61,7 +61,7 @@ def run(
     """The divergence of every row, and what the backward pass needs, (8, N, 1)."""
     problems, N = _problems((xs, Ws, bs, xt, Wt, bt)), xs.shape[0]
     which = dispatch.backend(xs)
-    see, kernels = dispatch.viewer(which), dispatch.distillation(which)
+    view, kernels = dispatch.viewer(which), dispatch.distillation(which)
     loss = xs.new_empty(N, dtype=accumulate_dtype(xs))
     stats = loss.new_empty(8, N, 1)
     rows = _rows(problems, rows)
@@ -71,7 +71,7 @@ def run(
         counts = None if mask is None else distillation.of_rows(mask[first:last], (last - first, 1))
         of_chunk = stats.new_empty(8, last - first, 1)
         given = (*logits, counts, loss[first:last, None], of_chunk)
-        kernels.forward(*map(see, given), kind=kind, beta=beta, temperature=temperature)
+        kernels.forward(*map(view, given), kind=kind, beta=beta, temperature=temperature)
         stats[:, first:last] = of_chunk
     return loss, stats
 
@@ -83,7 +83,7 @@ def run_backward(
     """The gradients that `needs` names, of x, W and b of the student and of the teacher, from logits made again; else None."""
     problems = _problems((xs, Ws, bs, xt, Wt, bt))
     which = dispatch.backend(xs)
-    see, kernels = dispatch.viewer(which), dispatch.distillation(which)
+    view, kernels = dispatch.viewer(which), dispatch.distillation(which)
     rows = _rows(problems, rows, (needs[1], needs[4])) // 2  # of logits and their gradients
     rows = linear_chunks.whole_tiles(problems[0], rows)
     sides = [Gradients(p, needed) for p, needed in zip(problems, (needs[:3], needs[3:]), strict=True)]
@@ -96,7 +96,7 @@ def run_backward(
         counts = None if mask is None else distillation.of_rows(mask[first:last], (last - first, 1))
         out = [None if d is None else d[: last - first, :, None] for d in dz]
         given = (*logits, counts, stats[:, first:last].contiguous(), upstream[first:last, None], *out)
-        kernels.backward(*map(see, given), kind=kind, beta=beta, temperature=temperature)
+        kernels.backward(*map(view, given), kind=kind, beta=beta, temperature=temperature)
         for side, part, d in zip(sides, parts, out, strict=True):
             if d is not None:
                 side.add(part, d, first, last)

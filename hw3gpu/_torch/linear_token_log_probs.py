@@ -46,7 +46,7 @@ def run(problem: Problem, temperature: float, ignore_index: int, rows: int) -> t
     """The three numbers of every row, and what the backward pass needs, (4, N, S)."""
     x, (N, _, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
-    see, kernels = dispatch.viewer(which), dispatch.token_log_probs(which)
+    view, kernels = dispatch.viewer(which), dispatch.token_log_probs(which)
     found = [x.new_empty((N, S), dtype=accumulate_dtype(x)) for _ in range(3)]
     sums = found[0].new_empty(4, N, S)
     rows = rows or linear_chunks.chunk_rows(problem, of_W=False)
@@ -55,7 +55,7 @@ def run(problem: Problem, temperature: float, ignore_index: int, rows: int) -> t
     for first, last in chunks(problem, rows):
         part, of_chunk = problem.chunk(first, last), sums.new_empty(4, last - first, S)
         given = (logits_of(part, z), part.target, *(v[first:last] for v in found), of_chunk, invalid)
-        kernels.forward(*map(see, given), ignore_index=ignore_index, temperature=temperature)
+        kernels.forward(*map(view, given), ignore_index=ignore_index, temperature=temperature)
         sums[:, first:last] = of_chunk
     log_prob, entropy, lse = found
     return log_prob, entropy, lse, sums
@@ -71,7 +71,7 @@ def run_backward(
     """
     x, (_, V, S), (temperature, ignore_index) = problem.x, problem.sizes, options
     which = dispatch.backend(x)
-    see, kernels = dispatch.viewer(which), dispatch.token_log_probs(which)
+    view, kernels = dispatch.viewer(which), dispatch.token_log_probs(which)
     rows = linear_chunks.whole_tiles(problem, (rows or linear_chunks.chunk_rows(problem, of_W=needs[1])) // 2)
     gradients = Gradients(problem, needs)
     z, dz = (linear_chunks.logits_buffer(problem, rows) for _ in range(2))  # which share a chunk
@@ -79,7 +79,7 @@ def run_backward(
         part, out = problem.chunk(first, last), dz[: last - first].view(last - first, V, S)
         g = [None if of is None else of[first:last] for of in upstream]
         given = (logits_of(part, z), part.target, sums[:, first:last].contiguous(), *g, out)
-        kernels.backward(*map(see, given), ignore_index=ignore_index, temperature=temperature)
+        kernels.backward(*map(view, given), ignore_index=ignore_index, temperature=temperature)
         gradients.add(part, out, first, last)
     return gradients.found
 

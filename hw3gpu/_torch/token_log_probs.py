@@ -68,7 +68,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The three numbers of every row, and what the backward pass needs if `save`, else None."""
     which = dispatch.backend(logits)
-    see = dispatch.viewer(which)
+    view = dispatch.viewer(which)
     z, t = rows_of(logits, target, dim, which)
     rows = z.shape[0], z.shape[2]
     acc = accumulate_dtype(logits)
@@ -76,7 +76,7 @@ def run(
     stats = lse.new_empty(4, *rows) if save else None
     invalid = class_range.flag(logits, rows[0] * rows[1])
     dispatch.token_log_probs(which).forward(
-        z, t, see(log_prob.view(rows)), see(entropy.view(rows)), see(lse.view(rows)), see(stats), see(invalid),
+        z, t, view(log_prob.view(rows)), view(entropy.view(rows)), view(lse.view(rows)), view(stats), view(invalid),
         ignore_index=ignore_index, temperature=temperature,
     )  # fmt: skip
     judge_targets(logits, target, invalid, logits.shape[dim], ignore_index)
@@ -89,12 +89,12 @@ def run_backward(
 ) -> Tensor:  # fmt: skip
     """∂ℓ/∂logits from the three upstream gradients, None where one is zero."""
     which = dispatch.backend(logits)
-    see = dispatch.viewer(which)
+    view = dispatch.viewer(which)
     z, t = rows_of(logits, target, dim, which)
-    dlogits, dz = outputs.output(logits, dim, see)
-    g_log_prob, g_entropy, g_lse = (see(g if g is None else g.reshape(t.shape)) for g in (g_log_prob, g_entropy, g_lse))
+    dlogits, dz = outputs.output(logits, dim, view)
+    g_log_prob, g_entropy, g_lse = (view(g if g is None else g.reshape(t.shape)) for g in (g_log_prob, g_entropy, g_lse))
     dispatch.token_log_probs(which).backward(
-        z, t, see(stats), g_log_prob, g_entropy, g_lse, dz, ignore_index=ignore_index, temperature=temperature
+        z, t, view(stats), g_log_prob, g_entropy, g_lse, dz, ignore_index=ignore_index, temperature=temperature
     )
     return dlogits
 
