@@ -121,12 +121,14 @@ def measure_copies(run: Bench) -> None:
 
 
 def measure_row(run: Bench, work: Work) -> None:
-    given, steps = steps_of(work, (OURS, "eager", "compiled"))
+    given, steps = steps_of(work, (OURS, "eager", "compiled", *work.others))
     calls: dict[str, Callable[[], object]] = {name: partial(results_of, work, step) for name, step in steps.items()}
-    calls = {OURS: calls[OURS], f"{OURS}, pool off": calls[OURS], **calls, COPY: copier(work.passes * work.nbytes)}
+    calls = {OURS: calls[OURS], f"{OURS}, pool off": calls[OURS], **calls}
+    if work.passes:
+        calls[COPY] = copier(work.passes * work.nbytes)
     aims = [Aim(name, least) for name, least in (("eager", work.eager), ("compiled", work.compiled)) if least]
-    aims += [Aim(COPY, 1 / LIMIT)] if work.nbytes >= LARGE else []
-    run.measure(row_of(work, given, calls, steps, aims=aims), copy=COPY, around=pool)
+    aims += [Aim(COPY, 1 / LIMIT)] if work.passes and work.nbytes >= LARGE else []
+    run.measure(row_of(work, given, calls, steps, aims=aims), copy=COPY if work.passes else None, around=pool)
     torch.compiler.reset()
 
 

@@ -13,12 +13,16 @@ TINY = 0.5  # of eager's speed
 
 @dataclass(frozen=True)
 class Work:
-    """A row, how often whole inputs are read or written that it cannot do without (kernels/README.md), and the aims."""
+    """A row, how often whole inputs are read or written that it cannot do without (kernels/README.md), and the aims.
+
+    passes: 0 where products decide. others: contestants beside eager and compiled PyTorch.
+    """
 
     row: Row
     passes: float
     eager: float | None = None
     compiled: float | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +55,11 @@ ROWS = (
     Work(_norm(32, 64, 56, 56, channels_last=True), 8, 1.5, 1.5),
     Work(_norm(8, 3, 512, 512, channels_last=True), 8, 8, 2),
     Work(Row("softmax", (4096, 1000)), 5, 2, 2),
+    Work(Row("token log-probabilities", (512, 32000)), 3, 4, 3, ("TRL", "verl")),
+    Work(Row("distillation", (512, 32000), kind="forward"), 5, 3, 1.5),
+    Work(Row("distillation", (512, 32000), kind="jensen_shannon"), 5, 6, 2),
+    Work(Row("linear token log-probabilities", (512, 256, 8192)), 0, others=("TRL", "verl")),
+    Work(Row("linear distillation", (512, 256, 8192), kind="jensen_shannon"), 0),
 )
 HALVES = tuple(
     Work(_cross_entropy(*shape, dtype=dtype), 2)

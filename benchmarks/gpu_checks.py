@@ -16,6 +16,7 @@ from hw3gpu._cli.operations import Operation, Output
 from hw3gpu._cli.verify import OPERATIONS, Check, check
 from hw3gpu._core import arrays, dispatch
 
+from . import training_losses
 from .harness import Deadline
 from .rows import Inputs, Row
 
@@ -217,11 +218,21 @@ def _linear_cross_entropy(row: Row, given: Inputs, ours: Any, eager: Any) -> Ite
         yield Output(name, _rows_of(mine, index), next(held), _rows_of(theirs, index), next(held))
 
 
+def _of_logits(row: Row, given: Inputs, ours: Any, eager: Any) -> Iterator[Output]:
+    yield from training_losses.outputs_of_logits(row, given, ours, eager, _few(row.shape[0]))
+
+
+def _of_products(row: Row, given: Inputs, ours: Any, eager: Any) -> Iterator[Output]:
+    yield from training_losses.outputs_of_products(row, given, ours, eager, _few(row.shape[0]))
+
+
 _OUTPUTS: dict[str, Callable[[Row, Inputs, Any, Any], Iterator[Output]]] = {
     "batch norm": _batch_norm,
     "cross entropy": _cross_entropy,
     "softmax": _softmax,
     "linear cross entropy": _linear_cross_entropy,
+    **dict.fromkeys(("token log-probabilities", "distillation"), _of_logits),
+    **dict.fromkeys(("linear token log-probabilities", "linear distillation"), _of_products),
 }
 
 

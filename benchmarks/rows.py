@@ -20,6 +20,7 @@ import hw3gpu
 import hw3gpu.functional as HF
 from hw3gpu.kernels.gpu.device import Device
 
+from . import training_losses
 from .call_cases import Call
 from .cuda_clock import Step
 from .time_model import CACHE_KEPT
@@ -32,7 +33,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 class Row:
     """An operation on one shape. shape: (N, C, H, W), (rows, classes), (rows, width, classes) or (stack, m, m)."""
 
-    operation: str  # 'batch norm', 'cross entropy', 'softmax', 'linear cross entropy' or 'minimize_trace'
+    operation: str  # of `_OF`, or 'minimize_trace'
     shape: tuple[int, ...]
     dtype: torch.dtype = F32
     channels_last: bool = False
@@ -40,6 +41,7 @@ class Row:
     soft: bool = False  # targets are probabilities
     gradient: str = "backward"  # of cross entropy: where it is made
     statistics: str = "of the batch"  # of batch norm; or "evaluation", forward alone, or "frozen", forward and backward
+    kind: str = ""  # of distillation
     k: int = 1  # of minimize_trace
 
     @property
@@ -50,6 +52,7 @@ class Row:
             ("soft targets", self.soft),
             ("gradient=forward", self.gradient == "forward"),
             (self.statistics, self.statistics != "of the batch"),
+            (training_losses.KINDS.get(self.kind, ""), self.kind),
             (f"k = {self.k}", self.operation == "minimize_trace"),
         ]
         of_shape = f"{self.operation} {'x'.join(map(str, self.shape))} {self.dtype_name}"
@@ -71,8 +74,10 @@ class Row:
     def nbytes(self, device: Device) -> dict[str, float]:
         """Bytes that forward and backward cannot do without; 0 where nobody has counted them."""
         size = math.prod(self.shape) * self.dtype.itemsize
-        soft = {"forward": (2 * size, 0), "backward": (3 * size, 0)}
-        least = self.call.least if self.call else soft if self.soft else dict.fromkeys(soft, (0, 0))
+        two = {"forward": (2 * size, 0), "backward": (3 * size, 0)}  # tensors are read
+        one = {"forward": (size, 0), "backward": (2 * size, 0)}
+        counted = {"distillation": two, "token log-probabilities": one} | ({self.operation: two} if self.soft else {})
+        least = self.call.least if self.call else counted.get(self.operation, dict.fromkeys(two, (0, 0)))
         return {of: once + max(again - CACHE_KEPT * device.l2, 0.0) for of, (once, again) in least.items()}
 
 
@@ -112,6 +117,11 @@ NEIGHBOURS = (
     *_norms([(64, 56, 56), (128, 28, 28), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)], 32, F32),
     *_norms([(64, 112, 112), (64, 56, 56), (1024, 14, 14), (2048, 7, 7)], 128, BF16),
     *_norms([(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)], 128, BF16, channels_last=True),
+    Row("token log-probabilities", (8192, 128256), BF16),
+    Row("distillation", (8192, 32000), BF16, kind="forward"),
+    Row("distillation", (8192, 32000), BF16, kind="jensen_shannon"),
+    Row("linear token log-probabilities", (4096, 2048, 32000), BF16),
+    Row("linear distillation", (4096, 2048, 32000), BF16, kind="jensen_shannon"),
     Row("cross entropy", (8192, 50257), F16),
     Row("softmax", (8192, 50257), BF16),
     Row("softmax", (8192, 128256)),
@@ -133,6 +143,7 @@ class Inputs:
     residual: torch.Tensor | None = None
     running: tuple[torch.Tensor, ...] = ()  # mean and variance
     upstream: torch.Tensor = field(default_factory=lambda: torch.ones(()))
+    teacher: tuple[torch.Tensor, ...] = ()  # of distillation: logits, or hidden states and weight
 
     @property
     def leaves(self) -> tuple[torch.Tensor, ...]:
@@ -162,10 +173,13 @@ def inputs(row: Row, device: str) -> Inputs:
         return Inputs((x.mT @ x / x.shape[1]).squeeze(0))
     x = normal(*row.shape[:2]).requires_grad_()
     one = torch.ones((), dtype=row.dtype, device=device)
-    if row.operation == "linear cross entropy":
+    if row.operation.startswith("linear"):
         rows, width, of = row.shape
         weight = (normal(of, width) / width**0.5).requires_grad_()
-        return Inputs(x, classes(rows, of), weight, upstream=one)
+        teacher = (normal(rows, width), normal(of, width) / width**0.5) if row.kind else ()
+        return Inputs(x, classes(rows, of), weight, upstream=one, teacher=teacher)
+    if row.operation == "distillation":
+        return Inputs(x, upstream=one, teacher=(normal(*row.shape),))
     if row.operation == "softmax":
         return Inputs(x, upstream=normal(*row.shape))
     target = normal(*row.shape).softmax(1) if row.soft else classes(*row.shape)
@@ -286,6 +300,10 @@ _OF: dict[str, Callable[[Row, Inputs, Compile], dict[str, Make]]] = {
     "cross entropy": _cross_entropies,
     "softmax": _softmaxes,
     "linear cross entropy": _linear_cross_entropies,
+    "token log-probabilities": training_losses.token_log_probs,
+    "linear token log-probabilities": training_losses.linear_token_log_probs,
+    "distillation": training_losses.distillation,
+    "linear distillation": training_losses.linear_distillation,
 }
 
 

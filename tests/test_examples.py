@@ -12,6 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import hw3gpu.functional as HF
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
@@ -52,6 +57,74 @@ def test_the_language_model_learns_alike_in_less_memory(tmp_path: Path) -> None:
         assert ours["peak_MB"] < theirs["peak_MB"] - ours["logits_MB"]
     if importlib.util.find_spec("matplotlib"):
         assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def policy(rows: Any) -> Any:
+    """Of some tokens, as if they had been drawn: advantages times log-probabilities, and a reward for entropy."""
+
+    def loss(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+        log_prob, entropy = rows(hidden, head, target)
+        advantage = torch.linspace(-0.5, 1.0, len(target))
+        return -(advantage * log_prob).mean() - 0.01 * entropy.mean()
+
+    return loss
+
+
+def plain_rows(hidden: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = F.log_softmax(hidden @ head.t(), -1)
+    return log_p.gather(-1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+TEACHER = torch.randn(32, 40, generator=torch.Generator().manual_seed(1))
+TEACHERS = torch.randn(32, 12, generator=torch.Generator().manual_seed(2)), torch.linspace(-1, 1, 480).reshape(40, 12)
+ITEMS = 37.0  # of all micro-batches
+LOSSES: dict[str, tuple[Any, Any]] = {
+    "token log-probabilities": (policy(lambda x, W, t: HF.token_log_probs(x @ W.t(), t)[:2]), policy(plain_rows)),
+    "linear token log-probabilities": (policy(lambda x, W, t: HF.linear_token_log_probs(x, W, t)[:2]), policy(plain_rows)),
+    "distillation": (
+        lambda x, W, t: HF.distillation_loss(x @ W.t(), TEACHER, temperature=2.0),
+        lambda x, W, t: F.kl_div(
+            F.log_softmax(x @ W.t() / 2, -1), F.log_softmax(TEACHER / 2, -1), reduction="batchmean", log_target=True
+        ),
+    ),
+    "linear distillation": (
+        lambda x, W, t: HF.linear_distillation_loss(x, W, *TEACHERS),
+        lambda x, W, t: F.kl_div(
+            F.log_softmax(x @ W.t(), -1), F.log_softmax(F.linear(*TEACHERS), -1), reduction="batchmean", log_target=True
+        ),
+    ),
+    "normalizer": (
+        lambda x, W, t: HF.cross_entropy(x @ W.t(), t, normalizer=ITEMS),
+        lambda x, W, t: F.cross_entropy(x @ W.t(), t, reduction="sum") / ITEMS,
+    ),
+    "linear normalizer, loss_dtype": (
+        lambda x, W, t: HF.linear_cross_entropy(x, W, t, normalizer=ITEMS, loss_dtype=torch.float32),
+        lambda x, W, t: F.cross_entropy(x @ W.t(), t, reduction="sum") / ITEMS,
+    ),
+}
+
+
+@pytest.mark.parametrize("which", LOSSES)
+def test_a_transformer_trains_to_the_loss_of_pytorchs_formula(which: str) -> None:
+    """Step by step: a gradient that is off would lead elsewhere."""
+    model = load("language_model").Model
+    found = []
+    for loss_of in LOSSES[which]:
+        torch.manual_seed(0)
+        net = model(40, 8, 16)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        tokens = torch.arange(36).reshape(4, 9) * 7 % 40
+        losses = []
+        for _ in range(5):
+            loss = loss_of(net(tokens[:, :-1]).flatten(0, 1), net.head.weight, tokens[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        found.append(losses)
+    ours, theirs = found
+    assert ours[-1] < ours[0]
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def code_of(notebook: Path) -> list[str]:

@@ -102,6 +102,10 @@ SMALL = [
     Row("cross entropy", (30, 101), BF16, soft=True),
     Row("softmax", (30, 101), F16),
     Row("linear cross entropy", (64, 32, 50)),
+    Row("token log-probabilities", (32, 101), BF16),
+    Row("distillation", (32, 101), kind="jensen_shannon"),
+    Row("linear token log-probabilities", (64, 32, 50)),
+    Row("linear distillation", (64, 32, 50), kind="forward"),
 ]
 
 
