@@ -77,6 +77,7 @@ NOT_HERE = {
     *("kernels/cpu/X.py", "kernels/gpu/X.py", "kernels/cpu/lse.py", "kernels/gpu/lse.py"),
     *("flash_attn/losses/cross_entropy.py", "flash_attn/ops/triton/cross_entropy.py"),
     "apex/parallel/optimized_sync_batchnorm.py",
+    *("trl/trainer/utils.py", "verl/utils/torch_functional.py"),
     "tritonbench/operators/ADD_OPERATOR.md",
     *("results.json", "measurements.csv", "speedup.png", "bandwidth.png", "roofline.png", "operator_summary.csv"),
     *("tuned.json", "gpu/tuned.json", "kernels/gpu/tuned.json"),
