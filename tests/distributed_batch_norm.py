@@ -100,6 +100,42 @@ def sync_batch_norm_with_residual_and_relu(rank):
 
 
 @check
+def sync_batch_norm_of_the_positions_that_count(rank):
+    """Counts are those of the masks: one process has none, another no mask at all."""
+    from hw3gpu.distributed import sync_batch_norm
+
+    x, mine = batches(rank, [3, 2, 4, 2][: rank.size], False, torch.float64)
+    counts = torch.rand(x.shape[0], 2, 4, generator=torch.Generator().manual_seed(4)) < 0.6
+    counts[3:5] = False  # all of process 1
+    counts[5:9] = True  # of process 2
+    x = torch.where(counts[:, None], x, torch.nan)
+    r, dy, weight, bias = normal(*x.shape, seed=8), normal(*x.shape, seed=9), normal(3, seed=1), normal(3, seed=2)
+    x, r, weight, bias = (v.requires_grad_() for v in (x, r, weight, bias))
+    part, part_r = (v[mine].detach().clone().requires_grad_() for v in (x, r))
+    own, own_bias = (v.detach().clone().requires_grad_() for v in (weight, bias))
+    running, expected_running = (
+        [torch.zeros(3).double(), torch.ones(3).double()],
+        [torch.zeros(3).double(), torch.ones(3).double()],
+    )
+    mask = None if rank.rank == 2 else counts[mine]
+    y = sync_batch_norm(part, *running, own, own_bias, training=True, residual=part_r, activation="relu", mask=mask)
+    y.backward(dy[mine])
+    values = x.movedim(1, -1)[counts]  # as rows, those that count alone
+    expected = (F.batch_norm(values, *expected_running, weight, bias, training=True) + r.movedim(1, -1)[counts]).relu()
+    expected.backward(dy.movedim(1, -1)[counts])
+    whole = torch.zeros_like(x).movedim(1, -1)
+    whole[counts] = expected.detach()
+    same(y, whole.movedim(-1, 1)[mine], 1e-10, "y")
+    same(part.grad, x.grad[mine], 1e-10, "dx")
+    same(part_r.grad, r.grad[mine], 1e-10, "dresidual")
+    for ours, theirs in zip(running, expected_running, strict=True):
+        same(ours, theirs, 1e-10, "running")
+    for ours, theirs in ((own, weight), (own_bias, bias)):
+        dist.all_reduce(ours.grad)
+        same(ours.grad, theirs.grad, 1e-9, "dgamma, dbeta")
+
+
+@check
 def sync_batch_norm_of_other_dtypes(rank):
     for dtype in (torch.float32, torch.bfloat16):
         batch_norm_of_all(rank, uneven(rank), dtype)

@@ -103,7 +103,10 @@ def functions() -> dict[str, Function]:
         x = tensor(rng, [2, *sizes(rng, rng.choice([1, 2, 3]))])
         vector = {name: torch.ones(x.shape[1], dtype=x.dtype) for name in ("running_mean", "running_var", "weight", "bias")}
         given = {"input": x, **vector, "training": rng.random() < 0.5, "momentum": 0.1, "eps": 1e-5}
-        return {**given, "residual": rng.choice([None, x.detach().clone()]), "activation": rng.choice([None, "relu"])}
+        given |= {"residual": rng.choice([None, x.detach().clone()]), "activation": rng.choice([None, "relu"])}
+        mask = rng.choice([None, torch.rand(x.shape[0], *x.shape[2:]) < 0.5])
+        lengths = torch.tensor([x.shape[2], 0]) if mask is None and x.dim() == 3 else None
+        return {**given, "mask": mask, "lengths": lengths}
 
     def loss_options(rng: random.Random, C: int, dtype: Any) -> dict[str, Any]:
         given = {"weight": rng.choice([None, torch.ones(C, dtype=dtype)]), "ignore_index": -100, "reduction": "mean"}

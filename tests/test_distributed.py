@@ -24,6 +24,7 @@ INTERPRETED = (
     "sync_batch_norm_is_that_of_all_batches",
     "sync_batch_norm_of_a_process_without_samples",
     "sync_batch_norm_far_from_zero",
+    "sync_batch_norm_of_the_positions_that_count",
     "vocab_parallel_cross_entropy_of_every_shape",
     "vocab_parallel_cross_entropy_with_every_option",
     "vocab_parallel_cross_entropy_keeps_the_digits_where_p_is_near_1",

@@ -19,6 +19,7 @@ from benchmarks.evidence.compile_without_gpu import count_accesses
 from benchmarks.harness import COLUMNS, Bench, Results
 from benchmarks.ledger import ledger
 from hw3gpu import use_backend
+from hw3gpu._torch.positions import packed
 from hw3gpu.kernels.gpu import batch_norm, cross_entropy, distillation, softmax, token_log_probs
 
 pytestmark = pytest.mark.interpreter
@@ -222,6 +223,31 @@ def test_batch_norm_with_residual_and_relu(shape, forward, backward):
     with ledger(x=x, dy=dy, dx=dx, dresidual=dresidual, mask=mask) as book:
         batch_norm.backward(dy, x, mean, rstd, None, dx, dgamma, dbeta, mask=mask, dresidual=dresidual)
     assert 4.0 <= book.passes("x", "dy", "dx", "dresidual") <= backward
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "forward", "backward"),
+    [
+        pytest.param((64, 4, 49), torch.float32, 2, 3, id="7x7 planes fit, float32"),
+        pytest.param((64, 4, 49), torch.bfloat16, 2, 3, id="7x7 planes fit, bfloat16"),
+        pytest.param((2, 4, 16384), torch.bfloat16, 3, 5, id="long channels, bfloat16"),
+    ],
+)
+def test_batch_norm_of_the_positions_that_count(shape, dtype, forward, backward):
+    """No pass more than without a mask, and at most 1.04 times the bytes: all channels share a bit a position, so that a
+    program finds it in the cache where that of another channel has read it. Each asks for it; C of them are counted once."""
+    mask = torch.rand(shape[0], shape[2]) < 0.5
+    bits, n = packed(mask)
+    x, dy, C = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), shape[1]
+    y, dx, mean, var, rstd, dgamma, dbeta = torch.empty_like(x), torch.empty_like(x), torch.empty(2, C), *torch.empty(4, C)
+    with ledger(x=x, y=y, valid=bits) as book:
+        batch_norm.forward(x, None, None, y, mean, var, rstd, None, None, eps=1e-5, momentum=0.0, valid=bits, count=n)
+    assert forward <= book.passes("x", "y") <= forward + 0.05
+    assert book.passes("x", "y", "valid") - book.passes("x", "y") <= 0.04 * forward * C
+    with ledger(x=x, dy=dy, dx=dx, valid=bits) as book:
+        batch_norm.backward(dy, x, mean, rstd, None, dx, dgamma, dbeta, valid=bits, count=n)
+    assert backward <= book.passes("x", "dy", "dx") <= backward + 0.05
+    assert book.passes("x", "dy", "dx", "valid") - book.passes("x", "dy", "dx") <= 0.04 * backward * C
 
 
 # ---------------------------------------------------------------------------------------------- kernels/README.md

@@ -70,6 +70,19 @@ def test_the_diff_of_a_distillation_trains_a_transformer_alike():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_the_diff_of_padded_sequences_leaves_the_padding_out():
+    """The steps as a batch without padding give the same; PyTorch's side runs, and has the padding in its statistics."""
+    after = trained(side(DIFFS[4], "+"))
+    norm, conv = torch.nn.BatchNorm1d(32), after["conv"]
+    y, steps = norm(conv(after["sequences"]).movedim(1, -1)[after["steps"]]).relu(), after["y"].movedim(1, -1)
+    torch.testing.assert_close(steps[after["steps"]], y, rtol=1e-4, atol=1e-5)
+    assert not steps[~after["steps"]].any()
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(after["norm"], name), getattr(norm, name), rtol=1e-5, atol=1e-6)
+    before = trained(side(DIFFS[4], "-"))
+    assert (before["norm"].running_mean - norm.running_mean).abs().max() > 1e-4
+
+
 def test_the_diffs_of_several_processes_name_what_there_is():
     """They are run, among processes, by test_distributed.py."""
     import hw3gpu.distributed

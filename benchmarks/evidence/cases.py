@@ -129,7 +129,7 @@ def _distillation_case(
 
 
 def _batch_norm_case(
-    shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool, fused: bool, training: bool
+    shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool, fused: bool, training: bool, masked: bool = False
 ) -> Callable[[], None]:
     def run() -> None:
         N, C, S = shape
@@ -142,10 +142,14 @@ def _batch_norm_case(
         var, rstd, gamma, beta, running_mean, running_var, dgamma, dbeta = (_meta((C,), acc) for _ in range(8))
         ahead: dict[str, Any] = {"residual": residual, "mask": mask}
         back: dict[str, Any] = {"mask": mask, "dresidual": residual}
+        count: dict[str, Any] = {}
+        if masked:
+            ahead["valid"] = back["valid"] = _meta((N * S // 8 + 2,), torch.uint8)
+            count = {"count": _meta((1,), torch.int64)} if training else {}
         if training:
             running = running_mean, running_var
-            batch_norm.forward(x, gamma, beta, y, mean, var, rstd, *running, eps=1e-5, momentum=0.1, **ahead)
-            batch_norm.backward(x, x, mean, rstd, gamma, dx, dgamma, dbeta, **back)
+            batch_norm.forward(x, gamma, beta, y, mean, var, rstd, *running, eps=1e-5, momentum=0.1, **(ahead | count))
+            batch_norm.backward(x, x, mean, rstd, gamma, dx, dgamma, dbeta, **(back | count))
         else:
             batch_norm.normalize(x, mean, rstd, gamma, beta, y, **ahead)
             batch_norm.inference_backward(x, x, mean, rstd, gamma, dx, dgamma, dbeta, **back)
@@ -274,6 +278,14 @@ HEAVY_CHANNELS = {
     ((32, 256, 3136), False, F32, True),
     ((32, 64, 3136), True, F32, True),
 }
+# where some positions do not count: rows that fit, on 16 bytes and off them, split channels, and channels-last
+MASKED_CHANNELS = (
+    ((256, 2048, 49), False),
+    ((16, 256, 1023), False),
+    ((16, 256, 1024), False),
+    ((32, 256, 3136), False),
+    ((32, 64, 3136), True),
+)
 POINTS = ((1, 100_000, 4), (1, 10_000, 64), (1, 10_000, 256), (256, 1000, 16))
 # the longest rows off 16 bytes are not the same for 4 bytes and for 2; a smaller list for dtypes that differ from float32 and
 # bfloat16 in their conversions, or in how many lanes fit
@@ -322,6 +334,14 @@ def cases() -> Iterator[Case]:
                     if (training and not few) or ((training or not few) and (shape, channels_last) in FEW_CHANNELS):
                         moves = batch_norm_moves(bytes_of(shape, dtype), math.prod(shape), fused, training)
                         yield Case(f"batch norm {how} {at}", dtype, heavy and training, run, moves)
+    for shape, channels_last in MASKED_CHANNELS:
+        at = "x".join(map(str, shape)) + (" channels-last" if channels_last else "")
+        for dtype in (F32, BF16):
+            for fused in (False, True):
+                run = _batch_norm_case(shape, dtype, channels_last, fused, training=True, masked=True)
+                moves = batch_norm_moves(bytes_of(shape, dtype), math.prod(shape), fused, training=True)
+                name = f"batch norm training, masked{', fused' if fused else ''} {at}"
+                yield Case(name, dtype, fused and dtype == F32 and shape[2] == 1024, run, moves)
     for name, V, dtype in STRIDED:
         shape, at, heavy = (512, V, 1), f"512x{V}x1", V == 50257 and name == "hard, more"
         size = bytes_of(shape, dtype, strided=True)

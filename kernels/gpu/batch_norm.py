@@ -74,16 +74,19 @@ def _follower(x, t) -> int:
     return operand_mode(2, x, t, _access(x)[1])
 
 
-def _plan(x, operands, extra=(), alike=None, sums=False) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
+def _plan(x, operands, extra=(), alike=None, sums=False, valid=None) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
     """(plan, sizes and constants as the kernels take them) for a pass over `x`; operands: how many tensors it reads.
 
-    extra: a residual and a mask, or None. alike: the other tensors, where a program may own whole channels; else None.
+    extra: a residual and a mask, or None. alike: the other tensors, where a program may own whole channels; else None. valid:
+    the positions that count, or None; no tile is FLAT with them.
     """
     N, C, S = x.shape
     mode, width = _access(x)
     busy = any(t is not None for t in extra)
     far = (N - 1) * x.stride(0) + (S - 1) * x.stride(2) >= 1 << 30
-    flat = not (alike is None or busy or far) and all(t.stride() == x.stride() and _follower(x, t) == mode for t in alike)
+    flat = not (alike is None or busy or far or valid is not None) and all(
+        t.stride() == x.stride() and _follower(x, t) == mode for t in alike
+    )
     plan = plan_batch_norm(N, C, S, x.element_size(), mode, channels_last=x.stride(1) == 1 and C > 1 and x.stride(2) != 1,
                            operands=operands, whole=alike is not None, may_be_flat=flat, busy=busy, sums=sums,
                            device=device_of(x))  # fmt: skip
@@ -126,7 +129,7 @@ def _moment_scalars(x, count, eps, momentum) -> tuple[float, tuple[Any, ...]]:
 def _partial_statistics(x, mean, alpha, valid) -> tuple[torch.Tensor, int]:
     """Launches the statistics of each split: (partial (4, splits, C), number of splits)."""
     (x,) = _flatten(x)
-    plan, sizes, constants = _plan(x, 1, (valid,), sums=True)
+    plan, sizes, constants = _plan(x, 1, sums=True, valid=valid)
     partial = scratch(mean.dtype, x.device, 4, plan.splits, x.shape[1])
     launch(
         _statistics_kernel, plan.channel_blocks * plan.splits,
@@ -165,7 +168,7 @@ def _normalize(
 ) -> None:  # fmt: skip
     """`normalize`. Where `partial` is given, its `summed` splits are merged first, and mean, var and rstd are written too."""
     x, y, residual = _flatten(x, y, residual, mask=mask)
-    plan, sizes, constants = _plan(x, 1, (residual, mask, valid))
+    plan, sizes, constants = _plan(x, 1, (residual, mask), valid=valid)
     stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
     launch(
         _normalize_kernel, plan.channel_blocks * plan.splits,
@@ -185,7 +188,7 @@ def forward(
     given = x, y, residual
     alpha, scalars = _moment_scalars(x, count, eps, momentum)
     x, y, residual = _flatten(x, y, residual, mask=mask)
-    plan, sizes, constants = _plan(x, 1, (residual, mask, valid), alike=(y,))
+    plan, sizes, constants = _plan(x, 1, (residual, mask), alike=(y,), valid=valid)
     if plan.tiles == 1:
         stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
         launch(
@@ -210,7 +213,7 @@ def forward(
 def _partial_sums(dy, x, mean, mask, valid) -> tuple[torch.Tensor, int]:
     """Launches the two sums of each split: (partial (4, splits, C), number of splits)."""
     x, dy = _flatten(x, dy, mask=mask)
-    plan, sizes, constants = _plan(x, 2, (mask, valid), sums=True)
+    plan, sizes, constants = _plan(x, 2, (mask,), sums=True, valid=valid)
     partial = scratch(mean.dtype, x.device, 4, plan.splits, x.shape[1])
     launch(
         _backward_reduce_kernel, plan.channel_blocks * plan.splits,
@@ -250,7 +253,7 @@ def _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, 
     if not x.numel():
         return
     x, dy, dx, dresidual = _flatten(x, dy, dx, dresidual, mask=mask)
-    plan, sizes, constants = _plan(x, 2 if trained else 1, (mask, dresidual, valid))
+    plan, sizes, constants = _plan(x, 2 if trained else 1, (mask, dresidual), valid=valid)
     stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
     launch(
         _backward_apply_kernel, plan.channel_blocks * plan.splits,
@@ -269,7 +272,7 @@ def backward(
     given = dy, x, dx, dresidual
     m = x.shape[0] * x.shape[2] if count is None else count
     x, dy, dx, dresidual = _flatten(x, dy, dx, dresidual, mask=mask)
-    plan, sizes, constants = _plan(x, 2, (mask, dresidual, valid), alike=(dy, dx))
+    plan, sizes, constants = _plan(x, 2, (mask, dresidual), alike=(dy, dx), valid=valid)
     if plan.tiles == 1 and x.numel():
         stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
         launch(

@@ -33,8 +33,8 @@ def divisor_of(m, ACC: tl.constexpr) -> tl.tensor:
 @triton.jit
 def _bit_is_set(valid, bit, there) -> tl.tensor:
     """The bits with these numbers as booleans; False where `there` is."""
-    byte = tl.load(valid + bit // 8, mask=there, other=0).to(tl.int32)
-    return ((byte >> (bit % 8).to(tl.int32)) & 1) != 0
+    byte = tl.load(valid + (bit >> 3), mask=there, other=0).to(tl.int32)
+    return ((byte >> (bit & 7).to(tl.int32)) & 1) != 0
 
 
 @triton.jit
@@ -49,10 +49,10 @@ def load_valid_bytes(valid, at, layout, LANES: tl.constexpr, MODE: tl.constexpr)
         start = n * layout[2] + offset
         hi = tl.minimum(tl.maximum(tl.where(n < layout[0], layout[2] - offset, 0), 0), LANES).to(tl.int32)
     bit = start + b
-    low = tl.load(valid + bit // 8, mask=b < hi, other=0).to(tl.int32)
-    high = tl.load(valid + (bit // 8 + 1), mask=b < hi, other=0).to(tl.int32)
-    lanes = tl.minimum(tl.maximum(hi - b, 0), 8)
-    return ((low | (high << 8)) >> (bit % 8).to(tl.int32)) & ((1 << lanes) - 1)
+    skipped, lanes = (bit & 7).to(tl.int32), tl.minimum(tl.maximum(hi - b, 0), 8)
+    low = tl.load(valid + (bit >> 3), mask=lanes > 0, other=0).to(tl.int32)
+    high = tl.load(valid + ((bit >> 3) + 1), mask=skipped + lanes > 8, other=0).to(tl.int32)
+    return ((low | (high << 8)) >> skipped) & ((1 << lanes) - 1)
 
 
 @triton.jit
@@ -118,7 +118,8 @@ def fullest_tile(
 
     Its mean is the origin of the sums: that of a few values could be far from the others, and squares would lose their digits.
     """
-    number, best, most = first, first, tl.zeros([], tl.int32) - 1
+    number = first.to(tl.int32)
+    best, most = number, tl.zeros([], tl.int32) - 1
     while (number < stop) & (2 * most < BLOCK_N * LANES):
         at = address_of(c, tile_at(number, layout, BLOCK_N), layout, BLOCK_N, LANES, False, MODE, GROUP)
         count = tl.sum(tl.ravel(bits_set(load_valid_bytes(valid, at, layout, LANES, MODE))), axis=0)
@@ -134,4 +135,4 @@ def tile_around(tile, number, first, stop, layout, BLOCK_N: tl.constexpr) -> tup
     n, block = tile_after(tile, layout, BLOCK_N)
     first_n, first_block = tile_at(first, layout, BLOCK_N)
     last = number + 1 == stop
-    return tl.where(last, first_n, n), tl.where(last, first_block, block), tl.where(last, first, number + 1)
+    return tl.where(last, first_n, n), tl.where(last, first_block, block), tl.where(last, first, number + 1).to(tl.int32)
