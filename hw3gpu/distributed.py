@@ -15,14 +15,15 @@ from torch import Tensor
 
 from . import functional
 from ._core import check
-from ._torch import arguments, cross_entropy_formula, operators
+from ._torch import arguments, cross_entropy_formula, operators, vocab_parallel_rows
 from ._torch import sync_batch_norm as _sync_batch_norm
 from ._torch import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
 from ._torch import vocab_parallel_linear_cross_entropy as _vocab_parallel_linear_cross_entropy
 from ._torch.arguments import _vocab_parallel_arguments, _vocab_parallel_numbers
 from ._torch.autograd import accumulate_dtype, as_dtype, graph_is_needed
-from ._torch.cross_entropy_formula import Options
+from ._torch.cross_entropy_formula import CrossEntropyStatistics, Options
 from ._torch.positions import packed
+from ._torch.row_weights import weighed
 
 __all__ = ["sync_batch_norm", "vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"]
 
@@ -98,8 +99,10 @@ def vocab_parallel_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_stats: bool = False,
     vocab_start: int | None = None,
-) -> Tensor:
+) -> Any:
     """`functional.cross_entropy` of logits that are divided over `group` (None: all processes) along their classes.
 
     logits_shard: this process's classes of all rows, (V_r,), (N, V_r) or (N, V_r, d1, …), in order of rank; V_r may differ
@@ -107,8 +110,10 @@ def vocab_parallel_cross_entropy(
     process. weight: (V_r,), the weights of this process's classes. vocab_start: the number of the shard's first class; left
     out, processes exchange their sizes first, in a collective of one number each. Give it on every process or on none.
 
-    One collective forward, of six numbers a row, and none backward: the loss is the same on every process, and each has the
-    gradient of its own shard. Do not divide it, or sum it, over the group.
+    return_stats: also `CrossEntropyStatistics` of every row, the same on every process, without a gradient.
+
+    One collective forward, of six numbers a row (eight with statistics), and none backward: the loss is the same on every
+    process, and each has the gradient of its own shard. Do not divide it, or sum it, over the group.
 
     Raises TypeError for kinds and dtypes (probabilities as target among them), ValueError for shapes and values, IndexError for
     a class that no process has, on the CPU; on a GPU nothing waits for the device, and such a row gives NaN. RuntimeError for a
@@ -116,6 +121,8 @@ def vocab_parallel_cross_entropy(
     """
     _vocab_parallel_arguments(logits_shard, target, weight, ignore_index, reduction, label_smoothing)
     _vocab_parallel_numbers(z_loss, softcap, vocab_start)
+    logit_scale = arguments.extra(0.0, None, logit_scale, "auto", "nan")[2]
+    check.boolean(return_stats, "return_stats")
     if weight is not None:
         weight = weight.detach().to(accumulate_dtype(logits_shard)).contiguous()
     ignore_index = index(ignore_index)
@@ -125,16 +132,25 @@ def vocab_parallel_cross_entropy(
         float(label_smoothing),
         float(z_loss),
         None if softcap is None else float(softcap),
+        logit_scale,
         _or_all(group).group_name,
+        return_stats,
     )
-    loss, weights, taken = _vocab_parallel_cross_entropy.vocab_parallel_cross_entropy(logits_shard, target, weight, options)
+    loss, weights, taken, numbers = _vocab_parallel_cross_entropy.vocab_parallel_cross_entropy(
+        logits_shard, target, weight, options
+    )
     shape = target.shape
     if logits_shard.device.type == "cpu" and not operators.traced(logits_shard):
-        _every_class_exists(taken, target, ignore_index)
-    if reduction == "none":
-        return as_dtype(loss.reshape(shape), logits_shard.dtype)
-    total = loss.sum()
-    return as_dtype(total if reduction == "sum" else total / weights.sum(), logits_shard.dtype)
+        vocab_parallel_rows.every_class_exists(taken, target, ignore_index)
+    total = loss.reshape(shape) if reduction == "none" else loss.sum()
+    loss = as_dtype(total / weights.sum() if reduction == "mean" else total, logits_shard.dtype)
+    return (loss, _statistics(numbers, target, ignore_index, logits_shard)) if return_stats else loss
+
+
+def _statistics(numbers: Tensor, target: Tensor, ignore_index: int, *depends_on: Tensor | None) -> CrossEntropyStatistics:
+    # a class that no process has makes NaN of its row, or has raised
+    stats = cross_entropy_formula.statistics(numbers, target.shape, 1 << 62, target, ignore_index)
+    return cross_entropy_formula.without_derivatives(stats, *depends_on) if graph_is_needed(*depends_on) else stats
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -150,19 +166,23 @@ def vocab_parallel_linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     gradient: str = "auto",
     all_ignored: str = "nan",
     return_stats: bool = False,
+    loss_dtype: torch.dtype | None = None,
+    normalizer: float | Tensor | None = None,
+    token_weight: Tensor | None = None,
     chunk_rows: int | None = None,
     vocab_start: int | None = None,
 ) -> Any:
     """`functional.linear_cross_entropy` where the rows of the weight, its classes, are divided over `group` (None: all).
 
     There are never more than two chunks of `chunk_rows` rows of this process's logits, by default some eleventh of all rows.
-    One collective a chunk in the forward pass, of six numbers a row (seven with statistics), which is on its way while the next
+    One collective a chunk in the forward pass, of six numbers a row (eight with statistics), which is on its way while the next
     chunk's logits are made; one in the backward pass, which adds up the gradient of `input` in float32 (float64 for float64).
     The loss is the same on every process. Each has the gradient of its own rows of the weight, and all have that of `input`:
-    do not divide these, or sum them, over the group. (docs/derivations.md, section 3.7)
+    do not divide these, or sum them, over the group. (docs/derivations.md, section 3.10)
 
     input: (…, D), the same on every process. linear_weight: (V_r, D), this process's classes, in order of rank, of input's
     dtype; V_r may differ from process to process, and be 0. linear_bias: (V_r,). target: classes (…) of the whole vocabulary,
@@ -173,46 +193,39 @@ def vocab_parallel_linear_cross_entropy(
 
     gradient: "forward", what "auto" is for a reduced loss, makes the gradients in the forward pass: three products. "backward"
     makes the logits twice. all_ignored: the mean over no rows is "nan" or "zero". return_stats: also `CrossEntropyStatistics`
-    of every row, the same on every process, without a gradient. Under autocast the products are in its dtype.
+    of every row, the same on every process, without a gradient. logit_scale, loss_dtype, normalizer and token_weight, of
+    target's shape, as of `functional.cross_entropy`. Under autocast the products are in its dtype.
 
     Raises TypeError for kinds and dtypes (probabilities as target among them), ValueError for shapes and values, IndexError for
     a class that no process has, on the CPU; on a GPU nothing waits for the device, and such a row gives NaN. RuntimeError for a
     second derivative and under `torch.func` transforms.
     """
     check.boolean(return_stats, "return_stats")
-    z_loss, softcap, _ = arguments.extra(z_loss, softcap, 1.0, gradient, all_ignored)
+    z_loss, softcap, logit_scale = arguments.extra(z_loss, softcap, logit_scale, gradient, all_ignored)
+    arguments.asked_dtype(loss_dtype)
     ignore_index = check.integer_value(ignore_index, "ignore_index")
-    asked = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero")
+    asked = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero", logit_scale)
     problem = arguments.vocab_parallel_linear(input, linear_weight, target, linear_bias, weight, asked, vocab_start)
     if gradient == "forward" and reduction == "none":
         raise ValueError("gradient: expected 'auto' or 'backward' with reduction 'none', got 'forward'")
     rows = arguments.chunk_rows(chunk_rows)
+    by = arguments.row_weights(token_weight, normalizer, tuple(target.shape), input, asked.zero_if_ignored)
+    if by is not None:
+        arguments.gradient_of_rows(gradient, by)
+        reduction = "none" if by.token_weight is not None else reduction if reduction == "none" else "sum"
     rest = _vocab_parallel_linear_cross_entropy.Rest(
-        asked._replace(label_smoothing=float(label_smoothing)),
+        asked._replace(label_smoothing=float(label_smoothing), reduction=reduction),
         -1 if vocab_start is None else index(vocab_start),
         _or_all(group).group_name,
         rows or 0,
         return_stats,
     )
-    loss, taken, numbers = _vocab_parallel_linear_cross_entropy.vocab_parallel_linear_cross_entropy(problem, rest, gradient)
+    found = _vocab_parallel_linear_cross_entropy.vocab_parallel_linear_cross_entropy(problem, rest, gradient)
+    loss, taken, w_t, numbers = found
     if input.device.type == "cpu" and not operators.traced(input):
-        _every_class_exists(taken, target, ignore_index)
-    loss = as_dtype(loss.reshape(target.shape) if reduction == "none" else loss, arguments.loss_dtype(input, target))
-    if not return_stats:
-        return loss
-    # a class that no process has makes NaN of its row, or has raised
-    stats = cross_entropy_formula.statistics(numbers, target.shape, 1 << 62, target, ignore_index)
-    depends_on = input, linear_weight, linear_bias
-    if graph_is_needed(*depends_on):
-        stats = cross_entropy_formula.without_derivatives(stats, *depends_on)
-    return loss, stats
-
-
-def _every_class_exists(taken: Tensor, target: Tensor, ignore_index: int) -> None:
-    wrong = (taken.reshape(-1) != 1).nonzero()
-    if len(wrong):
-        row = int(wrong[0])
-        raise IndexError(
-            f"target: expected classes of the vocabulary or ignore_index {ignore_index}, got {int(target.reshape(-1)[row])} "
-            f"in row {row}"
-        )
+        vocab_parallel_rows.every_class_exists(taken, target, ignore_index)
+    loss = loss.reshape(target.shape) if reduction == "none" else loss
+    if by is not None:
+        loss = weighed(loss, w_t.reshape(target.shape), asked, by)
+    loss = as_dtype(loss, loss_dtype or arguments.loss_dtype(input, target))
+    return (loss, _statistics(numbers, target, ignore_index, input, linear_weight, linear_bias)) if return_stats else loss

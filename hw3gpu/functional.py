@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._core import arrays, check
 from ._core.torch_internals import legacy_reduction
-from ._torch import arguments, bound_launches, distillation_arguments
+from ._torch import arguments, bound_launches, distillation_arguments, dtensor
 from ._torch import batch_norm as _batch_norm
 from ._torch import cross_entropy as _cross_entropy
 from ._torch import distillation as _distillation
@@ -135,6 +135,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     exception is also of the type that PyTorch raises.
     """
     arguments.tensor(input, "input")
+    dtensor.is_dtensor(input)  # then PyTorch knows how it may be divided
     if dtype is None and input.is_cuda and input.dtype in arguments.HALVES and arguments.autocast(input):
         dtype = torch.float32
     call = None
@@ -227,6 +228,8 @@ def cross_entropy(
         ignore_index = check.integer_value(ignore_index, "ignore_index")
     if loss_dtype is not None:
         arguments.asked_dtype(loss_dtype)
+    if dtensor.any_of(input, target, weight, token_weight):
+        target, weight, token_weight = dtensor.beside(input, "input", target=target, weight=weight, token_weight=token_weight)
     call, by = None, None
     if differentiable:
         arguments.differentiable(return_stats)
@@ -242,7 +245,11 @@ def cross_entropy(
         options = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, all_ignored == "zero", logit_scale)
         dtype = loss_dtype or arguments.loss_dtype(input, target)
         by = arguments.row_weights(token_weight, normalizer, loss_shape(input), input, options.zero_if_ignored)
-    if by is not None:
+    if dtensor.is_dtensor(input):
+        from ._torch import dtensor_cross_entropy as losses  # who has a DTensor has imported what this imports
+
+        loss, stats = losses.cross_entropy(input, target, weight, options, return_stats, differentiable, by)
+    elif by is not None:
         arguments.gradient_of_rows(gradient, by)
         loss, stats = _cross_entropy.with_row_weights(
             input, target, weight, options, gradient, return_stats, differentiable, by
@@ -275,7 +282,12 @@ def token_log_probs(
     out of range and for a `dim` that logits does not have. On a GPU nothing waits for the device: a row whose class is out of
     range gives NaN, and a later call, or `check_targets`, raises the IndexError.
     """
+    divided = dtensor.any_of(logits, target)
+    if divided:
+        (target,) = dtensor.beside(logits, "logits", target=target)
     temperature, ignore_index, dim = arguments.token_log_probs(logits, target, temperature, ignore_index, dim)
+    if divided:
+        dtensor.refuse_divided(logits, dim, "logits")
     return _token_log_probs.token_log_probs(logits, target, temperature, ignore_index, dim)
 
 
@@ -299,6 +311,11 @@ def linear_token_log_probs(
     integer classes (…). The results have target's shape. Under autocast the products are in its dtype, as those of PyTorch's
     `linear`. What raises, second derivatives and transforms are as of `token_log_probs`; the latter two hold all logits.
     """
+    if dtensor.any_of(input, linear_weight, target, linear_bias):
+        linear_weight, target, linear_bias = dtensor.beside(
+            input, "input", linear_weight=linear_weight, target=target, linear_bias=linear_bias
+        )
+        dtensor.refuse_divided(linear_weight, 0, "linear_weight")
     temperature, ignore_index = arguments.linear_token_log_probs(
         input, linear_weight, target, linear_bias, temperature, ignore_index
     )
@@ -348,9 +365,17 @@ def distillation_loss(
     TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a `dim` that student does not have,
     RuntimeError for tensors on several devices.
     """
+    divided = dtensor.any_of(student, mask, *(teacher if isinstance(teacher, tuple) else (teacher,)))
+    if divided and isinstance(teacher, tuple):
+        values, indices, mask = dtensor.beside(student, "student", teacher=teacher[0], indices=teacher[1], mask=mask)
+        teacher = values, indices
+    elif divided:
+        teacher, mask = dtensor.beside(student, "student", teacher=teacher, mask=mask)
     options = distillation_arguments.distillation(
         student, teacher, temperature, kind, beta, top_k, teacher_is, mask, reduction, dim
     )
+    if divided:
+        dtensor.refuse_divided(student, options.dim, "student")
     if not isinstance(teacher, Tensor):
         log_p = _top_k_distillation.as_logarithms(teacher[0], teacher_is, student)
         rows = _top_k_distillation.divergences(student, log_p, teacher[1], mask, options)
@@ -391,6 +416,15 @@ def linear_distillation_loss(
     PyTorch's `linear`. The other arguments, what raises, second derivatives and transforms are as of `distillation_loss`; the
     latter two hold all logits.
     """
+    tensors = {"student_weight": student_weight, "student_bias": student_bias, "teacher_input": teacher_input}
+    tensors |= {"teacher_weight": teacher_weight, "teacher_bias": teacher_bias, "mask": mask}
+    if dtensor.any_of(student_input, *tensors.values()):
+        *of_student, teacher_input, teacher_weight, teacher_bias, mask = dtensor.beside(
+            student_input, "student_input", **tensors
+        )
+        student_weight, student_bias = of_student
+        for name, W in (("student_weight", student_weight), ("teacher_weight", teacher_weight)):
+            dtensor.refuse_divided(W, 0, name)
     student, teacher = (student_input, student_weight, student_bias), (teacher_input, teacher_weight, teacher_bias)
     options = distillation_arguments.linear_distillation(student, teacher, temperature, kind, beta, mask, reduction)
     chunk_rows = arguments.chunk_rows(chunk_rows)
@@ -453,6 +487,11 @@ def linear_cross_entropy(
     z_loss, softcap, logit_scale = arguments.extra(z_loss, softcap, logit_scale, gradient, all_ignored)
     ignore_index = -100 if ignore_index is None else check.integer_value(ignore_index, "ignore_index")
     asked = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero", logit_scale)
+    if dtensor.any_of(input, linear_weight, target, linear_bias, weight, token_weight):
+        linear_weight, target, linear_bias, weight, token_weight = dtensor.beside(
+            input, "input", linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight,
+            token_weight=token_weight,
+        )  # fmt: skip
     weight = arguments.linear_cross_entropy(input, linear_weight, target, linear_bias, weight, asked)
     if gradient == "forward" and reduction == "none":
         raise ValueError("gradient: expected 'auto' or 'backward' with reduction 'none', got 'forward'")
@@ -465,7 +504,11 @@ def linear_cross_entropy(
         arguments.differentiable(return_stats)
     by = arguments.row_weights(token_weight, normalizer, of_rows, input, asked.zero_if_ignored)
     problem = arguments.linear_problem(input, linear_weight, target, linear_bias, weight)
-    if by is not None:
+    if dtensor.is_dtensor(input):
+        from ._torch import dtensor_cross_entropy as losses
+
+        loss, stats = losses.linear_cross_entropy(problem, asked, gradient, return_stats, differentiable, rows, by)
+    elif by is not None:
         arguments.gradient_of_rows(gradient, by)
         loss, stats = _linear_cross_entropy.with_row_weights(problem, asked, gradient, return_stats, differentiable, rows, by)
     elif differentiable:

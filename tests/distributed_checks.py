@@ -18,6 +18,7 @@ from pathlib import Path
 
 import distributed_batch_norm  # noqa: F401  its checks come first in the list
 import distributed_cross_entropy  # noqa: F401  and these
+import distributed_dtensor  # noqa: F401
 import distributed_linear_cross_entropy  # noqa: F401
 import torch
 import torch.distributed as dist

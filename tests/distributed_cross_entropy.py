@@ -7,6 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from distributed_kit import Rank, check, normal, refuses, same
 
+import hw3gpu.functional as HF
+
 
 def shards(rank: Rank, V: int) -> list[int]:
     """Uneven sizes of the shards of V classes, one of them empty where there are several."""
@@ -34,13 +36,15 @@ def cross_entropy_of_all(
     weight = normal(V, seed=5).square() + 0.1 if weighted else None
     part = z.narrow(axis, first, sizes[rank.rank]).detach().clone().requires_grad_()
     z_loss, softcap = extra
-    loss = vocab_parallel_cross_entropy(
+    loss, stats = vocab_parallel_cross_entropy(
         part, target, weight=None if weight is None else weight[mine], z_loss=z_loss, softcap=softcap,
-        vocab_start=first if start else None, **options,
+        vocab_start=first if start else None, return_stats=True, **options,
     )  # fmt: skip
     assert loss.dtype == dtype
     whole = z.double().requires_grad_()
-    capped = whole if softcap is None else softcap * (whole / softcap).tanh()
+    logit_scale = options.pop("logit_scale", 1.0)
+    capped = logit_scale * whole
+    capped = capped if softcap is None else softcap * (capped / softcap).tanh()
     expected = F.cross_entropy(capped, target, weight, **options)
     if z_loss:
         rows = F.cross_entropy(capped, target, weight, **options | {"reduction": "none"})
@@ -49,6 +53,11 @@ def cross_entropy_of_all(
         expected = {"none": rows + more, "sum": (rows + more).sum(), "mean": (rows + more).sum() / (counted or 1)}[
             options.get("reduction", "mean")
         ]
+    of_all = HF.cross_entropy(
+        whole.detach(), target, weight, softcap=softcap, logit_scale=logit_scale, return_stats=True, **options
+    )[1]
+    for name, ours, theirs in zip(stats._fields, stats, of_all, strict=True):
+        same(ours.double(), theirs.double(), {torch.bfloat16: 1e-4}.get(dtype, 1e-5), name)
     upstream = normal(*expected.shape, seed=9).abs() + 0.5
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
     (dpart,) = torch.autograd.grad(loss, part, upstream.to(dtype))
@@ -86,6 +95,8 @@ def vocab_parallel_cross_entropy_with_a_softcap(rank):
     for reduction in ("none", "mean"):
         cross_entropy_of_all(rank, (5, 11), extra=(0.0, 2.0), reduction=reduction)
     cross_entropy_of_all(rank, (3, 11, 4), scale=30.0, extra=(0.1, 5.0), label_smoothing=0.1, reduction="sum")
+    cross_entropy_of_all(rank, (5, 11), extra=(0.1, 2.0), logit_scale=0.3)
+    cross_entropy_of_all(rank, (3, 11, 4), extra=(0.0, None), logit_scale=1.7, label_smoothing=0.1)
     cross_entropy_of_all(rank, (5, 11), extra=(0.0, 2.0), weighted=True)
 
 

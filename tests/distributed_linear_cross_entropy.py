@@ -28,16 +28,25 @@ def linear_of_all(
     first = sum(sizes[: rank.rank])
     mine = slice(first, first + sizes[rank.rank])
 
+    tokens = options.pop("token_weight", None)
+    of_rows = [{} if tokens is None else {"token_weight": tokens.clone().requires_grad_()} for _ in range(2)]
     leaves = [None if v is None else v.clone().requires_grad_() for v in (x, W[mine], None if b is None else b[mine])]
     found = vocab_parallel_linear_cross_entropy(
         *leaves[:2], target, linear_bias=leaves[2], weight=None if weight is None else weight[mine], chunk_rows=chunk_rows,
-        vocab_start=first if start else None, return_stats=True, **options,
+        vocab_start=first if start else None, return_stats=True, **options, **of_rows[0],
     )  # fmt: skip
     loss, stats = found
     whole = [None if v is None else v.double().requires_grad_() for v in (x, W, b)]
     options.pop("gradient", None)
     expected, of_all = HF.linear_cross_entropy(
-        whole[0].reshape(-1, D), whole[1], target.reshape(-1), linear_bias=whole[2], weight=weight, return_stats=True, **options
+        whole[0].reshape(-1, D),
+        whole[1],
+        target.reshape(-1),
+        linear_bias=whole[2],
+        weight=weight,
+        return_stats=True,
+        **options,
+        **of_rows[1],
     )
     expected = expected.reshape(loss.shape)
     assert loss.dtype == dtype
@@ -49,6 +58,9 @@ def linear_of_all(
     for name, ours, theirs in zip(stats._fields, stats, of_all, strict=True):
         assert torch.equal(ours, theirs.view(ours.shape)) if name == "correct" else ours.shape == target.shape, name
         same(ours.double(), theirs.double().view(ours.shape), tolerance, name)
+    assert torch.equal(stats.predicted, of_all.predicted.view(target.shape))
+    if tokens is not None:
+        same(*(of["token_weight"].grad for of in of_rows), tolerance, "token_weight")
     for name, ours, theirs in zip(("input", "weight", "bias"), leaves, whole, strict=True):
         if ours is not None:
             assert ours.grad.dtype == dtype
@@ -72,6 +84,17 @@ def vocab_parallel_linear_cross_entropy_with_every_option(rank):
         linear_of_all(rank, (7,), reduction=reduction, label_smoothing=0.2, z_loss=0.1, softcap=2.0, weighted=True)
     linear_of_all(rank, (5,), label_smoothing=1.0, scale=20.0, softcap=5.0, start=True)
     linear_of_all(rank, (5,), z_loss=0.1, reduction="sum")
+
+
+@check
+def vocab_parallel_linear_cross_entropy_with_weights_of_rows(rank):
+    """A scale of the logits, a normaliser and weights of rows, which have gradients too."""
+    tokens = normal(7, seed=8).square()
+    tokens[2] = 0
+    for reduction in ("none", "sum", "mean"):
+        linear_of_all(rank, (7,), reduction=reduction, logit_scale=0.3, softcap=2.0, normalizer=3.0, label_smoothing=0.1)
+        for extra in ({}, {"normalizer": torch.tensor(2.0)}, {"weighted": True}):
+            linear_of_all(rank, (7,), reduction=reduction, token_weight=tokens, logit_scale=1.7, **extra)
 
 
 @check

@@ -48,7 +48,8 @@ CALLS = {
     ),
     "distributed.vocab_parallel_linear_cross_entropy": (
         lambda **o: distributed.vocab_parallel_linear_cross_entropy(T, T[:3], CLASSES, **o),
-        (*LOSS, "gradient", "all_ignored", "linear_bias", "chunk_rows", "return_stats", "vocab_start", "group"),
+        (*LOSS, "gradient", "all_ignored", "linear_bias", "chunk_rows", "return_stats", "vocab_start", "group", "logit_scale",
+         "loss_dtype", "normalizer", "token_weight"),
     ),
 }  # fmt: skip
 NAMES = ("reduction", "gradient", "all_ignored", "activation", "method")

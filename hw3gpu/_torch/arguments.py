@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import arrays, check
-from . import operators
+from . import dtensor, operators
 from .autograd import PLAIN, accumulate_dtype, as_dtype
 from .cross_entropy_formula import Options, loss_shape
 from .linear_chunks import Problem
@@ -66,6 +66,7 @@ def batch_norm(
     `alone`: no other process has values of the batch.
     """
     floating_tensor(x, "input")
+    dtensor.refuse(x, "input")
     beyond = x.dim() < 2
     if beyond and not (alone and x.dim() == 1 and not x.numel()):
         check.rank_at_least(x, "input", 2, "N, C, …")
@@ -104,6 +105,7 @@ def batch_norm(
 def _of_channels(v: Tensor, name: str, x: Tensor, vector: Sequence[int], alone: bool) -> bool:
     """One number a channel of `x`, beside it; True where its dtype is one that only an input without an element may have."""
     tensor(v, name)
+    dtensor.refuse(v, name)
     beyond = v.dtype is not x.dtype and v.dtype is not accumulate_dtype(x)
     if beyond:
         allowed = dict.fromkeys(str(of).removeprefix("torch.") for of in (x.dtype, accumulate_dtype(x)))
@@ -167,6 +169,7 @@ def fused(x: Tensor, residual: Tensor | None, activation: Any) -> Tensor | None:
     if residual is None:
         return None
     tensor(residual, "residual")
+    dtensor.refuse(residual, "residual")
     check.same_shape(residual, "residual", x, "input")
     same_device(residual, "residual", x, "input")
     if autocast(x):
@@ -436,6 +439,8 @@ def linear_problem(x: Tensor, W: Tensor, target: Tensor, b: Tensor | None, weigh
 def _vocab_parallel_arguments(
     z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> None:
+    for name, v in (("logits_shard", z), ("target", target), ("weight", weight)):
+        dtensor.refuse(v, name)
     tensor(z, "logits_shard")
     check.floating(z, "logits_shard")
     tensor(target, "target")
@@ -460,6 +465,9 @@ def vocab_parallel_linear(
     x: Tensor, W: Tensor, target: Tensor, b: Tensor | None, weight: Tensor | None, asked: Options, vocab_start: int | None
 ) -> Problem:
     """The `Problem` of this process's classes, its parts checked."""
+    of = {"input": x, "linear_weight": W, "target": target, "linear_bias": b, "weight": weight}
+    for name, v in of.items():
+        dtensor.refuse(v, name)
     floating_tensor(x, "input")
     floating_tensor(W, "linear_weight")
     check.rank_at_least(x, "input", 1, "…, D")

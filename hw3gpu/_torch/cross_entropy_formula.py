@@ -168,20 +168,22 @@ def _loss(z: Tensor, target: Tensor, weight: Tensor | None, options: Options) ->
 
 
 def reduced(
-    loss: Tensor, kept: Tensor, target: Tensor, weight: Tensor | None, options: Options, token_weight: Tensor | None = None
-) -> Tensor:
-    """The reduction of the losses of all rows; `kept`: those that are not ignored. token_weight: of their shape."""
+    loss: Tensor, kept: Tensor, target: Tensor, weight: Tensor | None, options: Options, token_weight: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The reduction of the losses of all rows; `kept`: those that are not ignored. token_weight: of their shape; counted: what
+    each adds to the divisor of a mean of classes, where that is known."""
     if token_weight is not None:
         loss = token_weight * torch.where((token_weight == 0) & loss.isinf(), 0.0, loss)  # 0 · ∞ = 0
     if options.reduction == "none":
         return loss
     if options.reduction == "sum":
         return loss.sum()
-    if target.is_floating_point():
+    if counted is None and target.is_floating_point():
         if token_weight is None:
             return loss.sum() / loss.numel()
         counted = torch.ones_like(loss)
-    else:
+    elif counted is None:
         counted = kept.to(loss.dtype) if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
     denominator = (counted if token_weight is None else token_weight * counted).sum()
     if options.zero_if_ignored:

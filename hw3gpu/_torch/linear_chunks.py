@@ -124,7 +124,7 @@ def run(
     acc, device = accumulate_dtype(x), x.device
     loss, stats = torch.empty((N, S), dtype=acc, device=device), torch.empty((numbers, N, S), dtype=acc, device=device)
     seen_weight, seen_target = see(problem.weight), see(problem.target)
-    total, denominator = (torch.empty(1, dtype=acc, device=device) for _ in range(2))
+    total, denominator = torch.empty((), dtype=acc, device=device), torch.empty(1, dtype=acc, device=device)
     if options.reduction == "mean":
         kernels.count(seen_target, seen_weight, see(denominator), ignore_index=options.ignore_index)
         never_zero(denominator, options)
@@ -151,10 +151,10 @@ def run(
         stats[:, first:last] = of_rows
     if options.reduction == "none":
         return Found(loss, stats, None)
-    kernels.reduce(see(loss), seen_target, seen_weight, see(total), see(denominator), ignore_index=options.ignore_index)
+    kernels.reduce(see(loss), seen_target, seen_weight, see(total.view(1)), see(denominator), ignore_index=options.ignore_index)
     if options.reduction == "sum":
-        return Found(total[0], stats, None, gradients.found, factor)
-    return Found((total / never_zero(denominator, options))[0], stats, denominator, gradients.found, factor)
+        return Found(total, stats, None, gradients.found, factor)
+    return Found(total / never_zero(denominator, options).view(()), stats, denominator, gradients.found, factor)
 
 
 def run_backward(

@@ -38,3 +38,11 @@ def reduced_by(
         kept = torch.ones((), dtype=torch.bool, device=target.device) if soft else target != options.ignore_index
         loss = reduced(loss, kept, target, weight, asked, by.token_weight)
     return loss if by.normalizer is None else loss / by.normalizer, stats
+
+
+def weighed(loss: Tensor, w_t: Tensor, options: Options, by: RowWeights) -> Tensor:
+    """The reduction by these of the losses of rows, or of their sum; w_t: the weights of the rows' targets, 0 where ignored."""
+    if by.token_weight is not None:
+        asked = options._replace(reduction="sum") if by.normalizer is not None and options.reduction != "none" else options
+        loss = reduced(loss, w_t != 0, w_t, None, asked, by.token_weight, counted=w_t)
+    return loss if by.normalizer is None else loss / by.normalizer

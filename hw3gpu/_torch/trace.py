@@ -28,7 +28,7 @@ from .._linalg.numerics import (
     symmetric,
 )
 from .._linalg.solvers import check_method, eigh, smallest
-from . import arguments, operators
+from . import arguments, dtensor, operators
 from .autograd import no_second_derivative
 
 __all__ = ["TraceSubspace", "minimize_trace"]
@@ -75,6 +75,7 @@ def minimize_trace(covariance: torch.Tensor, k: int, *, largest: bool = False, m
         RuntimeError: a second derivative.
     """
     arguments.tensor(covariance, "covariance")
+    dtensor.refuse(covariance, "covariance")
     check_dtype(covariance, "covariance", REAL + COMPLEX)
     m = check_square(covariance, "covariance")
     k = check.integer_value(k, "k")

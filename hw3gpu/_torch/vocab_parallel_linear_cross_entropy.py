@@ -53,12 +53,13 @@ class Rest(NamedTuple):
 
 class Found(NamedTuple):
     """What the forward pass finds: the loss, the sum of the weights that the mean is divided by, and of every row how many
-    processes have its target, the numbers of `statistics` (or none), and what `vocab_parallel_rows.gradient` takes; the
-    gradients of x (this process's part), W and b of the sum, and a factor for each row of the first."""
+    processes have its target, its target's weight, the numbers of `statistics` (or none), and what `vocab_parallel_rows` needs
+    for its gradient; the gradients of x (this process's part), W and b of the sum, and a factor for each row of the first."""
 
     loss: Tensor
     denominator: Tensor
     taken: Tensor
+    w_t: Tensor
     numbers: Tensor
     stats: Tensor
     at: Tensor
@@ -74,11 +75,11 @@ def chunk_rows(x: Tensor) -> int:
     return min(max(rows // LEAST * LEAST, LEAST), MOST)
 
 
-def vocab_parallel_linear_cross_entropy(problem: Problem, rest: Rest, gradient: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, taken, the numbers of `statistics` or none), of (N, 1) rows; the arguments are checked."""
+def vocab_parallel_linear_cross_entropy(problem: Problem, rest: Rest, gradient: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, taken, w_t, the numbers of `statistics` or none), of (N, 1) rows; the arguments are checked."""
     if operators.traced(problem.x):
         loss, _, *rows = FORWARD(*problem, *rest[1:5], *rest.options)
-        return loss, *rows[:2]
+        return loss, *rows[:3]
     if operators.transformed():
         raise RuntimeError("vocab_parallel_linear_cross_entropy: torch.func transforms do not reach the other processes")
     if graph_is_needed(*problem[:3]):
@@ -87,8 +88,8 @@ def vocab_parallel_linear_cross_entropy(problem: Problem, rest: Rest, gradient: 
     return _results(run(problem, rest))
 
 
-def _results(found: Found) -> tuple[Tensor, Tensor, Tensor]:
-    return found.loss, found.taken, found.numbers
+def _results(found: Found) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return found.loss, found.taken, found.w_t, found.numbers
 
 
 # ---------------------------------------------------------------------------------------------- forward
@@ -97,7 +98,14 @@ def run(problem: Problem, rest: Rest, needs: Sequence[bool] = (False, False, Fal
     (N, V, _), options, rows = problem.sizes, rest.options, rest.rows or chunk_rows(problem.x)
     start = of_rows.first_class(rest.start, V, rest.group, problem.x.device)
     of = Divided(
-        start, problem.weight, options.ignore_index, options.label_smoothing, options.z_loss, options.softcap, rest.statistics
+        start,
+        problem.weight,
+        options.ignore_index,
+        options.label_smoothing,
+        options.z_loss,
+        options.softcap,
+        options.logit_scale,
+        rest.statistics,
     )
     merge = _Merge(problem, of, options, needs)
     logits = [problem.x.new_empty(min(rows, N), V) for _ in range(2 if any(needs) and rows < N else 1)]
@@ -152,7 +160,7 @@ class _Merge:
             shrink = float16_scale.of_chunk(weighed, found.loss, numbers, self.options, self.largest)
             self.factor[here] = shrink
         upstream = torch.ones_like(found.loss)
-        options = self.of.label_smoothing, self.of.softcap
+        options = self.of.label_smoothing, self.of.softcap, self.of.logit_scale
         of_rows.gradient(upstream, z, z, found.stats, index, found.scaled, *options, over=shrink)
         self.gradients.add(part, z, first, last, shrink)
 
@@ -162,14 +170,14 @@ class _Merge:
             loss = loss.sum()
         if options.reduction == "mean":
             loss = loss / never_zero(denominator, options)[0]
-        rows = self.taken, self.numbers, self.stats, self.index, self.scaled
+        rows = self.taken, self.w_t, self.numbers, self.stats, self.index, self.scaled
         return Found(loss, denominator, *rows, self.gradients.found, self.factor)
 
 
 # ---------------------------------------------------------------------------------------------- backward
 def run_backward(
     upstream: Tensor, problem: Problem, stats: Tensor, index: Tensor, weights: Tensor | None, label_smoothing: float,
-    softcap: float | None, rows: int, needs: Sequence[bool], group: str,
+    softcap: float | None, logit_scale: float, rows: int, needs: Sequence[bool], group: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients that `needs` names, of x, W and b, for upstream gradients (N, S), from logits made again."""
     (N, V, _), rows = problem.sizes, rows or chunk_rows(problem.x)
@@ -177,7 +185,7 @@ def run_backward(
     for first, last in chunks(problem, rows):
         part, here = problem.chunk(first, last), slice(first, last)
         dz = logits_of(part, z)
-        of_rows.gradient(upstream[here], dz, dz, stats[:, here], index[here], weights, label_smoothing, softcap)
+        of_rows.gradient(upstream[here], dz, dz, stats[:, here], index[here], weights, label_smoothing, softcap, logit_scale)
         gradients.add(part, dz, first, last)
     dx, dW, db = gradients.found
     return None if dx is None else summed(dx.to(stats.dtype), group), dW, db
@@ -200,7 +208,7 @@ class _VocabParallelLinear(torch.autograd.Function):
         weights = found.scaled if rest.options.label_smoothing else None
         ctx.save_for_backward(*problem, found.stats, found.at, weights, divides, found.factor, *found.gradients)
         ctx.rest, ctx.handed_out = rest, not rest.at_once
-        results = found[:7] if rest.traced else _results(found)  # an operator gives all
+        results = found[:8] if rest.traced else _results(found)  # an operator gives all
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         return results
@@ -216,13 +224,17 @@ class _VocabParallelLinear(torch.autograd.Function):
             g = upstream if denominator is None else upstream / denominator[0]
             g = g.to(stats.dtype).expand(index.shape)
             backward = BACKWARD if rest.traced else _run_backward
-            options = rest.options.label_smoothing, rest.options.softcap, rest.rows, ctx.needs_input_grad[:3], rest.group
+            options = *_of_rows(rest.options), rest.rows, ctx.needs_input_grad[:3], rest.group
             found = backward(g, *problem[:4], stats, index, weights, *options)
         else:
             ctx.handed_out = True
             dx = _summed_over_processes(held[0], upstream, denominator, factor, rest.group)
             found = as_given((dx, *scaled((None, *held[1:]), upstream, denominator, factor)[1:], None), problem)
         return *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad[:3], strict=False)), None, None, None
+
+
+def _of_rows(options: Options) -> tuple[float, float | None, float]:
+    return options.label_smoothing, options.softcap, options.logit_scale
 
 
 def _summed_over_processes(
@@ -241,16 +253,17 @@ def _rest(start: int, group: str, rows: int, statistics: bool, *options: Any) ->
 
 
 def _forward(problem: Problem, rest: Rest) -> tuple[Tensor | None, ...]:
-    return run(problem, rest)[:7]
+    return run(problem, rest)[:8]
 
 
 def _fake(problem: Problem, rest: Rest) -> tuple[Tensor | None, ...]:
     x, (N, V, S) = problem.x, problem.sizes
-    rows = [x.new_empty(N, S, dtype=accumulate_dtype(x)) for _ in range(2)]
+    rows = [x.new_empty(N, S, dtype=accumulate_dtype(x)) for _ in range(3)]
     loss = rows[0] if rest.options.reduction == "none" else rows[0].new_empty(())
     numbers, stats = rows[0].new_empty(NUMBERS if rest.statistics else 0, N, S), rows[0].new_empty(4, N, S)
     index = x.new_empty(N, S, dtype=torch.int64)
-    return loss, loss.new_empty(1), rows[1], numbers, stats, index, loss.new_empty(V) if rest.options.label_smoothing else None
+    scaled = loss.new_empty(V) if rest.options.label_smoothing else None
+    return loss, loss.new_empty(1), rows[1], rows[2], numbers, stats, index, scaled
 
 
 def _run_backward(
@@ -264,8 +277,8 @@ def _run_backward(
 _PROBLEM = "Tensor x, Tensor W, Tensor? b, Tensor target"
 FORWARD = operators.define(
     f"vocab_parallel_linear_cross_entropy({_PROBLEM}, Tensor? weight, int start, str group, int rows, bool statistics, "
-    f"{OPTIONS_SCHEMA}) -> (Tensor loss, Tensor denominator, Tensor taken, Tensor numbers_of_rows, Tensor stats, "
-    "Tensor index, Tensor scaled)",
+    f"{OPTIONS_SCHEMA}) -> (Tensor loss, Tensor denominator, Tensor taken, Tensor w_t, Tensor numbers_of_rows, "
+    "Tensor stats, Tensor index, Tensor scaled)",
     *(
         lambda x, W, b, target, weight, *options, f=f: f(Problem(x, W, b, target, weight), _rest(*options))
         for f in (_forward, _fake, lambda problem, rest: _VocabParallelLinear.apply(*problem, rest))
@@ -273,7 +286,8 @@ FORWARD = operators.define(
 )
 BACKWARD = operators.define(
     f"vocab_parallel_linear_cross_entropy_backward(Tensor upstream, {_PROBLEM}, Tensor stats, Tensor index, Tensor? scaled, "
-    "float label_smoothing, float? softcap, int rows, bool[] needs, str group) -> (Tensor dx, Tensor dW, Tensor db)",
+    "float label_smoothing, float? softcap, float logit_scale, int rows, bool[] needs, str group) "
+    "-> (Tensor dx, Tensor dW, Tensor db)",
     _run_backward,
     lambda upstream, x, W, b, *rest: fake_gradients((x, W, b), rest[-2]),
 )

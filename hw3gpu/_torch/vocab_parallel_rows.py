@@ -24,6 +24,7 @@ from torch import Tensor
 from .._core import dispatch
 from .autograd import accumulate_dtype
 from .collectives import before
+from .cross_entropy_formula import NUMBERS
 
 NO_CLASS = -100
 
@@ -31,7 +32,7 @@ NO_CLASS = -100
 class Divided(NamedTuple):
     """What is the same for every row. start: the number of this process's first class, or a tensor of it.
 
-    weight: (V_r,) in the kernels' dtype, or None. statistics: the entropy is merged too.
+    weight: (V_r,) in the kernels' dtype, or None. statistics: the entropy and the largest logit's class are merged too.
     """
 
     start: Any
@@ -40,6 +41,7 @@ class Divided(NamedTuple):
     label_smoothing: float
     z_loss: float
     softcap: float | None
+    logit_scale: float = 1.0
     statistics: bool = False
 
 
@@ -56,7 +58,7 @@ class Merged(NamedTuple):
 
     loss, W, the weight of the target, how many processes have its class (1 where the row does not count); stats (4, N, S):
     m, s, W + 2 ζ lse, and q_t where the target is here; scaled: weights · V_r / V, or None without smoothing; numbers:
-    (5, N, S) as `cross_entropy_formula.statistics` takes them, or None.
+    `NUMBERS` of a row as `cross_entropy_formula.statistics` takes them, or None.
     """
 
     loss: Tensor
@@ -83,7 +85,7 @@ def rows_of(target: Tensor, V: int, of: Divided) -> Row:
 
 # ---------------------------------------------------------------------------------------------- forward
 def to_send(z: Tensor, row: Row, of: Divided) -> Tensor:
-    """What the other processes need of the logits (N, V_r, S): six numbers a row, seven with statistics, and two more."""
+    """What the other processes need of the logits (N, V_r, S): six numbers a row, eight with statistics, and two more."""
     acc, V = accumulate_dtype(z), z.shape[1]
     *numbers, z_t = _own_sums(z, row, of, acc)
     w_t = _weight_at(of.weight, row.label, acc)
@@ -93,28 +95,29 @@ def to_send(z: Tensor, row: Row, of: Divided) -> Tensor:
 
 
 def _own_sums(z: Tensor, row: Row, of: Divided, acc: torch.dtype) -> list[Tensor]:
-    """Of the classes here m, Σ exp(z - m) - 1, with smoothing Σ w_c (z_c - m), with statistics Σ exp(z - m) (m - z); z_t."""
+    """Of the classes here m, Σ exp(z - m) - 1, with smoothing Σ w_c (z_c - m), with statistics Σ exp(z - m) (m - z) and the
+    first class of the largest logit; z_t."""
     N, V, S = z.shape
     if V == 0:
-        nothing = (-torch.inf, -1.0, 0.0, *[0.0] * of.statistics, 0.0)
+        nothing = (-torch.inf, -1.0, 0.0, *[0.0] * (2 * of.statistics), 0.0)
         return [torch.full((N, S), v, dtype=acc, device=z.device) for v in nothing]
     which = dispatch.backend(z)
     see, device = dispatch.viewer(which), z.device
     loss = torch.empty((N, S), dtype=acc, device=device)
-    stats = torch.empty((5 if of.statistics else 3, N, S), dtype=acc, device=device)
+    stats = torch.empty((NUMBERS if of.statistics else 3, N, S), dtype=acc, device=device)
     invalid = torch.full((1,), N * S, dtype=torch.int64, device=device)
     # a target that is elsewhere is class 0: its part of the loss is not asked for
     dispatch.cross_entropy(which).forward(
         see(z), see(index_of(row)), see(of.weight), see(loss), see(stats), see(invalid), ignore_index=NO_CLASS,
-        label_smoothing=1.0 if of.label_smoothing else 0.0, softcap=of.softcap,
+        label_smoothing=1.0 if of.label_smoothing else 0.0, softcap=of.softcap, logit_scale=of.logit_scale,
     )  # fmt: skip
     m, s = stats[0], stats[1]
     # of a target that is smoothed out altogether the loss is W log Σ - Σ w_c (z_c - m) / V
     sums = [V * (stats[2] * s.log1p() - loss) if of.label_smoothing else torch.zeros_like(loss)]
     if of.statistics:
-        sums.append((1 + s) * (stats[4] - s.log1p()))
-    z_t = _logit_at(z, row.label, of.softcap, acc)
-    if of.statistics and of.softcap is not None:  # by the kernel's tanh, so that the largest logit's is m
+        sums += [(1 + s) * (stats[4] - s.log1p()), stats[5] + of.start]
+    z_t = _logit_at(z, row.label, of.softcap, of.logit_scale, acc)
+    if of.statistics and (of.softcap is not None or of.logit_scale != 1.0):  # as the kernel rounds, for the largest's is m
         z_t = m + stats[3]
     empty = m == -torch.inf  # no mass here; what its classes add to a smoothed loss is in m_r - m
     return [m, torch.where(empty, -1.0, s), *(torch.where(empty, 0.0, v) for v in sums), z_t]
@@ -123,7 +126,7 @@ def _own_sums(z: Tensor, row: Row, of: Divided, acc: torch.dtype) -> list[Tensor
 def merged(received: Tensor, row: Row, V: int, of: Divided) -> Merged:
     """The rows' losses, and what their gradients need, from what all processes have sent; V: the number of classes here."""
     shape, smoothing = row.label.shape, of.label_smoothing
-    m_r, s_r, inner_r, *of_target = received[:, :-2].reshape(len(received), 6 + of.statistics, *shape).unbind(1)
+    m_r, s_r, inner_r, *of_target = received[:, :-2].reshape(len(received), 6 + 2 * of.statistics, *shape).unbind(1)
     weights_r, sizes = received[:, -2, None, None], received[:, -1]
     z_t, w_t, taken = (v.sum(0) for v in of_target[:3])
 
@@ -152,6 +155,8 @@ def merged(received: Tensor, row: Row, V: int, of: Divided) -> Merged:
         moved = torch.where(scale_r == 0, 0, scale_r * ((base - m_r) * (1 + s_r) + of_target[3]))
         numbers = torch.stack([m, s, W, below, log_total + moved.sum(0) / (1 + s)])
         numbers = torch.where(row.counts, torch.where(known, numbers, torch.nan), 0)
+        predicted = torch.where(m.isnan(), 0, of_target[4].gather(0, first[None])[0])
+        numbers = torch.cat([numbers, torch.where(known, predicted, -1)[None]])
     return Merged(
         loss,
         whole,
@@ -168,10 +173,10 @@ def index_of(row: Row) -> Tensor:
     return torch.where(row.counts, row.label, NO_CLASS)
 
 
-def _logit_at(z: Tensor, index: Tensor, softcap: float | None, acc: torch.dtype) -> Tensor:
+def _logit_at(z: Tensor, index: Tensor, softcap: float | None, logit_scale: float, acc: torch.dtype) -> Tensor:
     if z.shape[1] == 0:
         return torch.zeros(index.shape, dtype=acc, device=z.device)
-    z_t = z.gather(1, index[:, None])[:, 0].to(acc)
+    z_t = z.gather(1, index[:, None])[:, 0].to(acc) * logit_scale
     return z_t if softcap is None else softcap * (z_t / softcap).tanh()
 
 
@@ -181,10 +186,21 @@ def _weight_at(weight: Tensor | None, index: Tensor, acc: torch.dtype) -> Tensor
     return weight[index]
 
 
+def every_class_exists(taken: Tensor, target: Tensor, ignore_index: int) -> None:
+    """IndexError for the first row whose target no process has; `taken`: how many have it. Waits for the device."""
+    wrong = (taken.reshape(-1) != 1).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise IndexError(
+            f"target: expected classes of the vocabulary or ignore_index {ignore_index}, got {int(target.reshape(-1)[row])} "
+            f"in row {row}"
+        )
+
+
 # ---------------------------------------------------------------------------------------------- backward
 def gradient(
     upstream: Tensor, z: Tensor, dz: Tensor, stats: Tensor, index: Tensor, scaled: Tensor | None,
-    label_smoothing: float, softcap: float | None, over: Tensor | None = None,
+    label_smoothing: float, softcap: float | None, logit_scale: float, over: Tensor | None = None,
 ) -> None:  # fmt: skip
     """dz (N, V_r, S) of the classes here for the upstream gradient (N, S) of every row's loss, over `over`, (1,).
 
@@ -195,10 +211,10 @@ def gradient(
     which = dispatch.backend(z)
     see, upstream = dispatch.viewer(which), upstream.to(stats.dtype).contiguous()
     at = index.clamp(min=0)
-    z_t = _logit_at(z, at, softcap, stats.dtype)
+    z_t = _logit_at(z, at, softcap, logit_scale, stats.dtype)
     dispatch.cross_entropy(which).backward(
         see(z), see(index), see(scaled), see(stats[:3].contiguous()), see(upstream), see(over), see(dz), ignore_index=NO_CLASS,
-        label_smoothing=label_smoothing, softcap=softcap,
+        label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
     )  # fmt: skip
     m, s, W, q_t = stats
     below = z_t - torch.where(m == -torch.inf, 0, m)
@@ -208,5 +224,5 @@ def gradient(
         at_target = at_target - scaled[at] * (label_smoothing / z.shape[1])
     if softcap is not None:
         at_target = at_target * (1 - (z_t / softcap).square())
-    at_target = torch.where(index == NO_CLASS, 0, (upstream if over is None else upstream / over) * at_target)
+    at_target = torch.where(index == NO_CLASS, 0, logit_scale * (upstream if over is None else upstream / over) * at_target)
     dz.scatter_(1, at[:, None], at_target[:, None].to(dz.dtype))
