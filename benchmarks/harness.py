@@ -410,7 +410,10 @@ def bench(args: argparse.Namespace, tasks: Sequence[Task], seed: int = 0, **wher
 
     device = processor()
     try:
-        about = environment(device, seed, command=args.command, cpus=os.cpu_count(), **where)
+        options = [f" --turns {args.turns}"] if hasattr(args, "turns") else []
+        options += [f" --only {' '.join(map(repr, args.only))}"] if getattr(args, "only", None) else []
+        command = f"python -m benchmarks {args.command}{''.join(options)}"
+        about = environment(device, seed, command=command, cpus=os.cpu_count(), **where)
         results = Results.new(folder_of(args.output, args.command, device), COLUMNS, about)
     except (OSError, ValueError) as error:
         print(f"{args.command}: argument --output: {error}", file=sys.stderr)

@@ -201,6 +201,7 @@ def test_a_run_is_kept_and_compared_with_itself(monkeypatch, tmp_path, capsys):
     assert "then done, about 0:00 left" in printed
     found = json.loads((folder / "results.json").read_text())
     assert found["done"] == ["copy", "batch norm 8x3x4x4 float32, evaluation", "then"]
+    assert found["environment"]["command"] == "python -m benchmarks cpu --turns 2"
     ours, eager = found["measurements"]
     assert (ours["contestant"], eager["contestant"]) == ("hw3gpu", "eager")
     assert ours["bytes"] == 2 * 4 * 8 * 3 * 4 * 4
