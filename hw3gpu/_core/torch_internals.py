@@ -41,6 +41,7 @@ __all__ = [
     "in_a_dual_level",
     "in_a_functorch_transform",
     "legacy_reduction",
+    "not_looked_into",
     "process_group",
     "softmax_backward",
     "tracing_state",
@@ -52,6 +53,15 @@ def apply_of(function: type[torch.autograd.Function]) -> Any:
     """`function.apply` without its search for functorch's tensors, some 4 µs: for calls in which there are none."""
     base: Any = super(torch.autograd.Function, function)
     return base.apply
+
+
+def not_looked_into(function: Any) -> Any:
+    """Marks a function that a compiler is to call, for its result is a constant.
+
+    As `torch.compiler.assume_constant_result` does, which imports the compiler, and with it Triton.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 def in_a_dual_level() -> bool:

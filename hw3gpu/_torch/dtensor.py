@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from .._core import check
+from .._core.torch_internals import not_looked_into
 from .autograd import PLAIN
 
 
@@ -26,7 +26,7 @@ def is_dtensor(x: Any) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@not_looked_into
 def _register() -> None:
     """Once: a compiler calls it, too, and does not look into it."""
     from . import sharding_strategies
