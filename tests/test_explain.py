@@ -28,7 +28,8 @@ CALLS = standard_calls(images=(4, 8, 6, 6), logits=(12, 40), m=8)
 WITHOUT_KERNELS = {
     "hw3gpu.conv2d_output_shape", "hw3gpu.conv2d_padding_for", "hw3gpu.conv_transpose2d_output_shape",
     "hw3gpu.cross_entropy", "hw3gpu.empty_cache", "hw3gpu.explain", "hw3gpu.minimize_trace", "hw3gpu.minor_components",
-    "hw3gpu.points_with_moments", "hw3gpu.use_backend", "hw3gpu.functional.check_targets", "hw3gpu.functional.minimize_trace",
+    "hw3gpu.patch_transformers", "hw3gpu.points_with_moments", "hw3gpu.use_backend", "hw3gpu.functional.check_targets",
+    "hw3gpu.functional.minimize_trace",
 }  # fmt: skip
 
 

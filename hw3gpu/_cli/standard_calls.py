@@ -20,6 +20,20 @@ class Call(NamedTuple):
     kwargs: dict[str, Any] = {}  # noqa: RUF012
 
 
+class _LanguageModel(torch.nn.Module):
+    """The least that `patch_transformers` takes for a model: a head, named, and a forward that has labels and calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head = torch.nn.Linear(2, 3)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.lm_head
+
+    def forward(self, states: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self.lm_head(states)
+
+
 def standard_calls(
     images: tuple[int, int, int, int] = (32, 64, 28, 28), logits: tuple[int, int] = (256, 1000), m: int = 64
 ) -> list[Call]:
@@ -47,6 +61,7 @@ def standard_calls(
         Call(hw3gpu.minimize_trace, (sigma, k)),
         Call(hw3gpu.minor_components, (z[:, :m], k)),
         Call(hw3gpu.moments, (z[:, :m],)),
+        Call(hw3gpu.patch_transformers, (_LanguageModel(),)),
         Call(hw3gpu.points_with_moments, (np.zeros(m), sigma)),
         Call(hw3gpu.softmax, (z,)),
         Call(hw3gpu.softmax_backward, (z, p)),
