@@ -325,15 +325,15 @@ def _launch_forward(
     which: str, logits: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor, stats: Tensor, invalid: Tensor,
     total: Tensor | None, denominator: Tensor | None, dlogits: Tensor | None, dz: Array | None, options: Options,
 ) -> None:  # fmt: skip
-    see, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
+    view, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
     z, t = rows_of(logits, target, which)
-    weight, stats, invalid = see(weight), see(stats), see(invalid)
+    weight, stats, invalid = view(weight), view(stats), view(invalid)
     total, denominator = cell(total, which), cell(denominator, which)
     row_weights: Tensor | None = None
     if total is not None:
         loss, row_weights = loss.unbind()
         loss = loss[: stats.shape[1] * stats.shape[2]].view(stats.shape[1:])
-    loss = see(loss)
+    loss = view(loss)
     mean, zero = options.reduction == "mean", options.zero_if_ignored
     reduced: dict[str, Any] = {"total": total, "denominator": denominator, "mean": mean, "zero_if_ignored": zero}
     if dz is None:
@@ -382,17 +382,17 @@ def run_backward(
         call.launches(*operands, dlogits)
         return dlogits
     which = dispatch.backend(logits)
-    see, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
+    view, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
     z, t = rows_of(logits, target, which)
     unless_one = dlogits is not None
     if dlogits is not None:
         dz = outputs.folded(dlogits, class_axis(logits), which)
     else:
-        dlogits, dz = outputs.output(logits, class_axis(logits), see)
-    upstream = see(_upstream_of_rows(upstream, numbers, options))
+        dlogits, dz = outputs.output(logits, class_axis(logits), view)
+    upstream = view(_upstream_of_rows(upstream, numbers, options))
     over = cell(denominator, which)
     with bound_launches.noted(call, (*operands, dlogits), *(() if unless_one else (dlogits,))):
-        kernels.backward(z, t, see(weight), see(numbers), upstream, over, dz, unless_one=unless_one, **options.of_rows)
+        kernels.backward(z, t, view(weight), view(numbers), upstream, over, dz, unless_one=unless_one, **options.of_rows)
     return dlogits
 
 
@@ -404,19 +404,19 @@ def _run_step(
     found = None if stats else _small_step(logits, target, weight, upstream, options, dlogits)
     if found:
         return found[0], None, found[1]
-    see = dispatch.viewer("cpu")
+    view = dispatch.viewer("cpu")
     z, t = rows_of(logits, target, "cpu")
     N, _, S = z.shape
     if dlogits is None:
-        dlogits, dz = outputs.output(logits, class_axis(logits), see)
+        dlogits, dz = outputs.output(logits, class_axis(logits), view)
     else:
-        dz = outputs.fold(see(dlogits), class_axis(logits))
+        dz = outputs.fold(view(dlogits), class_axis(logits))
     acc = accumulate_dtype(logits)
     # a tensor on NumPy's memory: sooner made than NumPy's view of a tensor
     result, invalid = np.empty(1, np.float64 if acc is torch.float64 else np.float32), np.array((N * S,))
     numbers = torch.empty((NUMBERS, N, S), dtype=acc) if stats else None
     dispatch.cpu_cross_entropy.forward_backward_reduced(
-        z, t, see(weight), result, dz, invalid, stats=see(numbers), upstream=upstream,
+        z, t, view(weight), result, dz, invalid, stats=view(numbers), upstream=upstream,
         mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored, **options.of_rows,
     )  # fmt: skip
     if invalid[0] < N * S:

@@ -120,15 +120,15 @@ def run(
     names, of x, W and b."""
     x, (N, _, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
-    see, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
+    view, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
     acc, device = accumulate_dtype(x), x.device
     loss, stats = torch.empty((N, S), dtype=acc, device=device), torch.empty((numbers, N, S), dtype=acc, device=device)
-    seen_weight, seen_target = see(problem.weight), see(problem.target)
+    weight_view, target_view = view(problem.weight), view(problem.target)
     total, denominator = torch.empty((), dtype=acc, device=device), torch.empty(1, dtype=acc, device=device)
     if options.reduction == "mean":
-        kernels.count(seen_target, seen_weight, see(denominator), ignore_index=options.ignore_index)
+        kernels.count(target_view, weight_view, view(denominator), ignore_index=options.ignore_index)
         never_zero(denominator, options)
-    over = see(denominator) if options.reduction == "mean" and not of_sum else None
+    over = view(denominator) if options.reduction == "mean" and not of_sum else None
     gradients = Gradients(problem, needs)
     largest = float16_scale.largest_element(problem.W) if x.dtype == torch.float16 and any(needs) else None
     factor = None if largest is None else torch.ones((N, 1), dtype=acc, device=device)
@@ -137,21 +137,23 @@ def run(
     for first, last in chunks(problem, rows):
         part = problem.chunk(first, last)
         logits, of_rows = logits_of(part, z), torch.empty((numbers, last - first, S), dtype=acc, device=device)
-        given = (see(logits), see(part.target), seen_weight, see(loss[first:last]))
+        given = (view(logits), view(part.target), weight_view, view(loss[first:last]))
         if not any(needs) or factor is not None:
-            kernels.forward(*given, see(of_rows), see(invalid), **options.of_rows)
+            kernels.forward(*given, view(of_rows), view(invalid), **options.of_rows)
         if factor is not None and largest is not None:
             shrink = float16_scale.of_chunk(part, loss[first:last], of_rows, options, largest)
-            kernels.forward_backward(*given, given[0], see(invalid), denominator=see(shrink), **options.of_rows)
+            kernels.forward_backward(*given, given[0], view(invalid), denominator=view(shrink), **options.of_rows)
             factor[first:last] = shrink
             gradients.add(part, logits, first, last, shrink)
         elif any(needs):  # dz takes the place of the logits
-            kernels.forward_backward(*given, given[0], see(invalid), stats=see(of_rows), denominator=over, **options.of_rows)
+            kernels.forward_backward(*given, given[0], view(invalid), stats=view(of_rows), denominator=over, **options.of_rows)
             gradients.add(part, logits, first, last)
         stats[:, first:last] = of_rows
     if options.reduction == "none":
         return Found(loss, stats, None)
-    kernels.reduce(see(loss), seen_target, seen_weight, see(total.view(1)), see(denominator), ignore_index=options.ignore_index)
+    kernels.reduce(
+        view(loss), target_view, weight_view, view(total.view(1)), view(denominator), ignore_index=options.ignore_index
+    )
     if options.reduction == "sum":
         return Found(total, stats, None, gradients.found, factor)
     return Found(total / never_zero(denominator, options).view(()), stats, denominator, gradients.found, factor)
@@ -164,7 +166,7 @@ def run_backward(
     """The gradients that `needs` names, of x, W, b and target, from logits made again; W's and b's in the sums' dtype."""
     x, (N, V, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
-    see, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
+    view, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
     rows = whole_tiles(problem, rows // 2)  # of logits and dz
     upstream = upstream.reshape(N, S) if options.reduction == "none" else upstream.expand(N, S)
     gradients = Gradients(problem, needs[:3])
@@ -175,7 +177,7 @@ def run_backward(
         part, of_chunk, g = problem.chunk(first, last), numbers[:, first:last].contiguous(), upstream[first:last]
         logits, out = logits_of(part, z), dz[: last - first].view(last - first, V, S)
         given = (logits, part.target, problem.weight, of_chunk)
-        kernels.backward(*map(see, (*given, g, denominator, out)), **options.of_rows)
+        kernels.backward(*map(view, (*given, g, denominator, out)), **options.of_rows)
         gradients.add(part, out, first, last)
         if dtarget is not None:
             dtarget[first:last] = target_gradient(g, *given, denominator, of_rows)

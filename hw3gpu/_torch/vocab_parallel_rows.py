@@ -102,13 +102,13 @@ def _own_sums(z: Tensor, row: Row, of: Divided, acc: torch.dtype) -> list[Tensor
         nothing = (-torch.inf, -1.0, 0.0, *[0.0] * (2 * of.statistics), 0.0)
         return [torch.full((N, S), v, dtype=acc, device=z.device) for v in nothing]
     which = dispatch.backend(z)
-    see, device = dispatch.viewer(which), z.device
+    view, device = dispatch.viewer(which), z.device
     loss = torch.empty((N, S), dtype=acc, device=device)
     stats = torch.empty((NUMBERS if of.statistics else 3, N, S), dtype=acc, device=device)
     invalid = torch.full((1,), N * S, dtype=torch.int64, device=device)
     # a target that is elsewhere is class 0: its part of the loss is not asked for
     dispatch.cross_entropy(which).forward(
-        see(z), see(index_of(row)), see(of.weight), see(loss), see(stats), see(invalid), ignore_index=NO_CLASS,
+        view(z), view(index_of(row)), view(of.weight), view(loss), view(stats), view(invalid), ignore_index=NO_CLASS,
         label_smoothing=1.0 if of.label_smoothing else 0.0, softcap=of.softcap, logit_scale=of.logit_scale,
     )  # fmt: skip
     m, s = stats[0], stats[1]
@@ -209,12 +209,12 @@ def gradient(
     if not z.numel():
         return
     which = dispatch.backend(z)
-    see, upstream = dispatch.viewer(which), upstream.to(stats.dtype).contiguous()
+    view, upstream = dispatch.viewer(which), upstream.to(stats.dtype).contiguous()
     at = index.clamp(min=0)
     z_t = _logit_at(z, at, softcap, logit_scale, stats.dtype)
     dispatch.cross_entropy(which).backward(
-        see(z), see(index), see(scaled), see(stats[:3].contiguous()), see(upstream), see(over), see(dz), ignore_index=NO_CLASS,
-        label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
+        view(z), view(index), view(scaled), view(stats[:3].contiguous()), view(upstream), view(over), view(dz),
+        ignore_index=NO_CLASS, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
     )  # fmt: skip
     m, s, W, q_t = stats
     below = z_t - torch.where(m == -torch.inf, 0, m)
