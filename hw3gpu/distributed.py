@@ -83,7 +83,7 @@ def sync_batch_norm(
     counted = arguments.counted(input, mask, lengths)
     positions = None if counted is None else packed(counted)
     rest = _sync_batch_norm.Rest(
-        running_mean, running_var, momentum, eps, activation == "relu", group.group_name, positions=positions
+        running_mean, running_var, momentum, eps, activation, group.group_name, positions=positions
     )  # fmt: skip
     return _sync_batch_norm.sync_batch_norm(input, weight, bias, residual, rest)
 

@@ -69,8 +69,10 @@ def batch_norm(
     statistics are updated in place: r <- (1 - momentum) r + momentum · new, the new variance with m/(m - 1). As in PyTorch, an
     input without an element may have one axis, other floating dtypes beside it, and no running statistics in evaluation.
 
-    residual: of input's shape and dtype, added to the result. activation: "relu", applied after that. Both cost no further pass
-    over the result; for the backward pass of "relu" one bit an element is kept.
+    residual: of input's shape and dtype, added to the result. activation: "relu", "silu", "hardswish" or "gelu" (the one with
+    erf), applied after that; at infinities and NaN it is PyTorch's. Both cost no further pass over the result. The backward
+    pass computes what went into the activation again, from input and residual, which it reads (and which must not be changed
+    until then); for "relu" on a GPU one bit an element is kept in place of that, and on the CPU beside a residual the result.
 
     mask: bool, (N, …) as input without its channels, or a shape that broadcasts to it: True where a value counts. lengths: for
     (N, C, L), an integer a sample (N,): its first so many positions count. Give one of them. The statistics are those of the
@@ -90,7 +92,7 @@ def batch_norm(
     """
     fused = residual is not None or activation is not None
     masked = mask is not None or lengths is not None
-    if not masked and (not fused or _batch_norm.needs_no_mask(input, residual, activation)):
+    if not masked and (not fused or _batch_norm.may_be_finished(input, residual, activation)):
         y = _batch_norm.by_address(input, weight, bias, running_mean, running_var, training, momentum, eps)
         if y is not None:
             return _batch_norm.finished(y, residual) if fused else y
@@ -108,9 +110,7 @@ def batch_norm(
             counted = arguments.counted(input, mask, lengths)
         if beyond:
             return _of_no_elements(input, weight, bias, residual)
-    rest = _batch_norm.Rest(
-        running_mean, running_var, momentum, eps, activation == "relu", training, call, counted=counted
-    )  # fmt: skip
+    rest = _batch_norm.Rest(running_mean, running_var, momentum, eps, activation, training, call, counted=counted)
     return _batch_norm.batch_norm(input, weight, bias, residual, rest)
 
 

@@ -234,20 +234,22 @@ def batch_norms(last: bool, fused: bool) -> Callable[..., None]:
         running, dgamma, dbeta = (g.vector(C), g.vector(C)), g.sums(C), g.sums(C)
         forward, backward = {}, {}
         if fused:
-            mask = g.out(batch_norm.mask_size(x), dtype=np.uint8)
-            forward = {"residual": values(g.numbers), "mask": mask}
-            backward = {"mask": mask, "dresidual": values(g.out)}
+            beside = values(g.numbers)
+            forward = {"residual": beside, "activation": "silu"}
+            backward = {**forward, "beta": beta, "dresidual": values(g.out)}
         batch_norm.forward(x, gamma, beta, y, mean, var, rstd, *running, eps=1e-5, momentum=0.1, **forward)
         batch_norm.backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, **backward)
         batch_norm.statistics(x, mean, var, rstd, *running, eps=1e-5, momentum=0.1)
         batch_norm.normalize(x, mean, rstd, gamma, beta, y, **forward)
-        batch_norm.backward_reduce(dy, x, mean, rstd, dgamma, dbeta, **({"mask": mask} if fused else {}))
+        batch_norm.backward_reduce(
+            dy, x, mean, rstd, dgamma, dbeta, **({**forward, "gamma": gamma, "beta": beta} if forward else {})
+        )
         batch_norm.backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, N * S, dx, **backward)
         batch_norm.inference_backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, **backward)
         if fused and not last:  # each operand without the others
             batch_norm.normalize(x, mean, rstd, gamma, beta, y, residual=forward["residual"])
-            batch_norm.normalize(x, mean, rstd, gamma, beta, y, mask=mask)
-            batch_norm.backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, mask=mask)
+            batch_norm.normalize(x, mean, rstd, gamma, beta, y, activation="relu")
+            batch_norm.backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, activation="relu", beta=beta)
 
     return call
 

@@ -1,4 +1,4 @@
-"""relu(BN(x) + residual) in one pass: `residual=` and `activation=` of `functional.batch_norm` and the modules."""
+"""An activation of BN(x) + residual in one pass: `residual=` and `activation=` of `functional.batch_norm` and the modules."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from twins import ACC, SINGLE, gradcheck, gradgradcheck, layout_of, opcheck, sam
 
 import hw3gpu.functional as HF
 import hw3gpu.nn as HN
+from hw3gpu import _error_bounds, reference
+from hw3gpu._core import dispatch
 from hw3gpu._torch import batch_norm as room
-from measure import ulp
+from hw3gpu._torch.activation import kept
+from measure import close, ulp
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-FUSED = [(None, True), ("relu", False), ("relu", True)]
-NAMES = ["+ residual", "relu", "relu(+ residual)"]
+FUSED = [(None, True), ("relu", False), ("relu", True), ("silu", True), ("hardswish", False), ("gelu", False)]
+NAMES = ["+ residual", "relu", "relu(+ residual)", "silu(+ residual)", "hardswish", "gelu"]
+APPLIED = {"relu": torch.relu, "silu": F.silu, "hardswish": F.hardswish, "gelu": F.gelu}
 
 
 def composed(x, running, weight, bias, training, residual, activation):
     y = F.batch_norm(x, *running, weight, bias, training)
     y = y if residual is None else y + residual
-    return y if activation is None else y.relu()
+    return y if activation is None else APPLIED[activation](y)
 
 
 def operands(rng, device, shape, dtype):
@@ -122,13 +126,34 @@ def test_operators(device, rng, activation, with_residual):
     residual = residual if with_residual else None
     for v in (x, weight, bias):
         v.requires_grad_()
-    relu = activation == "relu"
-    compiled = relu and with_residual
-    opcheck(room.TRAINING, (x, weight, bias, residual, *running, 0.1, 1e-5, relu), compiled)
-    opcheck(room.EVALUATION, (x, weight, bias, residual, *running, 0.1, 1e-5, relu), compiled)
-    _, stats, mask = room.TRAINING(x, weight, bias, residual, None, None, 0.1, 1e-5, relu)
+    compiled = with_residual and activation is not None
+    opcheck(room.TRAINING, (x, weight, bias, residual, *running, 0.1, 1e-5, activation), compiled)
+    opcheck(room.EVALUATION, (x, weight, bias, residual, *running, 0.1, 1e-5, activation), compiled)
+    y, stats, mask = room.TRAINING(x, weight, bias, residual, None, None, 0.1, 1e-5, activation)
     dy = torch.ones_like(x)
-    opcheck(room.BACKWARD, (dy, x.detach(), weight.detach(), stats, mask, True, relu, with_residual), compiled)
+    told_by = kept(dispatch.backend(x), activation, bias, residual, y)
+    given = (v if v is None else v.detach() for v in (dy, x, weight, *told_by, stats, mask))
+    opcheck(room.BACKWARD, (*given, True, activation, with_residual), compiled)
+
+
+@pytest.mark.parametrize("activation", APPLIED)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_each_activation_is_the_answer_sheets(device, dtype, activation):
+    """With mean 0, variance 1 and eps 0 what goes in is x itself: small, large, the edges, infinities and NaN, alone."""
+    edges = [0.0, -0.0, 3.0, -3.0, 2.999, -2.999, 1e-6, -30.0, -100.0, 1e30, -1e30, np.inf, -np.inf, np.nan]
+    numbers = np.concatenate([np.linspace(-13, 13, 200), edges])
+    x = tensor(numbers[:, None], dtype, device).requires_grad_()
+    y = HF.batch_norm(
+        x, *(tensor(v, SINGLE[ACC[dtype]], device) for v in (np.zeros(1), np.ones(1))), eps=0.0, activation=activation
+    )
+    y.backward(torch.full_like(y, 0.75))
+    p, acc = values_of(x), SINGLE[ACC[dtype]]
+    bounds = (
+        _error_bounds.activation(p, activation, dtype=acc),
+        _error_bounds.activation_backward(0.75, p, activation, dtype=acc),
+    )
+    close(values_of(y), reference.activation(p, activation), None, dtype, bounds[0], "y")
+    close(values_of(x.grad), reference.activation_backward(0.75, p, activation), None, dtype, bounds[1], "dx")
 
 
 class Block(nn.Module):
@@ -183,10 +208,10 @@ def test_transforms(device, rng):
 def test_bad_input(device):
     x = torch.ones(4, 3, device=device)
     call = lambda **options: HF.batch_norm(x, None, None, training=True, **options)  # noqa: E731
-    with pytest.raises(ValueError, match="activation: expected None or 'relu', got 'gelu'"):
-        call(activation="gelu")
-    with pytest.raises(ValueError, match="activation: expected None or 'relu', got 'gelu'"):
-        HN.BatchNormAct2d(3, activation="gelu")
+    with pytest.raises(ValueError, match="activation: expected one of relu, silu, hardswish, gelu, got 'tanh'"):
+        call(activation="tanh")
+    with pytest.raises(ValueError, match="activation: expected one of relu, silu, hardswish, gelu, got 'tanh'"):
+        HN.BatchNormAct2d(3, activation="tanh")
     with pytest.raises(ValueError, match=r"residual: expected the shape of input, \(4, 3\), got \(4, 1\)"):
         call(residual=torch.ones(4, 1, device=device))
     with pytest.raises(TypeError, match="residual: expected the dtype of input, float32, got float64"):

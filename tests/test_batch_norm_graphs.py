@@ -42,19 +42,19 @@ def test_operators_keep_the_rules_of_torch_library(device, rng, layout, dtype):
     x, weight, bias, mean, var = operands(rng, device, (3, 2, 4, 3), dtype)
     x = layout_of(x.detach(), layout).requires_grad_()
     compiled = layout != "sliced"
-    opcheck(operators.TRAINING, (x, weight, bias, None, mean, var, 0.1, 1e-5, False), compiled)
-    opcheck(operators.EVALUATION, (x, weight, bias, None, mean, var, 0.1, 1e-5, False), compiled)
-    _, stats, mask = operators.TRAINING(x, weight, bias, None, None, None, 0.1, 1e-5, False)
+    opcheck(operators.TRAINING, (x, weight, bias, None, mean, var, 0.1, 1e-5, None), compiled)
+    opcheck(operators.EVALUATION, (x, weight, bias, None, mean, var, 0.1, 1e-5, None), compiled)
+    _, stats, mask = operators.TRAINING(x, weight, bias, None, None, None, 0.1, 1e-5, None)
     x, weight = x.detach(), weight.detach()
     dy = layout_of(tensor(rng.standard_normal(x.shape), dtype, device), layout)
     for training in (True, False):
-        opcheck(operators.BACKWARD, (dy, x, weight, stats, mask, training, False, False), compiled)
+        opcheck(operators.BACKWARD, (dy, x, weight, None, None, stats, mask, training, None, False), compiled)
 
 
 def test_operators_take_no_parameters_and_empty_batches(device, rng):
     x, *_ = operands(rng, device)
-    opcheck(operators.TRAINING, (x, None, None, None, None, None, 0.1, 1e-5, False))
-    opcheck(operators.TRAINING, (x[:0], None, None, None, None, None, 0.1, 1e-5, False))
+    opcheck(operators.TRAINING, (x, None, None, None, None, None, 0.1, 1e-5, None))
+    opcheck(operators.TRAINING, (x[:0], None, None, None, None, None, 0.1, 1e-5, None))
 
 
 # ---------------------------------------------------------------------------------------------- compiled, exported, traced

@@ -120,14 +120,14 @@ def test_a_large_mean_where_the_first_tiles_count_nothing(device, rng, layout):
     holds(x, dy, None, *rest)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_gradients_and_theirs(device, rng, training):
+@pytest.mark.parametrize(("training", "activation"), [(True, "relu"), (True, "silu"), (False, "gelu")], ids=str)
+def test_gradients_and_theirs(device, rng, training, activation):
     x, _, residual, counts, weight, bias, *running = case(rng, device, (3, 2, 4), "float64")
     x, residual = (torch.where(counts[:, None], v, 7.0) for v in (x, residual))  # finite differences need numbers
 
     def call(x, weight, bias, residual):
         stats = (None, None) if training else running
-        return HF.batch_norm(x, *stats, weight, bias, training, residual=residual, activation="relu", mask=counts)
+        return HF.batch_norm(x, *stats, weight, bias, training, residual=residual, activation=activation, mask=counts)
 
     leaves = [v.requires_grad_() for v in (x, weight, bias, residual)]
     gradcheck(call, leaves)
@@ -177,10 +177,10 @@ def test_operators(device, rng):
     positions = packed(counts)
     for v in (x, weight, bias):
         v.requires_grad_()
-    opcheck(operators.TRAINING, (x, weight, bias, residual, *running, 0.1, 1e-5, True, *positions), True)
+    opcheck(operators.TRAINING, (x, weight, bias, residual, *running, 0.1, 1e-5, "silu", *positions), True)
     opcheck(operators.EVALUATION, (x, weight, bias, residual, *running, 0.1, 1e-5, False, *positions))
-    _, stats, bits = operators.TRAINING(x, weight, bias, residual, None, None, 0.1, 1e-5, False, *positions)
-    opcheck(operators.BACKWARD, (dy, x.detach(), weight.detach(), stats, bits, True, False, True, *positions))
+    _, stats, bits = operators.TRAINING(x, weight, bias, residual, None, None, 0.1, 1e-5, None, *positions)
+    opcheck(operators.BACKWARD, (dy, x.detach(), weight.detach(), None, None, stats, bits, True, None, True, *positions))
 
 
 class Net(torch.nn.Module):

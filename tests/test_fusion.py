@@ -115,9 +115,9 @@ def test_a_residual_network(device, monkeypatch, caplog):
     with caplog.at_level("INFO", logger="hw3gpu.nn"):
         ours, theirs = pair(theirs, device)
     assert [m for m in caplog.messages if "fused" in m] == [
-        "(the module): fused with the ReLU behind them: 1",
-        "3: fused with the ReLU behind them: bn1, bn2 with a residual",
-        "4: fused with the ReLU behind them: bn1, bn2 with a residual",
+        "(the module): fused with the activation behind them: 1",
+        "3: fused with the activation behind them: bn1, bn2 with a residual",
+        "4: fused with the activation behind them: bn1, bn2 with a residual",
     ]
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert isinstance(ours[3], Block)
@@ -138,7 +138,7 @@ def test_ways_to_write_it(device, monkeypatch):
 def test_what_must_not_be_fused(device, monkeypatch):
     calls = fused_in(monkeypatch)
     for model in (Kept(), Written()):
-        with pytest.warns(UserWarning, match="fuse=True found no batch normalisation with a ReLU behind it"):
+        with pytest.warns(UserWarning, match="fuse=True found no batch normalisation with an activation behind it"):
             ours, theirs = pair(model, device)
         with torch.set_grad_enabled(isinstance(model, Kept)):
             torch.testing.assert_close(ours(batch((2, 4, 3, 5), device)), theirs(batch((2, 4, 3, 5), device)))

@@ -76,12 +76,12 @@ def hold(layout, dtype, side, mean, fused):
     mu, var, rstd = np.empty((2, C), acc), np.empty(C, acc), np.empty(C, acc)
     y, dx, dx_apart, dresidual = (np.empty_like(x) for _ in range(4))
     sums, sums_apart = np.empty((2, C), acc), np.empty((2, C), acc)
-    mask = np.empty(batch_norm.mask_size(x), np.uint8) if fused else None
-    forward = {"residual": residual, "mask": mask} if fused else {}
-    backward = {"mask": mask, "dresidual": dresidual} if fused else {}
+    forward = {"residual": residual, "activation": "relu"} if fused else {}
+    told_by = {"residual": y, "activation": "relu", "beta": beta} if fused else {}
+    backward = {**told_by, "dresidual": dresidual} if fused else {}
     batch_norm.forward(x, gamma, beta, y, mu, var, rstd, None, None, eps=EPS, momentum=0.1, **forward)
     batch_norm.backward(dy, x, mu, rstd, gamma, dx, *sums, **backward)
-    batch_norm.backward_reduce(dy, x, mu, rstd, *sums_apart, mask=mask)
+    batch_norm.backward_reduce(dy, x, mu, rstd, *sums_apart, gamma=gamma, **told_by)
     batch_norm.backward_apply(dy, x, mu, rstd, gamma, *sums_apart, m, dx_apart, **backward)
 
     along, over = (1, -1, 1), (0, 2)

@@ -74,7 +74,7 @@ def test_a_function_over_processes_says_that_there_are_none():
 def test_a_module_refuses_an_activation_of_the_wrong_kind():
     from hw3gpu import nn
 
-    with pytest.raises(TypeError, match=r"^activation: expected None or 'relu', got 1"):
+    with pytest.raises(TypeError, match=r"^activation: expected one of relu, silu, hardswish, gelu, got 1"):
         nn.BatchNormAct2d(3, activation=1)
     with pytest.raises(TypeError, match=r"^momentum: expected a number, got 'x'"):
         nn.BatchNorm1d(3, momentum="x")(T.float())

@@ -28,34 +28,39 @@ class BatchNormKernels(Protocol):
     def normalize(
         self, x: Array, mean: Array, rstd: Array, gamma: Array | None, beta: Array | None, y: Array,
         *, residual: Array | None = None, mask: Array | None = None, valid: Array | None = None,
+        activation: str | None = None,
     ) -> None: ...  # fmt: skip
 
     def forward(
         self, x: Array, gamma: Array | None, beta: Array | None, y: Array, mean: Array, var: Array, rstd: Array,
         running_mean: Array | None, running_var: Array | None,
-        *, eps: float, momentum: float, residual: Array | None = None, mask: Array | None = None,
-        valid: Array | None = None, count: Array | None = None,
+        *, eps: float, momentum: float, residual: Array | None = None, mask: Array | None = None, valid: Array | None = None,
+        count: Array | None = None, activation: str | None = None,
     ) -> None: ...  # fmt: skip
 
     def backward_reduce(
         self, dy: Array, x: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array,
-        *, mask: Array | None = None, valid: Array | None = None,
+        *, mask: Array | None = None, valid: Array | None = None, activation: str | None = None, gamma: Array | None = None,
+        beta: Array | None = None, residual: Array | None = None,
     ) -> None: ...  # fmt: skip
 
     def backward_apply(
         self, dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, dgamma: Array, dbeta: Array, count: int,
-        dx: Array, *, mask: Array | None = None, dresidual: Array | None = None, valid: Array | None = None,
+        dx: Array,
+        *, mask: Array | None = None, dresidual: Array | None = None, valid: Array | None = None,
+        activation: str | None = None, beta: Array | None = None, residual: Array | None = None,
     ) -> None: ...  # fmt: skip
 
     def backward(
         self, dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, dx: Array, dgamma: Array, dbeta: Array,
-        *, mask: Array | None = None, dresidual: Array | None = None,
-        valid: Array | None = None, count: Array | None = None,
+        *, mask: Array | None = None, dresidual: Array | None = None, valid: Array | None = None, count: Array | None = None,
+        activation: str | None = None, beta: Array | None = None, residual: Array | None = None,
     ) -> None: ...  # fmt: skip
 
     def inference_backward(
         self, dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, dx: Array, dgamma: Array, dbeta: Array,
         *, mask: Array | None = None, dresidual: Array | None = None, valid: Array | None = None,
+        activation: str | None = None, beta: Array | None = None, residual: Array | None = None,
     ) -> None: ...  # fmt: skip
 
 

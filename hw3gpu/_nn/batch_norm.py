@@ -105,7 +105,8 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 class _BatchNormAct(BatchNormForward):
     """Batch normalisation, an addend and an activation in one: activation(BN(x) + residual).
 
-    Arguments and `state_dict` are those of PyTorch's batch normalisation; and `activation`: "relu", or None. It is no subclass
+    Arguments and `state_dict` are those of PyTorch's batch normalisation; and `activation`: "relu", "silu", "hardswish", "gelu"
+    (by erf), or None. It is no subclass
     of that, for tools that replace, freeze or fold a batch normalisation would leave out the activation; those that read `eps`
     of whatever they are given are refused, its value is `epsilon`. So tools that look for PyTorch's classes pass it over:
     `torch.optim.swa_utils.update_bn`, loops that call `eval` or leave out weight decay.

@@ -24,7 +24,7 @@ from .batch_norm import (
 )
 from .frozen import FrozenBatchNorm2d, OfOthers, of_others
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss
-from .torch_modules import TorchBatchNormAct, TorchFrozenBatchNorm2d
+from .torch_modules import ACTIVATIONS, TorchBatchNormAct, TorchFrozenBatchNorm2d
 
 __all__ = ["convert_batch_norm", "to_torch"]
 
@@ -47,16 +47,17 @@ def convert_batch_norm(module: torch.nn.Module, *, sync: Any = False, fuse: bool
     sync: True, or a process group, makes a `SyncBatchNorm` of each of them, our own too, over all processes or that group; one
     that is synchronised already keeps its group where sync is True.
     Parameters, buffers, hooks and the training flag stay the same objects, so that an optimizer goes on working, and device and
-    dtype are what they were. A module used in two places stays shared. timm's `BatchNormAct2d` (its ReLU in the same pass, any
-    other activation after it) and torchvision's `FrozenBatchNorm2d` become subclasses of theirs. Other subclasses of PyTorch's
-    modules are left alone: lazy and parametrised ones, and those of other libraries. With `sync` these, and timm's, are named
-    in a UserWarning: they go on with the batch of their own process.
+    dtype are what they were. A module used in two places stays shared. timm's `BatchNormAct2d` (its ReLU, SiLU, Hardswish or
+    GELU in the same pass, any other activation after it) and torchvision's `FrozenBatchNorm2d` become subclasses of theirs.
+    Other subclasses of PyTorch's modules are left alone: lazy and parametrised ones, and those of other libraries. With `sync`
+    these, and timm's, are named in a UserWarning: they go on with the batch of their own process.
 
-    fuse: True finds batch normalisation -> ReLU and batch normalisation -> add -> ReLU by tracing every module's `forward` with
-    `torch.fx`, and computes each in one pass, in training and in evaluation. A module in which it finds some gets a subclass of
-    its class with another `forward`; the layers stay as they are, under their names. The module's own `forward` runs where an
-    argument is no tensor, where hooks are on the layers (one by one), and after an attribute of it was set. What cannot be
-    traced is named in a UserWarning and left alone; so is it said where there is nothing to fuse.
+    fuse: True finds batch normalisation -> activation and batch normalisation -> add -> activation (ReLU, SiLU, Hardswish, GELU
+    by erf) by tracing every module's `forward` with `torch.fx`, and computes each in one pass, in training and in evaluation. A
+    module in which it finds some gets a subclass of its class with another `forward`; the layers stay as they are, under their
+    names. The module's own `forward` runs where an argument is no tensor, where hooks are on the layers (one by one), and after
+    an attribute of it was set. What cannot be traced is named in a UserWarning and left alone; so is it said where there is
+    nothing to fuse.
 
     What was replaced, left alone and fused, is logged to `hw3gpu.nn` at level INFO, one line a layer. Raises TypeError for what
     is no module, no group and no bool.
@@ -190,7 +191,7 @@ def _composed(module: Any) -> TorchBatchNormAct:
     hooks = {key for key in norm.__dict__ if "hook" in key}
     own = {key: value for key, value in module.__dict__.items() if key not in {*hooks, "activation", "epsilon", "frozen"}}
     norm.__dict__.update(own, eps=module.epsilon)
-    composed = TorchBatchNormAct(norm, torch.nn.ReLU() if module.activation == "relu" else torch.nn.Identity())
+    composed = TorchBatchNormAct(norm, ACTIVATIONS.get(module.activation, torch.nn.Identity)())
     composed.training = module.training
     for key in hooks:  # the dict itself, which the handles of its hooks hold
         held = module.__dict__[key]

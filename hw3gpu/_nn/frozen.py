@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import functional
 from .batch_norm import BatchNormForward
 from .tools import Proxy, Unscripted, as_leaf
-from .torch_modules import TorchFrozenBatchNorm2d
+from .torch_modules import TorchFrozenBatchNorm2d, activation_of
 
 __all__ = ["FrozenBatchNorm2d", "OfOthers", "freeze_batch_norm", "of_others"]
 
@@ -63,7 +63,7 @@ class OfOthers(torch.nn.Module):
 
 
 class _BatchNormThenAct(OfOthers, BatchNormForward):
-    """timm's `BatchNormAct2d`: a ReLU in the same pass, any other activation after it."""
+    """timm's `BatchNormAct2d`: ReLU, SiLU, Hardswish or GELU in the same pass, any other activation after it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) normalised, through `drop` and `act`."""
@@ -71,8 +71,9 @@ class _BatchNormThenAct(OfOthers, BatchNormForward):
             return as_leaf(self, x)
         drop: Any = self._modules["drop"]
         act: Any = self._modules["act"]
-        if type(drop) is torch.nn.Identity and type(act) is torch.nn.ReLU and not act._forward_hooks:
-            return self._forward(x, self.eps, activation="relu")
+        activation = activation_of(act)
+        if activation is not None and type(drop) is torch.nn.Identity and not act._forward_hooks:
+            return self._forward(x, self.eps, activation=activation)
         return act(drop(self._forward(x, self.eps)))
 
 

@@ -1,9 +1,9 @@
-"""Batch normalisation and the ReLU behind it in one pass, in models whose modules are two: found by tracing with `torch.fx`.
+"""Batch normalisation and the activation behind it in one pass, in models that have two modules: found by tracing (`torch.fx`).
 
-A module in whose `forward` BN -> ReLU or BN -> add -> ReLU is found gets a subclass of its class, whose `forward` is what was
-traced, with one call (`norm_relu`) in the place of the two or three. All else stays: the modules and their names, what other
-methods of the class do, and isinstance. What was traced holds for tensors as arguments, and until an attribute is set that
-`forward` may have read; beyond that the module's own `forward` runs.
+A module in whose `forward` BN -> activation or BN -> add -> activation is found gets a subclass of its class, whose `forward`
+is what was traced, with one call (`norm_act`) in the place of the two or three. All else stays: the modules and their names,
+what other methods of the class do, and isinstance. What was traced holds for tensors as arguments, and until an attribute is
+set that `forward` may have read; beyond that the module's own `forward` runs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 
 from .._core.torch_internals import ConvNd
+from .._torch.activation import applied
 from .batch_norm import (
     BatchNorm1d,
     BatchNorm2d,
@@ -37,27 +38,31 @@ from .batch_norm import (
 )
 from .frozen import OfOthers
 from .tools import Unscripted
+from .torch_modules import activation_of
 
-__all__ = ["Fused", "fuse", "norm_relu"]
+__all__ = ["Fused", "fuse", "norm_act"]
 
 NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 _LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
-_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+_FUNCTIONS = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    F.silu: "silu", F.hardswish: "hardswish", F.gelu: "gelu",
+}  # fmt: skip
 _ADDS = {operator.add, torch.add, "add"}
 _ADDS_IN_PLACE = {operator.iadd, "add_"}
-# what has its ReLU already; of a class of timm's `BatchNormAct2d` too
+# what has its activation already; of a class of timm's `BatchNormAct2d` too
 _DONE = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, SyncBatchNormAct, OfOthers)
 _NEW_RESULT = (ConvNd, torch.nn.Linear)
 _log = logging.getLogger("hw3gpu.nn")
 
 
-def norm_relu(norm: Any, x: Any, residual: Any = None) -> Any:
-    """relu(norm(x) + residual): in one pass where `norm` is ours, nobody watches it, and the residual is of x's kind."""
+def norm_act(norm: Any, x: Any, activation: str, residual: Any = None) -> Any:
+    """activation(norm(x) + residual): in one pass where `norm` is ours, nobody watches it, and the residual is of x's kind."""
     alike = residual is None or (isinstance(residual, Tensor) and residual.shape == x.shape and residual.dtype == x.dtype)
     if type(norm) in NORMS and isinstance(x, Tensor) and alike and not _watched(norm):
-        return norm._forward(x, norm.eps, residual=residual, activation="relu")
+        return norm._forward(x, norm.eps, residual=residual, activation=activation)
     y = norm(x)
-    return F.relu(y if residual is None else y + residual)
+    return applied(y if residual is None else y + residual, activation)
 
 
 def _watched(module: Any) -> bool:
@@ -73,13 +78,13 @@ def fuse(model: torch.nn.Module) -> None:
             found, why = _fused(module)
             count += len(found)
             if found:
-                _log.info("%s: fused with the ReLU behind them: %s", name or "(the module)", ", ".join(found))
+                _log.info("%s: fused with the activation behind them: %s", name or "(the module)", ", ".join(found))
             if why:
                 refused.append(f"{name or '(the module)'} ({type(module).__name__}): {why}")
     if refused:
         warnings.warn(f"convert_batch_norm: torch.fx cannot trace, so not fused: {'; '.join(refused)}", stacklevel=3)
     elif not count and not any(isinstance(module, (Fused, *_DONE)) for module in model.modules()):
-        warnings.warn("convert_batch_norm: fuse=True found no batch normalisation with a ReLU behind it", stacklevel=3)
+        warnings.warn("convert_batch_norm: fuse=True found no batch normalisation with an activation behind it", stacklevel=3)
 
 
 def _directly_in(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -99,7 +104,7 @@ def _fused(module: torch.nn.Module) -> tuple[list[str], str]:
     if isinstance(module, GraphModule):
         return [], "a graph already: convert the model before it is traced"
     if base.forward is torch.nn.Sequential.forward:
-        found = [f"{a}" for (a, norm), (_, relu) in _neighbours(module) if type(norm) in NORMS and _is_relu_module(relu)]
+        found = [f"{a}" for (a, norm), (_, act) in _neighbours(module) if type(norm) in NORMS and _activation_module(act)]
         if found:
             module.__class__ = _subclass(base, _FusedSequential)
         return found, ""
@@ -115,7 +120,7 @@ def _fused(module: torch.nn.Module) -> tuple[list[str], str]:
 
 # ---------------------------------------------------------------------------------------------- the classes
 class Fused(Unscripted):
-    """A module whose `forward` calls batch normalisations and their ReLUs at once; `base` is the class that it had."""
+    """A module whose `forward` calls batch normalisations and their activations at once; `base` is the class that it had."""
 
     base: type[torch.nn.Module]
 
@@ -150,10 +155,10 @@ class _FusedSequential(Fused):
         waiting = None
         for module in self._modules.values():
             if waiting is not None:
-                relu = _is_relu_module(module)
-                input = norm_relu(waiting, input) if relu else waiting(input)
+                activation = _activation_module(module)
+                input = norm_act(waiting, input, activation) if activation else waiting(input)
                 waiting = None
-                if relu:
+                if activation:
                     continue
             if type(module) in NORMS and isinstance(input, Tensor):
                 waiting = module
@@ -245,27 +250,26 @@ def _compiled(graph: Graph, name: str) -> Any:
 
 # ---------------------------------------------------------------------------------------------- rewriting
 def _rewritten(graph: Graph, module: torch.nn.Module) -> list[str]:
-    """Puts `norm_relu` in the place of what it does, and names the batch normalisations."""
+    """Puts `norm_act` in the place of what it does, and names the batch normalisations."""
     names = []
-    for relu in list(graph.nodes):
-        if not _is_relu(relu, module):
-            continue
-        found = _pattern(relu.args[0], module)
-        if found is None or not _may_move(found[0], relu, module):
+    for act in list(graph.nodes):
+        activation = _activation(act, module)
+        found = _pattern(act.args[0], module) if activation else None
+        if found is None or not _may_move(found[0], act, module):
             continue
         norm, residual = found
-        with graph.inserting_before(relu):
+        with graph.inserting_before(act):
             owner = graph.create_node("get_attr", norm.target)
-            operands = (owner, norm.args[0]) if residual is None else (owner, norm.args[0], residual)
-            relu.replace_all_uses_with(graph.call_function(norm_relu, operands))
-        for node in dict.fromkeys((relu, relu.args[0], norm)):
+            operands = (owner, norm.args[0], activation) if residual is None else (owner, norm.args[0], activation, residual)
+            act.replace_all_uses_with(graph.call_function(norm_act, operands))
+        for node in dict.fromkeys((act, act.args[0], norm)):
             graph.erase_node(node)
         names.append(str(norm.target) if residual is None else f"{norm.target} with a residual")
     return names
 
 
 def _pattern(node: Any, module: torch.nn.Module) -> tuple[Any, Any] | None:
-    """The batch normalisation, and what is added to it, in what a ReLU is given; each used nowhere else."""
+    """The batch normalisation, and what is added to it, in what an activation is given; each used nowhere else."""
     if not isinstance(node, Node) or len(node.users) != 1:
         return None
     if _is_norm(node, module):
@@ -282,15 +286,15 @@ def _pattern(node: Any, module: torch.nn.Module) -> tuple[Any, Any] | None:
     return None
 
 
-def _may_move(norm: Any, relu: Any, module: torch.nn.Module) -> bool:
+def _may_move(norm: Any, act: Any, module: torch.nn.Module) -> bool:
     """True where nothing between the two may write to what the batch normalisation reads."""
     x = norm.args[0]
     near = {x, *x.users} - {norm}
     if x.op != "call_module" or not isinstance(module.get_submodule(str(x.target)), _NEW_RESULT):
         near.update(x.all_input_nodes)  # of which x may be a view
     node = norm.next
-    while node is not relu:
-        if node is not relu.args[0] and not near.isdisjoint({node, *node.all_input_nodes}):
+    while node is not act:
+        if node is not act.args[0] and not near.isdisjoint({node, *node.all_input_nodes}):
             return False
         node = node.next
     return True
@@ -307,14 +311,19 @@ def _is_norm(node: Any, module: torch.nn.Module) -> bool:
     )
 
 
-def _is_relu(node: Node, module: torch.nn.Module) -> bool:
-    if node.op == "call_module":
-        return _is_relu_module(module.get_submodule(str(node.target)))
-    return node.op in ("call_function", "call_method") and node.target in _RELUS and bool(node.args)
+def _activation(node: Node, module: torch.nn.Module) -> str | None:
+    """The name of the activation that a node computes of one argument; None for any other node."""
+    if node.op == "call_module" and len(node.args) == 1:
+        return _activation_module(module.get_submodule(str(node.target)))
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    found = _FUNCTIONS.get(node.target)
+    exact = found != "gelu" or (len(node.args) == 1 and node.kwargs.get("approximate", "none") == "none")
+    return found if exact else None
 
 
-def _is_relu_module(module: Any) -> bool:
-    return type(module) is torch.nn.ReLU and not _watched(module)
+def _activation_module(module: Any) -> str | None:
+    return None if module is None or _watched(module) else activation_of(module)
 
 
 def _neighbours(module: torch.nn.Module) -> Iterator[Any]:

@@ -8,7 +8,19 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-__all__ = ["TorchBatchNormAct", "TorchFrozenBatchNorm2d"]
+__all__ = ["ACTIVATIONS", "TorchBatchNormAct", "TorchFrozenBatchNorm2d", "activation_of"]
+
+ACTIVATIONS = {"relu": torch.nn.ReLU, "silu": torch.nn.SiLU, "hardswish": torch.nn.Hardswish, "gelu": torch.nn.GELU}
+# timm's own modules of the same functions
+_OF_TIMM = {"Swish": "silu", "HardSwish": "hardswish", "GELU": "gelu"}
+
+
+def activation_of(module: Any) -> Optional[str]:  # noqa: UP045  for TorchScript
+    """The name of the activation that a module is, None where it is none of ours: GELU by tanh, classes derived from these."""
+    for name, of in ACTIVATIONS.items():
+        if type(module) is of:
+            return name if getattr(module, "approximate", "none") == "none" else None
+    return _OF_TIMM.get(type(module).__name__) if type(module).__module__.partition(".")[0] == "timm" else None
 
 
 class TorchBatchNormAct(torch.nn.Module):

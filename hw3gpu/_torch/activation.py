@@ -34,6 +34,15 @@ def let_through(dy: Tensor, p: Tensor, activation: str) -> Tensor:
     raise AssertionError(activation)
 
 
-def is_remade(activation: str | None) -> bool:
-    """True where the backward pass computes p again, from x and the residual; for "relu" a mask is kept in its place."""
-    return activation not in (None, "relu")
+def masked(which: str, activation: str | None) -> bool:
+    """True where the forward pass keeps a bit an element of what passed; else the backward pass computes p again."""
+    return activation == "relu" and which == "gpu"
+
+
+def kept(
+    which: str, activation: str | None, bias: Tensor | None, residual: Tensor | None, y: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """What to save for that beside x: the bias, and the residual, of "relu" the result, which later layers save too."""
+    if activation is None or masked(which, activation):
+        return None, None
+    return bias, y if activation == "relu" and residual is not None else residual

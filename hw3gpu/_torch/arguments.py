@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._core import arrays, check
 from . import dtensor, operators
+from .activation import ACTIVATIONS
 from .autograd import PLAIN, accumulate_dtype, as_dtype
 from .cross_entropy_formula import Options, loss_shape
 from .linear_chunks import Problem
@@ -157,10 +158,8 @@ def counted(x: Tensor, mask: Any, lengths: Any) -> Tensor | None:
 
 
 def activation_of(activation: Any) -> None:
-    if activation is not None and not isinstance(activation, str):
-        raise check.ChoiceError(f"activation: expected None or 'relu', got {activation!r} ({type(activation).__name__})")
-    if activation not in (None, "relu"):
-        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+    if activation is not None:
+        check.one_of(activation, "activation", ACTIVATIONS)
 
 
 def fused(x: Tensor, residual: Tensor | None, activation: Any) -> Tensor | None:

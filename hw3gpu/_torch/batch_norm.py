@@ -5,8 +5,10 @@ way without views (`by_address`). Traced: the operators below, around the same f
 forward mode, and where a gradient is to be differentiated again, the formula in PyTorch's own operations, which has derivatives
 of every order.
 
-With `relu`, `mask` keeps for each element whether it passed: a buffer of the kernels' own, one bit an element. Where only some
-positions count (`counted`, a bool each), the kernels take these as bits, and how many they are (`positions`).
+With "relu" on a GPU, `mask` keeps for each element whether it passed: a buffer of the kernels' own, one bit an element. For
+every other activation the backward pass computes what went into it again, from x and the residual, which moves less; `beside`
+stands for that residual, and for the result of a "relu" with a residual on the CPU. Where only some positions count (`counted`,
+a bool each), the kernels take these as bits, and how many they are (`positions`).
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ from torch import Tensor
 
 from .._core import arrays, dispatch, outputs
 from .._core.arrays import Array
-from .._core.protocols import BatchNormKernels
 from .._core.torch_internals import apply_of, tracing_state
 from . import bound_launches, operators, small_calls
+from .activation import ACTIVATIONS, applied, kept, let_through, masked
 from .autograd import accumulate_dtype, as_dtype, empty_of, graph_is_needed
 from .bound_launches import Call
 from .positions import Positions, packed, unpacked
 from .small_calls import Way
 
+# Bytes of an input up to which fewer checks save more than a pass over the result takes.
+MOST_BYTES = 1 << 18
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]  # dx, dgamma, dbeta and dresidual
 
 
@@ -41,7 +45,7 @@ class Rest(NamedTuple):
     running_var: torch.Tensor | None
     momentum: float
     eps: float
-    relu: bool
+    activation: str | None
     training: bool
     call: Call | None = None
     traced: bool = False
@@ -50,7 +54,7 @@ class Rest(NamedTuple):
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
-    """y = x̂ γ + β, or relu(… + residual); the arguments are checked."""
+    """y = x̂ γ + β, or a(… + residual); the arguments are checked."""
     if rest.call is None:
         if operators.traced(x):
             return _traced(x, weight, bias, residual, _for_kernels(rest))
@@ -60,9 +64,6 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: 
     if graph_is_needed(x, weight, bias, residual):
         again = rest.call is not None and rest.call.launches is not None
         return (_apply_again if again else _BatchNorm.apply)(x, weight, bias, residual, rest)
-    on_host = rest.relu and rest.positions is None and dispatch.backend(x) == "cpu"
-    if on_host and (residual is None or x.dtype in (torch.float32, torch.float64)):
-        return _without_mask(x, weight, bias, residual, rest)
     return run(x, weight, bias, residual, rest)[0]
 
 
@@ -70,19 +71,16 @@ def _for_kernels(rest: Rest) -> Rest:
     return rest if rest.counted is None else rest._replace(positions=packed(rest.counted), counted=None)
 
 
-def _without_mask(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
-    """As `run` for y alone, and the same bits: the mask would take longer than all else."""
-    return finished(run(x, weight, bias, None, rest._replace(relu=False))[0], residual)
-
-
 def finished(y: Tensor, residual: Tensor | None) -> Tensor:
     """relu(y + residual) in the place of y."""
     return (y if residual is None else y.add_(residual)).relu_()
 
 
-def needs_no_mask(x: Tensor, residual: Any, activation: Any) -> bool:
-    """True for a call that no graph can come of, whose residual is certainly right."""
+def may_be_finished(x: Tensor, residual: Any, activation: Any) -> bool:
+    """True for a small call that no graph can come of, whose residual is certainly right: `by_address`, then `finished`."""
     if type(activation) is not str or activation != "relu" or torch.is_grad_enabled():  # an array has no truth value
+        return False
+    if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_nested or x.nbytes > MOST_BYTES:
         return False
     return residual is None or (
         type(residual) is type(x) is torch.Tensor
@@ -100,7 +98,7 @@ def call_of(
     """What `bound_launches` knows of a call of `functional.batch_norm`; None where it keeps none such."""
     if arrays.on_host(x) or not (type(training) is bool and type(momentum) is type(eps) is float):
         return None
-    if activation is not None and (type(activation) is not str or activation != "relu"):
+    if activation is not None and (type(activation) is not str or activation not in ACTIVATIONS):
         return None
     for v in (running_mean, running_var):
         if getattr(v, "requires_grad", False):
@@ -139,16 +137,16 @@ def run(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, and what `run_backward` needs: stats (mean, what its rounding left, rstd, var in training) and the mask."""
-    running_mean, running_var, momentum, eps, relu, training, call, traced, _, positions = rest
+    running_mean, running_var, momentum, eps, activation, training, call, traced, _, positions = rest
     # kernels leave some bytes of a mask unwritten, and an operator's results are the same bits each time: there, these are 0
     new = torch.zeros if traced else torch.empty
     if call is not None and call.launches is not None:
         y, stats = torch.empty_like(x), new_statistics(x, rest)
-        mask = new(mask_size(x), dtype=torch.uint8, device=x.device) if relu else None
+        mask = new(mask_size(x), dtype=torch.uint8, device=x.device) if activation == "relu" else None
         call.launches(x, weight, bias, running_mean, running_var, residual, y, stats, mask, numbers=(momentum,))
         return y, stats, mask
     which = dispatch.backend(x)
-    if which == "cpu" and residual is None and not relu and positions is None:
+    if which == "cpu" and residual is None and activation is None and positions is None:
         way = small_calls.batch_norm_way(x, weight, bias, running_mean, running_var, training)
         if way:
             y, of_call = small_calls.batch_norm_forward(
@@ -160,10 +158,10 @@ def run(
     y, y_folded = outputs.output(x, 1, see)
     stats = new_statistics(x, rest)
     if not x.numel():
-        return y, stats.zero_(), new(0, dtype=torch.uint8, device=x.device) if relu else None
+        return y, stats.zero_(), None
     folded, seen = outputs.folded(x, 1, which), see(stats)
     scale, shift = dispatch.vector_view(weight, which), dispatch.vector_view(bias, which)
-    mask, fused = fused_operands(folded, residual, relu, x.device, see, kernels, new)
+    mask, fused = fused_operands(folded, residual, activation, x.device, which, new)
     if positions is not None:
         fused["valid"] = see(positions.bits)
         if training:
@@ -202,43 +200,61 @@ def parts(stats: Array, which: str) -> tuple[Array, Array]:
 
 
 def fused_operands(
-    folded: Array, residual: Tensor | None, relu: bool, device: torch.device, see: Callable[[Array], Array],
-    kernels: BatchNormKernels, new: Callable[..., Tensor],
-) -> tuple[Tensor | None, dict[str, Array]]:  # fmt: skip
-    """The mask to be written, by `new`, or None; and what a launcher is given of residual and mask."""
-    mask, fused = None, {}
+    folded: Array, residual: Tensor | None, activation: str | None, device: torch.device, which: str, new: Callable[..., Tensor]
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """The mask to be written, by `new`, or None; and what a launcher is given of residual, mask and activation."""
+    mask, fused, see = None, dict[str, Any](), dispatch.viewer(which)
     if residual is not None:
         fused["residual"] = outputs.fold(see(residual), 1)
-    if relu:
-        mask = new(kernels.mask_size(folded), dtype=torch.uint8, device=device)
+    if masked(which, activation):
+        mask = new(dispatch.batch_norm(which).mask_size(folded), dtype=torch.uint8, device=device)
         fused["mask"] = see(mask)
+    elif activation is not None:
+        fused["activation"] = activation
     return mask, fused
 
 
+def gate_operands(
+    bias: Tensor | None, beside: Tensor | None, mask: Tensor | None, activation: str | None, which: str
+) -> dict[str, Any]:
+    """What a launcher of the backward pass is given to tell how much of dy passes."""
+    if activation is None:
+        return {}
+    if masked(which, activation):
+        return {"mask": dispatch.viewer(which)(mask)}
+    residual = None if beside is None else outputs.folded(beside, 1, which)
+    return {"activation": activation, "beta": dispatch.vector_view(bias, which), "residual": residual}
+
+
 def _eager_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool,
-    residual: bool, bits: Tensor | None = None, count: Tensor | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, beside: Tensor | None, stats: Tensor,
+    mask: Tensor | None, training: bool, activation: str | None, residual: bool, bits: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     call = None
     if bits is None:
-        call = bound_launches.of(("batch norm, backward", training, relu, residual), x, dy, weight, stats, mask)
-    return run_backward(dy, x, weight, stats, mask, training, relu, residual, bits, count, call)
+        call = bound_launches.of(
+            ("batch norm, backward", training, activation, residual), x, dy, weight, bias, beside, stats, mask
+        )  # fmt: skip
+    return run_backward(dy, x, weight, bias, beside, stats, mask, training, activation, residual, bits, count, call)
 
 
 def run_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool,
-    residual: bool, bits: Tensor | None = None, count: Tensor | None = None, call: Call | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, beside: Tensor | None, stats: Tensor,
+    mask: Tensor | None, training: bool, activation: str | None, residual: bool, bits: Tensor | None = None,
+    count: Tensor | None = None, call: Call | None = None,
 ) -> Gradients:  # fmt: skip
-    """dx, dgamma, dbeta in the accumulation dtype, and dresidual where `residual` asks for it; it is dy without `relu` where
-    every position counts (bits None)."""
+    """dx, dgamma, dbeta in the accumulation dtype, and dresidual where `residual` asks for it; it is dy without an activation
+    where every position counts (bits None)."""
+    residual = residual and (activation is not None or bits is not None)
     if call is not None and call.launches is not None:
         C = x.shape[1]
         dx, dgamma, dbeta = torch.empty_like(x), stats.new_empty(C), stats.new_empty(C)
-        written = torch.empty_like(x) if relu and residual else None
-        call.launches(x, dy, weight, stats, mask, dx, dgamma, dbeta, written)
+        written = torch.empty_like(x) if residual else None
+        call.launches(x, dy, weight, bias, beside, stats, mask, dx, dgamma, dbeta, written)
         return dx, dgamma, dbeta, written
     which = dispatch.backend(x)
-    if which == "cpu" and not relu and bits is None:
+    if which == "cpu" and activation is None and bits is None:
         found = small_calls.batch_norm_backward(dy, x, weight, stats, training)
         if found:
             return *found, None
@@ -247,18 +263,16 @@ def run_backward(
     C = x.shape[1]
     dgamma, dbeta = stats.new_empty(C), stats.new_empty(C)
     if not x.numel():
-        return dx, dgamma.zero_(), dbeta.zero_(), torch.empty_like(x) if (relu or bits is not None) and residual else None
-    dresidual, fused = None, {}
-    if relu:
-        fused["mask"] = see(mask)
+        return dx, dgamma.zero_(), dbeta.zero_(), torch.empty_like(x) if residual else None
+    dresidual, fused = None, gate_operands(bias, beside, mask, activation, which)
     if bits is not None:
         fused["valid"] = see(bits)
         if training:
             fused["count"] = see(count)
-    if residual and fused:
+    if residual:
         dresidual, fused["dresidual"] = outputs.output(x, 1, see)
     mean, rstd = parts(see(stats), which)
-    with bound_launches.noted(call, (x, dy, weight, stats, mask, dx, dgamma, dbeta, dresidual), dx):
+    with bound_launches.noted(call, (x, dy, weight, bias, beside, stats, mask, dx, dgamma, dbeta, dresidual), dx):
         (kernels.backward if training else kernels.inference_backward)(
             outputs.folded(dy, 1, which), outputs.folded(x, 1, which), mean, rstd, dispatch.vector_view(weight, which),
             dx_folded, see(dgamma), see(dbeta), **fused,
@@ -280,8 +294,9 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
     ) -> Tensor | tuple[Tensor | None, ...]:
         y, stats, mask = (_below_autograd if rest.traced else run)(x, weight, bias, residual, rest)
-        ctx.save_for_backward(x, weight, stats, mask, *(rest.positions or (None, None)))
-        ctx.options = rest.training, rest.eps, rest.relu, rest.traced
+        told_by = kept(dispatch.backend(x), rest.activation, bias, residual, y)
+        ctx.save_for_backward(x, weight, *told_by, stats, mask, *(rest.positions or (None, None)))
+        ctx.options = rest.training, rest.eps, rest.activation, rest.traced
         ctx.bias_dtype = None if bias is None else bias.dtype
         if not rest.traced:
             return y
@@ -293,18 +308,20 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None, None
-        x, weight, stats, mask, bits, count = ctx.saved_tensors
-        training, eps, relu, traced = ctx.options
+        x, weight, bias, beside, stats, mask, bits, count = ctx.saved_tensors
+        training, eps, activation, traced = ctx.options
         x_needs, weight_needs, bias_needs, residual_needs, _ = ctx.needs_input_grad
         backward = BACKWARD if traced else _eager_backward
         if torch.is_grad_enabled():  # somebody will differentiate again
             backward = _differentiable_backward(backward, eps)
-        dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, mask, training, relu, residual_needs, bits, count)
+        dx, dgamma, dbeta, dresidual = backward(
+            dy, x, weight, bias, beside, stats, mask, training, activation, residual_needs, bits, count
+        )
         return (
             dx if x_needs else None,
             as_dtype(dgamma, weight.dtype) if weight_needs else None,
             as_dtype(dbeta, ctx.bias_dtype) if bias_needs else None,
-            (dresidual if relu or bits is not None else dy) if residual_needs else None,
+            (dy if activation is None and bits is None else dresidual) if residual_needs else None,
             None,
         )
 
@@ -332,10 +349,10 @@ class _ByAddress(torch.autograd.Function):
         training, eps = ctx.options
         found: tuple[Tensor | None, ...] | None = None
         if torch.is_grad_enabled():  # somebody will differentiate again
-            found = _differentiable_backward(run_backward, eps)(dy, x, weight, stats, None, training, False, False)
+            found = _differentiable_backward(run_backward, eps)(dy, x, weight, None, None, stats, None, training, None, False)
         elif dispatch.requested_backend() != "gpu":
             found = small_calls.batch_norm_backward(dy, x, weight, stats, training)
-        dx, dgamma, dbeta, *_ = found or run_backward(dy, x, weight, stats, None, training, False, False)
+        dx, dgamma, dbeta, *_ = found or run_backward(dy, x, weight, None, None, stats, None, training, None, False)
         x_needs, weight_needs, bias_needs, _ = ctx.needs_input_grad
         return dx if x_needs else None, dgamma if weight_needs else None, dbeta if bias_needs else None, None
 
@@ -348,20 +365,22 @@ def _fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     stats = x.new_empty((4 if rest.training else 3, x.shape[1]), dtype=accumulate_dtype(x))
-    return operators.fake_output(x, 1), stats, x.new_empty(mask_size(x), dtype=torch.uint8) if rest.relu else None
+    mask = x.new_empty(mask_size(x), dtype=torch.uint8) if masked(dispatch.backend(x), rest.activation) else None
+    return operators.fake_output(x, 1), stats, mask
 
 
 def mask_size(x: Tensor) -> int:
-    """Bytes of the mask for x (N, C, …)."""
+    """Bytes of the mask for x (N, C, …) on a GPU."""
     return dispatch.batch_norm(dispatch.backend(x)).mask_size(x)
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool,
-    residual: bool, bits: Tensor | None = None, count: Tensor | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, beside: Tensor | None, stats: Tensor,
+    mask: Tensor | None, training: bool, activation: str | None, residual: bool, bits: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     dx, C = operators.fake_output(x, 1), x.shape[1]
-    written = residual and (relu or bits is not None)
+    written = residual and (activation is not None or bits is not None)
     return dx, stats.new_empty(C), stats.new_empty(C), torch.empty_like(dx) if written else None
 
 
@@ -369,14 +388,20 @@ def _define(name: str, training: bool, running: str) -> Any:
     """The operator of training or of evaluation: a graph has to know which of them writes running statistics."""
 
     def rest(
-        running_mean: Any, running_var: Any, momentum: float, eps: float, relu: bool, bits: Any = None, count: Any = None
+        running_mean: Any,
+        running_var: Any,
+        momentum: float,
+        eps: float,
+        activation: str | None,
+        bits: Any = None,
+        count: Any = None,
     ) -> Rest:
         positions = None if bits is None else Positions(bits, count)
-        return Rest(running_mean, running_var, momentum, eps, relu, training, traced=True, positions=positions)
+        return Rest(running_mean, running_var, momentum, eps, activation, training, traced=True, positions=positions)
 
     return operators.define(
-        f"{name}(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, {running}, float momentum, float eps, bool relu, "
-        "Tensor? bits=None, Tensor? count=None) -> (Tensor y, Tensor stats, Tensor mask)",
+        f"{name}(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, {running}, float momentum, float eps, "
+        "str? activation, Tensor? bits=None, Tensor? count=None) -> (Tensor y, Tensor stats, Tensor mask)",
         *(lambda *args, f=f: f(*args[:4], rest(*args[4:])) for f in (run, _fake, _BatchNorm.apply)),
     )
 
@@ -384,8 +409,9 @@ def _define(name: str, training: bool, running: str) -> Any:
 TRAINING = _define("batch_norm_training", True, "Tensor(a!)? running_mean, Tensor(b!)? running_var")
 EVALUATION = _define("batch_norm_evaluation", False, "Tensor running_mean, Tensor running_var")
 BACKWARD = operators.define(
-    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor mask, bool training, bool relu, "
-    "bool residual, Tensor? bits=None, Tensor? count=None) -> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
+    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? beside, Tensor stats, Tensor mask, "
+    "bool training, str? activation, bool residual, Tensor? bits=None, Tensor? count=None) "
+    "-> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
     run_backward,
     _fake_backward,
 )
@@ -418,12 +444,12 @@ def _exported(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: T
     )  # fmt: skip
     if residual is not None:
         y = y + residual
-    return y.relu() if rest.relu else y
+    return applied(y, rest.activation)
 
 
 def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
     """The same function in PyTorch's operations."""
-    running_mean, running_var, momentum, eps, relu, training, _, _, counted, _ = rest
+    running_mean, running_var, momentum, eps, activation, training, _, _, counted, _ = rest
     acc = accumulate_dtype(x)
     on = None if counted is None else counted.unsqueeze(1)
     values = _where(on, x.to(acc))
@@ -450,7 +476,7 @@ def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Te
         y = y + _wide(bias, x)
     if residual is not None:
         y = y + residual
-    return _where(on, y.relu() if relu else y).to(x.dtype)
+    return _where(on, applied(y, activation)).to(x.dtype)
 
 
 def _write(new_mean: Tensor, running_mean: Tensor, new_var: Tensor, running_var: Tensor) -> None:
@@ -470,12 +496,14 @@ def _differentiable_backward(backward: Callable[..., Gradients], eps: float) -> 
     """`run_backward` in PyTorch's operations; the mask is unpacked by the kernels of `backward`, as its gradient of ones."""
 
     def formula(
-        dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, mask: Tensor | None, training: bool, relu: bool,
-        residual: bool, bits: Tensor | None = None, count: Tensor | None = None,
+        dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, beside: Tensor | None, stats: Tensor,
+        mask: Tensor | None, training: bool, activation: str | None, residual: bool, bits: Tensor | None = None,
+        count: Tensor | None = None,
     ) -> Gradients:  # fmt: skip
-        if relu:
+        if activation == "relu":
             with torch.no_grad():
-                passed = backward(torch.ones_like(dy), x, weight, stats, mask, False, True, True)[3]
+                ones = torch.ones_like(dy)
+                passed = backward(ones, x, weight, bias, beside, stats, mask, False, activation, True)[3]
             assert passed is not None
             dy = dy * passed
         on = None if bits is None else unpacked(bits, x)
@@ -487,6 +515,12 @@ def _differentiable_backward(backward: Callable[..., Gradients], eps: float) -> 
             deviations = values - _wide(stats[0], x) - _wide(stats[1], x)
             rstd = _wide(stats[2], x)
         x_hat = deviations * rstd
+        if activation not in (None, "relu"):
+            p = x_hat if weight is None else x_hat * _wide(weight, x)
+            for more in (None if bias is None else _wide(bias, x), None if beside is None else _where(on, beside)):
+                p = p if more is None else p + more
+            upstream = let_through(upstream, p, activation)
+            dy = upstream.to(dy.dtype)
         dgamma, dbeta = (upstream * x_hat).sum(_over(x)), upstream.sum(_over(x))
         scale = rstd if weight is None else rstd * _wide(weight, x)
         dx = upstream

@@ -20,8 +20,9 @@ from .._core import dispatch, outputs
 from .._core.arrays import Array
 from .._core.protocols import BatchNormKernels
 from . import operators
+from .activation import kept, masked
 from .autograd import accumulate_dtype, as_dtype, graph_is_needed, no_second_derivative
-from .batch_norm import fused_operands, mask_size
+from .batch_norm import fused_operands, gate_operands, mask_size
 from .collectives import gathered, summed
 from .positions import Positions
 
@@ -34,14 +35,14 @@ class Rest(NamedTuple):
     running_var: torch.Tensor | None
     momentum: float
     eps: float
-    relu: bool
+    activation: str | None
     group: str
     traced: bool = False
     positions: Positions | None = None
 
 
 def sync_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
-    """y = x̂ γ + β, or relu(… + residual), x̂ by the batches of all processes in the group."""
+    """y = x̂ γ + β, or a(… + residual), x̂ by the batches of all processes in the group."""
     if operators.traced(x):
         return FORWARD(x, weight, bias, residual, *_arguments(rest))[0]
     if operators.transformed():
@@ -56,7 +57,7 @@ def _run(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y, and what the backward pass needs: stats (mean, what its rounding left, rstd), the number of values, the mask."""
-    running_mean, running_var, momentum, eps, relu, group, traced, positions = rest
+    running_mean, running_var, momentum, eps, activation, group, traced, positions = rest
     new = torch.zeros if traced else torch.empty  # of a mask some bytes are left unwritten
     which = dispatch.backend(x)
     see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
@@ -66,7 +67,7 @@ def _run(
     if running_mean is not None and running_var is not None:
         _update(running_mean, mean, momentum, total)
         _update(running_var, var * (total / (total - 1).clamp(min=1)), momentum, total)
-    mask, fused = fused_operands(folded, residual, relu, x.device, see, kernels, new)
+    mask, fused = fused_operands(folded, residual, activation, x.device, which, new)
     if positions is not None:
         fused["valid"] = see(positions.bits)
     if x.numel():
@@ -112,20 +113,22 @@ def _update(running: Tensor, value: Tensor, momentum: float, total: Tensor) -> N
 
 
 def _run_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, total: Tensor, mask: Tensor | None, relu: bool,
-    residual: bool, dx_needed: bool, group: str, bits: Tensor | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, beside: Tensor | None, stats: Tensor, total: Tensor,
+    mask: Tensor | None, activation: str | None, residual: bool, dx_needed: bool, group: str, bits: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """dx where it is needed, this process's dgamma and dbeta, and dresidual where `residual` asks for it; None without `relu`
-    where every position counts (bits None): it is dy."""
+    """dx where it is needed, this process's dgamma and dbeta, and dresidual where `residual` asks for it; None without an
+    activation where every position counts (bits None): it is dy."""
     which = dispatch.backend(x)
     see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
     seen, scale = see(stats), dispatch.vector_view(weight, which)
     dgamma, dbeta = (torch.zeros(x.shape[1], dtype=stats.dtype, device=x.device) for _ in range(2))
-    folded, upstream, fused = outputs.fold(see(x), 1), outputs.fold(see(dy), 1), {"mask": see(mask)} if relu else {}
+    folded, upstream = outputs.fold(see(x), 1), outputs.fold(see(dy), 1)
+    fused = gate_operands(bias, beside, mask, activation, which)
     if bits is not None:
         fused["valid"] = see(bits)
     if x.numel():
-        kernels.backward_reduce(upstream, folded, seen[:2], seen[2], see(dgamma), see(dbeta), **fused)
+        by = {**fused, "gamma": scale} if "activation" in fused else fused
+        kernels.backward_reduce(upstream, folded, seen[:2], seen[2], see(dgamma), see(dbeta), **by)
     dresidual = None
     if residual and fused:
         dresidual, fused["dresidual"] = outputs.output(x, 1, see)
@@ -148,8 +151,10 @@ class _SyncBatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
     ) -> Tensor | tuple[Tensor | None, ...]:
         y, stats, total, mask = (_below_autograd if rest.traced else _run)(x, weight, bias, residual, rest)
-        ctx.save_for_backward(x, weight, stats, total, mask, None if rest.positions is None else rest.positions.bits)
-        ctx.options, ctx.bias_dtype = (rest.relu, rest.group, rest.traced), None if bias is None else bias.dtype
+        told_by = kept(dispatch.backend(x), rest.activation, bias, residual, y)
+        bits = None if rest.positions is None else rest.positions.bits
+        ctx.save_for_backward(x, weight, *told_by, stats, total, mask, bits)
+        ctx.options, ctx.bias_dtype = (rest.activation, rest.group, rest.traced), None if bias is None else bias.dtype
         if not rest.traced:
             return y
         ctx.mark_non_differentiable(stats, total, mask)
@@ -161,15 +166,18 @@ class _SyncBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None, None
-        (x, weight, stats, total, mask, bits), (relu, group, traced) = ctx.saved_tensors, ctx.options
+        x, weight, bias, beside, stats, total, mask, bits = ctx.saved_tensors
+        activation, group, traced = ctx.options
         x_needs, weight_needs, bias_needs, residual_needs, _ = ctx.needs_input_grad
         backward = BACKWARD if traced else _run_backward
-        dx, dgamma, dbeta, dresidual = backward(dy, x, weight, stats, total, mask, relu, residual_needs, x_needs, group, bits)
+        dx, dgamma, dbeta, dresidual = backward(
+            dy, x, weight, bias, beside, stats, total, mask, activation, residual_needs, x_needs, group, bits
+        )
         return (
             dx if x_needs else None,
             as_dtype(dgamma, weight.dtype) if weight_needs else None,
             as_dtype(dbeta, ctx.bias_dtype) if bias_needs else None,
-            (dresidual if relu or bits is not None else dy) if residual_needs else None,
+            (dy if activation is None and bits is None else dresidual) if residual_needs else None,
             None,
         )
 
@@ -188,37 +196,37 @@ def _fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     stats = x.new_empty((3, x.shape[1]), dtype=accumulate_dtype(x))
-    mask = x.new_empty(mask_size(x), dtype=torch.uint8) if rest.relu else None
+    mask = x.new_empty(mask_size(x), dtype=torch.uint8) if masked(dispatch.backend(x), rest.activation) else None
     return operators.fake_output(x, 1), stats, x.new_empty(1, dtype=torch.float64), mask
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, total: Tensor, mask: Tensor | None, relu: bool,
-    residual: bool, dx_needed: bool, group: str, bits: Tensor | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, beside: Tensor | None, stats: Tensor, total: Tensor,
+    mask: Tensor | None, activation: str | None, residual: bool, dx_needed: bool, group: str, bits: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
     dx, C = operators.fake_output(x, 1), x.shape[1]
-    dresidual = torch.empty_like(dx) if residual and (relu or bits is not None) else None
+    dresidual = torch.empty_like(dx) if residual and (activation is not None or bits is not None) else None
     return dx if dx_needed else None, stats.new_empty(C), stats.new_empty(C), dresidual
 
 
 def _rest(
-    running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float, relu: bool, group: str,
-    bits: Tensor | None = None, count: Tensor | None = None,
+    running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float, activation: str | None,
+    group: str, bits: Tensor | None = None, count: Tensor | None = None,
 ) -> Rest:  # fmt: skip
     """The `Rest` of the operator's arguments."""
     positions = None if bits is None or count is None else Positions(bits, count)
-    return Rest(running_mean, running_var, momentum, eps, relu, group, True, positions)
+    return Rest(running_mean, running_var, momentum, eps, activation, group, True, positions)
 
 
 FORWARD = operators.define(
     "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, float momentum, float eps, bool relu, str group, Tensor? bits=None, Tensor? count=None) "
+    "Tensor(b!)? running_var, float momentum, float eps, str? activation, str group, Tensor? bits=None, Tensor? count=None) "
     "-> (Tensor y, Tensor stats, Tensor total, Tensor mask)",
     *(lambda *args, f=f: f(*args[:4], _rest(*args[4:])) for f in (_run, _fake, _SyncBatchNorm.apply)),
 )
 BACKWARD = operators.define(
-    "sync_batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor total, Tensor mask, bool relu, "
-    "bool residual, bool dx_needed, str group, Tensor? bits=None) "
+    "sync_batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? beside, Tensor stats, Tensor total, "
+    "Tensor mask, str? activation, bool residual, bool dx_needed, str group, Tensor? bits=None) "
     "-> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
     _run_backward,
     _fake_backward,

@@ -4,15 +4,15 @@
     x_hat = (x - mean) rstd,      y = (x - mean) (rstd gamma) + beta
     dbeta = sum dy,   dgamma = sum dy x_hat
     dx = gamma rstd (dy - dbeta / m - x_hat dgamma / m)
-    with a residual or a ReLU: y = relu(x_hat gamma + beta + residual), one bit a value kept of where it is above 0; dy is 0
-    where it is not
+    fused: y = a(p), p = x_hat gamma + beta + residual; dy counts as dy a'(p) (`_batch_norm/activation.py`)
     with `valid`, the bits of the positions that count: m is their number, y, dx and dresidual are 0 elsewhere
 
     statistics, backward_reduce      read x (and dy)                    1 pass  (2)
     normalize, backward_apply        read x (and dy), write y or dx     2 passes (3)
     forward, backward                channels done whole, in cache      2 passes (3); 3 (5) where they are split
-    a residual or a ReLU                                               2 passes more, a residual's own values one more;
-                                                                       the mask: an eighth of a byte a value
+    a residual                                                         1 pass more; its gradient 1 pass more
+    an activation                                                      nothing more: backward computes p again from x; with a
+                                                                       residual it reads that, or a ReLU's result, as often as x
 
 A pass is one read or one write of the whole tensor. `mean` is kept as two numbers, mean[0] the rounded mean and mean[1] what
 the rounding left, so that x - mean is right where the mean is large; y is never folded to a x + b. Sums are float64:
@@ -23,26 +23,23 @@ for the two layouts:
     lines     C adjacent (channels-last), and planes too small to be a loop of their own. Of long rows of channels, and of
               several small planes, a tile is a few channels of every sample: `_batch_norm/tiles.py` does these whole
 
-A residual and a ReLU are a pass of their own (`_batch_norm/residual_relu.py`), after `normalize` and before the sums of
-`backward`: one loop for every layout, measured to take no longer than loops that do it all at once.
-
 A call decides once which loops run and how their work is cut into blocks (`channel_plan.py`), by shapes and strides alone;
 a launcher follows that plan. Blocks are merged in order. Where some positions do not count, `batch_norm_masked.py` does it.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import batch_norm_masked as masked
 from . import channel_plan
-from ._batch_norm import lines, planes, residual_relu, tiles
+from ._batch_norm import lines, planes, tiles
+from ._batch_norm.activation import KINDS
 from ._batch_norm.statistics import better_shifts, finish_all, finish_gradients, first_means, merge
 from ._numba.compile import kernel
-from ._numba.elements import store, to_accumulate
+from ._numba.elements import load, store, to_accumulate
 from ._numba.threads import Moves, moving, run
 from .channel_plan import Pass, layout_of
 
@@ -72,7 +69,7 @@ def _check(x, mean, *of_channels, like=(), mask=None, valid=None) -> None:
         assert v is None or v.shape == (C,), (v.shape, x.shape)
     for v in like:
         assert v is None or v.shape == x.shape, (v.shape, x.shape)
-    assert mask is None or mask.nbytes == mask.size >= mask_size(x), (mask.nbytes, x.shape)
+    assert mask is None, "the kernels of the CPU keep no mask"
     assert valid is None or valid.nbytes == valid.size >= -(-x.shape[0] * x.shape[2] // 8), (valid.nbytes, x.shape)
 
 
@@ -93,19 +90,17 @@ _APPLY = _Loops(planes.apply, tiles.apply, lines.apply)
 _BACKWARD = _Loops(planes.backward, tiles.backward)
 
 for _loops in (_SUMS, _NORMALIZE, _FORWARD):
-    moving(Moves(("x",), ("y",)), *_loops)
+    moving(Moves(("x", "residual"), ("y",)), *_loops)
 for _loops in (_GRADIENT_SUMS, _APPLY, _BACKWARD):
-    moving(Moves(("dy", "x"), ("dx",)), *_loops)
-moving(Moves(("values", "residual"), ("values", "mask", "y")), residual_relu.finish)
-moving(Moves(("dy", "mask"), ("out",)), residual_relu.let_through)
+    moving(Moves(("dy", "x", "residual"), ("dx", "dresidual")), *_loops)
 
 
-def _walked(of: Pass, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Arrays (N, C, S) as the loops of a pass walk them."""
+def _walked(of: Pass, *arrays: Any) -> tuple[Any, ...]:
+    """Arrays (N, C, S), or None, as the loops of a pass walk them."""
     if not of.joined:
         return arrays
     N, C, S = arrays[0].shape
-    return tuple(a.transpose(0, 2, 1).reshape(N * S, C, 1) for a in arrays)
+    return tuple(None if a is None else a.transpose(0, 2, 1).reshape(N * S, C, 1) for a in arrays)
 
 
 def _run(loops: _Loops, of: Pass, cost: int, *operands: Any) -> None:
@@ -128,83 +123,88 @@ def _sum_deviations(of: Pass, x: np.ndarray, shift: np.ndarray) -> np.ndarray:
     return _merged(partial)
 
 
-def _sum_gradients(of: Pass, dy: np.ndarray, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
+def _sum_gradients(of: Pass, dy: np.ndarray, x: np.ndarray, mean: np.ndarray, scale: np.ndarray, gate: _Gate) -> np.ndarray:
     """sum dy and sum dy (x - mean) of every channel: (2, C) float64."""
-    partial = np.empty((of.partial, 2, x.shape[1]))
-    no_scale_and_dx = mean[0], np.empty((0, 0, 0), x.dtype)
-    _run(_GRADIENT_SUMS, of, 2 * x.nbytes, *_walked(of, dy, x), mean, *no_scale_and_dx, partial)
+    partial, no_dx = np.empty((of.partial, 2, x.shape[1])), np.empty((0, 0, 0), x.dtype)
+    walked_dy, walked_x, residual = _walked(of, dy, x, gate.residual)
+    by = gate.beta, gate.kind, residual, None
+    _run(_GRADIENT_SUMS, of, 2 * x.nbytes, walked_dy, walked_x, mean, scale, no_dx, partial, *by)
     return _merged(partial)
 
 
-def _sum_and_scale_gradients(dy: np.ndarray, x: np.ndarray, mean: np.ndarray, scale: np.ndarray, dx: np.ndarray) -> np.ndarray:
-    """As `_sum_gradients`, and dx = scale dy."""
-    of = channel_plan.plan_sums_and_result(layout_of(x, dy, dx))
-    partial = np.empty((of.partial, 2, x.shape[1]))
-    _run(_GRADIENT_SUMS, of, 3 * x.nbytes, dy, x, mean, scale, dx, partial)
-    return _merged(partial)
-
-
-# ---------------------------------------------------------------------------------------------- with a residual or a mask
-def mask_size(x: np.ndarray) -> int:
-    """Bytes of the mask of x (N, C, …): an eighth of a byte a value."""
-    return residual_relu.mask_size(math.prod(x.shape))
-
-
-def _in_order(a: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """`a` (N, C, S), its axes in the order in which those of x lie in memory: the mask's order."""
-    return a.transpose(0, 2, 1) if channel_plan.in_rows(layout_of(x)) else a
-
-
-def _line(a: np.ndarray | None, x: np.ndarray) -> np.ndarray:
-    """`a` as one line (1, 1, size) in that order: a copy where it lies otherwise, empty for None."""
-    return np.empty((1, 1, 0), x.dtype) if a is None else np.ascontiguousarray(_in_order(a, x)).reshape(1, 1, -1)
-
-
-def _write_back(line: np.ndarray, a: np.ndarray, x: np.ndarray) -> None:
-    """Write to `a` the line that stood in for it, where that was a copy."""
-    if not np.may_share_memory(line, a):
-        ordered = _in_order(a, x)
-        ordered[...] = line.reshape(ordered.shape)
-
-
-def _before_residual(x: np.ndarray, residual: np.ndarray | None, y: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Where to normalise to: y, unless that would round it to half precision before the residual is added."""
-    if residual is None or y.itemsize == dtype.itemsize:
-        return y
-    return _in_order(np.empty(_in_order(x, x).shape, dtype), x)
-
-
-def _finish(x, values, residual, y, mask, chosen, dtype) -> None:
-    """y = values + residual, what is below 0 as 0 where a mask is given to be written; 0 where a position is not `chosen`."""
-    if x.size == 0 or (residual is None and mask is None):
-        return
-    line, rounded = _line(values, x), _line(None if values is y else y, x)
-    bits = np.empty((1, 1, 0), np.uint8) if mask is None else mask.reshape(1, 1, -1)
-    of = residual_relu.pieces(x.size)
-    run(residual_relu.finish, of, 3 * x.nbytes, line, _line(residual, x), bits, dtype.type(0), rounded)
-    _write_back(line if values is y else rounded, y, x)
-    if chosen is not None:
-        masked.clear(chosen, y)
-
-
-def _passing(
-    dy: np.ndarray, x: np.ndarray, mask: np.ndarray | None, dx: np.ndarray, dresidual: np.ndarray | None,
-    chosen: masked.Chosen | None = None,
+def _sum_and_scale_gradients(
+    dy: np.ndarray, x: np.ndarray, mean: np.ndarray, scale: np.ndarray, dx: np.ndarray, gate: _Gate,
+    dresidual: np.ndarray | None,
 ) -> np.ndarray:  # fmt: skip
-    """dy as far as the mask lets it through: in dresidual, where that is given, then 0 where a position is not `chosen`, else
-    in dx."""
-    if x.size == 0 or (mask is None and dresidual is None):
-        return dy
-    passed = dx if dresidual is None else dresidual
-    if mask is None:
-        passed[...] = dy
-    else:
-        line, operands = _line(passed, x), (_line(dy, x), mask.reshape(1, 1, -1))
-        run(residual_relu.let_through, residual_relu.pieces(x.size), 2 * x.nbytes, *operands, line)
-        _write_back(line, passed, x)
-    if chosen is not None and dresidual is not None:
-        masked.clear(chosen, dresidual)
+    """As `_sum_gradients`, and dx = scale dy."""
+    of = channel_plan.plan_sums_and_result(layout_of(x, dy, dx, *_given(dresidual)))
+    partial = np.empty((of.partial, 2, x.shape[1]))
+    _run(_GRADIENT_SUMS, of, 3 * x.nbytes, dy, x, mean, scale, dx, partial, *gate, dresidual)
+    return _merged(partial)
+
+
+def _given(*arrays: np.ndarray | None) -> list[np.ndarray]:
+    return [a for a in arrays if a is not None]
+
+
+# ---------------------------------------------------------------------------------------------- a residual and an activation
+def mask_size(x: np.ndarray) -> int:
+    """0: what passed an activation is computed again, or told by the result, and no mask is kept."""
+    return 0
+
+
+def _alike(a: np.ndarray | None, x: np.ndarray) -> np.ndarray | None:
+    """`a`, of x's shape, as the loops that x's layout decides can walk it: a copy in x's order where they cannot."""
+    if a is None:
+        return None
+    alone, both = layout_of(x), layout_of(x, a)
+    if all(of(alone) == of(both) for of in (channel_plan.in_rows, channel_plan.packed, channel_plan.small_planes)):
+        return a
+    copied = np.empty_like(x)
+    copied[...] = a
+    return copied
+
+
+class _Gate(NamedTuple):
+    """What an activation needs in the backward pass, as the loops take it; nothing without one."""
+
+    beta: np.ndarray | None
+    kind: Any
+    residual: np.ndarray | None
+
+
+def _gate(
+    x: np.ndarray, rstd: np.ndarray, activation: str | None, beta: np.ndarray | None, residual: np.ndarray | None
+) -> _Gate:
+    if activation is None:
+        return _Gate(None, None, None)
+    if activation == "relu" and residual is not None:
+        activation = "relu of result"
+    return _Gate(to_accumulate(beta, rstd.size, rstd.dtype, 0.0), KINDS[activation], _alike(residual, x))
+
+
+def _passed_apart(
+    of: masked.Chosen, dy: np.ndarray, x: np.ndarray, mean: np.ndarray, rstd: np.ndarray, gamma: np.ndarray | None, gate: _Gate,
+    dresidual: np.ndarray | None,
+) -> np.ndarray:  # fmt: skip
+    """What an activation lets through of dy where some positions do not count, not yet rounded, and 0 there; dresidual too."""
+    passed = dy
+    if gate.kind is not None:
+        passed, dx = np.empty_like(x, rstd.dtype), np.empty_like(x)
+        no_slope, plan = np.zeros(rstd.size, rstd.dtype), channel_plan.plan_result(layout_of(x, dy, dx, passed))
+        _run(_APPLY, plan, 3 * x.nbytes, dy, x, mean, _scale_of(rstd, gamma), no_slope, no_slope, dx, *gate, passed)
+        masked.clear(of, passed)
+    if dresidual is not None:
+        _round(np.ascontiguousarray(passed).reshape(-1), rounded := np.empty(passed.size, x.dtype))
+        dresidual[...] = rounded.reshape(passed.shape)
+        masked.clear(of, dresidual)
     return passed
+
+
+@kernel
+def _round(values, out) -> None:
+    for i in range(values.size):
+        store(out, i, load(values, i))
 
 
 # ---------------------------------------------------------------------------------------------- launchers
@@ -261,23 +261,25 @@ def normalize(
     residual: np.ndarray | None = None,
     mask: np.ndarray | None = None,
     valid: np.ndarray | None = None,
+    activation: str | None = None,
 ) -> None:
-    """y = (x - mean) (rstd gamma) + beta + residual, what is below 0 as 0 where a mask is given to be written."""
+    """y = a((x - mean) (rstd gamma) + beta + residual), 0 at positions that do not count."""
     _check(x, mean, rstd, gamma, beta, like=(y, residual), mask=mask, valid=valid)
-    values, chosen = _before_residual(x, residual, y, rstd.dtype), masked.chosen(x, valid)
-    _normalize(channel_plan.plan_result(layout_of(x, values)), x, mean, rstd, gamma, beta, values, chosen)
-    _finish(x, values, residual, y, mask, chosen, rstd.dtype)
+    after, chosen = (KINDS[activation], _alike(residual, x)), masked.chosen(x, valid)
+    _normalize(channel_plan.plan_result(layout_of(x, y)), x, mean, rstd, gamma, beta, y, after, chosen)
 
 
-def _normalize(of, x, mean, rstd, gamma, beta, y, chosen=None) -> None:
+def _normalize(of, x, mean, rstd, gamma, beta, y, after, chosen=None) -> None:
     if x.size == 0:
         return
     C, dtype = x.shape[1], rstd.dtype
     scale = np.ascontiguousarray(rstd if gamma is None else rstd * to_accumulate(gamma, C, dtype, 1.0))
-    if chosen is not None:
+    if chosen is not None and after == (None, None):
         masked.normalize(chosen, x, mean, scale, to_accumulate(beta, C, dtype, 0.0), y)
         return
-    _run(_NORMALIZE, of, 2 * x.nbytes, x, mean, scale, to_accumulate(beta, C, dtype, 0.0), y)
+    _run(_NORMALIZE, of, 2 * x.nbytes, x, mean, scale, to_accumulate(beta, C, dtype, 0.0), y, *after)
+    if chosen is not None:
+        masked.clear(chosen, y)
 
 
 def forward(
@@ -297,27 +299,31 @@ def forward(
     mask: np.ndarray | None = None,
     valid: np.ndarray | None = None,
     count: np.ndarray | None = None,
+    activation: str | None = None,
 ) -> None:
     """`statistics`, then `normalize`. count: bits set in valid."""
     _check(x, mean, var, rstd, gamma, beta, running_mean, running_var, like=(y, residual), mask=mask, valid=valid)
-    values, chosen = _before_residual(x, residual, y, var.dtype), masked.chosen(x, valid)
-    plan = channel_plan.plan_forward(layout_of(x, values))
+    chosen = masked.chosen(x, valid)
+    if chosen is not None and not (residual is None and activation is None):
+        statistics(x, mean, var, rstd, running_mean, running_var, eps=eps, momentum=momentum, valid=valid)
+        normalize(x, mean, rstd, gamma, beta, y, residual=residual, activation=activation, valid=valid)
+        return
+    plan, kind, residual = channel_plan.plan_forward(layout_of(x, y)), KINDS[activation], _alike(residual, x)
     if plan.whole is None and chosen is None:
         _statistics(plan.sums, x, mean, var, rstd, running_mean, running_var, eps, momentum)
-        _normalize(plan.result, x, mean, rstd, gamma, beta, values)
+        _normalize(plan.result, x, mean, rstd, gamma, beta, y, (kind, residual))
     else:
         C, dtype = x.shape[1], var.dtype
         new_mean, new_var = _running(running_mean, dtype), _running(running_var, dtype)
         gamma, beta = to_accumulate(gamma, C, dtype, 1.0), to_accumulate(beta, C, dtype, 0.0)
         results = mean, var, rstd, new_mean, new_var, float(eps), float(momentum)
         if chosen is not None:
-            masked.forward(chosen, x, gamma, beta, values, *results)
+            masked.forward(chosen, x, gamma, beta, y, *results)
         elif plan.whole is not None:
-            walked_x, walked = _walked(plan.whole, x, values)
-            _run(_FORWARD, plan.whole, 3 * x.nbytes, walked_x, gamma, beta, walked, *results)
+            walked_x, walked, residual = _walked(plan.whole, x, y, residual)
+            _run(_FORWARD, plan.whole, 3 * x.nbytes, walked_x, gamma, beta, walked, *results, kind, residual)
         _store_running(running_mean, new_mean)
         _store_running(running_var, new_var)
-    _finish(x, values, residual, y, mask, chosen, var.dtype)
 
 
 def backward_reduce(
@@ -330,20 +336,33 @@ def backward_reduce(
     *,
     mask: np.ndarray | None = None,
     valid: np.ndarray | None = None,
+    activation: str | None = None,
+    gamma: np.ndarray | None = None,
+    beta: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
 ) -> None:
-    """dbeta = sum dy, dgamma = sum dy x_hat; dy counts where the mask, if given, is set, and so with valid."""
-    _check(x, mean, rstd, dgamma, dbeta, like=(dy,), mask=mask, valid=valid)
-    if mask is not None:
-        dy = _passing(dy, x, mask, np.empty_like(dy), None)
-    chosen = masked.chosen(x, valid)
-    _reduce(channel_plan.plan_sums(layout_of(x, dy)), dy, x, mean, rstd, dgamma, dbeta, chosen)
+    """dbeta = sum dy, dgamma = sum dy x_hat; with an activation dy counts as dy a'(p), p = gamma x_hat + beta + residual; 0 at
+    positions that do not count.
+
+    residual: for "relu", where one was added, the result in its place.
+    """
+    _check(x, mean, rstd, dgamma, dbeta, gamma, beta, like=(dy, residual), mask=mask, valid=valid)
+    gate, chosen = _gate(x, rstd, activation, beta, residual), masked.chosen(x, valid)
+    if chosen is not None:
+        dy = _passed_apart(chosen, dy, x, mean, rstd, gamma, gate, None)
+    _reduce(channel_plan.plan_sums(layout_of(x, dy)), dy, x, mean, rstd, gamma, dgamma, dbeta, gate, chosen)
 
 
-def _reduce(of, dy, x, mean, rstd, dgamma, dbeta, chosen) -> None:
+def _scale_of(rstd, gamma) -> np.ndarray:
+    return rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
+
+
+def _reduce(of, dy, x, mean, rstd, gamma, dgamma, dbeta, gate, chosen=None) -> None:
     if chosen is not None:
         sums = masked.gradient_sums(chosen, dy, x, mean, mean[0], None)
     else:
-        sums = _sum_gradients(of, dy, x, mean) if x.size else np.zeros((2, x.shape[1]))
+        scale = mean[0] if gate.kind is None else _scale_of(rstd, gamma)  # which does not count without an activation
+        sums = _sum_gradients(of, dy, x, mean, scale, gate) if x.size else np.zeros((2, x.shape[1]))
     finish_gradients(sums, rstd, dgamma, dbeta)
 
 
@@ -361,25 +380,30 @@ def backward_apply(
     mask: np.ndarray | None = None,
     dresidual: np.ndarray | None = None,
     valid: np.ndarray | None = None,
+    activation: str | None = None,
+    beta: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
 ) -> None:
-    """dx = gamma rstd (dy - dbeta / count - x_hat dgamma / count); dresidual, where given, is the dy that passes."""
-    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask, valid=valid)
-    chosen = masked.chosen(x, valid)
-    dy = _passing(dy, x, mask, dx, dresidual, chosen)
-    _apply(channel_plan.plan_result(layout_of(x, dy, dx)), dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, chosen)
+    """dx = gamma rstd (dy - dbeta / count - x_hat dgamma / count); dresidual, if given, is dy as `backward_reduce` has it."""
+    _check(x, mean, rstd, gamma, beta, dgamma, dbeta, like=(dy, dx, residual, dresidual), mask=mask, valid=valid)
+    gate, chosen = _gate(x, rstd, activation, beta, residual), masked.chosen(x, valid)
+    if chosen is not None:
+        dy = _passed_apart(chosen, dy, x, mean, rstd, gamma, gate, dresidual)
+    of = channel_plan.plan_result(layout_of(x, dy, dx, *_given(dresidual)))
+    _apply(of, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, gate, dresidual, chosen)
 
 
-def _apply(of, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, chosen) -> None:
+def _apply(of, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, gate, dresidual, chosen=None) -> None:
     if x.size == 0:
         return
     count = float(np.asarray(count).item())
-    scale = rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
+    scale = _scale_of(rstd, gamma)
     b = (dbeta / count).astype(rstd.dtype)
     k = (rstd * (dgamma / count)).astype(rstd.dtype)
     if chosen is not None:
         masked.apply(chosen, dy, x, mean, scale, b, k, dx)
         return
-    _run(_APPLY, of, 3 * x.nbytes, dy, x, mean, scale, b, k, dx)
+    _run(_APPLY, of, 3 * x.nbytes, dy, x, mean, scale, b, k, dx, *gate, dresidual)
 
 
 def backward(
@@ -396,24 +420,38 @@ def backward(
     dresidual: np.ndarray | None = None,
     valid: np.ndarray | None = None,
     count: np.ndarray | None = None,
+    activation: str | None = None,
+    beta: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
 ) -> None:
     """`backward_reduce`, then `backward_apply` with count = m. count: bits set in valid."""
-    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask, valid=valid)
-    chosen = masked.chosen(x, valid)
-    dy = _passing(dy, x, mask, dx, dresidual, chosen)
-    plan = channel_plan.plan_backward(layout_of(x, dy, dx))
-    whole: Pass | None = masked.plan_whole(x, dy, dx) if chosen is not None else plan.whole
-    if whole is None:
-        m = x.shape[0] * x.shape[2] if chosen is None else max(chosen.m, 1)
-        _reduce(plan.sums, dy, x, mean, rstd, dgamma, dbeta, chosen)
-        _apply(plan.result, dy, x, mean, rstd, gamma, dgamma, dbeta, m, dx, chosen)
+    _check(x, mean, rstd, gamma, beta, dgamma, dbeta, like=(dy, dx, residual, dresidual), mask=mask, valid=valid)
+    gate, chosen = _gate(x, rstd, activation, beta, residual), masked.chosen(x, valid)
+    if chosen is not None:
+        _backward_of_chosen(chosen, dy, x, mean, rstd, gamma, dx, dgamma, dbeta, gate, dresidual)
+        return
+    plan = channel_plan.plan_backward(layout_of(x, dy, dx, *_given(dresidual)))
+    if plan.whole is None:
+        m = x.shape[0] * x.shape[2]
+        _reduce(plan.sums, dy, x, mean, rstd, gamma, dgamma, dbeta, gate)
+        _apply(plan.result, dy, x, mean, rstd, gamma, dgamma, dbeta, m, dx, gate, dresidual)
         return
     gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-    if chosen is not None:
+    dy, x, dx, residual, dresidual = _walked(plan.whole, dy, x, dx, gate.residual, dresidual)
+    by = gate.beta, gate.kind, residual, dresidual
+    _run(_BACKWARD, plan.whole, 5 * x.nbytes, dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *by)
+
+
+def _backward_of_chosen(chosen, dy, x, mean, rstd, gamma, dx, dgamma, dbeta, gate, dresidual) -> None:
+    """`backward` where some positions do not count."""
+    dy = _passed_apart(chosen, dy, x, mean, rstd, gamma, gate, dresidual)
+    whole = masked.plan_whole(x, dy, dx)
+    if whole is not None:
+        gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
         masked.backward(whole, chosen, dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
         return
-    dy, x, dx = _walked(whole, dy, x, dx)
-    _run(_BACKWARD, whole, 5 * x.nbytes, dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
+    _reduce(None, dy, x, mean, rstd, gamma, dgamma, dbeta, gate, chosen)
+    _apply(None, dy, x, mean, rstd, gamma, dgamma, dbeta, max(chosen.m, 1), dx, gate, dresidual, chosen)
 
 
 def inference_backward(
@@ -429,16 +467,19 @@ def inference_backward(
     mask: np.ndarray | None = None,
     dresidual: np.ndarray | None = None,
     valid: np.ndarray | None = None,
+    activation: str | None = None,
+    beta: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
 ) -> None:
     """dx = dy gamma rstd, for statistics that do not depend on x; dgamma and dbeta as in `backward_reduce`."""
-    _check(x, mean, rstd, gamma, dgamma, dbeta, like=(dy, dx, dresidual), mask=mask, valid=valid)
+    _check(x, mean, rstd, gamma, beta, dgamma, dbeta, like=(dy, dx, residual, dresidual), mask=mask, valid=valid)
     if x.size == 0:
         backward_reduce(dy, x, mean, rstd, dgamma, dbeta)
         return
-    chosen = masked.chosen(x, valid)
-    dy = _passing(dy, x, mask, dx, dresidual, chosen)
-    scale = rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
+    gate, scale, chosen = _gate(x, rstd, activation, beta, residual), _scale_of(rstd, gamma), masked.chosen(x, valid)
     if chosen is not None:
+        dy = _passed_apart(chosen, dy, x, mean, rstd, gamma, gate, dresidual)
         finish_gradients(masked.gradient_sums(chosen, dy, x, mean, scale, dx), rstd, dgamma, dbeta)
         return
-    finish_gradients(_sum_and_scale_gradients(dy, x, mean, scale, dx), rstd, dgamma, dbeta)
+    sums = _sum_and_scale_gradients(dy, x, mean, scale, dx, gate, dresidual)
+    finish_gradients(sums, rstd, dgamma, dbeta)

@@ -38,7 +38,7 @@ def _forward(
     kept = C if running_mean_at else 0
     running_mean, running_var = floats(running_mean_at, kept), floats(running_var_at, kept)
     results = stats[:2], stats[3], stats[2], running_mean, running_var
-    _tiles.forward(first, last, group, x, gamma, beta, y, *results, eps, momentum)
+    _tiles.forward(first, last, group, x, gamma, beta, y, *results, eps, momentum, None, None)
 
 
 @kernel
@@ -46,7 +46,7 @@ def _backward(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma
     dy, x, dx = planes(dy_at, N, C, S), planes(x_at, N, C, S), planes(dx_at, N, C, S)
     stats, gamma = floats(stats_at, (3, C)), vector_or(gamma_at, C, 1.0)
     dgamma, dbeta = floats(dgamma_at, C), floats(dbeta_at, C)
-    _tiles.backward(first, last, group, dy, x, stats[:2], stats[2], gamma, dx, dgamma, dbeta)
+    _tiles.backward(first, last, group, dy, x, stats[:2], stats[2], gamma, dx, dgamma, dbeta, None, None, None, None)
 
 
 # ---------------------------------------------------------------------------------------------- backward of known statistics
@@ -63,19 +63,19 @@ def _inference_operands(
 @kernel
 def _inference_tiles(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial) -> None:
     dy, x, mean, scale, dx = _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S)
-    _tiles.gradient_sums(first, last, group, dy, x, mean, scale, dx, partial)
+    _tiles.gradient_sums(first, last, group, dy, x, mean, scale, dx, partial, None, None, None, None)
 
 
 @kernel
 def _inference_planes(first, last, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial) -> None:
     dy, x, mean, scale, dx = _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S)
-    _planes.gradient_sums(first, last, dy, x, mean, scale, dx, partial)
+    _planes.gradient_sums(first, last, dy, x, mean, scale, dx, partial, None, None, None, None)
 
 
 @kernel
 def _inference_rows(first, last, rows, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial) -> None:
     dy, x, mean, scale, dx = _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S)
-    lines.gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial)
+    lines.gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial, None, None, None, None)
 
 
 @kernel
@@ -117,7 +117,7 @@ def _normalize_tiles(
 ) -> None:  # fmt: skip
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     pair = _pair(mean)
-    _tiles.normalize(first, last, group, parts, planes(x_at, N, C, S), pair, scale, beta, planes(y_at, N, C, S))
+    _tiles.normalize(first, last, group, parts, planes(x_at, N, C, S), pair, scale, beta, planes(y_at, N, C, S), None, None)
 
 
 @kernel
@@ -126,7 +126,7 @@ def _normalize_planes(
 ) -> None:  # fmt: skip
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     pair = _pair(mean)
-    _planes.normalize(first, last, blocks, planes(x_at, N, C, S), pair, scale, beta, planes(y_at, N, C, S))
+    _planes.normalize(first, last, blocks, planes(x_at, N, C, S), pair, scale, beta, planes(y_at, N, C, S), None, None)
 
 
 @kernel

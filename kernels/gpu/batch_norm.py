@@ -24,10 +24,11 @@ near 1e18 do not overflow. Tiles are (samples, channels, lanes), or all rows of 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ._batch_norm.activation import ACT
 from ._batch_norm.backward import _backward_apply_kernel, _backward_kernel, _backward_merge_kernel, _backward_reduce_kernel
 from ._batch_norm.forward import _forward_kernel, _merge_kernel, _normalize_kernel, _statistics_kernel
 from ._rows import ACC, access_mode, operand_mode, warps
@@ -102,6 +103,27 @@ def _strides_and_mode(name, x, t) -> tuple[tuple[int, ...], dict[str, int]]:
     return ((0, 0, 0), {name: 0}) if t is None else (t.stride(), {name: _follower(x, t)})
 
 
+class _Gate(NamedTuple):
+    """What tells how much of dy an activation lets through: γ, β and the residual give the p that went into it."""
+
+    activation: str | None = None
+    gamma: torch.Tensor | None = None
+    beta: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+
+    @property
+    def busy(self) -> bool | None:
+        """For `_plan`: True, or None where there is no gate."""
+        return True if self.activation in ("silu", "hardswish", "gelu") else None
+
+    def operands(self, x, residual) -> tuple[tuple[Any, ...], dict[str, int]]:
+        """Strides and constants of a kernel of the backward pass; `residual` as `_flatten` has it."""
+        constants = {"ACT": ACT[self.activation], "RESIDUAL_MODE": 0}
+        if residual is None:
+            return (None, None, None), constants
+        return residual.stride(), {**constants, "RESIDUAL_MODE": _follower(x, residual)}
+
+
 def _mask_strides(x) -> tuple[int, int, int]:
     """Strides of the mask of x (N, C, S): each row's bytes side by side, or the channels' where x is channels-last."""
     _, C, S = x.shape
@@ -155,20 +177,21 @@ def statistics(x, mean, var, rstd, running_mean, running_var, *, eps: float, mom
     )  # fmt: skip
 
 
-def normalize(x, mean, rstd, gamma, beta, y, *, residual=None, mask=None, valid=None) -> None:
-    """y = (x - mean) (rstd γ) + β + residual. Where a mask is given: y = relu(…), and the mask says where it is above 0. Where
-    valid is given: 0 at positions that do not count."""
+def normalize(x, mean, rstd, gamma, beta, y, *, residual=None, mask=None, valid=None, activation=None) -> None:
+    """y = (x - mean) (rstd γ) + β + residual. Where a mask is given: y = relu(…), and the mask says where it is above 0. Any
+    other activation: y = a(…). Where valid is given: 0 at positions that do not count."""
     if x.numel():
         one_split = None, 1, None, None, None, 1.0, (0, 0.0, 0, 0.0, 0)
-        _normalize(x, mean, rstd, gamma, beta, y, residual, mask, valid, *one_split)
+        _normalize(x, mean, rstd, gamma, beta, y, residual, mask, valid, activation, *one_split)
 
 
 def _normalize(
-    x, mean, rstd, gamma, beta, y, residual, mask, valid, partial, summed, var, running_mean, running_var, alpha, scalars
+    x, mean, rstd, gamma, beta, y, residual, mask, valid, activation, partial, summed, var, running_mean, running_var, alpha,
+    scalars,
 ) -> None:  # fmt: skip
     """`normalize`. Where `partial` is given, its `summed` splits are merged first, and mean, var and rstd are written too."""
     x, y, residual = _flatten(x, y, residual, mask=mask)
-    plan, sizes, constants = _plan(x, 1, (residual, mask), valid=valid)
+    plan, sizes, constants = _plan(x, 1, (residual, mask, activation), valid=valid)
     stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
     launch(
         _normalize_kernel, plan.channel_blocks * plan.splits,
@@ -176,19 +199,20 @@ def _normalize(
         *sizes, *plan.split, summed, alpha, *scalars,
         *x.stride(), *stride_r, *y.stride(), *_mask_strides(x),
         plan=plan, reads=("x", "residual", "valid"), writes=("y", "mask"),
-        SPLITS=next_power_of_2(summed), STAGES=plan.stages, Y_MODE=_follower(x, y), **mode_r, **constants,
+        SPLITS=next_power_of_2(summed), STAGES=plan.stages, Y_MODE=_follower(x, y), ACT=ACT[activation], **mode_r,
+        **constants,
     )  # fmt: skip
 
 
 def forward(
     x, gamma, beta, y, mean, var, rstd, running_mean, running_var, *, eps: float, momentum: float, residual=None, mask=None,
-    valid=None, count=None,
+    valid=None, count=None, activation=None,
 ) -> None:  # fmt: skip
     """`statistics`, then `normalize`: in one launch where a channel is one tile, in two where it has few splits."""
     given = x, y, residual
     alpha, scalars = _moment_scalars(x, count, eps, momentum)
     x, y, residual = _flatten(x, y, residual, mask=mask)
-    plan, sizes, constants = _plan(x, 1, (residual, mask), alike=(y,), valid=valid)
+    plan, sizes, constants = _plan(x, 1, (residual, mask, activation), alike=(y,), valid=valid)
     if plan.tiles == 1:
         stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
         launch(
@@ -196,43 +220,49 @@ def forward(
             x, gamma, beta, residual, y, mask, valid, mean, var, rstd, running_mean, running_var, *sizes, alpha, *scalars,
             *x.stride(), *stride_r, *y.stride(), *_mask_strides(x),
             plan=plan, reads=("x", "residual", "valid"), writes=("y", "mask"),
-            HALVINGS=plan.halvings, Y_MODE=_follower(x, y), **mode_r, **constants,
+            HALVINGS=plan.halvings, Y_MODE=_follower(x, y), ACT=ACT[activation], **mode_r, **constants,
         )  # fmt: skip
         return
     x, y, residual = given
     if plan.BLOCK_C > 1:
         statistics(x, mean, var, rstd, running_mean, running_var, eps=eps, momentum=momentum, valid=valid, count=count)
-        normalize(x, mean, rstd, gamma, beta, y, residual=residual, mask=mask, valid=valid)
+        normalize(x, mean, rstd, gamma, beta, y, residual=residual, mask=mask, valid=valid, activation=activation)
         return
     partial, splits = _partial_statistics(x, mean, alpha, valid)
     _normalize(
-        x, mean, rstd, gamma, beta, y, residual, mask, valid, partial, splits, var, running_mean, running_var, alpha, scalars
+        x, mean, rstd, gamma, beta, y, residual, mask, valid, activation, partial, splits, var, running_mean, running_var,
+        alpha, scalars,
     )  # fmt: skip
 
 
-def _partial_sums(dy, x, mean, mask, valid) -> tuple[torch.Tensor, int]:
+def _partial_sums(dy, x, mean, rstd, mask, valid, gate) -> tuple[torch.Tensor, int]:
     """Launches the two sums of each split: (partial (4, splits, C), number of splits)."""
-    x, dy = _flatten(x, dy, mask=mask)
-    plan, sizes, constants = _plan(x, 2, (mask,), sums=True, valid=valid)
+    x, dy, residual = _flatten(x, dy, gate.residual, mask=mask)
+    plan, sizes, constants = _plan(x, 2, (mask, residual, gate.busy), sums=True, valid=valid)
+    strides, of_gate = gate.operands(x, residual)
+    needed = (rstd, gate.gamma, gate.beta) if gate.busy else (None, None, None)
     partial = scratch(mean.dtype, x.device, 4, plan.splits, x.shape[1])
     launch(
         _backward_reduce_kernel, plan.channel_blocks * plan.splits,
-        dy, x, mask, valid, mean, partial, *sizes, *plan.split,
-        *dy.stride(), *x.stride(), *_mask_strides(x), plan=plan, reads=("dy", "x", "mask", "valid"),
+        dy, x, mask, valid, mean, *needed, residual, partial, *sizes, *plan.split,
+        *dy.stride(), *x.stride(), *_mask_strides(x), *strides, plan=plan, reads=("dy", "x", "mask", "valid", "residual"),
         HALVINGS=plan.halvings, STAGES=plan.stages,
-        DY_MODE=_follower(x, dy), **constants,
+        DY_MODE=_follower(x, dy), **of_gate, **constants,
     )  # fmt: skip
     return partial, plan.splits
 
 
-def backward_reduce(dy, x, mean, rstd, dgamma, dbeta, *, mask=None, valid=None) -> None:
-    """dγ = Σ dy x̂ and dβ = Σ dy, (C,) each; dy counts as 0 where a mask is given and not set, and so with valid."""
+def backward_reduce(
+    dy, x, mean, rstd, dgamma, dbeta, *, mask=None, valid=None, activation=None, gamma=None, beta=None, residual=None
+) -> None:
+    """dγ = Σ dy x̂ and dβ = Σ dy, (C,) each; dy counts as 0 where a mask is given and not set, and so with valid; with an
+    activation as dy a'(p), p = γ x̂ + β + residual."""
     if not x.numel():
         dgamma.zero_()
         dbeta.zero_()
         return
     C = x.shape[1]
-    partial, splits = _partial_sums(dy, x, mean, mask, valid)
+    partial, splits = _partial_sums(dy, x, mean, rstd, mask, valid, _Gate(activation, gamma, beta, residual))
     block, programs = plan_channels(C, splits)
     launch(
         _backward_merge_kernel, programs,
@@ -241,58 +271,74 @@ def backward_reduce(dy, x, mean, rstd, dgamma, dbeta, *, mask=None, valid=None) 
 
 
 def backward_apply(
-    dy, x, mean, rstd, gamma, dgamma, dbeta, count: int, dx, *, mask=None, dresidual=None, valid=None
+    dy, x, mean, rstd, gamma, dgamma, dbeta, count: int, dx, *, mask=None, dresidual=None, valid=None, activation=None,
+    beta=None, residual=None,
 ) -> None:  # fmt: skip
-    """dx = γ rstd (dy - dβ/count - x̂ dγ/count); dresidual, where given, is dy where the mask is set, else 0. Where valid is
+    """dx = γ rstd (dy - dβ/count - x̂ dγ/count); dresidual, where given, is dy as `backward_reduce` counts it. Where valid is
     given, both are 0 at positions that do not count."""
-    _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, valid, trained=True)
+    gate = _Gate(activation, gamma, beta, residual)
+    _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, valid, gate, trained=True)
 
 
-def _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, valid, trained, partial=None, summed=1) -> None:
+def _apply(
+    dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, mask, dresidual, valid, gate, trained, partial=None, summed=1
+) -> None:  # fmt: skip
     """dx. Where `partial` is given, its `summed` splits are merged first, and dγ and dβ are written too."""
     if not x.numel():
         return
-    x, dy, dx, dresidual = _flatten(x, dy, dx, dresidual, mask=mask)
-    plan, sizes, constants = _plan(x, 2 if trained else 1, (mask, dresidual), valid=valid)
+    x, dy, dx, dresidual, residual = _flatten(x, dy, dx, dresidual, gate.residual, mask=mask)
+    x_counts = trained or gate.busy
+    plan, sizes, constants = _plan(x, 2 if x_counts else 1, (mask, dresidual, residual, gate.busy), valid=valid)
     stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
+    strides, of_gate = gate.operands(x, residual)
     launch(
         _backward_apply_kernel, plan.channel_blocks * plan.splits,
-        dy, x, mask, valid, mean, rstd, gamma, dgamma, dbeta, dx, dresidual, partial, *sizes, *plan.split, summed, count,
-        *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r,
-        plan=plan, reads=("dy", "x", "mask", "valid") if trained else ("dy", "mask", "valid"), writes=("dx", "dresidual"),
+        dy, x, mask, valid, mean, rstd, gamma, gate.beta, residual, dgamma, dbeta, dx, dresidual, partial,
+        *sizes, *plan.split, summed, count,
+        *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r, *strides,
+        plan=plan, reads=("dy", "x", "mask", "valid", "residual") if x_counts else ("dy", "mask", "valid"),
+        writes=("dx", "dresidual"),
         SPLITS=next_power_of_2(summed), STAGES=plan.stages, TRAINED=trained,
-        DY_MODE=_follower(x, dy), DX_MODE=_follower(x, dx), **mode_r, **constants,
+        DY_MODE=_follower(x, dy), DX_MODE=_follower(x, dx), **mode_r, **of_gate, **constants,
     )  # fmt: skip
 
 
 def backward(
-    dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidual=None, valid=None, count=None
+    dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidual=None, valid=None, count=None, activation=None,
+    beta=None, residual=None,
 ) -> None:  # fmt: skip
     """`backward_reduce`, then `backward_apply`: in one launch where a channel is one tile, in two where it has few splits."""
-    given = dy, x, dx, dresidual
-    m = x.shape[0] * x.shape[2] if count is None else count
-    x, dy, dx, dresidual = _flatten(x, dy, dx, dresidual, mask=mask)
-    plan, sizes, constants = _plan(x, 2, (mask, dresidual), alike=(dy, dx), valid=valid)
+    given = dy, x, dx, dresidual, residual
+    m, gate = x.shape[0] * x.shape[2] if count is None else count, _Gate(activation, gamma, beta, residual)
+    x, dy, dx, dresidual, residual = _flatten(x, dy, dx, dresidual, residual, mask=mask)
+    plan, sizes, constants = _plan(x, 2, (mask, dresidual, residual, gate.busy), alike=(dy, dx), valid=valid)
     if plan.tiles == 1 and x.numel():
         stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
+        strides, of_gate = gate.operands(x, residual)
         launch(
             _backward_kernel, plan.channel_blocks,
-            dy, x, mask, valid, mean, rstd, gamma, dx, dresidual, dgamma, dbeta, *sizes, m,
-            *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r,
-            plan=plan, reads=("dy", "x", "mask", "valid"), writes=("dx", "dresidual"), HALVINGS=plan.halvings,
-            DY_MODE=_follower(x, dy), DX_MODE=_follower(x, dx), **mode_r, **constants,
+            dy, x, mask, valid, mean, rstd, gamma, beta, residual, dx, dresidual, dgamma, dbeta, *sizes, m,
+            *dy.stride(), *x.stride(), *_mask_strides(x), *dx.stride(), *stride_r, *strides,
+            plan=plan, reads=("dy", "x", "mask", "valid", "residual"), writes=("dx", "dresidual"), HALVINGS=plan.halvings,
+            DY_MODE=_follower(x, dy), DX_MODE=_follower(x, dx), **mode_r, **of_gate, **constants,
         )  # fmt: skip
         return
-    dy, x, dx, dresidual = given
+    dy, x, dx, dresidual, residual = given
     if plan.BLOCK_C > 1 or not x.numel():
-        backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask, valid=valid)
-        backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, m, dx, mask=mask, dresidual=dresidual, valid=valid)
+        by = {"mask": mask, "valid": valid, "activation": activation, "beta": beta, "residual": residual}
+        backward_reduce(dy, x, mean, rstd, dgamma, dbeta, gamma=gamma, **by)
+        backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, m, dx, dresidual=dresidual, **by)
         return
-    partial, splits = _partial_sums(dy, x, mean, mask, valid)
-    _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, m, dx, mask, dresidual, valid, True, partial, splits)
+    partial, splits = _partial_sums(dy, x, mean, rstd, mask, valid, gate)
+    _apply(dy, x, mean, rstd, gamma, dgamma, dbeta, m, dx, mask, dresidual, valid, gate, True, partial, splits)
 
 
-def inference_backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidual=None, valid=None) -> None:
+def inference_backward(
+    dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *, mask=None, dresidual=None, valid=None, activation=None, beta=None,
+    residual=None,
+) -> None:  # fmt: skip
     """Backward where mean and rstd are constants: dx = γ rstd dy, and the sums of `backward_reduce`."""
-    backward_reduce(dy, x, mean, rstd, dgamma, dbeta, mask=mask, valid=valid)
-    _apply(dy, x, mean, rstd, gamma, None, None, 1, dx, mask, dresidual, valid, trained=False)
+    gate = _Gate(activation, gamma, beta, residual)
+    by = {"mask": mask, "valid": valid, "activation": activation, "beta": beta, "residual": residual}
+    backward_reduce(dy, x, mean, rstd, dgamma, dbeta, gamma=gamma, **by)
+    _apply(dy, x, mean, rstd, gamma, None, None, 1, dx, mask, dresidual, valid, gate, trained=False)

@@ -19,6 +19,7 @@ from numba.extending import overload
 from .._numba.compile import exact, inline, kernel
 from .._numba.simd import Lanes, load_lanes, load_lanes_like, store_lanes, streamed, width, write
 from .._numba.views import line_of
+from .activation import finished, let_through, line_beside, put_line
 from .planes import AROUND, _dx, _y
 from .statistics import add_to, sums_of
 
@@ -121,16 +122,21 @@ def _at_position(parameter, i) -> Lanes:
 
 
 @inline
-def _y_of_line(i, exist, args) -> Lanes:
-    x, mean, rest, scale, beta = args
+def _affine(i, exist, x, mean, rest, scale, beta) -> Lanes:
     of = (_at_position(mean, i), _at_position(rest, i), _at_position(scale, i), _at_position(beta, i))
     return _y(load_lanes(x, i, exist, 0.0), *of)
 
 
 @inline
-def _normalize(x, at, y, around) -> None:
+def _y_of_line(i, exist, args) -> Lanes:
+    x, mean, rest, scale, beta, after = args
+    return finished(_affine(i, exist, x, mean, rest, scale, beta), i, exist, after)
+
+
+@inline
+def _normalize(x, at, y, around, after) -> None:
     """at[SHIFT_1] is beta."""
-    write(y, around, _y_of_line, (x, _of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1)))
+    write(y, around, _y_of_line, (x, _of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1), after))
 
 
 @inline
@@ -158,6 +164,45 @@ def _apply(dy, x, at, dx, around) -> None:
     """at[SHIFT_1] is dbeta / m, at[SHIFT_2] is rstd dgamma / m."""
     of = (_of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1), _of(at, SHIFT_2))
     write(dx, around, _dx_of_line, (dy, x, *of))
+
+
+# What an activation lets through of a line, before it is summed. gate: the activation, parameters (at[SHIFT_1] is beta) and
+# memory for two lines; None without one.
+def _gate(kind: Any, positions: Any, like: Any) -> Any:
+    """The gate, its parameters to be filled."""
+
+
+@overload(_gate)
+def _choose_gate(kind, positions, like) -> Callable[..., Any]:
+    if kind == types.none:
+        return lambda kind, positions, like: None
+    return lambda kind, positions, like: (kind, parameters(positions, like), np.empty((1, 2, positions), like.dtype))
+
+
+def _through(dy: Any, x: Any, gate: Any, j: Any, residual: Any) -> Any:
+    """What passes of a line `dy`, in the gate's memory j: `dy` itself without a gate."""
+
+
+@overload(_through)
+def _choose_through(dy, x, gate, j, residual) -> Callable[..., Any]:
+    if gate == types.none:
+        return lambda dy, x, gate, j, residual: dy
+    return lambda dy, x, gate, j, residual: _passed_line(dy, x, gate, j, residual)
+
+
+@inline
+def _passed(i, exist, args) -> Lanes:
+    dy, x, mean, rest, scale, beta, after = args
+    return let_through(load_lanes(dy, i, exist, 0.0), _affine(i, exist, x, mean, rest, scale, beta), i, exist, after)
+
+
+@inline
+def _passed_line(dy, x, gate, j, residual) -> np.ndarray:
+    kind, at, memory = gate
+    line = line_of(memory, 0, j, 0, dy.size)
+    of = (_of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1), (kind, residual))
+    write(line, False, _passed, (dy, x, *of))
+    return line
 
 
 @inline
@@ -209,6 +254,11 @@ def _rows_of(x, v, size) -> np.ndarray:
 
 
 @inline
+def _rows_beside(a, v, size, S) -> Any:
+    return line_beside(a, v // S, 0, v % S, size)
+
+
+@inline
 def _repeat(at, row, values) -> None:
     """`values`, a number a channel, at the positions of every row of a line."""
     start, C = 0, values.size
@@ -237,6 +287,17 @@ def _normalization_of_rows(at, mean, scale, beta) -> None:
     _means_of_rows(at, mean)
     _repeat(at, SCALE, scale)
     _repeat(at, SHIFT_1, beta)
+
+
+def _gate_of_rows(gate: Any, mean: Any, scale: Any, beta: Any) -> None:
+    """Fills the parameters of a gate."""
+
+
+@overload(_gate_of_rows)
+def _choose_gate_of_rows(gate, mean, scale, beta) -> Callable[..., Any]:
+    if gate == types.none:
+        return lambda gate, mean, scale, beta: None
+    return lambda gate, mean, scale, beta: _normalization_of_rows(gate[1], mean, scale, beta)
 
 
 @inline
@@ -280,7 +341,9 @@ def sums(first, last, rows, x, shift, partial) -> None:
 
 
 @kernel
-def gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial) -> None:
+def gradient_sums(
+    first, last, rows, dy, x, mean, scale, dx, partial, beta, kind, residual, dresidual
+) -> None:  # fmt: skip
     """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
     N, C, S = x.shape
     blocks, m, P, scaled = partial.shape[0], N * S, rows * C, dx.size > 0
@@ -294,6 +357,8 @@ def gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial) -> None:
     at = parameters(P if scaled else 0, scale)
     if scaled:
         _repeat(at, SCALE, scale)
+    gate = _gate(kind, P, scale)
+    _gate_of_rows(gate, mean, scale, beta)
     for block in range(first, last):
         start, end = m * block // blocks, m * (block + 1) // blocks
         v = start
@@ -301,29 +366,30 @@ def gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial) -> None:
         product[:] = 0.0
         while v + 2 * rows <= end:
             dy0, dy1, x0, x1 = _rows_of(dy, v, P), _rows_of(dy, v + rows, P), _rows_of(x, v, P), _rows_of(x, v + rows, P)
+            dy0 = _through(dy0, x0, gate, 0, _rows_beside(residual, v, P, S))
+            dy1 = _through(dy1, x1, gate, 1, _rows_beside(residual, v + rows, P, S))
             mean_at, rest_at = _of(about, MEAN), _of(about, REST)
             _along(P, total, _add_two_gradients, (dy0, dy1, x0, x1, mean_at, rest_at, total, product))
             v += 2 * rows
         while v < end:
             size = min(rows, end - v) * C
-            _along(
-                size,
-                total,
-                _add_gradients,
-                (_rows_of(dy, v, size), _rows_of(x, v, size), _of(about, MEAN), _of(about, REST), total, product),
-            )
+            x0 = _rows_of(x, v, size)
+            dy0 = _through(_rows_of(dy, v, size), x0, gate, 0, _rows_beside(residual, v, size, S))
+            _along(size, total, _add_gradients, (dy0, x0, _of(about, MEAN), _of(about, REST), total, product))
             v += rows
         _fold(total, product, C, partial[block])
         v = start if scaled else end
         while v < end:
             size = min(rows, end - v) * C
-            _scale(_rows_of(dy, v, size), at, _rows_of(dx, v, size), _goes_around(dx))
+            passed = _through(_rows_of(dy, v, size), _rows_of(x, v, size), gate, 0, _rows_beside(residual, v, size, S))
+            put_line(passed, dresidual, v // S, 0, v % S)
+            _scale(passed, at, _rows_of(dx, v, size), _goes_around(dx))
             v += rows
     streamed()
 
 
 @kernel
-def normalize(first, last, blocks, rows, x, mean, scale, beta, y) -> None:
+def normalize(first, last, blocks, rows, x, mean, scale, beta, y, kind, residual) -> None:
     N, C, S = x.shape
     m, at = N * S, parameters(rows * C, mean)
     _normalization_of_rows(at, mean, scale, beta)
@@ -331,21 +397,29 @@ def normalize(first, last, blocks, rows, x, mean, scale, beta, y) -> None:
         v, end = m * block // blocks, m * (block + 1) // blocks
         while v < end:
             size = min(rows, end - v) * C
-            _normalize(_rows_of(x, v, size), at, _rows_of(y, v, size), _goes_around(y))
+            after = kind, _rows_beside(residual, v, size, S)
+            _normalize(_rows_of(x, v, size), at, _rows_of(y, v, size), _goes_around(y), after)
             v += rows
     streamed()
 
 
 @kernel
-def apply(first, last, blocks, rows, dy, x, mean, scale, b, k, dx) -> None:
+def apply(
+    first, last, blocks, rows, dy, x, mean, scale, b, k, dx, beta, kind, residual, dresidual
+) -> None:  # fmt: skip
     """dx = scale (dy - b - (x - mean) k)."""
     N, C, S = x.shape
     m, at = N * S, parameters(rows * C, mean)
     _slopes_of_rows(at, mean, scale, b, k)
+    gate = _gate(kind, rows * C, mean)
+    _gate_of_rows(gate, mean, scale, beta)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         while v < end:
             size = min(rows, end - v) * C
-            _apply(_rows_of(dy, v, size), _rows_of(x, v, size), at, _rows_of(dx, v, size), _goes_around(dx))
+            x_line = _rows_of(x, v, size)
+            passed = _through(_rows_of(dy, v, size), x_line, gate, 0, _rows_beside(residual, v, size, S))
+            put_line(passed, dresidual, v // S, 0, v % S)
+            _apply(passed, x_line, at, _rows_of(dx, v, size), _goes_around(dx))
             v += rows
     streamed()

@@ -16,7 +16,8 @@ from numba.extending import overload
 from .._numba.compile import inline, kernel, reduction
 from .._numba.elements import load, store
 from .._numba.simd import Lanes, fetch, load_lanes, streamed, write
-from .._numba.views import gather, line_of, plane_of, row_buffer, scatter
+from .._numba.views import gather, line_of, plane_of, prefix, row_buffer, scatter
+from .activation import finished, let_through, put, run_beside, scratch_beside
 from .statistics import add_to, better_shift, finish, first_mean, sums_of, two_sum, with_low
 
 # Bytes of the smallest result that goes around the caches; as many are read. A MiB took 33 us through a last cache of
@@ -122,8 +123,15 @@ def _dx(dy, x, mean, rest, scale, b, k) -> Any:
 
 @inline
 def _y_of_run(i, exist, args) -> Lanes:
-    x, mean, rest, scale, beta = args
-    return _y(load_lanes(x, i, exist, 0.0), mean, rest, scale, beta)
+    x, mean, rest, scale, beta, after = args
+    return finished(_y(load_lanes(x, i, exist, 0.0), mean, rest, scale, beta), i, exist, after)
+
+
+@inline
+def _passed(i, exist, args) -> Lanes:
+    dy, x, mean, rest, scale, beta, after = args
+    v = _y(load_lanes(x, i, exist, 0.0), mean, rest, scale, beta)
+    return let_through(load_lanes(dy, i, exist, 0.0), v, i, exist, after)
 
 
 @inline
@@ -163,46 +171,116 @@ def _add_deviations(x, n, c, s0, s1, shift, sums, j, scratch, ahead) -> None:
 
 
 @inline
-def _add_gradients(dy, x, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch, ahead) -> None:
+def _add_gradients(dy, x, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch, ahead, gate) -> None:
     for s in range(s0, s1, RUN):
         end = min(s + RUN, s1)
         if ahead:
             _fetch_next(x, n, c, s, end)
             _fetch_next(dy, n, c, s, end)
         dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
-        pair = _gradient_sums(dy_run, x_run, mean[0, c], mean[1, c])
+        pair = _gradient_sums(_through(dy_run, x_run, mean, n, c, s, end, gate), x_run, mean[0, c], mean[1, c])
         add_to(sums, j, pair[0], pair[1])
 
 
 @inline
-def _normalize(x, n, c, s0, s1, mean, scale, beta, y, around, x_scratch, y_scratch) -> None:
-    step = RUN if x_scratch.size or y_scratch.size else max(s1 - s0, 1)
+def _normalize(x, n, c, s0, s1, mean, scale, beta, y, around, x_scratch, y_scratch, behind) -> None:
+    """behind: activation, residual and memory for a run of that."""
+    kind, residual, r_scratch = behind
+    step = _piece(r_scratch, RUN if x_scratch.size or y_scratch.size else max(s1 - s0, 1))
     for s in range(s0, s1, step):
         end = min(s + step, s1)
-        y_run = row_buffer(plane_of(y, n, c, s, end), y_scratch)
+        y_run, after = row_buffer(plane_of(y, n, c, s, end), y_scratch), (kind, run_beside(residual, n, c, s, end, r_scratch))
         x_run = gather(plane_of(x, n, c, s, end), x_scratch)
-        write(y_run, around, _y_of_run, (x_run, mean[0, c], mean[1, c], scale, beta))
+        write(y_run, around, _y_of_run, (x_run, mean[0, c], mean[1, c], scale, beta, after))
         scatter(plane_of(y, n, c, s, end), y_scratch)
 
 
 @inline
-def _apply(dy, x, n, c, s0, s1, mean, scale, b, k, dx, around, dy_scratch, x_scratch, dx_scratch) -> None:
-    step = RUN if dy_scratch.size or x_scratch.size or dx_scratch.size else max(s1 - s0, 1)
+def _apply(
+    dy, x, n, c, s0, s1, mean, scale, b, k, dx, around, dy_scratch, x_scratch, dx_scratch, gate, dresidual
+) -> None:  # fmt: skip
+    step = _gated_piece(gate, RUN if dy_scratch.size or x_scratch.size or dx_scratch.size else max(s1 - s0, 1))
     for s in range(s0, s1, step):
         end = min(s + step, s1)
         dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
+        passed = _through(dy_run, x_run, mean, n, c, s, end, gate)
+        put(passed, dresidual, n, c, s)
         dx_run = row_buffer(plane_of(dx, n, c, s, end), dx_scratch)
-        write(dx_run, around, _dx_of_run, (dy_run, x_run, mean[0, c], mean[1, c], scale, b, k))
+        write(dx_run, around, _dx_of_run, (passed, x_run, mean[0, c], mean[1, c], scale, b, k))
         scatter(plane_of(dx, n, c, s, end), dx_scratch)
 
 
 @inline
-def _scale(dy, n, c, s0, s1, scale, dx, dy_scratch, dx_scratch) -> None:
+def _scale(dy, x, n, c, s0, s1, mean, scale, dx, dy_scratch, x_scratch, dx_scratch, gate, dresidual) -> None:
     """dx = scale dy for a run that is in the nearest cache."""
     dy_run, dx_run = gather(plane_of(dy, n, c, s0, s1), dy_scratch), row_buffer(plane_of(dx, n, c, s0, s1), dx_scratch)
-    for i in range(dy_run.size):
-        store(dx_run, i, load(dy_run, i) * scale)
+    passed = _through(dy_run, gather(plane_of(x, n, c, s0, s1), x_scratch), mean, n, c, s0, s1, gate)
+    put(passed, dresidual, n, c, s0)
+    for i in range(passed.size):
+        store(dx_run, i, load(passed, i) * scale)
     scatter(plane_of(dx, n, c, s0, s1), dx_scratch)
+
+
+# ---------------------------------------------------------------------------------------------- an activation behind it
+def _piece(r_scratch: Any, size: Any) -> Any:
+    """How many values of a run are done at once."""
+
+
+@overload(_piece)
+def _choose_piece(r_scratch, size) -> Callable[..., Any]:
+    if r_scratch == types.none:
+        return lambda r_scratch, size: size
+    return lambda r_scratch, size: RUN if r_scratch.size else size
+
+
+def _gated_piece(gate: Any, size: Any) -> Any:
+    """The same where an activation lets through."""
+
+
+@overload(_gated_piece)
+def _choose_gated_piece(gate, size) -> Callable[..., Any]:
+    return (lambda gate, size: size) if gate == types.none else (lambda gate, size: RUN)
+
+
+def _gate(kind: Any, residual: Any, scale: Any, beta: Any) -> Any:
+    """What `_through` needs: the activation, γ rstd and β, and memory; None without an activation."""
+
+
+@overload(_gate)
+def _choose_gate(kind, residual, scale, beta) -> Callable[..., Any]:
+    if kind == types.none:
+        return lambda kind, residual, scale, beta: None
+    return lambda kind, residual, scale, beta: (
+        kind, residual, scratch_beside(residual, RUN), np.empty(RUN, scale.dtype), scale, beta
+    )  # fmt: skip
+
+
+def _through(dy: Any, x: Any, mean: Any, n: Any, c: Any, s: Any, end: Any, gate: Any) -> Any:
+    """What passes of a run `dy`: itself without an activation."""
+
+
+@overload(_through)
+def _choose_through(dy, x, mean, n, c, s, end, gate) -> Callable[..., Any]:
+    if gate == types.none:
+        return lambda dy, x, mean, n, c, s, end, gate: dy
+    return lambda dy, x, mean, n, c, s, end, gate: _passed_run(dy, x, mean, n, c, s, end, gate)
+
+
+@inline
+def _passed_run(dy, x, mean, n, c, s, end, gate) -> np.ndarray:
+    kind, residual, r_scratch, memory, scale, beta = gate
+    row, after = prefix(memory, dy.size), (kind, run_beside(residual, n, c, s, end, r_scratch))
+    write(row, False, _passed, (dy, x, mean[0, c], mean[1, c], scale[c], beta[c], after))
+    return row
+
+
+def _scale_of(kind: Any, rstd: Any, gamma: Any) -> Any:
+    """γ rstd; None without an activation."""
+
+
+@overload(_scale_of)
+def _choose_scale_of(kind, rstd, gamma) -> Callable[..., Any]:
+    return (lambda kind, rstd, gamma: None) if kind == types.none else (lambda kind, rstd, gamma: rstd * gamma)
 
 
 # ---------------------------------------------------------------------------------------------- whole channels
@@ -244,38 +322,46 @@ def _gradients_of_channels(sums, c0, c1, m, rstd, dgamma, dbeta, b, k) -> None:
 
 # A block is `group` channels, done from first to last while they are in cache.
 @kernel
-def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum) -> None:
+def forward(
+    first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum, kind, residual
+) -> None:  # fmt: skip
     """Statistics and y of the blocks first…last-1."""
     N, C, S = x.shape
     x_scratch, y_scratch, around = _scratch(x), _scratch(y), _goes_around(y)
-    shift, sums = np.empty(group), np.empty((2, 2, group))
+    shift, sums, behind = np.empty(group), np.empty((2, 2, group)), (kind, residual, scratch_beside(residual, RUN))
     for block in range(first, last):
         c0, c1 = block * group, min(block * group + group, C)
         _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_var, eps, momentum, x_scratch)
         for n in range(N):
             for c in range(c0, c1):
-                _normalize(x, n, c, START, S, mean, rstd[c] * gamma[c], beta[c], y, around, x_scratch, y_scratch)
+                _normalize(x, n, c, START, S, mean, rstd[c] * gamma[c], beta[c], y, around, x_scratch, y_scratch, behind)
     streamed()
 
 
 @kernel
-def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta) -> None:
+def backward(
+    first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta, beta, kind, residual, dresidual
+) -> None:  # fmt: skip
     """dgamma, dbeta and dx of the blocks first…last-1."""
     N, C, S = x.shape
     m = np.float64(N * S)
     dy_scratch, x_scratch, dx_scratch, around = _scratch(dy), _scratch(x), _scratch(dx), _goes_around(dx)
     sums, b, k = np.empty((2, 2, group)), np.empty(group, rstd.dtype), np.empty(group, rstd.dtype)
+    gate = _gate(kind, residual, _scale_of(kind, rstd, gamma), beta)
     for block in range(first, last):
         c0, c1 = block * group, min(block * group + group, C)
         sums[:] = 0.0
         for n in range(N):
             for c in range(c0, c1):
-                _add_gradients(dy, x, n, c, START, S, mean, sums, c - c0, dy_scratch, x_scratch, True)
+                _add_gradients(dy, x, n, c, START, S, mean, sums, c - c0, dy_scratch, x_scratch, True, gate)
         _gradients_of_channels(sums, c0, c1, m, rstd, dgamma, dbeta, b, k)
         for n in range(N):
             for c in range(c0, c1):
                 j, scale = c - c0, rstd[c] * gamma[c]
-                _apply(dy, x, n, c, START, S, mean, scale, b[j], k[j], dx, around, dy_scratch, x_scratch, dx_scratch)
+                _apply(
+                    dy, x, n, c, START, S, mean, scale, b[j], k[j], dx, around, dy_scratch, x_scratch, dx_scratch, gate,
+                    dresidual,
+                )  # fmt: skip
     streamed()
 
 
@@ -306,45 +392,51 @@ def sums(first, last, x, shift, partial) -> None:
 
 
 @kernel
-def gradient_sums(first, last, dy, x, mean, scale, dx, partial) -> None:
+def gradient_sums(first, last, dy, x, mean, scale, dx, partial, beta, kind, residual, dresidual) -> None:
     """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
     C = x.shape[1]
     blocks, dy_scratch, x_scratch, pieces = partial.shape[0], _scratch(dy), _scratch(x), np.empty((2, 2, C))
-    dx_scratch = _scratch(dx)
+    dx_scratch, gate = _scratch(dx), _gate(kind, residual, scale, beta)
     for block in range(first, last):
         v, end = x.size * block // blocks, x.size * (block + 1) // blocks
         pieces[:] = 0.0
         while v < end:
             n, c, s, stop = _run_at(x, v, end)
             stop = min(stop, s + RUN)
-            _add_gradients(dy, x, n, c, s, stop, mean, pieces, c, dy_scratch, x_scratch, False)
+            _add_gradients(dy, x, n, c, s, stop, mean, pieces, c, dy_scratch, x_scratch, False, gate)
             if dx.size:
-                _scale(dy, n, c, s, stop, scale[c], dx, dy_scratch, dx_scratch)
+                _scale(
+                    dy, x, n, c, s, stop, mean, scale[c], dx, dy_scratch, x_scratch, dx_scratch, gate, dresidual
+                )  # fmt: skip
             v += stop - s
         for c in range(C):
             partial[block, 0, c], partial[block, 1, c] = sums_of(pieces, c)
 
 
 @kernel
-def normalize(first, last, blocks, x, mean, scale, beta, y) -> None:
+def normalize(first, last, blocks, x, mean, scale, beta, y, kind, residual) -> None:
+    behind = kind, residual, scratch_beside(residual, RUN)
     x_scratch, y_scratch, around = _scratch(x), _scratch(y), _goes_around(y)
     for block in range(first, last):
         v, end = x.size * block // blocks, x.size * (block + 1) // blocks
         while v < end:
             n, c, s, stop = _run_at(x, v, end)
-            _normalize(x, n, c, s, stop, mean, scale[c], beta[c], y, around, x_scratch, y_scratch)
+            _normalize(x, n, c, s, stop, mean, scale[c], beta[c], y, around, x_scratch, y_scratch, behind)
             v += stop - s
     streamed()
 
 
 @kernel
-def apply(first, last, blocks, dy, x, mean, scale, b, k, dx) -> None:
+def apply(first, last, blocks, dy, x, mean, scale, b, k, dx, beta, kind, residual, dresidual) -> None:
     """dx = scale (dy - b - (x - mean) k)."""
     dy_scratch, x_scratch, dx_scratch, around = _scratch(dy), _scratch(x), _scratch(dx), _goes_around(dx)
+    gate = _gate(kind, residual, scale, beta)
     for block in range(first, last):
         v, end = x.size * block // blocks, x.size * (block + 1) // blocks
         while v < end:
             n, c, s, stop = _run_at(x, v, end)
-            _apply(dy, x, n, c, s, stop, mean, scale[c], b[c], k[c], dx, around, dy_scratch, x_scratch, dx_scratch)
+            _apply(
+                dy, x, n, c, s, stop, mean, scale[c], b[c], k[c], dx, around, dy_scratch, x_scratch, dx_scratch, gate, dresidual
+            )  # fmt: skip
             v += stop - s
     streamed()

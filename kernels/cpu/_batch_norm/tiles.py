@@ -18,6 +18,7 @@ from .._numba.compile import inline, kernel, reduction
 from .._numba.elements import load
 from .._numba.simd import LARGE, fetch, streamed
 from .._numba.views import line_of
+from .activation import line_beside, put_line
 from .lines import (
     MEAN,
     REST,
@@ -30,14 +31,17 @@ from .lines import (
     _add_two_gradients,
     _along,
     _apply,
+    _gate,
     _goes_around,
     _normalize,
     _of,
     _scale,
     _spread,
+    _through,
     _wide_means,
     parameters,
 )
+from .planes import _scale_of
 from .statistics import SHIFT_VALUES, better_shift, finish, shift_of, two_sum, with_low
 
 # Positions of tiles done as one, and their bytes over all samples: rows of 1024 channels took 1.4 times as long by 128.
@@ -83,7 +87,7 @@ def _tile_deviations(x, n0, n1, c0, c1, shift, total, square) -> None:
 
 
 @inline
-def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product) -> None:
+def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual) -> None:
     """about (1, 2, positions): the mean in float64, and what is left of it."""
     size, n, mean, rest, fetches = (c1 - c0) * x.shape[2], n0, _of(about, MEAN), _of(about, REST), _is_far(x)
     total[:] = 0.0
@@ -95,10 +99,13 @@ def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product) -> None:
                 fetch(line_of(dy, ahead, c0, 0, size))
         dy0, dy1 = line_of(dy, n, c0, 0, size), line_of(dy, n + 1, c0, 0, size)
         x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
+        dy0 = _through(dy0, x0, gate, 0, line_beside(residual, n, c0, 0, size))
+        dy1 = _through(dy1, x1, gate, 1, line_beside(residual, n + 1, c0, 0, size))
         _along(size, total, _add_two_gradients, (dy0, dy1, x0, x1, mean, rest, total, product))
         n += 2
     if n < n1:
         dy0, x0 = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
+        dy0 = _through(dy0, x0, gate, 0, line_beside(residual, n, c0, 0, size))
         _along(size, total, _add_gradients, (dy0, x0, mean, rest, total, product))
 
 
@@ -206,6 +213,17 @@ def _normalization_of_tile(at, c0, c1, S, mean, scale, beta) -> None:
         _spread(at, SHIFT_1, c - c0, S, beta[c])
 
 
+def _gate_of_tile(gate: Any, c0: Any, c1: Any, S: Any, mean: Any, scale: Any, beta: Any) -> None:
+    """Fills the parameters of a gate."""
+
+
+@overload(_gate_of_tile)
+def _choose_gate_of_tile(gate, c0, c1, S, mean, scale, beta) -> Callable[..., Any]:
+    if gate == types.none:
+        return lambda gate, c0, c1, S, mean, scale, beta: None
+    return lambda gate, c0, c1, S, mean, scale, beta: _normalization_of_tile(gate[1], c0, c1, S, mean, scale, beta)
+
+
 @inline
 def _slopes_of_tile(at, c0, c1, S, mean, scale, b, k) -> None:
     _normalization_of_tile(at, c0, c1, S, mean, scale, b)
@@ -225,7 +243,9 @@ def _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta) -> None:
 
 
 @kernel
-def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum) -> None:
+def forward(
+    first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum, kind, residual
+) -> None:  # fmt: skip
     """Statistics and y of the tiles first…last-1."""
     N, C, S = x.shape
     step = min(_at_once(group, x), last - first)
@@ -241,30 +261,37 @@ def forward(first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean
             scale[c] = rstd[c] * gamma[c]
         _normalization_of_tile(at, c0, c1, S, mean, scale, beta)
         for n in range(N):
-            _normalize(line_of(x, n, c0, 0, (c1 - c0) * S), at, line_of(y, n, c0, 0, (c1 - c0) * S), _goes_around(y))
+            size = (c1 - c0) * S
+            after = kind, line_beside(residual, n, c0, 0, size)
+            _normalize(line_of(x, n, c0, 0, size), at, line_of(y, n, c0, 0, size), _goes_around(y), after)
     streamed()
 
 
 @kernel
-def backward(first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta) -> None:
+def backward(
+    first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta, beta, kind, residual, dresidual
+) -> None:  # fmt: skip
     """dgamma, dbeta and dx of the tiles first…last-1."""
     N, C, S = x.shape
     m, step = np.float64(N * S), min(_at_once(group, x), last - first)
     P = step * group * S
     sums, at, total, product = np.empty((2, step * group)), parameters(P, rstd), np.empty(P), np.empty(P)
-    about = np.empty((1, 2, P))
+    about, gate, of_gate = np.empty((1, 2, P)), _gate(kind, P, rstd), _scale_of(kind, rstd, gamma)
     for tile in range(first, last, step):
         c0, c1 = tile * group, min(min(tile + step, last) * group, C)
         size = (c1 - c0) * S
         _means_of_tile(at, c0, c1, S, mean)
         _wide_means(about, c0, c1, S, mean)
         _scale_of_tile(at, c0, c1, S, rstd, gamma)
-        _tile_gradients(dy, x, 0, N, c0, c1, about, total, product)
+        _gate_of_tile(gate, c0, c1, S, mean, of_gate, beta)
+        _tile_gradients(dy, x, 0, N, c0, c1, about, total, product, gate, residual)
         _tile_sums(x, total, product, c0, c1, sums)
         _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta)
         for n in range(N):
-            lines = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
-            _apply(lines[0], lines[1], at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+            x_line = line_of(x, n, c0, 0, size)
+            passed = _through(line_of(dy, n, c0, 0, size), x_line, gate, 0, line_beside(residual, n, c0, 0, size))
+            put_line(passed, dresidual, n, c0, 0)
+            _apply(passed, x_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()
 
 
@@ -283,46 +310,59 @@ def sums(first, last, group, x, shift, partial) -> None:
 
 
 @kernel
-def gradient_sums(first, last, group, dy, x, mean, scale, dx, partial) -> None:
+def gradient_sums(
+    first, last, group, dy, x, mean, scale, dx, partial, beta, kind, residual, dresidual
+) -> None:  # fmt: skip
     """partial (parts, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
     S, P, parts, scaled = x.shape[2], group * x.shape[2], partial.shape[0], dx.size > 0
     sums, about, total, product = np.empty((2, group)), np.empty((1, 2, P)), np.empty(P), np.empty(P)
-    at = parameters(P if scaled else 0, scale)
+    at, gate = parameters(P if scaled else 0, scale), _gate(kind, P, scale)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
         size = (c1 - c0) * S
         _wide_means(about, c0, c1, S, mean)
-        _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product)
+        _gate_of_tile(gate, c0, c1, S, mean, scale, beta)
+        _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual)
         _tile_sums(x, total, product, c0, c1, sums)
         partial[block % parts, :, c0:c1] = sums[:, : c1 - c0]
         if scaled:
             for c in range(c0, c1):
                 _spread(at, SCALE, c - c0, S, scale[c])
             for n in range(n0, n1):
-                _scale(line_of(dy, n, c0, 0, size), at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+                x_line = line_of(x, n, c0, 0, size)
+                passed = _through(line_of(dy, n, c0, 0, size), x_line, gate, 0, line_beside(residual, n, c0, 0, size))
+                put_line(passed, dresidual, n, c0, 0)
+                _scale(passed, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()
 
 
 @kernel
-def normalize(first, last, group, parts, x, mean, scale, beta, y) -> None:
+def normalize(first, last, group, parts, x, mean, scale, beta, y, kind, residual) -> None:
     S, at = x.shape[2], parameters(group * x.shape[2], mean)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
         size = (c1 - c0) * S
         _normalization_of_tile(at, c0, c1, S, mean, scale, beta)
         for n in range(n0, n1):
-            _normalize(line_of(x, n, c0, 0, size), at, line_of(y, n, c0, 0, size), _goes_around(y))
+            after = kind, line_beside(residual, n, c0, 0, size)
+            _normalize(line_of(x, n, c0, 0, size), at, line_of(y, n, c0, 0, size), _goes_around(y), after)
     streamed()
 
 
 @kernel
-def apply(first, last, group, parts, dy, x, mean, scale, b, k, dx) -> None:
+def apply(
+    first, last, group, parts, dy, x, mean, scale, b, k, dx, beta, kind, residual, dresidual
+) -> None:  # fmt: skip
     """dx = scale (dy - b - (x - mean) k)."""
-    S, at = x.shape[2], parameters(group * x.shape[2], mean)
+    S, at, gate = x.shape[2], parameters(group * x.shape[2], mean), _gate(kind, group * x.shape[2], mean)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
         size = (c1 - c0) * S
         _slopes_of_tile(at, c0, c1, S, mean, scale, b, k)
+        _gate_of_tile(gate, c0, c1, S, mean, scale, beta)
         for n in range(n0, n1):
-            _apply(line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size), at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+            x_line = line_of(x, n, c0, 0, size)
+            passed = _through(line_of(dy, n, c0, 0, size), x_line, gate, 0, line_beside(residual, n, c0, 0, size))
+            put_line(passed, dresidual, n, c0, 0)
+            _apply(passed, x_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()

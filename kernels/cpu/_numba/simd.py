@@ -114,18 +114,27 @@ larger = _of_lanes(_choice(">", "a"))  # a where a > b, else b; so b where eithe
 unequal = _of_lanes(_choice("!=", "1"))  # 1 where a differs from b, else 0
 
 
-@intrinsic
-def where_below(typingctx: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
-    """x where a < b, else y, also where a or b is a NaN; one of the four at least is `Lanes`."""
-    lanes = next(v for v in (a, b, x, y) if isinstance(v, Lanes))
+def _where(comparison: str) -> Any:
+    """The intrinsic that gives x where `a comparison b` holds, else y, also where a or b is a NaN; one of the four at least is
+    `Lanes`."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        left, right, then, otherwise = (
-            _operand(context, builder, v, of, lanes) for v, of in zip(args, (a, b, x, y), strict=True)
-        )
-        return builder.select(builder.fcmp_ordered("<", left, right), then, otherwise)
+    @intrinsic
+    def choice(typingctx: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
+        lanes = next(v for v in (a, b, x, y) if isinstance(v, Lanes))
 
-    return lanes(a, b, x, y), codegen
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            left, right, then, otherwise = (
+                _operand(context, builder, v, of, lanes) for v, of in zip(args, (a, b, x, y), strict=True)
+            )
+            return builder.select(builder.fcmp_ordered(comparison, left, right), then, otherwise)
+
+        return lanes(a, b, x, y), codegen
+
+    return choice
+
+
+where_below = _where("<")
+where_at_most = _where("<=")
 
 
 @intrinsic

@@ -144,7 +144,7 @@ def tell(
     reads, writes = moves or _moves.get(kernel, Moves())
 
     def moved(names: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
-        found = [(name, of[name]) for name in names if name in of]
+        found = [(name, of[name]) for name in names if of.get(name) is not None]
         elements = math.prod(of.get(size, 1) for size in ("N", "C", "V", "S")) if any(type(v) is int for _, v in found) else 0
         operands = [
             (name.removesuffix("_at"), 4 * elements, v)

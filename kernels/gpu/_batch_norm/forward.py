@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .. import _tile
 from .._rows import as_acc, quotient
+from .activation import activated
 from .mask import store_bits, store_edge_bits, unpacked
 from .statistics import (
     as_vector,
@@ -191,8 +192,8 @@ def _moments_of(
 
 
 @triton.jit
-def _activated(values, affine, residual, RELU: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """(y, mask of y > 0 or NaN) of values of x: y = γ x̂ + β + residual, after relu where RELU; NaN stays NaN."""
+def _activated(values, affine, residual, RELU: tl.constexpr, ACT: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """(y, mask of y > 0 or NaN) of values of x: y = γ x̂ + β + residual, after relu where RELU, or ACT; NaN stays NaN."""
     mean_hi, mean_lo, scale, beta = affine
     y = ((values - mean_hi) - mean_lo) * scale + beta
     if residual is not None:
@@ -200,19 +201,21 @@ def _activated(values, affine, residual, RELU: tl.constexpr) -> tuple[tl.tensor,
     on = (y <= 0.0) == 0
     if RELU:
         y = tl.where(on, y, 0.0)
+    if ACT:
+        y = activated(y, ACT)
     return y, on
 
 
 @triton.jit
 def _write(
-    values, affine, residual, y, mask, valid, c, at, layout, LANES: tl.constexpr, FLAT: tl.constexpr,
-    MODE: tl.constexpr, RESIDUAL_MODE: tl.constexpr, Y_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+    values, affine, residual, y, mask, valid, c, at, layout, LANES: tl.constexpr, FLAT: tl.constexpr, MODE: tl.constexpr,
+    RESIDUAL_MODE: tl.constexpr, Y_MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr, ACT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Stores y, 0 where a position does not count, and the mask where there is one, of a tile's values of x."""
     more = None
     if residual[0] is not None:
         more = load_tile(residual, c, at, 0.0, LANES, FLAT, RESIDUAL_MODE, GROUP, ACC)
-    out, on = _activated(values, affine, more, mask[0] is not None)
+    out, on = _activated(values, affine, more, mask[0] is not None, ACT)
     out = chosen(valid, out, 0.0, at, layout, LANES, FLAT, MODE)
     store_tile(y, out, c, at, LANES, FLAT, Y_MODE, GROUP)
     if mask[0] is not None:
@@ -221,7 +224,8 @@ def _write(
 
 @triton.jit
 def _write_edges(
-    values, affine, residual, y, mask, valid, c, tile, layout, ROWS: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr
+    values, affine, residual, y, mask, valid, c, tile, layout, ROWS: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+    ACT: tl.constexpr,
 ) -> None:  # fmt: skip
     """`_write` for the edges of the rows that begin in the tile."""
     edges = edges_of(c, tile, layout, ROWS, GROUP)
@@ -229,7 +233,7 @@ def _write_edges(
     if residual[0] is not None:
         more = load_edges(residual, c, edges, 0.0, ACC)
     affine = scalar_if_one(affine[0]), scalar_if_one(affine[1]), scalar_if_one(affine[2]), scalar_if_one(affine[3])
-    out, on = _activated(values, affine, more, mask[0] is not None)
+    out, on = _activated(values, affine, more, mask[0] is not None, ACT)
     store_edges(y, chosen_edges(valid, out, 0.0, edges, layout), c, edges)
     if mask[0] is not None:
         store_edge_bits(mask, on, c, tile, layout, ROWS, GROUP)
@@ -318,10 +322,10 @@ def _normalize_kernel(
     stride_mn, stride_mc, stride_mb,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr, RESIDUAL_MODE: tl.constexpr, Y_MODE: tl.constexpr,
-    GROUP: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, ACC: tl.constexpr, ACT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """y = (x - μ) (rstd γ) + β + residual, with relu and its mask where mask_ptr is given; 0 where valid_ptr is given and a
-    position does not count.
+    """y = (x - μ) (rstd γ) + β + residual, with relu and its mask where mask_ptr is given, or through ACT; 0 where valid_ptr is
+    given and a position does not count.
 
     Grid: one program a split of a block of BLOCK_C channels, the last ones first: the cache still holds what the statistics
     have read last. Reads x (and the residual), writes y (and the mask). Where partial_ptr is given, each program merges the
@@ -354,11 +358,11 @@ def _normalize_kernel(
         values = load_tile(x, c, at, 0.0, LANES, FLAT, MODE, GROUP, ACC)
         _write(
             values, affine, residual, y, mask, valid_ptr, c, at, layout,
-            LANES, FLAT, MODE, RESIDUAL_MODE, Y_MODE, GROUP, ACC,
+            LANES, FLAT, MODE, RESIDUAL_MODE, Y_MODE, GROUP, ACC, ACT,
         )  # fmt: skip
         if MODE == _tile.SHIFTED:
             edge_values = load_edges(x, c, edges_of(c, tile, layout, ROWS, GROUP), 0.0, ACC)
-            _write_edges(edge_values, affine, residual, y, mask, valid_ptr, c, tile, layout, ROWS, GROUP, ACC)
+            _write_edges(edge_values, affine, residual, y, mask, valid_ptr, c, tile, layout, ROWS, GROUP, ACC, ACT)
         tile = tile_before(tile, layout, BLOCK_N)
 
 
@@ -371,7 +375,7 @@ def _forward_kernel(
     stride_mn, stride_mc, stride_mb,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
     HALVINGS: tl.constexpr, MODE: tl.constexpr, RESIDUAL_MODE: tl.constexpr, Y_MODE: tl.constexpr,
-    GROUP: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, ACC: tl.constexpr, ACT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Statistics and y of channels that fit one tile, which stays in registers: formulas as in the kernels above.
 
@@ -399,6 +403,8 @@ def _forward_kernel(
     # would spill
     tile = (tl.cast(tiles - 1, tl.int64), tiles - 1)
     at = address_of(c, tile, layout, BLOCK_N, LANES, FLAT, MODE, GROUP)
-    _write(values, affine, residual, y, mask, valid_ptr, c, at, layout, LANES, FLAT, MODE, RESIDUAL_MODE, Y_MODE, GROUP, ACC)
+    _write(
+        values, affine, residual, y, mask, valid_ptr, c, at, layout, LANES, FLAT, MODE, RESIDUAL_MODE, Y_MODE, GROUP, ACC, ACT
+    )
     if MODE == _tile.SHIFTED:
-        _write_edges(edge_values, affine, residual, y, mask, valid_ptr, c, tile, layout, ROWS, GROUP, ACC)
+        _write_edges(edge_values, affine, residual, y, mask, valid_ptr, c, tile, layout, ROWS, GROUP, ACC, ACT)
