@@ -74,6 +74,7 @@ NUMBA = {
 ARRAY = {"meminfo", "parent", "nitems", "itemsize", "data", "shape", "strides"}
 
 PYTORCH = [
+    "torch._C.DisableTorchFunctionSubclass",
     "torch._C._AutoDispatchBelowAutograd",
     "torch._C._are_functorch_transforms_active",
     "torch._C._functorch.is_functorch_wrapped_tensor",
@@ -87,6 +88,7 @@ PYTORCH = [
     "torch.nn.modules.conv._ConvNd",
     "torch.distributed.distributed_c10d._resolve_process_group",
     "torch.utils._python_dispatch.TorchDispatchMode",
+    "torch.utils._pytree.tree_map",
 ]
 
 

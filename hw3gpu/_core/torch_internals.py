@@ -23,6 +23,8 @@ try:
     legacy_reduction: Any = torch.nn._reduction.legacy_get_string
     softmax_backward: Any = torch._softmax_backward_data
     tracing_state: Any = torch._C._get_tracing_state
+    tree_map: Any = torch.utils._pytree.tree_map
+    without_torch_function: Any = torch._C.DisableTorchFunctionSubclass
     wrapped_by_functorch: Any = torch._C._functorch.is_functorch_wrapped_tensor
     getattr(forward_ad, "_current_level")  # noqa: B009
 except (ImportError, AttributeError) as error:
@@ -45,6 +47,8 @@ __all__ = [
     "process_group",
     "softmax_backward",
     "tracing_state",
+    "tree_map",
+    "without_torch_function",
     "wrapped_by_functorch",
 ]
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
+from .._core.torch_internals import tree_map, without_torch_function
 from .._torch import operators
 from .._torch.arguments import in_autocast
 from .._torch.autograd import graph_is_needed
@@ -113,7 +114,7 @@ class LazyLogits(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **kwargs)
         first = args[0] if args else kwargs.get("input")
         if func is F.cross_entropy and isinstance(first, LazyLogits):
@@ -157,7 +158,7 @@ class _Recorded(torch.autograd.Function):
 
 
 def _computed(values: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda v: v.compute() if isinstance(v, LazyLogits) else v, values)
+    return tree_map(lambda v: v.compute() if isinstance(v, LazyLogits) else v, values)
 
 
 # ---------------------------------------------------------------------------------------------- the loss
