@@ -7,10 +7,13 @@ GPU_WORKERS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nproc | awk '{ p
 # Where the machine has an NVIDIA driver, CuPy comes too, for the CUDA of torch's own build.
 EXTRAS ?= dev$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
 
+# A file of hashes: pip then takes only the files that it names, and nothing beside. CI has .ci/requirements.lock.
+LOCK ?=
+
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all quick test-cpu test-gpu fuzz evidence processors docs lint clean
+.PHONY: demo test test-all quick test-cpu test-gpu fuzz mutants sanitize audit evidence processors docs lint clean
 
 # The training is shown whatever `verify` finds, and the status tells what it found.
 demo: $(INSTALLED)
@@ -61,6 +64,23 @@ fuzz: $(INSTALLED)
 		seed=$$((seed + 1)); \
 	done
 
+# Small faults put into a copy of the sources, N a file: which of them the tests see. Some ten seconds each, a few minutes each that
+# no test sees. What was found is kept in out/mutants.jsonl.
+N ?= 10
+mutants: $(INSTALLED)
+	$(BIN)/python tests/mutants.py kernels/gpu --jit --each $(N)
+	$(BIN)/python tests/mutants.py hw3gpu --each $(N)
+
+# The CPU kernels under valgrind, which has to be installed: half an hour and more a dtype.
+sanitize: export OMP_NUM_THREADS ?= 1
+sanitize: $(INSTALLED)
+	$(BIN)/python tests/memcheck.py
+
+# The packages of the lock in the advisories that PyPI keeps; one that is not found there is an error.
+audit: $(INSTALLED)
+	$(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --disable-pip --require-hashes --strict --requirement .ci/requirements.lock
+
 # Every plan compiled for every architecture: the best part of an hour on two cores. Writes evidence.json and a table.
 evidence: $(INSTALLED)
 	$(BIN)/python -m benchmarks evidence
@@ -79,11 +99,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check hw3gpu kernels tests benchmarks integrations examples
 	$(BIN)/mypy
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(LOCK)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),--require-hashes --requirement $(LOCK),--constraint constraints.txt setuptools)
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),--no-deps,--constraint constraints.txt) --no-build-isolation --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip check
 	touch $@
 
 clean:
-	rm -rf .venv build dist out *.egg-info
+	rm -rf .venv .venv-audit build dist out *.egg-info

@@ -5,14 +5,19 @@ A `meta` tensor cannot be read, so that a call that asks the device for a value,
 
 from __future__ import annotations
 
+import gc
 import mmap
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from offsets import too_narrow
+from triton.compiler import CompiledKernel
 
 import hw3gpu.functional as HF
 from benchmarks.evidence.compile_without_gpu import StandIn
-from hw3gpu.kernels.gpu import batch_norm, cross_entropy, softmax
+from hw3gpu.kernels.gpu import batch_norm, cross_entropy, distillation, moments, softmax, token_log_probs
 from hw3gpu.kernels.gpu._batch_norm import backward, forward
 
 GRID = (2**31 - 1, 65535, 65535)
@@ -59,6 +64,66 @@ def norms(*shape, channels_last=False, training=True):
     return call
 
 
+def strided(call, S=2**18, V=2**15):
+    """Rows whose classes stand S apart: of V classes, so that one row spans 2**33 elements."""
+
+    def run():
+        z, dz = (meta(1, V, S, dtype=BF16) for _ in range(2))
+        call(z, dz, meta(1, S, dtype=torch.int64), *(meta(n, 1, S) for n in (1, 4, 8)))
+
+    return run
+
+
+def _softmaxes(z, dz, *_):
+    softmax.forward(z, dz)
+    softmax.backward(z, z, dz)
+
+
+def _losses(z, dz, target, loss, stats, _):
+    options = {"ignore_index": -100, "label_smoothing": 0.1}
+    cross_entropy.forward(z, target, None, loss[0], stats[:3], meta(1, dtype=torch.int64), **options)
+    cross_entropy.backward(z, target, None, stats[:3], loss[0], None, dz, **options)
+    cross_entropy.forward_backward(z, z, None, loss[0], dz, meta(1, dtype=torch.int64), **options)
+
+
+def _tokens(z, dz, target, loss, stats, _):
+    options = {"ignore_index": -100, "temperature": 0.7}
+    of_row = loss[0]
+    token_log_probs.forward(z, target, of_row, of_row, of_row, stats, meta(1, dtype=torch.int64), **options)
+    token_log_probs.backward(z, target, stats, of_row, of_row, of_row, dz, **options)
+
+
+def divergences(kind):
+    def call(z, dz, target, loss, _, stats):
+        options = {"kind": kind, "beta": 0.3, "temperature": 0.7}
+        distillation.forward(z, z, None, loss[0], stats, **options)
+        distillation.backward(z, z, None, stats, loss[0], dz, dz, **options)
+
+    return call
+
+
+def points(B, n, m, dtype=torch.float64):
+    def call():
+        F64 = torch.float64
+        state = [meta(*shape, dtype=F64) for shape in ((B, m), (2, B, m), (2, B, m, m), (B, m))]
+        moments.update(meta(B, n, m, dtype=dtype), *state, count=0)
+        moments.merge(*state, *state, more=n, count=n)
+        moments.finish(*state, meta(B, m), meta(B, m, m), count=n, divisor=n)
+
+    return call
+
+
+def far_gradients(N, C, S):
+    """Rows off 16 bytes whose upstream gradient is channels-last: its lanes are C apart."""
+
+    def call():
+        x, dx, stats = meta(N, C, S, dtype=BF16), meta(N, C, S, dtype=BF16), [meta(2, C), *(meta(C) for _ in range(4))]
+        dy = meta(N, S, C, dtype=BF16).movedim(-1, 1)
+        batch_norm.backward(dy, x, stats[0], stats[1], stats[2], dx, stats[3], stats[4])
+
+    return call
+
+
 CALLS = {
     "cross entropy, one row": losses(1, 10),
     "cross entropy, 2**33 logits, V = 50257": losses(2**33 // 50257, 50257),
@@ -78,17 +143,28 @@ CALLS = {
     "batch norm, 2**33 numbers, many channels": norms(2**3, 2**28, 4),
     "batch norm, 2**33 numbers, channels-last": norms(2**11, 2**8, 2**7, 2**7, channels_last=True),
     "batch norm, 2**33 numbers, evaluation": norms(2**11, 2**8, 2**7, 2**7, training=False),
+    "softmax, a strided row": strided(_softmaxes),
+    "cross entropy, a strided row": strided(_losses),
+    "log-probabilities, a strided row": strided(_tokens),
+    "divergence, a strided row": strided(divergences("forward")),
+    "divergence from a mixture, a strided row": strided(divergences("jensen_shannon")),
+    "moments, 2**32 numbers of a scatter": points(1, 100, 2**16),
+    "moments, 2**33 numbers of points": points(2**5, 2**24, 2**4, torch.float32),
+    "batch norm, another layout upstream": far_gradients(1, 2**6, 2**27 + 1),
     "batch norm, 7x7 planes": norms(64, 2048, 7, 7),
 }
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 def test_every_launch_compiles_and_stays_within_cudas_grid(call):
+    """And no product or sum of 32 bits that may leave these leads to a global address."""
     with StandIn(90) as device:
         call()
     assert len(device.launches) >= 2
+    ptx = {kernel.asm["cubin"]: kernel.asm["ptx"] for kernel in gc.get_objects() if type(kernel) is CompiledKernel}
     for launch in device.launches:
         assert all(1 <= n <= most for n, most in zip(launch.grid, GRID, strict=True)), launch.grid
+        assert too_narrow(ptx[launch.binary], launch) == []
 
 
 def test_a_grid_beyond_cudas_would_be_seen():
@@ -98,6 +174,21 @@ def test_a_grid_beyond_cudas_would_be_seen():
     assert device.launches[0].grid[0] > GRID[0]
 
 
+@triton.jit
+def _far(x_ptr, stride, WIDE: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
+    tl.store(x_ptr + i * stride, 0.0)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
+def test_an_offset_in_32_bits_would_be_seen(wide):
+    with StandIn(90) as device:
+        kernel = _far[(2**16,)](meta(1), 2**16, WIDE=wide)
+        found = too_narrow(kernel.asm["ptx"], device.launches[0])
+    assert len(found) == (not wide)
+    assert wide or "mul.lo.s32" in found[0] or "shl.b32" in found[0]
+
+
 def test_nothing_asks_the_host_to_wait():
     """What would is seen: a value of a meta tensor cannot be had."""
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -105,18 +196,20 @@ def test_nothing_asks_the_host_to_wait():
 
 
 # ---------------------------------------------------------------------------------------------- far rows
+def far(*shape, strides):
+    """float32 numbers in address space of which the pages that are written are there."""
+    unreserved = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's; Python names it from 3.13 on
+    elements = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
+    memory = mmap.mmap(-1, 4 * elements + 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved)
+    x = torch.frombuffer(memory, dtype=torch.float32).as_strided(shape, strides)
+    return x.copy_(torch.randn(shape))
+
+
 @pytest.fixture
 def far_rows():
-    """(5, 1, 40) float32, each row 2**30 elements after the last: address space, of which five pages are touched.
-
-    The number of a row and the stride fit 32 bits, their product does not.
-    """
-    unreserved = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's; Python names it from 3.13 on
-    memory = mmap.mmap(-1, 2**34 + 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved)
-    flat = torch.frombuffer(memory, dtype=torch.float32)
-    rows = flat.as_strided((5, 1, 40), (2**30, 2**29, 1))
-    rows.copy_(torch.randn(5, 1, 40))
-    return rows
+    """(5, 1, 40), each row 2**30 elements after the last: the number of a row and the stride fit 32 bits, their product does
+    not."""
+    return far(5, 1, 40, strides=(2**30, 2**29, 1))
 
 
 @pytest.mark.interpreter
@@ -135,6 +228,40 @@ def test_samples_beyond_2_to_the_31_are_found(far_rows):
     y, stats = torch.empty(5, 1, 40), [torch.empty(2, 1), torch.empty(1), torch.empty(1)]
     batch_norm.forward(far_rows, None, None, y, *stats, None, None, eps=1e-5, momentum=0.0)
     torch.testing.assert_close(y, torch.nn.functional.batch_norm(far_rows.clone(), None, None, training=True))
+
+
+@pytest.mark.interpreter
+def test_classes_beyond_2_to_the_31_are_found():
+    """Those that a loop over the classes reaches, 2**19 elements apart."""
+    z, target = far(1, 8193, 1, strides=(1, 2**19, 1)), torch.tensor([[8192]])
+    expected, y = torch.softmax(z.contiguous(), 1), torch.empty(1, 8193, 1)
+    softmax.forward(z, y)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-9)
+    stats, loss, invalid, options = (
+        torch.empty(3, 1, 1),
+        torch.empty(1, 1),
+        torch.ones(1, dtype=torch.int64),
+        {"ignore_index": -100},
+    )
+    cross_entropy.forward(z, target, None, loss, stats, invalid, label_smoothing=0.0, **options)
+    cross_entropy.backward(z, target, None, stats, torch.ones(1, 1), None, y, label_smoothing=0.0, **options)
+    expected[0, 8192] -= 1
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.interpreter
+def test_another_layout_beyond_2_to_the_31_is_found():
+    """At the edges of rows off 16 bytes, where the upstream gradient or the soft targets have a large stride."""
+    x, dy = torch.randn(2 * 41 + 1)[1:].view(2, 1, 41), far(2, 1, 41, strides=(1, 1, 2**26))
+    dx, mean, rstd = torch.empty(2, 1, 41), torch.stack([x.mean().view(1), torch.zeros(1)]), torch.ones(1)
+    dgamma, dbeta = torch.empty(1), torch.empty(1)
+    batch_norm.backward(dy, x, mean, rstd, None, dx, dgamma, dbeta)
+    torch.testing.assert_close(dbeta[0], dy.double().sum().float())
+    z, y = torch.randn(2 * 41 + 1)[1:].view(2, 41, 1), far(2, 41, 1, strides=(1, 2**26, 1)).abs_()
+    loss, dz, invalid = torch.empty(2, 1), torch.empty(2 * 41 + 1)[1:].view(2, 41, 1), torch.ones(1, dtype=torch.int64)
+    cross_entropy.forward_backward(z, y, None, loss, dz, invalid, ignore_index=-100, label_smoothing=0.0)
+    expected = torch.softmax(z, 1) * y.contiguous().sum(1, keepdim=True) - y
+    torch.testing.assert_close(dz, expected, rtol=1e-5, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- compilations

@@ -62,7 +62,7 @@ def edge_of(k, head, count, live, GROUP: tl.constexpr) -> tuple[tl.tensor, tl.te
     """`edges` for the lanes k: lanes below GROUP are the head, the others follow the body."""
     after = head + body_of(head, count, SHIFTED, GROUP) + (k - GROUP)
     inside = ((k < GROUP) & (k < head)) | ((k >= GROUP) & (after < count))
-    return tl.where(k < GROUP, k, after), live & inside
+    return tl.where(k < GROUP, k, after).to(tl.int64), live & inside  # its product with a stride may need 64 bits
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def min_with_rows(start, x, x_edges) -> tl.tensor:
 @triton.jit
 def _pointers(ptr, start, head, offset, lane, stride, MODE: tl.constexpr, GROUP: tl.constexpr) -> tl.tensor:
     if MODE == STRIDED:
-        at = ptr + (start + (head + offset) * stride + lane.to(tl.int64) * stride)
+        at = ptr + start + ((head + offset).to(tl.int64) + lane) * stride
     else:
         at = ptr + ((start + head) // GROUP * GROUP + offset + lane)  # // and * show the compiler the alignment
     return at
