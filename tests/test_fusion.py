@@ -100,10 +100,10 @@ def fused_in(monkeypatch):
     calls = []
     plain = HF.batch_norm
 
-    def noted(*args, residual=None, activation=None):
+    def noted(*args, residual=None, activation=None, **given):
         if activation:
             calls.append(residual is not None)
-        return plain(*args, residual=residual, activation=activation)
+        return plain(*args, residual=residual, activation=activation, **given)
 
     monkeypatch.setattr(HF, "batch_norm", noted)
     return calls
@@ -301,6 +301,26 @@ def test_synchronised_modules_are_fused(device, monkeypatch):
     assert type(ours[0].bn1) is HN.SyncBatchNorm
     agree(ours, theirs, batch((2, 4, 3, 5), device))
     assert calls == [False, True] * 2
+
+
+class Activations(nn.Module):
+    """SiLU by its function behind a sum, GELU by its module; by tanh it is another function, and stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn1, self.bn2, self.bn3, self.gelu = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.GELU()
+
+    def forward(self, x):
+        y = F.silu(self.bn1(self.gelu(self.bn2(x))) + x)
+        return F.gelu(self.bn3(y), approximate="tanh")
+
+
+def test_other_activations(device, monkeypatch):
+    ours, theirs = pair(Activations(), device)
+    calls = fused_in(monkeypatch)
+    agree(ours, theirs, batch((2, 4, 3, 5), device))
+    assert calls == [False, True] * 2
+    assert type(HN.to_torch(ours)) is Activations
 
 
 def test_fuse_is_a_bool():
