@@ -211,7 +211,7 @@ def cross_entropy(
         A tensor's value is not looked at: 0 gives NaN or infinities, or with `all_ignored="zero"` 0.
     token_weight: a weight for each row, of the shape of the loss of every row and any floating dtype: it multiplies the row's
         loss, z-loss included, and what the row counts in the mean's divisor, Σ token_weight · weight[target]. It may ask for a
-        gradient. 3 passes over input-sized memory, and `gradient` "forward" is refused.
+        gradient. `gradient` "forward" is refused.
     logit_scale: from 1e-30 to 1e30; logit_scale · input takes the place of the logits, before the cap. The product is taken in
         the precision of the sums, and costs no pass.
 
@@ -509,7 +509,7 @@ def linear_cross_entropy(
 
         loss, stats = losses.linear_cross_entropy(problem, asked, gradient, return_stats, differentiable, rows, by)
     elif by is not None:
-        arguments.gradient_of_rows(gradient, by)
+        arguments.gradient_of_rows(gradient, by, linear=True)
         loss, stats = _linear_cross_entropy.with_row_weights(problem, asked, gradient, return_stats, differentiable, rows, by)
     elif differentiable:
         loss, stats = _linear_cross_entropy.with_differentiable_statistics(problem, asked, rows)

@@ -15,7 +15,7 @@ import hw3gpu.functional as HF
 import hw3gpu.nn as HN
 from hw3gpu import _error_bounds, reference
 from hw3gpu._core.dispatch import requested_backend
-from hw3gpu._torch import expected_upstream
+from hw3gpu._torch import cross_entropy, expected_upstream, linear_chunks
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -195,8 +195,6 @@ def test_no_rows_and_all_ignored(device):
 # ---------------------------------------------------------------------------------------------- when the gradient is computed
 def test_a_divisor_that_changes_costs_no_pass_on_the_cpu(rng, monkeypatch):
     """The forward pass writes the gradient for the upstream gradient that the quotient will have."""
-    from hw3gpu._torch import cross_entropy
-
     calls = []
     run = cross_entropy._run_step
     monkeypatch.setattr(cross_entropy, "_run_step", lambda *args, **kwargs: calls.append(args[3]) or run(*args, **kwargs))
@@ -204,6 +202,42 @@ def test_a_divisor_that_changes_costs_no_pass_on_the_cpu(rng, monkeypatch):
     for divisor in (3.0, 5.0, 7.0, 11.0):
         HF.cross_entropy(x, target, normalizer=torch.tensor(divisor)).backward()
     assert calls == [float(np.float32(1) / np.float32(d)) for d in (3.0, 5.0, 7.0, 11.0)]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_weights_that_are_known_cost_no_product_and_no_pass(device, rng, monkeypatch, dtype):
+    """The linear form makes its gradients in the forward pass, and the CPU those of logits; a second call makes them anew."""
+    x = tensor(rng.standard_normal((6, 8)), dtype, device, grad=True)
+    W = tensor(rng.standard_normal((11, 8)), dtype, device, grad=True)
+    z = tensor(rng.standard_normal((6, 11)), dtype, device, grad=True)
+    target = torch.tensor([3, 10, -100, 0, 1, 2], device=device)
+    v = tensor(rng.random(6), dtype, device)
+    calls = {
+        "linear": (
+            lambda v: HF.linear_cross_entropy(x, W, target, token_weight=v, chunk_rows=4, loss_dtype=torch.float32),
+            (x, W),
+        ),
+        "logits": (lambda v: HF.cross_entropy(z, target, token_weight=v, loss_dtype=torch.float32), (z,)),
+    }
+    rows = {"linear": (linear_chunks, "logits_of", 2), "logits": (cross_entropy, "run_backward", 0)}
+    for name, (call, of) in calls.items():
+        learnt = call(v.detach().requires_grad_())
+        expected = torch.autograd.grad(learnt, of, torch.tensor(0.5, device=device))
+        module, function, expected_calls = rows[name]
+        made, whole = [], getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *args, whole=whole, made=made: made.append(1) or whole(*args))
+        loss = call(v)
+        torch.testing.assert_close(loss, learnt)
+        torch.autograd.grad(loss, of, torch.ones_like(loss), retain_graph=True)
+        if name == "linear" or requested_backend() != "gpu":
+            assert len(made) == expected_calls
+        for _ in range(2):
+            found = torch.autograd.grad(loss, of, torch.tensor(0.5, device=device), retain_graph=True)
+            for ours, other in zip(found, expected, strict=True):
+                tolerance = 2.0**-9 if dtype == "float16" else 1e-6
+                torch.testing.assert_close(ours, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+        (again,) = torch.autograd.grad(loss, of[0], create_graph=True)
+        assert again.requires_grad
 
 
 def test_a_remembered_upstream_gradient_is_that_of_the_quotient():
@@ -265,6 +299,11 @@ BAD = [
 def test_bad_input(error, message, options):
     with pytest.raises(error, match=message):
         HF.cross_entropy(ones(2, 3), zeros(2), **options)
+    if "gradient" in options:
+        options, message = (
+            options | {"token_weight": ones(2).requires_grad_()},
+            r"gradient: expected 'auto' or 'backward' with a token_weight that asks",
+        )
     with pytest.raises(error, match=message):
         HF.linear_cross_entropy(ones(2, 4), ones(3, 4), zeros(2), **options)
 

@@ -293,10 +293,11 @@ def _normalizer(value: Any, x: Tensor, of: str) -> Tensor:
     return torch.full((), float(value), dtype=acc, device=x.device)
 
 
-def gradient_of_rows(gradient: str, by: RowWeights) -> None:
+def gradient_of_rows(gradient: str, by: RowWeights, linear: bool = False) -> None:
     """Checks what may not stand beside weights of rows."""
-    if gradient == "forward" and by.token_weight is not None:
-        raise ValueError("gradient: expected 'auto' or 'backward' with token_weight, got 'forward'")
+    if gradient == "forward" and by.token_weight is not None and (by.token_weight.requires_grad or not linear):
+        which = "a token_weight that asks for a gradient" if linear else "token_weight"
+        raise ValueError(f"gradient: expected 'auto' or 'backward' with {which}, got 'forward'")
 
 
 def asked_dtype(dtype: Any) -> None:

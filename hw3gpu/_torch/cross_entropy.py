@@ -30,7 +30,7 @@ from .cross_entropy_formula import (
     loss_shape,
     without_derivatives,
 )
-from .row_weights import RowWeights, reduced_by
+from .row_weights import RowWeights, known_factors, reduced_by
 from .token_log_probs import TokenLogProbs
 
 
@@ -39,7 +39,8 @@ class Rest(NamedTuple):
 
     numbers: how many are kept of every row. at_once: the gradient is written in the forward pass. dtype: of the loss of CUDA
     tensors, None for that of its sums. call: what `bound_launches` knows of it. traced: it goes through the operators.
-    normalizer: what the caller will divide the loss by, () in the precision of the sums.
+    normalizer: what the caller will divide the loss by, () in the precision of the sums. factors: what the losses of the rows
+    are multiplied by before they are added up, on the CPU.
     """
 
     weight: torch.Tensor | None
@@ -50,6 +51,7 @@ class Rest(NamedTuple):
     call: Call | None = None
     traced: bool = False
     normalizer: Tensor | None = None
+    factors: Tensor | None = None
 
 
 def call_of(
@@ -63,13 +65,16 @@ def call_of(
 def cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, gradient: str, stats: bool,
     dtype: torch.dtype | None = None, call: Call | None = None, normalizer: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, CrossEntropyStatistics | None]:  # fmt: skip
     """(loss, CrossEntropyStatistics or None); the arguments are checked, weight is in the kernels' dtype.
 
     dtype: of the loss of CUDA tensors; others have that of its sums. `call`: what `bound_launches` knows of it. normalizer: the
-    caller will divide the loss by it, which makes 1 / normalizer the upstream gradient to expect.
+    caller will divide the loss by it, which makes 1 / normalizer the upstream gradient to expect. factors: what the losses of
+    the rows are multiplied by before they are added up, where `steps` says so.
     """
-    with_graph, rest = False, Rest(weight, options, NUMBERS if stats else 3, dtype=dtype, call=call, normalizer=normalizer)
+    rest = Rest(weight, options, NUMBERS if stats else 3, dtype=dtype, call=call, normalizer=normalizer, factors=factors)
+    with_graph = False
     if call is None and operators.traced(logits):
         found = FORWARD(logits, target, weight, rest.numbers, *options)
     elif call is None and operators.transformed():
@@ -91,12 +96,25 @@ def with_row_weights(
 ) -> tuple[Tensor, CrossEntropyStatistics | None]:  # fmt: skip
     """(loss, CrossEntropyStatistics or None) with weights of rows, or a normaliser."""
 
+    known = None
+    if by.token_weight is not None and not differentiable and steps(logits, target, gradient):
+        known = known_factors(by, options, target, weight, logits.new_empty(loss_shape(logits), dtype=accumulate_dtype(logits)))
+
     def call(asked: Options) -> tuple[Tensor, CrossEntropyStatistics | None]:
         if differentiable:
             return with_differentiable_statistics(logits, target, weight, asked)
+        if known is not None:
+            return cross_entropy(logits, target, weight, asked._replace(reduction="sum"), gradient, stats, factors=known)
         return cross_entropy(logits, target, weight, asked, gradient, stats, normalizer=by.normalizer)
 
-    return reduced_by(call, options, target, weight, by)
+    return call(options) if known is not None else reduced_by(call, options, target, weight, by)
+
+
+def steps(logits: Tensor, target: Tensor, gradient: str) -> bool:
+    """Whether the gradient of a reduced loss is written with the loss: eager calls on the CPU."""
+    if gradient == "backward" or target.requires_grad or not (operators.eager() and graph_is_needed(logits)):
+        return False
+    return not operators.traced(logits) and dispatch.backend(logits) == "cpu"
 
 
 def with_differentiable_statistics(
@@ -214,10 +232,14 @@ class _CrossEntropyStep(torch.autograd.Function):
         dlogits: Tensor | None
         ctx.upstream, ctx.expected = 1.0 if expected is None else expected.guess(), expected
         if ctx.upstream is None:
-            loss, numbers, _, dlogits = run(logits, target, Rest(weight, options, kept))
+            asked = options if rest.factors is None else options._replace(reduction="none")
+            loss, numbers, _, dlogits = run(logits, target, Rest(weight, asked, kept))
+            if rest.factors is not None:
+                loss = cross_entropy_formula.multiplied(loss, rest.factors).sum()
         else:
-            loss, numbers, dlogits = _run_step(logits, target, weight, ctx.upstream, options, stats=kept == NUMBERS)
-        ctx.save_for_backward(logits, target, weight, dlogits)
+            stats = kept == NUMBERS
+            loss, numbers, dlogits = _run_step(logits, target, weight, ctx.upstream, options, None, stats, rest.factors)
+        ctx.save_for_backward(logits, target, weight, dlogits, rest.factors)
         ctx.options, ctx.handed_out = options, dlogits is None
         if kept != NUMBERS:
             return loss, None
@@ -227,11 +249,13 @@ class _CrossEntropyStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        logits, target, weight, dlogits = ctx.saved_tensors
+        logits, target, weight, dlogits, factors = ctx.saved_tensors
         if upstream is None:
             return None, None, None, None
         if torch.is_grad_enabled():
             needs = ctx.needs_input_grad[:2]
+            if factors is not None:
+                upstream, ctx.options = upstream * factors, ctx.options._replace(reduction="none")
             return *cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), None, None
         number = upstream.item()
         if ctx.expected is not None:
@@ -239,7 +263,7 @@ class _CrossEntropyStep(torch.autograd.Function):
         dlogits = None if ctx.handed_out else dlogits.data
         ctx.handed_out = True
         if dlogits is None or number != ctx.upstream:
-            _, _, dlogits = _run_step(logits, target, weight, number, ctx.options, dlogits)
+            _, _, dlogits = _run_step(logits, target, weight, number, ctx.options, dlogits, factors=factors)
         return dlogits, None, None, None
 
 
@@ -398,10 +422,10 @@ def run_backward(
 
 def _run_step(
     logits: Tensor, target: Tensor, weight: Tensor | None, upstream: float, options: Options, dlogits: Tensor | None = None,
-    stats: bool = False,
+    stats: bool = False, factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """On the CPU: the reduced loss, the numbers of every row if `stats`, and the gradient for an upstream number."""
-    found = None if stats else _small_step(logits, target, weight, upstream, options, dlogits)
+    found = None if stats or factors is not None else _small_step(logits, target, weight, upstream, options, dlogits)
     if found:
         return found[0], None, found[1]
     view = dispatch.viewer("cpu")
@@ -415,10 +439,18 @@ def _run_step(
     # a tensor on NumPy's memory: sooner made than NumPy's view of a tensor
     result, invalid = np.empty(1, np.float64 if acc is torch.float64 else np.float32), np.array((N * S,))
     numbers = torch.empty((NUMBERS, N, S), dtype=acc) if stats else None
-    dispatch.cpu_cross_entropy.forward_backward_reduced(
-        z, t, view(weight), result, dz, invalid, stats=view(numbers), upstream=upstream,
-        mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored, **options.of_rows,
-    )  # fmt: skip
+    if factors is not None:
+        loss = torch.empty((N, S), dtype=acc)
+        dispatch.cross_entropy("cpu").forward_backward(
+            z, t, view(weight), view(loss), dz, invalid, stats=view(numbers), upstream=view(factors.reshape(N, S) * upstream),
+            **options.of_rows,
+        )  # fmt: skip
+        result[0] = cross_entropy_formula.multiplied(loss, factors.reshape(N, S)).sum().item()
+    else:
+        dispatch.cpu_cross_entropy.forward_backward_reduced(
+            z, t, view(weight), result, dz, invalid, stats=view(numbers), upstream=upstream,
+            mean=options.reduction == "mean", zero_if_ignored=options.zero_if_ignored, **options.of_rows,
+        )  # fmt: skip
     if invalid[0] < N * S:
         refuse_class(target, int(invalid[0]), logits.shape[class_axis(logits)], options.ignore_index)
     return torch.from_numpy(result.reshape(())), numbers, dlogits

@@ -167,6 +167,18 @@ def _loss(z: Tensor, target: Tensor, weight: Tensor | None, options: Options) ->
     return reduced(loss, kept, target, weight, options), log_p
 
 
+def multiplied(loss: Tensor, factor: Tensor) -> Tensor:
+    """The losses of all rows times a number each, 0 · ∞ = 0."""
+    return factor * torch.where((factor == 0) & loss.isinf(), 0.0, loss)
+
+
+def counts(kept: Tensor, target: Tensor, weight: Tensor | None, like: Tensor) -> Tensor:
+    """What each row counts in the divisor of a mean, in the dtype of `like`."""
+    if target.is_floating_point():
+        return torch.ones_like(like)
+    return kept.to(like.dtype) if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
+
+
 def reduced(
     loss: Tensor, kept: Tensor, target: Tensor, weight: Tensor | None, options: Options, token_weight: Tensor | None = None,
     counted: Tensor | None = None,
@@ -174,17 +186,15 @@ def reduced(
     """The reduction of the losses of all rows; `kept`: those that are not ignored. token_weight: of their shape; counted: what
     each adds to the divisor of a mean of classes, where that is known."""
     if token_weight is not None:
-        loss = token_weight * torch.where((token_weight == 0) & loss.isinf(), 0.0, loss)  # 0 · ∞ = 0
+        loss = multiplied(loss, token_weight)
     if options.reduction == "none":
         return loss
     if options.reduction == "sum":
         return loss.sum()
-    if counted is None and target.is_floating_point():
-        if token_weight is None:
+    if counted is None:
+        if target.is_floating_point() and token_weight is None:
             return loss.sum() / loss.numel()
-        counted = torch.ones_like(loss)
-    elif counted is None:
-        counted = kept.to(loss.dtype) if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
+        counted = counts(kept, target, weight, loss)
     denominator = (counted if token_weight is None else token_weight * counted).sum()
     if options.zero_if_ignored:
         denominator = torch.where(denominator == 0, torch.inf, denominator)

@@ -37,9 +37,13 @@ def largest_element(W: Tensor) -> Tensor:
     return torch.maximum(-low, high).float()
 
 
-def of_chunk(part: Problem, loss: Tensor, numbers: Tensor, options: Options, largest: Tensor) -> Tensor:
-    """1/s, (1,) in float32, of a chunk's problem, the loss and the numbers of its rows; `largest` is max |W_cd|."""
+def of_chunk(
+    part: Problem, loss: Tensor, numbers: Tensor, options: Options, largest: Tensor, factors: Tensor | None = None
+) -> Tensor:
+    """1/s, (1,) in float32, of a chunk's problem, the loss and the numbers of its rows; `largest` is max |W_cd|. factors: what
+    dz of each row is multiplied by, (n, S)."""
     a = _row_norms(part, loss, numbers, options)
+    a = a if factors is None else a * factors.abs()
     a = options.logit_scale * torch.where(a.isfinite(), a, 0).sum(1)
     most, beside = a.max(), torch.linalg.vector_norm(part.x, dim=0, dtype=torch.float32)
     products = torch.stack([most * largest, torch.linalg.vector_norm(a) * (beside.max() if len(beside) else 0)])

@@ -114,10 +114,10 @@ def logits_of(problem: Problem, out: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- forward and backward
 def run(
     problem: Problem, options: Options, rows: int, numbers: int = 3, needs: Sequence[bool] = (False, False, False),
-    of_sum: bool = False,
+    of_sum: bool = False, factors: Tensor | None = None,
 ) -> Found:  # fmt: skip
     """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradients that `needs`
-    names, of x, W and b."""
+    names, of x, W and b. factors: (N, S), what the losses of the rows are multiplied by before they are added up."""
     x, (N, _, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
     view, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
@@ -140,17 +140,30 @@ def run(
         given = (view(logits), view(part.target), weight_view, view(loss[first:last]))
         if not any(needs) or factor is not None:
             kernels.forward(*given, view(of_rows), view(invalid), **options.of_rows)
+        of_upstream = None if factors is None else factors[first:last]
         if factor is not None and largest is not None:
-            shrink = float16_scale.of_chunk(part, loss[first:last], of_rows, options, largest)
-            kernels.forward_backward(*given, given[0], view(invalid), denominator=view(shrink), **options.of_rows)
+            shrink = float16_scale.of_chunk(part, loss[first:last], of_rows, options, largest, of_upstream)
+            kernels.forward_backward(
+                *given, given[0], view(invalid), upstream=view(of_upstream), denominator=view(shrink), **options.of_rows
+            )
             factor[first:last] = shrink
             gradients.add(part, logits, first, last, shrink)
         elif any(needs):  # dz takes the place of the logits
-            kernels.forward_backward(*given, given[0], view(invalid), stats=view(of_rows), denominator=over, **options.of_rows)
+            kernels.forward_backward(
+                *given,
+                given[0],
+                view(invalid),
+                stats=view(of_rows),
+                upstream=view(of_upstream),
+                denominator=over,
+                **options.of_rows,
+            )
             gradients.add(part, logits, first, last)
         stats[:, first:last] = of_rows
     if options.reduction == "none":
         return Found(loss, stats, None)
+    if factors is not None:
+        return Found(cross_entropy_formula.multiplied(loss, factors).sum(), stats, None, gradients.found, factor)
     kernels.reduce(
         view(loss), target_view, weight_view, view(total.view(1)), view(denominator), ignore_index=options.ignore_index
     )
@@ -161,7 +174,7 @@ def run(
 
 def run_backward(
     upstream: Tensor, problem: Problem, numbers: Tensor, denominator: Tensor | None, options: Options, rows: int,
-    needs: Sequence[bool],
+    needs: Sequence[bool], factors: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients that `needs` names, of x, W, b and target, from logits made again; W's and b's in the sums' dtype."""
     x, (N, V, S) = problem.x, problem.sizes
@@ -169,6 +182,7 @@ def run_backward(
     view, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
     rows = whole_tiles(problem, rows // 2)  # of logits and dz
     upstream = upstream.reshape(N, S) if options.reduction == "none" else upstream.expand(N, S)
+    upstream = upstream if factors is None else upstream * factors
     gradients = Gradients(problem, needs[:3])
     dtarget = torch.empty_like(problem.target) if needs[3] else None
     z, dz = (logits_buffer(problem, rows) for _ in range(2))

@@ -24,7 +24,7 @@ from .linear_chunks import (
     run_backward,
     scaled,
 )
-from .row_weights import RowWeights, reduced_by
+from .row_weights import RowWeights, known_factors, reduced_by
 
 
 class Rest(NamedTuple):
@@ -39,13 +39,15 @@ class Rest(NamedTuple):
     numbers: int
     at_once: bool = False
     traced: bool = False
+    factors: Tensor | None = None
 
 
 def linear_cross_entropy(
-    problem: Problem, options: Options, gradient: str, stats: bool, rows: int | None
+    problem: Problem, options: Options, gradient: str, stats: bool, rows: int | None, factors: Tensor | None = None
 ) -> tuple[Tensor, CrossEntropyStatistics | None]:
-    """(loss, CrossEntropyStatistics or None), of (N, S) rows; the arguments are checked."""
-    rest, with_graph = Rest(options, rows or 0, NUMBERS if stats else 3), False
+    """(loss, CrossEntropyStatistics or None), of (N, S) rows; the arguments are checked. factors: of `linear_chunks.run`, where
+    nobody traces or transforms."""
+    rest, with_graph = Rest(options, rows or 0, NUMBERS if stats else 3, factors=factors), False
     if operators.traced(problem.x):
         found = FORWARD(*problem, rest.rows, rest.numbers, *options)
     elif operators.transformed():
@@ -54,7 +56,7 @@ def linear_cross_entropy(
         at_once = gradient != "backward" and options.reduction != "none" and not problem.target.requires_grad
         found = _LinearCrossEntropy.apply(*problem, rest._replace(at_once=at_once))
     else:
-        found = run(problem, options, rows or chunk_rows(problem, of_W=False), rest.numbers)
+        found = run(problem, options, rows or chunk_rows(problem, of_W=False), rest.numbers, factors=factors)
     if not stats:
         return found[0], None
     N, V, S = problem.sizes
@@ -74,7 +76,13 @@ def with_row_weights(
             return with_differentiable_statistics(problem, asked, rows)
         return linear_cross_entropy(problem, asked, gradient, stats, rows)
 
-    return reduced_by(call, options, problem.target, problem.weight, by._replace(token_weight=of_rows))
+    by = by._replace(token_weight=of_rows)
+    if not differentiable and operators.eager() and not operators.traced(problem.x):
+        like = problem.x.new_empty((N, S), dtype=accumulate_dtype(problem.x))
+        known = known_factors(by, options, problem.target, problem.weight, like)
+        if known is not None:
+            return linear_cross_entropy(problem, options._replace(reduction="sum"), gradient, stats, rows, known)
+    return reduced_by(call, options, problem.target, problem.weight, by)
 
 
 def with_differentiable_statistics(
@@ -104,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             found = Found(*operators.below_autograd(FORWARD, *problem, rest.rows, rest.numbers, *rest.options))
         else:
             rows = rest.rows or chunk_rows(problem, of_W=needs[1])
-            found = run(problem, rest.options, rows, rest.numbers, needs, ctx.of_sum)
+            found = run(problem, rest.options, rows, rest.numbers, needs, ctx.of_sum, rest.factors)
         divides = found.denominator if rest.options.reduction == "mean" else None
         held: tuple[Tensor | None, ...] = found.gradients
         if x.dtype != torch.float16:  # whose gradients of the sum meet loss scale / n in float32
@@ -123,13 +131,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if upstream is None:
             return None, None, None, None, None, None
         if torch.is_grad_enabled():  # somebody will differentiate again
+            if ctx.rest.factors is not None:
+                upstream, options = upstream * ctx.rest.factors, options._replace(reduction="none")
             return *formula_gradients(upstream, problem, options, needs), None, None
         if ctx.rest.traced:
             found = BACKWARD(upstream, *problem, numbers, denominator, ctx.rest.rows, needs, *options)
             return *(g if needed else None for g, needed in zip(found, needs, strict=True)), None, None
         if ctx.handed_out:
             rows = ctx.rest.rows or chunk_rows(problem, of_W=needs[1])
-            found = run_backward(upstream, problem, numbers, denominator, options, rows, needs)
+            found = run_backward(upstream, problem, numbers, denominator, options, rows, needs, ctx.rest.factors)
         else:
             ctx.handed_out = True
             found = (*scaled(held, upstream, denominator if ctx.of_sum else None, factor), None)

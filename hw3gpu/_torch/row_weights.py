@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cross_entropy_formula import Options, reduced
+from .cross_entropy_formula import Options, counts, reduced
 
 
 class RowWeights(NamedTuple):
@@ -33,10 +33,7 @@ def reduced_by(
         loss, stats = call(asked)
     else:
         loss, stats = call(options._replace(reduction="none"))
-        soft = target.is_floating_point()
-        target = target if soft else target.long()  # in fewer bits PyTorch wraps the number that it is compared with
-        kept = torch.ones((), dtype=torch.bool, device=target.device) if soft else target != options.ignore_index
-        loss = reduced(loss, kept, target, weight, asked, by.token_weight)
+        loss = reduced(loss, *_kept(target, options), weight, asked, by.token_weight)
     return loss if by.normalizer is None else loss / by.normalizer, stats
 
 
@@ -46,3 +43,29 @@ def weighed(loss: Tensor, w_t: Tensor, options: Options, by: RowWeights) -> Tens
         asked = options._replace(reduction="sum") if by.normalizer is not None and options.reduction != "none" else options
         loss = reduced(loss, w_t != 0, w_t, None, asked, by.token_weight, counted=w_t)
     return loss if by.normalizer is None else loss / by.normalizer
+
+
+def known_factors(by: RowWeights, options: Options, target: Tensor, weight: Tensor | None, rows: Tensor) -> Tensor | None:
+    """v_n / d of every row, in the shape of `rows`, where they are known before the losses are; None where they are learnt.
+
+    With them a sum is what is asked for, and its gradient can be written with the losses.
+    """
+    if options.reduction == "none" or not rows.numel():  # of no rows the quotient is that of the sums
+        return None
+    if any(v is not None and v.requires_grad for v in by):
+        return None
+    v = torch.ones_like(rows) if by.token_weight is None else by.token_weight
+    divisor = by.normalizer
+    if divisor is None and options.reduction == "mean":
+        divisor = (v * counts(*_kept(target, options), weight, rows)).sum()
+        if options.zero_if_ignored:
+            divisor = torch.where(divisor == 0, torch.inf, divisor)
+    return (v if divisor is None else v / divisor).contiguous()
+
+
+def _kept(target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """(which rows are not ignored, target)."""
+    if target.is_floating_point():
+        return torch.ones((), dtype=torch.bool, device=target.device), target
+    target = target.long()  # in fewer bits PyTorch wraps the number that it is compared with
+    return target != options.ignore_index, target
