@@ -178,7 +178,7 @@ def test_operators(device, rng):
     for v in (x, weight, bias):
         v.requires_grad_()
     opcheck(operators.TRAINING, (x, weight, bias, residual, *running, 0.1, 1e-5, "silu", *positions), True)
-    opcheck(operators.EVALUATION, (x, weight, bias, residual, *running, 0.1, 1e-5, False, *positions))
+    opcheck(operators.EVALUATION, (x, weight, bias, residual, *running, 0.1, 1e-5, None, *positions))
     _, stats, bits = operators.TRAINING(x, weight, bias, residual, None, None, 0.1, 1e-5, None, *positions)
     opcheck(operators.BACKWARD, (dy, x.detach(), weight.detach(), None, None, stats, bits, True, None, True, *positions))
 

@@ -274,7 +274,7 @@ def _normalize(of, x, mean, rstd, gamma, beta, y, after, chosen=None) -> None:
         return
     C, dtype = x.shape[1], rstd.dtype
     scale = np.ascontiguousarray(rstd if gamma is None else rstd * to_accumulate(gamma, C, dtype, 1.0))
-    if chosen is not None and after == (None, None):
+    if chosen is not None and all(v is None for v in after):
         masked.normalize(chosen, x, mean, scale, to_accumulate(beta, C, dtype, 0.0), y)
         return
     _run(_NORMALIZE, of, 2 * x.nbytes, x, mean, scale, to_accumulate(beta, C, dtype, 0.0), y, *after)
