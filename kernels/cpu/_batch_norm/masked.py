@@ -455,7 +455,9 @@ def row_normalize(first, last, blocks, rows, x, on, mean, scale, beta, y) -> Non
                 v = stop
             while v < stop:
                 size = min(rows, stop - v) * C
-                lines._normalize(lines._rows_of(x, v, size), at, lines._rows_of(y, v, size), lines._goes_around(y))
+                lines._normalize(
+                    lines._rows_of(x, v, size), at, lines._rows_of(y, v, size), lines._goes_around(y), (None, None)
+                )
                 v += min(rows, stop - v)
     streamed()
 
