@@ -294,7 +294,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
     ) -> Tensor | tuple[Tensor | None, ...]:
         y, stats, mask = (_below_autograd if rest.traced else run)(x, weight, bias, residual, rest)
-        told_by = kept(dispatch.backend(x), rest.activation, bias, residual, y)
+        told_by = kept(engine_of(x, rest.activation), rest.activation, bias, residual, y)
         ctx.save_for_backward(x, weight, *told_by, stats, mask, *(rest.positions or (None, None)))
         ctx.options = rest.training, rest.eps, rest.activation, rest.traced
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -365,8 +365,13 @@ def _fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     stats = x.new_empty((4 if rest.training else 3, x.shape[1]), dtype=accumulate_dtype(x))
-    mask = x.new_empty(mask_size(x), dtype=torch.uint8) if masked(dispatch.backend(x), rest.activation) else None
+    mask = x.new_empty(mask_size(x), dtype=torch.uint8) if masked(engine_of(x, rest.activation), rest.activation) else None
     return operators.fake_output(x, 1), stats, mask
+
+
+def engine_of(x: Tensor, activation: str | None) -> str:
+    """The engine, where it decides whether a mask is kept; meta tensors have none that was asked for."""
+    return dispatch.backend(x) if activation == "relu" else "cpu"
 
 
 def mask_size(x: Tensor) -> int:

@@ -22,7 +22,7 @@ from .._core.protocols import BatchNormKernels
 from . import operators
 from .activation import kept, masked
 from .autograd import accumulate_dtype, as_dtype, graph_is_needed, no_second_derivative
-from .batch_norm import fused_operands, gate_operands, mask_size
+from .batch_norm import engine_of, fused_operands, gate_operands, mask_size
 from .collectives import gathered, summed
 from .positions import Positions
 
@@ -151,7 +151,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
     ) -> Tensor | tuple[Tensor | None, ...]:
         y, stats, total, mask = (_below_autograd if rest.traced else _run)(x, weight, bias, residual, rest)
-        told_by = kept(dispatch.backend(x), rest.activation, bias, residual, y)
+        told_by = kept(engine_of(x, rest.activation), rest.activation, bias, residual, y)
         bits = None if rest.positions is None else rest.positions.bits
         ctx.save_for_backward(x, weight, *told_by, stats, total, mask, bits)
         ctx.options, ctx.bias_dtype = (rest.activation, rest.group, rest.traced), None if bias is None else bias.dtype
@@ -196,7 +196,7 @@ def _fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     stats = x.new_empty((3, x.shape[1]), dtype=accumulate_dtype(x))
-    mask = x.new_empty(mask_size(x), dtype=torch.uint8) if masked(dispatch.backend(x), rest.activation) else None
+    mask = x.new_empty(mask_size(x), dtype=torch.uint8) if masked(engine_of(x, rest.activation), rest.activation) else None
     return operators.fake_output(x, 1), stats, x.new_empty(1, dtype=torch.float64), mask
 
 
