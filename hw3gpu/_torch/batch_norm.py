@@ -35,9 +35,9 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]  # dx, dgamma, dbeta an
 
 
 class Rest(NamedTuple):
-    """What of a call has no gradient, in one argument: PyTorch looks at each argument of an autograd function, each time.
+    """The arguments without a gradient, as one: PyTorch inspects each argument of an autograd function in each call.
 
-    call: what `bound_launches` knows of it. traced: it goes through the operators. counted: the positions that count (N, …), or
+    call: its key in `bound_launches`, or None. traced: the operators run it. counted: the positions that count (N, …), or
     None where all do; positions: the same for the kernels.
     """
 
@@ -95,7 +95,7 @@ def call_of(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Any, running_var: Any, training: Any, momentum: Any,
     eps: Any, residual: Any, activation: Any,
 ) -> Call | None:  # fmt: skip
-    """What `bound_launches` knows of a call of `functional.batch_norm`; None where it keeps none such."""
+    """The `bound_launches.Call` of a call of `functional.batch_norm`; None where it is not kept."""
     if arrays.on_host(x) or not (type(training) is bool and type(momentum) is type(eps) is float):
         return None
     if activation is not None and (type(activation) is not str or activation not in ACTIVATIONS):
@@ -112,7 +112,7 @@ def by_address(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
     training: bool, momentum: float, eps: float,
 ) -> Tensor | None:  # fmt: skip
-    """What `batch_norm` gives for an eager call that `small_calls` takes, and whose arguments are right; None for any other."""
+    """The result of an eager call that `small_calls` takes and whose arguments are right; None for any other."""
     if (
         not getattr(x, "is_cpu", False)
         or not operators.eager()
@@ -154,24 +154,24 @@ def run(
             )  # fmt: skip
             assert of_call is not None
             return y, of_call, None
-    see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
-    y, y_folded = outputs.output(x, 1, see)
+    view, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
+    y, y_folded = outputs.output(x, 1, view)
     stats = new_statistics(x, rest)
     if not x.numel():
         return y, stats.zero_(), None
-    folded, seen = outputs.folded(x, 1, which), see(stats)
+    folded, stats_view = outputs.folded(x, 1, which), view(stats)
     scale, shift = dispatch.vector_view(weight, which), dispatch.vector_view(bias, which)
     mask, fused = fused_operands(folded, residual, activation, x.device, which, new)
     if positions is not None:
-        fused["valid"] = see(positions.bits)
+        fused["valid"] = view(positions.bits)
         if training:
-            fused["count"] = see(positions.n)
+            fused["count"] = view(positions.n)
     running = (_dense(running_mean), _dense(running_var)) if training else (None, None)
-    mean, rstd = parts(seen, which)
+    mean, rstd = parts(stats_view, which)
     with bound_launches.noted(call, (x, weight, bias, running_mean, running_var, residual, y, stats, mask), y):
         if training:
             kernels.forward(
-                folded, scale, shift, y_folded, mean, seen[3], rstd, see(running[0]), see(running[1]),
+                folded, scale, shift, y_folded, mean, stats_view[3], rstd, view(running[0]), view(running[1]),
                 eps=eps, momentum=momentum, **fused,
             )  # fmt: skip
         else:
@@ -184,7 +184,7 @@ def run(
 
 
 def new_statistics(x: Tensor, rest: Rest) -> Tensor:
-    """Those of (4, C) to be written in training; mean, 0 and rstd of the running ones in evaluation."""
+    """stats: (4, C) to be written in training; in evaluation mean, 0 and rstd of the running statistics."""
     acc = accumulate_dtype(x)
     if rest.training:
         return empty_of(x, acc, 4, x.shape[1])
@@ -203,12 +203,12 @@ def fused_operands(
     folded: Array, residual: Tensor | None, activation: str | None, device: torch.device, which: str, new: Callable[..., Tensor]
 ) -> tuple[Tensor | None, dict[str, Any]]:
     """The mask to be written, by `new`, or None; and what a launcher is given of residual, mask and activation."""
-    mask, fused, see = None, dict[str, Any](), dispatch.viewer(which)
+    mask, fused, view = None, dict[str, Any](), dispatch.viewer(which)
     if residual is not None:
-        fused["residual"] = outputs.fold(see(residual), 1)
+        fused["residual"] = outputs.fold(view(residual), 1)
     if masked(which, activation):
         mask = new(dispatch.batch_norm(which).mask_size(folded), dtype=torch.uint8, device=device)
-        fused["mask"] = see(mask)
+        fused["mask"] = view(mask)
     elif activation is not None:
         fused["activation"] = activation
     return mask, fused
@@ -258,36 +258,36 @@ def run_backward(
         found = small_calls.batch_norm_backward(dy, x, weight, stats, training)
         if found:
             return *found, None
-    see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
-    dx, dx_folded = outputs.output(x, 1, see)
+    view, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
+    dx, dx_folded = outputs.output(x, 1, view)
     C = x.shape[1]
     dgamma, dbeta = stats.new_empty(C), stats.new_empty(C)
     if not x.numel():
         return dx, dgamma.zero_(), dbeta.zero_(), torch.empty_like(x) if residual else None
     dresidual, fused = None, gate_operands(bias, beside, mask, activation, which)
     if bits is not None:
-        fused["valid"] = see(bits)
+        fused["valid"] = view(bits)
         if training:
-            fused["count"] = see(count)
+            fused["count"] = view(count)
     if residual:
-        dresidual, fused["dresidual"] = outputs.output(x, 1, see)
-    mean, rstd = parts(see(stats), which)
+        dresidual, fused["dresidual"] = outputs.output(x, 1, view)
+    mean, rstd = parts(view(stats), which)
     with bound_launches.noted(call, (x, dy, weight, bias, beside, stats, mask, dx, dgamma, dbeta, dresidual), dx):
         (kernels.backward if training else kernels.inference_backward)(
             outputs.folded(dy, 1, which), outputs.folded(x, 1, which), mean, rstd, dispatch.vector_view(weight, which),
-            dx_folded, see(dgamma), see(dbeta), **fused,
+            dx_folded, view(dgamma), view(dbeta), **fused,
         )  # fmt: skip
     return dx, dgamma, dbeta, dresidual
 
 
 def _dense(v: Tensor | None) -> Tensor | None:
-    """A number a channel with unit stride, as the kernels walk it."""
+    """A vector of channels with unit stride, which the kernels need."""
     return None if v is None else v.detach().contiguous() if not v.is_contiguous() else v
 
 
 # ---------------------------------------------------------------------------------------------- autograd
 class _BatchNorm(torch.autograd.Function):
-    """A call of kernels, or of the operators around them where somebody traces: these give all results."""
+    """A call by kernels, or by the operators around them under a compiler, which return all results."""
 
     @staticmethod
     def forward(
@@ -542,7 +542,7 @@ def _over(x: Tensor) -> tuple[int, ...]:
 
 
 def _wide(v: Tensor, x: Tensor) -> Tensor:
-    """A number a channel, as it broadcasts against x, in the accumulation dtype."""
+    """A vector of channels, shaped to broadcast against x, in the accumulation dtype."""
     return v.to(accumulate_dtype(x)).view(-1, *(1,) * (x.dim() - 2))
 
 
@@ -559,7 +559,7 @@ def _mean(values: Tensor, on: Tensor | None) -> Tensor:
 
 
 def _centred(values: Tensor, eps: float, on: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x - μ, σ² and rstd. The second mean is what the rounding of the first has left."""
+    """x - μ, σ² and rstd. The second mean removes what the rounding of the first left."""
     deviations = _where(on, values - _mean(values, on))
     deviations = _where(on, deviations - _mean(deviations, on))
     var = _mean(deviations.square(), on)

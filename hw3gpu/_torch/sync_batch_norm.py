@@ -60,34 +60,34 @@ def _run(
     running_mean, running_var, momentum, eps, activation, group, traced, positions = rest
     new = torch.zeros if traced else torch.empty  # of a mask some bytes are left unwritten
     which = dispatch.backend(x)
-    see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
-    y, y_folded = outputs.output(x, 1, see)
-    folded = outputs.fold(see(x), 1)
-    stats, total, mean, var = _statistics(x, folded, see, kernels, eps, group, positions)
+    view, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
+    y, y_folded = outputs.output(x, 1, view)
+    folded = outputs.fold(view(x), 1)
+    stats, total, mean, var = _statistics(x, folded, view, kernels, eps, group, positions)
     if running_mean is not None and running_var is not None:
         _update(running_mean, mean, momentum, total)
         _update(running_var, var * (total / (total - 1).clamp(min=1)), momentum, total)
     mask, fused = fused_operands(folded, residual, activation, x.device, which, new)
     if positions is not None:
-        fused["valid"] = see(positions.bits)
+        fused["valid"] = view(positions.bits)
     if x.numel():
-        seen = see(stats)
+        stats_view = view(stats)
         scale, shift = dispatch.vector_view(weight, which), dispatch.vector_view(bias, which)
-        kernels.normalize(folded, seen[:2], seen[2], scale, shift, y_folded, **fused)
+        kernels.normalize(folded, stats_view[:2], stats_view[2], scale, shift, y_folded, **fused)
     return y, stats, total, mask
 
 
 def _statistics(
-    x: Tensor, folded: Array, see: Callable[[Array], Array], kernels: BatchNormKernels, eps: float, group: str,
+    x: Tensor, folded: Array, view: Callable[[Array], Array], kernels: BatchNormKernels, eps: float, group: str,
     positions: Positions | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Of the values of all processes: mean, what its rounding left, rstd; their number a channel; mean and var in float64."""
     C, acc = x.shape[1], accumulate_dtype(x)
     own = torch.zeros((4, C), dtype=acc, device=x.device)
     if x.numel():
-        seen = see(own)
-        of = {} if positions is None else {"valid": see(positions.bits), "count": see(positions.n)}
-        kernels.statistics(folded, seen[:2], seen[3], seen[2], None, None, eps=eps, momentum=0.0, **of)
+        stats_view = view(own)
+        of = {} if positions is None else {"valid": view(positions.bits), "count": view(positions.n)}
+        kernels.statistics(folded, stats_view[:2], stats_view[3], stats_view[2], None, None, eps=eps, momentum=0.0, **of)
     count = x.numel() // max(C, 1) if positions is None else positions.n[0].double()
     sent = own.new_empty(2 * C + 1, dtype=torch.float64)
     sent[0] = count
@@ -119,28 +119,30 @@ def _run_backward(
     """dx where it is needed, this process's dgamma and dbeta, and dresidual where `residual` asks for it; None without an
     activation where every position counts (bits None): it is dy."""
     which = dispatch.backend(x)
-    see, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
-    seen, scale = see(stats), dispatch.vector_view(weight, which)
+    view, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
+    stats_view, scale = view(stats), dispatch.vector_view(weight, which)
     dgamma, dbeta = (torch.zeros(x.shape[1], dtype=stats.dtype, device=x.device) for _ in range(2))
-    folded, upstream = outputs.fold(see(x), 1), outputs.fold(see(dy), 1)
+    folded, upstream = outputs.fold(view(x), 1), outputs.fold(view(dy), 1)
     fused = gate_operands(bias, beside, mask, activation, which)
     if bits is not None:
-        fused["valid"] = see(bits)
+        fused["valid"] = view(bits)
     if x.numel():
         by = {**fused, "gamma": scale} if "activation" in fused else fused
-        kernels.backward_reduce(upstream, folded, seen[:2], seen[2], see(dgamma), see(dbeta), **by)
+        kernels.backward_reduce(upstream, folded, stats_view[:2], stats_view[2], view(dgamma), view(dbeta), **by)
     dresidual = None
     if residual and fused:
-        dresidual, fused["dresidual"] = outputs.output(x, 1, see)
+        dresidual, fused["dresidual"] = outputs.output(x, 1, view)
     elif not dx_needed:
         return None, dgamma, dbeta, dresidual
     means = torch.stack([dgamma, dbeta]).double()
     if dx_needed:
         means = summed(means, group) / total.clamp(min=1)
-    means = see(means.to(stats.dtype))
-    dx, dx_folded = outputs.output(x, 1, see)
+    means = view(means.to(stats.dtype))
+    dx, dx_folded = outputs.output(x, 1, view)
     if x.numel():
-        kernels.backward_apply(upstream, folded, seen[:2], seen[2], scale, means[0], means[1], 1, dx_folded, **fused)
+        kernels.backward_apply(
+            upstream, folded, stats_view[:2], stats_view[2], scale, means[0], means[1], 1, dx_folded, **fused
+        )
     return dx if dx_needed else None, dgamma, dbeta, dresidual
 
 
