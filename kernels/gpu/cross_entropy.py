@@ -76,7 +76,9 @@ def _launch_forward(
     strides, fixed, constants = _call(z, given, z if dz is None else dz, options)
     unit_s = z.stride(2) == 1 and z.stride(1) != 1
     more = stats is not None and len(stats) > 3
-    extra_per_lane = constants["DENSE"] + (constants["CAPPED"] or (more and (constants["DENSE"] or dz is not None)))
+    # beside a long row that stays the search for its arg max takes registers
+    with_stats = more and (constants["DENSE"] or (dz is not None and V > 16384))
+    extra_per_lane = constants["DENSE"] + (constants["CAPPED"] or with_stats)
     rare = more or constants["SOFT"] or weight is not None or constants["Z_LOSS"]
     plan = plan_rows(
         V, S, z.element_size(), constants["MODE"], unit_s, extra_per_lane, constants["DENSE"], tensors=1 + constants["SOFT"],

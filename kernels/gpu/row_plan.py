@@ -139,6 +139,8 @@ def _registers_of_one_tile(
     """maxnreg of rows without a tail. with_all: a loss with all options, whose row stays."""
     if extra_per_lane > 2:
         return 248 if itemsize == 8 and num_warps <= 8 else 128
+    if mode == STRIDED and keep == 4096 and itemsize == 2 and extra_per_lane == 1:
+        return 96  # 16 lanes a thread of two tensors, each with its offset in 64 bits: left to choose, ptxas spills for a B200
     if mode == STRIDED:
         return None if keep <= 4096 else 248 if itemsize == 8 else 168
     return 80 if with_all and not extra_per_lane and itemsize < 8 and keep == 16384 else None
