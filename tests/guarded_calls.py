@@ -335,13 +335,13 @@ OF_EVERY_DTYPE = {
     "classes, smoothing": (row_shapes, cross_entropies(True, False, label_smoothing=0.1)),
     "classes, all options": (
         row_shapes,
-        cross_entropies(True, False, stats_of_row=5, label_smoothing=0.1, z_loss=1e-3, softcap=20.0),
+        cross_entropies(True, False, stats_of_row=6, label_smoothing=0.1, z_loss=1e-3, softcap=20.0, logit_scale=0.7),
     ),
     "probabilities": (row_shapes, cross_entropies(False, True)),
     "probabilities, weights": (row_shapes, cross_entropies(True, True, label_smoothing=0.1)),
     "probabilities, all options": (
         row_shapes,
-        cross_entropies(True, True, stats_of_row=5, label_smoothing=0.1, z_loss=1e-3, softcap=20.0),
+        cross_entropies(True, True, stats_of_row=6, label_smoothing=0.1, z_loss=1e-3, softcap=20.0, logit_scale=0.7),
     ),
     "a step, classes": (row_shapes, steps(False)),
     "a step, probabilities": (row_shapes, steps(True)),

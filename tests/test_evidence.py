@@ -99,7 +99,7 @@ def sweep():
 
 @pytest.mark.parametrize("operation", evidence_case.OPERATIONS)
 def test_the_sweep_is_of_these_kernels_and_launches(sweep, operation):
-    """By hashes, 5 s for all rooms: `evidence_keys.py`."""
+    """By hashes, 5 s for all operations: `benchmarks/evidence/keys.py`."""
     kept, keys = sweep[operation]["keys"], evidence.keys_of(operation)
     assert kept.keys() == sweep[operation]["kernels"].keys()
     assert {label for label, of in kept.items() if keys.get(label) != of} == set(), "run `make evidence`"
