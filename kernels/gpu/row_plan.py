@@ -113,7 +113,11 @@ def plan_rows(
         return RowPlan(block_r, keep, 8192, False, 16, min(1 + rows_ahead, 5), registers=64 if extra_per_lane else None)
     keep, block_v, num_warps = _tiles_of_a_long_row(resident, itemsize, mode, neighbours, extra_per_lane, dense)
     in_turn_or_on_16 = row_reused and (rows_ahead > 0 or mode == ALIGNED)
-    registers = None if neighbours else _registers_of_tiles(itemsize, mode, extra_per_lane, num_warps, in_turn_or_on_16)
+    # of neighbours as many as 16 warps may have: told so, ptxas does not spill
+    of_neighbours = 128 if extra_per_lane > 1 else None
+    registers = (
+        of_neighbours if neighbours else _registers_of_tiles(itemsize, mode, extra_per_lane, num_warps, in_turn_or_on_16)
+    )
     return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps, registers=registers)
 
 
@@ -141,6 +145,8 @@ def _registers_of_one_tile(
         return 248 if itemsize == 8 and num_warps <= 8 else 128
     if mode == STRIDED and keep == 4096 and itemsize == 2 and extra_per_lane == 1:
         return 96  # 16 lanes a thread of two tensors, each with its offset in 64 bits: left to choose, ptxas spills for a B200
+    if mode == SHIFTED and keep == 1024 and itemsize == 2 and extra_per_lane == 2:
+        return 128  # as many as ptxas takes by itself, then with a spill for a B200
     if mode == STRIDED:
         return None if keep <= 4096 else 248 if itemsize == 8 else 168
     return 80 if with_all and not extra_per_lane and itemsize < 8 and keep == 16384 else None
