@@ -146,7 +146,7 @@ def _registers_of_one_tile(
     if mode == STRIDED and keep == 4096 and itemsize == 2 and extra_per_lane == 1:
         return 96  # 16 lanes a thread of two tensors, each with its offset in 64 bits: left to choose, ptxas spills for a B200
     if mode == SHIFTED and keep == 1024 and itemsize == 2 and extra_per_lane == 2:
-        return 128  # as many as ptxas takes by itself, then with a spill for a B200
+        return 168  # with 128, which ptxas takes by itself, it spills for a B200 and an RTX 5090
     if mode == STRIDED:
         return None if keep <= 4096 else 248 if itemsize == 8 else 168
     return 80 if with_all and not extra_per_lane and itemsize < 8 and keep == 16384 else None
