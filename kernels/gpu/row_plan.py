@@ -130,7 +130,8 @@ def _tiles_of_a_long_row(
     if itemsize == 8:
         return resident // 2, 512 << (mode != SHIFTED or extra_per_lane > 0), 16 if extra_per_lane or mode == STRIDED else 8
     if extra_per_lane > 1:
-        return min(resident, 4096), 1024 * itemsize, 16 if mode == ALIGNED and itemsize == 4 else 8
+        block_v = 2048 if mode == STRIDED else 1024 * itemsize  # offsets of 64 bits beside the lanes
+        return min(resident, 4096), block_v, 16 if mode == ALIGNED and itemsize == 4 else 8
     if dense:
         return min(resident, 8192), 16384 // itemsize, 16
     return resident, 4096 if mode == STRIDED else 8192, 16
@@ -162,7 +163,7 @@ def _registers_of_tiles(itemsize: int, mode: int, extra_per_lane: int, num_warps
 def _streaming(itemsize: int, mode: int, extra_per_lane: int, row_reused: bool) -> RowPlan:
     """Long rows of which nothing stays, or one tile: many small programs, whose threads meet at the end of the row."""
     block_v = (1024 if extra_per_lane else 2048) // (2 if itemsize == 8 else 1)
-    registers = 128 if extra_per_lane > 1 else 168 if itemsize == 8 and not extra_per_lane else None
+    registers = 128 if extra_per_lane > 1 else 200 if itemsize == 8 and not extra_per_lane else None
     if extra_per_lane > 2:
         registers = 168 if itemsize < 8 and mode == ALIGNED else 248
     stages = 1 if mode == STRIDED else 4 if extra_per_lane > 2 and itemsize == 2 else 3
