@@ -246,7 +246,7 @@ def test_every_launch_of_the_sweep_keeps_enough_under_way():
     sweep = json.loads(evidence.FILE.read_text())
     kernels = evidence.kernels_of(sweep)
     assert in_flight.too_thin(kernels) == []
-    if not any(evidence.waiting(room, sweep) for room in sweep):
+    if not any(evidence.waiting(operation, sweep) for operation in sweep):
         assert in_flight.unneeded(kernels) == []
 
 
