@@ -120,7 +120,10 @@ def test_a_large_mean_where_the_first_tiles_count_nothing(device, rng, layout):
     holds(x, dy, None, *rest)
 
 
-@pytest.mark.parametrize(("training", "activation"), [(True, "relu"), (True, "silu"), (False, "gelu")], ids=str)
+@pytest.mark.parametrize(
+    ("training", "activation"),
+    [(True, "relu"), *(pytest.param(*of, marks=pytest.mark.slow) for of in ((True, "silu"), (False, "gelu")))],
+)
 def test_gradients_and_theirs(device, rng, training, activation):
     x, _, residual, counts, weight, bias, *running = case(rng, device, (3, 2, 4), "float64")
     x, residual = (torch.where(counts[:, None], v, 7.0) for v in (x, residual))  # finite differences need numbers
