@@ -22,6 +22,9 @@ ALLOWED: dict[str, tuple[int, str]] = {
     r"^cross entropy.*, (soft|more|softcap|smoothing|all)\b": (
         4, "what options keep beside each lane takes the registers of loads"
     ),
+    r"^cross entropy at once, hard, all 4096x1001x1 bfloat16,": (
+        3, "two short rows with all options: with the registers for a second program on a multiprocessor a thread spills"
+    ),
     r" \d+x(1001|8195|16387|16391|32771|32775|50257)x1 ": (15, "rows off 16 bytes: their ends take registers"),
     r"^cross entropy in two steps, hard 4096x100[01]x1 .*, _forward_kernel": (
         13, "short rows of halves: the sum of all losses, which the last program makes, takes 15 to 30 registers of each"
