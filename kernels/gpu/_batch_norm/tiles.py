@@ -92,14 +92,6 @@ def scalar_if_one(x) -> tl.tensor:
 
 
 @triton.jit
-def as_column(x, c) -> tl.tensor:
-    """The inverse of `scalar_if_one`: a scalar in the shape of c again."""
-    if c.shape[1] == 1:
-        x = tl.zeros(c.shape, x.dtype) + x
-    return x
-
-
-@triton.jit
 def rows_of_tile(
     tile, layout, ROWS: tl.constexpr, WIDTH: tl.constexpr, ONE_CHANNEL: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
