@@ -39,6 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 600  # of processor time that the tests of a fault may take; all tests of one file take less than 100
 MEMORY = 20 << 30  # bytes: rows 2³¹ elements apart lie in 16 GiB of addresses, which are not filled
 
+CROSS_ENTROPY = "softmax_cross_entropy functional_cross_entropy cross_entropy_extras row_weights reduced_loss"
+BATCH_NORM = "batch_norm functional_batch_norm batch_norm_fused batch_norm_act batch_norm_masked large_means"
 # A file, by how its path begins (the first that fits): the tests that should see its faults.
 TESTS: list[tuple[str, str]] = [
     ("kernels/gpu/softmax", "softmax functional_softmax traffic"),
@@ -46,13 +48,10 @@ TESTS: list[tuple[str, str]] = [
     ("kernels/gpu/token_log_probs", "token_log_probs linear_token_log_probs"),
     ("kernels/gpu/distillation", "distillation top_k_distillation"),
     ("kernels/gpu/_distillation", "distillation top_k_distillation"),
-    ("kernels/gpu/cross_entropy", "softmax_cross_entropy functional_cross_entropy reduced_loss traffic"),
-    (
-        "kernels/gpu/_cross_entropy",
-        "softmax_cross_entropy functional_cross_entropy cross_entropy_extras reduced_loss traffic",
-    ),
-    ("kernels/gpu/batch_norm", "batch_norm functional_batch_norm batch_norm_fused batch_norm_act traffic"),
-    ("kernels/gpu/_batch_norm", "batch_norm functional_batch_norm batch_norm_fused batch_norm_act traffic"),
+    ("kernels/gpu/cross_entropy", f"{CROSS_ENTROPY} traffic"),
+    ("kernels/gpu/_cross_entropy", f"{CROSS_ENTROPY} traffic"),
+    ("kernels/gpu/batch_norm", f"{BATCH_NORM} traffic"),
+    ("kernels/gpu/_batch_norm", f"{BATCH_NORM} traffic"),
     ("kernels/gpu/_rows", "softmax softmax_cross_entropy token_log_probs distillation"),
     ("kernels/gpu/_tile", "softmax softmax_cross_entropy batch_norm"),
     ("kernels/gpu/channel_plan", "channel_plan launches"),
@@ -65,12 +64,12 @@ TESTS: list[tuple[str, str]] = [
     ("kernels/cpu/distillation", "distillation"),
     ("kernels/cpu/_distillation", "distillation"),
     ("kernels/cpu/cross_entropy_step", "cross_entropy_step"),
-    ("kernels/cpu/cross_entropy", "softmax_cross_entropy functional_cross_entropy reduced_loss"),
-    ("kernels/cpu/_cross_entropy", "softmax_cross_entropy functional_cross_entropy reduced_loss"),
+    ("kernels/cpu/cross_entropy", CROSS_ENTROPY),
+    ("kernels/cpu/_cross_entropy", CROSS_ENTROPY),
     ("kernels/cpu/channel_plan", "cpu_channel_plan"),
     ("kernels/cpu/batch_norm_small", "small functional_batch_norm"),
-    ("kernels/cpu/batch_norm", "batch_norm functional_batch_norm batch_norm_fused"),
-    ("kernels/cpu/_batch_norm", "batch_norm functional_batch_norm batch_norm_fused"),
+    ("kernels/cpu/batch_norm", BATCH_NORM),
+    ("kernels/cpu/_batch_norm", BATCH_NORM),
     ("kernels/cpu", "cpu_kernels cpu_threads softmax"),
     ("hw3gpu/reference", "reference"),
     ("hw3gpu/_error_bounds", "bound errors"),
@@ -99,7 +98,8 @@ TESTS: list[tuple[str, str]] = [
     ("hw3gpu/_torch/sync", "distributed"),
     ("hw3gpu/_torch/vocab", "distributed"),
     ("hw3gpu/_torch/class_range", "distributed functional_cross_entropy"),
-    ("hw3gpu/_torch/batch_norm", "functional_batch_norm batch_norm_fused batch_norm_act nn"),
+    ("hw3gpu/_torch/batch_norm", f"{BATCH_NORM} nn"),
+    ("hw3gpu/_torch/positions", "batch_norm_masked"),
     ("hw3gpu/_torch/bound", "bound_on_host"),
     ("hw3gpu/_torch/float16", "float16_scale"),
     ("hw3gpu", "functional functional_softmax functional_cross_entropy functional_batch_norm options"),
