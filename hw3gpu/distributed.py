@@ -15,11 +15,10 @@ from torch import Tensor
 
 from . import functional
 from ._core import check
-from ._torch import arguments, cross_entropy_formula, operators, vocab_parallel_rows
+from ._torch import arguments, cross_entropy_formula, operators, vocab_parallel_arguments, vocab_parallel_rows
 from ._torch import sync_batch_norm as _sync_batch_norm
 from ._torch import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
 from ._torch import vocab_parallel_linear_cross_entropy as _vocab_parallel_linear_cross_entropy
-from ._torch.arguments import _vocab_parallel_arguments, _vocab_parallel_numbers
 from ._torch.autograd import accumulate_dtype, as_dtype, graph_is_needed
 from ._torch.cross_entropy_formula import CrossEntropyStatistics, Options
 from ._torch.positions import packed
@@ -119,8 +118,8 @@ def vocab_parallel_cross_entropy(
     a class that no process has, on the CPU; on a GPU nothing waits for the device, and such a row gives NaN. RuntimeError for a
     second derivative.
     """
-    _vocab_parallel_arguments(logits_shard, target, weight, ignore_index, reduction, label_smoothing)
-    _vocab_parallel_numbers(z_loss, softcap, vocab_start)
+    vocab_parallel_arguments.cross_entropy(logits_shard, target, weight, ignore_index, reduction, label_smoothing)
+    vocab_parallel_arguments.numbers(z_loss, softcap, vocab_start)
     logit_scale = arguments.extra(0.0, None, logit_scale, "auto", "nan")[2]
     check.boolean(return_stats, "return_stats")
     if weight is not None:
@@ -205,7 +204,9 @@ def vocab_parallel_linear_cross_entropy(
     arguments.asked_dtype(loss_dtype)
     ignore_index = check.integer_value(ignore_index, "ignore_index")
     asked = Options(reduction, ignore_index, label_smoothing, z_loss, softcap, all_ignored == "zero", logit_scale)
-    problem = arguments.vocab_parallel_linear(input, linear_weight, target, linear_bias, weight, asked, vocab_start)
+    problem = vocab_parallel_arguments.linear_cross_entropy(
+        input, linear_weight, target, linear_bias, weight, asked, vocab_start
+    )
     if gradient == "forward" and reduction == "none":
         raise ValueError("gradient: expected 'auto' or 'backward' with reduction 'none', got 'forward'")
     rows = arguments.chunk_rows(chunk_rows)

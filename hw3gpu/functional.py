@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._core import arrays, check
 from ._core.torch_internals import legacy_reduction
-from ._torch import arguments, bound_launches, distillation_arguments, dtensor
+from ._torch import arguments, bound_launches, differentiable_statistics, distillation_arguments, dtensor
 from ._torch import batch_norm as _batch_norm
 from ._torch import cross_entropy as _cross_entropy
 from ._torch import distillation as _distillation
@@ -255,7 +255,7 @@ def cross_entropy(
             input, target, weight, options, gradient, return_stats, differentiable, by
         )
     elif differentiable:
-        loss, stats = _cross_entropy.with_differentiable_statistics(input, target, weight, options)
+        loss, stats = differentiable_statistics.loss_and_statistics(input, target, weight, options)
     else:
         loss, stats = _cross_entropy.cross_entropy(input, target, weight, options, gradient, return_stats, dtype, call)
     loss = as_dtype(loss, dtype)

@@ -346,10 +346,11 @@ def _beside(x: Tensor, W: Tensor, b: Tensor | None) -> None:
     """Checks dtype and device of what is multiplied with `x` and added, the bias, and that there is a class."""
     if W.shape[0] == 0:
         raise ValueError(f"linear_weight: expected at least one class, got shape {check.shape_of(W)}")
-    _like_input(x, W, b)
+    like_input(x, W, b)
 
 
-def _like_input(x: Tensor, W: Tensor, b: Tensor | None) -> None:
+def like_input(x: Tensor, W: Tensor, b: Tensor | None) -> None:
+    """Checks dtype and device of `linear_weight` and `linear_bias`, and the shape of the latter."""
     beside = [("linear_weight", W)]
     if b is not None:
         floating_tensor(b, "linear_bias")
@@ -434,68 +435,3 @@ def linear_problem(x: Tensor, W: Tensor, target: Tensor, b: Tensor | None, weigh
         target.reshape((N, C, S) if target.is_floating_point() else (N, S)),
         weight,
     )
-
-
-def _vocab_parallel_arguments(
-    z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
-) -> None:
-    for name, v in (("logits_shard", z), ("target", target), ("weight", weight)):
-        dtensor.refuse(v, name)
-    tensor(z, "logits_shard")
-    check.floating(z, "logits_shard")
-    tensor(target, "target")
-    check.integer(target, "target")
-    check.rank_at_least(z, "logits_shard", 1, "(V_r,), (N, V_r) or (N, V_r, d1, …)")
-    axis = min(z.dim() - 1, 1)
-    check.shape(target, "target", (*z.shape[:axis], *z.shape[axis + 1 :]), "one class per row of logits_shard")
-    same_device(target, "target", z, "logits_shard")
-    if weight is not None:
-        tensor(weight, "weight")
-        check.floating(weight, "weight")
-        check.shape(weight, "weight", (z.shape[axis],), "one weight per class of logits_shard")
-        same_device(weight, "weight", z, "logits_shard")
-    check.integer_value(ignore_index, "ignore_index")
-    check.one_of(reduction, "reduction", REDUCTIONS)
-    check.real_value(label_smoothing, "label_smoothing")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
-
-
-def vocab_parallel_linear(
-    x: Tensor, W: Tensor, target: Tensor, b: Tensor | None, weight: Tensor | None, asked: Options, vocab_start: int | None
-) -> Problem:
-    """The `Problem` of this process's classes, its parts checked."""
-    of = {"input": x, "linear_weight": W, "target": target, "linear_bias": b, "weight": weight}
-    for name, v in of.items():
-        dtensor.refuse(v, name)
-    floating_tensor(x, "input")
-    floating_tensor(W, "linear_weight")
-    check.rank_at_least(x, "input", 1, "…, D")
-    if W.dim() != 2:
-        raise check.ShapeError(f"linear_weight: expected (V_r, D), got shape {check.shape_of(W)}")
-    check.shape(W, "linear_weight", (W.shape[0], x.shape[-1]), "last, the features of input")
-    _like_input(x, W, b)
-    tensor(target, "target")
-    check.integer(target, "target")
-    check.shape(target, "target", tuple(x.shape[:-1]), "one class per row of input")
-    rows = x.reshape(target.numel(), x.shape[-1])
-    logits = x.detach().new_empty(()).expand(len(rows), len(W))
-    _vocab_parallel_arguments(logits, target.reshape(-1), None, asked.ignore_index, asked.reduction, asked.label_smoothing)
-    _vocab_parallel_numbers(asked.z_loss, asked.softcap, vocab_start)
-    if weight is not None:
-        floating_tensor(weight, "weight")
-        check.shape(weight, "weight", (len(W),), "one weight per row of linear_weight")
-        same_device(weight, "weight", x, "input")
-        weight = as_dtype(weight.detach(), accumulate_dtype(x)).contiguous()
-    return linear_problem(rows, W, target.reshape(-1), b, weight)
-
-
-def _vocab_parallel_numbers(z_loss: float, softcap: float | None, vocab_start: int | None) -> None:
-    check.real_value(z_loss, "z_loss")
-    if not 0 <= z_loss < float("inf"):
-        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
-    if softcap is not None:
-        check.real_value(softcap, "softcap")
-        check.positive(softcap, "softcap")
-    if vocab_start is not None and check.integer_value(vocab_start, "vocab_start") < 0:
-        raise ValueError(f"vocab_start: expected at least 0, got {vocab_start}")

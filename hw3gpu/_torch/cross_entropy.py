@@ -17,7 +17,15 @@ from torch import Tensor
 from .._core import arrays, dispatch, outputs
 from .._core.arrays import Array
 from .._core.torch_internals import apply_of
-from . import bound_launches, class_range, cross_entropy_formula, expected_upstream, operators, small_calls, token_log_probs
+from . import (
+    bound_launches,
+    class_range,
+    cross_entropy_formula,
+    differentiable_statistics,
+    expected_upstream,
+    operators,
+    small_calls,
+)
 from .autograd import accumulate_dtype, empty_of, graph_is_needed
 from .bound_launches import Call
 from .class_range import judge_targets, refuse_class
@@ -28,10 +36,11 @@ from .cross_entropy_formula import (
     Options,
     class_axis,
     loss_shape,
+    target_gradient,
+    upstream_of_rows,
     without_derivatives,
 )
 from .row_weights import RowWeights, known_factors, reduced_by
-from .token_log_probs import TokenLogProbs
 
 
 class Rest(NamedTuple):
@@ -102,7 +111,7 @@ def with_row_weights(
 
     def call(asked: Options) -> tuple[Tensor, CrossEntropyStatistics | None]:
         if differentiable:
-            return with_differentiable_statistics(logits, target, weight, asked)
+            return differentiable_statistics.loss_and_statistics(logits, target, weight, asked)
         if known is not None:
             return cross_entropy(logits, target, weight, asked._replace(reduction="sum"), gradient, stats, factors=known)
         return cross_entropy(logits, target, weight, asked, gradient, stats, normalizer=by.normalizer)
@@ -115,42 +124,6 @@ def steps(logits: Tensor, target: Tensor, gradient: str) -> bool:
     if gradient == "backward" or target.requires_grad or not (operators.eager() and graph_is_needed(logits)):
         return False
     return not operators.traced(logits) and dispatch.backend(logits) == "cpu"
-
-
-def with_differentiable_statistics(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options
-) -> tuple[Tensor, CrossEntropyStatistics | None]:
-    """(loss, CrossEntropyStatistics), both with a graph; the arguments are checked, weight is in the kernels' dtype.
-
-    Of classes without smoothing and softcap the loss is that of `token_log_probs`: one pass for both. The rest is computed by
-    the formula in PyTorch's operations.
-    """
-    if target.is_floating_point() or options.label_smoothing or options.softcap is not None or operators.transformed():
-        if not (operators.traced(logits) or operators.transformed()):
-            class_range.check_classes(target, logits.shape[class_axis(logits)], options.ignore_index)
-        return cross_entropy_formula.loss_and_statistics(logits, target, weight, options, True)
-    axis = class_axis(logits)
-    found, sums = token_log_probs.with_sums(logits, target, 1.0 / options.logit_scale, options.ignore_index, axis)
-    assert sums is not None
-    predicted = logits.detach().argmax(axis)
-    return of_token_log_probs(found, sums[3].view(target.shape), target, weight, options, predicted)
-
-
-def of_token_log_probs(
-    found: TokenLogProbs, below: Tensor, target: Tensor, weight: Tensor | None, options: Options,
-    predicted: Tensor | None = None,
-) -> tuple[Tensor, CrossEntropyStatistics]:  # fmt: skip
-    """(loss, CrossEntropyStatistics) of classes, from the three numbers of every row and z_target - max z."""
-    target = target.long()  # in fewer bits PyTorch wraps the number that it is compared with, and takes uint8 for a mask
-    kept, loss = target != options.ignore_index, -found.log_prob
-    if weight is not None:
-        w_t = torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
-        loss = torch.where(w_t == 0, 0.0, w_t * loss)  # 0 · ∞ = 0
-    if options.z_loss:
-        loss = loss + options.z_loss * found.lse**2
-    loss = cross_entropy_formula.reduced(loss, kept, target, weight, options)
-    predicted = None if predicted is None else torch.where(kept, predicted, -1)
-    return loss, CrossEntropyStatistics(found.lse, found.log_prob, found.entropy, (below == 0) & kept, predicted)
 
 
 def _eager_with_graph(logits: Tensor, target: Tensor, rest: Rest, gradient: str) -> tuple[Tensor, Tensor | None]:
@@ -413,7 +386,7 @@ def run_backward(
         dz = outputs.folded(dlogits, class_axis(logits), which)
     else:
         dlogits, dz = outputs.output(logits, class_axis(logits), view)
-    upstream = view(_upstream_of_rows(upstream, numbers, options))
+    upstream = view(upstream_of_rows(upstream, numbers, options))
     over = cell(denominator, which)
     with bound_launches.noted(call, (*operands, dlogits), *(() if unless_one else (dlogits,))):
         kernels.backward(z, t, view(weight), view(numbers), upstream, over, dz, unless_one=unless_one, **options.of_rows)
@@ -474,36 +447,6 @@ def _small_step(
     if row < target.numel():
         refuse_class(target, row, logits.shape[class_axis(logits)], options.ignore_index)
     return loss, dlogits
-
-
-def never_zero(denominator: Tensor, options: Options) -> Tensor:
-    """A denominator of 0 makes a loss of 0/0; where `zero_if_ignored`, it is replaced by infinity, and the loss is 0."""
-    return denominator.masked_fill_(denominator == 0, torch.inf) if options.zero_if_ignored else denominator
-
-
-def _upstream_of_rows(upstream: Tensor, numbers: Tensor, options: Options) -> Tensor:
-    rows = numbers.shape[1:]
-    return upstream.reshape(rows) if options.reduction == "none" else upstream.expand(rows)
-
-
-def target_gradient(
-    upstream: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, numbers: Tensor, denominator: Tensor | None,
-    options: Options,
-) -> Tensor:  # fmt: skip
-    """∂loss/∂y_c = -w_c (1 - ε) log p_c for probabilities."""
-    acc = numbers.dtype
-    z = outputs.fold(logits, class_axis(logits)).to(acc)
-    if options.logit_scale != 1.0:
-        z = options.logit_scale * z
-    if options.softcap is not None:
-        z = options.softcap * (z / options.softcap).tanh()
-    log_p = (z - numbers[0][:, None]) - numbers[1].log1p()[:, None]
-    scale = _upstream_of_rows(upstream, numbers, options).to(acc)[:, None] * (options.label_smoothing - 1)
-    if denominator is not None:
-        scale = scale / denominator
-    if weight is not None:
-        scale = scale * weight.to(acc)[None, :, None]
-    return (scale * log_p).reshape(target.shape).to(target.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- operators

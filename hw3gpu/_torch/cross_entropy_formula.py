@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._core import outputs
 from .autograd import accumulate_dtype, gradients_with_a_graph, no_derivative
 
 NUMBERS = 6  # m, Σ exp(z - m) - 1, W, z_target - m, entropy, argmax; the first three are what the backward pass needs
@@ -139,6 +140,37 @@ def gradients(
         return (_loss(_capped(logits, options), target, weight, options)[0],)
 
     return gradients_with_a_graph(loss, (logits, target), (upstream,), needs)
+
+
+def never_zero(denominator: Tensor, options: Options) -> Tensor:
+    """A denominator of 0 makes a loss of 0/0; where `zero_if_ignored`, it is replaced by infinity, and the loss is 0."""
+    return denominator.masked_fill_(denominator == 0, torch.inf) if options.zero_if_ignored else denominator
+
+
+def upstream_of_rows(upstream: Tensor, numbers: Tensor, options: Options) -> Tensor:
+    """∂ℓ/∂loss of every row, (N, S)."""
+    rows = numbers.shape[1:]
+    return upstream.reshape(rows) if options.reduction == "none" else upstream.expand(rows)
+
+
+def target_gradient(
+    upstream: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, numbers: Tensor, denominator: Tensor | None,
+    options: Options,
+) -> Tensor:  # fmt: skip
+    """∂loss/∂y_c = -w_c (1 - ε) log p_c for probabilities."""
+    acc = numbers.dtype
+    z = outputs.fold(logits, class_axis(logits)).to(acc)
+    if options.logit_scale != 1.0:
+        z = options.logit_scale * z
+    if options.softcap is not None:
+        z = options.softcap * (z / options.softcap).tanh()
+    log_p = (z - numbers[0][:, None]) - numbers[1].log1p()[:, None]
+    scale = upstream_of_rows(upstream, numbers, options).to(acc)[:, None] * (options.label_smoothing - 1)
+    if denominator is not None:
+        scale = scale / denominator
+    if weight is not None:
+        scale = scale * weight.to(acc)[None, :, None]
+    return (scale * log_p).reshape(target.shape).to(target.dtype)
 
 
 def _capped(logits: Tensor, options: Options) -> Tensor:

@@ -15,7 +15,13 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .._core import check
 from . import cross_entropy as _cross_entropy
-from . import cross_entropy_formula, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy, vocab_parallel_rows
+from . import (
+    cross_entropy_formula,
+    differentiable_statistics,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+    vocab_parallel_rows,
+)
 from . import linear_cross_entropy as _linear_cross_entropy
 from .autograd import graph_is_needed
 from .cross_entropy_formula import NUMBERS, CrossEntropyStatistics, Options, class_axis, loss_shape
@@ -35,7 +41,7 @@ def cross_entropy(
     def call(asked: Options) -> Results:
         if differentiable:
             refuse_divided(logits, class_axis(logits), "input")
-            return _cross_entropy.with_differentiable_statistics(logits, target, weight, asked)
+            return differentiable_statistics.loss_and_statistics(logits, target, weight, asked)
         return _cross_entropy_of(logits, target, weight, asked, stats)
 
     return call(options) if by is None else reduced_by(call, options, target, weight, by)

@@ -21,8 +21,7 @@ from torch import Tensor
 from .._core import arrays, dispatch, record
 from . import class_range, cross_entropy_formula, float16_scale
 from .autograd import accumulate_dtype, as_dtype, gradients_with_a_graph
-from .cross_entropy import never_zero, target_gradient
-from .cross_entropy_formula import CrossEntropyStatistics, Options
+from .cross_entropy_formula import CrossEntropyStatistics, Options, never_zero, target_gradient
 
 # A part of all rows keeps the peak below a tenth of the logits; on the host, half of it in half precision, whose products have
 # buffers of their own there. Fewer bytes make slow products, more make none faster. The peak counts gradients and one float32

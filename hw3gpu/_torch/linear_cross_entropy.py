@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import class_range, cross_entropy_formula, linear_token_log_probs, operators
 from .autograd import accumulate_dtype, graph_is_needed
-from .cross_entropy import of_token_log_probs
 from .cross_entropy_formula import NUMBERS, OPTIONS_SCHEMA, CrossEntropyStatistics, Options
+from .differentiable_statistics import of_token_log_probs
 from .linear_chunks import (
     Found,
     Problem,

@@ -29,8 +29,8 @@ def packed(mask: Tensor) -> Positions:
     """Of mask (N, …), a bool a position. PyTorch's operations, so that a compiler fuses them and no device is waited for."""
     flat = mask.reshape(-1)
     padded = torch.nn.functional.pad(flat, (0, 8 * bytes_of(flat.numel()) - flat.numel())).view(-1, 8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return Positions((padded * weights).sum(1, dtype=torch.uint8), flat.sum().reshape(1))
+    bits = padded.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)  # made there: no copy from the host
+    return Positions(bits.sum(1, dtype=torch.uint8), flat.sum().reshape(1))
 
 
 def unpacked(bits: Tensor, x: Tensor) -> Tensor:

@@ -24,8 +24,7 @@ from . import float16_scale, operators
 from . import vocab_parallel_rows as of_rows
 from .autograd import accumulate_dtype, graph_is_needed, no_second_derivative
 from .collectives import Gathering, summed
-from .cross_entropy import never_zero
-from .cross_entropy_formula import NUMBERS, OPTIONS_SCHEMA, Options
+from .cross_entropy_formula import NUMBERS, OPTIONS_SCHEMA, Options, never_zero
 from .linear_chunks import HALVES, Gradients, Problem, as_given, chunks, fake_gradients, logits_of, scaled
 from .vocab_parallel_rows import Divided
 

@@ -1,0 +1,79 @@
+"""What the losses over divided classes are given, checked before anything is allocated or sent."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._core import check
+from . import dtensor
+from .arguments import REDUCTIONS, floating_tensor, like_input, linear_problem, same_device, tensor
+from .autograd import accumulate_dtype, as_dtype
+from .cross_entropy_formula import Options
+from .linear_chunks import Problem
+
+
+def cross_entropy(
+    z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> None:
+    """Checks every argument that PyTorch's function has."""
+    for name, v in (("logits_shard", z), ("target", target), ("weight", weight)):
+        dtensor.refuse(v, name)
+    tensor(z, "logits_shard")
+    check.floating(z, "logits_shard")
+    tensor(target, "target")
+    check.integer(target, "target")
+    check.rank_at_least(z, "logits_shard", 1, "(V_r,), (N, V_r) or (N, V_r, d1, …)")
+    axis = min(z.dim() - 1, 1)
+    check.shape(target, "target", (*z.shape[:axis], *z.shape[axis + 1 :]), "one class per row of logits_shard")
+    same_device(target, "target", z, "logits_shard")
+    if weight is not None:
+        tensor(weight, "weight")
+        check.floating(weight, "weight")
+        check.shape(weight, "weight", (z.shape[axis],), "one weight per class of logits_shard")
+        same_device(weight, "weight", z, "logits_shard")
+    check.integer_value(ignore_index, "ignore_index")
+    check.one_of(reduction, "reduction", REDUCTIONS)
+    check.real_value(label_smoothing, "label_smoothing")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+
+
+def linear_cross_entropy(
+    x: Tensor, W: Tensor, target: Tensor, b: Tensor | None, weight: Tensor | None, asked: Options, vocab_start: int | None
+) -> Problem:
+    """The `Problem` of this process's classes, its parts checked."""
+    of = {"input": x, "linear_weight": W, "target": target, "linear_bias": b, "weight": weight}
+    for name, v in of.items():
+        dtensor.refuse(v, name)
+    floating_tensor(x, "input")
+    floating_tensor(W, "linear_weight")
+    check.rank_at_least(x, "input", 1, "…, D")
+    if W.dim() != 2:
+        raise check.ShapeError(f"linear_weight: expected (V_r, D), got shape {check.shape_of(W)}")
+    check.shape(W, "linear_weight", (W.shape[0], x.shape[-1]), "last, the features of input")
+    like_input(x, W, b)
+    tensor(target, "target")
+    check.integer(target, "target")
+    check.shape(target, "target", tuple(x.shape[:-1]), "one class per row of input")
+    rows = x.reshape(target.numel(), x.shape[-1])
+    logits = x.detach().new_empty(()).expand(len(rows), len(W))
+    cross_entropy(logits, target.reshape(-1), None, asked.ignore_index, asked.reduction, asked.label_smoothing)
+    numbers(asked.z_loss, asked.softcap, vocab_start)
+    if weight is not None:
+        floating_tensor(weight, "weight")
+        check.shape(weight, "weight", (len(W),), "one weight per row of linear_weight")
+        same_device(weight, "weight", x, "input")
+        weight = as_dtype(weight.detach(), accumulate_dtype(x)).contiguous()
+    return linear_problem(rows, W, target.reshape(-1), b, weight)
+
+
+def numbers(z_loss: float, softcap: float | None, vocab_start: int | None) -> None:
+    """Checks the numbers that PyTorch's function does not have."""
+    check.real_value(z_loss, "z_loss")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
+    if softcap is not None:
+        check.real_value(softcap, "softcap")
+        check.positive(softcap, "softcap")
+    if vocab_start is not None and check.integer_value(vocab_start, "vocab_start") < 0:
+        raise ValueError(f"vocab_start: expected at least 0, got {vocab_start}")
