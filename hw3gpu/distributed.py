@@ -6,6 +6,7 @@ bits on every process that shares them: what processes send is merged in order o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import index
 from typing import Any
 
@@ -22,7 +23,7 @@ from ._torch import vocab_parallel_linear_cross_entropy as _vocab_parallel_linea
 from ._torch.autograd import accumulate_dtype, as_dtype, graph_is_needed
 from ._torch.cross_entropy_formula import CrossEntropyStatistics, Options
 from ._torch.positions import packed
-from ._torch.row_weights import weighed
+from ._torch.row_weights import RowWeights, weighed
 
 __all__ = ["sync_batch_norm", "vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"]
 
@@ -99,7 +100,12 @@ def vocab_parallel_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    all_ignored: str = "nan",
     return_stats: bool = False,
+    differentiable: bool = False,
+    loss_dtype: torch.dtype | None = None,
+    normalizer: float | Tensor | None = None,
+    token_weight: Tensor | None = None,
     vocab_start: int | None = None,
 ) -> Any:
     """`functional.cross_entropy` of logits that are divided over `group` (None: all processes) along their classes.
@@ -109,7 +115,9 @@ def vocab_parallel_cross_entropy(
     process. weight: (V_r,), the weights of this process's classes. vocab_start: the number of the shard's first class; left
     out, processes exchange their sizes first, in a collective of one number each. Give it on every process or on none.
 
-    return_stats: also `CrossEntropyStatistics` of every row, the same on every process, without a gradient.
+    return_stats: also `CrossEntropyStatistics` of every row, the same on every process, without a gradient; differentiable:
+    log_prob, entropy and lse with one. all_ignored, logit_scale, loss_dtype, normalizer and token_weight, of target's shape, as
+    of `functional.cross_entropy`, the same on every process.
 
     One collective forward, of six numbers a row (eight with statistics), and none backward: the loss is the same on every
     process, and each has the gradient of its own shard. Do not divide it, or sum it, over the group.
@@ -118,10 +126,15 @@ def vocab_parallel_cross_entropy(
     a class that no process has, on the CPU; on a GPU nothing waits for the device, and such a row gives NaN. RuntimeError for a
     second derivative.
     """
+    arguments.statistics(return_stats, differentiable)
     vocab_parallel_arguments.cross_entropy(logits_shard, target, weight, ignore_index, reduction, label_smoothing)
     vocab_parallel_arguments.numbers(z_loss, softcap, vocab_start)
-    logit_scale = arguments.extra(0.0, None, logit_scale, "auto", "nan")[2]
-    check.boolean(return_stats, "return_stats")
+    logit_scale = arguments.extra(0.0, None, logit_scale, "auto", all_ignored)[2]
+    arguments.asked_dtype(loss_dtype)
+    if differentiable:
+        arguments.differentiable(return_stats)
+    shape, zero = tuple(target.shape), all_ignored == "zero"
+    by = arguments.row_weights(token_weight, normalizer, shape, logits_shard, zero, "logits_shard") or RowWeights(None, None)
     if weight is not None:
         weight = weight.detach().to(accumulate_dtype(logits_shard)).contiguous()
     ignore_index = index(ignore_index)
@@ -134,21 +147,33 @@ def vocab_parallel_cross_entropy(
         logit_scale,
         _or_all(group).group_name,
         return_stats,
+        differentiable,
     )
-    loss, weights, taken, numbers = _vocab_parallel_cross_entropy.vocab_parallel_cross_entropy(
+    loss, w_t, taken, *numbers = _vocab_parallel_cross_entropy.vocab_parallel_cross_entropy(
         logits_shard, target, weight, options
     )
-    shape = target.shape
     if logits_shard.device.type == "cpu" and not operators.traced(logits_shard):
         vocab_parallel_rows.every_class_exists(taken, target, ignore_index)
-    total = loss.reshape(shape) if reduction == "none" else loss.sum()
-    loss = as_dtype(total / weights.sum() if reduction == "mean" else total, logits_shard.dtype)
+    asked = Options(reduction, ignore_index, 0.0, 0.0, None, zero)
+    if by.normalizer is not None and reduction != "none":
+        asked = asked._replace(reduction="sum")
+    loss, w_t = loss.reshape(shape), w_t.reshape(shape)
+    loss = cross_entropy_formula.reduced(loss, w_t != 0, w_t, None, asked, by.token_weight, counted=w_t)
+    loss = loss if by.normalizer is None else loss / by.normalizer
+    loss = as_dtype(loss, loss_dtype or arguments.loss_dtype(logits_shard, target))
     return (loss, _statistics(numbers, target, ignore_index, logits_shard)) if return_stats else loss
 
 
-def _statistics(numbers: Tensor, target: Tensor, ignore_index: int, *depends_on: Tensor | None) -> CrossEntropyStatistics:
+def _statistics(
+    numbers: Sequence[Tensor], target: Tensor, ignore_index: int, *depends_on: Tensor | None
+) -> CrossEntropyStatistics:
+    """numbers: those of every row, and log_prob, entropy and lse with gradients, or none."""
+    of_rows, with_gradients = numbers
     # a class that no process has makes NaN of its row, or has raised
-    stats = cross_entropy_formula.statistics(numbers, target.shape, 1 << 62, target, ignore_index)
+    stats = cross_entropy_formula.statistics(of_rows, target.shape, 1 << 62, target, ignore_index)
+    if len(with_gradients):
+        log_prob, entropy, lse = with_gradients.reshape(3, *target.shape).unbind()
+        return stats._replace(log_prob=log_prob, entropy=entropy, lse=lse)
     return cross_entropy_formula.without_derivatives(stats, *depends_on) if graph_is_needed(*depends_on) else stats
 
 
@@ -169,6 +194,7 @@ def vocab_parallel_linear_cross_entropy(
     gradient: str = "auto",
     all_ignored: str = "nan",
     return_stats: bool = False,
+    differentiable: bool = False,
     loss_dtype: torch.dtype | None = None,
     normalizer: float | Tensor | None = None,
     token_weight: Tensor | None = None,
@@ -192,14 +218,15 @@ def vocab_parallel_linear_cross_entropy(
 
     gradient: "forward", what "auto" is for a reduced loss, makes the gradients in the forward pass: three products. "backward"
     makes the logits twice. all_ignored: the mean over no rows is "nan" or "zero". return_stats: also `CrossEntropyStatistics`
-    of every row, the same on every process, without a gradient. logit_scale, loss_dtype, normalizer and token_weight, of
-    target's shape, as of `functional.cross_entropy`. Under autocast the products are in its dtype.
+    of every row, the same on every process, without a gradient; differentiable: log_prob, entropy and lse with one, and
+    `gradient` is "backward". logit_scale, loss_dtype, normalizer and token_weight, of target's shape, as of
+    `functional.cross_entropy`. Under autocast the products are in its dtype.
 
     Raises TypeError for kinds and dtypes (probabilities as target among them), ValueError for shapes and values, IndexError for
     a class that no process has, on the CPU; on a GPU nothing waits for the device, and such a row gives NaN. RuntimeError for a
     second derivative and under `torch.func` transforms.
     """
-    check.boolean(return_stats, "return_stats")
+    arguments.statistics(return_stats, differentiable)
     z_loss, softcap, logit_scale = arguments.extra(z_loss, softcap, logit_scale, gradient, all_ignored)
     arguments.asked_dtype(loss_dtype)
     ignore_index = check.integer_value(ignore_index, "ignore_index")
@@ -210,6 +237,8 @@ def vocab_parallel_linear_cross_entropy(
     if gradient == "forward" and reduction == "none":
         raise ValueError("gradient: expected 'auto' or 'backward' with reduction 'none', got 'forward'")
     rows = arguments.chunk_rows(chunk_rows)
+    if differentiable:
+        arguments.differentiable(return_stats)
     by = arguments.row_weights(token_weight, normalizer, tuple(target.shape), input, asked.zero_if_ignored)
     if by is not None:
         arguments.gradient_of_rows(gradient, by)
@@ -220,9 +249,10 @@ def vocab_parallel_linear_cross_entropy(
         _or_all(group).group_name,
         rows or 0,
         return_stats,
+        differentiable,
     )
     found = _vocab_parallel_linear_cross_entropy.vocab_parallel_linear_cross_entropy(problem, rest, gradient)
-    loss, taken, w_t, numbers = found
+    loss, taken, w_t, *numbers = found
     if input.device.type == "cpu" and not operators.traced(input):
         vocab_parallel_rows.every_class_exists(taken, target, ignore_index)
     loss = loss.reshape(target.shape) if reduction == "none" else loss

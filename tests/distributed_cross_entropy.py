@@ -68,6 +68,50 @@ def cross_entropy_of_all(
 
 
 @check
+def vocab_parallel_cross_entropy_whose_statistics_have_gradients(rank):
+    """And with weights of rows, a normaliser and a dtype of the loss, against the same of all classes in one process."""
+    from hw3gpu.distributed import vocab_parallel_cross_entropy
+
+    rows = normal(5, 3, seed=12).square()
+    for extra in (
+        {"reduction": "none", "softcap": 2.0, "logit_scale": 1.3}, {"normalizer": torch.tensor(3.0), "label_smoothing": 0.1},
+        {"token_weight": rows, "z_loss": 0.1}, {"token_weight": rows, "normalizer": 3.0, "loss_dtype": torch.float32},
+        {"ignore_index": 3, "reduction": "sum"},
+    ):  # fmt: skip
+        for differentiable in (False, True):
+            z, target = 3 * normal(5, 11, 3), torch.randint(11, (5, 3), generator=torch.Generator().manual_seed(7))
+            sizes, given = shards(rank, 11), {**extra, "return_stats": True, "differentiable": differentiable}
+            first = sum(sizes[: rank.rank])
+            mine = slice(first, first + sizes[rank.rank])
+            part, whole = z[:, mine].clone().requires_grad_(), z.clone().requires_grad_()
+            found = vocab_parallel_cross_entropy(part, target, **given)
+            expected = HF.cross_entropy(whole, target, **given)
+            assert found[0].dtype == expected[0].dtype
+            for of in (found, expected):
+                total = of[0].double().sum()
+                if differentiable:
+                    total = total + (rows * of[1].entropy + rows.sin() * of[1].log_prob + rows.cos() * of[1].lse).sum()
+                total.backward(retain_graph=True)
+                if differentiable:
+                    of[1].entropy.sum().backward()
+            same(found[0].double(), expected[0].double(), 1e-6 if "loss_dtype" in extra else 1e-10, "loss")
+            for name, ours, theirs in zip(found[1]._fields, found[1], expected[1], strict=True):
+                same(ours.double(), theirs.double(), 1e-10, name)
+            same(part.grad, whole.grad[:, mine], 1e-10, str(given))
+
+
+@check
+def vocab_parallel_cross_entropy_of_an_ignored_batch_is_zero_where_asked(rank):
+    from hw3gpu.distributed import vocab_parallel_cross_entropy
+
+    z = normal(2, 3).requires_grad_()
+    loss = vocab_parallel_cross_entropy(z, torch.full((2,), -100), all_ignored="zero")
+    loss.backward()
+    assert loss == 0
+    assert not z.grad.any()
+
+
+@check
 def vocab_parallel_cross_entropy_of_every_shape(rank):
     for shape in ((11,), (5, 11), (3, 11, 4), (2, 11, 2, 3)):
         cross_entropy_of_all(rank, shape)
@@ -190,6 +234,11 @@ def vocab_parallel_cross_entropy_refuses_bad_input(rank):
     refuses(ValueError, "label_smoothing", lambda: loss(z, t, label_smoothing=2.0))
     refuses(ValueError, "softcap", lambda: loss(z, t, softcap=0.0))
     refuses(ValueError, "vocab_start", lambda: loss(z, t, vocab_start=-1))
+    refuses(ValueError, "all_ignored", lambda: loss(z, t, all_ignored="one"))
+    refuses(ValueError, "token_weight: expected shape (2,)", lambda: loss(z, t, token_weight=torch.ones(3)))
+    refuses(ValueError, "normalizer", lambda: loss(z, t, normalizer=-1.0))
+    refuses(TypeError, "loss_dtype", lambda: loss(z, t, loss_dtype=torch.int64))
+    refuses(ValueError, "differentiable: expected return_stats=True", lambda: loss(z, t, differentiable=True))
     x = z.requires_grad_()
     dx = torch.autograd.grad(loss(x, t), x, create_graph=True)[0]
     refuses(RuntimeError, "a second derivative", lambda: dx.sum().backward())

@@ -50,9 +50,13 @@ def linear_of_all(
     )
     expected = expected.reshape(loss.shape)
     assert loss.dtype == dtype
-    g = upstream or normal(*expected.shape, seed=9).abs() + 0.5
-    loss.backward(torch.as_tensor(g).to(dtype))
-    expected.backward(torch.as_tensor(g, dtype=torch.float64))
+    g = normal(*expected.shape, seed=9).abs() + 0.5 if upstream is None else upstream
+    if options.get("differentiable"):
+        for found in ((loss.double(), stats), (expected, of_all)):
+            objective(*found, target, g).backward()
+    else:
+        loss.backward(torch.as_tensor(g).to(dtype))
+        expected.backward(torch.as_tensor(g, dtype=torch.float64))
     tolerance = tolerance or {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 4e-3}[dtype]
     same(loss.double(), expected, tolerance, "loss")
     for name, ours, theirs in zip(stats._fields, stats, of_all, strict=True):
@@ -67,6 +71,28 @@ def linear_of_all(
             theirs = theirs.grad if name == "input" else theirs.grad[mine]
             size = max(1.0, float(theirs.abs().max())) if theirs.numel() else 1.0
             same(ours.grad.double() / size, theirs / size, tolerance, name)
+
+
+def objective(loss, stats, target, g):
+    """Of a loss times g, where that is not 0, and of the statistics that have gradients, each times numbers of its own."""
+    weights = normal(3, *target.shape, seed=11).view(3, *stats.lse.shape)
+    of_rows = (w * v.double() for w, v in zip(weights, (stats.log_prob, stats.entropy, stats.lse), strict=True))
+    g = torch.as_tensor(g, dtype=torch.float64)
+    return sum(v.sum() for v in of_rows) + ((g * loss).sum() if g.any() else 0.0)
+
+
+@check
+def vocab_parallel_linear_cross_entropy_whose_statistics_have_gradients(rank):
+    """With the loss, and by themselves."""
+    tokens = normal(7, seed=8).square()
+    for extra in (
+        {"weighted": True, "ignore_index": 3, "reduction": "none"}, {"upstream": 0.0, "start": True}, {"token_weight": tokens},
+        {"softcap": 2.0, "logit_scale": 1.7, "normalizer": 3.0}, {"logit_scale": 0.3}, {"label_smoothing": 0.2, "z_loss": 0.1},
+    ):  # fmt: skip
+        linear_of_all(rank, (7,), differentiable=True, **extra)
+    linear_of_all(rank, (2, 3), differentiable=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        linear_of_all(rank, (9,), 40, dtype=dtype, chunk_rows=4, differentiable=True)
 
 
 @check
@@ -234,6 +260,8 @@ def vocab_parallel_linear_cross_entropy_refuses_bad_input(rank):
     refuses(TypeError, "group: expected None or a process group", lambda: loss(x, W, t, group="all"))
     refuses(TypeError, "return_stats", lambda: loss(x, W, t, return_stats=1))
     x.requires_grad_()
+    refuses(TypeError, "differentiable", lambda: loss(x, W, t, return_stats=True, differentiable=1))
+    refuses(ValueError, "differentiable: expected return_stats=True", lambda: loss(x, W, t, differentiable=True))
     refuses(RuntimeError, "statistics of cross entropy", lambda: loss(x, W, t, return_stats=True)[1].entropy.sum().backward())
     dx = torch.autograd.grad(loss(x, W, t), x, create_graph=True)[0]
     refuses(RuntimeError, "a second derivative", lambda: dx.sum().backward())
@@ -250,6 +278,10 @@ def vocab_parallel_linear_cross_entropy_compiles_without_a_break(rank):
         leaves = [v.clone().requires_grad_() for v in (x, W)]
         loss = decorate(lambda x, W, t: vocab_parallel_linear_cross_entropy(x, W, t, label_smoothing=0.1))(*leaves, target)
         loss.backward()
-        results.append((loss, *(v.grad for v in leaves)))
+        found = decorate(lambda x, W, t: vocab_parallel_linear_cross_entropy(x, W, t, return_stats=True, differentiable=True))(
+            *leaves, target
+        )
+        (found[0] + found[1].entropy.sum()).backward()
+        results.append((loss, *found[1], *(v.grad for v in leaves)))
     for a, b in zip(*results, strict=True):
         same(a, b)

@@ -59,15 +59,15 @@ class CrossEntropyStatistics(NamedTuple):
         log_prob: log p of the target class; None for probabilities.
         entropy: -Σ p log p.
         correct: True where no class has a larger logit than the target, which may tie with others; None for probabilities.
-        predicted: the class of the largest logit, the first of several, int64. 0 in a row with a NaN. None of
-            `linear_cross_entropy` with `differentiable=True`, of classes without label_smoothing and softcap.
+        predicted: the class of the largest logit, the first of several, int64. 0 in a row with a NaN. With
+            `differentiable=True` what `torch.argmax` says.
     """
 
     lse: Tensor
     log_prob: Tensor | None
     entropy: Tensor
     correct: Tensor | None
-    predicted: Tensor | None
+    predicted: Tensor
 
 
 def loss_shape(logits: Tensor) -> tuple[int, ...]:

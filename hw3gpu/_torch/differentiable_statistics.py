@@ -31,9 +31,9 @@ def loss_and_statistics(
 
 def of_token_log_probs(
     found: TokenLogProbs, below: Tensor, target: Tensor, weight: Tensor | None, options: Options,
-    predicted: Tensor | None = None,
+    predicted: Tensor,
 ) -> tuple[Tensor, CrossEntropyStatistics]:  # fmt: skip
-    """(loss, CrossEntropyStatistics) of classes, from the three numbers of every row and z_target - max z."""
+    """(loss, CrossEntropyStatistics) of classes, from the three numbers of every row, z_target - max z and the arg max."""
     target = target.long()  # in fewer bits PyTorch wraps the number that it is compared with, and takes uint8 for a mask
     kept, loss = target != options.ignore_index, -found.log_prob
     if weight is not None:
@@ -42,5 +42,5 @@ def of_token_log_probs(
     if options.z_loss:
         loss = loss + options.z_loss * found.lse**2
     loss = cross_entropy_formula.reduced(loss, kept, target, weight, options)
-    predicted = None if predicted is None else torch.where(kept, predicted, -1)
-    return loss, CrossEntropyStatistics(found.lse, found.log_prob, found.entropy, (below == 0) & kept, predicted)
+    correct, predicted = (below == 0) & kept, torch.where(kept, predicted, -1)
+    return loss, CrossEntropyStatistics(found.lse, found.log_prob, found.entropy, correct, predicted)

@@ -72,9 +72,9 @@ def _of_divided_classes(logits: Any, target: Any, weight: Any, options: Options,
         logits.redistribute(mesh, placed).to_local(),
         target.redistribute(mesh, rows).to_local(),
         _classes_here(weight, axis),
-        vocab_parallel_cross_entropy.Options._make((*_divided(logits, classes, axis, options), stats, False)),
+        vocab_parallel_cross_entropy.Options._make((*_divided(logits, classes, axis, options), stats, False, False)),
     )
-    loss, _, taken, numbers = found
+    loss, _, taken, numbers, _ = found
     return _row_results(loss, taken, numbers, target, rows, options, stats)
 
 
@@ -198,7 +198,7 @@ def _of_divided_weight(problem: Problem, options: Options, gradient: str, stats:
     reduction = "none" if options.reduction == "none" else "sum"
     rest = vocab_parallel_linear_cross_entropy.Rest(options._replace(reduction=reduction), start, group, rows, stats)
     found = vocab_parallel_linear_cross_entropy.vocab_parallel_linear_cross_entropy(local, rest, gradient)
-    loss, taken, _, numbers = found
+    loss, taken, _, numbers, _ = found
     loss, of_rows = _row_results(loss, taken, numbers, target, of_x, options, stats)
     if of_rows is not None and graph_is_needed(x, W, b):
         of_rows = cross_entropy_formula.without_derivatives(of_rows, x, W, b)

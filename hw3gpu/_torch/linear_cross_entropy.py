@@ -93,8 +93,10 @@ def with_differentiable_statistics(
         if not (operators.traced(problem.x) or operators.transformed()):
             class_range.check_classes(problem.target, problem.sizes[1], options.ignore_index)
         return formula(problem, options, True)
-    found, sums = linear_token_log_probs.with_sums(problem, 1.0 / options.logit_scale, options.ignore_index, rows)
-    return of_token_log_probs(found, sums[3], problem.target, problem.weight, options)
+    temperature = 1.0 / options.logit_scale
+    found, sums, predicted = linear_token_log_probs.with_sums(problem, temperature, options.ignore_index, rows, predicts=True)
+    assert predicted is not None
+    return of_token_log_probs(found, sums[3], problem.target, problem.weight, options, predicted)
 
 
 # ---------------------------------------------------------------------------------------------- autograd

@@ -28,37 +28,46 @@ def linear_token_log_probs(problem: Problem, temperature: float, ignore_index: i
     return with_sums(problem, temperature, ignore_index, rows)[0]
 
 
-def with_sums(problem: Problem, temperature: float, ignore_index: int, rows: int | None) -> tuple[TokenLogProbs, Tensor]:
-    """`TokenLogProbs`, and the sums of every row by kernels; outside of transforms."""
-    options = temperature, ignore_index
+def with_sums(
+    problem: Problem, temperature: float, ignore_index: int, rows: int | None, predicts: bool = False
+) -> tuple[TokenLogProbs, Tensor, Tensor | None]:
+    """`TokenLogProbs`, the sums of every row by kernels, and the class of its largest logit if `predicts`; outside of
+    transforms."""
+    options = temperature, ignore_index, rows or 0, predicts
     if operators.traced(problem.x):
-        *found, sums = FORWARD(*problem[:4], *options, rows or 0)
-        return TokenLogProbs(*found), sums
-    if graph_is_needed(*problem[:3]):
-        *found, sums = _LinearTokenLogProbs.apply(*problem[:4], ((*options, rows or 0), _run, _run_backward))
+        *found, sums, predicted = FORWARD(*problem[:4], *options)
+    elif graph_is_needed(*problem[:3]):
+        *found, sums, predicted = _LinearTokenLogProbs.apply(*problem[:4], (options, _run, _run_backward))
     else:
-        *found, sums = run(problem, *options, rows or 0)
-    return TokenLogProbs(*found), sums
+        *found, sums, predicted = run(problem, *options)
+    return TokenLogProbs(*found), sums, predicted
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
-def run(problem: Problem, temperature: float, ignore_index: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The three numbers of every row, and what the backward pass needs, (4, N, S)."""
+def run(
+    problem: Problem, temperature: float, ignore_index: int, rows: int, predicts: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The three numbers of every row, what the backward pass needs, (4, N, S), and the class of the largest logit, by one more
+    read of a chunk's, if `predicts`."""
     x, (N, _, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
     view, kernels = dispatch.viewer(which), dispatch.token_log_probs(which)
     found = [x.new_empty((N, S), dtype=accumulate_dtype(x)) for _ in range(3)]
     sums = found[0].new_empty(4, N, S)
+    predicted = torch.empty_like(problem.target, dtype=torch.int64) if predicts else None
     rows = rows or linear_chunks.chunk_rows(problem, of_W=False)
     z = linear_chunks.logits_buffer(problem, rows)
     invalid = linear_chunks.judge_targets(problem, ignore_index)
     for first, last in chunks(problem, rows):
         part, of_chunk = problem.chunk(first, last), sums.new_empty(4, last - first, S)
-        given = (logits_of(part, z), part.target, *(v[first:last] for v in found), of_chunk, invalid)
+        logits = logits_of(part, z)
+        given = (logits, part.target, *(v[first:last] for v in found), of_chunk, invalid)
         kernels.forward(*map(view, given), ignore_index=ignore_index, temperature=temperature)
         sums[:, first:last] = of_chunk
+        if predicted is not None:
+            predicted[first:last] = logits.argmax(1)
     log_prob, entropy, lse = found
-    return log_prob, entropy, lse, sums
+    return log_prob, entropy, lse, sums, predicted
 
 
 def run_backward(
@@ -102,15 +111,15 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor,
-        rest: tuple[tuple[float, int, int], Callable[..., Any], Callable[..., Any]],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        rest: tuple[tuple[float, int, int, bool], Callable[..., Any], Callable[..., Any]],
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         options, forward, backward = rest
-        *found, sums = forward(x, W, b, target, *options)
+        *found, sums, predicted = forward(x, W, b, target, *options)
         ctx.save_for_backward(x, W, b, target, sums)
-        ctx.options, ctx.backward = options, backward
-        ctx.mark_non_differentiable(sums)
+        ctx.options, ctx.backward = options[:3], backward
+        ctx.mark_non_differentiable(*(v for v in (sums, predicted) if v is not None))
         ctx.set_materialize_grads(False)
-        return *found, sums
+        return *found, sums, predicted
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -130,14 +139,17 @@ def _below_autograd(*operands: Any) -> Any:
 
 
 def _run(
-    x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, temperature: float, ignore_index: int, rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return run(_problem(x, W, b, target), temperature, ignore_index, rows)
+    x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    return run(_problem(x, W, b, target), *options)
 
 
-def _fake(x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    rows = x.new_empty(target.shape, dtype=accumulate_dtype(x))
-    return *(torch.empty_like(rows) for _ in range(3)), rows.new_empty((4, *target.shape))
+def _fake(
+    x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, temperature: float, ignore_index: int, rows: int, predicts: bool
+) -> tuple[Tensor | None, ...]:
+    like = x.new_empty(target.shape, dtype=accumulate_dtype(x))
+    predicted = torch.empty_like(like, dtype=torch.int64) if predicts else None
+    return *(torch.empty_like(like) for _ in range(3)), like.new_empty((4, *target.shape)), predicted
 
 
 def _run_backward(
@@ -157,7 +169,8 @@ BACKWARD = operators.define(
     lambda g_log_prob, g_entropy, g_lse, x, W, b, *rest: linear_chunks.fake_gradients((x, W, b), rest[-1]),
 )
 FORWARD = operators.define(
-    f"linear_token_log_probs({_PROBLEM}, {_OPTIONS}) -> (Tensor log_prob, Tensor entropy, Tensor lse, Tensor sums)",
+    f"linear_token_log_probs({_PROBLEM}, {_OPTIONS}, bool predicts) -> (Tensor log_prob, Tensor entropy, Tensor lse, "
+    "Tensor sums, Tensor predicted)",
     _run,
     _fake,
     lambda *operands: _LinearTokenLogProbs.apply(*operands[:4], (operands[4:], _below_autograd, BACKWARD)),

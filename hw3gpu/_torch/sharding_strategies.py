@@ -28,7 +28,7 @@ _ROWS = {
 _LINEAR = {
     "linear_cross_entropy": ("0 1 .", "0 . . 0 ."),
     "linear_cross_entropy_backward": ("0 + + 0", "0 0 . . 0 . 1 ."),
-    "linear_token_log_probs": ("0 0 0 1", "0 . . 0"),
+    "linear_token_log_probs": ("0 0 0 1 0", "0 . . 0"),
     "linear_token_log_probs_backward": ("0 + +", "0 0 0 0 . . 0 1"),
     "linear_divergences": ("0 1", "0 . . 0 . . 0"),
     "linear_divergences_backward": ("0 + + 0 + +", "0 0 . . 0 . . 0 1"),

@@ -21,7 +21,8 @@ from .vocab_parallel_rows import Divided
 class Options(NamedTuple):
     """What is the same for every row. start: the number of the shard's first class, -1 where the processes are to find out.
 
-    statistics: the rows' numbers are asked for. traced: the call goes through the operators.
+    statistics: the rows' numbers are asked for. differentiable: they have gradients. traced: the call goes through the
+    operators.
     """
 
     start: int
@@ -32,38 +33,39 @@ class Options(NamedTuple):
     logit_scale: float
     group: str
     statistics: bool = False
+    differentiable: bool = False
     traced: bool = False
 
 
-def vocab_parallel_cross_entropy(
-    shard: Tensor, target: Tensor, weight: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def vocab_parallel_cross_entropy(shard: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, ...]:
     """(loss, w_t, taken), (N, S) each: a row's loss, the weight of its target, and how many processes have its class; and the
-    numbers of `cross_entropy_formula.statistics`, or none."""
+    numbers of `cross_entropy_formula.statistics` and `vocab_parallel_rows.with_gradients`, or none."""
     if operators.traced(shard):
-        return FORWARD(shard, target, weight, *options[:-1])[:4]
+        return FORWARD(shard, target, weight, *options[:-1])[:5]
     if operators.transformed():
         raise RuntimeError("vocab_parallel_cross_entropy: torch.func transforms do not reach the other processes")
     if graph_is_needed(shard):
         return _VocabParallel.apply(shard, target, weight, options)
-    return _run(shard, target, weight, options)[:4]
+    return _run(shard, target, weight, options)[:5]
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
 def _run(
     shard: Tensor, target: Tensor, weight: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """loss, w_t, taken, the numbers of statistics; then what `_run_backward` needs: stats (m, s, W + 2 ζ lse, q_t here),
-    target and weights."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """loss, w_t, taken, the numbers of statistics and those with gradients; then what `_run_backward` needs: stats (m, s,
+    W + 2 ζ lse, q_t here, …), target and weights."""
     z = outputs.fold(shard, _class_axis(shard))
     N, V, S = z.shape
     start = vocab_parallel_rows.first_class(options.start, V, options.group, z.device)
-    of = Divided(start, weight, *options[1:6], options.statistics)
+    of = Divided(start, weight, *options[1:6], options.statistics, options.differentiable)
     row = vocab_parallel_rows.rows_of(target.reshape(N, S), V, of)
     received = gathered(vocab_parallel_rows.to_send(z, row, of), options.group)
     found = vocab_parallel_rows.merged(received, row, V, of)
     numbers = found.loss.new_empty((0, N, S)) if found.numbers is None else found.numbers
-    return found.loss, found.w_t, found.taken, numbers, found.stats, vocab_parallel_rows.index_of(row), found.scaled
+    of_statistics = vocab_parallel_rows.with_gradients(numbers if options.differentiable else None, found.loss)
+    index = vocab_parallel_rows.index_of(row)
+    return found.loss, found.w_t, found.taken, numbers, of_statistics, found.stats, index, found.scaled
 
 
 def _class_axis(shard: Tensor) -> int:
@@ -71,14 +73,14 @@ def _class_axis(shard: Tensor) -> int:
 
 
 def _run_backward(
-    upstream: Tensor, shard: Tensor, stats: Tensor, target: Tensor, scaled: Tensor | None, label_smoothing: float,
-    softcap: float | None, logit_scale: float,
+    upstream: Tensor | None, of_statistics: Tensor | None, shard: Tensor, stats: Tensor, target: Tensor,
+    scaled: Tensor | None, label_smoothing: float, softcap: float | None, logit_scale: float,
 ) -> Tensor:  # fmt: skip
-    """The gradient of the shard, for the upstream gradient (N, S) of every row's loss."""
+    """The gradient of the shard, for the upstream gradients (N, S) of every row's loss and (3, N, S) of its statistics."""
     axis = _class_axis(shard)
     dshard, dz = outputs.output_like(shard, axis)
     z, options = outputs.fold(shard, axis), (label_smoothing, softcap, logit_scale)
-    vocab_parallel_rows.gradient(upstream, z, dz, stats, target, scaled, *options)
+    vocab_parallel_rows.gradient_with_statistics(upstream, of_statistics, z, dz, None, stats, target, scaled, *options)
     return dshard
 
 
@@ -90,20 +92,21 @@ class _VocabParallel(torch.autograd.Function):
         *_, stats, index, scaled = found
         ctx.save_for_backward(shard, stats, index, scaled if options.label_smoothing else None)
         ctx.options = options
-        results = found if options.traced else found[:4]  # an operator gives all
-        ctx.mark_non_differentiable(*results[1:])
+        results = found if options.traced else found[:5]  # an operator gives all
+        ctx.mark_non_differentiable(*results[1:4], *results[4 + options.differentiable :])
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
     @no_second_derivative("vocab_parallel_cross_entropy")
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
-        if upstream is None:
+    def backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        of_statistics = others[3]
+        if upstream is None and of_statistics is None:
             return None, None, None, None
         (shard, stats, index, scaled), options = ctx.saved_tensors, ctx.options
         backward = BACKWARD if options.traced else _run_backward
         of_rows = options.label_smoothing, options.softcap, options.logit_scale
-        dshard = backward(upstream, shard, stats, index, scaled, *of_rows)
+        dshard = backward(upstream, of_statistics, shard, stats, index, scaled, *of_rows)
         return dshard, None, None, None
 
 
@@ -114,24 +117,28 @@ def _below_autograd(shard: Tensor, target: Tensor, weight: Tensor | None, option
 
 def _fake(
     shard: Tensor, target: Tensor, weight: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     z = shard.flatten(2) if shard.dim() > 2 else shard.reshape(-1, shard.shape[-1], 1)
     N, V, S = z.shape
     loss, w_t, taken = (shard.new_empty((N, S), dtype=accumulate_dtype(shard)) for _ in range(3))
     index = shard.new_empty((N, S), dtype=torch.int64)
-    numbers, stats = loss.new_empty((NUMBERS if options.statistics else 0, N, S)), loss.new_empty((4, N, S))
-    return loss, w_t, taken, numbers, stats, index, loss.new_empty(V) if options.label_smoothing else None
+    numbers, of_statistics, stats = (
+        loss.new_empty((count, N, S))
+        for count in (NUMBERS * options.statistics, 3 * options.differentiable, 6 if options.differentiable else 4)
+    )
+    return loss, w_t, taken, numbers, of_statistics, stats, index, loss.new_empty(V) if options.label_smoothing else None
 
 
 FORWARD = operators.define(
     "vocab_parallel_cross_entropy(Tensor shard, Tensor target, Tensor? weight, int start, int ignore_index, "
-    "float label_smoothing, float z_loss, float? softcap, float logit_scale, str group, bool statistics) -> "
-    "(Tensor loss, Tensor w_t, Tensor taken, Tensor numbers_of_rows, Tensor stats, Tensor index, Tensor scaled)",
+    "float label_smoothing, float z_loss, float? softcap, float logit_scale, str group, bool statistics, "
+    "bool differentiable) -> (Tensor loss, Tensor w_t, Tensor taken, Tensor numbers_of_rows, Tensor of_statistics, "
+    "Tensor stats, Tensor index, Tensor scaled)",
     *(lambda *args, f=f: f(*args[:3], Options._make((*args[3:], True))) for f in (_run, _fake, _VocabParallel.apply)),
 )
 BACKWARD = operators.define(
-    "vocab_parallel_cross_entropy_backward(Tensor upstream, Tensor shard, Tensor stats, Tensor index, Tensor? scaled, "
-    "float label_smoothing, float? softcap, float logit_scale) -> Tensor",
+    "vocab_parallel_cross_entropy_backward(Tensor? upstream, Tensor? of_statistics, Tensor shard, Tensor stats, Tensor index, "
+    "Tensor? scaled, float label_smoothing, float? softcap, float logit_scale) -> Tensor",
     _run_backward,
-    lambda upstream, shard, *_: operators.fake_output(shard, _class_axis(shard)),
+    lambda upstream, of_statistics, shard, *_: operators.fake_output(shard, _class_axis(shard)),
 )

@@ -6,9 +6,9 @@ Of each chunk of rows a process makes the logits of its own classes, x W_rᵀ + 
     ∂ℓ/∂x = Σ_r dz_r W_r,   ∂ℓ/∂W_r = Σ_chunks dz_rᵀ x,   ∂ℓ/∂b_r = Σ_rows dz_r            (docs/derivations.md, section 3.7)
 
 The first is a sum over processes: one collective of N D numbers in the backward pass. A reduced loss makes its gradients in the
-forward pass, for an upstream gradient of 1 of the sum, in three products; without a reduction, for a second call of backward
-and under a compiler backward makes the logits again: four products. What a half precision does about its range is
-`linear_chunks`'.
+forward pass, for an upstream gradient of 1 of the sum, in three products; without a reduction, for a second call of backward,
+for statistics that have gradients and under a compiler backward makes the logits again: four products. What a half precision
+does about its range is `linear_chunks`'.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ LEAST, MOST = 128, 8192
 class Rest(NamedTuple):
     """What of a call has no gradient.
 
-    start: the number of the first class here, -1 where the processes are to find out. rows: of a chunk. at_once: the gradients
-    are made in the forward pass. traced: the call goes through the operators.
+    start: the number of the first class here, -1 where the processes are to find out. rows: of a chunk. differentiable: the
+    statistics have gradients. at_once: the gradients are made in the forward pass. traced: the call goes through the operators.
     """
 
     options: Options
@@ -46,20 +46,23 @@ class Rest(NamedTuple):
     group: str
     rows: int
     statistics: bool
+    differentiable: bool = False
     at_once: bool = False
     traced: bool = False
 
 
 class Found(NamedTuple):
     """What the forward pass finds: the loss, the sum of the weights that the mean is divided by, and of every row how many
-    processes have its target, its target's weight, the numbers of `statistics` (or none), and what `vocab_parallel_rows` needs
-    for its gradient; the gradients of x (this process's part), W and b of the sum, and a factor for each row of the first."""
+    processes have its target, its target's weight, the numbers of `statistics` (or none), those that have gradients (or none),
+    and what `vocab_parallel_rows` needs for its gradient; the gradients of x (this process's part), W and b of the sum, and a
+    factor for each row of the first."""
 
     loss: Tensor
     denominator: Tensor
     taken: Tensor
     w_t: Tensor
     numbers: Tensor
+    of_statistics: Tensor
     stats: Tensor
     at: Tensor
     scaled: Tensor | None
@@ -74,21 +77,24 @@ def chunk_rows(x: Tensor) -> int:
     return min(max(rows // LEAST * LEAST, LEAST), MOST)
 
 
-def vocab_parallel_linear_cross_entropy(problem: Problem, rest: Rest, gradient: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, taken, w_t, the numbers of `statistics` or none), of (N, 1) rows; the arguments are checked."""
+def vocab_parallel_linear_cross_entropy(problem: Problem, rest: Rest, gradient: str) -> tuple[Tensor, ...]:
+    """(loss, taken, w_t, the numbers of `statistics` or none, `vocab_parallel_rows.with_gradients` or none), of (N, 1) rows.
+
+    The arguments are checked.
+    """
     if operators.traced(problem.x):
-        loss, _, *rows = FORWARD(*problem, *rest[1:5], *rest.options)
-        return loss, *rows[:3]
+        loss, _, *rows = FORWARD(*problem, *rest[1:6], *rest.options)
+        return loss, *rows[:4]
     if operators.transformed():
         raise RuntimeError("vocab_parallel_linear_cross_entropy: torch.func transforms do not reach the other processes")
     if graph_is_needed(*problem[:3]):
-        at_once = gradient != "backward" and rest.options.reduction != "none"
+        at_once = gradient != "backward" and rest.options.reduction != "none" and not rest.differentiable
         return _VocabParallelLinear.apply(*problem, rest._replace(at_once=at_once))
     return _results(run(problem, rest))
 
 
-def _results(found: Found) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return found.loss, found.taken, found.w_t, found.numbers
+def _results(found: Found) -> tuple[Tensor, ...]:
+    return found.loss, found.taken, found.w_t, found.numbers, found.of_statistics
 
 
 # ---------------------------------------------------------------------------------------------- forward
@@ -105,6 +111,7 @@ def run(problem: Problem, rest: Rest, needs: Sequence[bool] = (False, False, Fal
         options.softcap,
         options.logit_scale,
         rest.statistics,
+        rest.differentiable,
     )
     merge = _Merge(problem, of, options, needs)
     logits = [problem.x.new_empty(min(rows, N), V) for _ in range(2 if any(needs) and rows < N else 1)]
@@ -130,7 +137,7 @@ class _Merge:
         acc = accumulate_dtype(x)
         self.of, self.needed = of, any(needs)
         self.loss, self.w_t, self.taken = (x.new_empty((N, S), dtype=acc) for _ in range(3))
-        self.stats = x.new_empty((4, N, S), dtype=acc)
+        self.stats = x.new_empty((6 if of.differentiable else 4, N, S), dtype=acc)
         self.numbers = x.new_empty((NUMBERS if of.statistics else 0, N, S), dtype=acc)
         self.index = x.new_empty((N, S), dtype=torch.int64)
         self.scaled = x.new_ones(V, dtype=acc) if of.label_smoothing else None
@@ -169,22 +176,30 @@ class _Merge:
             loss = loss.sum()
         if options.reduction == "mean":
             loss = loss / never_zero(denominator, options)[0]
-        rows = self.taken, self.w_t, self.numbers, self.stats, self.index, self.scaled
+        of_statistics = of_rows.with_gradients(self.numbers if self.of.differentiable else None, self.w_t)
+        rows = self.taken, self.w_t, self.numbers, of_statistics, self.stats, self.index, self.scaled
         return Found(loss, denominator, *rows, self.gradients.found, self.factor)
 
 
 # ---------------------------------------------------------------------------------------------- backward
 def run_backward(
-    upstream: Tensor, problem: Problem, stats: Tensor, index: Tensor, weights: Tensor | None, label_smoothing: float,
-    softcap: float | None, logit_scale: float, rows: int, needs: Sequence[bool], group: str,
+    upstream: Tensor | None, of_statistics: Tensor | None, problem: Problem, stats: Tensor, index: Tensor,
+    weights: Tensor | None, label_smoothing: float, softcap: float | None, logit_scale: float, rows: int,
+    needs: Sequence[bool], group: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients that `needs` names, of x, W and b, for upstream gradients (N, S), from logits made again."""
+    """The gradients that `needs` names, of x, W and b, from logits made again, for upstream gradients (N, S) of the losses of
+    the rows and (3, N, S) of their statistics."""
     (N, V, _), rows = problem.sizes, rows or chunk_rows(problem.x)
     gradients, z = Gradients(problem, needs), problem.x.new_empty(min(rows, N), V)
+    beside = None if of_statistics is None else torch.empty_like(z)
     for first, last in chunks(problem, rows):
         part, here = problem.chunk(first, last), slice(first, last)
-        dz = logits_of(part, z)
-        of_rows.gradient(upstream[here], dz, dz, stats[:, here], index[here], weights, label_smoothing, softcap, logit_scale)
+        logits = logits_of(part, z)
+        dz = logits if beside is None else beside[: last - first].view_as(logits)
+        of_rows.gradient_with_statistics(
+            None if upstream is None else upstream[here], None if of_statistics is None else of_statistics[:, here],
+            logits, dz, logits, stats[:, here], index[here], weights, label_smoothing, softcap, logit_scale,
+        )  # fmt: skip
         gradients.add(part, dz, first, last)
     dx, dW, db = gradients.found
     return None if dx is None else summed(dx.to(stats.dtype), group), dW, db
@@ -200,31 +215,34 @@ class _VocabParallelLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         problem = Problem(x, W, b, target, weight)
         if rest.traced:
-            found = Found(*operators.below_autograd(FORWARD, *problem, *rest[1:5], *rest.options))
+            found = Found(*operators.below_autograd(FORWARD, *problem, *rest[1:6], *rest.options))
         else:
             found = run(problem, rest, ctx.needs_input_grad[:3] if rest.at_once else (False,) * 3)
         divides = found.denominator if rest.options.reduction == "mean" else None
         weights = found.scaled if rest.options.label_smoothing else None
         ctx.save_for_backward(*problem, found.stats, found.at, weights, divides, found.factor, *found.gradients)
         ctx.rest, ctx.handed_out = rest, not rest.at_once
-        results = found[:8] if rest.traced else _results(found)  # an operator gives all
-        ctx.mark_non_differentiable(*results[1:])
+        results = found[:9] if rest.traced else _results(found)  # an operator gives all
+        ctx.at_statistics = 5 if rest.traced else 4
+        no_gradient = results[1 : ctx.at_statistics], results[ctx.at_statistics + rest.differentiable :]
+        ctx.mark_non_differentiable(*(v for part in no_gradient for v in part))
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
     @no_second_derivative("vocab_parallel_linear_cross_entropy")
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if upstream is None:
+    def backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_statistics = others[ctx.at_statistics - 1]
+        if upstream is None and of_statistics is None:
             return (None,) * 6
         saved, rest = ctx.saved_tensors, ctx.rest
         problem, (stats, index, weights, denominator, factor, *held) = Problem(*saved[:5]), saved[5:]
-        if ctx.handed_out:
-            g = upstream if denominator is None else upstream / denominator[0]
-            g = g.to(stats.dtype).expand(index.shape)
+        if ctx.handed_out or upstream is None:
+            g = upstream if upstream is None or denominator is None else upstream / denominator[0]
+            g = None if g is None else g.to(stats.dtype).expand(index.shape)
             backward = BACKWARD if rest.traced else _run_backward
             options = *_of_rows(rest.options), rest.rows, ctx.needs_input_grad[:3], rest.group
-            found = backward(g, *problem[:4], stats, index, weights, *options)
+            found = backward(g, of_statistics, *problem[:4], stats, index, weights, *options)
         else:
             ctx.handed_out = True
             dx = _summed_over_processes(held[0], upstream, denominator, factor, rest.group)
@@ -247,46 +265,49 @@ def _summed_over_processes(
 
 
 # ---------------------------------------------------------------------------------------------- operators
-def _rest(start: int, group: str, rows: int, statistics: bool, *options: Any) -> Rest:
-    return Rest(Options(*options), start, group, rows, statistics, traced=True)
+def _rest(start: int, group: str, rows: int, statistics: bool, differentiable: bool, *options: Any) -> Rest:
+    return Rest(Options(*options), start, group, rows, statistics, differentiable, traced=True)
 
 
 def _forward(problem: Problem, rest: Rest) -> tuple[Tensor | None, ...]:
-    return run(problem, rest)[:8]
+    return run(problem, rest)[:9]
 
 
 def _fake(problem: Problem, rest: Rest) -> tuple[Tensor | None, ...]:
     x, (N, V, S) = problem.x, problem.sizes
     rows = [x.new_empty(N, S, dtype=accumulate_dtype(x)) for _ in range(3)]
     loss = rows[0] if rest.options.reduction == "none" else rows[0].new_empty(())
-    numbers, stats = rows[0].new_empty(NUMBERS if rest.statistics else 0, N, S), rows[0].new_empty(4, N, S)
+    numbers, of_statistics, stats = (
+        rows[0].new_empty(count, N, S)
+        for count in (NUMBERS * rest.statistics, 3 * rest.differentiable, 6 if rest.differentiable else 4)
+    )
     index = x.new_empty(N, S, dtype=torch.int64)
     scaled = loss.new_empty(V) if rest.options.label_smoothing else None
-    return loss, loss.new_empty(1), rows[1], rows[2], numbers, stats, index, scaled
+    return loss, loss.new_empty(1), rows[1], rows[2], numbers, of_statistics, stats, index, scaled
 
 
 def _run_backward(
-    upstream: Tensor, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, *rest: Any
+    upstream: Tensor | None, of_statistics: Tensor | None, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
     problem = Problem(x, W, b, target, None)
-    found = run_backward(upstream, problem, *rest)
+    found = run_backward(upstream, of_statistics, problem, *rest)
     return as_given((*found, None), problem)[:3]
 
 
 _PROBLEM = "Tensor x, Tensor W, Tensor? b, Tensor target"
 FORWARD = operators.define(
     f"vocab_parallel_linear_cross_entropy({_PROBLEM}, Tensor? weight, int start, str group, int rows, bool statistics, "
-    f"{OPTIONS_SCHEMA}) -> (Tensor loss, Tensor denominator, Tensor taken, Tensor w_t, Tensor numbers_of_rows, "
-    "Tensor stats, Tensor index, Tensor scaled)",
+    f"bool differentiable, {OPTIONS_SCHEMA}) -> (Tensor loss, Tensor denominator, Tensor taken, Tensor w_t, "
+    "Tensor numbers_of_rows, Tensor of_statistics, Tensor stats, Tensor index, Tensor scaled)",
     *(
         lambda x, W, b, target, weight, *options, f=f: f(Problem(x, W, b, target, weight), _rest(*options))
         for f in (_forward, _fake, lambda problem, rest: _VocabParallelLinear.apply(*problem, rest))
     ),
 )
 BACKWARD = operators.define(
-    f"vocab_parallel_linear_cross_entropy_backward(Tensor upstream, {_PROBLEM}, Tensor stats, Tensor index, Tensor? scaled, "
-    "float label_smoothing, float? softcap, float logit_scale, int rows, bool[] needs, str group) "
-    "-> (Tensor dx, Tensor dW, Tensor db)",
+    f"vocab_parallel_linear_cross_entropy_backward(Tensor? upstream, Tensor? of_statistics, {_PROBLEM}, Tensor stats, "
+    "Tensor index, Tensor? scaled, float label_smoothing, float? softcap, float logit_scale, int rows, bool[] needs, "
+    "str group) -> (Tensor dx, Tensor dW, Tensor db)",
     _run_backward,
-    lambda upstream, x, W, b, *rest: fake_gradients((x, W, b), rest[-2]),
+    lambda upstream, of_statistics, x, W, b, *rest: fake_gradients((x, W, b), rest[-2]),
 )

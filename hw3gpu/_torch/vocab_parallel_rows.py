@@ -11,7 +11,8 @@ t_r = Σ exp(z - m_r) (m_r - z). All merge what all have sent, in order of rank 
 
 The gradient is local. The backward kernel takes (m, s, W + 2 ζ lse) of the whole row in the place of the classes' own, and the
 weights times V_r / V, so that its ε / V_r is the row's ε / V. What it writes at one class a row, the target or, where that is
-another process's, class 0, is written again with the q_t that the row has here.
+another process's, class 0, is written again with the q_t that the row has here. That of log-probability, entropy and lse is
+`token_log_probs`', of the whole row's m, s and mean = Σ p (z - m); where the target is elsewhere, class 0 is like any other.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Divided(NamedTuple):
     """What is the same for every row. start: the number of this process's first class, or a tensor of it.
 
     weight: (V_r,) in the kernels' dtype, or None. statistics: the entropy and the largest logit's class are merged too.
+    differentiable: what their gradients need is kept.
     """
 
     start: Any
@@ -43,6 +45,7 @@ class Divided(NamedTuple):
     softcap: float | None
     logit_scale: float = 1.0
     statistics: bool = False
+    differentiable: bool = False
 
 
 class Row(NamedTuple):
@@ -57,8 +60,9 @@ class Merged(NamedTuple):
     """Of every row, (N, S) each unless said otherwise.
 
     loss, W, the weight of the target, how many processes have its class (1 where the row does not count); stats (4, N, S):
-    m, s, W + 2 ζ lse, and q_t where the target is here; scaled: weights · V_r / V, or None without smoothing; numbers:
-    `NUMBERS` of a row as `cross_entropy_formula.statistics` takes them, or None.
+    m, s, W + 2 ζ lse, and q_t where the target is here, and where `differentiable` (6, N, S): mean, and 1 where it is here;
+    scaled: weights · V_r / V, or None without smoothing; numbers: `NUMBERS` of a row as `cross_entropy_formula.statistics`
+    takes them, or None.
     """
 
     loss: Tensor
@@ -150,19 +154,22 @@ def merged(received: Tensor, row: Row, V: int, of: Divided) -> Merged:
     scaled = None
     if smoothing:
         scaled = (W.new_ones(V) if of.weight is None else of.weight) * (V / sizes.sum())
-    numbers = None
+    numbers, stats = None, [m, s, W, torch.where(row.here, q_t, 0)]
     if of.statistics:
         moved = torch.where(scale_r == 0, 0, scale_r * ((base - m_r) * (1 + s_r) + of_target[3]))
-        numbers = torch.stack([m, s, W, below, log_total + moved.sum(0) / (1 + s)])
+        spread = moved.sum(0) / (1 + s)
+        numbers = torch.stack([m, s, W, below, log_total + spread])
         numbers = torch.where(row.counts, torch.where(known, numbers, torch.nan), 0)
         predicted = torch.where(m.isnan(), 0, of_target[4].gather(0, first[None])[0])
         numbers = torch.cat([numbers, torch.where(known, predicted, -1)[None]])
+        if of.differentiable:
+            stats += [torch.where(known, -spread, torch.nan), row.here.to(m.dtype)]
     return Merged(
         loss,
         whole,
         torch.where(row.counts, w_t, 0),
         torch.where(row.counts, taken, 1),
-        torch.stack([m, s, W, torch.where(row.here, q_t, 0)]),
+        torch.stack(stats),
         scaled,
         numbers,
     )
@@ -171,6 +178,15 @@ def merged(received: Tensor, row: Row, V: int, of: Divided) -> Merged:
 def index_of(row: Row) -> Tensor:
     """The class here at which `gradient` writes again, `NO_CLASS` in rows that do not count."""
     return torch.where(row.counts, row.label, NO_CLASS)
+
+
+def with_gradients(numbers: Tensor | None, rows: Tensor) -> Tensor:
+    """(3, N, S): log_prob, entropy and lse, which the gradients of statistics are those of; none of None. rows: (N, S)."""
+    if numbers is None:
+        return rows.new_empty(0, *rows.shape)
+    m, s, _, below, entropy, _ = numbers
+    log_total = s.log1p()
+    return torch.stack([below - log_total, entropy, m + log_total])
 
 
 def _logit_at(z: Tensor, index: Tensor, softcap: float | None, logit_scale: float, acc: torch.dtype) -> Tensor:
@@ -216,7 +232,7 @@ def gradient(
         view(z), view(index), view(scaled), view(stats[:3].contiguous()), view(upstream), view(over), view(dz),
         ignore_index=NO_CLASS, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
     )  # fmt: skip
-    m, s, W, q_t = stats
+    m, s, W, q_t = stats[:4]
     below = z_t - torch.where(m == -torch.inf, 0, m)
     # without the difference p - 1, whose digits are lost where p -> 1
     at_target = torch.where(q_t == 0, W * below.exp() / (1 + s), (W - q_t) - W * ((s - below.expm1()) / (1 + s)))
@@ -226,3 +242,45 @@ def gradient(
         at_target = at_target * (1 - (z_t / softcap).square())
     at_target = torch.where(index == NO_CLASS, 0, logit_scale * (upstream if over is None else upstream / over) * at_target)
     dz.scatter_(1, at[:, None], at_target[:, None].to(dz.dtype))
+
+
+def gradient_with_statistics(
+    upstream: Tensor | None, of_statistics: Tensor | None, z: Tensor, dz: Tensor, of_loss: Tensor | None, stats: Tensor,
+    index: Tensor, scaled: Tensor | None, label_smoothing: float, softcap: float | None, logit_scale: float,
+) -> None:  # fmt: skip
+    """`gradient`, and that of `with_gradients` for of_statistics, (3, N, S); of one of them where the other is None.
+
+    dz may be z where of_statistics is None. of_loss: what the first of two is written to, z or memory beside it (None).
+    """
+    options = softcap, logit_scale
+    if of_statistics is None:
+        assert upstream is not None
+        return gradient(upstream, z, dz, stats, index, scaled, label_smoothing, *options)
+    _statistics_gradient(of_statistics, z, dz, stats, index, *options)
+    if upstream is not None:
+        of_loss = torch.empty_like(z) if of_loss is None else of_loss
+        gradient(upstream, z, of_loss, stats, index, scaled, label_smoothing, *options)
+        dz += of_loss
+
+
+def _statistics_gradient(
+    upstream: Tensor, z: Tensor, dz: Tensor, stats: Tensor, index: Tensor, softcap: float | None, logit_scale: float
+) -> None:
+    """dz (N, V_r, S) of the classes here; a cap or a scale costs a copy of z and one of its gradient in the sums' precision."""
+    if not z.numel():
+        return
+    which, (m, s, _, _, mean, here) = dispatch.backend(z), stats
+    view, of_log_prob, plain = dispatch.viewer(which), torch.where(here == 1, upstream[0], 0), z
+    g = of_log_prob, upstream[1].contiguous(), upstream[2] - (upstream[0] - of_log_prob)
+    dplain, changed = dz, softcap is not None or logit_scale != 1.0
+    if changed:
+        plain = z.to(stats.dtype) * logit_scale
+        plain = plain if softcap is None else softcap * (plain / softcap).tanh()
+        dplain = torch.empty_like(plain)
+    dispatch.token_log_probs(which).backward(
+        view(plain), view(index), view(torch.stack([m, s, mean])), view(g[0]), view(g[1]), view(g[2]), view(dplain),
+        ignore_index=NO_CLASS, temperature=1.0,
+    )  # fmt: skip
+    if changed:
+        dplain *= logit_scale if softcap is None else logit_scale * (1 - (plain / softcap).square())
+        dz.copy_(dplain)
