@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from distributed_cross_entropy import shards
 from distributed_kit import Rank, check, normal, refuses, same
 
 import hw3gpu.functional as HF
 from hw3gpu import reference
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def linear_of_all(
@@ -93,6 +99,39 @@ def vocab_parallel_linear_cross_entropy_whose_statistics_have_gradients(rank):
     linear_of_all(rank, (2, 3), differentiable=True)
     for dtype in (torch.float32, torch.bfloat16):
         linear_of_all(rank, (9,), 40, dtype=dtype, chunk_rows=4, differentiable=True)
+
+
+@check
+def a_transformer_trains_over_divided_classes_to_the_loss_of_pytorchs_formula(rank):
+    """The model of `examples/language_model.py`, each process with its rows of the head, with a reward for entropy."""
+    from hw3gpu.distributed import vocab_parallel_linear_cross_entropy
+
+    def ours(hidden, head, target):
+        loss, stats = vocab_parallel_linear_cross_entropy(
+            hidden, head, target, chunk_rows=9, logit_scale=0.7, return_stats=True, differentiable=True
+        )
+        return loss - 0.1 * stats.entropy.mean()
+
+    def plain(hidden, head, target):
+        log_p = (0.7 * hidden @ head.t()).log_softmax(-1)
+        return F.nll_loss(log_p.flatten(0, 1), target.flatten()) + 0.1 * (log_p.exp() * log_p).sum(-1).mean()
+
+    sizes, tokens, found = shards(rank, 40), torch.arange(36).view(4, 9) * 7 % 40, []
+    first = sum(sizes[: rank.rank])
+    for loss_of, rows in ((ours, slice(first, first + sizes[rank.rank])), (plain, slice(None))):
+        torch.manual_seed(0)
+        net = runpy.run_path(str(EXAMPLES / "language_model.py"))["Model"](40, 8, 16).double()
+        net.head.weight = torch.nn.Parameter(net.head.weight.detach()[rows].clone())
+        optimizer, losses = torch.optim.SGD(net.parameters(), lr=0.1), []
+        for _ in range(5):
+            loss = loss_of(net(tokens[:, :-1]), net.head.weight, tokens[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        found.append(torch.stack(losses))
+    assert found[0][-1] < found[0][0]
+    same(*found)
 
 
 @check

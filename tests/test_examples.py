@@ -75,6 +75,23 @@ def plain_rows(hidden: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Te
     return log_p.gather(-1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
+def of_hidden_states(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
+    """The loss of (B, T, D) with weights of tokens and a scale; the arg max comes with it."""
+    options = {"token_weight": WEIGHTS.view(4, 8), "logit_scale": 0.7, "return_stats": True}
+    loss, stats = HF.linear_cross_entropy(x.view(4, 8, -1), W, t.view(4, 8), **options)
+    assert torch.equal(stats.predicted.flatten(), (x @ W.t()).argmax(-1))
+    return loss
+
+
+def weighed_rows(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
+    return (WEIGHTS * F.cross_entropy(0.7 * (x @ W.t()), t, reduction="none")).sum() / WEIGHTS.sum()
+
+
+def in_halves(loss: Any) -> Any:
+    return lambda x, W, t: loss(x.bfloat16(), W.bfloat16(), t)
+
+
+WEIGHTS = torch.linspace(0.0, 2.0, 32)
 TEACHER = torch.randn(32, 40, generator=torch.Generator().manual_seed(1))
 TEACHERS = torch.randn(32, 12, generator=torch.Generator().manual_seed(2)), torch.linspace(-1, 1, 480).reshape(40, 12)
 ITEMS = 37.0  # of all micro-batches
@@ -101,7 +118,19 @@ LOSSES: dict[str, tuple[Any, Any]] = {
         lambda x, W, t: HF.linear_cross_entropy(x, W, t, normalizer=ITEMS, loss_dtype=torch.float32),
         lambda x, W, t: F.cross_entropy(x @ W.t(), t, reduction="sum") / ITEMS,
     ),
-}
+    "token_weight, logit_scale": (
+        lambda x, W, t: HF.cross_entropy(x @ W.t(), t, token_weight=WEIGHTS, logit_scale=0.7), weighed_rows,
+    ),
+    "linear token_weight, logit_scale, predicted": (of_hidden_states, weighed_rows),
+    "loss_dtype of bfloat16": (
+        in_halves(lambda x, W, t: HF.cross_entropy(x @ W.t(), t, loss_dtype=torch.float32)),
+        in_halves(lambda x, W, t: F.cross_entropy((x @ W.t()).float(), t)),
+    ),
+    "linear loss_dtype of bfloat16": (
+        in_halves(lambda x, W, t: HF.linear_cross_entropy(x, W, t, loss_dtype=torch.float32)),
+        in_halves(lambda x, W, t: F.cross_entropy((x @ W.t()).float(), t)),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("which", LOSSES)
