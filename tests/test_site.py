@@ -39,6 +39,14 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(NAV) == sorted([*(page.name for page in DOCS.glob("*.md")), *outside])
 
 
+def test_a_second_paragraph_of_a_list_is_indented_by_four() -> None:
+    """Python-Markdown ends the list at a paragraph that is indented by less; GitHub does not."""
+    pages = [*DOCS.glob("*.md"), *(ROOT / source for source in HOOKS.OUTSIDE)]
+    assert [
+        page.name for page in pages if re.search(r"^\n {1,3}[^ \n]", HOOKS.CODE.sub("", page.read_text()), re.MULTILINE)
+    ] == []
+
+
 def public(module: Any) -> set[str]:
     return {name for name in module.__all__ if not isinstance(getattr(module, name), ModuleType)}
 
