@@ -260,7 +260,7 @@ def small_planes(g: Guard) -> Iterator[tuple[int, int, int]]:
 
 
 def known_statistics(g: Guard) -> Iterator[tuple[int, int, int]]:
-    yield from ((5, C, 1) for C in (*range(32, 103), 1023, 1025, 2050))
+    yield from ((5, C, 1) for C in (*range(1, 103), 1023, 1025, 2050))
     yield from ((N, 3, S) for N in (1, 5) for S in (2, 15, 16, 17, 33, 255, 257, 300))
 
 

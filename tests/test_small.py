@@ -136,7 +136,7 @@ def test_batch_norm(monkeypatch, taken, shape, affine, running):
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-@pytest.mark.parametrize("shape", [*SHAPES, (600, 16, 4, 8)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (600, 16, 4, 8), (4, 1), (70, 3), (70000, 5), (2000, 31)], ids=str)
 def test_batch_norm_in_evaluation(monkeypatch, taken, shape, affine):
     random = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(shape, generator=random) for _ in range(2))
@@ -186,7 +186,6 @@ OTHERS = {
     "probabilities": lambda: HF.cross_entropy(torch.zeros(4, 3, requires_grad=True), torch.full((4, 3), 1 / 3)),
     "a softcap": lambda: HF.cross_entropy(torch.zeros(4, 3, requires_grad=True), torch.arange(4) % 3, softcap=3.0),
     "large logits": lambda: HF.cross_entropy(torch.zeros(512, 64, requires_grad=True), torch.arange(512) % 3),
-    "short rows": lambda: HF.batch_norm(torch.zeros(4, 3), torch.zeros(3), torch.ones(3)),
     "no planes": lambda: HF.batch_norm(torch.randn(4, 3), None, None, training=True),
     "channels-last": lambda: HF.batch_norm(
         torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), None, None, training=True
@@ -203,6 +202,30 @@ OTHERS = {
 def test_others_take_the_general_way(taken, call):
     call()
     assert taken == []
+
+
+VECTORS = {
+    "sparse": lambda v: v.to_sparse(),
+    "of oneDNN's layout": lambda v: v.to_mkldnn(),
+    "nested": lambda v: torch.nested.nested_tensor(list(v)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("of", VECTORS.values(), ids=VECTORS)
+@pytest.mark.parametrize("name", ["running_mean", "weight"])
+def test_vectors_without_plain_memory_are_refused(taken, name, of):
+    given = {"running_mean": torch.zeros(40), "running_var": torch.ones(40), "weight": torch.ones(40)}
+    with pytest.raises(TypeError, match=f"{name}: expected a dense tensor"):
+        HF.batch_norm(torch.zeros(4, 40), **(given | {name: of(given[name])}))
+    assert taken == []
+
+
+def test_a_vector_negated_when_it_is_read_takes_the_general_way(taken):
+    x, weight = torch.randn(4, 40), torch._neg_view(torch.ones(40))
+    y = HF.batch_norm(x, torch.zeros(40), torch.ones(40), weight)
+    assert taken == []
+    torch.testing.assert_close(y, TF.batch_norm(x, torch.zeros(40), torch.ones(40), weight))
 
 
 def test_whole_numbers_are_no_other_kernel(taken):

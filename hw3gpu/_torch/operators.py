@@ -72,7 +72,14 @@ def traced(x: torch.Tensor) -> bool:
 
 def eager() -> bool:
     """True where nobody traces or transforms: what `traced` is for every plain tensor with memory, and `transformed`."""
-    return not (_somebody_traces() or in_a_functorch_transform() or in_a_dual_level())
+    # `_somebody_traces`, spelt out: every call asks
+    return not (
+        torch.compiler.is_compiling()
+        or dispatch_modes() > 0
+        or tracing_state() is not None
+        or in_a_functorch_transform()
+        or in_a_dual_level()
+    )
 
 
 def _somebody_traces() -> bool:

@@ -19,7 +19,7 @@ from .cross_entropy_formula import Options
 # Bytes of a tensor up to which a kernel runs on the calling thread alone, counting what it reads and writes.
 MOST_BYTES = 1 << 16
 
-_FLOAT = np.dtype(np.float32)
+_FLOAT, _FLOAT32 = np.dtype(np.float32), torch.float32
 _PATH = "kernels by address, without views: a small float32 call on the host"
 
 
@@ -74,14 +74,13 @@ def cross_entropy_step(
 
 # ---------------------------------------------------------------------------------------------- batch normalisation
 class Way(NamedTuple):
-    """The layout of an input: N, C, S (S = 1 for channels-last), how an output is allocated, and which kernels take it."""
+    """The layout of an input: N, C, S (S = 1 for channels-last), how an output is allocated, and whether training is taken."""
 
     sizes: tuple[int, int, int]
     nbytes: int
     shape: torch.Size
     byte_strides: tuple[int, ...]
     trains: bool
-    evaluates: bool
 
 
 @functools.lru_cache(1024)
@@ -97,28 +96,37 @@ def _way(shape: torch.Size, strides: tuple[int, ...]) -> Way | None:
         sizes = count // C, C, 1
     else:
         return None
-    kernels = dispatch.batch_norm_small
-    whole = kernels.does_whole(*sizes)
-    return Way(
-        sizes, 4 * count, shape, tuple(4 * s for s in strides), whole and count > C, kernels.normalizes(*sizes)
-    )  # fmt: skip
+    whole = dispatch.batch_norm_small.does_whole(*sizes)
+    return Way(sizes, 4 * count, shape, tuple(4 * s for s in strides), whole and count > C)
 
 
 def batch_norm_way(
     x: Any, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, training: bool
 ) -> Way | None:
     """For `batch_norm_forward`, of a call that needs no further check of its tensors; None for other calls."""
-    if not _is_plain(x):
-        return None
-    way = _way(x.shape, x.stride())
-    if way is None or not (way.trains if training else way.evaluates):
-        return None
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
         return None
-    C = way.sizes[1]
-    for v in (weight, bias, running_mean, running_var):
-        if v is not None and not (_is_adjacent(v) and v.dim() == 1 and v.shape[0] == C):
+    try:
+        # `_is_plain`, spelt out for five tensors: the calls cost more than what they ask
+        if type(x) not in PLAIN or x.dtype is not _FLOAT32 or not x.is_cpu or x.is_neg():
             return None
+        way = _way(x.shape, x.stride())
+        if way is None or (training and not way.trains):
+            return None
+        C = way.sizes[1]
+        for v in (weight, bias, running_mean, running_var):
+            if v is not None and not (
+                type(v) in PLAIN
+                and v.dtype is _FLOAT32
+                and v.is_cpu
+                and v.numel() == C
+                and v.layout is torch.strided
+                and v.stride() == (1,)
+                and not v.is_neg()
+            ):
+                return None
+    except RuntimeError:  # of what has no strides: other layouts, nested tensors
+        return None
     return way
 
 
@@ -133,16 +141,21 @@ def batch_norm_forward(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y and stats: mean (2, C), rstd, and in training var. Without a `backward` pass evaluation needs none."""
     record.note(_PATH, "cpu")
-    y, kernels = _output(x, way), dispatch.batch_norm_small
+    y, kernels = _output(x, way) if way.nbytes >= pool.SMALLEST else torch.empty_like(x), dispatch.batch_norm_small
     stats = x.new_empty((4 if training else 3, way.sizes[1])) if training or backward else None
     addresses = (
-        x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), _address(stats), _address(running_mean),
-        _address(running_var), *way.sizes,
-    )  # fmt: skip
+        x.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        0 if stats is None else stats.data_ptr(),
+        0 if running_mean is None else running_mean.data_ptr(),
+        0 if running_var is None else running_var.data_ptr(),
+    )
     if training:
-        kernels.forward(*addresses, eps=eps, momentum=momentum)
+        kernels.forward(*addresses, *way.sizes, eps=eps, momentum=momentum)
     else:
-        kernels.normalize(*addresses, eps=eps)
+        kernels.normalize(*addresses, *way.sizes, eps=eps)
     return y, stats
 
 
@@ -153,7 +166,7 @@ def batch_norm_backward(
     if not (_is_plain(x) and _is_plain(dy)):
         return None
     way = _way(x.shape, x.stride())
-    if way is None or not (way.trains if training else way.evaluates) or _way(dy.shape, dy.stride()) != way:
+    if way is None or (training and not way.trains) or _way(dy.shape, dy.stride()) != way:
         return None
     if not (_is_adjacent(stats) and _is_adjacent(weight)):
         return None

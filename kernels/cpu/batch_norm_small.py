@@ -1,7 +1,7 @@
 """Batch normalisation of float32 by address: tiles of small planes and of rows of channels; in evaluation larger planes too.
 
 The GPU has no such launcher: there a launch takes addresses anyway. Arrays are (N, C, S), contiguous, S = 1 for rows of
-channels; which of them a launcher takes, `does_whole` and `normalizes` say.
+channels; which of them training takes, `does_whole` says.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ._batch_norm import lines
 from ._batch_norm import planes as _planes
 from ._batch_norm import tiles as _tiles
 from ._batch_norm.statistics import finish_gradients, merge
+from ._numba import threads
 from ._numba.by_address import floats, planes, vector_or
 from ._numba.compile import inline, kernel
 from ._numba.simd import streamed
@@ -23,10 +24,9 @@ from ._numba.threads import Moves, moving, run
 from ._numba.views import line_of
 from .channel_plan import BLOCK_ROWS, PLANE, SMALL_PLANE, SUM_AND_RESULT_LINE, flat_blocks, strip, tiles
 
-__all__ = ["backward", "does_whole", "forward", "inference_backward", "normalize", "normalizes"]
+__all__ = ["backward", "does_whole", "forward", "inference_backward", "normalize"]
 
-# The shortest line, and the smallest plane, that is worth a loop of its own.
-SHORTEST, FEWEST_OF_A_PLANE = 32, 16
+FEWEST_OF_A_PLANE = 16  # the smallest plane that is worth a loop of its own
 
 
 @kernel
@@ -181,11 +181,6 @@ def does_whole(N: int, C: int, S: int) -> bool:
     return _group(N, C, S) > 0
 
 
-def normalizes(N: int, C: int, S: int) -> bool:
-    """True for what `normalize` takes."""
-    return S > 1 or C >= SHORTEST
-
-
 def forward(
     x: int, gamma: int, beta: int, y: int, stats: int, running_mean: int, running_var: int, N: int, C: int, S: int,
     *, eps: float, momentum: float,
@@ -207,7 +202,7 @@ def backward(
 def inference_backward(
     dy: int, x: int, stats: int, gamma: int, dx: int, dgamma: int, dbeta: int, N: int, C: int, S: int
 ) -> None:  # fmt: skip
-    """`batch_norm.inference_backward`, of what `normalize` takes; of `stats` three rows count."""
+    """`batch_norm.inference_backward`; of `stats` three rows count."""
     kernel, blocks, parts, way = _inference(N, C, S)
     partial = np.empty((parts, 2, C))
     run(kernel, blocks, 12 * N * C * S, *way, dy, x, stats, gamma, dx, N, C, S, partial)
@@ -234,7 +229,11 @@ def normalize(
 ) -> None:  # fmt: skip
     """`batch_norm.normalize` by running statistics; stats (3, C), of mean, 0 and rstd, are written, or 0."""
     kernel, blocks, way = _evaluation(N, C, S)
-    run(kernel, blocks, 8 * N * C * S, *way, x, gamma, beta, y, running_mean, running_var, stats, N, C, S, float(eps))
+    operands = *way, x, gamma, beta, y, running_mean, running_var, stats, N, C, S, float(eps)
+    if 8 * N * C * S < 2 * threads.BYTES_PER_THREAD and threads.observer.get() is None:  # what `run` would do, in half its time
+        kernel(0, blocks, *operands)
+        return
+    run(kernel, blocks, 8 * N * C * S, *operands)
 
 
 @functools.lru_cache(1024)
