@@ -222,8 +222,8 @@ def line_shapes(g: Guard) -> Iterator[tuple[int, int, int]]:
     yield from ((2, C, AROUND // (2 * C * g.of.itemsize) + 1) for C in (3, 70))
 
 
-def batch_norms(last: bool, fused: bool) -> Callable[..., None]:
-    """All launchers of `batch_norm`, channels-last or not, plain or with a residual and a ReLU."""
+def batch_norms(last: bool, fused: bool, masked: bool = False) -> Callable[..., None]:
+    """All launchers of `batch_norm`, channels-last or not, plain or with a residual and an activation, and with a mask."""
 
     def call(g: Guard, N: int, C: int, S: int) -> None:
         def values(make: Callable[..., np.ndarray]) -> np.ndarray:
@@ -233,20 +233,25 @@ def batch_norms(last: bool, fused: bool) -> Callable[..., None]:
         gamma, beta, mean, var, rstd = g.vector(C), g.vector(C), g.sums(2, C), g.sums(C), g.sums(C)
         running, dgamma, dbeta = (g.vector(C), g.vector(C)), g.sums(C), g.sums(C)
         forward, backward = {}, {}
+        if masked:  # half of the positions count, or the first half of them
+            counts = np.arange(N * S) % 2 == 0 if S % 2 else np.arange(N * S) < N * S // 2
+            forward = backward = {"valid": g.copy(np.packbits(counts, bitorder="little"))}
         if fused:
             beside = values(g.numbers)
-            forward = {"residual": beside, "activation": "silu"}
+            forward |= {"residual": beside, "activation": "silu"}
             backward = {**forward, "beta": beta, "dresidual": values(g.out)}
+        # the bytes that the kernels read for the bits, beside a forbidden page too
+        batch_norm._unpacked = lambda bits, size: g.copy(np.unpackbits(bits, count=size, bitorder="little"))
         batch_norm.forward(x, gamma, beta, y, mean, var, rstd, *running, eps=1e-5, momentum=0.1, **forward)
         batch_norm.backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, **backward)
-        batch_norm.statistics(x, mean, var, rstd, *running, eps=1e-5, momentum=0.1)
+        batch_norm.statistics(x, mean, var, rstd, *running, eps=1e-5, momentum=0.1, valid=forward.get("valid"))
         batch_norm.normalize(x, mean, rstd, gamma, beta, y, **forward)
         batch_norm.backward_reduce(
             dy, x, mean, rstd, dgamma, dbeta, **({**forward, "gamma": gamma, "beta": beta} if forward else {})
         )
         batch_norm.backward_apply(dy, x, mean, rstd, gamma, dgamma, dbeta, N * S, dx, **backward)
         batch_norm.inference_backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, **backward)
-        if fused and not last:  # each operand without the others
+        if fused and not last and not masked:  # each operand without the others
             batch_norm.normalize(x, mean, rstd, gamma, beta, y, residual=forward["residual"])
             batch_norm.normalize(x, mean, rstd, gamma, beta, y, activation="relu")
             batch_norm.backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, activation="relu", beta=beta)
@@ -349,6 +354,8 @@ OF_EVERY_DTYPE = {
     "batch norm, fused": (plane_shapes, batch_norms(False, True)),
     "batch norm, channels-last": (line_shapes, batch_norms(True, False)),
     "batch norm, channels-last, fused": (line_shapes, batch_norms(True, True)),
+    "batch norm, mask": (plane_shapes, batch_norms(False, False, True)),
+    "batch norm, channels-last, mask": (line_shapes, batch_norms(True, False, True)),
 }
 OF_FLOAT32 = {
     "a step at addresses": (row_shapes, steps_at_addresses),

@@ -68,3 +68,11 @@ def test_without_elements_there_is_nothing_to_do():
     for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
         of = layout(*shape)
         assert channel_plan.plan_forward(of) == BatchNormPlan(None, Pass("planes", 0), Pass("planes", 0))
+
+
+def test_tiles_take_no_mask():
+    """Small planes are walked plane by plane then, long rows of channels row by row; what planes and lines do is the same."""
+    masked = [channel_plan.plan_forward(of, True) for _, of, _ in CASES]
+    small, planes, long, rows, many = masked
+    assert (small.whole.loops, rows.sums.loops, rows.result.loops) == ("planes", "lines", "lines")
+    assert (planes, long, many) == tuple(CASES[k][2] for k in (1, 2, 4))

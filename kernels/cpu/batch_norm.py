@@ -5,7 +5,7 @@
     dbeta = sum dy,   dgamma = sum dy x_hat
     dx = gamma rstd (dy - dbeta / m - x_hat dgamma / m)
     fused: y = a(p), p = x_hat gamma + beta + residual; dy counts as dy a'(p) (`_batch_norm/activation.py`)
-    with `valid`, the bits of the positions that count: m is their number, y, dx and dresidual are 0 elsewhere
+    with `valid`, a bit a position that says whether it counts: m is their number, y, dx and dresidual are 0 elsewhere
 
     statistics, backward_reduce      read x (and dy)                    1 pass  (2)
     normalize, backward_apply        read x (and dy), write y or dx     2 passes (3)
@@ -24,7 +24,7 @@ for the two layouts:
               several small planes, a tile is a few channels of every sample: `_batch_norm/tiles.py` does these whole
 
 A call decides once which loops run and how their work is cut into blocks (`channel_plan.py`), by shapes and strides alone;
-a launcher follows that plan. Blocks are merged in order. Where some positions do not count, `batch_norm_masked.py` does it.
+a launcher follows that plan. Blocks are merged in order.
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import batch_norm_masked as masked
 from . import channel_plan
 from ._batch_norm import lines, planes, tiles
 from ._batch_norm.activation import KINDS
 from ._batch_norm.statistics import better_shifts, finish_all, finish_gradients, first_means, merge
 from ._numba.compile import kernel
-from ._numba.elements import load, store, to_accumulate
+from ._numba.elements import store, to_accumulate
 from ._numba.threads import Moves, moving, run
 from .channel_plan import Pass, layout_of
 
@@ -90,9 +89,9 @@ _APPLY = _Loops(planes.apply, tiles.apply, lines.apply)
 _BACKWARD = _Loops(planes.backward, tiles.backward)
 
 for _loops in (_SUMS, _NORMALIZE, _FORWARD):
-    moving(Moves(("x", "residual"), ("y",)), *_loops)
+    moving(Moves(("x", "residual", "on"), ("y",)), *_loops)
 for _loops in (_GRADIENT_SUMS, _APPLY, _BACKWARD):
-    moving(Moves(("dy", "x", "residual"), ("dx", "dresidual")), *_loops)
+    moving(Moves(("dy", "x", "residual", "on"), ("dx", "dresidual")), *_loops)
 
 
 def _walked(of: Pass, *arrays: Any) -> tuple[Any, ...]:
@@ -103,8 +102,10 @@ def _walked(of: Pass, *arrays: Any) -> tuple[Any, ...]:
     return tuple(None if a is None else a.transpose(0, 2, 1).reshape(N * S, C, 1) for a in arrays)
 
 
-def _run(loops: _Loops, of: Pass, cost: int, *operands: Any) -> None:
-    run(getattr(loops, of.loops), of.blocks, cost, *of.told, *operands, plan=of)
+def _run(loops: _Loops, of: Pass, cost: int, *operands: Any, on: np.ndarray | None = None) -> None:
+    """on: the positions that count, last of the operands of all loops but tiles."""
+    masks = () if of.loops == "tiles" else (on,)
+    run(getattr(loops, of.loops), of.blocks, cost, *of.told, *operands, *masks, plan=of)
 
 
 def _merged(partial: np.ndarray) -> np.ndarray:
@@ -116,35 +117,59 @@ def _merged(partial: np.ndarray) -> np.ndarray:
     return sums
 
 
-def _sum_deviations(of: Pass, x: np.ndarray, shift: np.ndarray) -> np.ndarray:
+def _sum_deviations(of: Pass, x: np.ndarray, shift: np.ndarray, on: np.ndarray | None) -> np.ndarray:
     """sum (x - shift) and sum (x - shift)^2 of every channel: (2, C) float64."""
     partial = np.empty((of.partial, 2, x.shape[1]))
-    _run(_SUMS, of, x.nbytes, *_walked(of, x), shift, partial)
+    _run(_SUMS, of, x.nbytes, *_walked(of, x), shift, partial, on=on)
     return _merged(partial)
 
 
-def _sum_gradients(of: Pass, dy: np.ndarray, x: np.ndarray, mean: np.ndarray, scale: np.ndarray, gate: _Gate) -> np.ndarray:
+def _sum_gradients(
+    of: Pass, dy: np.ndarray, x: np.ndarray, mean: np.ndarray, scale: np.ndarray, gate: _Gate, on: np.ndarray | None
+) -> np.ndarray:
     """sum dy and sum dy (x - mean) of every channel: (2, C) float64."""
     partial, no_dx = np.empty((of.partial, 2, x.shape[1])), np.empty((0, 0, 0), x.dtype)
     walked_dy, walked_x, residual = _walked(of, dy, x, gate.residual)
     by = gate.beta, gate.kind, residual, None
-    _run(_GRADIENT_SUMS, of, 2 * x.nbytes, walked_dy, walked_x, mean, scale, no_dx, partial, *by)
+    _run(_GRADIENT_SUMS, of, 2 * x.nbytes, walked_dy, walked_x, mean, scale, no_dx, partial, *by, on=on)
     return _merged(partial)
 
 
 def _sum_and_scale_gradients(
     dy: np.ndarray, x: np.ndarray, mean: np.ndarray, scale: np.ndarray, dx: np.ndarray, gate: _Gate,
-    dresidual: np.ndarray | None,
+    dresidual: np.ndarray | None, on: np.ndarray | None,
 ) -> np.ndarray:  # fmt: skip
     """As `_sum_gradients`, and dx = scale dy."""
-    of = channel_plan.plan_sums_and_result(layout_of(x, dy, dx, *_given(dresidual)))
+    of = channel_plan.plan_sums_and_result(layout_of(x, dy, dx, *_given(dresidual)), on is not None)
     partial = np.empty((of.partial, 2, x.shape[1]))
-    _run(_GRADIENT_SUMS, of, 3 * x.nbytes, dy, x, mean, scale, dx, partial, *gate, dresidual)
+    _run(_GRADIENT_SUMS, of, 3 * x.nbytes, dy, x, mean, scale, dx, partial, *gate, dresidual, on=on)
     return _merged(partial)
 
 
 def _given(*arrays: np.ndarray | None) -> list[np.ndarray]:
     return [a for a in arrays if a is not None]
+
+
+# ---------------------------------------------------------------------------------------------- positions that count
+class _Counted(NamedTuple):
+    """on: (1, N, S) bytes, 1 where a position counts, or None where all do; m: how many do, so many values a channel."""
+
+    on: np.ndarray | None
+    m: float
+
+
+def _unpacked(bits: np.ndarray, size: int) -> np.ndarray:
+    return np.unpackbits(bits, count=size, bitorder="little")
+
+
+def _counted(x: np.ndarray, valid: np.ndarray | None) -> _Counted:
+    """From the bits of the positions of x (N, C, S), a byte each: N S of them beside N C S values."""
+    N, _, S = x.shape
+    if valid is None:
+        return _Counted(None, float(N * S))
+    on = _unpacked(valid, N * S)
+    m = int(np.count_nonzero(on))
+    return _Counted(None if m == N * S else on.reshape(1, N, S), float(m))
 
 
 # ---------------------------------------------------------------------------------------------- a residual and an activation
@@ -183,30 +208,6 @@ def _gate(
     return _Gate(to_accumulate(beta, rstd.size, rstd.dtype, 0.0), KINDS[activation], _alike(residual, x))
 
 
-def _passed_apart(
-    of: masked.Chosen, dy: np.ndarray, x: np.ndarray, mean: np.ndarray, rstd: np.ndarray, gamma: np.ndarray | None, gate: _Gate,
-    dresidual: np.ndarray | None,
-) -> np.ndarray:  # fmt: skip
-    """What an activation lets through of dy where some positions do not count, not yet rounded, and 0 there; dresidual too."""
-    passed = dy
-    if gate.kind is not None:
-        passed, dx = np.empty_like(x, rstd.dtype), np.empty_like(x)
-        no_slope, plan = np.zeros(rstd.size, rstd.dtype), channel_plan.plan_result(layout_of(x, dy, dx, passed))
-        _run(_APPLY, plan, 3 * x.nbytes, dy, x, mean, _scale_of(rstd, gamma), no_slope, no_slope, dx, *gate, passed)
-        masked.clear(of, passed)
-    if dresidual is not None:
-        _round(np.ascontiguousarray(passed).reshape(-1), rounded := np.empty(passed.size, x.dtype))
-        dresidual[...] = rounded.reshape(passed.shape)
-        masked.clear(of, dresidual)
-    return passed
-
-
-@kernel
-def _round(values, out) -> None:
-    for i in range(values.size):
-        store(out, i, load(values, i))
-
-
 # ---------------------------------------------------------------------------------------------- launchers
 def statistics(
     x: np.ndarray,
@@ -223,28 +224,24 @@ def statistics(
 ) -> None:
     """mean (2, C), var and rstd (C,) of x (N, C, S); running statistics updated in place. count: bits set in valid."""
     _check(x, mean, var, rstd, running_mean, running_var, valid=valid)
-    chosen = masked.chosen(x, valid)
-    if chosen is not None:
-        new_mean, new_var = _running(running_mean, var.dtype), _running(running_var, var.dtype)
-        masked.statistics(chosen, x, mean, var, rstd, new_mean, new_var, float(eps), float(momentum))
-        _store_running(running_mean, new_mean)
-        _store_running(running_var, new_var)
-        return
-    of = channel_plan.plan_sums(layout_of(x))
-    _statistics(of, x, mean, var, rstd, running_mean, running_var, eps, momentum)
+    counted = _counted(x, valid)
+    of = channel_plan.plan_sums(layout_of(x), counted.on is not None)
+    _statistics(of, counted, x, mean, var, rstd, running_mean, running_var, eps, momentum)
 
 
-def _statistics(of, x, mean, var, rstd, running_mean, running_var, eps, momentum) -> None:
-    C, m = x.shape[1], float(x.shape[0] * x.shape[2])
+def _statistics(of, counted, x, mean, var, rstd, running_mean, running_var, eps, momentum) -> None:
+    C, (on, m) = x.shape[1], counted
+    if on is not None and m == 0:  # mean and var are 0, and nothing is learnt
+        running_mean, running_var, m = None, None, 1.0
     new_mean, new_var = _running(running_mean, var.dtype), _running(running_var, var.dtype)
     if m == 0:
         shift, sums = np.zeros(C), np.zeros((2, C))
     else:
         shift = np.empty(C)
-        first_means(x, shift)
-        sums = _sum_deviations(of, x, shift)
+        first_means(x, on, shift)
+        sums = _sum_deviations(of, x, shift, on)
         if better_shifts(shift, sums, m):
-            sums = _sum_deviations(of, x, shift)
+            sums = _sum_deviations(of, x, shift, on)
     finish_all(shift, sums, m, float(eps), float(momentum), mean, var, rstd, new_mean, new_var)
     _store_running(running_mean, new_mean)
     _store_running(running_var, new_var)
@@ -265,21 +262,16 @@ def normalize(
 ) -> None:
     """y = a((x - mean) (rstd gamma) + beta + residual), 0 at positions that do not count."""
     _check(x, mean, rstd, gamma, beta, like=(y, residual), mask=mask, valid=valid)
-    after, chosen = (KINDS[activation], _alike(residual, x)), masked.chosen(x, valid)
-    _normalize(channel_plan.plan_result(layout_of(x, y)), x, mean, rstd, gamma, beta, y, after, chosen)
+    after, on = (KINDS[activation], _alike(residual, x)), _counted(x, valid).on
+    _normalize(channel_plan.plan_result(layout_of(x, y), on is not None), x, mean, rstd, gamma, beta, y, after, on)
 
 
-def _normalize(of, x, mean, rstd, gamma, beta, y, after, chosen=None) -> None:
+def _normalize(of, x, mean, rstd, gamma, beta, y, after, on) -> None:
     if x.size == 0:
         return
     C, dtype = x.shape[1], rstd.dtype
     scale = np.ascontiguousarray(rstd if gamma is None else rstd * to_accumulate(gamma, C, dtype, 1.0))
-    if chosen is not None and all(v is None for v in after):
-        masked.normalize(chosen, x, mean, scale, to_accumulate(beta, C, dtype, 0.0), y)
-        return
-    _run(_NORMALIZE, of, 2 * x.nbytes, x, mean, scale, to_accumulate(beta, C, dtype, 0.0), y, *after)
-    if chosen is not None:
-        masked.clear(chosen, y)
+    _run(_NORMALIZE, of, 2 * x.nbytes, x, mean, scale, to_accumulate(beta, C, dtype, 0.0), y, *after, on=on)
 
 
 def forward(
@@ -303,27 +295,23 @@ def forward(
 ) -> None:
     """`statistics`, then `normalize`. count: bits set in valid."""
     _check(x, mean, var, rstd, gamma, beta, running_mean, running_var, like=(y, residual), mask=mask, valid=valid)
-    chosen = masked.chosen(x, valid)
-    if chosen is not None and not (residual is None and activation is None):
-        statistics(x, mean, var, rstd, running_mean, running_var, eps=eps, momentum=momentum, valid=valid)
-        normalize(x, mean, rstd, gamma, beta, y, residual=residual, activation=activation, valid=valid)
+    counted = _counted(x, valid)
+    plan = channel_plan.plan_forward(layout_of(x, y), counted.on is not None)
+    kind, residual = KINDS[activation], _alike(residual, x)
+    if plan.whole is None:
+        _statistics(plan.sums, counted, x, mean, var, rstd, running_mean, running_var, eps, momentum)
+        _normalize(plan.result, x, mean, rstd, gamma, beta, y, (kind, residual), counted.on)
         return
-    plan, kind, residual = channel_plan.plan_forward(layout_of(x, y)), KINDS[activation], _alike(residual, x)
-    if plan.whole is None and chosen is None:
-        _statistics(plan.sums, x, mean, var, rstd, running_mean, running_var, eps, momentum)
-        _normalize(plan.result, x, mean, rstd, gamma, beta, y, (kind, residual))
-    else:
-        C, dtype = x.shape[1], var.dtype
-        new_mean, new_var = _running(running_mean, dtype), _running(running_var, dtype)
-        gamma, beta = to_accumulate(gamma, C, dtype, 1.0), to_accumulate(beta, C, dtype, 0.0)
-        results = mean, var, rstd, new_mean, new_var, float(eps), float(momentum)
-        if chosen is not None:
-            masked.forward(chosen, x, gamma, beta, y, *results)
-        elif plan.whole is not None:
-            walked_x, walked, residual = _walked(plan.whole, x, y, residual)
-            _run(_FORWARD, plan.whole, 3 * x.nbytes, walked_x, gamma, beta, walked, *results, kind, residual)
-        _store_running(running_mean, new_mean)
-        _store_running(running_var, new_var)
+    if counted.m == 0:  # of a mask: nothing is learnt
+        running_mean = running_var = None
+    C, dtype = x.shape[1], var.dtype
+    new_mean, new_var = _running(running_mean, dtype), _running(running_var, dtype)
+    gamma, beta = to_accumulate(gamma, C, dtype, 1.0), to_accumulate(beta, C, dtype, 0.0)
+    results = mean, var, rstd, new_mean, new_var, float(eps), float(momentum)
+    walked_x, walked, residual = _walked(plan.whole, x, y, residual)
+    _run(_FORWARD, plan.whole, 3 * x.nbytes, walked_x, gamma, beta, walked, *results, kind, residual, on=counted.on)
+    _store_running(running_mean, new_mean)
+    _store_running(running_var, new_var)
 
 
 def backward_reduce(
@@ -347,22 +335,18 @@ def backward_reduce(
     residual: for "relu", where one was added, the result in its place.
     """
     _check(x, mean, rstd, dgamma, dbeta, gamma, beta, like=(dy, residual), mask=mask, valid=valid)
-    gate, chosen = _gate(x, rstd, activation, beta, residual), masked.chosen(x, valid)
-    if chosen is not None:
-        dy = _passed_apart(chosen, dy, x, mean, rstd, gamma, gate, None)
-    _reduce(channel_plan.plan_sums(layout_of(x, dy)), dy, x, mean, rstd, gamma, dgamma, dbeta, gate, chosen)
+    gate, on = _gate(x, rstd, activation, beta, residual), _counted(x, valid).on
+    of = channel_plan.plan_sums(layout_of(x, dy), on is not None)
+    _reduce(of, dy, x, mean, rstd, gamma, dgamma, dbeta, gate, on)
 
 
 def _scale_of(rstd, gamma) -> np.ndarray:
     return rstd * to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
 
 
-def _reduce(of, dy, x, mean, rstd, gamma, dgamma, dbeta, gate, chosen=None) -> None:
-    if chosen is not None:
-        sums = masked.gradient_sums(chosen, dy, x, mean, mean[0], None)
-    else:
-        scale = mean[0] if gate.kind is None else _scale_of(rstd, gamma)  # which does not count without an activation
-        sums = _sum_gradients(of, dy, x, mean, scale, gate) if x.size else np.zeros((2, x.shape[1]))
+def _reduce(of, dy, x, mean, rstd, gamma, dgamma, dbeta, gate, on) -> None:
+    scale = mean[0] if gate.kind is None else _scale_of(rstd, gamma)  # which does not count without an activation
+    sums = _sum_gradients(of, dy, x, mean, scale, gate, on) if x.size else np.zeros((2, x.shape[1]))
     finish_gradients(sums, rstd, dgamma, dbeta)
 
 
@@ -386,24 +370,19 @@ def backward_apply(
 ) -> None:
     """dx = gamma rstd (dy - dbeta / count - x_hat dgamma / count); dresidual, if given, is dy as `backward_reduce` has it."""
     _check(x, mean, rstd, gamma, beta, dgamma, dbeta, like=(dy, dx, residual, dresidual), mask=mask, valid=valid)
-    gate, chosen = _gate(x, rstd, activation, beta, residual), masked.chosen(x, valid)
-    if chosen is not None:
-        dy = _passed_apart(chosen, dy, x, mean, rstd, gamma, gate, dresidual)
-    of = channel_plan.plan_result(layout_of(x, dy, dx, *_given(dresidual)))
-    _apply(of, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, gate, dresidual, chosen)
+    gate, on = _gate(x, rstd, activation, beta, residual), _counted(x, valid).on
+    of = channel_plan.plan_result(layout_of(x, dy, dx, *_given(dresidual)), on is not None)
+    _apply(of, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, gate, dresidual, on)
 
 
-def _apply(of, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, gate, dresidual, chosen=None) -> None:
+def _apply(of, dy, x, mean, rstd, gamma, dgamma, dbeta, count, dx, gate, dresidual, on) -> None:
     if x.size == 0:
         return
     count = float(np.asarray(count).item())
     scale = _scale_of(rstd, gamma)
     b = (dbeta / count).astype(rstd.dtype)
     k = (rstd * (dgamma / count)).astype(rstd.dtype)
-    if chosen is not None:
-        masked.apply(chosen, dy, x, mean, scale, b, k, dx)
-        return
-    _run(_APPLY, of, 3 * x.nbytes, dy, x, mean, scale, b, k, dx, *gate, dresidual)
+    _run(_APPLY, of, 3 * x.nbytes, dy, x, mean, scale, b, k, dx, *gate, dresidual, on=on)
 
 
 def backward(
@@ -426,32 +405,16 @@ def backward(
 ) -> None:
     """`backward_reduce`, then `backward_apply` with count = m. count: bits set in valid."""
     _check(x, mean, rstd, gamma, beta, dgamma, dbeta, like=(dy, dx, residual, dresidual), mask=mask, valid=valid)
-    gate, chosen = _gate(x, rstd, activation, beta, residual), masked.chosen(x, valid)
-    if chosen is not None:
-        _backward_of_chosen(chosen, dy, x, mean, rstd, gamma, dx, dgamma, dbeta, gate, dresidual)
-        return
-    plan = channel_plan.plan_backward(layout_of(x, dy, dx, *_given(dresidual)))
+    gate, (on, m) = _gate(x, rstd, activation, beta, residual), _counted(x, valid)
+    plan = channel_plan.plan_backward(layout_of(x, dy, dx, *_given(dresidual)), on is not None)
     if plan.whole is None:
-        m = x.shape[0] * x.shape[2]
-        _reduce(plan.sums, dy, x, mean, rstd, gamma, dgamma, dbeta, gate)
-        _apply(plan.result, dy, x, mean, rstd, gamma, dgamma, dbeta, m, dx, gate, dresidual)
+        _reduce(plan.sums, dy, x, mean, rstd, gamma, dgamma, dbeta, gate, on)
+        _apply(plan.result, dy, x, mean, rstd, gamma, dgamma, dbeta, max(m, 1.0), dx, gate, dresidual, on)
         return
     gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
     dy, x, dx, residual, dresidual = _walked(plan.whole, dy, x, dx, gate.residual, dresidual)
     by = gate.beta, gate.kind, residual, dresidual
-    _run(_BACKWARD, plan.whole, 5 * x.nbytes, dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *by)
-
-
-def _backward_of_chosen(chosen, dy, x, mean, rstd, gamma, dx, dgamma, dbeta, gate, dresidual) -> None:
-    """`backward` where some positions do not count."""
-    dy = _passed_apart(chosen, dy, x, mean, rstd, gamma, gate, dresidual)
-    whole = masked.plan_whole(x, dy, dx)
-    if whole is not None:
-        gamma = to_accumulate(gamma, rstd.size, rstd.dtype, 1.0)
-        masked.backward(whole, chosen, dy, x, mean, rstd, gamma, dx, dgamma, dbeta)
-        return
-    _reduce(None, dy, x, mean, rstd, gamma, dgamma, dbeta, gate, chosen)
-    _apply(None, dy, x, mean, rstd, gamma, dgamma, dbeta, max(chosen.m, 1), dx, gate, dresidual, chosen)
+    _run(_BACKWARD, plan.whole, 5 * x.nbytes, dy, x, mean, rstd, gamma, dx, dgamma, dbeta, *by, on=on)
 
 
 def inference_backward(
@@ -476,10 +439,6 @@ def inference_backward(
     if x.size == 0:
         backward_reduce(dy, x, mean, rstd, dgamma, dbeta)
         return
-    gate, scale, chosen = _gate(x, rstd, activation, beta, residual), _scale_of(rstd, gamma), masked.chosen(x, valid)
-    if chosen is not None:
-        dy = _passed_apart(chosen, dy, x, mean, rstd, gamma, gate, dresidual)
-        finish_gradients(masked.gradient_sums(chosen, dy, x, mean, scale, dx), rstd, dgamma, dbeta)
-        return
-    sums = _sum_and_scale_gradients(dy, x, mean, scale, dx, gate, dresidual)
+    gate, scale, on = _gate(x, rstd, activation, beta, residual), _scale_of(rstd, gamma), _counted(x, valid).on
+    sums = _sum_and_scale_gradients(dy, x, mean, scale, dx, gate, dresidual, on)
     finish_gradients(sums, rstd, dgamma, dbeta)

@@ -69,13 +69,13 @@ def _inference_tiles(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at,
 @kernel
 def _inference_planes(first, last, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial) -> None:
     dy, x, mean, scale, dx = _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S)
-    _planes.gradient_sums(first, last, dy, x, mean, scale, dx, partial, None, None, None, None)
+    _planes.gradient_sums(first, last, dy, x, mean, scale, dx, partial, None, None, None, None, None)
 
 
 @kernel
 def _inference_rows(first, last, rows, dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S, partial) -> None:
     dy, x, mean, scale, dx = _inference_operands(dy_at, x_at, stats_at, gamma_at, dx_at, N, C, S)
-    lines.gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial, None, None, None, None)
+    lines.gradient_sums(first, last, rows, dy, x, mean, scale, dx, partial, None, None, None, None, None)
 
 
 @kernel
@@ -126,7 +126,7 @@ def _normalize_planes(
 ) -> None:  # fmt: skip
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     pair = _pair(mean)
-    _planes.normalize(first, last, blocks, planes(x_at, N, C, S), pair, scale, beta, planes(y_at, N, C, S), None, None)
+    _planes.normalize(first, last, blocks, planes(x_at, N, C, S), pair, scale, beta, planes(y_at, N, C, S), None, None, None)
 
 
 @kernel

@@ -81,80 +81,13 @@ class BatchNormPlan:
 
 
 # ---------------------------------------------------------------------------------------------- plans of a call
+# masked: only some positions count. `tiles` take no mask, `planes` and `lines` do what is theirs then.
 @functools.lru_cache(1024)
-def plan_sums(of: Layout) -> Pass:
+def plan_sums(of: Layout, masked: bool = False) -> Pass:
     """The sums of x, or of x and dy."""
-    return _sums(of)
-
-
-@functools.lru_cache(1024)
-def plan_result(of: Layout) -> Pass:
-    """The result from known sums: of x and y, or of x, dy and dx."""
-    return _result(of)
-
-
-@functools.lru_cache(1024)
-def plan_forward(of: Layout) -> BatchNormPlan:
-    """`forward` of x and y."""
-    whole = _whole(of)
-    return BatchNormPlan(None, _sums(of.of_x), _result(of)) if whole is None else BatchNormPlan(whole)
-
-
-@functools.lru_cache(1024)
-def plan_backward(of: Layout) -> BatchNormPlan:
-    """`backward` of x, dy and dx."""
-    whole = _whole(of)
-    return (
-        BatchNormPlan(None, _sums(of._replace(strides=of.strides[:2])), _result(of)) if whole is None else BatchNormPlan(whole)
-    )
-
-
-@functools.lru_cache(1024)
-def plan_sums_and_result(of: Layout) -> Pass:
-    """`inference_backward` of x, dy and dx: no channel has to be done whole, so that it goes in the order of memory."""
-    N, C, S = of.shape
-    if in_rows(of):
-        blocks = _blocks(of)
-        return Pass("lines", blocks, (rows_per_line(SUM_AND_RESULT_LINE, of),), blocks)
-    if S < PLANE and small_planes(of):
-        group, parts = tiles(N, C, S, of.itemsize)
-        return Pass("tiles", -(-C // group) * parts, (group,), parts)
-    blocks = _blocks(of)
-    return Pass("planes", blocks, (), blocks)
-
-
-@functools.lru_cache(1024)
-def plan_masked_sums(of: Layout) -> Pass:
-    """The sums of the positions that count: of x, of x and dy, or of x, dy and the dx that is written beside them."""
-    blocks = _blocks(of)
-    if in_rows(of):
-        return Pass("lines", blocks, (rows_per_line(SUM_AND_RESULT_LINE, of),), blocks)
-    return Pass("planes", blocks, (), blocks)
-
-
-@functools.lru_cache(1024)
-def plan_masked_result(of: Layout) -> Pass:
-    """The result of the positions that count, and 0 elsewhere."""
-    blocks = _blocks(of)
-    if in_rows(of):
-        return Pass("lines", blocks, (blocks, rows_per_line(LINE, of)))
-    return Pass("planes", blocks, (blocks,))
-
-
-@functools.lru_cache(1024)
-def plan_masked_whole(of: Layout) -> Pass | None:
-    """Channels done whole where a mask is given; None where they are to be split, and for channels-last."""
-    return _whole_planes(of)
-
-
-# ---------------------------------------------------------------------------------------------- passes
-_NOTHING = Pass("planes", 0)  # of arrays without an element
-
-
-def _sums(of: Layout) -> Pass:
     if not of.nbytes:
         return _NOTHING
-    group, parts, joined = _tiled(of)
+    group, parts, joined = _tiled(of, masked)
     if group:
         return Pass("tiles", -(-of.shape[1] // group) * parts, (group,), parts, joined)
     blocks = _blocks(of)
@@ -163,22 +96,59 @@ def _sums(of: Layout) -> Pass:
     return Pass("planes", blocks, (), blocks)
 
 
-def _result(of: Layout) -> Pass:
+@functools.lru_cache(1024)
+def plan_result(of: Layout, masked: bool = False) -> Pass:
+    """The result from known sums: of x and y, or of x, dy and dx."""
     if not of.nbytes:
         return _NOTHING
     N, C, S = of.shape
     blocks = _blocks(of)
     if in_rows(of):
         return Pass("lines", blocks, (blocks, rows_per_line(LINE, of)))
-    if small_planes(of):
+    if small_planes(of) and not masked:
         group, parts = tiles(N, C, S, of.itemsize)
         return Pass("tiles", -(-C // group) * parts, (group, parts))
     return Pass("planes", blocks, (blocks,))
 
 
-def _whole(of: Layout) -> Pass | None:
+@functools.lru_cache(1024)
+def plan_forward(of: Layout, masked: bool = False) -> BatchNormPlan:
+    """`forward` of x and y."""
+    return _plan(of, of.of_x, masked)
+
+
+@functools.lru_cache(1024)
+def plan_backward(of: Layout, masked: bool = False) -> BatchNormPlan:
+    """`backward` of x, dy and dx."""
+    return _plan(of, of._replace(strides=of.strides[:2]), masked)
+
+
+@functools.lru_cache(1024)
+def plan_sums_and_result(of: Layout, masked: bool = False) -> Pass:
+    """`inference_backward` of x, dy and dx: no channel has to be done whole, so that it goes in the order of memory."""
+    N, C, S = of.shape
+    if in_rows(of):
+        blocks = _blocks(of)
+        return Pass("lines", blocks, (rows_per_line(SUM_AND_RESULT_LINE, of),), blocks)
+    if S < PLANE and small_planes(of) and not masked:
+        group, parts = tiles(N, C, S, of.itemsize)
+        return Pass("tiles", -(-C // group) * parts, (group,), parts)
+    blocks = _blocks(of)
+    return Pass("planes", blocks, (), blocks)
+
+
+_NOTHING = Pass("planes", 0)  # of arrays without an element
+
+
+def _plan(of: Layout, summed: Layout, masked: bool) -> BatchNormPlan:
+    """summed: the layout of what is read for the sums."""
+    whole = _whole(of, masked)
+    return BatchNormPlan(whole) if whole else BatchNormPlan(None, plan_sums(summed, masked), plan_result(of, masked))
+
+
+def _whole(of: Layout, masked: bool) -> Pass | None:
     """None where channels are not to be done whole."""
-    group, parts, joined = _tiled(of)
+    group, parts, joined = _tiled(of, masked)
     if group:
         return Pass("tiles", -(-of.shape[1] // group), (group,), joined=joined) if parts == 1 else None
     return _whole_planes(of)
@@ -232,10 +202,10 @@ def strip(N: int, C: int, itemsize: int) -> int:
     return group if parts == 1 and N * group * itemsize <= STRIP_BYTES else 0
 
 
-def _tiled(of: Layout) -> tuple[int, int, bool]:
+def _tiled(of: Layout, masked: bool) -> tuple[int, int, bool]:
     """As `tiles`, and whether samples and positions are joined; no channels where no tiles are cut."""
     N, C, S = of.shape
-    if not of.nbytes:
+    if not of.nbytes or masked:
         return 0, 1, False
     if not in_rows(of):
         return *(tiles(N, C, S, of.itemsize) if small_planes(of) else (0, 1)), False

@@ -21,6 +21,7 @@ from .._numba.elements import load, store
 from .._numba.exp import exp
 from .._numba.simd import Lanes, larger, load_lanes, where_at_most, where_below
 from .._numba.views import borrowed, gather, line_of, plane_of
+from .positions import kept
 
 
 class Relu(NamedTuple):
@@ -199,6 +200,15 @@ def let_through(dy, v, i, exist, after) -> Lanes:
     return _let_through(dy, v, i, exist, kind, residual)
 
 
+def scale_of(kind: Any, rstd: Any, gamma: Any) -> Any:
+    """γ rstd; None without an activation."""
+
+
+@overload(scale_of)
+def _choosescale_of(kind, rstd, gamma) -> Callable[..., Any]:
+    return (lambda kind, rstd, gamma: None) if kind == types.none else (lambda kind, rstd, gamma: rstd * gamma)
+
+
 # ---------------------------------------------------------------------------------------------- views, of None too
 def line_beside(a: Any, n: Any, c: Any, s: Any, size: Any) -> Any:
     """`line_of`, or None."""
@@ -233,30 +243,41 @@ def _choose_scratch(a, size) -> Callable[..., Any]:
     return lambda a, size: np.empty(0 if a.strides[2] == a.itemsize else size, a.dtype)
 
 
-def put(row: Any, a: Any, n: Any, c: Any, s: Any) -> Any:
-    """Rounds `row` to a[n, c, s:]; nothing where `a` is None."""
+def piece_beside(r_scratch: Any, size: Any) -> Any:
+    """Values of a run that are done at once: as many as the scratch of the residual has, `size` where it has none."""
+
+
+@overload(piece_beside)
+def _choose_piece(r_scratch, size) -> Callable[..., Any]:
+    if r_scratch == types.none:
+        return lambda r_scratch, size: size
+    return lambda r_scratch, size: r_scratch.size if r_scratch.size else size
+
+
+def put(row: Any, on: Any, a: Any, n: Any, c: Any, s: Any) -> Any:
+    """Rounds `row` to a[n, c, s:], 0 where a position does not count; nothing where `a` is None."""
 
 
 @overload(put)
-def _choose_put(row, a, n, c, s) -> Callable[..., Any]:
+def _choose_put(row, on, a, n, c, s) -> Callable[..., Any]:
     if a == types.none:
-        return lambda row, a, n, c, s: None
-    return lambda row, a, n, c, s: _put(row, a, n, c, s)
+        return lambda row, on, a, n, c, s: None
+    return lambda row, on, a, n, c, s: _put(row, on, a, n, c, s)
 
 
 @inline
-def _put(row, a, n, c, s) -> None:
+def _put(row, on, a, n, c, s) -> None:
     to = plane_of(a, n, c, s, s + row.size)
     if a.strides[2] == a.itemsize:
-        _round(row, borrowed(to))
+        _round(row, on, borrowed(to))
     else:
-        _round(row, to)
+        _round(row, on, to)
 
 
 @inline
-def _round(row, to) -> None:
+def _round(row, on, to) -> None:
     for i in range(row.size):
-        store(to, i, load(row, i))
+        store(to, i, kept(load(row, i), on, i))
 
 
 def put_line(row: Any, a: Any, n: Any, c: Any, s: Any) -> Any:
@@ -267,4 +288,4 @@ def put_line(row: Any, a: Any, n: Any, c: Any, s: Any) -> Any:
 def _choose_put_line(row, a, n, c, s) -> Callable[..., Any]:
     if a == types.none:
         return lambda row, a, n, c, s: None
-    return lambda row, a, n, c, s: _round(row, line_of(a, n, c, s, row.size))
+    return lambda row, a, n, c, s: _round(row, None, line_of(a, n, c, s, row.size))

@@ -1,9 +1,10 @@
 """Batch normalisation where a channel's values are scattered: channels-last, and planes too small to be a loop of their own.
 
-The data is taken as *lines* of adjacent elements in which the channels come in the same pattern: k rows of C channels
-(channels-last), or the small planes of a few channels of one sample (`tiles.py`). Each position of the line has its own mean,
-scale and sums, so that the inner loop runs along memory whatever the number of channels; the positions of a channel are added
-up at the end.
+The data is taken as *lines* of adjacent elements in which the channels come in the same pattern: some rows of C channels
+(channels-last, the kernels here), or the small planes of a few channels of one sample (`tiles.py`). Each position of a line has
+its own mean, scale and sums, so that the inner loop runs along memory whatever the number of channels; the sums of a channel's
+positions are added up at the end. Formulas and arguments are those of `planes.py`. With a mask a row counts or does not, so
+that rows which do not are left out before there is a line of them.
 """
 
 from __future__ import annotations
@@ -19,24 +20,25 @@ from numba.extending import overload
 from .._numba.compile import exact, inline, kernel
 from .._numba.simd import Lanes, load_lanes, load_lanes_like, store_lanes, streamed, width, write
 from .._numba.views import line_of
-from .activation import finished, let_through, line_beside, put_line
-from .planes import AROUND, _dx, _y
+from .activation import line_beside, put_line
+from .planes import AROUND, _at_position, _dx_of_run, _pass_run, _scaled_run, _y_of_run
+from .positions import run_of_rows
 from .statistics import add_to, sums_of
 
 # ---------------------------------------------------------------------------------------------- one line
-# Parameters of a position: at (1, rows, positions), three axes for `line_of`; its rows are named here.
+# Parameters of the positions of a line: `at` (1, 5, positions), three axes for `line_of`. The names of its rows:
 MEAN, REST, SCALE, SHIFT_1, SHIFT_2 = range(5)
 
 
 @inline
 def parameters(positions, like) -> np.ndarray:
-    """For the parameters of a line; the last vector of them is read whole."""
+    """Memory for the parameters of a line; the last vector of each is read whole."""
     return np.empty((1, 5, positions + width(like)), like.dtype)
 
 
 @inline
 def _of(at, row) -> np.ndarray:
-    """A row of parameters. It counts no reference: `at` has to be used after it, or in the same loop."""
+    """A row of parameters, without reference counting: the caller uses `at` after it, or in the same loop."""
     return line_of(at, 0, row, 0, at.shape[2])
 
 
@@ -49,6 +51,7 @@ def _add(sums, p, exist, v) -> None:
 
 @inline
 def _add_deviations(p, exist, args) -> None:
+    """Adds x - shift and its square to the sums of the positions p…."""
     x, shift, total, square = args
     d = load_lanes_like(x, p, exist, 0.0, total) - load_lanes(shift, p, exist, 0.0)
     _add(total, p, exist, d)
@@ -57,6 +60,7 @@ def _add_deviations(p, exist, args) -> None:
 
 @inline
 def _add_four_deviations(p, exist, args) -> None:
+    """As `_add_deviations`, of four lines."""
     x0, x1, x2, x3, shift, total, square = args
     about = load_lanes(shift, p, exist, 0.0)
     d0, d1 = load_lanes_like(x0, p, exist, 0.0, total) - about, load_lanes_like(x1, p, exist, 0.0, total) - about
@@ -89,6 +93,7 @@ def _choose_from_mean(x, p, exist, mean, rest, like) -> Callable[..., Any]:
 
 @inline
 def _add_gradients(p, exist, args) -> None:
+    """Adds dy and dy (x - mean) to the sums of the positions p…."""
     dy, x, mean, rest, total, product = args
     g = load_lanes_like(dy, p, exist, 0.0, total)
     _add(total, p, exist, g)
@@ -97,6 +102,7 @@ def _add_gradients(p, exist, args) -> None:
 
 @inline
 def _add_two_gradients(p, exist, args) -> None:
+    """As `_add_gradients`, of two lines."""
     dy0, dy1, x0, x1, mean, rest, total, product = args
     g0, g1 = load_lanes_like(dy0, p, exist, 0.0, total), load_lanes_like(dy1, p, exist, 0.0, total)
     d0, d1 = _from_mean(x0, p, exist, mean, rest, total), _from_mean(x1, p, exist, mean, rest, total)
@@ -116,32 +122,14 @@ def _along(size, like, lanes, args) -> None:
 
 
 @inline
-def _at_position(parameter, i) -> Lanes:
-    """A parameter of the positions i…; its last vector is whole."""
-    return load_lanes(parameter, i, width(parameter), 0.0)
-
-
-@inline
-def _affine(i, exist, x, mean, rest, scale, beta) -> Lanes:
-    of = (_at_position(mean, i), _at_position(rest, i), _at_position(scale, i), _at_position(beta, i))
-    return _y(load_lanes(x, i, exist, 0.0), *of)
-
-
-@inline
-def _y_of_line(i, exist, args) -> Lanes:
-    x, mean, rest, scale, beta, after = args
-    return finished(_affine(i, exist, x, mean, rest, scale, beta), i, exist, after)
-
-
-@inline
 def _normalize(x, at, y, around, after) -> None:
-    """at[SHIFT_1] is beta."""
-    write(y, around, _y_of_line, (x, _of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1), after))
+    """A line of y; at[SHIFT_1] is beta, after = (activation, residual)."""
+    write(y, around, _y_of_run, (x, None, _of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1), after))
 
 
 @inline
 def _normalized_by_known(i, exist, args) -> Lanes:
-    """As `_y_of_line`, of a mean that has no second part."""
+    """As `_y_of_run`, of a mean that has no second part."""
     x, mean, scale, beta = args
     return (load_lanes(x, i, exist, 0.0) - _at_position(mean, i)) * _at_position(scale, i) + _at_position(beta, i)
 
@@ -153,23 +141,16 @@ def normalize_known(x, at, y, of) -> None:
 
 
 @inline
-def _dx_of_line(i, exist, args) -> Lanes:
-    dy, x, mean, rest, scale, b, k = args
-    of = (_at_position(mean, i), _at_position(rest, i), _at_position(scale, i), _at_position(b, i), _at_position(k, i))
-    return _dx(load_lanes(dy, i, exist, 0.0), load_lanes(x, i, exist, 0.0), *of)
-
-
-@inline
 def _apply(dy, x, at, dx, around) -> None:
-    """at[SHIFT_1] is dbeta / m, at[SHIFT_2] is rstd dgamma / m."""
+    """A line of dx; at[SHIFT_1] is dbeta / m, at[SHIFT_2] is rstd dgamma / m."""
     of = (_of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1), _of(at, SHIFT_2))
-    write(dx, around, _dx_of_line, (dy, x, *of))
+    write(dx, around, _dx_of_run, (dy, x, None, *of))
 
 
-# What an activation lets through of a line, before it is summed. gate: the activation, parameters (at[SHIFT_1] is beta) and
+# The gradient of an activation, of a line before it is summed. gate: the activation, parameters (at[SHIFT_1] is beta) and
 # memory for two lines; None without one.
 def _gate(kind: Any, positions: Any, like: Any) -> Any:
-    """The gate, its parameters to be filled."""
+    """The gate; the caller fills its parameters."""
 
 
 @overload(_gate)
@@ -180,7 +161,7 @@ def _choose_gate(kind, positions, like) -> Callable[..., Any]:
 
 
 def _through(dy: Any, x: Any, gate: Any, j: Any, residual: Any) -> Any:
-    """What passes of a line `dy`, in the gate's memory j: `dy` itself without a gate."""
+    """dy a'(p) of a line, in the gate's line j; `dy` itself without an activation."""
 
 
 @overload(_through)
@@ -191,34 +172,21 @@ def _choose_through(dy, x, gate, j, residual) -> Callable[..., Any]:
 
 
 @inline
-def _passed(i, exist, args) -> Lanes:
-    dy, x, mean, rest, scale, beta, after = args
-    return let_through(load_lanes(dy, i, exist, 0.0), _affine(i, exist, x, mean, rest, scale, beta), i, exist, after)
-
-
-@inline
 def _passed_line(dy, x, gate, j, residual) -> np.ndarray:
     kind, at, memory = gate
-    line = line_of(memory, 0, j, 0, dy.size)
-    of = (_of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1), (kind, residual))
-    write(line, False, _passed, (dy, x, *of))
-    return line
-
-
-@inline
-def _scaled(i, exist, args) -> Lanes:
-    dy, scale = args
-    return load_lanes(dy, i, exist, 0.0) * _at_position(scale, i)
+    of = _of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1)
+    return _pass_run(line_of(memory, 0, j, 0, dy.size), dy, x, *of, (kind, residual))
 
 
 @inline
 def _scale(dy, at, dx, around) -> None:
-    write(dx, around, _scaled, (dy, _of(at, SCALE)))
+    """A line of dx = scale dy."""
+    write(dx, around, _scaled_run, (dy, None, _of(at, SCALE)))
 
 
 @inline
 def _goes_around(y) -> bool:
-    """True where the lines of a result are to be written around the caches."""
+    """True where the lines of a result are to be written past the caches."""
     return y.size * y.itemsize >= AROUND
 
 
@@ -238,6 +206,7 @@ def _left(high, low) -> float:
 
 @inline
 def _wide_means(about, c0, c1, S, mean) -> None:
+    """about (1, 2, positions): the mean of each position as one float64, and what that rounding left."""
     for c in range(c0, c1):
         high, low = np.float64(mean[0, c]), np.float64(mean[1, c])
         _spread(about, MEAN, c - c0, S, high + low)
@@ -245,8 +214,8 @@ def _wide_means(about, c0, c1, S, mean) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- channels-last, split
-# Row v is x[v // S, :, v % S]; its C channels are adjacent. A line is `rows` rows, which are adjacent too if rows > 1; position
-# j C + c. Block b is the rows m b / blocks … m (b + 1) / blocks - 1.
+# Row v is x[v // S, :, v % S]; its C channels are adjacent. A line is `rows` rows, which are adjacent too if rows > 1;
+# channel c of its row j is position j C + c. Block b is the rows N S b / blocks … N S (b + 1) / blocks - 1.
 @inline
 def _rows_of(x, v, size) -> np.ndarray:
     S = x.shape[2]
@@ -317,34 +286,62 @@ def _fold(first, second, C, partial) -> None:
         partial[0, c], partial[1, c] = sums_of(pieces, c)
 
 
+def _clear_rows(y: Any, v: Any, stop: Any) -> None:
+    """Rows v…stop-1 of y are 0; nothing where y is None."""
+
+
+@overload(_clear_rows)
+def _choose_clear_rows(y, v, stop) -> Callable[..., Any]:
+    if y == types.none:
+        return lambda y, v, stop: None
+    return lambda y, v, stop: _clear(y, v, stop)
+
+
+@inline
+def _clear(y, v, stop) -> None:
+    zero = y.dtype.type(0)
+    for u in range(v, stop):
+        row = _rows_of(y, u, y.shape[1])
+        for c in range(row.size):
+            row[np.uintp(c)] = zero
+
+
 @kernel
-def sums(first, last, rows, x, shift, partial) -> None:
-    """partial (blocks, 2, C): sum (x - shift) and sum (x - shift)^2 of every block."""
+def sums(first, last, rows, x, shift, partial, on) -> None:
+    """partial (blocks, 2, C) = sum (x - shift) and sum (x - shift)^2 of every block and channel. Reads x once."""
     N, C, S = x.shape
     blocks, m, P = partial.shape[0], N * S, rows * C
     at, total, square = np.empty((1, 1, P)), np.empty(P), np.empty(P)
     _repeat(at, 0, shift)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
+        # 1. sums of each position, of four lines at a time
         total[:] = 0.0
         square[:] = 0.0
-        while v + 4 * rows <= end:
-            x0, x1 = _rows_of(x, v, P), _rows_of(x, v + rows, P)
-            x2, x3 = _rows_of(x, v + 2 * rows, P), _rows_of(x, v + 3 * rows, P)
-            _along(P, total, _add_four_deviations, (x0, x1, x2, x3, _of(at, 0), total, square))
-            v += 4 * rows
         while v < end:
-            size = min(rows, end - v) * C
-            _along(size, total, _add_deviations, (_rows_of(x, v, size), _of(at, 0), total, square))
-            v += rows
+            counted, stop = run_of_rows(on, v, end)
+            while counted and v + 4 * rows <= stop:
+                x0, x1 = _rows_of(x, v, P), _rows_of(x, v + rows, P)
+                x2, x3 = _rows_of(x, v + 2 * rows, P), _rows_of(x, v + 3 * rows, P)
+                _along(P, total, _add_four_deviations, (x0, x1, x2, x3, _of(at, 0), total, square))
+                v += 4 * rows
+            while counted and v < stop:
+                size = min(rows, stop - v) * C
+                _along(size, total, _add_deviations, (_rows_of(x, v, size), _of(at, 0), total, square))
+                v += rows
+            v = stop
+        # 2. of each channel
         _fold(total, square, C, partial[block])
 
 
 @kernel
 def gradient_sums(
-    first, last, rows, dy, x, mean, scale, dx, partial, beta, kind, residual, dresidual
+    first, last, rows, dy, x, mean, scale, dx, partial, beta, kind, residual, dresidual, on
 ) -> None:  # fmt: skip
-    """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
+    """partial (blocks, 2, C) = sum dy and sum dy (x - mean) of every block and channel. Reads dy and x once.
+
+    Where dx has values the statistics do not depend on x: dx = scale dy and dresidual = dy are written too, block by block.
+    """
     N, C, S = x.shape
     blocks, m, P, scaled = partial.shape[0], N * S, rows * C, dx.size > 0
     about, total, product = np.empty((1, 2, P)), np.empty(P), np.empty(P)
@@ -362,52 +359,72 @@ def gradient_sums(
     for block in range(first, last):
         start, end = m * block // blocks, m * (block + 1) // blocks
         v = start
+        # 1. sums of each position, of two lines at a time, then of each channel
         total[:] = 0.0
         product[:] = 0.0
-        while v + 2 * rows <= end:
-            dy0, dy1, x0, x1 = _rows_of(dy, v, P), _rows_of(dy, v + rows, P), _rows_of(x, v, P), _rows_of(x, v + rows, P)
-            dy0 = _through(dy0, x0, gate, 0, _rows_beside(residual, v, P, S))
-            dy1 = _through(dy1, x1, gate, 1, _rows_beside(residual, v + rows, P, S))
-            mean_at, rest_at = _of(about, MEAN), _of(about, REST)
-            _along(P, total, _add_two_gradients, (dy0, dy1, x0, x1, mean_at, rest_at, total, product))
-            v += 2 * rows
         while v < end:
-            size = min(rows, end - v) * C
-            x0 = _rows_of(x, v, size)
-            dy0 = _through(_rows_of(dy, v, size), x0, gate, 0, _rows_beside(residual, v, size, S))
-            _along(size, total, _add_gradients, (dy0, x0, _of(about, MEAN), _of(about, REST), total, product))
-            v += rows
+            counted, stop = run_of_rows(on, v, end)
+            while counted and v + 2 * rows <= stop:
+                dy0, dy1, x0, x1 = _rows_of(dy, v, P), _rows_of(dy, v + rows, P), _rows_of(x, v, P), _rows_of(x, v + rows, P)
+                dy0 = _through(dy0, x0, gate, 0, _rows_beside(residual, v, P, S))
+                dy1 = _through(dy1, x1, gate, 1, _rows_beside(residual, v + rows, P, S))
+                mean_at, rest_at = _of(about, MEAN), _of(about, REST)
+                _along(P, total, _add_two_gradients, (dy0, dy1, x0, x1, mean_at, rest_at, total, product))
+                v += 2 * rows
+            while counted and v < stop:
+                size = min(rows, stop - v) * C
+                x0 = _rows_of(x, v, size)
+                dy0 = _through(_rows_of(dy, v, size), x0, gate, 0, _rows_beside(residual, v, size, S))
+                _along(size, total, _add_gradients, (dy0, x0, _of(about, MEAN), _of(about, REST), total, product))
+                v += rows
+            v = stop
         _fold(total, product, C, partial[block])
+        # 2. the block's dx, from what the caches hold
         v = start if scaled else end
         while v < end:
-            size = min(rows, end - v) * C
-            passed = _through(_rows_of(dy, v, size), _rows_of(x, v, size), gate, 0, _rows_beside(residual, v, size, S))
-            put_line(passed, dresidual, v // S, 0, v % S)
-            _scale(passed, at, _rows_of(dx, v, size), _goes_around(dx))
-            v += rows
+            counted, stop = run_of_rows(on, v, end)
+            if not counted:
+                _clear_rows(dx, v, stop)
+                _clear_rows(dresidual, v, stop)
+            while counted and v < stop:
+                size = min(rows, stop - v) * C
+                passed = _through(_rows_of(dy, v, size), _rows_of(x, v, size), gate, 0, _rows_beside(residual, v, size, S))
+                put_line(passed, dresidual, v // S, 0, v % S)
+                _scale(passed, at, _rows_of(dx, v, size), _goes_around(dx))
+                v += rows
+            v = stop
     streamed()
 
 
 @kernel
-def normalize(first, last, blocks, rows, x, mean, scale, beta, y, kind, residual) -> None:
+def normalize(first, last, blocks, rows, x, mean, scale, beta, y, kind, residual, on) -> None:
+    """y = a((x - mean) scale + beta + residual) of every block, scale = rstd gamma. Reads x and the residual, writes y."""
     N, C, S = x.shape
     m, at = N * S, parameters(rows * C, mean)
     _normalization_of_rows(at, mean, scale, beta)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         while v < end:
-            size = min(rows, end - v) * C
-            after = kind, _rows_beside(residual, v, size, S)
-            _normalize(_rows_of(x, v, size), at, _rows_of(y, v, size), _goes_around(y), after)
-            v += rows
+            counted, stop = run_of_rows(on, v, end)
+            if not counted:
+                _clear_rows(y, v, stop)
+            while counted and v < stop:
+                size = min(rows, stop - v) * C
+                after = kind, _rows_beside(residual, v, size, S)
+                _normalize(_rows_of(x, v, size), at, _rows_of(y, v, size), _goes_around(y), after)
+                v += rows
+            v = stop
     streamed()
 
 
 @kernel
 def apply(
-    first, last, blocks, rows, dy, x, mean, scale, b, k, dx, beta, kind, residual, dresidual
+    first, last, blocks, rows, dy, x, mean, scale, b, k, dx, beta, kind, residual, dresidual, on
 ) -> None:  # fmt: skip
-    """dx = scale (dy - b - (x - mean) k)."""
+    """dx = scale (dy - b - (x - mean) k) of every block, b = dbeta / m, k = rstd dgamma / m.
+
+    Reads dy and x (and the residual, where an activation needs it); writes dx and dresidual.
+    """
     N, C, S = x.shape
     m, at = N * S, parameters(rows * C, mean)
     _slopes_of_rows(at, mean, scale, b, k)
@@ -416,10 +433,16 @@ def apply(
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
         while v < end:
-            size = min(rows, end - v) * C
-            x_line = _rows_of(x, v, size)
-            passed = _through(_rows_of(dy, v, size), x_line, gate, 0, _rows_beside(residual, v, size, S))
-            put_line(passed, dresidual, v // S, 0, v % S)
-            _apply(passed, x_line, at, _rows_of(dx, v, size), _goes_around(dx))
-            v += rows
+            counted, stop = run_of_rows(on, v, end)
+            if not counted:
+                _clear_rows(dx, v, stop)
+                _clear_rows(dresidual, v, stop)
+            while counted and v < stop:
+                size = min(rows, stop - v) * C
+                x_line = _rows_of(x, v, size)
+                passed = _through(_rows_of(dy, v, size), x_line, gate, 0, _rows_beside(residual, v, size, S))
+                put_line(passed, dresidual, v // S, 0, v % S)
+                _apply(passed, x_line, at, _rows_of(dx, v, size), _goes_around(dx))
+                v += rows
+            v = stop
     streamed()

@@ -1,7 +1,9 @@
 """Batch normalisation where the values of a channel lie in planes: runs along S, adjacent in memory (NCHW).
 
-A run has one mean, scale and shift; its sums are taken several lanes at a time. Strides other than 1 along S are right too:
-such a run is copied to be adjacent, a piece at a time.
+A run is a part of a plane x[n, c, :]; it has one mean, scale and shift, and its sums are taken several lanes at a time. Strides
+other than 1 along S are right too: such a run is copied to be adjacent, RUN values at a time. The formulas are those of
+`batch_norm.py`. Arguments that may be None: `kind` (the activation), `residual` and `dresidual` (`activation.py`), `on`, the
+positions that count (`positions.py`). `forward` and `backward` do whole channels; the other kernels split all values in blocks.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ from numba import types
 from numba.extending import overload
 
 from .._numba.compile import inline, kernel, reduction
-from .._numba.elements import load, store
-from .._numba.simd import Lanes, fetch, load_lanes, streamed, write
+from .._numba.elements import load
+from .._numba.simd import Lanes, fetch, load_lanes, streamed, width, write
 from .._numba.views import gather, line_of, plane_of, prefix, row_buffer, scatter
-from .activation import finished, let_through, put, run_beside, scratch_beside
-from .statistics import add_to, better_shift, finish, first_mean, sums_of, two_sum, with_low
+from .activation import finished, let_through, line_beside, piece_beside, put, run_beside, scale_of, scratch_beside
+from .positions import ALL, NONE, kept, kept_lanes, share_of, values_of_channel
+from .statistics import add_to, better_shift, finish, first_mean, first_positions, sums_of, two_sum, with_low
 
-# Bytes of the smallest result that goes around the caches; as many are read. A MiB took 33 us through a last cache of
-# 32 MiB where both lay in half of it, 130 to 150 us where they did not, and 60 to 100 us around it.
+# Bytes of the smallest result that is written past the caches; as many are read. A MiB took 33 us through a last cache of
+# 32 MiB where both lay in half of it, 130 to 150 us where they did not, and 60 to 100 us past it.
 AROUND = 8 << 20
 # Values whose sum is taken at once, and values copied at once.
 RUN = 512
@@ -41,21 +44,21 @@ def _from_mean(x, i, mean, rest) -> float:
 
 
 @reduction
-def _fast_deviation_sums(x, shift) -> tuple[float, float]:
+def _fast_deviation_sums(x, on, shift) -> tuple[float, float]:
     total, square = 0.0, 0.0
     for i in range(x.size):
-        d = _from_shift(x, i, shift)
+        d = kept(_from_shift(x, i, shift), on, i)
         total += d
         square += d * d
     return total, square
 
 
 @inline
-def _exact_deviation_sums(x, shift) -> tuple[float, float]:
+def _exact_deviation_sums(x, on, shift) -> tuple[float, float]:
     """For float64 itself, which leaves no digits to spare: the rounding of each addition is carried along."""
     total, square, total_low, square_low = 0.0, 0.0, 0.0, 0.0
     for i in range(x.size):
-        d = _from_shift(x, i, shift)
+        d = kept(_from_shift(x, i, shift), on, i)
         total, low = two_sum(total, d)
         total_low += low
         square, low = two_sum(square, d * d)
@@ -64,51 +67,52 @@ def _exact_deviation_sums(x, shift) -> tuple[float, float]:
 
 
 @reduction
-def _fast_gradient_sums(dy, x, mean, rest) -> tuple[float, float]:
+def _fast_gradient_sums(dy, x, on, mean, rest) -> tuple[float, float]:
     total, product = 0.0, 0.0
     for i in range(x.size):
-        g = np.float64(load(dy, i))
+        g = np.float64(kept(load(dy, i), on, i))
         total += g
-        product += g * np.float64(_from_mean(x, i, mean, rest))
+        product += g * np.float64(kept(_from_mean(x, i, mean, rest), on, i))
     return total, product
 
 
 @inline
-def _exact_gradient_sums(dy, x, mean, rest) -> tuple[float, float]:
+def _exact_gradient_sums(dy, x, on, mean, rest) -> tuple[float, float]:
     total, product, total_low, product_low = 0.0, 0.0, 0.0, 0.0
     for i in range(x.size):
-        g = load(dy, i)
+        g = kept(load(dy, i), on, i)
         total, low = two_sum(total, g)
         total_low += low
-        product, low = two_sum(product, g * _from_mean(x, i, mean, rest))
+        product, low = two_sum(product, g * kept(_from_mean(x, i, mean, rest), on, i))
         product_low += low
     return with_low(total, total_low), with_low(product, product_low)
 
 
-def _deviation_sums(x: Any, shift: Any) -> Any:
-    """sum (x - shift) and sum (x - shift)^2."""
-    return _exact_deviation_sums(x, shift)
+def _deviation_sums(x: Any, on: Any, share: Any, shift: Any) -> Any:
+    """sum (x - shift) and sum (x - shift)^2 of what counts, a `share` of the run."""
+    return _exact_deviation_sums(x, on, shift)
 
 
 @overload(_deviation_sums)
-def _choose_deviation_sums(x, shift) -> Callable[..., Any]:
-    if x.dtype == types.float64:
-        return lambda x, shift: _exact_deviation_sums(x, shift)
-    return lambda x, shift: _fast_deviation_sums(x, shift)
+def _choose_deviation_sums(x, on, share, shift) -> Callable[..., Any]:
+    sums = _exact_deviation_sums if x.dtype == types.float64 else _fast_deviation_sums
+    return lambda x, on, share, shift: sums(x, None, shift) if share == ALL else sums(x, on, shift)
 
 
-def _gradient_sums(dy: Any, x: Any, mean: Any, rest: Any) -> Any:
-    """sum dy and sum dy (x - mean)."""
-    return _exact_gradient_sums(dy, x, mean, rest)
+def _gradient_sums(dy: Any, x: Any, on: Any, share: Any, mean: Any, rest: Any) -> Any:
+    """sum dy and sum dy (x - mean) of what counts, a `share` of the run."""
+    return _exact_gradient_sums(dy, x, on, mean, rest)
 
 
 @overload(_gradient_sums)
-def _choose_gradient_sums(dy, x, mean, rest) -> Callable[..., Any]:
-    if x.dtype == types.float64:
-        return lambda dy, x, mean, rest: _exact_gradient_sums(dy, x, mean, rest)
-    return lambda dy, x, mean, rest: _fast_gradient_sums(dy, x, mean, rest)
+def _choose_gradient_sums(dy, x, on, share, mean, rest) -> Callable[..., Any]:
+    sums = _exact_gradient_sums if x.dtype == types.float64 else _fast_gradient_sums
+    return lambda dy, x, on, share, mean, rest: sums(dy, x, None, mean, rest) if share == ALL else sums(dy, x, on, mean, rest)
 
 
+# ---------------------------------------------------------------------------------------------- vector i of a run's results
+# Functions (i, exist, args) as `write` takes them, for planes and for lines. A parameter is a number, the same for the whole
+# run (planes), or a row with one a position (lines of several channels), whose last vector is read whole.
 @inline
 def _y(x, mean, rest, scale, beta) -> Any:
     """y = (x - mean) scale + beta, scale = rstd gamma; the mean is mean + rest. Of numbers or of vectors of them."""
@@ -121,120 +125,154 @@ def _dx(dy, x, mean, rest, scale, b, k) -> Any:
     return ((dy - b) - ((x - mean) - rest) * k) * scale
 
 
+def _at_position(parameter: Any, i: Any) -> Any:
+    """A parameter of the positions i…: itself, or a vector of a row of them."""
+
+
+@overload(_at_position)
+def _choose_at_position(parameter, i) -> Callable[..., Any]:
+    if isinstance(parameter, types.Array):
+        return lambda parameter, i: load_lanes(parameter, i, width(parameter), 0.0)
+    return lambda parameter, i: parameter
+
+
+@inline
+def _y_at(i, exist, x, mean, rest, scale, beta) -> Lanes:
+    of = _at_position(mean, i), _at_position(rest, i), _at_position(scale, i), _at_position(beta, i)
+    return _y(load_lanes(x, i, exist, 0.0), *of)
+
+
 @inline
 def _y_of_run(i, exist, args) -> Lanes:
-    x, mean, rest, scale, beta, after = args
-    return finished(_y(load_lanes(x, i, exist, 0.0), mean, rest, scale, beta), i, exist, after)
+    """a(y + residual), after = (activation, residual), each None where there is none; 0 where `on` is."""
+    x, on, mean, rest, scale, beta, after = args
+    return kept_lanes(finished(_y_at(i, exist, x, mean, rest, scale, beta), i, exist, after), on, i, exist)
+
+
+@inline
+def _dx_of_run(i, exist, args) -> Lanes:
+    """dx, 0 where `on` is."""
+    dy, x, on, mean, rest, scale, b, k = args
+    of = _at_position(mean, i), _at_position(rest, i), _at_position(scale, i), _at_position(b, i), _at_position(k, i)
+    return kept_lanes(_dx(load_lanes(dy, i, exist, 0.0), load_lanes(x, i, exist, 0.0), *of), on, i, exist)
+
+
+@inline
+def _scaled_run(i, exist, args) -> Lanes:
+    """scale dy: dx where the statistics do not depend on x; 0 where `on` is."""
+    dy, on, scale = args
+    return kept_lanes(load_lanes(dy, i, exist, 0.0) * _at_position(scale, i), on, i, exist)
 
 
 @inline
 def _passed(i, exist, args) -> Lanes:
     dy, x, mean, rest, scale, beta, after = args
-    v = _y(load_lanes(x, i, exist, 0.0), mean, rest, scale, beta)
-    return let_through(load_lanes(dy, i, exist, 0.0), v, i, exist, after)
+    return let_through(load_lanes(dy, i, exist, 0.0), _y_at(i, exist, x, mean, rest, scale, beta), i, exist, after)
 
 
 @inline
-def _dx_of_run(i, exist, args) -> Lanes:
-    dy, x, mean, rest, scale, b, k = args
-    return _dx(load_lanes(dy, i, exist, 0.0), load_lanes(x, i, exist, 0.0), mean, rest, scale, b, k)
+def _pass_run(row, dy, x, mean, rest, scale, beta, after) -> np.ndarray:
+    """row = dy a'(p), what the activation of `after` lets through of a run `dy`; gives `row`."""
+    write(row, False, _passed, (dy, x, mean, rest, scale, beta, after))
+    return row
 
 
 # ---------------------------------------------------------------------------------------------- values s0…s1-1 of a plane
 @inline
 def _scratch(x) -> np.ndarray:
-    """Room for a run of `x` that is not adjacent in memory; empty where runs are adjacent."""
+    """Memory for a run of `x` that is not adjacent in memory; empty where runs are adjacent."""
     return np.empty(0 if x.strides[2] == x.itemsize else RUN, x.dtype)
 
 
 @inline
 def _goes_around(y) -> bool:
-    """True where the planes of a result are to be written around the caches."""
+    """True where the planes of a result are to be written past the caches."""
     return y.size * y.itemsize >= AROUND and y.strides[2] == y.itemsize
 
 
 @inline
 def _fetch_next(x, n, c, s, end) -> None:
-    """Asks for the same values of the next sample."""
+    """Prefetches the same values of the next sample."""
     if n + 1 < x.shape[0] and x.strides[2] == x.itemsize:
         fetch(line_of(x, n + 1, c, s, end - s))
 
 
 @inline
-def _add_deviations(x, n, c, s0, s1, shift, sums, j, scratch, ahead) -> None:
-    """`ahead`: the next to be read is the next sample."""
+def _add_deviations(x, on, n, c, s0, s1, shift, sums, j, scratch, ahead) -> None:
+    """Adds x - shift and its square, of the values x[n, c, s0:s1], to the sums of channel j. ahead: prefetch sample n + 1."""
     for s in range(s0, s1, RUN):
+        end = min(s + RUN, s1)
         if ahead:
-            _fetch_next(x, n, c, s, min(s + RUN, s1))
-        pair = _deviation_sums(gather(plane_of(x, n, c, s, min(s + RUN, s1)), scratch), shift)
-        add_to(sums, j, pair[0], pair[1])
+            _fetch_next(x, n, c, s, end)
+        on_run = line_beside(on, 0, n, s, end - s)
+        share = share_of(on_run)
+        if share != NONE:
+            pair = _deviation_sums(gather(plane_of(x, n, c, s, end), scratch), on_run, share, shift)
+            add_to(sums, j, pair[0], pair[1])
 
 
 @inline
-def _add_gradients(dy, x, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch, ahead, gate) -> None:
+def _add_gradients(dy, x, on, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch, ahead, gate) -> None:
+    """Adds dy and dy (x - mean) of these values to the sums of channel j; with an activation dy counts as dy a'(p)."""
     for s in range(s0, s1, RUN):
         end = min(s + RUN, s1)
         if ahead:
             _fetch_next(x, n, c, s, end)
             _fetch_next(dy, n, c, s, end)
-        dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
-        pair = _gradient_sums(_through(dy_run, x_run, mean, n, c, s, end, gate), x_run, mean[0, c], mean[1, c])
-        add_to(sums, j, pair[0], pair[1])
+        on_run = line_beside(on, 0, n, s, end - s)
+        share = share_of(on_run)
+        if share != NONE:
+            dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
+            passed = _through(dy_run, x_run, mean, n, c, s, end, gate)
+            pair = _gradient_sums(passed, x_run, on_run, share, mean[0, c], mean[1, c])
+            add_to(sums, j, pair[0], pair[1])
 
 
 @inline
-def _normalize(x, n, c, s0, s1, mean, scale, beta, y, around, x_scratch, y_scratch, behind) -> None:
-    """behind: activation, residual and memory for a run of that."""
+def _normalize(x, on, n, c, s0, s1, mean, scale, beta, y, around, x_scratch, y_scratch, behind) -> None:
+    """y[n, c, s0:s1] from x and the residual. behind: the activation, the residual, and memory for a run of the residual."""
     kind, residual, r_scratch = behind
-    step = _piece(r_scratch, RUN if x_scratch.size or y_scratch.size else max(s1 - s0, 1))
+    step = piece_beside(r_scratch, RUN if x_scratch.size or y_scratch.size else max(s1 - s0, 1))
     for s in range(s0, s1, step):
         end = min(s + step, s1)
         y_run, after = row_buffer(plane_of(y, n, c, s, end), y_scratch), (kind, run_beside(residual, n, c, s, end, r_scratch))
         x_run = gather(plane_of(x, n, c, s, end), x_scratch)
-        write(y_run, around, _y_of_run, (x_run, mean[0, c], mean[1, c], scale, beta, after))
+        on_run = line_beside(on, 0, n, s, end - s)
+        write(y_run, around, _y_of_run, (x_run, on_run, mean[0, c], mean[1, c], scale, beta, after))
         scatter(plane_of(y, n, c, s, end), y_scratch)
 
 
 @inline
 def _apply(
-    dy, x, n, c, s0, s1, mean, scale, b, k, dx, around, dy_scratch, x_scratch, dx_scratch, gate, dresidual
+    dy, x, on, n, c, s0, s1, mean, scale, b, k, dx, around, dy_scratch, x_scratch, dx_scratch, gate, dresidual
 ) -> None:  # fmt: skip
+    """dx[n, c, s0:s1], and dresidual there, from dy and x."""
     step = _gated_piece(gate, RUN if dy_scratch.size or x_scratch.size or dx_scratch.size else max(s1 - s0, 1))
     for s in range(s0, s1, step):
         end = min(s + step, s1)
         dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
         passed = _through(dy_run, x_run, mean, n, c, s, end, gate)
-        put(passed, dresidual, n, c, s)
+        on_run = line_beside(on, 0, n, s, end - s)
+        put(passed, on_run, dresidual, n, c, s)
         dx_run = row_buffer(plane_of(dx, n, c, s, end), dx_scratch)
-        write(dx_run, around, _dx_of_run, (passed, x_run, mean[0, c], mean[1, c], scale, b, k))
+        write(dx_run, around, _dx_of_run, (passed, x_run, on_run, mean[0, c], mean[1, c], scale, b, k))
         scatter(plane_of(dx, n, c, s, end), dx_scratch)
 
 
 @inline
-def _scale(dy, x, n, c, s0, s1, mean, scale, dx, dy_scratch, x_scratch, dx_scratch, gate, dresidual) -> None:
-    """dx = scale dy for a run that is in the nearest cache."""
+def _scale(dy, x, on, n, c, s0, s1, mean, scale, dx, dy_scratch, x_scratch, dx_scratch, gate, dresidual) -> None:
+    """dx = scale dy, and dresidual, for a run that is still in the nearest cache."""
     dy_run, dx_run = gather(plane_of(dy, n, c, s0, s1), dy_scratch), row_buffer(plane_of(dx, n, c, s0, s1), dx_scratch)
     passed = _through(dy_run, gather(plane_of(x, n, c, s0, s1), x_scratch), mean, n, c, s0, s1, gate)
-    put(passed, dresidual, n, c, s0)
-    for i in range(passed.size):
-        store(dx_run, i, load(passed, i) * scale)
+    on_run = line_beside(on, 0, n, s0, s1 - s0)
+    put(passed, on_run, dresidual, n, c, s0)
+    write(dx_run, False, _scaled_run, (passed, on_run, scale))
     scatter(plane_of(dx, n, c, s0, s1), dx_scratch)
 
 
-# ---------------------------------------------------------------------------------------------- an activation behind it
-def _piece(r_scratch: Any, size: Any) -> Any:
-    """How many values of a run are done at once."""
-
-
-@overload(_piece)
-def _choose_piece(r_scratch, size) -> Callable[..., Any]:
-    if r_scratch == types.none:
-        return lambda r_scratch, size: size
-    return lambda r_scratch, size: RUN if r_scratch.size else size
-
-
+# ---------------------------------------------------------------------------------------------- a residual and an activation
 def _gated_piece(gate: Any, size: Any) -> Any:
-    """The same where an activation lets through."""
+    """Values of a run that are done at once: RUN where the activation's gradient needs memory, else `size`."""
 
 
 @overload(_gated_piece)
@@ -243,7 +281,7 @@ def _choose_gated_piece(gate, size) -> Callable[..., Any]:
 
 
 def _gate(kind: Any, residual: Any, scale: Any, beta: Any) -> Any:
-    """What `_through` needs: the activation, γ rstd and β, and memory; None without an activation."""
+    """What `_through` takes: activation, residual, memory for two runs, γ rstd and β; None without an activation."""
 
 
 @overload(_gate)
@@ -256,7 +294,7 @@ def _choose_gate(kind, residual, scale, beta) -> Callable[..., Any]:
 
 
 def _through(dy: Any, x: Any, mean: Any, n: Any, c: Any, s: Any, end: Any, gate: Any) -> Any:
-    """What passes of a run `dy`: itself without an activation."""
+    """dy a'(p) of a run, in the gate's memory; `dy` itself without an activation."""
 
 
 @overload(_through)
@@ -269,32 +307,25 @@ def _choose_through(dy, x, mean, n, c, s, end, gate) -> Callable[..., Any]:
 @inline
 def _passed_run(dy, x, mean, n, c, s, end, gate) -> np.ndarray:
     kind, residual, r_scratch, memory, scale, beta = gate
-    row, after = prefix(memory, dy.size), (kind, run_beside(residual, n, c, s, end, r_scratch))
-    write(row, False, _passed, (dy, x, mean[0, c], mean[1, c], scale[c], beta[c], after))
-    return row
-
-
-def _scale_of(kind: Any, rstd: Any, gamma: Any) -> Any:
-    """γ rstd; None without an activation."""
-
-
-@overload(_scale_of)
-def _choose_scale_of(kind, rstd, gamma) -> Callable[..., Any]:
-    return (lambda kind, rstd, gamma: None) if kind == types.none else (lambda kind, rstd, gamma: rstd * gamma)
+    after = kind, run_beside(residual, n, c, s, end, r_scratch)
+    return _pass_run(prefix(memory, dy.size), dy, x, mean[0, c], mean[1, c], scale[c], beta[c], after)
 
 
 # ---------------------------------------------------------------------------------------------- whole channels
 @inline
-def _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_var, eps, momentum, x_scratch) -> None:
-    """Statistics of the channels c0…c1-1; shift (c1 - c0) and sums (2, 2, c1 - c0) hold them."""
+def _statistics(
+    x, on, at, m, c0, c1, shift, sums, mean, var, rstd, running_mean, running_var, eps, momentum, x_scratch
+) -> None:  # fmt: skip
+    """Mean, var, rstd and running statistics of the channels c0…c1-1; shift (c1 - c0) and sums (2, 2, c1 - c0) are memory."""
     N, S = x.shape[0], x.shape[2]
-    m = np.float64(N * S)
     sums[:] = 0.0
+    # 1. the shift, a mean of a few first values, and the sums about it
     for c in range(c0, c1):
-        shift[c - c0] = first_mean(x, c)
+        shift[c - c0] = first_mean(x, c, at)
     for n in range(N):
         for c in range(c0, c1):
-            _add_deviations(x, n, c, START, S, shift[c - c0], sums, c - c0, x_scratch, True)
+            _add_deviations(x, on, n, c, START, S, shift[c - c0], sums, c - c0, x_scratch, True)
+    # 2. a shift far from the mean found is replaced by that, and the sums are taken again; then the statistics
     for c in range(c0, c1):
         j = c - c0
         total, square = sums_of(sums, j)
@@ -303,7 +334,7 @@ def _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_v
             shift[j] = better
             sums[:, :, j] = 0.0
             for n in range(N):
-                _add_deviations(x, n, c, START, S, better, sums, j, x_scratch, True)
+                _add_deviations(x, on, n, c, START, S, better, sums, j, x_scratch, True)
             total, square = sums_of(sums, j)
         finish(c, shift[j], total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var)
 
@@ -323,43 +354,58 @@ def _gradients_of_channels(sums, c0, c1, m, rstd, dgamma, dbeta, b, k) -> None:
 # A block is `group` channels, done from first to last while they are in cache.
 @kernel
 def forward(
-    first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum, kind, residual
+    first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum, kind, residual, on
 ) -> None:  # fmt: skip
-    """Statistics and y of the blocks first…last-1."""
+    """y = a((x - mean) rstd gamma + beta + residual), mean and var of each channel of the blocks first…last-1.
+
+    Reads x twice, the second time from the caches, and the residual once; writes y and these channels' statistics.
+    """
     N, C, S = x.shape
     x_scratch, y_scratch, around = _scratch(x), _scratch(y), _goes_around(y)
     shift, sums, behind = np.empty(group), np.empty((2, 2, group)), (kind, residual, scratch_beside(residual, RUN))
+    at, m = first_positions(x, on), values_of_channel(x, on)
     for block in range(first, last):
         c0, c1 = block * group, min(block * group + group, C)
-        _statistics(x, c0, c1, shift, sums, mean, var, rstd, running_mean, running_var, eps, momentum, x_scratch)
+        # 1. read x: the statistics of the block's channels
+        _statistics(
+            x, on, at, m, c0, c1, shift, sums, mean, var, rstd, running_mean, running_var, eps, momentum, x_scratch
+        )  # fmt: skip
+        # 2. read x again: y
         for n in range(N):
             for c in range(c0, c1):
-                _normalize(x, n, c, START, S, mean, rstd[c] * gamma[c], beta[c], y, around, x_scratch, y_scratch, behind)
+                scale = rstd[c] * gamma[c]
+                _normalize(x, on, n, c, START, S, mean, scale, beta[c], y, around, x_scratch, y_scratch, behind)
     streamed()
 
 
 @kernel
 def backward(
-    first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta, beta, kind, residual, dresidual
+    first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta, beta, kind, residual, dresidual, on
 ) -> None:  # fmt: skip
-    """dgamma, dbeta and dx of the blocks first…last-1."""
+    """dx = rstd gamma (dy - dbeta / m - x_hat dgamma / m) of the channels of the blocks first…last-1, dbeta = sum dy,
+    dgamma = sum dy x_hat; with an activation dy counts as dy a'(p), which is dresidual too.
+
+    Reads dy and x (and the residual, where an activation needs it) twice, then from the caches; writes the gradients.
+    """
     N, C, S = x.shape
-    m = np.float64(N * S)
+    m = values_of_channel(x, on)
     dy_scratch, x_scratch, dx_scratch, around = _scratch(dy), _scratch(x), _scratch(dx), _goes_around(dx)
     sums, b, k = np.empty((2, 2, group)), np.empty(group, rstd.dtype), np.empty(group, rstd.dtype)
-    gate = _gate(kind, residual, _scale_of(kind, rstd, gamma), beta)
+    gate = _gate(kind, residual, scale_of(kind, rstd, gamma), beta)
     for block in range(first, last):
         c0, c1 = block * group, min(block * group + group, C)
         sums[:] = 0.0
+        # 1. read dy and x: sum dy and sum dy (x - mean) of the block's channels, and dbeta and dgamma from them
         for n in range(N):
             for c in range(c0, c1):
-                _add_gradients(dy, x, n, c, START, S, mean, sums, c - c0, dy_scratch, x_scratch, True, gate)
+                _add_gradients(dy, x, on, n, c, START, S, mean, sums, c - c0, dy_scratch, x_scratch, True, gate)
         _gradients_of_channels(sums, c0, c1, m, rstd, dgamma, dbeta, b, k)
+        # 2. read both again: dx
         for n in range(N):
             for c in range(c0, c1):
                 j, scale = c - c0, rstd[c] * gamma[c]
                 _apply(
-                    dy, x, n, c, START, S, mean, scale, b[j], k[j], dx, around, dy_scratch, x_scratch, dx_scratch, gate,
+                    dy, x, on, n, c, START, S, mean, scale, b[j], k[j], dx, around, dy_scratch, x_scratch, dx_scratch, gate,
                     dresidual,
                 )  # fmt: skip
     streamed()
@@ -376,8 +422,8 @@ def _run_at(x, v, end) -> tuple[int, int, int, int]:
 
 
 @kernel
-def sums(first, last, x, shift, partial) -> None:
-    """partial (blocks, 2, C): sum (x - shift) and sum (x - shift)^2 of every block."""
+def sums(first, last, x, shift, partial, on) -> None:
+    """partial (blocks, 2, C) = sum (x - shift) and sum (x - shift)^2 of every block and channel. Reads x once."""
     C = x.shape[1]
     blocks, scratch, pieces = partial.shape[0], _scratch(x), np.empty((2, 2, C))
     for block in range(first, last):
@@ -385,15 +431,18 @@ def sums(first, last, x, shift, partial) -> None:
         pieces[:] = 0.0
         while v < end:
             n, c, s, stop = _run_at(x, v, end)
-            _add_deviations(x, n, c, s, stop, shift[c], pieces, c, scratch, False)
+            _add_deviations(x, on, n, c, s, stop, shift[c], pieces, c, scratch, False)
             v += stop - s
         for c in range(C):
             partial[block, 0, c], partial[block, 1, c] = sums_of(pieces, c)
 
 
 @kernel
-def gradient_sums(first, last, dy, x, mean, scale, dx, partial, beta, kind, residual, dresidual) -> None:
-    """partial (blocks, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
+def gradient_sums(first, last, dy, x, mean, scale, dx, partial, beta, kind, residual, dresidual, on) -> None:
+    """partial (blocks, 2, C) = sum dy and sum dy (x - mean) of every block and channel. Reads dy and x once.
+
+    Where dx has values the statistics do not depend on x: dx = scale dy and dresidual = dy are written too, run by run.
+    """
     C = x.shape[1]
     blocks, dy_scratch, x_scratch, pieces = partial.shape[0], _scratch(dy), _scratch(x), np.empty((2, 2, C))
     dx_scratch, gate = _scratch(dx), _gate(kind, residual, scale, beta)
@@ -403,10 +452,10 @@ def gradient_sums(first, last, dy, x, mean, scale, dx, partial, beta, kind, resi
         while v < end:
             n, c, s, stop = _run_at(x, v, end)
             stop = min(stop, s + RUN)
-            _add_gradients(dy, x, n, c, s, stop, mean, pieces, c, dy_scratch, x_scratch, False, gate)
+            _add_gradients(dy, x, on, n, c, s, stop, mean, pieces, c, dy_scratch, x_scratch, False, gate)
             if dx.size:
                 _scale(
-                    dy, x, n, c, s, stop, mean, scale[c], dx, dy_scratch, x_scratch, dx_scratch, gate, dresidual
+                    dy, x, on, n, c, s, stop, mean, scale[c], dx, dy_scratch, x_scratch, dx_scratch, gate, dresidual
                 )  # fmt: skip
             v += stop - s
         for c in range(C):
@@ -414,21 +463,25 @@ def gradient_sums(first, last, dy, x, mean, scale, dx, partial, beta, kind, resi
 
 
 @kernel
-def normalize(first, last, blocks, x, mean, scale, beta, y, kind, residual) -> None:
+def normalize(first, last, blocks, x, mean, scale, beta, y, kind, residual, on) -> None:
+    """y = a((x - mean) scale + beta + residual) of every block, scale = rstd gamma. Reads x and the residual, writes y."""
     behind = kind, residual, scratch_beside(residual, RUN)
     x_scratch, y_scratch, around = _scratch(x), _scratch(y), _goes_around(y)
     for block in range(first, last):
         v, end = x.size * block // blocks, x.size * (block + 1) // blocks
         while v < end:
             n, c, s, stop = _run_at(x, v, end)
-            _normalize(x, n, c, s, stop, mean, scale[c], beta[c], y, around, x_scratch, y_scratch, behind)
+            _normalize(x, on, n, c, s, stop, mean, scale[c], beta[c], y, around, x_scratch, y_scratch, behind)
             v += stop - s
     streamed()
 
 
 @kernel
-def apply(first, last, blocks, dy, x, mean, scale, b, k, dx, beta, kind, residual, dresidual) -> None:
-    """dx = scale (dy - b - (x - mean) k)."""
+def apply(first, last, blocks, dy, x, mean, scale, b, k, dx, beta, kind, residual, dresidual, on) -> None:
+    """dx = scale (dy - b - (x - mean) k) of every block, b = dbeta / m, k = rstd dgamma / m.
+
+    Reads dy and x (and the residual, where an activation needs it); writes dx and dresidual.
+    """
     dy_scratch, x_scratch, dx_scratch, around = _scratch(dy), _scratch(x), _scratch(dx), _goes_around(dx)
     gate = _gate(kind, residual, scale, beta)
     for block in range(first, last):
@@ -436,7 +489,8 @@ def apply(first, last, blocks, dy, x, mean, scale, b, k, dx, beta, kind, residua
         while v < end:
             n, c, s, stop = _run_at(x, v, end)
             _apply(
-                dy, x, n, c, s, stop, mean, scale[c], b[c], k[c], dx, around, dy_scratch, x_scratch, dx_scratch, gate, dresidual
+                dy, x, on, n, c, s, stop, mean, scale[c], b[c], k[c], dx, around, dy_scratch, x_scratch, dx_scratch, gate,
+                dresidual,
             )  # fmt: skip
             v += stop - s
     streamed()

@@ -19,6 +19,7 @@ import numpy as np
 from .._numba.compile import exact, inline, kernel
 from .._numba.elements import fma, load
 from .._numba.views import plane_of
+from .positions import counts
 
 # Values of a channel whose mean is the shift.
 SHIFT_VALUES = 16
@@ -77,20 +78,28 @@ def shift_of(total, size, count) -> float:
 
 
 @inline
-def first_mean(x, c) -> float:
-    """The shift by the first values of channel c."""
-    N, S = x.shape[0], x.shape[2]
-    total, size, count = 0.0, 0.0, 0
-    for n in range(N):
-        values = plane_of(x, n, c, 0, min(S, SHIFT_VALUES - count))
-        for s in range(values.size):
-            value = np.float64(load(values, s))
-            total += value
-            size += abs(value)
-        count += values.size
-        if count >= SHIFT_VALUES:
-            break
-    return shift_of(total, size, count)
+def first_positions(x, on) -> np.ndarray:
+    """(n, s) of the first positions that count, SHIFT_VALUES at most: int64 (2, …)."""
+    found, count = np.empty((2, SHIFT_VALUES), np.int64), 0
+    for n in range(x.shape[0]):
+        for s in range(x.shape[2]):
+            if counts(on, n, s):
+                found[0, count], found[1, count] = n, s
+                count += 1
+                if count == SHIFT_VALUES:
+                    return found
+    return found[:, :count]
+
+
+@inline
+def first_mean(x, c, at) -> float:
+    """The shift by the values of channel c at the positions `at`; 0 where there are none."""
+    total, size = 0.0, 0.0
+    for i in range(at.shape[1]):
+        value = np.float64(load(plane_of(x, at[0, i], c, at[1, i], at[1, i] + 1), 0))
+        total += value
+        size += abs(value)
+    return shift_of(total, size, at.shape[1])
 
 
 @inline
@@ -102,10 +111,11 @@ def better_shift(shift, total, square, m) -> float:
 
 
 @kernel
-def first_means(x, shift) -> None:
+def first_means(x, on, shift) -> None:
     """shift (C,) of all channels; reads SHIFT_VALUES values of each."""
+    at = first_positions(x, on)
     for c in range(x.shape[1]):
-        shift[c] = first_mean(x, c)
+        shift[c] = first_mean(x, c, at)
 
 
 @kernel

@@ -1,8 +1,10 @@
-"""Batch normalisation by tiles: several small planes, or a few channels of channels-last rows, one position a line's element.
+"""Batch normalisation by tiles: several small planes, or a few channels of channels-last rows, as lines of `lines.py`.
+
+Formulas and arguments are those of `planes.py`; a call with a mask takes other loops (`channel_plan.py`).
 
 A tile is `group` channels; its lines are x[n, c0:c1, :], position (c - c0) S + s. Block b is the samples N p / parts …
-N (p + 1) / parts - 1 of a tile, p = b % parts; a channel that is done whole has one part. Whole tiles that one thread does
-in turn are done as one of up to WIDE positions: what is done to a channel is the same, in the order of memory.
+N (p + 1) / parts - 1 of a tile, p = b % parts; a channel that is done whole has one part. Whole tiles that one thread does in
+turn are done as one of up to WIDE positions: what is done to a channel is the same, in the order of memory.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from .._numba.compile import inline, kernel, reduction
 from .._numba.elements import load
 from .._numba.simd import LARGE, fetch, streamed
 from .._numba.views import line_of
-from .activation import line_beside, put_line
+from .activation import line_beside, put_line, scale_of
 from .lines import (
     MEAN,
     REST,
@@ -41,7 +43,6 @@ from .lines import (
     _wide_means,
     parameters,
 )
-from .planes import _scale_of
 from .statistics import SHIFT_VALUES, better_shift, finish, shift_of, two_sum, with_low
 
 # Positions of tiles done as one, and their bytes over all samples: rows of 1024 channels took 1.4 times as long by 128.
@@ -50,7 +51,7 @@ WIDE, STRIP_BYTES = 1024, 1 << 20
 
 @inline
 def _at_once(group, x) -> int:
-    """Tiles that are done as one, STRIP_BYTES of them at most."""
+    """How many tiles are done as one, STRIP_BYTES of them at most."""
     N, S = x.shape[0], x.shape[2]
     return max(1, min(WIDE // (group * S), STRIP_BYTES // (N * group * S * x.itemsize)))
 
@@ -64,12 +65,13 @@ def _block_of(block, parts, group, x) -> tuple[int, int, int, int]:
 
 @inline
 def _is_far(x) -> bool:
-    """True where the next lines are worth asking for: those of a small array come by themselves."""
+    """True where lines are worth a prefetch: those of a small array are in the caches."""
     return x.size * x.itemsize >= LARGE
 
 
 @inline
 def _tile_deviations(x, n0, n1, c0, c1, shift, total, square) -> None:
+    """total and square = sum (x - shift) and sum (x - shift)^2 of each position, over the samples n0…n1-1."""
     size, n, fetches = (c1 - c0) * x.shape[2], n0, _is_far(x)
     total[:] = 0.0
     square[:] = 0.0
@@ -88,7 +90,7 @@ def _tile_deviations(x, n0, n1, c0, c1, shift, total, square) -> None:
 
 @inline
 def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual) -> None:
-    """about (1, 2, positions): the mean in float64, and what is left of it."""
+    """total and product = sum dy and sum dy (x - mean) of each position, over the samples n0…n1-1; about: `_wide_means`."""
     size, n, mean, rest, fetches = (c1 - c0) * x.shape[2], n0, _of(about, MEAN), _of(about, REST), _is_far(x)
     total[:] = 0.0
     product[:] = 0.0
@@ -131,7 +133,7 @@ def _exact_sums(first, second, start, S) -> tuple[float, float]:
 
 
 def _position_sums(first: Any, second: Any, start: Any, S: Any, x: Any) -> Any:
-    """The sums of first[start : start + S] and of second, float64, as what they are sums of, x, has digits."""
+    """The sums of first[start : start + S] and of second: exact where x is float64, whose digits they would lose."""
     return _exact_sums(first, second, start, S)
 
 
@@ -144,7 +146,7 @@ def _choose_position_sums(first, second, start, S, x) -> Callable[..., Any]:
 
 @inline
 def _tile_sums(x, first, second, c0, c1, sums) -> None:
-    """sums (2, ≥ c1 - c0) = the positions of each channel added up."""
+    """sums (2, c1 - c0 or more) = the sums of the positions of each channel."""
     S = x.shape[2]
     for j in range(c1 - c0):
         sums[0, j], sums[1, j] = _position_sums(first, second, j * S, S, x)
@@ -152,7 +154,7 @@ def _tile_sums(x, first, second, c0, c1, sums) -> None:
 
 @inline
 def _tile_shifts(x, c0, c1, shift, total, size, sums) -> None:
-    """As `first_mean`, of all the tile's channels."""
+    """As `first_mean`, of all channels of the tile."""
     S = x.shape[2]
     count = min(x.shape[0], -(-SHIFT_VALUES // S))
     total[:] = 0.0
@@ -170,7 +172,8 @@ def _tile_shifts(x, c0, c1, shift, total, size, sums) -> None:
 
 @inline
 def _statistics(x, c0, c1, shift, sums, at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum) -> None:
-    """Statistics of the channels c0…c1-1 of a tile, and memory for them; at (1, 1, positions) float64."""
+    """Mean, var, rstd and running statistics of the channels c0…c1-1; shift, sums, at (1, 1, positions), total and square are
+    memory, in float64."""
     N, S = x.shape[0], x.shape[2]
     m = np.float64(N * S)
     _tile_shifts(x, c0, c1, shift, total, square, sums)
@@ -233,7 +236,7 @@ def _slopes_of_tile(at, c0, c1, S, mean, scale, b, k) -> None:
 
 @inline
 def _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta) -> None:
-    """dgamma and dbeta of the tile's channels from their sums, and what dx needs of them."""
+    """dgamma and dbeta of the tile's channels from their sums, and the parameters of dx that come of them."""
     of = rstd.dtype.type
     for c in range(c0, c1):
         db, dg = sums[0, c - c0], sums[1, c - c0] * rstd[c]
@@ -246,7 +249,11 @@ def _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta) -> None:
 def forward(
     first, last, group, x, gamma, beta, y, mean, var, rstd, running_mean, running_var, eps, momentum, kind, residual
 ) -> None:  # fmt: skip
-    """Statistics and y of the tiles first…last-1."""
+    """y = a((x - mean) rstd gamma + beta + residual), mean and var of each channel of the tiles first…last-1.
+
+    Reads x twice, the second time from the caches, and the residual once; writes y, and mean (2, C), var, rstd and the running
+    statistics of these channels.
+    """
     N, C, S = x.shape
     step = min(_at_once(group, x), last - first)
     P = step * group * S
@@ -254,12 +261,15 @@ def forward(
     shift_at, total, square = np.empty((1, 1, P)), np.empty(P), np.empty(P)
     for tile in range(first, last, step):
         c0, c1 = tile * group, min(min(tile + step, last) * group, C)
+        # 1. read x: the statistics of the tile's channels
         _statistics(
             x, c0, c1, shift, sums, shift_at, total, square, mean, var, rstd, running_mean, running_var, eps, momentum
         )  # fmt: skip
+        # 2. the parameters of each position
         for c in range(c0, c1):
             scale[c] = rstd[c] * gamma[c]
         _normalization_of_tile(at, c0, c1, S, mean, scale, beta)
+        # 3. read x again: y
         for n in range(N):
             size = (c1 - c0) * S
             after = kind, line_beside(residual, n, c0, 0, size)
@@ -271,22 +281,29 @@ def forward(
 def backward(
     first, last, group, dy, x, mean, rstd, gamma, dx, dgamma, dbeta, beta, kind, residual, dresidual
 ) -> None:  # fmt: skip
-    """dgamma, dbeta and dx of the tiles first…last-1."""
+    """dx = rstd gamma (dy - dbeta / m - x_hat dgamma / m) of the channels of the tiles first…last-1, dbeta = sum dy,
+    dgamma = sum dy x_hat; with an activation dy counts as dy a'(p), which is dresidual too.
+
+    Reads dy and x (and the residual, where an activation needs it) twice, then from the caches; writes the gradients.
+    """
     N, C, S = x.shape
     m, step = np.float64(N * S), min(_at_once(group, x), last - first)
     P = step * group * S
     sums, at, total, product = np.empty((2, step * group)), parameters(P, rstd), np.empty(P), np.empty(P)
-    about, gate, of_gate = np.empty((1, 2, P)), _gate(kind, P, rstd), _scale_of(kind, rstd, gamma)
+    about, gate, of_gate = np.empty((1, 2, P)), _gate(kind, P, rstd), scale_of(kind, rstd, gamma)
     for tile in range(first, last, step):
         c0, c1 = tile * group, min(min(tile + step, last) * group, C)
         size = (c1 - c0) * S
+        # 1. the parameters of each position
         _means_of_tile(at, c0, c1, S, mean)
         _wide_means(about, c0, c1, S, mean)
         _scale_of_tile(at, c0, c1, S, rstd, gamma)
         _gate_of_tile(gate, c0, c1, S, mean, of_gate, beta)
+        # 2. read dy and x: the sums, and dbeta and dgamma from them
         _tile_gradients(dy, x, 0, N, c0, c1, about, total, product, gate, residual)
         _tile_sums(x, total, product, c0, c1, sums)
         _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta)
+        # 3. read both again: dx
         for n in range(N):
             x_line = line_of(x, n, c0, 0, size)
             passed = _through(line_of(dy, n, c0, 0, size), x_line, gate, 0, line_beside(residual, n, c0, 0, size))
@@ -297,7 +314,7 @@ def backward(
 
 @kernel
 def sums(first, last, group, x, shift, partial) -> None:
-    """partial (parts, 2, C): sum (x - shift) and sum (x - shift)^2 of every block."""
+    """partial (parts, 2, C) = sum (x - shift) and sum (x - shift)^2 of every block and channel. Reads x once."""
     S, P, parts = x.shape[2], group * x.shape[2], partial.shape[0]
     sums, at, total, square = np.empty((2, group)), np.empty((1, 1, P)), np.empty(P), np.empty(P)
     for block in range(first, last):
@@ -313,7 +330,10 @@ def sums(first, last, group, x, shift, partial) -> None:
 def gradient_sums(
     first, last, group, dy, x, mean, scale, dx, partial, beta, kind, residual, dresidual
 ) -> None:  # fmt: skip
-    """partial (parts, 2, C): sum dy and sum dy (x - mean) of every block. dx, if it has values, = scale dy."""
+    """partial (parts, 2, C) = sum dy and sum dy (x - mean) of every block and channel. Reads dy and x once.
+
+    Where dx has values the statistics do not depend on x: dx = scale dy and dresidual = dy are written too, block by block.
+    """
     S, P, parts, scaled = x.shape[2], group * x.shape[2], partial.shape[0], dx.size > 0
     sums, about, total, product = np.empty((2, group)), np.empty((1, 2, P)), np.empty(P), np.empty(P)
     at, gate = parameters(P if scaled else 0, scale), _gate(kind, P, scale)
@@ -338,6 +358,7 @@ def gradient_sums(
 
 @kernel
 def normalize(first, last, group, parts, x, mean, scale, beta, y, kind, residual) -> None:
+    """y = a((x - mean) scale + beta + residual) of every block, scale = rstd gamma. Reads x and the residual, writes y."""
     S, at = x.shape[2], parameters(group * x.shape[2], mean)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
@@ -353,7 +374,10 @@ def normalize(first, last, group, parts, x, mean, scale, beta, y, kind, residual
 def apply(
     first, last, group, parts, dy, x, mean, scale, b, k, dx, beta, kind, residual, dresidual
 ) -> None:  # fmt: skip
-    """dx = scale (dy - b - (x - mean) k)."""
+    """dx = scale (dy - b - (x - mean) k) of every block, b = dbeta / m, k = rstd dgamma / m.
+
+    Reads dy and x (and the residual, where an activation needs it); writes dx and dresidual.
+    """
     S, at, gate = x.shape[2], parameters(group * x.shape[2], mean), _gate(kind, group * x.shape[2], mean)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
