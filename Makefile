@@ -44,6 +44,8 @@ test-all:
 
 # The workers are the parallelism; PyTorch's and LAPACK's own threads would wait for each other.
 test-cpu test-gpu: export OMP_NUM_THREADS ?= 1
+# Every worker and a hundred processes that tests start import the sources: compiled once, even where the shell says never to keep it.
+test-cpu test-gpu quick: export PYTHONDONTWRITEBYTECODE :=
 
 test-cpu: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --kernels cpu $(PYTEST_OPTIONS)

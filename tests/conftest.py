@@ -11,6 +11,7 @@ in the summary, with the reason, once.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -25,6 +26,9 @@ import pytest
 from hw3gpu import use_backend
 from hw3gpu._cli.arrays import DTYPES, Place, cupy_refusal, to_numpy
 from layouts import Tensors
+
+# Until the tests are collected nothing is garbage, and each look for some goes through all of PyTorch.
+gc.disable()
 
 BACKEND_FIXTURES = {"kit", "device", "stand_in"}
 
@@ -195,6 +199,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and none is found"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is there stays: the tests' own garbage is looked for beside it
+    gc.enable()
 
 
 # ---------------------------------------------------------------------------------------------- saying what was not run

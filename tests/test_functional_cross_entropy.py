@@ -61,9 +61,16 @@ LOGITS = {
 }
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
-@pytest.mark.parametrize("shape", LOGITS.values(), ids=list(LOGITS))
+@pytest.mark.parametrize(
+    ("shape", "reduction"),
+    [
+        # a sum is a mean of another upstream: of rows beyond one program with --slow
+        pytest.param(shape, how, id=f"{name}-{how}", marks=pytest.mark.slow if "beyond" in name and how == "sum" else [])
+        for name, shape in LOGITS.items()
+        for how in ("none", "mean", "sum")
+    ],
+)
 def test_cross_entropy(device, rng, shape, kind, reduction):
     if kind == "probabilities" and len(shape) == 1:
         target = tensor(soft(rng, (1, *shape))[0], "float32", device)
@@ -76,14 +83,28 @@ def test_cross_entropy(device, rng, shape, kind, reduction):
     cross_entropy_and_check(device, x, target, "float32", upstream, reduction=reduction)
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weight": True}, {"weight": True, "label_smoothing": 0.3}],
-                         ids=["plain", "smoothing", "weight", "weight and smoothing"])  # fmt: skip
+OPTIONS = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "weight": {"weight": True},
+    "weight and smoothing": {"weight": True, "label_smoothing": 0.3},
+}
+PLACES = [((16, 21), "float64"), ((16, 21), "float32"), ((16, 21), "bfloat16"), ((2, 5, 3), "float32"),
+          ((1, 20000), "float32"), ((1, 20000), "bfloat16")]  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [((16, 21), "float64"), ((16, 21), "float32"), ((16, 21), "bfloat16"), ((2, 5, 3), "float32"),
-     ((1, 20000), "float32"), ((1, 20000), "bfloat16")], ids=str,
-)  # fmt: skip
+    ("shape", "dtype", "options"),
+    [
+        # of long rows of bfloat16 both options at once; each alone with --slow
+        pytest.param(
+            *place, options, id=f"{place}-{name}", marks=pytest.mark.slow if place is PLACES[-1] and len(options) == 1 else []
+        )
+        for place in PLACES
+        for name, options in OPTIONS.items()
+    ],
+)
 def test_cross_entropy_of_every_option(device, rng, shape, kind, options, dtype):
     C = shape[1]
     if "weight" in options:

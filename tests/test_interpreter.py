@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -98,3 +100,67 @@ def test_types_remembered_by_name_are_those_that_triton_makes() -> None:
             assert (str(other.shape), str(other.numel), other.dtype) == (str(tensor.shape), str(tensor.numel), tensor.dtype)
     with pytest.raises(ValueError, match="power of 2"):
         tl.block_type(tl.float32, [3])
+
+
+def _every_pair() -> list[tuple[str, str, str]]:
+    """Operators, and what stands on their two sides."""
+    numbers = ["int32", "int64", "float32", "float64"]
+    operands = [*numbers, "int1", "bfloat16", "one int32", "one int64", "one float32", "number", "constexpr", "fraction"]
+    tensors = [*numbers, "int1", "bfloat16", "one int32", "one int64", "one float32"]
+    pairs = [(a, b) for a in [*tensors, "number", "fraction"] for b in operands if a in tensors or b in tensors]
+    return [(name, a, b) for name in ("add", "sub", "mul", "lt", "ge", "eq", "and_", "or_") for a, b in pairs]
+
+
+def test_operators_are_those_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each value and type, at once and by Triton's own way: blocks of one shape and of two, one number, Python's numbers."""
+    import operator
+
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from hw3gpu._cli import interpreter as ours
+
+    def block(values: np.ndarray, dtype: tl.dtype) -> tl.tensor:
+        of = tl.block_type(dtype, list(values.shape)) if values.size > 1 else dtype
+        return tl.tensor(interpreter.TensorHandle(values, dtype), of)
+
+    def operand(kind: str, column: bool) -> object:
+        python = {"number": -3, "constexpr": tl.constexpr(4), "fraction": 0.1}
+        if kind in python:
+            return python[kind]
+        name = kind.removeprefix("one ")
+        if name == "bfloat16":
+            return block(np.arange(8, dtype=np.uint16) + np.uint16(0x3F80), tl.bfloat16)
+        values = np.array([0.1, -3, 2.5, 7, 0, 1e6, -2, 4]).astype("bool" if name == "int1" else name)
+        values = values[3:4] if kind != name else values[:, None] if column else values
+        return block(values, getattr(tl, name))
+
+    def results() -> dict[object, object]:
+        found: dict[object, object] = {}
+        scope = interpreter._patch_lang.__wrapped__(SimpleNamespace(__globals__={"tl": tl}))
+        try:
+            for name, left, right in _every_pair():
+                for column in (False, True):
+                    a, b = operand(left, column), operand(right, False)
+                    try:
+                        y = getattr(operator, name)(a, b)
+                    except Exception as error:
+                        found[name, left, right, column] = type(error)
+                    else:
+                        found[name, left, right, column] = (
+                            y.type.name,
+                            [*map(int, y.shape)],
+                            y.handle.data.dtype,
+                            y.handle.data.tolist(),
+                        )
+        finally:
+            scope.restore()
+        return found
+
+    at_once = results()
+    calls: list[object] = []
+    monkeypatch.setattr(ours, "_at_once", lambda theirs, *_: calls.append(theirs) or theirs)
+    by_triton = results()
+    assert calls
+    for case, result in at_once.items():
+        assert result == by_triton[case], case

@@ -35,9 +35,17 @@ def leaves_of(sides):
 
 
 @KINDS
-@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("chunk_rows", [None, 1, 3, 100])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("bias", "reduction"),
+    [
+        (True, "mean"),
+        (False, "none"),
+        # neither bears on the other
+        pytest.param(True, "none", marks=pytest.mark.slow),
+        pytest.param(False, "mean", marks=pytest.mark.slow),
+    ],
+)
 def test_chunks_change_nothing(device, rng, bias, chunk_rows, reduction, kind):
     sides = problem(rng, device, bias=bias)
     mask = torch.tensor([1, 0, 1, 1, 1, 1, 0], dtype=torch.bool, device=device)

@@ -21,8 +21,15 @@ def problem(rng, device, dtype="float64", N=7, D=4, V=5, bias=True):
 
 
 @pytest.mark.parametrize("asked", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, -0.1, 0.5)], ids=str)
-@pytest.mark.parametrize("chunk_rows", [None, 1, 3, 100])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("bias", "chunk_rows"),
+    [
+        # how rows are divided does not bear on the bias: each with two chunks, the rest with --slow
+        pytest.param(bias, rows, marks=[] if bias == (rows in (None, 3)) else pytest.mark.slow)
+        for bias in (True, False)
+        for rows in (None, 1, 3, 100)
+    ],
+)
 def test_chunks_change_nothing(device, rng, bias, chunk_rows, asked):
     x, W, b, target = problem(rng, device, bias=bias)
     found = HF.linear_token_log_probs(x, W, target, linear_bias=b, temperature=0.7, chunk_rows=chunk_rows)
