@@ -133,6 +133,8 @@ def vocab_parallel_cross_entropy(
     arguments.asked_dtype(loss_dtype)
     if differentiable:
         arguments.differentiable(return_stats)
+    if return_stats:
+        arguments.predictable(logits_shard.shape[min(logits_shard.dim() - 1, 1)], logits_shard, " a process")
     shape, zero = tuple(target.shape), all_ignored == "zero"
     by = arguments.row_weights(token_weight, normalizer, shape, logits_shard, zero, "logits_shard") or RowWeights(None, None)
     if weight is not None:
@@ -239,6 +241,8 @@ def vocab_parallel_linear_cross_entropy(
     rows = arguments.chunk_rows(chunk_rows)
     if differentiable:
         arguments.differentiable(return_stats)
+    if return_stats:
+        arguments.predictable(len(linear_weight), input, " a process")
     by = arguments.row_weights(token_weight, normalizer, tuple(target.shape), input, asked.zero_if_ignored)
     if by is not None:
         arguments.gradient_of_rows(gradient, by)

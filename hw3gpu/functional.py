@@ -502,6 +502,8 @@ def linear_cross_entropy(
     arguments.asked_dtype(loss_dtype)
     if differentiable:
         arguments.differentiable(return_stats)
+    elif return_stats:
+        arguments.predictable(len(linear_weight), input, ", or differentiable=True")
     by = arguments.row_weights(token_weight, normalizer, of_rows, input, asked.zero_if_ignored)
     problem = arguments.linear_problem(input, linear_weight, target, linear_bias, weight)
     if dtensor.is_dtensor(input):

@@ -112,6 +112,28 @@ def vocab_parallel_cross_entropy_of_an_ignored_batch_is_zero_where_asked(rank):
 
 
 @check
+def vocab_parallel_losses_predict_classes_that_float32_cannot_count(rank):
+    from hw3gpu.distributed import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
+
+    V = 2**24
+    start, best = (0, V + 3)[rank.rank > 0] + 3 * max(rank.rank - 1, 0), V + 3 + 1
+    z = torch.zeros(2, 3)
+    z[1, best - start if rank.rank == 1 else 0] = 1.0 + (rank.rank == 1)
+    target, given = torch.tensor([1, best]), {"vocab_start": start, "return_stats": True}
+    for found in (
+        vocab_parallel_cross_entropy(z, target, **given),
+        vocab_parallel_linear_cross_entropy(torch.eye(2), z.t().contiguous(), target, **given),
+    ):
+        assert found[1].predicted.tolist() == [0, best]
+        assert found[1].correct.all()
+    wide = torch.zeros(1, 1).expand(1, V + 1)
+    refuses(ValueError, "return_stats: expected at most 16777216 classes",
+            lambda: vocab_parallel_cross_entropy(wide, target[:1], **given))  # fmt: skip
+    refuses(ValueError, "return_stats: expected at most 16777216 classes",
+            lambda: vocab_parallel_linear_cross_entropy(z[:, :1], wide.t(), target, **given))  # fmt: skip
+
+
+@check
 def vocab_parallel_cross_entropy_of_every_shape(rank):
     for shape in ((11,), (5, 11), (3, 11, 4), (2, 11, 2, 3)):
         cross_entropy_of_all(rank, shape)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from twins import ACC, HARD, SINGLE, hold, layout_of, ones, same, tensor, values_of, zeros
 
+import hw3gpu
 import hw3gpu.functional as HF
 from hw3gpu import _error_bounds, reference
 from hw3gpu._core.dispatch import requested_backend
@@ -193,6 +194,18 @@ def test_correct_means_that_no_class_is_above_the_target(device):
     assert stats.correct.tolist() == [True, True, False, False]
     assert stats.predicted.tolist() == [1, 0, 2, -1]
     assert stats.lse[3] == stats.entropy[3] == stats.log_prob[3] == 0
+
+
+def test_predicted_beyond_the_integers_that_float32_holds():
+    V = 2**24
+    x, target = torch.zeros(1, V + 5), torch.tensor([V + 1])
+    x[0, V + 1] = 1.0
+    with hw3gpu.use_backend("cpu"):
+        _, stats = HF.cross_entropy(x, target, return_stats=True)
+    assert stats.predicted.tolist() == [V + 1]
+    assert stats.correct.all()
+    with pytest.raises(ValueError, match=f"return_stats: expected at most {V} classes, .* or differentiable=True, got {V + 1}"):
+        HF.linear_cross_entropy(ones(1, 1), ones(1, 1).expand(V + 1, 1), target, return_stats=True)
 
 
 def test_the_log_probability_of_a_certain_class_keeps_its_digits(device):

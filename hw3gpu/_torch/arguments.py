@@ -13,7 +13,7 @@ from .._core import arrays, check
 from . import dtensor, operators
 from .activation import ACTIVATIONS
 from .autograd import PLAIN, accumulate_dtype, as_dtype
-from .cross_entropy_formula import Options, loss_shape
+from .cross_entropy_formula import EXACT, Options, loss_shape
 from .linear_chunks import Problem
 from .row_weights import RowWeights
 
@@ -257,6 +257,12 @@ def differentiable(return_stats: bool) -> None:
     """Checks what has to stand beside `differentiable`."""
     if not return_stats:
         raise ValueError("differentiable: expected return_stats=True beside it: it is the statistics that get gradients")
+
+
+def predictable(classes: int, x: Tensor, otherwise: str = "") -> None:
+    """Checks that the statistic `predicted` can be told: the kernels count classes in the precision of the sums."""
+    if classes > EXACT and accumulate_dtype(x) is torch.float32:
+        raise ValueError(f"return_stats: expected at most {EXACT} classes, which float32 can count{otherwise}, got {classes}")
 
 
 def row_weights(

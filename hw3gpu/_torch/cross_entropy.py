@@ -95,7 +95,8 @@ def cross_entropy(
     if not stats:
         return found[0], None
     V = logits.shape[class_axis(logits)]
-    of_rows = cross_entropy_formula.statistics(found[1], loss_shape(logits), V, target, options.ignore_index)
+    predicted = cross_entropy_formula.exact_argmax(logits, found[1])
+    of_rows = cross_entropy_formula.statistics(found[1], loss_shape(logits), V, target, options.ignore_index, predicted)
     return found[0], without_derivatives(of_rows, logits, target) if with_graph else of_rows
 
 

@@ -16,6 +16,9 @@ from .autograd import accumulate_dtype, gradients_with_a_graph, no_derivative
 NUMBERS = 6  # m, Σ exp(z - m) - 1, W, z_target - m, entropy, argmax; the first three are what the backward pass needs
 
 
+EXACT = 1 << 24  # float32 holds the integers up to here
+
+
 class Options(NamedTuple):
     """How a row's loss is made, and what becomes of the rows."""
 
@@ -80,17 +83,30 @@ def class_axis(logits: Tensor) -> int:
     return min(logits.ndim - 1, 1)
 
 
-def statistics(numbers: Tensor, shape: tuple[int, ...], V: int, target: Tensor, ignore_index: int) -> CrossEntropyStatistics:
-    """What the `NUMBERS` of every row say; `shape` is that of the loss of every row."""
-    m, excess, _, below, entropy, argmax = numbers.reshape(NUMBERS, *shape).unbind()
+def statistics(
+    numbers: Tensor, shape: tuple[int, ...], V: int, target: Tensor, ignore_index: int, predicted: Tensor | None = None
+) -> CrossEntropyStatistics:
+    """What the `NUMBERS` of every row say, or `vocab_parallel_rows.NUMBERS_OF_ROWS`; `shape` is that of the loss of every row.
+
+    predicted: the arg max where they do not hold it.
+    """
+    m, excess, _, below, entropy, argmax, *above = numbers.reshape(len(numbers), *shape).unbind()
     log_total = excess.log1p()
-    predicted = argmax.long()
+    if predicted is None:
+        predicted = argmax.long() + EXACT * above[0].long() if above else argmax.long()
     if target.is_floating_point():
         return CrossEntropyStatistics(m + log_total, None, entropy, None, predicted)
     target = target.long()  # in fewer bits PyTorch wraps the numbers that it is compared with
     known = (target != ignore_index) & (target >= 0) & (target < V)
     correct, predicted = (below == 0) & known, torch.where(known, predicted, -1)
     return CrossEntropyStatistics(m + log_total, below - log_total, entropy, correct, predicted)
+
+
+def exact_argmax(logits: Tensor, numbers: Tensor) -> Tensor | None:
+    """The arg max by one more read of the logits, where their numbers cannot hold it."""
+    axis = class_axis(logits)
+    inexact = logits.shape[axis] > EXACT and numbers.dtype == torch.float32
+    return logits.detach().argmax(axis) if inexact else None
 
 
 def without_derivatives(statistics: CrossEntropyStatistics, *depends_on: Tensor | None) -> CrossEntropyStatistics:

@@ -54,7 +54,8 @@ def _cross_entropy_of(logits: Any, target: Any, weight: Any, options: Options, s
         loss, numbers, _ = _cross_entropy.FORWARD(logits, target, weight, NUMBERS if stats else 3, *of_rows)
         if stats:
             V = logits.shape[class_axis(logits)]
-            found = cross_entropy_formula.statistics(numbers, loss_shape(logits), V, target, options.ignore_index)
+            predicted = cross_entropy_formula.exact_argmax(logits, numbers)
+            found = cross_entropy_formula.statistics(numbers, loss_shape(logits), V, target, options.ignore_index, predicted)
     else:
         loss, found = _of_divided_classes(logits, target, weight, of_rows, stats, axis)
     if found is not None and graph_is_needed(logits, target):

@@ -14,8 +14,7 @@ from .._core import outputs
 from . import operators, vocab_parallel_rows
 from .autograd import accumulate_dtype, graph_is_needed, no_second_derivative
 from .collectives import gathered
-from .cross_entropy_formula import NUMBERS
-from .vocab_parallel_rows import Divided
+from .vocab_parallel_rows import NUMBERS_OF_ROWS, Divided
 
 
 class Options(NamedTuple):
@@ -124,7 +123,7 @@ def _fake(
     index = shard.new_empty((N, S), dtype=torch.int64)
     numbers, of_statistics, stats = (
         loss.new_empty((count, N, S))
-        for count in (NUMBERS * options.statistics, 3 * options.differentiable, 6 if options.differentiable else 4)
+        for count in (NUMBERS_OF_ROWS * options.statistics, 3 * options.differentiable, 6 if options.differentiable else 4)
     )
     return loss, w_t, taken, numbers, of_statistics, stats, index, loss.new_empty(V) if options.label_smoothing else None
 

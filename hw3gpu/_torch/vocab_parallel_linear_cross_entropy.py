@@ -24,9 +24,9 @@ from . import float16_scale, operators
 from . import vocab_parallel_rows as of_rows
 from .autograd import accumulate_dtype, graph_is_needed, no_second_derivative
 from .collectives import Gathering, summed
-from .cross_entropy_formula import NUMBERS, OPTIONS_SCHEMA, Options, never_zero
+from .cross_entropy_formula import OPTIONS_SCHEMA, Options, never_zero
 from .linear_chunks import HALVES, Gradients, Problem, as_given, chunks, fake_gradients, logits_of, scaled
-from .vocab_parallel_rows import Divided
+from .vocab_parallel_rows import NUMBERS_OF_ROWS, Divided
 
 # Two chunks of logits are held. Rows of a chunk are the same on every process, whatever its number of classes: a part of all
 # rows that keeps both chunks below a tenth of the logits, or, where ∂ℓ/∂W is its own sum, as many as give them W's size.
@@ -138,7 +138,7 @@ class _Merge:
         self.of, self.needed = of, any(needs)
         self.loss, self.w_t, self.taken = (x.new_empty((N, S), dtype=acc) for _ in range(3))
         self.stats = x.new_empty((6 if of.differentiable else 4, N, S), dtype=acc)
-        self.numbers = x.new_empty((NUMBERS if of.statistics else 0, N, S), dtype=acc)
+        self.numbers = x.new_empty((NUMBERS_OF_ROWS if of.statistics else 0, N, S), dtype=acc)
         self.index = x.new_empty((N, S), dtype=torch.int64)
         self.scaled = x.new_ones(V, dtype=acc) if of.label_smoothing else None
         self.gradients, self.options = Gradients(problem, needs), options
@@ -279,7 +279,7 @@ def _fake(problem: Problem, rest: Rest) -> tuple[Tensor | None, ...]:
     loss = rows[0] if rest.options.reduction == "none" else rows[0].new_empty(())
     numbers, of_statistics, stats = (
         rows[0].new_empty(count, N, S)
-        for count in (NUMBERS * rest.statistics, 3 * rest.differentiable, 6 if rest.differentiable else 4)
+        for count in (NUMBERS_OF_ROWS * rest.statistics, 3 * rest.differentiable, 6 if rest.differentiable else 4)
     )
     index = x.new_empty(N, S, dtype=torch.int64)
     scaled = loss.new_empty(V) if rest.options.label_smoothing else None

@@ -25,9 +25,10 @@ from torch import Tensor
 from .._core import dispatch
 from .autograd import accumulate_dtype
 from .collectives import before
-from .cross_entropy_formula import NUMBERS
+from .cross_entropy_formula import EXACT, NUMBERS
 
 NO_CLASS = -100
+NUMBERS_OF_ROWS = NUMBERS + 1  # the arg max in two: that modulo 2^24, which float32 holds, and how many 2^24 are left
 
 
 class Divided(NamedTuple):
@@ -61,7 +62,7 @@ class Merged(NamedTuple):
 
     loss, W, the weight of the target, how many processes have its class (1 where the row does not count); stats (4, N, S):
     m, s, W + 2 ζ lse, and q_t where the target is here, and where `differentiable` (6, N, S): mean, and 1 where it is here;
-    scaled: weights · V_r / V, or None without smoothing; numbers: `NUMBERS` of a row as `cross_entropy_formula.statistics`
+    scaled: weights · V_r / V, or None without smoothing; numbers: `NUMBERS_OF_ROWS` as `cross_entropy_formula.statistics`
     takes them, or None.
     """
 
@@ -89,18 +90,23 @@ def rows_of(target: Tensor, V: int, of: Divided) -> Row:
 
 # ---------------------------------------------------------------------------------------------- forward
 def to_send(z: Tensor, row: Row, of: Divided) -> Tensor:
-    """What the other processes need of the logits (N, V_r, S): six numbers a row, eight with statistics, and two more."""
+    """What the other processes need of the logits (N, V_r, S): six numbers a row and two more; with statistics, eight and
+    four."""
     acc, V = accumulate_dtype(z), z.shape[1]
     *numbers, z_t = _own_sums(z, row, of, acc)
     w_t = _weight_at(of.weight, row.label, acc)
     numbers[3:3] = [*(torch.where(row.here, v, 0) for v in (z_t, w_t)), row.here.to(acc)]
     weights = torch.full((), float(V), dtype=acc, device=z.device) if of.weight is None else of.weight.sum()
-    return torch.cat([v.reshape(-1) for v in (*numbers, weights, torch.full_like(weights, V))])
+    of_all = [weights, torch.full_like(weights, V)]
+    if of.statistics:
+        start = torch.as_tensor(of.start, device=z.device)
+        of_all += [(start % EXACT).to(acc), (start // EXACT).to(acc)]
+    return torch.cat([v.reshape(-1) for v in (*numbers, *of_all)])
 
 
 def _own_sums(z: Tensor, row: Row, of: Divided, acc: torch.dtype) -> list[Tensor]:
     """Of the classes here m, Σ exp(z - m) - 1, with smoothing Σ w_c (z_c - m), with statistics Σ exp(z - m) (m - z) and the
-    first class of the largest logit; z_t."""
+    first of them that has the largest logit; z_t."""
     N, V, S = z.shape
     if V == 0:
         nothing = (-torch.inf, -1.0, 0.0, *[0.0] * (2 * of.statistics), 0.0)
@@ -119,7 +125,7 @@ def _own_sums(z: Tensor, row: Row, of: Divided, acc: torch.dtype) -> list[Tensor
     # of a target that is smoothed out altogether the loss is W log Σ - Σ w_c (z_c - m) / V
     sums = [V * (stats[2] * s.log1p() - loss) if of.label_smoothing else torch.zeros_like(loss)]
     if of.statistics:
-        sums += [(1 + s) * (stats[4] - s.log1p()), stats[5] + of.start]
+        sums += [(1 + s) * (stats[4] - s.log1p()), stats[5]]
     z_t = _logit_at(z, row.label, of.softcap, of.logit_scale, acc)
     if of.statistics and (of.softcap is not None or of.logit_scale != 1.0):  # as the kernel rounds, for the largest's is m
         z_t = m + stats[3]
@@ -130,8 +136,10 @@ def _own_sums(z: Tensor, row: Row, of: Divided, acc: torch.dtype) -> list[Tensor
 def merged(received: Tensor, row: Row, V: int, of: Divided) -> Merged:
     """The rows' losses, and what their gradients need, from what all processes have sent; V: the number of classes here."""
     shape, smoothing = row.label.shape, of.label_smoothing
-    m_r, s_r, inner_r, *of_target = received[:, :-2].reshape(len(received), 6 + 2 * of.statistics, *shape).unbind(1)
-    weights_r, sizes = received[:, -2, None, None], received[:, -1]
+    counts = 6 + 2 * of.statistics, 2 + 2 * of.statistics
+    m_r, s_r, inner_r, *of_target = received[:, : -counts[1]].reshape(len(received), counts[0], *shape).unbind(1)
+    weights_r, sizes, *starts = received[:, -counts[1] :].unbind(1)
+    weights_r = weights_r[:, None, None]
     z_t, w_t, taken = (v.sum(0) for v in of_target[:3])
 
     m, first = m_r.max(0)
@@ -160,8 +168,10 @@ def merged(received: Tensor, row: Row, V: int, of: Divided) -> Merged:
         spread = moved.sum(0) / (1 + s)
         numbers = torch.stack([m, s, W, below, log_total + spread])
         numbers = torch.where(row.counts, torch.where(known, numbers, torch.nan), 0)
-        predicted = torch.where(m.isnan(), 0, of_target[4].gather(0, first[None])[0])
-        numbers = torch.cat([numbers, torch.where(known, predicted, -1)[None]])
+        start = starts[0].long() + EXACT * starts[1].long()
+        predicted = torch.where(m.isnan(), 0, of_target[4].gather(0, first[None])[0].long() + start[first])
+        parts = torch.where(known, predicted % EXACT, -1), torch.where(known, predicted // EXACT, 0)
+        numbers = torch.cat([numbers, torch.stack(parts).to(m.dtype)])
         if of.differentiable:
             stats += [torch.where(known, -spread, torch.nan), row.here.to(m.dtype)]
     return Merged(
@@ -184,7 +194,7 @@ def with_gradients(numbers: Tensor | None, rows: Tensor) -> Tensor:
     """(3, N, S): log_prob, entropy and lse, which the gradients of statistics are those of; none of None. rows: (N, S)."""
     if numbers is None:
         return rows.new_empty(0, *rows.shape)
-    m, s, _, below, entropy, _ = numbers
+    m, s, _, below, entropy = numbers[:5]
     log_total = s.log1p()
     return torch.stack([below - log_total, entropy, m + log_total])
 
