@@ -90,7 +90,7 @@ def _plan(x, operands, extra=(), alike=None, sums=False, valid=None) -> tuple[An
     )
     plan = plan_batch_norm(N, C, S, x.element_size(), mode, channels_last=x.stride(1) == 1 and C > 1 and x.stride(2) != 1,
                            operands=operands, whole=alike is not None, may_be_flat=flat, busy=busy, sums=sums,
-                           device=device_of(x))  # fmt: skip
+                           masked=valid is not None, device=device_of(x))  # fmt: skip
     constants = {
         "BLOCK_C": plan.BLOCK_C, "BLOCK_N": plan.BLOCK_N, "LANES": plan.LANES, "ROWS": plan.ROWS, "FLAT": plan.flat,
         "MODE": mode, "GROUP": width // x.element_size(), "ACC": ACC[x.dtype], "num_warps": warps(plan.num_warps),

@@ -53,6 +53,7 @@ def plan_batch_norm(
     may_be_flat: bool = True,
     busy: bool = False,
     sums: bool = False,
+    masked: bool = False,
     device: Device = H100,
 ) -> BatchNormPlan:
     """The plan for a pass over (N, C, S). Long channels are split among several programs, to fill the device.
@@ -60,7 +61,7 @@ def plan_batch_norm(
     operands: how many tensors are read at each position (1 forward, 2 backward). whole: the kernel needs whole channels: one
     that fits is one tile, and several small ones share a program; one that does not fit has more than one tile, and the caller
     takes other kernels. may_be_flat: all tensors have the strides of x. busy: there is a residual or a mask. sums: the pass
-    adds values up.
+    adds values up. masked: not all positions count, and which do takes registers.
     """
     most = 16384 // (2 if itemsize == 8 else 1)
     lanes = body_lanes(S, itemsize, mode)
@@ -68,12 +69,17 @@ def plan_batch_norm(
     # a pointer a lane takes registers, and so do the rows' edges, with two operands or many rows
     crowded = mode == STRIDED or (mode == SHIFTED and (busy or (operands == 2 and itemsize != 2)))
     edges = 32 // itemsize if mode == SHIFTED else 0  # lanes for the edges of a row
-    most_rows = most // (8 if busy or itemsize * operands >= 8 else 4) // edges if edges else most
+    many = busy or itemsize * operands >= 8 or (masked and operands == 2)
+    most_rows = most // (8 if many else 4) // edges if edges else most
     resident = most // 2 if crowded else most
     passes = LONG_CHANNELS_LAST if channels_last else LONG
     values_a_thread, num_warps, registers, stages = passes[sums, operands][itemsize]
     if channels_last and C * itemsize % 16:
         values_a_thread = min(values_a_thread, 16)  # each value has an address of its own
+    elif channels_last and busy and itemsize == 8 and not sums:
+        values_a_thread = 4
+    if masked and operands == 1:
+        stages = 1
     long = values_a_thread * 32 * num_warps
     # 64-bit addresses would spill with two operands and many edges: a FLAT tile has 32-bit ones
     short_of_registers = mode == SHIFTED and itemsize == operands == 2 and may_be_flat
@@ -97,8 +103,8 @@ def plan_batch_norm(
     else:
         fits = False
         block_c, block_n, block_l = _long_tile(N, C, lanes, channels_last, long)
-        if edges:  # at most 8 lanes of edges a thread, 4 with two operands
-            block_n = max(min(block_n, 8 // operands * 32 * num_warps // edges), 1)
+        if edges:  # at most 8 lanes of edges a thread, half with two operands, and half where not all positions count
+            block_n = max(min(block_n, (4 if masked else 8) // operands * 32 * num_warps // edges), 1)
     elements = block_c * block_n * block_l
     lane_blocks = 1 if flat else max(cdiv(lanes, block_l), 1)
     tiles = 1 if flat else max(cdiv(N, block_n), 1) * lane_blocks
@@ -111,6 +117,8 @@ def plan_batch_norm(
         of_each = cdiv(channel_blocks, device.multiprocessors)  # programs a multiprocessor
         many_edges = 2 * edges * block_n >= elements
         num_warps = _resident_warps(elements, many_edges, itemsize, mode, channels_last, operands, busy, of_each)
+        if masked and mode == SHIFTED and operands == 1 and elements >= 16384:
+            num_warps = 16
     else:
         if not edges:
             num_warps = max(min(elements // (32 * values_a_thread), num_warps), 1)
