@@ -123,6 +123,18 @@ def test_cross_entropy_of_every_option(device, rng, shape, kind, options, dtype)
     cross_entropy_and_check(device, x, target, dtype, upstream.reshape(-1)[0], reduction="mean", **options)
 
 
+@pytest.mark.parametrize("name", [*HARD, "+inf", "NaN", "subnormal loss"])
+@pytest.mark.parametrize(("V", "dtype"), [(8200, "bfloat16"), (8203, "float32")], ids=str)
+def test_hard_values_of_a_long_row_whose_gradient_comes_later(device, rng, name, V, dtype):
+    """The row's end is in a tile that is not full; the target is the maximum, whose loss has the digits of the other terms."""
+    z = np.linspace(-110.0, -95.0, V)
+    z[V // 5] = {"+inf": np.inf, "NaN": np.nan}.get(name, 0.0)
+    z = HARD[name](rng, V) if name in HARD else np.stack([z, z])
+    x = tensor(z, dtype, device, grad=True)
+    target = x.detach().nan_to_num(-np.inf, posinf=1e30).argmax(1)
+    cross_entropy_and_check(device, x, target, dtype, tensor(np.ones(2), dtype, device), reduction="none")
+
+
 @drawn
 @given(data=st.data())
 def test_cross_entropy_is_torchs(device, data):

@@ -217,10 +217,17 @@ def test_rows_in_turn_on_an_h100(V, itemsize, extra_per_lane, each):
 
 
 @drawn
-@given(**ROWS, extra_per_lane=st.sampled_from(EXTRA_PER_LANE))
-def test_nothing_of_a_long_row_stays_that_is_not_needed_again(V, S, itemsize, mode, unit_s, extra_per_lane):
-    p = R.plan_rows(V, S, itemsize, mode, unit_s, extra_per_lane, row_reused=False)
+@given(**ROWS, extra_per_lane=st.sampled_from(EXTRA_PER_LANE), rows_ahead=st.sampled_from((0, 1)))
+def test_nothing_of_a_long_row_stays_that_is_not_needed_again(V, S, itemsize, mode, unit_s, extra_per_lane, rows_ahead):
+    p = R.plan_rows(V, S, itemsize, mode, unit_s, extra_per_lane, row_reused=False, rows_ahead=0)
+    grouped = R.plan_rows(V, S, itemsize, mode, unit_s, extra_per_lane, row_reused=False, rows_ahead=rows_ahead)
     kept = R.plan_rows(V, S, itemsize, mode, unit_s, extra_per_lane)
+    if grouped != p:  # a loss without options: two numbers an access of 8 logits
+        assert rows_ahead, "only where the registers are not taken"
+        assert (itemsize, extra_per_lane, mode == P.STRIDED) == (2, 0, False)
+        assert lanes(V, itemsize, mode) > 4096
+        assert (grouped.KEEP, grouped.FITS, grouped.BLOCK_R) == (0, False, 1)
+        assert grouped.BLOCK_V // (32 * grouped.num_warps) <= ELEMENTS
     if unit_s and S > 1:
         assert p == kept
     elif lanes(V, itemsize, mode) <= 4096:

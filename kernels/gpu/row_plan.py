@@ -86,7 +86,7 @@ def plan_rows(
         block_r = max(1, min(next_power_of_2(S), tile // next_power_of_2(lanes)))
         resident = resident_lanes(extra_per_lane, itemsize, mode)
         if lanes > 4096 and (not row_reused or extra_per_lane > 2):
-            return _streaming(itemsize, mode, extra_per_lane, row_reused)
+            return _streaming(itemsize, mode, extra_per_lane, row_reused, rows_ahead > 0)
     if lanes <= resident:
         keep = next_power_of_2(lanes)
         plain = mode != STRIDED and itemsize < 8 and not neighbours and extra_per_lane == tensors - 1
@@ -160,8 +160,13 @@ def _registers_of_tiles(itemsize: int, mode: int, extra_per_lane: int, num_warps
     return 128 if mode == STRIDED else None
 
 
-def _streaming(itemsize: int, mode: int, extra_per_lane: int, row_reused: bool) -> RowPlan:
-    """Long rows of which nothing stays, or one tile: many small programs, whose threads meet at the end of the row."""
+def _streaming(itemsize: int, mode: int, extra_per_lane: int, row_reused: bool, in_groups: bool) -> RowPlan:
+    """Long rows of which nothing stays, or one tile: many small programs, whose threads meet at the end of the row.
+
+    in_groups: the lanes of an access have one maximum and one sum (a loss without options), which leaves registers.
+    """
+    if in_groups and not extra_per_lane and mode != STRIDED and itemsize == 2:
+        return RowPlan(1, 0, 4096, False, 2, 2)
     block_v = (1024 if extra_per_lane else 2048) // (2 if itemsize == 8 else 1)
     registers = 128 if extra_per_lane > 1 else 200 if itemsize == 8 and not extra_per_lane else None
     if extra_per_lane > 2:

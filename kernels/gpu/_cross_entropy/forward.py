@@ -12,6 +12,7 @@ from .reduction import is_last, leave, reduce_rows
 from .tile import (
     NO_CLASS,
     accumulate,
+    accumulate_groups,
     accumulate_lanes,
     dense,
     dense_at,
@@ -124,18 +125,25 @@ def _forward_tile(
     else:
         tail = tl.arange(0, BLOCK_V)[None, :]
         steps = tl.cdiv(V - KEEP, BLOCK_V)
-        lanes = empty_sums(BLOCK_R, BLOCK_V, ACC)
+        GROUPED: tl.constexpr = GROUP > 2 and MODE != _tile.STRIDED and not (DENSE or CAPPED or MORE)
+        lanes = empty_sums(BLOCK_R, BLOCK_V // GROUP if GROUPED else BLOCK_V, ACC)
         for i in tl.range(0, steps, num_stages=STAGES):
             offset = KEEP + i * BLOCK_V
             t_hi = _tile.count_in_tile(head, offset, V, known, BLOCK_V, MODE, GROUP)
-            z_tail = logits(z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, kappa, CAPPED, MODE, GROUP, ACC)
-            q_tail = None
-            if DENSE:
-                q_tail = dense(
-                    target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
-                    SOFT, MODE, TARGET_MODE, GROUP, ACC,
-                )  # fmt: skip
-            lanes = accumulate_lanes(lanes, z_tail, q_tail, head + offset + tail, MORE, LOADED)
+            z_tail = logits(
+                z_ptr, z_start, head, offset, tail, t_hi, stride_zv, cap, kappa, CAPPED, MODE, GROUP, ACC,
+                0.0 if GROUPED else float("-inf"),  # a copy into shared memory fills up with 0 by itself
+            )  # fmt: skip
+            if GROUPED:
+                lanes = accumulate_groups(lanes, z_tail, tl.arange(0, BLOCK_V // GROUP)[None, :] < t_hi // GROUP, GROUP)
+            else:
+                q_tail = None
+                if DENSE:
+                    q_tail = dense(
+                        target_ptr, t_start, weight_ptr, head, offset, tail, t_hi, stride_tv, V, epsilon,
+                        SOFT, MODE, TARGET_MODE, GROUP, ACC,
+                    )  # fmt: skip
+                lanes = accumulate_lanes(lanes, z_tail, q_tail, head + offset + tail, MORE, LOADED)
         sums = merge(lanes, DENSE, MORE)
     if KEEP:
         lane = tl.arange(0, KEEP)[None, :]

@@ -62,9 +62,10 @@ def soft_cap(z, cap, ACC: tl.constexpr) -> tl.tensor:
 def logits(
     z_ptr, start, head, offset, lane, hi, stride, cap, kappa,
     CAPPED: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+    OTHER: tl.constexpr = float("-inf"),
 ) -> tl.tensor:  # fmt: skip
-    """A tile of the logits of each row's body; -inf in lanes without a class, after the cap, which would make -cap of -inf."""
-    z = _tile.load(z_ptr, start, head, offset, lane, hi, stride, float("-inf"), MODE, GROUP, ACC)
+    """A tile of the logits of each row's body; OTHER in lanes without a class, and -inf after the cap."""
+    z = _tile.load(z_ptr, start, head, offset, lane, hi, stride, OTHER, MODE, GROUP, ACC)
     if kappa is not None:
         z *= kappa
     if CAPPED:
@@ -150,6 +151,31 @@ def accumulate_lanes(sums, z, q, c, MORE: tl.constexpr, LOADED: tl.constexpr) ->
         spread = tl.where(rises, product_or_0(e, spread - (1.0 + sum_exp_minus_1) * d), spread + product_or_0(e, d))
         argmax = tl.where(rises, c, argmax)
     return tl.maximum(m, z), tl.where(rises, sum_exp_minus_1 * e, sum_exp_minus_1) + e, dense, inner, spread, argmax
+
+
+@triton.jit
+def accumulate_groups(sums, z, inside, GROUP: tl.constexpr) -> tuple[tl.tensor, ...]:
+    """The sums of hard targets without options after GROUP more logits a lane, neighbours in z.
+
+    The logits of a lane play a tournament. Its winner meets m, and the losers of all games are what Σ exp(z - m) - 1 gets: a
+    maximum is compared once for a group, and still no 1 is added that would have to be subtracted again.
+    inside: the lanes whose logits count.
+    """
+    m, sum_exp_minus_1, dense, inner, spread, argmax = sums
+    top, losers = tl.reshape(z, [m.shape[0], m.shape[1], GROUP]), ()
+    for _ in tl.static_range(4):
+        if top.shape[2] > 1:
+            a, b = tl.split(tl.reshape(top, [m.shape[0], m.shape[1], top.shape[2] // 2, 2]))
+            top = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+            losers += (tl.minimum(a, b),)  # type: ignore[assignment]  # Triton unrolls the loop
+    top = tl.where(inside, tl.reshape(top, m.shape), float("-inf"))
+    e = tl.exp(-tl.abs(top - m))
+    sum_exp_minus_1 = tl.where(top > m, sum_exp_minus_1 * e, sum_exp_minus_1) + e
+    m = tl.maximum(m, top, propagate_nan=tl.PropagateNan.ALL)
+    more = tl.zeros_like(m)
+    for i in tl.static_range(len(losers)):
+        more += tl.sum(tl.exp(losers[i] - m[:, :, None]), axis=2)
+    return m, sum_exp_minus_1 + tl.where(inside, more, 0.0), dense, inner, spread, argmax
 
 
 @triton.jit
