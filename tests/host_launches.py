@@ -12,7 +12,7 @@ from hw3gpu._core import dispatch
 
 def launch_on_the_host(monkeypatch, log, which):
     """Launches for CuPy arrays run the `which` kernels ('gpu': in Triton's interpreter) on the host, and are recorded."""
-    view, place = dispatch.viewer(which), []
+    view, place = dispatch.kernel_view(which), []
 
     class Launchers:
         def __init__(self, operation):

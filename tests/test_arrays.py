@@ -362,7 +362,7 @@ def test_kernels_write_their_output_and_nothing_beside_it(device, rng, shape, dt
     which = dispatch.backend(x)
     for operation, name, operands, options in launches:
         out, *around = guarded(shape, dtype, device, layout)
-        getattr(operation(which), name)(*map(dispatch.viewer(which), operands(out)), **options)
+        getattr(operation(which), name)(*map(dispatch.kernel_view(which), operands(out)), **options)
         where = f"{operation.__name__}.{name}"
         assert all((a == SENTINEL).all() for a in around), f"{where} wrote beside its output"
         assert not (out == SENTINEL).any(), f"{where} left a part of its output unwritten"

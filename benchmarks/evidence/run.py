@@ -117,7 +117,7 @@ def waiting(operation: str, evidence: dict[str, Any]) -> list[str]:
 
 
 def kernels_of(evidence: dict[str, Any]) -> Findings:
-    """The findings of all rooms by label."""
+    """The findings of all operations by label."""
     return {label: found for operation in evidence.values() for label, found in operation["kernels"].items()}
 
 
@@ -222,7 +222,7 @@ def page_with(text: str, kernels: Findings) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compiles the cases of every room that changed, writes evidence.json and the tables; 1 if anything is wrong."""
+    """Compiles the cases of every operation that changed, writes evidence.json and the tables; 1 if anything is wrong."""
     from rich.console import Console
     from rich.progress import track
 

@@ -68,7 +68,7 @@ def batch_norm(
     which = dispatch.backend(x)
     operands = outputs.fold(x, channel_axis), _flat(gamma), _flat(beta), y_folded, mean, var, rstd, None, None
     with dispatch.launch_scope(x):
-        dispatch.batch_norm(which).forward(*map(dispatch.viewer(which), operands), eps=float(eps), momentum=0.0)
+        dispatch.batch_norm(which).forward(*map(dispatch.kernel_view(which), operands), eps=float(eps), momentum=0.0)
     shape = () if channel_axis is None else (C,)
     return BatchNorm(y, mean[0].reshape(shape), var.reshape(shape), rstd.reshape(shape))
 
@@ -112,7 +112,7 @@ def batch_norm_backward(
     folded = outputs.fold(dy, channel_axis), outputs.fold(x, channel_axis)
     with dispatch.launch_scope(x):
         dispatch.batch_norm(which).backward(
-            *map(dispatch.viewer(which), (*folded, mean_pair, rstd, _flat(gamma), dx_folded, dgamma, dbeta))
+            *map(dispatch.kernel_view(which), (*folded, mean_pair, rstd, _flat(gamma), dx_folded, dgamma, dbeta))
         )
     shape = () if channel_axis is None else (C,)
     dvar, dmean = (arrays.cast(v, acc).reshape(shape) for v in _statistics_gradients(var, gamma, dgamma, dbeta, eps))

@@ -199,13 +199,13 @@ class _State:
         """Add the points (B, n, m), n ≥ 1."""
         which = dispatch.backend(self.like)
         with dispatch.launch_scope(self.like):
-            dispatch.moments(which).update(*map(dispatch.viewer(which), (points, *self.arrays)), count=self.count)
+            dispatch.moments(which).update(*map(dispatch.kernel_view(which), (points, *self.arrays)), count=self.count)
         self.count += int(points.shape[1])
 
     def merge(self, other: _State) -> None:
         """Add all points of `other`, at least one, which lies where this one does."""
         which = dispatch.backend(self.like)
-        states = map(dispatch.viewer(which), (*other.arrays, *self.arrays))
+        states = map(dispatch.kernel_view(which), (*other.arrays, *self.arrays))
         with dispatch.launch_scope(self.like):
             dispatch.moments(which).merge(*states, more=other.count, count=self.count)
         self.count += other.count
@@ -217,7 +217,7 @@ class _State:
             outputs.empty((*shift.shape, *more), arrays.dtype_name(self.like), self.like) for more in ((), shift.shape[1:])
         )
         which = dispatch.backend(self.like)
-        operands = map(dispatch.viewer(which), (*self.arrays, mean, covariance))
+        operands = map(dispatch.kernel_view(which), (*self.arrays, mean, covariance))
         with dispatch.launch_scope(self.like):
             dispatch.moments(which).finish(*operands, count=self.count, divisor=self.count - ddof)
         return Moments(mean.reshape((*batch, self.m)), covariance.reshape((*batch, self.m, self.m)))
@@ -226,7 +226,7 @@ class _State:
         """count and the arrays as one torch tensor (1 + 4 m + 2 m²) of float64, for B = 1, where the arrays live."""
         import torch
 
-        parts = [dispatch.kernel_view(a, "gpu").reshape(-1) for a in self.arrays]
+        parts = [dispatch.kernel_view("gpu")(a).reshape(-1) for a in self.arrays]
         return torch.cat([torch.tensor([float(self.count)], dtype=torch.float64, device=parts[0].device), *parts])
 
     @classmethod

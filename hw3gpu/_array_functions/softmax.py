@@ -36,7 +36,7 @@ def softmax(z: Array, axis: int = -1) -> Array:
     y, y_folded = outputs.output_like(z, axis)
     which = dispatch.backend(z)
     with dispatch.launch_scope(z):
-        dispatch.softmax(which).forward(*map(dispatch.viewer(which), (outputs.fold(z, axis), y_folded)))
+        dispatch.softmax(which).forward(*map(dispatch.kernel_view(which), (outputs.fold(z, axis), y_folded)))
     return y
 
 
@@ -55,7 +55,7 @@ def softmax_backward(dy: Array, y: Array, axis: int = -1) -> Array:
     which = dispatch.backend(y)
     operands = outputs.fold(dy, axis), outputs.fold(y, axis), dz_folded
     with dispatch.launch_scope(y):
-        dispatch.softmax(which).backward(*map(dispatch.viewer(which), operands))
+        dispatch.softmax(which).backward(*map(dispatch.kernel_view(which), operands))
     return dz
 
 
@@ -127,7 +127,7 @@ def softmax_cross_entropy(z: Array, y: Array) -> SoftmaxCrossEntropy:
     operands = outputs.fold(z, -1), y.reshape(rows, 1) if hard else outputs.fold(y, -1), None, loss, dz_folded, invalid
     with dispatch.launch_scope(z):
         dispatch.cross_entropy(which).forward_backward(
-            *map(dispatch.viewer(which), operands), ignore_index=_NO_CLASS, label_smoothing=0.0
+            *map(dispatch.kernel_view(which), operands), ignore_index=_NO_CLASS, label_smoothing=0.0
         )
     if hard:
         row = int(invalid[0])

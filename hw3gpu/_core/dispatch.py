@@ -303,13 +303,9 @@ def _on_stream_of(x: Array) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------- views and outputs
-def kernel_view(x: Array, which: str) -> Array:
-    """`x` as the `which` kernels take it: a torch tensor ('gpu') or a NumPy array, halves as bits ('cpu'); None as None."""
-    return _host_view(x) if which == "cpu" else _torch_view(x)
-
-
-def viewer(which: str) -> Callable[[Array], Array]:
-    """`kernel_view` for one engine, as a function of the array."""
+def kernel_view(which: str) -> Callable[[Array], Array]:
+    """The function that gives an array as the `which` kernels take it: a torch tensor ("gpu") or a NumPy array, halves as bits
+    ("cpu"); of None it gives None."""
     return _host_view if which == "cpu" else _torch_view
 
 
@@ -365,6 +361,6 @@ def vector_view(x: Array, which: str) -> Array:
     if which != "cpu":
         return _torch_view(x if x is None or x.is_contiguous() else x.detach().contiguous())
     if x is None or not x.is_contiguous() or x.is_neg() or not x.numel():
-        return kernel_view(x if x is None or x.is_contiguous() else x.detach().contiguous(), which)
+        return _host_view(x if x is None or x.is_contiguous() else x.detach().contiguous())
     memory = (ctypes.c_char * (x.numel() * x.element_size())).from_address(x.data_ptr())
     return np.frombuffer(memory, _BITS[dtype_name(x)])

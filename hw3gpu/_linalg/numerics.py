@@ -42,7 +42,7 @@ class Numerics:
         a = self.xp.asarray(a, dtype=dtype)
         if not _arrays.is_torch(self.like):
             return a[()] if self.xp is np else a
-        return dispatch.kernel_view(a, "gpu")
+        return dispatch.kernel_view("gpu")(a)
 
     def check(self, look: Callable[..., None], *arrays: Array) -> None:
         """`look(*arrays)`, in NumPy, which raises what is wrong: now on the host, with the next `fetch` on a GPU."""

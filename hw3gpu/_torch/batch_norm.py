@@ -137,7 +137,7 @@ def run(
             )  # fmt: skip
             assert of_call is not None
             return y, of_call, None
-    view, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
+    view, kernels = dispatch.kernel_view(which), dispatch.batch_norm(which)
     y, y_folded = outputs.output(x, 1, view)
     stats = new_statistics(x, rest)
     if not x.numel():
@@ -186,7 +186,7 @@ def fused_operands(
     folded: Array, residual: Tensor | None, activation: str | None, device: torch.device, which: str, new: Callable[..., Tensor]
 ) -> tuple[Tensor | None, dict[str, Any]]:
     """The mask to be written, by `new`, or None; and what a launcher is given of residual, mask and activation."""
-    mask, fused, view = None, dict[str, Any](), dispatch.viewer(which)
+    mask, fused, view = None, dict[str, Any](), dispatch.kernel_view(which)
     if residual is not None:
         fused["residual"] = outputs.fold(view(residual), 1)
     if masked(which, activation):
@@ -204,7 +204,7 @@ def gate_operands(
     if activation is None:
         return {}
     if masked(which, activation):
-        return {"mask": dispatch.viewer(which)(mask)}
+        return {"mask": dispatch.kernel_view(which)(mask)}
     residual = None if beside is None else outputs.folded(beside, 1, which)
     return {"activation": activation, "beta": dispatch.vector_view(bias, which), "residual": residual}
 
@@ -241,7 +241,7 @@ def run_backward(
         found = small_calls.batch_norm_backward(dy, x, weight, stats, training)
         if found:
             return *found, None
-    view, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
+    view, kernels = dispatch.kernel_view(which), dispatch.batch_norm(which)
     dx, dx_folded = outputs.output(x, 1, view)
     C = x.shape[1]
     dgamma, dbeta = stats.new_empty(C), stats.new_empty(C)

@@ -249,7 +249,7 @@ def rows_of(logits: Tensor, target: Tensor, which: str) -> tuple[Array, Array]:
     if target.ndim == logits.ndim:
         return z, outputs.folded(target, axis, which)
     rows = z.shape[0], z.shape[2]
-    return z, dispatch.kernel_view(target.view(rows) if target.is_contiguous() else target.reshape(rows), which)
+    return z, dispatch.kernel_view(which)(target.view(rows) if target.is_contiguous() else target.reshape(rows))
 
 
 def _bound_call(
@@ -310,7 +310,7 @@ def run(logits: Tensor, target: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Ten
         dlogits = torch.empty_like(logits) if at_once else None
         again(logits, target, weight, loss, stats, invalid, total, denominator, dlogits)
     else:
-        dlogits, dz = outputs.output(logits, class_axis(logits), dispatch.viewer(which)) if at_once else (None, None)
+        dlogits, dz = outputs.output(logits, class_axis(logits), dispatch.kernel_view(which)) if at_once else (None, None)
         operands = (logits, target, weight, loss, stats, invalid, total, denominator, dlogits)
         with bound_launches.noted(call, operands, *(() if dlogits is None else (dlogits,))):
             _launch_forward(which, *operands, dz, options)
@@ -323,7 +323,7 @@ def _launch_forward(
     which: str, logits: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor, stats: Tensor, invalid: Tensor,
     total: Tensor | None, denominator: Tensor | None, dlogits: Tensor | None, dz: Array | None, options: Options,
 ) -> None:  # fmt: skip
-    view, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
+    view, kernels = dispatch.kernel_view(which), dispatch.cross_entropy(which)
     z, t = rows_of(logits, target, which)
     weight, stats, invalid = view(weight), view(stats), view(invalid)
     total, denominator = cell(total, which), cell(denominator, which)
@@ -380,7 +380,7 @@ def run_backward(
         call.launches(*operands, dlogits)
         return dlogits
     which = dispatch.backend(logits)
-    view, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
+    view, kernels = dispatch.kernel_view(which), dispatch.cross_entropy(which)
     z, t = rows_of(logits, target, which)
     unless_one = dlogits is not None
     if dlogits is not None:
@@ -402,7 +402,7 @@ def _run_step(
     found = None if stats or factors is not None else _small_step(logits, target, weight, upstream, options, dlogits)
     if found:
         return found[0], None, found[1]
-    view = dispatch.viewer("cpu")
+    view = dispatch.kernel_view("cpu")
     z, t = rows_of(logits, target, "cpu")
     N, _, S = z.shape
     if dlogits is None:

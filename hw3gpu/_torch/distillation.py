@@ -77,7 +77,7 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The divergence of every row, and what the backward pass needs if `save`, else None."""
     which = dispatch.backend(student)
-    view = dispatch.viewer(which)
+    view = dispatch.kernel_view(which)
     s, t = (outputs.folded(z, dim, which) for z in (student, teacher))
     rows = s.shape[0], s.shape[2]
     shape = (*student.shape[:dim], *student.shape[dim + 1 :])
@@ -95,7 +95,7 @@ def run_backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of student and teacher that `needs` names, else None."""
     which = dispatch.backend(student)
-    view = dispatch.viewer(which)
+    view = dispatch.kernel_view(which)
     s, t = (outputs.folded(z, dim, which) for z in (student, teacher))
     rows = s.shape[0], s.shape[2]
     found = [

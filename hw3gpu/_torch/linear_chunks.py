@@ -119,7 +119,7 @@ def run(
     names, of x, W and b. factors: (N, S), what the losses of the rows are multiplied by before they are added up."""
     x, (N, _, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
-    view, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
+    view, kernels = dispatch.kernel_view(which), dispatch.cross_entropy(which)
     acc, device = accumulate_dtype(x), x.device
     loss, stats = torch.empty((N, S), dtype=acc, device=device), torch.empty((numbers, N, S), dtype=acc, device=device)
     weight_view, target_view = view(problem.weight), view(problem.target)
@@ -178,7 +178,7 @@ def run_backward(
     """The gradients that `needs` names, of x, W, b and target, from logits made again; W's and b's in the sums' dtype."""
     x, (N, V, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
-    view, kernels = dispatch.viewer(which), dispatch.cross_entropy(which)
+    view, kernels = dispatch.kernel_view(which), dispatch.cross_entropy(which)
     rows = whole_tiles(problem, rows // 2)  # of logits and dz
     upstream = upstream.reshape(N, S) if options.reduction == "none" else upstream.expand(N, S)
     upstream = upstream if factors is None else upstream * factors

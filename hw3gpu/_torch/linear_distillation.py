@@ -61,7 +61,7 @@ def run(
     """The divergence of every row, and what the backward pass needs, (8, N, 1)."""
     problems, N = _problems((xs, Ws, bs, xt, Wt, bt)), xs.shape[0]
     which = dispatch.backend(xs)
-    view, kernels = dispatch.viewer(which), dispatch.distillation(which)
+    view, kernels = dispatch.kernel_view(which), dispatch.distillation(which)
     loss = xs.new_empty(N, dtype=accumulate_dtype(xs))
     stats = loss.new_empty(8, N, 1)
     rows = _rows(problems, rows)
@@ -83,7 +83,7 @@ def run_backward(
     """The gradients that `needs` names, of x, W and b of the student and of the teacher, from logits made again; else None."""
     problems = _problems((xs, Ws, bs, xt, Wt, bt))
     which = dispatch.backend(xs)
-    view, kernels = dispatch.viewer(which), dispatch.distillation(which)
+    view, kernels = dispatch.kernel_view(which), dispatch.distillation(which)
     rows = _rows(problems, rows, (needs[1], needs[4])) // 2  # of logits and their gradients
     rows = linear_chunks.whole_tiles(problems[0], rows)
     sides = [Gradients(p, needed) for p, needed in zip(problems, (needs[:3], needs[3:]), strict=True)]

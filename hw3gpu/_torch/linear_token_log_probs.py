@@ -51,7 +51,7 @@ def run(
     read of a chunk's, if `predicts`."""
     x, (N, _, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
-    view, kernels = dispatch.viewer(which), dispatch.token_log_probs(which)
+    view, kernels = dispatch.kernel_view(which), dispatch.token_log_probs(which)
     found = [x.new_empty((N, S), dtype=accumulate_dtype(x)) for _ in range(3)]
     sums = found[0].new_empty(4, N, S)
     predicted = torch.empty_like(problem.target, dtype=torch.int64) if predicts else None
@@ -80,7 +80,7 @@ def run_backward(
     """
     x, (_, V, S), (temperature, ignore_index) = problem.x, problem.sizes, options
     which = dispatch.backend(x)
-    view, kernels = dispatch.viewer(which), dispatch.token_log_probs(which)
+    view, kernels = dispatch.kernel_view(which), dispatch.token_log_probs(which)
     rows = linear_chunks.whole_tiles(problem, (rows or linear_chunks.chunk_rows(problem, of_W=needs[1])) // 2)
     gradients = Gradients(problem, needs)
     z, dz = (linear_chunks.logits_buffer(problem, rows) for _ in range(2))  # which share a chunk

@@ -40,7 +40,7 @@ def run(z: Tensor, dim: int, call: Call | None = None) -> Tensor:
         call.launches(z, y)
         return y
     which = dispatch.backend(z)
-    y, y_folded = outputs.output(z, dim, dispatch.viewer(which))
+    y, y_folded = outputs.output(z, dim, dispatch.kernel_view(which))
     with bound_launches.noted(call, (z, y), y):
         dispatch.softmax(which).forward(outputs.folded(z, dim, which), y_folded)
     return y
@@ -58,7 +58,7 @@ def run_backward(dy: Tensor, y: Tensor, dim: int, call: Call | None = None) -> T
         call.launches(y, dy, dz)
         return dz
     which = dispatch.backend(y)
-    dz, dz_folded = outputs.output(y, dim, dispatch.viewer(which))
+    dz, dz_folded = outputs.output(y, dim, dispatch.kernel_view(which))
     with bound_launches.noted(call, (y, dy, dz), dz):
         dispatch.softmax(which).backward(outputs.folded(dy, dim, which), outputs.folded(y, dim, which), dz_folded)
     return dz

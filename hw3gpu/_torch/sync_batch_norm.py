@@ -60,7 +60,7 @@ def _run(
     running_mean, running_var, momentum, eps, activation, group, traced, positions = rest
     new = torch.zeros if traced else torch.empty  # of a mask some bytes are left unwritten
     which = dispatch.backend(x)
-    view, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
+    view, kernels = dispatch.kernel_view(which), dispatch.batch_norm(which)
     y, y_folded = outputs.output(x, 1, view)
     folded = outputs.fold(view(x), 1)
     stats, total, mean, var = _statistics(x, folded, view, kernels, eps, group, positions)
@@ -119,7 +119,7 @@ def _run_backward(
     """dx where it is needed, this process's dgamma and dbeta, and dresidual where `residual` asks for it; None without an
     activation where every position counts (bits None): it is dy."""
     which = dispatch.backend(x)
-    view, kernels = dispatch.viewer(which), dispatch.batch_norm(which)
+    view, kernels = dispatch.kernel_view(which), dispatch.batch_norm(which)
     stats_view, scale = view(stats), dispatch.vector_view(weight, which)
     dgamma, dbeta = (torch.zeros(x.shape[1], dtype=stats.dtype, device=x.device) for _ in range(2))
     folded, upstream = outputs.fold(view(x), 1), outputs.fold(view(dy), 1)

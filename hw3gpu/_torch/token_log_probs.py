@@ -60,7 +60,7 @@ def with_sums(
 def rows_of(logits: Tensor, target: Tensor, dim: int, which: str) -> tuple[Array, Array]:
     """Logits (N, V, S) and targets (N, S) as operands of the kernels of `which`."""
     z = outputs.folded(logits, dim, which)
-    return z, dispatch.kernel_view(target.reshape(z.shape[0], z.shape[2]), which)
+    return z, dispatch.kernel_view(which)(target.reshape(z.shape[0], z.shape[2]))
 
 
 def run(
@@ -68,7 +68,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The three numbers of every row, and what the backward pass needs if `save`, else None."""
     which = dispatch.backend(logits)
-    view = dispatch.viewer(which)
+    view = dispatch.kernel_view(which)
     z, t = rows_of(logits, target, dim, which)
     rows = z.shape[0], z.shape[2]
     acc = accumulate_dtype(logits)
@@ -89,7 +89,7 @@ def run_backward(
 ) -> Tensor:  # fmt: skip
     """∂ℓ/∂logits from the three upstream gradients, None where one is zero."""
     which = dispatch.backend(logits)
-    view = dispatch.viewer(which)
+    view = dispatch.kernel_view(which)
     z, t = rows_of(logits, target, dim, which)
     dlogits, dz = outputs.output(logits, dim, view)
     g_log_prob, g_entropy, g_lse = (view(g if g is None else g.reshape(t.shape)) for g in (g_log_prob, g_entropy, g_lse))

@@ -112,7 +112,7 @@ def _own_sums(z: Tensor, row: Row, of: Divided, acc: torch.dtype) -> list[Tensor
         nothing = (-torch.inf, -1.0, 0.0, *[0.0] * (2 * of.statistics), 0.0)
         return [torch.full((N, S), v, dtype=acc, device=z.device) for v in nothing]
     which = dispatch.backend(z)
-    view, device = dispatch.viewer(which), z.device
+    view, device = dispatch.kernel_view(which), z.device
     loss = torch.empty((N, S), dtype=acc, device=device)
     stats = torch.empty((NUMBERS if of.statistics else 3, N, S), dtype=acc, device=device)
     invalid = torch.full((1,), N * S, dtype=torch.int64, device=device)
@@ -235,7 +235,7 @@ def gradient(
     if not z.numel():
         return
     which = dispatch.backend(z)
-    view, upstream = dispatch.viewer(which), upstream.to(stats.dtype).contiguous()
+    view, upstream = dispatch.kernel_view(which), upstream.to(stats.dtype).contiguous()
     at = index.clamp(min=0)
     z_t = _logit_at(z, at, softcap, logit_scale, stats.dtype)
     dispatch.cross_entropy(which).backward(
@@ -280,7 +280,7 @@ def _statistics_gradient(
     if not z.numel():
         return
     which, (m, s, _, _, mean, here) = dispatch.backend(z), stats
-    view, of_log_prob, plain = dispatch.viewer(which), torch.where(here == 1, upstream[0], 0), z
+    view, of_log_prob, plain = dispatch.kernel_view(which), torch.where(here == 1, upstream[0], 0), z
     g = of_log_prob, upstream[1].contiguous(), upstream[2] - (upstream[0] - of_log_prob)
     dplain, changed = dz, softcap is not None or logit_scale != 1.0
     if changed:
