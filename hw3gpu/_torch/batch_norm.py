@@ -30,8 +30,8 @@ from .bound_launches import Call
 from .positions import Positions, packed
 from .small_calls import Way
 
-# Bytes of an input up to which fewer checks save more than a pass over the result takes.
-MOST_BYTES = 1 << 18
+# Bytes of an input up to which fewer checks save more than a pass over the result takes: it is in a cache.
+MOST_BYTES = 1 << 22
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
