@@ -368,6 +368,14 @@ def like_input(x: Tensor, W: Tensor, b: Tensor | None) -> None:
         same_device(v, name, x, "input")
 
 
+def features(x: Tensor, W: Tensor, expected: str) -> None:
+    """Checks that `input` (…, D) can be multiplied with `linear_weight`, a matrix of `expected` shape."""
+    check.rank_at_least(x, "input", 1, "…, D")
+    if W.dim() != 2:
+        raise check.ShapeError(f"linear_weight: expected {expected}, got shape {check.shape_of(W)}")
+    check.shape(W, "linear_weight", (W.shape[0], x.shape[-1]), "last, the features of input")
+
+
 def chunk_rows(rows: int | None) -> int | None:
     """The number of rows of a chunk as an int, checked; None for the library's own."""
     if rows is None:
@@ -407,10 +415,7 @@ def linear_token_log_probs(
     floating_tensor(x, "input")
     floating_tensor(W, "linear_weight")
     tensor(target, "target")
-    check.rank_at_least(x, "input", 1, "…, D")
-    if W.dim() != 2:
-        raise check.ShapeError(f"linear_weight: expected (V, D), got shape {check.shape_of(W)}")
-    check.shape(W, "linear_weight", (W.shape[0], x.shape[-1]), "last, the features of input")
+    features(x, W, "(V, D)")
     check.integer(target, "target")
     check.shape(target, "target", tuple(x.shape[:-1]), "one class per row of input")
     _beside(x, W, b)

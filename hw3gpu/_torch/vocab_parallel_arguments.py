@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._core import check
 from . import dtensor
-from .arguments import REDUCTIONS, floating_tensor, like_input, linear_problem, same_device, tensor
+from .arguments import REDUCTIONS, features, floating_tensor, like_input, linear_problem, same_device, tensor
 from .autograd import accumulate_dtype, as_dtype
 from .cross_entropy_formula import Options
 from .linear_chunks import Problem
@@ -47,10 +47,7 @@ def linear_cross_entropy(
         dtensor.refuse(v, name)
     floating_tensor(x, "input")
     floating_tensor(W, "linear_weight")
-    check.rank_at_least(x, "input", 1, "…, D")
-    if W.dim() != 2:
-        raise check.ShapeError(f"linear_weight: expected (V_r, D), got shape {check.shape_of(W)}")
-    check.shape(W, "linear_weight", (W.shape[0], x.shape[-1]), "last, the features of input")
+    features(x, W, "(V_r, D)")
     like_input(x, W, b)
     tensor(target, "target")
     check.integer(target, "target")
