@@ -24,8 +24,15 @@ from ._torch.autograd import accumulate_dtype, as_dtype, graph_is_needed
 from ._torch.cross_entropy_formula import CrossEntropyStatistics, Options
 from ._torch.positions import packed
 from ._torch.row_weights import RowWeights, weighed
+from ._torch.token_log_probs import TokenLogProbs
 
-__all__ = ["sync_batch_norm", "vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"]
+__all__ = [
+    "sync_batch_norm",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
+    "vocab_parallel_linear_token_log_probs",
+    "vocab_parallel_token_log_probs",
+]
 
 
 def _or_all(group: Any) -> Any:
@@ -128,8 +135,8 @@ def vocab_parallel_cross_entropy(
     """
     arguments.statistics(return_stats, differentiable)
     vocab_parallel_arguments.cross_entropy(logits_shard, target, weight, ignore_index, reduction, label_smoothing)
-    vocab_parallel_arguments.numbers(z_loss, softcap, vocab_start)
-    logit_scale = arguments.extra(0.0, None, logit_scale, "auto", all_ignored)[2]
+    vocab_parallel_arguments.numbers(z_loss, vocab_start)
+    _, softcap, logit_scale = arguments.extra(0.0, softcap, logit_scale, "auto", all_ignored)
     arguments.asked_dtype(loss_dtype)
     if differentiable:
         arguments.differentiable(return_stats)
@@ -145,7 +152,7 @@ def vocab_parallel_cross_entropy(
         ignore_index,
         float(label_smoothing),
         float(z_loss),
-        None if softcap is None else float(softcap),
+        softcap,
         logit_scale,
         _or_all(group).group_name,
         return_stats,
@@ -169,14 +176,10 @@ def vocab_parallel_cross_entropy(
 def _statistics(
     numbers: Sequence[Tensor], target: Tensor, ignore_index: int, *depends_on: Tensor | None
 ) -> CrossEntropyStatistics:
-    """numbers: those of every row, and log_prob, entropy and lse with gradients, or none."""
-    of_rows, with_gradients = numbers
-    # a class that no process has makes NaN of its row, or has raised
-    stats = cross_entropy_formula.statistics(of_rows, target.shape, 1 << 62, target, ignore_index)
-    if len(with_gradients):
-        log_prob, entropy, lse = with_gradients.reshape(3, *target.shape).unbind()
-        return stats._replace(log_prob=log_prob, entropy=entropy, lse=lse)
-    return cross_entropy_formula.without_derivatives(stats, *depends_on) if graph_is_needed(*depends_on) else stats
+    """depends_on: what the statistics would have the gradients of, if they have none."""
+    stats = vocab_parallel_rows.statistics(numbers, target, ignore_index)
+    has_gradients = len(numbers[1]) or not graph_is_needed(*depends_on)
+    return stats if has_gradients else cross_entropy_formula.without_derivatives(stats, *depends_on)
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -264,3 +267,63 @@ def vocab_parallel_linear_cross_entropy(
         loss = weighed(loss, w_t.reshape(target.shape), asked, by)
     loss = as_dtype(loss, loss_dtype or arguments.loss_dtype(input, target))
     return (loss, _statistics(numbers, target, ignore_index, input, linear_weight, linear_bias)) if return_stats else loss
+
+
+def vocab_parallel_token_log_probs(
+    logits_shard: Tensor,
+    target: Tensor,
+    group: Any = None,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    vocab_start: int | None = None,
+) -> TokenLogProbs:
+    """`functional.token_log_probs` of logits that are divided over `group` (None: all processes) along their last axis.
+
+    logits_shard: this process's classes of all rows, (…, V_r), in order of rank; V_r may differ from process to process, and be
+    0. target: classes (…) of the whole vocabulary, the same on every process. group and vocab_start: as of
+    `vocab_parallel_cross_entropy`. The three results have target's shape and are the same on every process. One collective
+    forward, of eight numbers a row, and none backward: each process has the gradient of its own shard
+    (docs/derivations.md, section 3.12). A temperature other than 1 costs the backward pass a copy of the shard in float32.
+
+    Raises what `vocab_parallel_cross_entropy` raises, and ValueError for a temperature beyond 1e-30 … 1e30.
+    """
+    logit_scale = _one_over(temperature)
+    vocab_parallel_arguments.token_log_probs(logits_shard, target)
+    _, stats = vocab_parallel_cross_entropy(
+        logits_shard.reshape(target.numel(), logits_shard.shape[-1]), target.reshape(-1), group, ignore_index=ignore_index,
+        reduction="none", logit_scale=logit_scale, return_stats=True, differentiable=True, vocab_start=vocab_start,
+    )  # fmt: skip
+    return TokenLogProbs(*(v.reshape(target.shape) for v in (stats.log_prob, stats.entropy, stats.lse)))
+
+
+def vocab_parallel_linear_token_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    group: Any = None,
+    *,
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    chunk_rows: int | None = None,
+    vocab_start: int | None = None,
+) -> TokenLogProbs:
+    """`functional.linear_token_log_probs` where the rows of the weight, its classes, are divided over `group` (None: all).
+
+    Arguments, memory, collectives and gradients are those of `vocab_parallel_linear_cross_entropy`, with gradient "backward".
+    The three results have target's shape and are the same on every process.
+
+    Raises what that raises, and ValueError for a temperature beyond 1e-30 … 1e30.
+    """
+    logit_scale = _one_over(temperature)
+    _, stats = vocab_parallel_linear_cross_entropy(
+        input, linear_weight, target, group, linear_bias=linear_bias, ignore_index=ignore_index, reduction="none",
+        logit_scale=logit_scale, return_stats=True, differentiable=True, chunk_rows=chunk_rows, vocab_start=vocab_start,
+    )  # fmt: skip
+    return TokenLogProbs(stats.log_prob, stats.entropy, stats.lse)
+
+
+def _one_over(temperature: float) -> float:
+    """The scale of the logits: 1/1e30 rounds to less than the least."""
+    return max(1.0 / arguments.scale(temperature, "temperature"), arguments.LEAST_SCALE)

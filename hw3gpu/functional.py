@@ -191,7 +191,7 @@ def cross_entropy(
     Beyond PyTorch's arguments (docs/derivations.md, section 3.6):
 
     z_loss: ζ ≥ 0; every row's loss gains ζ (log Σ exp z)². It is reduced with the rest, and no class weight applies to it.
-    softcap: τ > 0; τ tanh(z/τ) takes the place of the logits.
+    softcap: τ, from 1e-30 to 1e30; τ tanh(z/τ) takes the place of the logits.
     gradient: when the gradient of input is computed. "backward": in the backward pass, from the logits read again: 3 passes
         over input-sized memory in all, for any upstream gradient. "forward": in the forward pass for an upstream gradient of 1,
         and anew in the backward pass for the rows that have another: 2 passes, or 4; input-sized memory is held in between.
@@ -206,8 +206,8 @@ def cross_entropy(
         label_smoothing and softcap they come from the loss's pass (predicted from one more read), and all gradients from one
         more read and one write; of the others by the formula in PyTorch's operations.
     loss_dtype: of the loss; None for PyTorch's. float32 keeps the digits that half precision has not.
-    normalizer: a number above 0, or a tensor () of one, such as the count of targets of all micro-batches: the sum of the
-        losses is divided by it, whatever `reduction` says ("none": each row's). Gradients are divided before they are rounded.
+    normalizer: a number from 1e-30 to 1e30, or a tensor () of one, such as the count of targets of all micro-batches: the sum of
+        the losses is divided by it, whatever `reduction` says ("none": each row's). Gradients are divided before they are rounded.
         A tensor's value is not looked at: 0 gives NaN or infinities, or with `all_ignored="zero"` 0.
     token_weight: a weight for each row, of the shape of the loss of every row and any floating dtype: it multiplies the row's
         loss, z-loss included, and what the row counts in the mean's divisor, Σ token_weight · weight[target]. It may ask for a
@@ -286,8 +286,11 @@ def token_log_probs(
     if divided:
         (target,) = dtensor.beside(logits, "logits", target=target)
     temperature, ignore_index, dim = arguments.token_log_probs(logits, target, temperature, ignore_index, dim)
-    if divided:
-        dtensor.refuse_divided(logits, dim, "logits")
+    axis = dtensor.axis_of_mesh(logits, dim, "logits") if divided else None
+    if axis is not None:
+        from ._torch import dtensor_cross_entropy as losses
+
+        return losses.token_log_probs(logits, target, temperature, ignore_index, dim, axis)
     return _token_log_probs.token_log_probs(logits, target, temperature, ignore_index, dim)
 
 
@@ -311,18 +314,24 @@ def linear_token_log_probs(
     integer classes (…). The results have target's shape. Under autocast the products are in its dtype, as those of PyTorch's
     `linear`. What raises, second derivatives and transforms are as of `token_log_probs`; the latter two hold all logits.
     """
-    if dtensor.any_of(input, linear_weight, target, linear_bias):
+    divided = dtensor.any_of(input, linear_weight, target, linear_bias)
+    if divided:
         linear_weight, target, linear_bias = dtensor.beside(
             input, "input", linear_weight=linear_weight, target=target, linear_bias=linear_bias
         )
-        dtensor.refuse_divided(linear_weight, 0, "linear_weight")
     temperature, ignore_index = arguments.linear_token_log_probs(
         input, linear_weight, target, linear_bias, temperature, ignore_index
     )
     chunk_rows = arguments.chunk_rows(chunk_rows)
     rows = input.reshape(target.numel(), input.shape[-1])
     problem = arguments.linear_problem(rows, linear_weight, target.reshape(-1), linear_bias, None)
-    found = _linear_token_log_probs.linear_token_log_probs(problem, temperature, ignore_index, chunk_rows)
+    axis = dtensor.axis_of_mesh(problem.W, 0, "linear_weight") if divided else None
+    if axis is not None:
+        from ._torch import dtensor_cross_entropy as losses
+
+        found = losses.linear_token_log_probs(problem, temperature, ignore_index, chunk_rows, axis)
+    else:
+        found = _linear_token_log_probs.linear_token_log_probs(problem, temperature, ignore_index, chunk_rows)
     return TokenLogProbs(*(v.view(target.shape) for v in found))
 
 

@@ -101,6 +101,43 @@ def vocab_parallel_cross_entropy_whose_statistics_have_gradients(rank):
 
 
 @check
+def vocab_parallel_token_log_probs_of_every_shape(rank):
+    """Of logits and of a product: log_prob, entropy and lse, and the gradients of all three, against those of whole classes."""
+    from hw3gpu.distributed import vocab_parallel_linear_token_log_probs, vocab_parallel_token_log_probs
+
+    sizes = shards(rank, 11)
+    first = sum(sizes[: rank.rank])
+    mine = slice(first, first + sizes[rank.rank])
+    for shape, temperature in (((), 1.0), ((5,), 0.7), ((3, 4), 2.5)):
+        target = torch.randint(11, shape, generator=torch.Generator().manual_seed(7))
+        if shape:
+            target[0] = -100
+        z = 3 * normal(*shape, 11)
+        x, W, b = normal(*shape, 3), normal(11, 3, seed=1), normal(11, seed=2)
+        leaves = [v.clone().requires_grad_() for v in (z[..., mine], z, x, W[mine], b[mine], x, W, b)]
+        part, whole, ours, theirs = leaves[0], leaves[1], leaves[2:5], leaves[5:]
+        given = {"temperature": temperature}
+        for found, expected in (
+            (
+                vocab_parallel_token_log_probs(part, target, vocab_start=first, **given),
+                HF.token_log_probs(whole, target, **given),
+            ),
+            (
+                vocab_parallel_linear_token_log_probs(*ours[:2], target, linear_bias=ours[2], chunk_rows=4, **given),
+                HF.linear_token_log_probs(*theirs[:2], target, linear_bias=theirs[2], **given),
+            ),
+        ):
+            for name, a, b in zip(found._fields, found, expected, strict=True):
+                assert a.shape == target.shape
+                same(a, b, 1e-10, name)
+            for of in (found, expected):
+                (of.log_prob.sin() + of.entropy.square() - 0.5 * of.lse.cos()).sum().backward()
+        same(part.grad, whole.grad[..., mine], 1e-10, "logits")
+        for name, a, b in zip(("input", "weight", "bias"), ours, theirs, strict=True):
+            same(a.grad, b.grad if name == "input" else b.grad[mine], 1e-10, name)
+
+
+@check
 def vocab_parallel_cross_entropy_of_an_ignored_batch_is_zero_where_asked(rank):
     from hw3gpu.distributed import vocab_parallel_cross_entropy
 
@@ -242,6 +279,7 @@ def vocab_parallel_cross_entropy_of_nothing(rank):
 
 @check
 def vocab_parallel_cross_entropy_refuses_bad_input(rank):
+    from hw3gpu import distributed
     from hw3gpu.distributed import vocab_parallel_cross_entropy as loss
 
     z, t = torch.zeros(2, 3), torch.tensor([0, 3 * rank.size])
@@ -260,6 +298,12 @@ def vocab_parallel_cross_entropy_refuses_bad_input(rank):
     refuses(ValueError, "token_weight: expected shape (2,)", lambda: loss(z, t, token_weight=torch.ones(3)))
     refuses(ValueError, "normalizer", lambda: loss(z, t, normalizer=-1.0))
     refuses(TypeError, "loss_dtype", lambda: loss(z, t, loss_dtype=torch.int64))
+    refuses(ValueError, "temperature", lambda: distributed.vocab_parallel_token_log_probs(z, t, temperature=0.0))
+    assert not distributed.vocab_parallel_token_log_probs(z, t, temperature=1e30).lse.isnan().any()
+    refuses(ValueError, "target: expected shape", lambda: distributed.vocab_parallel_token_log_probs(z[None], t))
+    refuses(TypeError, "logits_shard", lambda: distributed.vocab_parallel_token_log_probs(None, t))
+    of = distributed.vocab_parallel_linear_token_log_probs
+    refuses(ValueError, "temperature", lambda: of(z, z, t, temperature=float("nan")))
     refuses(ValueError, "differentiable: expected return_stats=True", lambda: loss(z, t, differentiable=True))
     x = z.requires_grad_()
     dx = torch.autograd.grad(loss(x, t), x, create_graph=True)[0]

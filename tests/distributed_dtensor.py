@@ -120,8 +120,26 @@ def cross_entropy_of_dtensors_whose_classes_are_divided(rank):
         stats = HF.cross_entropy(divided(z, mesh, placements), t, return_stats=True)[1]
         for ours, theirs in zip(stats, HF.cross_entropy(z, t, return_stats=True)[1], strict=True):
             same(ours.full_tensor().double(), theirs.double())
+        given = divided(z, mesh, placements), divided(t, mesh, [Replicate()] * len(shape), False)
+        whole = [z.clone().requires_grad_(), t]
+        alike(lambda z, t: _with_statistics(HF.cross_entropy(z, t, softcap=2.0, **WITH_STATISTICS)), whole, given)
+        given = divided(z, mesh, placements), divided(t, mesh, [Replicate()] * len(shape), False)
+        alike(lambda z, t: tuple(HF.token_log_probs(z, t, temperature=0.7, dim=1)), [z.clone().requires_grad_(), t], given)
+    last = divided(z.movedim(1, 2).contiguous(), mesh_of(rank), Shard(2))  # (N, T, V), as language models have them
+    alike(
+        lambda z: tuple(HF.token_log_probs(z, t)), [z.movedim(1, 2).clone().requires_grad_()], [last]
+    )  # a plain target is the whole one
     refuses(IndexError, "got 7 in row", lambda: HF.cross_entropy(divided(z, mesh, placements), t.clone().fill_(7)))
     refuses(TypeError, "target: expected integer classes", lambda: HF.cross_entropy(divided(z, mesh, placements), z.softmax(1)))
+
+
+WITH_STATISTICS = {"return_stats": True, "differentiable": True}
+
+
+def _with_statistics(found):
+    """The loss, and those statistics that have gradients."""
+    loss, stats = found
+    return loss, stats.log_prob, stats.entropy, stats.lse
 
 
 @check
@@ -144,10 +162,13 @@ def linear_losses_of_dtensors(rank):
         stats = HF.linear_cross_entropy(divided(x, mesh, of_x), divided(W, mesh, of_W), t, return_stats=True)[1]
         for ours, theirs in zip(stats, HF.linear_cross_entropy(x, W, t, return_stats=True)[1], strict=True):
             same(ours.full_tensor().double(), theirs.double())
+        leaves = [v.clone().requires_grad_() for v in (x, W)]
+        given = [divided(x, mesh, of_x), divided(W, mesh, of_W)]
+        alike(lambda x, W: tuple(HF.linear_token_log_probs(x, W, t, temperature=0.7, chunk_rows=4)), leaves, given)
+        given = [divided(x, mesh, of_x), divided(W, mesh, of_W)]
+        alike(lambda x, W: _with_statistics(HF.linear_cross_entropy(x, W, t, **WITH_STATISTICS)), leaves, given)
     mesh, of_x, of_W = cases[0]
     leaves = [v.clone().requires_grad_() for v in (x, W)]
-    given = [divided(x, mesh, of_x), divided(W, mesh, of_W)]
-    alike(lambda x, W: tuple(HF.linear_token_log_probs(x, W, t.clamp(min=0))), leaves, given)
     given = [divided(x, mesh, of_x), divided(W, mesh, of_W)]
     alike(lambda x, W: HF.linear_distillation_loss(x, W, *((x.detach() * 2, W.detach()))), leaves, given)
 
@@ -161,15 +182,15 @@ def a_dtensor_that_cannot_be_handled_has_one_message(rank):
     x, W = normal(4, 3), normal(8, 3, seed=1)
     head, logits = divided(W, mesh, Shard(0)), divided(normal(4, 8), mesh, Shard(1))
     batch = divided(normal(4, 3), mesh, Shard(0))
+    two = dist.init_device_mesh("cpu", (2, rank.size // 2))  # both axes divide the classes
     ways_out = "full_tensor()", "fully_shard", "vocab_parallel_cross_entropy"
     calls = {
         "linear_weight": [
             lambda: HF.linear_cross_entropy(x, head, t),
             lambda: HF.linear_token_log_probs(x, head, t),
-            lambda: HF.linear_token_log_probs(divided(x, mesh, Replicate()), head, t),
             lambda: distributed.vocab_parallel_linear_cross_entropy(x, head, t),
         ],
-        "logits": [lambda: HF.token_log_probs(logits, t)],
+        "logits": [lambda: HF.token_log_probs(divided(normal(4, 8), two, [Shard(1), Shard(1)]), t)],
         "student": [lambda: HF.distillation_loss(logits, normal(4, 8))],
         "student_weight": [lambda: HF.linear_distillation_loss(divided(x, mesh, Replicate()), head, x, W)],
         "target": [lambda: HF.cross_entropy(x, divided(t, mesh, Shard(0), False))],
@@ -178,7 +199,7 @@ def a_dtensor_that_cannot_be_handled_has_one_message(rank):
         "input": [
             lambda: HF.batch_norm(batch, None, None, training=True),
             lambda: distributed.sync_batch_norm(batch, None, None, training=True),
-            lambda: HF.cross_entropy(logits, t, return_stats=True, differentiable=True),
+            lambda: HF.cross_entropy(divided(normal(4, 8), two, [Shard(1), Shard(1)]), t),
         ],
         "covariance": [lambda: HF.minimize_trace(divided(torch.eye(4), mesh, Shard(0)), 2)],
     }

@@ -167,6 +167,15 @@ def functions() -> dict[str, Function]:
         options = {k: v for k, v in loss_options(rng, C, dtype).items() if k != "differentiable"}
         return {**given, **options, "group": None, "vocab_start": rng.choice([None, 0])}
 
+    def sharded_tokens(rng: random.Random) -> dict[str, Any]:
+        given = tokens(rng)
+        given = {"logits_shard": given.pop("logits"), **given, "group": None, "vocab_start": rng.choice([None, 0])}
+        del given["dim"]
+        return given
+
+    def linear_sharded_tokens(rng: random.Random) -> dict[str, Any]:
+        return {**linear_tokens(rng), "group": None, "vocab_start": rng.choice([None, 0])}
+
     def synchronised(rng: random.Random) -> dict[str, Any]:
         return {**torch_batch(rng), "group": None}
 
@@ -321,6 +330,12 @@ def functions() -> dict[str, Function]:
         "distributed.vocab_parallel_linear_cross_entropy": Function(
             distributed.vocab_parallel_linear_cross_entropy, linear_sharded,
             of_loss(lambda g: g["target"].shape),
+        ),
+        "distributed.vocab_parallel_token_log_probs": Function(
+            distributed.vocab_parallel_token_log_probs, sharded_tokens, of_tokens
+        ),
+        "distributed.vocab_parallel_linear_token_log_probs": Function(
+            distributed.vocab_parallel_linear_token_log_probs, linear_sharded_tokens, of_tokens
         ),
         "nn.BatchNorm1d": Function(module(nn.BatchNorm1d), moduled(2), same("input")),
         "nn.BatchNorm2d": Function(module(nn.BatchNorm2d), moduled(4), same("input")),

@@ -376,8 +376,9 @@ def test_on_the_host_there_is_nothing_to_ask_for():
         (ValueError, r"z_loss: expected a finite number of at least 0, got inf", {"z_loss": math.inf}),
         (ValueError, r"z_loss: expected a finite number of at least 0, got nan", {"z_loss": math.nan}),
         (TypeError, r"z_loss: expected a number, got None", {"z_loss": None}),
-        (ValueError, r"softcap: expected a finite number above 0, got 0", {"softcap": 0}),
-        (ValueError, r"softcap: expected a finite number above 0, got inf", {"softcap": math.inf}),
+        (ValueError, r"softcap: expected a number from 1e-30 to 1e30, got 0", {"softcap": 0}),
+        (ValueError, r"softcap: expected a number from 1e-30 to 1e30, got inf", {"softcap": math.inf}),
+        (ValueError, r"softcap: expected a number from 1e-30 to 1e30, got 1e\+39", {"softcap": 1e39}),  # gave NaN
         (TypeError, r"softcap: expected a number, got '30'", {"softcap": "30"}),
         (ValueError, r"logit_scale: expected a number from 1e-30 to 1e30, got -1.0", {"logit_scale": -1.0}),
         (ValueError, r"logit_scale: expected a number from 1e-30 to 1e30, got inf", {"logit_scale": math.inf}),

@@ -223,6 +223,26 @@ def test_3_19_are_the_log_probability_and_the_entropy() -> None:
     assert found.correct.tolist() == [True, *(z[i].argmax() == t[i] for i in range(1, 4)), False, True]
 
 
+@proves("3.37")
+def test_3_37_is_the_row_of_which_each_part_knows_its_own_sums() -> None:
+    """Symbolically, of parts of one and of two classes; none of it depends on what the parts subtract."""
+    c_a, c_b = sp.symbols("c_a c_b", real=True)
+    s = mu = sp.Integer(0)
+    for part, c_r in ((Z[:1], c_a), (Z[1:], c_b)):
+        s_r, r_r = sum(sp.exp(z - c_r) for z in part), sum(sp.exp(z - c_r) * (z - c_r) for z in part)
+        s += s_r * sp.exp(c_r - C)
+        mu += sp.exp(c_r - C) * (r_r + (c_r - C) * s_r)
+    p = [sp.exp(z) / sum(map(sp.exp, Z)) for z in Z]
+    entropy, lse = sp.log(s) - mu / s, C + sp.log(s)
+    at = dict(zip((*Z, c_a, c_b, C), (sp.Rational(v, 7) for v in (3, -5, 9, 3, 9, 9)), strict=True))
+    for found, expected in (
+        (lse, sp.log(sum(map(sp.exp, Z)))), (entropy, -sum(v * sp.log(v) for v in p)), (Z[0] - C - sp.log(s), sp.log(p[0])),
+    ):  # fmt: skip
+        assert abs((found - expected).subs(at).evalf(60)) < 1e-55
+        for of in (c_a, c_b, C):
+            assert abs(found.diff(of).subs(at).evalf(60)) < 1e-55
+
+
 @proves("3.20")
 def test_3_20_merges_the_sum_of_the_entropy() -> None:
     c_a, c_b = sp.symbols("c_a c_b", real=True)

@@ -29,6 +29,7 @@ INTERPRETED = (
     "vocab_parallel_cross_entropy_with_every_option",
     "vocab_parallel_cross_entropy_keeps_the_digits_where_p_is_near_1",
     "vocab_parallel_cross_entropy_of_infinite_logits",
+    "vocab_parallel_token_log_probs_of_every_shape",
     "vocab_parallel_linear_cross_entropy_with_every_option",
     "vocab_parallel_linear_cross_entropy_whose_statistics_have_gradients",
     "vocab_parallel_linear_cross_entropy_against_the_answer_sheet",

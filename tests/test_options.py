@@ -51,6 +51,14 @@ CALLS = {
         (*LOSS, "gradient", "all_ignored", "linear_bias", "chunk_rows", "return_stats", "vocab_start", "group", "logit_scale",
          "loss_dtype", "normalizer", "token_weight"),
     ),
+    "distributed.vocab_parallel_token_log_probs": (
+        lambda **o: distributed.vocab_parallel_token_log_probs(T, CLASSES, **o),
+        ("temperature", "ignore_index", "vocab_start", "group"),
+    ),
+    "distributed.vocab_parallel_linear_token_log_probs": (
+        lambda **o: distributed.vocab_parallel_linear_token_log_probs(T, T[:3], CLASSES, **o),
+        ("temperature", "ignore_index", "linear_bias", "chunk_rows", "vocab_start", "group"),
+    ),
 }  # fmt: skip
 NAMES = ("reduction", "gradient", "all_ignored", "activation", "method")
 

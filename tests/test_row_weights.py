@@ -282,8 +282,9 @@ def test_the_modules_take_them(device, rng):
 BAD = [
     (TypeError, r"loss_dtype: expected None or one of float16, .* got 'float32'", {"loss_dtype": "float32"}),
     (TypeError, r"loss_dtype: expected None or one of float16, .* got torch.int32", {"loss_dtype": torch.int32}),
-    (ValueError, r"normalizer: expected a finite number above 0, got 0", {"normalizer": 0}),
-    (ValueError, r"normalizer: expected a finite number above 0, got nan", {"normalizer": math.nan}),
+    (ValueError, r"normalizer: expected a number from 1e-30 to 1e30, got 0", {"normalizer": 0}),
+    (ValueError, r"normalizer: expected a number from 1e-30 to 1e30, got nan", {"normalizer": math.nan}),
+    (ValueError, r"normalizer: expected a number from 1e-30 to 1e30, got 1e\+39", {"normalizer": 1e39}),
     (TypeError, r"normalizer: expected a number, got '8'", {"normalizer": "8"}),
     (ValueError, r"normalizer: expected shape \(\) \(one number\), got \(2,\)", {"normalizer": ones(2)}),
     (TypeError, r"normalizer: expected a tensor of real numbers, got bool", {"normalizer": torch.tensor(True)}),

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from .. import functional
 from .._core.torch_internals import tree_map, without_torch_function
-from .._torch import operators
-from .._torch.arguments import in_autocast
+from .._torch import arguments, operators
 from .._torch.autograd import graph_is_needed
 
 __all__ = ["LazyHead", "LazyLogits", "wrapped"]
@@ -66,7 +65,7 @@ class Recorded(NamedTuple):
         else:
             cap = self.outer[0] / self.outer[1]
             scale = (self.inner[0] * self.outer[0]) / (self.inner[1] * self.outer[1])
-        if not (1e-30 <= scale <= 1e30 and (cap is None or 0.0 < cap < math.inf)):
+        if not all(v is None or arguments.LEAST_SCALE <= v <= arguments.MOST_SCALE for v in (scale, cap)):
             return None
         return {"logit_scale": scale, "softcap": cap}
 
@@ -277,7 +276,7 @@ class LazyHead(torch.nn.Linear):
         watched = self._forward_hooks or self._forward_pre_hooks  # they may take the weights away after the call
         if watched or not operators.eager() or type(self.weight) is not torch.nn.Parameter or type(input) is not Tensor:
             return super().forward(input)
-        hidden, weight, bias = in_autocast(input, self.weight, self.bias)
+        hidden, weight, bias = arguments.in_autocast(input, self.weight, self.bias)
         return LazyLogits.of(Recorded(hidden, weight, bias, hidden.dtype))
 
 

@@ -20,6 +20,7 @@ from .row_weights import RowWeights
 REDUCTIONS = ("none", "mean", "sum")
 GRADIENTS = ("auto", "forward", "backward")
 ALL_IGNORED = ("nan", "zero")
+LEAST_SCALE, MOST_SCALE = 1e-30, 1e30  # beyond, an inverse or a product is no float32
 HALVES = (torch.float16, torch.bfloat16)
 Operands = tuple[Tensor, Tensor, Tensor | None]  # x, W and b of x Wᵀ + b
 FLOATING = {getattr(torch, name) for name in check.FLOATING}
@@ -45,6 +46,15 @@ def number(value: Any, name: str) -> float:
         value = value.item()
     check.real_value(value, name)
     return float(value)
+
+
+def scale(value: Any, name: str) -> float:
+    """A number that logits or losses are multiplied or divided by, as a float."""
+    if type(value) is not float:
+        value = number(value, name)
+    if not LEAST_SCALE <= value <= MOST_SCALE:
+        raise ValueError(f"{name}: expected a number from 1e-30 to 1e30, got {value}")
+    return value
 
 
 def same_device(v: Tensor, name: str, x: Tensor, of: str) -> None:
@@ -235,15 +245,10 @@ def extra(
     if not 0.0 <= z_loss < math.inf:
         raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
     if softcap is not None:
-        check.real_value(softcap, "softcap")
-        check.positive(softcap, "softcap")
+        softcap = scale(softcap, "softcap")
     check.one_of(gradient, "gradient", GRADIENTS)
     check.one_of(all_ignored, "all_ignored", ALL_IGNORED)
-    if type(logit_scale) is not float:
-        logit_scale = number(logit_scale, "logit_scale")
-    if not 1e-30 <= logit_scale <= 1e30:  # beyond, its inverse or a product is no float32
-        raise ValueError(f"logit_scale: expected a number from 1e-30 to 1e30, got {logit_scale}")
-    return float(z_loss), None if softcap is None else float(softcap), logit_scale
+    return float(z_loss), softcap, scale(logit_scale, "logit_scale")
 
 
 def statistics(return_stats: Any, differentiable: Any) -> None:
@@ -294,9 +299,7 @@ def _normalizer(value: Any, x: Tensor, of: str) -> Tensor:
         if value.device.type != "cpu":
             same_device(value, "normalizer", x, of)
         return value.to(x.device, acc)
-    check.real_value(value, "normalizer")
-    check.positive(value, "normalizer")
-    return torch.full((), float(value), dtype=acc, device=x.device)
+    return torch.full((), scale(value, "normalizer"), dtype=acc, device=x.device)
 
 
 def gradient_of_rows(gradient: str, by: RowWeights, linear: bool = False) -> None:
@@ -337,14 +340,7 @@ def token_log_probs(z: Tensor, target: Tensor, temperature: float, ignore_index:
     check.integer(target, "target")
     check.shape(target, "target", (*z.shape[:dim], *z.shape[dim + 1 :]), "one class per row of logits")
     same_device(target, "target", z, "logits")
-    return temperature_value(temperature), check.integer_value(ignore_index, "ignore_index"), dim
-
-
-def temperature_value(temperature: float) -> float:
-    temperature = number(temperature, "temperature")
-    if not 1e-30 <= temperature <= 1e30:  # beyond, its inverse or a quotient is no float32
-        raise ValueError(f"temperature: expected a number from 1e-30 to 1e30, got {temperature}")
-    return temperature
+    return scale(temperature, "temperature"), check.integer_value(ignore_index, "ignore_index"), dim
 
 
 # ---------------------------------------------------------------------------------------------- of logits that are a product

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._core import arrays, check
-from .arguments import REDUCTIONS, Operands, autocast, floating_tensor, number, same_device, temperature_value, tensor
+from .arguments import REDUCTIONS, Operands, autocast, floating_tensor, number, same_device, scale, tensor
 from .distillation import KINDS, TEACHERS, Divergence
 
 
@@ -74,7 +74,7 @@ def divergence(z: Tensor, temperature: float, kind: str, beta: float, dim: int) 
         dim = check.integer_value(dim, "dim")
     if not -z.dim() <= dim < z.dim():
         raise IndexError(f"dim: expected an axis of student with shape {check.shape_of(z)}, got {dim}")
-    return Divergence(kind, beta, temperature_value(temperature), dim % z.dim())
+    return Divergence(kind, beta, scale(temperature, "temperature"), dim % z.dim())
 
 
 def _teacher_dtype(teacher: Tensor, name: str, student: Tensor, of: str) -> None:

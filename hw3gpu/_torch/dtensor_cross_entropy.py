@@ -25,9 +25,10 @@ from . import (
 from . import linear_cross_entropy as _linear_cross_entropy
 from .autograd import graph_is_needed
 from .cross_entropy_formula import NUMBERS, CrossEntropyStatistics, Options, class_axis, loss_shape
-from .dtensor import axis_of_mesh, refuse_divided, refuse_this
+from .dtensor import axis_of_mesh, refuse_this
 from .linear_chunks import Problem
 from .row_weights import RowWeights, reduced_by
+from .token_log_probs import TokenLogProbs
 
 Results = tuple[Any, CrossEntropyStatistics | None]
 
@@ -39,50 +40,62 @@ def cross_entropy(
     """The loss of DTensors on one mesh, in the precision of its sums, and the statistics if asked for, as DTensors."""
 
     def call(asked: Options) -> Results:
+        axis = axis_of_mesh(logits, class_axis(logits), "input")
+        if axis is not None:
+            loss, found = _of_divided_classes(logits, target, weight, asked, stats, differentiable, axis)
+            return _reduced(loss, target, weight, asked), found
         if differentiable:
-            refuse_divided(logits, class_axis(logits), "input")
             return differentiable_statistics.loss_and_statistics(logits, target, weight, asked)
-        return _cross_entropy_of(logits, target, weight, asked, stats)
+        return _of_divided_rows(logits, target, weight, asked, stats)
 
     return call(options) if by is None else reduced_by(call, options, target, weight, by)
 
 
-def _cross_entropy_of(logits: Any, target: Any, weight: Any, options: Options, stats: bool) -> Results:
-    axis, of_rows = axis_of_mesh(logits, class_axis(logits), "input"), options._replace(reduction="none")
-    found: CrossEntropyStatistics | None = None
-    if axis is None:
-        loss, numbers, _ = _cross_entropy.FORWARD(logits, target, weight, NUMBERS if stats else 3, *of_rows)
-        if stats:
-            V = logits.shape[class_axis(logits)]
-            predicted = cross_entropy_formula.exact_argmax(logits, numbers)
-            found = cross_entropy_formula.statistics(numbers, loss_shape(logits), V, target, options.ignore_index, predicted)
-    else:
-        loss, found = _of_divided_classes(logits, target, weight, of_rows, stats, axis)
-    if found is not None and graph_is_needed(logits, target):
-        found = cross_entropy_formula.without_derivatives(found, logits, target)
+def token_log_probs(logits: Any, target: Any, temperature: float, ignore_index: int, dim: int, axis: int) -> TokenLogProbs:
+    """Of logits whose classes, along `dim`, are divided along an axis of the mesh, as DTensors."""
+    options = Options("none", ignore_index, 0.0, 0.0, None, False, 1.0 / temperature)
+    logits = logits.movedim(dim, class_axis(logits))
+    return _token_log_probs(_of_divided_classes(logits, target, None, options, True, True, axis))
+
+
+def _of_divided_rows(logits: Any, target: Any, weight: Any, options: Options, stats: bool) -> Results:
+    of_rows, found = options._replace(reduction="none"), None
+    loss, numbers, _ = _cross_entropy.FORWARD(logits, target, weight, NUMBERS if stats else 3, *of_rows)
+    if stats:
+        V = logits.shape[class_axis(logits)]
+        predicted = cross_entropy_formula.exact_argmax(logits, numbers)
+        found = cross_entropy_formula.statistics(numbers, loss_shape(logits), V, target, options.ignore_index, predicted)
+        if graph_is_needed(logits, target):
+            found = cross_entropy_formula.without_derivatives(found, logits, target)
     return _reduced(loss, target, weight, options), found
 
 
-def _of_divided_classes(logits: Any, target: Any, weight: Any, options: Options, stats: bool, axis: int) -> Results:
+def _of_divided_classes(
+    logits: Any, target: Any, weight: Any, options: Options, stats: bool, differentiable: bool, axis: int
+) -> Results:
     """The losses of the rows where the classes are divided along an axis of the mesh, and the rows perhaps along others."""
     _classes_alone(target, "input")
     mesh, classes = logits.device_mesh, class_axis(logits)
     placed = [Replicate() if p.is_partial() else p for p in logits.placements]
     rows = [_of_a_row(p, classes) if i != axis else Replicate() for i, p in enumerate(placed)]
-    found = vocab_parallel_cross_entropy.vocab_parallel_cross_entropy(
+    loss, _, taken, *numbers = vocab_parallel_cross_entropy.vocab_parallel_cross_entropy(
         logits.redistribute(mesh, placed).to_local(),
         target.redistribute(mesh, rows).to_local(),
         _classes_here(weight, axis),
-        vocab_parallel_cross_entropy.Options._make((*_divided(logits, classes, axis, options), stats, False, False)),
+        vocab_parallel_cross_entropy.Options._make((*_divided(logits, classes, axis, options), stats, differentiable, False)),
     )
-    loss, _, taken, numbers, _ = found
-    return _row_results(loss, taken, numbers, target, rows, options, stats)
+    depends_on = () if differentiable else (logits,)
+    return _row_results(loss, taken, numbers, target, rows, options, stats, depends_on)
 
 
 def _row_results(
-    loss: Tensor, taken: Tensor, numbers: Tensor, target: Any, rows: list[Any], options: Options, stats: bool
-) -> Results:
-    """The losses of rows and their statistics as DTensors, from those of the rows here."""
+    loss: Tensor, taken: Tensor, numbers: list[Tensor], target: Any, rows: list[Any], options: Options, stats: bool,
+    depends_on: tuple[Any, ...],
+) -> Results:  # fmt: skip
+    """The losses of rows and their statistics as DTensors, from those of the rows here.
+
+    depends_on: what statistics would have the gradients of, if they have none.
+    """
     here = target.redistribute(target.device_mesh, rows).to_local()
     if here.device.type == "cpu" and not torch.compiler.is_compiling():
         vocab_parallel_rows.every_class_exists(taken, here, options.ignore_index)
@@ -90,8 +103,16 @@ def _row_results(
         loss = _global(loss.reshape(here.shape), target, rows)
     if not stats:
         return loss, None
-    found = cross_entropy_formula.statistics(numbers, here.shape, 1 << 62, here, options.ignore_index)
-    return loss, type(found)._make(None if v is None else _global(v, target, rows) for v in found)
+    of_rows = vocab_parallel_rows.statistics(numbers, here, options.ignore_index)
+    found = CrossEntropyStatistics._make(None if v is None else _global(v, target, rows) for v in of_rows)
+    return loss, cross_entropy_formula.without_derivatives(found, *depends_on) if graph_is_needed(*depends_on) else found
+
+
+def _token_log_probs(found: Results) -> TokenLogProbs:
+    stats = found[1]
+    assert stats is not None
+    assert stats.log_prob is not None  # target: classes
+    return TokenLogProbs(stats.log_prob, stats.entropy, stats.lse)
 
 
 def _any(x: Any) -> Any:
@@ -150,10 +171,12 @@ def linear_cross_entropy(
     """As of `cross_entropy`, of (N, S) rows."""
 
     def call(asked: Options) -> Results:
+        axis = axis_of_mesh(problem.W, 0, "linear_weight")
+        if axis is not None:
+            return _of_divided_weight(problem, asked, gradient, stats, differentiable, rows or 0, axis)
         if differentiable:
-            refuse_divided(problem.W, 0, "linear_weight")
             return _linear_cross_entropy.with_differentiable_statistics(problem, asked, rows)
-        return _linear_cross_entropy_of(problem, asked, gradient, stats, rows)
+        return _of_whole_weight(problem, asked, stats, rows)
 
     if by is None:
         return call(options)
@@ -162,11 +185,16 @@ def linear_cross_entropy(
     return reduced_by(call, options, problem.target, problem.weight, by)
 
 
-def _linear_cross_entropy_of(problem: Problem, options: Options, gradient: str, stats: bool, rows: int | None) -> Results:
+def linear_token_log_probs(
+    problem: Problem, temperature: float, ignore_index: int, rows: int | None, axis: int
+) -> TokenLogProbs:
+    """Of (N, 1) rows, where those of W, the classes, are divided along an axis of the mesh."""
+    options = Options("none", ignore_index, 0.0, 0.0, None, False, 1.0 / temperature)
+    return _token_log_probs(_of_divided_weight(problem, options, "backward", True, True, rows or 0, axis))
+
+
+def _of_whole_weight(problem: Problem, options: Options, stats: bool, rows: int | None) -> Results:
     x, W, b, target, weight = problem
-    axis = axis_of_mesh(W, 0, "linear_weight")
-    if axis is not None:
-        return _of_divided_weight(problem, options, gradient, stats, rows or 0, axis)
     of_rows = options._replace(reduction="none")
     loss, numbers, _ = _linear_cross_entropy.FORWARD(x, W, b, target, weight, rows or 0, NUMBERS if stats else 3, *of_rows)
     found = None
@@ -178,7 +206,9 @@ def _linear_cross_entropy_of(problem: Problem, options: Options, gradient: str, 
     return _reduced(loss, target, weight, options), found
 
 
-def _of_divided_weight(problem: Problem, options: Options, gradient: str, stats: bool, rows: int, axis: int) -> Results:
+def _of_divided_weight(
+    problem: Problem, options: Options, gradient: str, stats: bool, differentiable: bool, rows: int, axis: int
+) -> Results:
     """The same where the rows of W, the classes, are divided along an axis of the mesh, and those of x perhaps along others."""
     x, W, b, target, weight = (_any(v) for v in problem)
     _classes_alone(target, "linear_weight")
@@ -197,12 +227,12 @@ def _of_divided_weight(problem: Problem, options: Options, gradient: str, stats:
         _classes_here(weight, axis),
     )
     reduction = "none" if options.reduction == "none" else "sum"
-    rest = vocab_parallel_linear_cross_entropy.Rest(options._replace(reduction=reduction), start, group, rows, stats)
+    asked = options._replace(reduction=reduction)
+    rest = vocab_parallel_linear_cross_entropy.Rest(asked, start, group, rows, stats, differentiable)
     found = vocab_parallel_linear_cross_entropy.vocab_parallel_linear_cross_entropy(local, rest, gradient)
-    loss, taken, _, numbers, _ = found
-    loss, of_rows = _row_results(loss, taken, numbers, target, of_x, options, stats)
-    if of_rows is not None and graph_is_needed(x, W, b):
-        of_rows = cross_entropy_formula.without_derivatives(of_rows, x, W, b)
+    loss, taken, _, *numbers = found
+    depends_on = () if differentiable else (x, W, b)
+    loss, of_rows = _row_results(loss, taken, numbers, target, of_x, options, stats, depends_on)
     if options.reduction == "none":
         return loss, of_rows
     loss = DTensor.from_local(loss, mesh, [Partial() if p.is_shard() else p for p in of_x], run_check=False)

@@ -38,6 +38,15 @@ def cross_entropy(
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
 
 
+def token_log_probs(z: Tensor, target: Tensor) -> None:
+    """Checks the shapes (…, V_r) and (…), which the loss of rows is not given."""
+    for name, v in (("logits_shard", z), ("target", target)):
+        dtensor.refuse(v, name)
+        tensor(v, name)
+    check.rank_at_least(z, "logits_shard", 1, "…, V_r")
+    check.shape(target, "target", tuple(z.shape[:-1]), "one class per row of logits_shard")
+
+
 def linear_cross_entropy(
     x: Tensor, W: Tensor, target: Tensor, b: Tensor | None, weight: Tensor | None, asked: Options, vocab_start: int | None
 ) -> Problem:
@@ -55,7 +64,7 @@ def linear_cross_entropy(
     rows = x.reshape(target.numel(), x.shape[-1])
     logits = x.detach().new_empty(()).expand(len(rows), len(W))
     cross_entropy(logits, target.reshape(-1), None, asked.ignore_index, asked.reduction, asked.label_smoothing)
-    numbers(asked.z_loss, asked.softcap, vocab_start)
+    numbers(asked.z_loss, vocab_start)
     if weight is not None:
         floating_tensor(weight, "weight")
         check.shape(weight, "weight", (len(W),), "one weight per row of linear_weight")
@@ -64,13 +73,10 @@ def linear_cross_entropy(
     return linear_problem(rows, W, target.reshape(-1), b, weight)
 
 
-def numbers(z_loss: float, softcap: float | None, vocab_start: int | None) -> None:
-    """Checks the numbers that PyTorch's function does not have."""
+def numbers(z_loss: float, vocab_start: int | None) -> None:
+    """Checks numbers that PyTorch's function does not have."""
     check.real_value(z_loss, "z_loss")
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
-    if softcap is not None:
-        check.real_value(softcap, "softcap")
-        check.positive(softcap, "softcap")
     if vocab_start is not None and check.integer_value(vocab_start, "vocab_start") < 0:
         raise ValueError(f"vocab_start: expected at least 0, got {vocab_start}")

@@ -12,20 +12,23 @@ t_r = Σ exp(z - m_r) (m_r - z). All merge what all have sent, in order of rank 
 The gradient is local. The backward kernel takes (m, s, W + 2 ζ lse) of the whole row in the place of the classes' own, and the
 weights times V_r / V, so that its ε / V_r is the row's ε / V. What it writes at one class a row, the target or, where that is
 another process's, class 0, is written again with the q_t that the row has here. That of log-probability, entropy and lse is
-`token_log_probs`', of the whole row's m, s and mean = Σ p (z - m); where the target is elsewhere, class 0 is like any other.
+`token_log_probs`', of the whole row's m, s and mean = Σ p (z - m) (section 3.12); where the target is elsewhere, class 0 is as
+any other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core import dispatch
+from . import cross_entropy_formula
 from .autograd import accumulate_dtype
 from .collectives import before
-from .cross_entropy_formula import EXACT, NUMBERS
+from .cross_entropy_formula import EXACT, NUMBERS, CrossEntropyStatistics
 
 NO_CLASS = -100
 NUMBERS_OF_ROWS = NUMBERS + 1  # the arg max in two: that modulo 2^24, which float32 holds, and how many 2^24 are left
@@ -197,6 +200,17 @@ def with_gradients(numbers: Tensor | None, rows: Tensor) -> Tensor:
     m, s, _, below, entropy = numbers[:5]
     log_total = s.log1p()
     return torch.stack([below - log_total, entropy, m + log_total])
+
+
+def statistics(numbers: Sequence[Tensor], target: Tensor, ignore_index: int) -> CrossEntropyStatistics:
+    """Of every row, from its numbers and `with_gradients`, or none, as the losses give them."""
+    of_rows, with_gradients = numbers
+    # a class that no process has makes NaN of its row, or has raised
+    found = cross_entropy_formula.statistics(of_rows, target.shape, 1 << 62, target, ignore_index)
+    if len(with_gradients):
+        log_prob, entropy, lse = with_gradients.reshape(3, *target.shape).unbind()
+        found = found._replace(log_prob=log_prob, entropy=entropy, lse=lse)
+    return found
 
 
 def _logit_at(z: Tensor, index: Tensor, softcap: float | None, logit_scale: float, acc: torch.dtype) -> Tensor:
