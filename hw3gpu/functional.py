@@ -206,9 +206,9 @@ def cross_entropy(
         label_smoothing and softcap they come from the loss's pass (predicted from one more read), and all gradients from one
         more read and one write; of the others by the formula in PyTorch's operations.
     loss_dtype: of the loss; None for PyTorch's. float32 keeps the digits that half precision has not.
-    normalizer: a number from 1e-30 to 1e30, or a tensor () of one, such as the count of targets of all micro-batches: the sum of
-        the losses is divided by it, whatever `reduction` says ("none": each row's). Gradients are divided before they are rounded.
-        A tensor's value is not looked at: 0 gives NaN or infinities, or with `all_ignored="zero"` 0.
+    normalizer: a number from 1e-30 to 1e30, or a tensor () of one, such as the count of targets of all micro-batches. The sum
+        of the losses is divided by it, whatever `reduction` says ("none": each row's); gradients before they are rounded. A
+        tensor's value is not looked at: 0 gives NaN or infinities, or with `all_ignored="zero"` 0.
     token_weight: a weight for each row, of the shape of the loss of every row and any floating dtype: it multiplies the row's
         loss, z-loss included, and what the row counts in the mean's divisor, Σ token_weight · weight[target]. It may ask for a
         gradient. `gradient` "forward" is refused.
