@@ -307,8 +307,8 @@ def linear_token_log_probs(
     """`token_log_probs` of the logits input · linear_weightᵀ + linear_bias, of which there are never more than a chunk of rows.
 
     The chunks are those of `linear_cross_entropy`, which `chunk_rows` sets. The backward pass makes each chunk's logits again:
-    four products in all, and ∂ℓ/∂linear_weight and ∂ℓ/∂linear_bias are summed over chunks in float32 (docs/derivations.md,
-    sections 3.7 and 3.8).
+    four products in all. Logits of at most 32 MB, or of chunk_rows that are all rows, are held for it instead: three.
+    ∂ℓ/∂linear_weight and ∂ℓ/∂linear_bias are summed over chunks in float32 (docs/derivations.md, sections 3.7 and 3.8).
 
     input: (…, D) of float16, bfloat16, float32 or float64. linear_weight: (V, D), linear_bias: (V,), of input's dtype. target:
     integer classes (…). The results have target's shape. Under autocast the products are in its dtype, as those of PyTorch's
@@ -416,7 +416,8 @@ def linear_distillation_loss(
 
     The chunks are half of `linear_cross_entropy`'s, for they hold two sets of logits; `chunk_rows` sets them. The backward pass
     makes each chunk's logits again: six products in all for the student's gradients, and two more for the teacher's, which are
-    made where its tensors ask for them. Those of weight and bias are summed over chunks in float32 (docs/derivations.md,
+    made where its tensors ask for them; logits of both sides of at most 32 MB, or of chunk_rows that are all rows, are held
+    instead. The gradients of weight and bias are summed over chunks in float32 (docs/derivations.md,
     sections 3.7 and 3.9).
 
     student_input: (…, D) of float16, bfloat16, float32 or float64; student_weight: (V, D), student_bias: (V,), of its dtype.
@@ -486,9 +487,10 @@ def linear_cross_entropy(
     gradient: "forward" makes the gradients in the forward pass: three products, one of them for the logits; the gradients are
     held until backward, in their dtype (an upstream gradient that is no power of two rounds them once more), but in float16 the
     sums in float32, times powers of two, so that neither class weights nor a loss scale to come cost digits. "backward" makes
-    the logits twice: four products, and holds nothing. "auto": "forward" for a reduced loss. The other
-    arguments, the loss, what raises, second derivatives, transforms and compiled graphs are as of `cross_entropy`, where those
-    that need the formula in PyTorch's operations hold all logits.
+    the logits twice, four products, and holds nothing; logits of at most 32 MB, or of chunk_rows that are all rows, it makes
+    once and holds. "auto": "forward" for a reduced loss. The other arguments, the loss, what raises, second derivatives,
+    transforms and compiled graphs are as of `cross_entropy`, where those that need the formula in PyTorch's operations hold all
+    logits.
     """
     if ignore_index is not None and isinstance(target, Tensor) and target.is_floating_point():
         raise check.ShapeError(f"ignore_index: expected None with probabilities as target, got {ignore_index}")

@@ -273,6 +273,24 @@ def test_gradients_are_held_in_their_dtype_until_backward(device, rng, dtype):
         assert torch.equal(torch.where(one.abs() > 1e-3, one / 4, 0), torch.where(one.abs() > 1e-3, quarter, 0))
 
 
+@pytest.mark.parametrize("rows", [None, 100], ids=["few bytes", "asked for"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_logits_of_one_chunk_are_made_once(device, rng, monkeypatch, reduction, rows):
+    """They are held for the backward pass, which leaves them as they are; in chunks they are made twice."""
+    x, W, b, target = problem(rng, device)
+    made, logits_of = [], linear_chunks.logits_of
+    monkeypatch.setattr(linear_chunks, "logits_of", lambda *given: made.append(1) or logits_of(*given))
+    asked = {"linear_bias": b, "reduction": reduction, "gradient": "backward"}
+    loss = HF.linear_cross_entropy(x, W, target, chunk_rows=rows, **asked).sum()
+    found = [torch.autograd.grad(loss, (x, W, b), retain_graph=True) for _ in range(2)]
+    assert len(made) == 1
+    chunked = torch.autograd.grad(HF.linear_cross_entropy(x, W, target, chunk_rows=4, **asked).sum(), (x, W, b))
+    assert len(made) > 3
+    for ours, again, theirs in zip(*found, chunked, strict=True):
+        assert torch.equal(ours, again)
+        same(ours, theirs)
+
+
 # ---------------------------------------------------------------------------------------------- the module
 def test_the_module_drops_in(device, rng):
     for out, bias in (((), True), ((3,), False)):

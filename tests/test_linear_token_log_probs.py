@@ -101,6 +101,24 @@ def test_there_is_never_more_than_a_chunk_of_logits(device, rng, monkeypatch):
     assert {shape for shape, _ in held} == {(6, 5), (3, 5)}
 
 
+@pytest.mark.parametrize("rows", [None, 20], ids=["few bytes", "asked for"])
+def test_logits_of_one_chunk_are_made_once(device, rng, monkeypatch, rows):
+    """They are held for the backward pass, which leaves them as they are; they are made again where HELD is nothing."""
+    x, W, b, target = problem(rng, device, N=20)
+    leaves = x, W, b
+    made, logits_of = [], linear_chunks.logits_of
+    monkeypatch.setattr(linear_token_log_probs, "logits_of", lambda *given: made.append(1) or logits_of(*given))
+    loss = HF.linear_token_log_probs(x, W, target, linear_bias=b, chunk_rows=rows).entropy.sum()
+    found = [torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2)]
+    assert len(made) == 1
+    monkeypatch.setattr(linear_chunks, "HELD", 0)
+    if rows is None:
+        HF.linear_token_log_probs(x, W, target, linear_bias=b, chunk_rows=rows).entropy.sum().backward()
+        assert len(made) > 2
+    for ours, again in zip(*found, strict=True):
+        assert torch.equal(ours, again)
+
+
 def test_derivatives_of_any_order_and_transforms(device, rng):
     x, W, b, target = problem(rng, device, N=3, D=2, V=3)
 

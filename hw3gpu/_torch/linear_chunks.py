@@ -6,7 +6,8 @@ The products are torch's, loss and dz this library's kernels', sums over chunks 
 A reduced loss makes its gradients in the forward pass, for an upstream gradient of 1: three products, and dz takes the place of
 the chunk's logits. In float16 they are those of the sum, so that no 1/n makes them subnormal, and meet upstream/n when that is
 known; dz of a chunk is multiplied by a power of two, for which its rows' losses are computed first (`float16_scale`). Without a
-reduction, and for a second call of backward, backward makes each chunk's logits again: four products.
+reduction, and for a second call of backward, backward makes each chunk's logits again: four products. Without a reduction few
+logits, or a chunk of all rows, are held instead: three.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .cross_entropy_formula import CrossEntropyStatistics, Options, never_zero, 
 # take as many numbers as W has. On a GPU the number of chunks is how often the float32 ∂ℓ/∂W is read and written.
 PARTS, PARTS_OF_HALVES_ON_THE_HOST = 11, 22
 LEAST, MOST = 1 << 20, 1 << 29
+HELD = 1 << 25  # bytes of logits that are made once and held for the backward pass, where others are made again
 TILE = 128  # rows of a chunk on a device, numbers from one row of logits to the next, and classes of a product: whole tiles
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -97,6 +99,14 @@ def logits_buffer(problem: Problem, rows: int) -> Tensor:
     return x.new_empty(min(rows, N), -(-V * S // TILE) * TILE)[:, : V * S]
 
 
+def to_hold(problems: Sequence[Problem], rows: int) -> list[Tensor]:
+    """Memory for the logits of all rows where they stay until the backward pass, which then makes none again: where they are
+    few bytes, or the caller asked for chunks of all rows. Else nothing."""
+    N, of = problems[0].x.shape[0], sum(p.W.shape[0] * p.x.element_size() for p in problems)
+    holds = rows >= N if rows else N * of <= HELD
+    return [logits_buffer(p, N) for p in problems] if holds and N else []
+
+
 def logits_of(problem: Problem, out: Tensor) -> Tensor:
     """x Wᵀ + b of a chunk, written to `out`; returned as (n, V, S)."""
     n, (_, V, S) = problem.x.shape[0], problem.sizes
@@ -113,10 +123,11 @@ def logits_of(problem: Problem, out: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- forward and backward
 def run(
     problem: Problem, options: Options, rows: int, numbers: int = 3, needs: Sequence[bool] = (False, False, False),
-    of_sum: bool = False, factors: Tensor | None = None,
+    of_sum: bool = False, factors: Tensor | None = None, held: Sequence[Tensor] = (),
 ) -> Found:  # fmt: skip
     """The reduced loss, `numbers` of every row, what the gradient is divided by (None for 1), and the gradients that `needs`
-    names, of x, W and b. factors: (N, S), what the losses of the rows are multiplied by before they are added up."""
+    names, of x, W and b. factors: (N, S), what the losses of the rows are multiplied by before they are added up. held: memory
+    for all logits, where the gradients are made later, or none."""
     x, (N, _, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
     view, kernels = dispatch.kernel_view(which), dispatch.cross_entropy(which)
@@ -131,7 +142,7 @@ def run(
     gradients = Gradients(problem, needs)
     largest = float16_scale.largest_element(problem.W) if x.dtype == torch.float16 and any(needs) else None
     factor = None if largest is None else torch.ones((N, 1), dtype=acc, device=device)
-    z = logits_buffer(problem, rows)
+    z, rows = (held[0], N) if held else (logits_buffer(problem, rows), rows)
     invalid = judge_targets(problem, options.ignore_index)
     for first, last in chunks(problem, rows):
         part = problem.chunk(first, last)
@@ -173,22 +184,23 @@ def run(
 
 def run_backward(
     upstream: Tensor, problem: Problem, numbers: Tensor, denominator: Tensor | None, options: Options, rows: int,
-    needs: Sequence[bool], factors: Tensor | None = None,
+    needs: Sequence[bool], factors: Tensor | None = None, held: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients that `needs` names, of x, W, b and target, from logits made again; W's and b's in the sums' dtype."""
+    """The gradients that `needs` names, of x, W, b and target, from logits held or made again; W's and b's in the sums' dtype."""
     x, (N, V, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
     view, kernels = dispatch.kernel_view(which), dispatch.cross_entropy(which)
-    rows = whole_tiles(problem, rows // 2)  # of logits and dz
+    rows = N if held else whole_tiles(problem, rows // 2)  # of logits and dz
     upstream = upstream.reshape(N, S) if options.reduction == "none" else upstream.expand(N, S)
     upstream = upstream if factors is None else upstream * factors
     gradients = Gradients(problem, needs[:3])
     dtarget = torch.empty_like(problem.target) if needs[3] else None
-    z, dz = (logits_buffer(problem, rows) for _ in range(2))
+    dz, z = logits_buffer(problem, rows), held[0] if held else logits_buffer(problem, rows)
     of_rows = options._replace(reduction="none")  # upstream is one number a row by now
     for first, last in chunks(problem, rows):
         part, of_chunk, g = problem.chunk(first, last), numbers[:, first:last].contiguous(), upstream[first:last]
-        logits, out = logits_of(part, z), dz[: last - first].view(last - first, V, S)
+        logits = z.view(N, V, S) if held else logits_of(part, z)
+        out = dz[: last - first].view(last - first, V, S)
         given = (logits, part.target, problem.weight, of_chunk)
         kernels.backward(*map(view, (*given, g, denominator, out)), **options.of_rows)
         gradients.add(part, out, first, last)

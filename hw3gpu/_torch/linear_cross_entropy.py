@@ -23,6 +23,7 @@ from .linear_chunks import (
     run,
     run_backward,
     scaled,
+    to_hold,
 )
 from .row_weights import RowWeights, known_factors, reduced_by
 
@@ -110,16 +111,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         problem = Problem(x, W, b, target, weight)
         needs = ctx.needs_input_grad[:3] if rest.at_once else (False,) * 3
         ctx.of_sum = rest.options.reduction == "mean" and x.dtype == torch.float16
+        logits = [] if rest.traced or rest.at_once else to_hold([problem], rest.rows)
         if rest.traced:
             found = Found(*operators.below_autograd(FORWARD, *problem, rest.rows, rest.numbers, *rest.options))
         else:
             rows = rest.rows or chunk_rows(problem, of_W=needs[1])
-            found = run(problem, rest.options, rows, rest.numbers, needs, ctx.of_sum, rest.factors)
+            found = run(problem, rest.options, rows, rest.numbers, needs, ctx.of_sum, rest.factors, logits)
         divides = found.denominator if rest.options.reduction == "mean" else None
         held: tuple[Tensor | None, ...] = found.gradients
         if x.dtype != torch.float16:  # whose gradients of the sum meet loss scale / n in float32
             held = as_given((*held, None), problem)[:3]
-        ctx.save_for_backward(*problem, found.numbers, divides, found.factor, *held)
+        ctx.save_for_backward(*problem, found.numbers, divides, found.factor, *held, *logits)
         ctx.rest, ctx.handed_out = rest, not rest.at_once
         ctx.mark_non_differentiable(*(v for v in found[1:3] if v is not None))
         ctx.set_materialize_grads(False)
@@ -128,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         saved, options = ctx.saved_tensors, ctx.rest.options
-        problem, (numbers, denominator, factor, *held) = Problem(*saved[:5]), saved[5:]
+        problem, (numbers, denominator, factor), held, logits = Problem(*saved[:5]), saved[5:8], saved[8:11], saved[11:]
         needs = ctx.needs_input_grad[:4]
         if upstream is None:
             return None, None, None, None, None, None
@@ -141,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return *(g if needed else None for g, needed in zip(found, needs, strict=True)), None, None
         if ctx.handed_out:
             rows = ctx.rest.rows or chunk_rows(problem, of_W=needs[1])
-            found = run_backward(upstream, problem, numbers, denominator, options, rows, needs, ctx.rest.factors)
+            found = run_backward(upstream, problem, numbers, denominator, options, rows, needs, ctx.rest.factors, logits)
         else:
             ctx.handed_out = True
             found = (*scaled(held, upstream, denominator if ctx.of_sum else None, factor), None)

@@ -2,12 +2,12 @@
 
 The chunks and the products are those of `linear_chunks`, the divergences and the gradients by logits `distillation`'s: the
 forward pass makes each chunk's logits of both, the backward pass makes them again beside dz. ∂ℓ/∂W and ∂ℓ/∂b are summed over
-chunks in float32 (docs/derivations.md, sections 3.7 and 3.9).
+chunks in float32 (docs/derivations.md, sections 3.7 and 3.9). Logits that are one small chunk are held between both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def divergences(student: Operands, teacher: Operands, mask: Tensor | None, optio
     if any(operators.traced(v) for v in tensors if v is not None):
         return FORWARD(*operands)[0]
     if graph_is_needed(*tensors):
-        return _LinearDivergences.apply(*operands[:7], (operands[7:], run, run_backward))[0]
+        return _LinearDivergences.apply(*operands[:7], operands[7:], False)[0]
     return run(*operands)[0]
 
 
@@ -56,16 +56,16 @@ def _rows(problems: Sequence[Problem], rows: int, of_W: Sequence[bool] = (False,
 # ---------------------------------------------------------------------------------------------- forward and backward
 def run(
     xs: Tensor, Ws: Tensor, bs: Tensor | None, xt: Tensor, Wt: Tensor, bt: Tensor | None, mask: Tensor | None, kind: str,
-    beta: float, temperature: float, rows: int,
+    beta: float, temperature: float, rows: int, held: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The divergence of every row, and what the backward pass needs, (8, N, 1)."""
+    """The divergence of every row, and what the backward pass needs, (8, N, 1). held: memory for all logits, or none."""
     problems, N = _problems((xs, Ws, bs, xt, Wt, bt)), xs.shape[0]
     which = dispatch.backend(xs)
     view, kernels = dispatch.kernel_view(which), dispatch.distillation(which)
     loss = xs.new_empty(N, dtype=accumulate_dtype(xs))
     stats = loss.new_empty(8, N, 1)
-    rows = _rows(problems, rows)
-    z = [linear_chunks.logits_buffer(p, rows) for p in problems]
+    rows = N if held else _rows(problems, rows)
+    z = held or [linear_chunks.logits_buffer(p, rows) for p in problems]
     for first, last in chunks(problems[0], rows):
         logits = [logits_of(p.chunk(first, last), out) for p, out in zip(problems, z, strict=True)]
         counts = None if mask is None else distillation.of_rows(mask[first:last], (last - first, 1))
@@ -79,20 +79,21 @@ def run(
 def run_backward(
     upstream: Tensor, xs: Tensor, Ws: Tensor, bs: Tensor | None, xt: Tensor, Wt: Tensor, bt: Tensor | None,
     mask: Tensor | None, stats: Tensor, kind: str, beta: float, temperature: float, rows: int, needs: Sequence[bool],
+    *, held: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients that `needs` names, of x, W and b of the student and of the teacher, from logits made again; else None."""
+    """The gradients that `needs` names, of x, W and b of the student and of the teacher, from logits held or made again."""
     problems = _problems((xs, Ws, bs, xt, Wt, bt))
     which = dispatch.backend(xs)
     view, kernels = dispatch.kernel_view(which), dispatch.distillation(which)
     rows = _rows(problems, rows, (needs[1], needs[4])) // 2  # of logits and their gradients
-    rows = linear_chunks.whole_tiles(problems[0], rows)
+    rows = len(xs) if held else linear_chunks.whole_tiles(problems[0], rows)
     sides = [Gradients(p, needed) for p, needed in zip(problems, (needs[:3], needs[3:]), strict=True)]
-    z = [linear_chunks.logits_buffer(p, rows) for p in problems]
+    z = held or [linear_chunks.logits_buffer(p, rows) for p in problems]
     asked = zip(problems, (needs[:3], needs[3:]), strict=True)
     dz = [linear_chunks.logits_buffer(p, rows) if any(needed) else None for p, needed in asked]
     for first, last in chunks(problems[0], rows):
         parts = [p.chunk(first, last) for p in problems]
-        logits = [logits_of(part, out) for part, out in zip(parts, z, strict=True)]
+        logits = [v[:, :, None] if held else logits_of(part, v) for part, v in zip(parts, z, strict=True)]
         counts = None if mask is None else distillation.of_rows(mask[first:last], (last - first, 1))
         out = [None if d is None else d[: last - first, :, None] for d in dz]
         given = (*logits, counts, stats[:, first:last].contiguous(), upstream[first:last, None], *out)
@@ -114,32 +115,36 @@ def formula(tensors: Tensors, mask: Tensor | None, kind: str, beta: float, tempe
 
 # ---------------------------------------------------------------------------------------------- autograd
 class _LinearDivergences(torch.autograd.Function):
-    """Forward keeps eight numbers a row, and no logits; backward makes them again. `rest`: as `_Divergences` has it."""
+    """Forward keeps eight numbers a row, and few logits or none; backward makes those again. `traced`: it goes through the
+    operators, which keep none."""
 
     @staticmethod
     def forward(
         ctx: Any, xs: Tensor, Ws: Tensor, bs: Tensor | None, xt: Tensor, Wt: Tensor, bt: Tensor | None, mask: Tensor | None,
-        rest: tuple[tuple[str, float, float, int], Callable[..., Any], Callable[..., Any]],
+        options: tuple[str, float, float, int], traced: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        options, forward, backward = rest
-        loss, stats = forward(xs, Ws, bs, xt, Wt, bt, mask, *options)
-        ctx.save_for_backward(xs, Ws, bs, xt, Wt, bt, mask, stats)
-        ctx.options, ctx.backward = options, backward
+        tensors = xs, Ws, bs, xt, Wt, bt
+        held = [] if traced else linear_chunks.to_hold(_problems(tensors), options[3])
+        given = *tensors, mask, *options
+        loss, stats = _below_autograd(*given) if traced else run(*given, held)
+        ctx.save_for_backward(*tensors, mask, stats, *held)
+        ctx.options, ctx.traced = options, traced
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return loss, stats
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        *tensors, mask, stats = ctx.saved_tensors
+        *tensors, mask, stats = ctx.saved_tensors[:8]
         needs = ctx.needs_input_grad[:6]
         if upstream is None:
-            return (None,) * 8
+            return (None,) * 9
         if torch.is_grad_enabled():  # somebody will differentiate again
             found = gradients_with_a_graph(lambda: (formula(tensors, mask, *ctx.options[:3]),), tensors, (upstream,), needs)
         else:
-            found = ctx.backward(upstream, *tensors, mask, stats, *ctx.options, list(needs))
-        return *(g if needed else None for g, needed in zip(found, needs, strict=True)), None, None
+            given: tuple[Any, ...] = (upstream, *tensors, mask, stats, *ctx.options, list(needs))
+            found = BACKWARD(*given) if ctx.traced else run_backward(*given, held=ctx.saved_tensors[8:])
+        return *(g if needed else None for g, needed in zip(found, needs, strict=True)), *[None] * 3
 
 
 def _below_autograd(*operands: Any) -> Any:
@@ -175,5 +180,5 @@ FORWARD = operators.define(
     f"linear_divergences({_OPERANDS}, {_OPTIONS}) -> (Tensor loss, Tensor stats)",
     run,
     _fake,
-    lambda *operands: _LinearDivergences.apply(*operands[:7], (operands[7:], _below_autograd, BACKWARD)),
+    lambda *operands: _LinearDivergences.apply(*operands[:7], operands[7:], True),
 )

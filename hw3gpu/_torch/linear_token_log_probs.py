@@ -2,12 +2,12 @@
 
 The chunks and the products are those of `linear_chunks`, the three numbers and dz `token_log_probs`': the forward pass
 makes each chunk's logits, the backward pass makes them again beside dz, and ∂ℓ/∂W and ∂ℓ/∂b are summed over chunks in float32:
-four products (docs/derivations.md, sections 3.7 and 3.8).
+four products (docs/derivations.md, sections 3.7 and 3.8). Logits that are one small chunk are held between both: three.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def with_sums(
     if operators.traced(problem.x):
         *found, sums, predicted = FORWARD(*problem[:4], *options)
     elif graph_is_needed(*problem[:3]):
-        *found, sums, predicted = _LinearTokenLogProbs.apply(*problem[:4], (options, _run, _run_backward))
+        *found, sums, predicted = _LinearTokenLogProbs.apply(*problem[:4], options, False)
     else:
         *found, sums, predicted = run(problem, *options)
     return TokenLogProbs(*found), sums, predicted
@@ -45,18 +45,18 @@ def with_sums(
 
 # ---------------------------------------------------------------------------------------------- forward and backward
 def run(
-    problem: Problem, temperature: float, ignore_index: int, rows: int, predicts: bool
+    problem: Problem, temperature: float, ignore_index: int, rows: int, predicts: bool, held: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The three numbers of every row, what the backward pass needs, (4, N, S), and the class of the largest logit, by one more
-    read of a chunk's, if `predicts`."""
+    read of a chunk's, if `predicts`. held: memory for all logits, or none."""
     x, (N, _, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
     view, kernels = dispatch.kernel_view(which), dispatch.token_log_probs(which)
     found = [x.new_empty((N, S), dtype=accumulate_dtype(x)) for _ in range(3)]
     sums = found[0].new_empty(4, N, S)
     predicted = torch.empty_like(problem.target, dtype=torch.int64) if predicts else None
-    rows = rows or linear_chunks.chunk_rows(problem, of_W=False)
-    z = linear_chunks.logits_buffer(problem, rows)
+    rows = len(x) if held else rows or linear_chunks.chunk_rows(problem, of_W=False)
+    z = held[0] if held else linear_chunks.logits_buffer(problem, rows)
     invalid = linear_chunks.judge_targets(problem, ignore_index)
     for first, last in chunks(problem, rows):
         part, of_chunk = problem.chunk(first, last), sums.new_empty(4, last - first, S)
@@ -72,22 +72,25 @@ def run(
 
 def run_backward(
     upstream: Sequence[Tensor | None], problem: Problem, sums: Tensor, options: tuple[float, int], rows: int,
-    needs: Sequence[bool],
+    needs: Sequence[bool], held: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients that `needs` names, of x, W and b, from logits made again; W's and b's in the sums' dtype.
+    """The gradients that `needs` names, of x, W and b, from logits held or made again; W's and b's in the sums' dtype.
 
     options: temperature and ignore_index.
     """
-    x, (_, V, S), (temperature, ignore_index) = problem.x, problem.sizes, options
+    x, (N, V, S), (temperature, ignore_index) = problem.x, problem.sizes, options
     which = dispatch.backend(x)
     view, kernels = dispatch.kernel_view(which), dispatch.token_log_probs(which)
-    rows = linear_chunks.whole_tiles(problem, (rows or linear_chunks.chunk_rows(problem, of_W=needs[1])) // 2)
+    of_both = (rows or linear_chunks.chunk_rows(problem, of_W=needs[1])) // 2  # logits and dz share a chunk
+    rows = N if held else linear_chunks.whole_tiles(problem, of_both)
     gradients = Gradients(problem, needs)
-    z, dz = (linear_chunks.logits_buffer(problem, rows) for _ in range(2))  # which share a chunk
+    dz = linear_chunks.logits_buffer(problem, rows)
+    z = held[0] if held else linear_chunks.logits_buffer(problem, rows)
     for first, last in chunks(problem, rows):
         part, out = problem.chunk(first, last), dz[: last - first].view(last - first, V, S)
         g = [None if of is None else of[first:last] for of in upstream]
-        given = (logits_of(part, z), part.target, sums[:, first:last].contiguous(), *g, out)
+        logits = z.view(N, V, S) if held else logits_of(part, z)
+        given = (logits, part.target, sums[:, first:last].contiguous(), *g, out)
         kernels.backward(*map(view, given), ignore_index=ignore_index, temperature=temperature)
         gradients.add(part, out, first, last)
     return gradients.found
@@ -106,32 +109,35 @@ def _problem(x: Tensor, W: Tensor, b: Tensor | None, target: Tensor) -> Problem:
 
 
 class _LinearTokenLogProbs(torch.autograd.Function):
-    """Forward keeps four numbers a row, and no logits; backward makes them again. `rest`: as `_TokenLogProbs` has it."""
+    """Forward keeps four numbers a row, and few logits or none; backward makes those again. `traced`: it goes through the
+    operators, which keep none."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor,
-        rest: tuple[tuple[float, int, int, bool], Callable[..., Any], Callable[..., Any]],
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        options, forward, backward = rest
-        *found, sums, predicted = forward(x, W, b, target, *options)
-        ctx.save_for_backward(x, W, b, target, sums)
-        ctx.options, ctx.backward = options[:3], backward
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, options: tuple[float, int, int, bool], traced: bool
+    ) -> tuple[Tensor | None, ...]:
+        held = [] if traced else linear_chunks.to_hold([_problem(x, W, b, target)], options[2])
+        found = _below_autograd(x, W, b, target, *options) if traced else _run(x, W, b, target, *options, held)
+        *found, sums, predicted = found
+        ctx.save_for_backward(x, W, b, target, sums, *held)
+        ctx.options, ctx.traced = options[:3], traced
         ctx.mark_non_differentiable(*(v for v in (sums, predicted) if v is not None))
         ctx.set_materialize_grads(False)
         return *found, sums, predicted
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        *problem, sums = ctx.saved_tensors
+        x, W, b, target, sums, *held = ctx.saved_tensors
+        problem = x, W, b, target
         upstream, needs = upstream[:3], ctx.needs_input_grad[:3]
         if all(g is None for g in upstream):
-            return (None,) * 5
+            return (None,) * 6
         if torch.is_grad_enabled():  # somebody will differentiate again
             of = _problem(*problem)
-            return *gradients_with_a_graph(lambda: formula(of, *ctx.options[:2]), of[:3], upstream, needs), None, None
-        found = ctx.backward(*upstream, *problem, sums, *ctx.options, needs)
-        return *(g if needed else None for g, needed in zip(found, needs, strict=True)), None, None
+            return *gradients_with_a_graph(lambda: formula(of, *ctx.options[:2]), of[:3], upstream, needs), *[None] * 3
+        given: tuple[Any, ...] = (*upstream, *problem, sums, *ctx.options, needs)
+        found = BACKWARD(*given) if ctx.traced else _run_backward(*given, held=held)
+        return *(g if needed else None for g, needed in zip(found, needs, strict=True)), *[None] * 3
 
 
 def _below_autograd(*operands: Any) -> Any:
@@ -155,9 +161,10 @@ def _fake(
 def _run_backward(
     g_log_prob: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, x: Tensor, W: Tensor, b: Tensor | None,
     target: Tensor, sums: Tensor, temperature: float, ignore_index: int, rows: int, needs: Sequence[bool],
+    *, held: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     problem, upstream = _problem(x, W, b, target), (g_log_prob, g_entropy, g_lse)
-    found = run_backward(upstream, problem, sums, (temperature, ignore_index), rows, needs)
+    found = run_backward(upstream, problem, sums, (temperature, ignore_index), rows, needs, held)
     return as_given((*found, None), problem)[:3]
 
 
@@ -173,5 +180,5 @@ FORWARD = operators.define(
     "Tensor sums, Tensor predicted)",
     _run,
     _fake,
-    lambda *operands: _LinearTokenLogProbs.apply(*operands[:4], (operands[4:], _below_autograd, BACKWARD)),
+    lambda *operands: _LinearTokenLogProbs.apply(*operands[:4], operands[4:], True),
 )
