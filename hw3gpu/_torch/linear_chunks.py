@@ -186,7 +186,7 @@ def run_backward(
     upstream: Tensor, problem: Problem, numbers: Tensor, denominator: Tensor | None, options: Options, rows: int,
     needs: Sequence[bool], factors: Tensor | None = None, held: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients that `needs` names, of x, W, b and target, from logits held or made again; W's and b's in the sums' dtype."""
+    """The gradients that `needs` names, of x, W, b and target, by logits held or made again; W's and b's in the sums' dtype."""
     x, (N, V, S) = problem.x, problem.sizes
     which = dispatch.backend(x)
     view, kernels = dispatch.kernel_view(which), dispatch.cross_entropy(which)
