@@ -64,9 +64,12 @@ def find_leg(backend: str) -> Leg:
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ["HW3GPU_BACKEND"] = "gpu"
     if interpreted:
+        from memory_guard import guard_the_interpreter
+
         from hw3gpu._cli.interpreter import mend_the_interpreter
 
         mend_the_interpreter()
+        guard_the_interpreter()
         return Leg("gpu", "cpu", True, ("numpy", "torch"), {"cupy": "CuPy arrays need a CUDA device"})
     missing = cupy_refusal()
     if missing:

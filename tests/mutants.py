@@ -40,20 +40,20 @@ SECONDS = 600  # of processor time that the tests of a fault may take; all tests
 MEMORY = 20 << 30  # bytes: rows 2³¹ elements apart lie in 16 GiB of addresses, which are not filled
 
 CROSS_ENTROPY = "softmax_cross_entropy functional_cross_entropy cross_entropy_extras row_weights reduced_loss"
-BATCH_NORM = "batch_norm functional_batch_norm batch_norm_fused batch_norm_act batch_norm_masked large_means"
+BATCH_NORM = "batch_norm functional_batch_norm batch_norm_act large_means batch_norm_fused batch_norm_masked"
 # A file, by how its path begins (the first that fits): the tests that should see its faults.
 TESTS: list[tuple[str, str]] = [
-    ("kernels/gpu/softmax", "softmax functional_softmax traffic"),
-    ("kernels/gpu/moments", "moments"),
-    ("kernels/gpu/token_log_probs", "token_log_probs linear_token_log_probs"),
-    ("kernels/gpu/distillation", "distillation top_k_distillation"),
+    ("kernels/gpu/softmax", "softmax memory_guard functional_softmax traffic"),
+    ("kernels/gpu/moments", "moments memory_guard"),
+    ("kernels/gpu/token_log_probs", "token_log_probs memory_guard linear_token_log_probs traffic"),
+    ("kernels/gpu/distillation", "distillation memory_guard top_k_distillation traffic"),
     ("kernels/gpu/_distillation", "distillation top_k_distillation"),
-    ("kernels/gpu/cross_entropy", f"{CROSS_ENTROPY} traffic"),
-    ("kernels/gpu/_cross_entropy", f"{CROSS_ENTROPY} traffic"),
-    ("kernels/gpu/batch_norm", f"{BATCH_NORM} traffic"),
-    ("kernels/gpu/_batch_norm", f"{BATCH_NORM} traffic"),
+    ("kernels/gpu/cross_entropy", f"{CROSS_ENTROPY} memory_guard traffic"),
+    ("kernels/gpu/_cross_entropy", f"{CROSS_ENTROPY} memory_guard traffic"),
+    ("kernels/gpu/batch_norm", f"{BATCH_NORM} memory_guard traffic"),
+    ("kernels/gpu/_batch_norm", f"{BATCH_NORM} memory_guard traffic"),
     ("kernels/gpu/_rows", "softmax softmax_cross_entropy token_log_probs distillation"),
-    ("kernels/gpu/_tile", "softmax softmax_cross_entropy batch_norm"),
+    ("kernels/gpu/_tile", "softmax softmax_cross_entropy batch_norm memory_guard"),
     ("kernels/gpu/channel_plan", "channel_plan launches"),
     ("kernels/gpu/row_plan", "plan launches"),
     ("kernels/gpu", "plan device tuned launches"),
@@ -71,37 +71,66 @@ TESTS: list[tuple[str, str]] = [
     ("kernels/cpu/batch_norm", BATCH_NORM),
     ("kernels/cpu/_batch_norm", BATCH_NORM),
     ("kernels/cpu", "cpu_kernels cpu_threads softmax"),
-    ("hw3gpu/reference", "reference"),
-    ("hw3gpu/_error_bounds", "bound errors"),
+    ("hw3gpu/reference", "reference softmax softmax_cross_entropy batch_norm moments trace cross_entropy_extras"),
+    ("hw3gpu/_error_bounds", "bound errors properties"),
     ("hw3gpu/_array_functions/shapes", "shapes"),
     ("hw3gpu/_array_functions/batch_norm", "batch_norm"),
     ("hw3gpu/_array_functions/softmax", "softmax softmax_cross_entropy"),
-    ("hw3gpu/_array_functions/points", "points moments"),
+    ("hw3gpu/_array_functions/points", "points moments kinds"),
     ("hw3gpu/_array_functions/trace", "trace"),
     ("hw3gpu/_linalg", "trace trace_solvers points minor_components"),
+    ("hw3gpu/_core/dlpack", "interchange arrays"),
+    ("hw3gpu/_core/outputs", "arrays shapes softmax batch_norm"),
     ("hw3gpu/_core/pool", "pool"),
-    ("hw3gpu/_core", "arrays interchange cupy softmax explain kinds"),
-    ("hw3gpu/_cli", "command report"),
+    ("hw3gpu/_core/record", "explain"),
+    ("hw3gpu/_core/torch_internals", "internals functional_softmax trace_autograd"),
+    ("hw3gpu/_core", "arrays interchange cupy softmax softmax_cross_entropy explain kinds spoilt_arguments"),
+    ("hw3gpu/_cli/arrays", "arrays kinds softmax"),
+    ("hw3gpu/_cli/interpreter", "interpreter softmax"),
+    ("hw3gpu/_cli/losses", "command cross_entropy_extras token_log_probs"),
+    ("hw3gpu/_cli/measure", "errors softmax batch_norm"),
+    ("hw3gpu/_cli/operations", "command overhead report"),
+    ("hw3gpu/_cli/standard_calls", "explain command"),
+    ("hw3gpu/_cli", "report command"),
+    ("hw3gpu/__", "explain command faults portability"),
+    ("hw3gpu/_nn/conversion", "conversion"),
+    ("hw3gpu/_nn/frozen", "frozen"),
+    ("hw3gpu/_nn/fusion", "fusion"),
+    ("hw3gpu/_nn/lazy_logits", "transformers"),
+    ("hw3gpu/_nn/losses", "nn losses_are_torchs model_tools"),
+    ("hw3gpu/_nn/tools", "model_tools nn"),
+    ("hw3gpu/_nn/torch_modules", "frozen conversion"),
+    ("hw3gpu/_nn/transformers", "transformers"),
     ("hw3gpu/_nn", "nn conversion fusion frozen model_tools"),
-    ("hw3gpu/nn", "nn model_tools"),
-    ("hw3gpu/distributed", "distributed"),
+    ("hw3gpu/nn", "nn conversion frozen model_tools"),
+    ("hw3gpu/distributed", "options distributed"),
     ("hw3gpu/_explain", "explain"),
+    ("hw3gpu/_torch/activation", "batch_norm_act batch_norm_fused"),
+    ("hw3gpu/_torch/autograd", "functional_softmax functional_cross_entropy functional_batch_norm batch_norm_masked"),
     ("hw3gpu/_torch/softmax", "functional_softmax"),
     ("hw3gpu/_torch/cross_entropy", "functional_cross_entropy cross_entropy_extras options reduced_loss"),
+    ("hw3gpu/_torch/differentiable", "cross_entropy_extras derivations_softmax"),
+    ("hw3gpu/_torch/expected", "cross_entropy_step row_weights"),
     ("hw3gpu/_torch/linear_distillation", "linear_distillation"),
     ("hw3gpu/_torch/linear_token", "linear_token_log_probs"),
     ("hw3gpu/_torch/linear", "linear_cross_entropy linear_distillation"),
+    ("hw3gpu/_torch/operators", "model_tools batch_norm_fused"),
+    ("hw3gpu/_torch/row_weights", "row_weights"),
+    ("hw3gpu/_torch/small", "small"),
     ("hw3gpu/_torch/token", "token_log_probs"),
     ("hw3gpu/_torch/distillation", "distillation"),
     ("hw3gpu/_torch/top_k", "top_k_distillation"),
     ("hw3gpu/_torch/trace", "trace_autograd"),
-    ("hw3gpu/_torch/sync", "distributed"),
-    ("hw3gpu/_torch/vocab", "distributed"),
-    ("hw3gpu/_torch/class_range", "distributed functional_cross_entropy"),
+    ("hw3gpu/_torch/class_range", "functional_cross_entropy cross_entropy_extras distributed"),
     ("hw3gpu/_torch/batch_norm", f"{BATCH_NORM} nn"),
     ("hw3gpu/_torch/positions", "batch_norm_masked"),
-    ("hw3gpu/_torch/bound", "bound_on_host"),
+    ("hw3gpu/_torch/bound", "bound_on_host bound"),
     ("hw3gpu/_torch/float16", "float16_scale"),
+    ("hw3gpu/_torch/sync", "distributed"),
+    ("hw3gpu/_torch/vocab", "options distributed"),
+    ("hw3gpu/_torch/collectives", "distributed"),
+    ("hw3gpu/_torch/dtensor", "distributed"),
+    ("hw3gpu/_torch/sharding", "distributed"),
     ("hw3gpu", "functional functional_softmax functional_cross_entropy functional_batch_norm options"),
 ]  # fmt: skip
 NOT_WIDER = (
@@ -275,7 +304,7 @@ def import_what_has_no_fault(leg: str) -> None:
 
 
 def _pytest(tree: Path, said: int, arguments: list[str]) -> None:
-    os.setsid()
+    os.setpgid(0, 0)  # for killpg; the session, and with it its share of the processor, stays
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 10))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     os.dup2(said, 1)
@@ -304,7 +333,7 @@ def failing(tree: Path, leg: str, options: list[str]) -> str:
         text = said.read()
     if ended[1] == 0:
         return ""
-    named = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+    named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", text, re.MULTILINE)
     return named[1] if named else f"the process ended with {os.waitstatus_to_exitcode(ended[1])}: {text[-200:]!r}"
 
 
@@ -317,18 +346,18 @@ def steps_of(file: str) -> Iterator[tuple[str, list[str]]]:
     yield "wider", WIDER
 
 
-def caught(tree: Path, leg: str, fault: Fault, steps: set[str]) -> str:
-    """The test that sees the fault, or an empty string."""
+def caught(tree: Path, leg: str, fault: Fault, steps: set[str]) -> tuple[str, list[str]]:
+    """The test that sees the fault, or an empty string; and pytest's options that run it."""
     path = tree / fault.file
     source = path.read_bytes()
     path.write_bytes(source[: fault.start] + fault.new.encode() + source[fault.end :])
     try:
         for step, options in steps_of(fault.file):
             if step in steps and (by := failing(tree, leg, options)):
-                return f"{step}: {by}"
+                return f"{step}: {by}", [by] if by.startswith("tests/") else options
     finally:
         path.write_bytes(source)
-    return ""
+    return "", []
 
 
 def files_under(tree: Path, asked: list[str]) -> list[str]:
@@ -344,13 +373,14 @@ def main() -> int:
     parser.add_argument("files", nargs="+", help="files or folders, from the root of the checkout")
     parser.add_argument("--each", type=int, default=10, metavar="N", help="faults a file (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--leg", choices=("cpu", "gpu"), default="gpu", help="whose tests run (%(default)s)")
+    parser.add_argument("--leg", choices=("cpu", "gpu"), help="whose tests run (gpu for kernels/gpu, else cpu)")
     parser.add_argument("--jit", action="store_true", help="only in functions that Triton compiles")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="the runs that a fault meets (all)")
     parser.add_argument("--record", type=Path, default=ROOT / "out" / "mutants.jsonl", metavar="FILE")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no fault after these")
     asked = parser.parse_args()
-    import_what_has_no_fault(asked.leg)
+    leg = asked.leg or ("gpu" if asked.files[0].startswith("kernels/gpu") else "cpu")
+    import_what_has_no_fault(leg)
     asked.record.parent.mkdir(parents=True, exist_ok=True)
     lines = asked.record.read_text().splitlines() if asked.record.exists() else []
     known = {line["key"]: line for line in map(json.loads, lines)}
@@ -365,16 +395,17 @@ def main() -> int:
         sound: set[str] = set()
         for fault in todo:
             line = known.get(fault.key, asdict(fault) | {"key": fault.key, "by": "", "met": [], "seconds": 0.0})
-            steps = set(asked.steps) - set(line["met"])
+            steps = {step for step in asked.steps if f"{leg} {step}" not in line["met"]}
             if line["by"] or not steps or time.monotonic() > end:
                 continue
-            for step, options in steps_of(fault.file):  # without a fault they pass
-                if step in steps and repr(options) not in sound and (by := failing(tree, asked.leg, options)):
+            began = time.monotonic()
+            line["by"], options = caught(tree, leg, fault, steps)
+            if line["by"] and repr(options) not in sound:  # without the fault it passes
+                if by := failing(tree, leg, options):
                     raise SystemExit(f"without a fault fails {by}")
                 sound.add(repr(options))
-            began = time.monotonic()
-            line["by"] = caught(tree, asked.leg, fault, steps)
-            line |= {"met": [*line["met"], *sorted(steps)], "seconds": line["seconds"] + round(time.monotonic() - began, 1)}
+            met = [f"{leg} {step}" for step in sorted(steps)]
+            line |= {"met": [*line["met"], *met], "seconds": line["seconds"] + round(time.monotonic() - began, 1)}
             known[fault.key] = line
             with asked.record.open("a") as out:
                 out.write(json.dumps(line) + "\n")
