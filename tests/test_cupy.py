@@ -15,6 +15,7 @@ from array_functions import CALLS, leaves, operands
 from fake_cupy import cupy
 
 import hw3gpu
+from hw3gpu._cli.arrays import to_numpy
 from hw3gpu._core import dispatch
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -82,6 +83,12 @@ def test_the_stand_in_refuses_what_cupy_refuses(stand_in, error, call):
 
 
 # ------------------------------------------------------------------------------------------------- array functions
+def test_an_array_comes_to_the_host_as_float64(stand_in):
+    x = to_numpy(cupy.asarray(np.arange(3, dtype=np.float32)))
+    assert x.dtype == np.float64
+    assert x.tolist() == [0.0, 1.0, 2.0]
+
+
 def test_every_array_function_is_tried():
     others = {"BackendError", "BatchNorm", "BatchNormGradients", "Moments", "SoftmaxCrossEntropy", "TraceMinimum"}
     others |= {"distributed", "functional", "nn", "empty_cache", "use_backend", "Explanation", "explain", "patch_transformers"}

@@ -246,6 +246,11 @@ def test_import_loads_no_heavy_package() -> None:
     assert _fresh(f"import sys, hw3gpu; print(*{heavy} & {{*sys.modules}})").split() == []
 
 
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'hw3gpu' has no attribute 'softmin'"):
+        hw3gpu.softmin  # noqa: B018
+
+
 def test_import_costs_little_more_than_numpy() -> None:
     def seconds(package: str) -> float:
         # processor time: on a busy machine the clock measures the others
