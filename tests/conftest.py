@@ -197,11 +197,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out[f"{kind}: {why}"] = len(on_kit)
     config.stash[LEFT_OUT] = {reason: n for reason, n in left_out.items() if n}
     config.hook.pytest_deselected(items=[item for item in items if reasons[item]])
-    items[:] = [item for item in items if not reasons[item]]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    items[:] = long_ones_first([item for item in items if not reasons[item]], workers)
     if leg.device != "cuda":
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and none is found"))
+
+
+# Files whose tests take long: each worker of pytest-xdist begins with some, so that none is left alone with one at the end.
+LONG = (
+    "guard_pages", "distributed", "batch_norm_graphs", "supervisor", "kernels_hub", "gpu_benchmark", "portability", "packaging",
+    "processors", "traffic", "cpu_threads", "interrupts", "examples", "pairs",
+)  # fmt: skip
+
+
+def long_ones_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Each worker gets a run of items that follow each other: the long files' go round, and the others follow in order."""
+    by_file: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        by_file.setdefault(item.path.stem.removeprefix("test_"), []).append(item)
+    firsts = [[item for name in LONG[k::workers] for item in by_file.pop(name, [])] for k in range(workers)]
+    others, size = [item for found in by_file.values() for item in found], -(-len(items) // workers)
+    runs = []
+    for first in firsts:
+        room = max(size - len(first), 0)
+        runs += first + others[:room]
+        others = others[room:]
+    return runs + others
 
 
 def pytest_collection_finish() -> None:

@@ -57,8 +57,11 @@ def test_fused_is_composed(device, rng, shape, layout, activation, with_residual
     fused_is_composed(device, rng, shape, "float32", layout, activation, with_residual, training)
 
 
-# of Hardswish and GELU, `test_each_activation_is_the_answer_sheets` has the dtypes
-@pytest.mark.parametrize(("activation", "with_residual"), FUSED[:4], ids=NAMES[:4])
+# of Hardswish and GELU, `test_each_activation_is_the_answer_sheets` has the dtypes; of what comes before, ReLU has them here
+@pytest.mark.parametrize(
+    ("activation", "with_residual"),
+    [pytest.param(*FUSED[i], id=NAMES[i], marks=[pytest.mark.slow] if i < 2 else []) for i in range(4)],
+)
 def test_fused_of_every_dtype(device, rng, dtype, activation, with_residual):
     fused_is_composed(device, rng, (3, 2, 5, 5), dtype, "contiguous", activation, with_residual, True)
 
@@ -152,7 +155,9 @@ def test_operators(device, rng, activation, with_residual):
 
 
 @pytest.mark.parametrize("activation", APPLIED)
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float64", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)  # computed in float32
 def test_each_activation_is_the_answer_sheets(device, dtype, activation):
     """With mean 0, variance 1 and eps 0 what goes in is x itself: small, large, the edges, infinities and NaN, alone."""
     edges = [0.0, -0.0, 3.0, -3.0, 2.999, -2.999, 1e-6, -30.0, -100.0, 1e30, -1e30, np.inf, -np.inf, np.nan]

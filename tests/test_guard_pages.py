@@ -16,11 +16,20 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect and fork")
-# bfloat16 moves its elements as float16 does
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_no_launcher_touches_the_pages_before_and_behind_its_arrays(dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [
+        ("float32", ()),
+        ("float64", ("--once",)),
+        ("float16", ("--once",)),
+        # the rest of their options, and bfloat16, which moves its elements as float16 does
+        *(pytest.param(dtype, (), marks=pytest.mark.slow) for dtype in ("float64", "float16", "bfloat16")),
+    ],
+    ids=lambda v: v if isinstance(v, str) else " ".join(v) or "all options",
+)
+def test_no_launcher_touches_the_pages_before_and_behind_its_arrays(dtype, how, tmp_path):
     """Every launcher, input and output, lengths of 1 to 70 and some larger: `guarded_calls.py` says which."""
-    command = [sys.executable, HERE / "guarded_calls.py", dtype, tmp_path / "case"]
+    command = [sys.executable, HERE / "guarded_calls.py", dtype, tmp_path / "case", *how]
     child = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert not child.stdout, f"these calls died:\n{child.stdout}{child.stderr}"

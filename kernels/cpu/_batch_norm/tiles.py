@@ -312,6 +312,14 @@ def backward(
     streamed()
 
 
+@inline
+def _keep_sums(sums, partial, part, c0, c1) -> None:
+    """Element by element: to assign a slice Numba compiles what words the error of a wrong shape, 8 s in each process."""
+    for k in range(2):
+        for c in range(c0, c1):
+            partial[part, k, c] = sums[k, c - c0]
+
+
 @kernel
 def sums(first, last, group, x, shift, partial) -> None:
     """partial (parts, 2, C) = sum (x - shift) and sum (x - shift)^2 of every block and channel. Reads x once."""
@@ -323,7 +331,7 @@ def sums(first, last, group, x, shift, partial) -> None:
             _spread(at, 0, c - c0, S, shift[c])
         _tile_deviations(x, n0, n1, c0, c1, _of(at, 0), total, square)
         _tile_sums(x, total, square, c0, c1, sums)
-        partial[block % parts, :, c0:c1] = sums[:, : c1 - c0]
+        _keep_sums(sums, partial, block % parts, c0, c1)
 
 
 @kernel
@@ -344,7 +352,7 @@ def gradient_sums(
         _gate_of_tile(gate, c0, c1, S, mean, scale, beta)
         _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual)
         _tile_sums(x, total, product, c0, c1, sums)
-        partial[block % parts, :, c0:c1] = sums[:, : c1 - c0]
+        _keep_sums(sums, partial, block % parts, c0, c1)
         if scaled:
             for c in range(c0, c1):
                 _spread(at, SCALE, c - c0, S, scale[c])
