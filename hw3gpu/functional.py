@@ -70,7 +70,8 @@ def batch_norm(
     input without an element may have one axis, other floating dtypes beside it, and no running statistics in evaluation.
 
     residual: of input's shape and dtype, added to the result. activation: "relu", "silu", "hardswish" or "gelu" (the one with
-    erf), applied after that; at infinities and NaN it is PyTorch's. Both cost no further pass over the result. The backward
+    erf), applied after that; at infinities and NaN it is PyTorch's. Both cost no further pass over the result (on the CPU small
+    float32 calls leave them to PyTorch's operations, which takes less time: docs/cpu.md). The backward
     pass computes what went into the activation again, from input and residual, which it reads (and which must not be changed
     until then); for "relu" on a GPU one bit an element is kept in place of that, and on the CPU beside a residual the result.
 
@@ -95,7 +96,7 @@ def batch_norm(
     if not masked and (not fused or _batch_norm.may_be_finished(input, residual, activation)):
         y = _batch_norm.by_address(input, weight, bias, running_mean, running_var, training, momentum, eps)
         if y is not None:
-            return _batch_norm.finished(y, residual) if fused else y
+            return _batch_norm.finished(y, residual, activation) if fused else y
     arguments.tensor(input, "input")
     call = counted = None
     if not masked:

@@ -260,7 +260,9 @@ def batch_norms(last: bool, fused: bool, masked: bool = False) -> Callable[..., 
     return call
 
 
-def small_planes(g: Guard) -> Iterator[tuple[int, int, int]]:
+def trained_at_addresses(g: Guard) -> Iterator[tuple[int, int, int]]:
+    yield from ((N, C, 1) for N in (2, 35) for C in (1, 3, 31, 33, 127, 129, 515))
+    yield from ((2, 2, S) for S in (257, 289, 512, 515, 1030))
     yield from ((N, 3, S) for N in (1, 5) for S in range(2, batch_norm_small.SMALL_PLANE + 1, 5))
     yield from ((2, C, 49) for C in range(1, 30))
 
@@ -360,7 +362,7 @@ OF_EVERY_DTYPE = {
 }
 OF_FLOAT32 = {
     "a step at addresses": (row_shapes, steps_at_addresses),
-    "batch norm at addresses": (small_planes, batch_norms_at_addresses),
+    "batch norm at addresses": (trained_at_addresses, batch_norms_at_addresses),
     "evaluation at addresses": (known_statistics, known_statistics_at_addresses),
 }
 # Of these, which differ from others in options and weights alone, float32 has all: a dtype changes how elements are loaded.

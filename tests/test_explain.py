@@ -172,7 +172,7 @@ def test_copies_are_named():
 # ---------------------------------------------------------------------------------------------- paths
 def test_small_calls_by_address():
     found = explain(HF.batch_norm, torch.randn(4, 8, 6, 6), None, None, training=True)
-    assert found.path == ("kernels by address, without views: a small float32 call on the host",)
+    assert found.path == ("kernels by address, without views: a plain float32 call on the host",)
     assert [(launch.kernel, launch.reads) for launch in found.launches] == [
         ("cpu.batch_norm_small._forward", (("x", 4608, "argument input"),))
     ]

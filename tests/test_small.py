@@ -120,8 +120,12 @@ def normalization_of(x, dy, *, affine=True, running=True, training=True):
     return call
 
 
-# small planes, some of several tiles, parts of one tile, and rows of channels; more than one thread has a part of the largest
-SHAPES = [(16, 8, 4, 4), (2, 3, 2), (5, 1, 16, 16), (3, 40, 7, 7), (8, 960, 4, 4), (40, 160), (64, 1200, 1, 1)]
+# small planes, some of several tiles, parts of one tile, rows of channels, larger planes; more than one thread has a part of
+# the largest
+SHAPES = [
+    (16, 8, 4, 4), (2, 3, 2), (5, 1, 16, 16), (3, 40, 7, 7), (8, 960, 4, 4), (40, 160), (64, 1200, 1, 1), (4, 3), (3000, 37),
+    (2, 3, 17, 17), (4, 9, 60, 70),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
@@ -130,7 +134,9 @@ SHAPES = [(16, 8, 4, 4), (2, 3, 2), (5, 1, 16, 16), (3, 40, 7, 7), (8, 960, 4, 4
 def test_batch_norm(monkeypatch, taken, shape, affine, running):
     random = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(shape, generator=random) for _ in range(2))
-    found, expected = both_ways(monkeypatch, normalization_of(1e4 + x, dy, affine=affine, running=running))
+    x[: len(x) // 2] *= 1e-3
+    x[: len(x) // 2] += 1e4  # the mean of the first values is far from that of all: the sums are taken again
+    found, expected = both_ways(monkeypatch, normalization_of(x, dy, affine=affine, running=running))
     assert taken == ["forward", "backward"]
     assert_same_bits(found, expected)
 
@@ -146,8 +152,9 @@ def test_batch_norm_in_evaluation(monkeypatch, taken, shape, affine):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_channels_last(monkeypatch, taken, training):
-    x, dy = (torch.randn(8, 960, 4, 4).to(memory_format=torch.channels_last) for _ in range(2))
+@pytest.mark.parametrize("shape", [(8, 960, 4, 4), (2, 3, 4, 4), (4, 64, 30, 30)], ids=str)
+def test_channels_last(monkeypatch, taken, shape, training):
+    x, dy = (torch.randn(shape).to(memory_format=torch.channels_last) for _ in range(2))
     found, expected = both_ways(monkeypatch, normalization_of(x, dy, training=training))
     assert taken == (["forward", "backward"] if training else ["normalize", "inference_backward"])
     assert found[0].is_contiguous(memory_format=torch.channels_last)
@@ -186,14 +193,13 @@ OTHERS = {
     "probabilities": lambda: HF.cross_entropy(torch.zeros(4, 3, requires_grad=True), torch.full((4, 3), 1 / 3)),
     "a softcap": lambda: HF.cross_entropy(torch.zeros(4, 3, requires_grad=True), torch.arange(4) % 3, softcap=3.0),
     "large logits": lambda: HF.cross_entropy(torch.zeros(512, 64, requires_grad=True), torch.arange(512) % 3),
-    "no planes": lambda: HF.batch_norm(torch.randn(4, 3), None, None, training=True),
-    "channels-last": lambda: HF.batch_norm(
-        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), None, None, training=True
+    "few large planes": lambda: HF.batch_norm(torch.randn(2, 1, 400, 400), None, None, training=True),
+    "strided planes": lambda: HF.batch_norm(torch.randn(2, 3, 4, 8)[..., ::2], None, None, training=True),
+    "a large residual": lambda: HF.batch_norm(
+        torch.randn(5, 64, 32, 32), None, None, training=True, residual=torch.randn(5, 64, 32, 32)
     ),
-    "large planes": lambda: HF.batch_norm(torch.randn(2, 3, 17, 17), None, None, training=True),
-    "a residual": lambda: HF.batch_norm(torch.randn(2, 3, 4), None, None, training=True, residual=torch.randn(2, 3, 4)),
-    "an activation": lambda: HF.batch_norm(
-        torch.randn(2, 3, 4, requires_grad=True), None, None, training=True, activation="relu"
+    "an activation of large planes": lambda: HF.batch_norm(
+        torch.randn(5, 64, 32, 32), None, None, training=True, activation="relu"
     ),
 }
 

@@ -19,19 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core import arrays, dispatch, outputs
+from .._core import arrays, dispatch, outputs, record
 from .._core.arrays import Array
 from .._core.torch_internals import apply_of
 from . import batch_norm_formula, bound_launches, operators, small_calls
-from .activation import ACTIVATIONS, kept, masked
+from .activation import ACTIVATIONS, applied, kept, masked
 from .autograd import accumulate_dtype, as_dtype, empty_of, graph_is_needed
 from .batch_norm_formula import Gradients, Rest
 from .bound_launches import Call
 from .positions import Positions, packed
 from .small_calls import Way
 
-# Bytes of an input up to which fewer checks save more than a pass over the result takes: it is in a cache.
+# Bytes of a float32 input on the host up to which the residual and the activation are operations of PyTorch: fewer checks and
+# launches save more than a pass over the result takes while it is in a cache. A graph of adjacent planes has the second limit.
 MOST_BYTES = 1 << 22
+MOST_BYTES_OF_PLANES = 1 << 20
+_APART = "residual and activation apart, by PyTorch: a plain float32 call on the host that a cache holds"
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
@@ -54,19 +57,24 @@ def _for_kernels(rest: Rest) -> Rest:
     return rest if rest.counted is None else rest._replace(positions=packed(rest.counted), counted=None)
 
 
-def finished(y: Tensor, residual: Tensor | None) -> Tensor:
-    """relu(y + residual) in the place of y."""
-    return (y if residual is None else y.add_(residual)).relu_()
+def finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """a(y + residual), in the place of y where that may be."""
+    record.note(_APART, "cpu")
+    y = y if residual is None else y.add_(residual)
+    return y.relu_() if activation == "relu" else applied(y, activation)
 
 
 def may_be_finished(x: Tensor, residual: Any, activation: Any) -> bool:
-    """True for a small call that no graph can come of, whose residual is certainly right: `by_address`, then `finished`."""
-    if type(activation) is not str or activation != "relu" or torch.is_grad_enabled():  # an array has no truth value
+    """True for a small call whose residual and activation are certainly right: `by_address`, then `finished`."""
+    if activation is not None and (type(activation) is not str or activation not in ACTIVATIONS):  # an array has no truth value
         return False
-    if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_nested or x.nbytes > MOST_BYTES:
+    if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_nested:
+        return False
+    if x.nbytes > (MOST_BYTES_OF_PLANES if torch.is_grad_enabled() and x.is_contiguous() else MOST_BYTES):
         return False
     return residual is None or (
-        type(residual) is type(x) is torch.Tensor
+        type(residual) is torch.Tensor
+        and not residual.is_nested
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device

@@ -1,4 +1,4 @@
-"""Small float32 calls on the host: kernels take addresses, so that no NumPy views of tensors are made.
+"""Plain float32 calls on the host, losses of small ones: kernels take addresses, so that no NumPy views of tensors are made.
 
 Each function returns the same bits as the general path, or None for a call that it does not take.
 """
@@ -20,7 +20,7 @@ from .cross_entropy_formula import Options
 MOST_BYTES = 1 << 16
 
 _FLOAT, _FLOAT32 = np.dtype(np.float32), torch.float32
-_PATH = "kernels by address, without views: a small float32 call on the host"
+_PATH = "kernels by address, without views: a plain float32 call on the host"
 
 
 def _is_plain(v: Tensor) -> bool:
@@ -96,8 +96,8 @@ def _way(shape: torch.Size, strides: tuple[int, ...]) -> Way | None:
         sizes = count // C, C, 1
     else:
         return None
-    whole = dispatch.batch_norm_small.does_whole(*sizes)
-    return Way(sizes, 4 * count, shape, tuple(4 * s for s in strides), whole and count > C)
+    trains = count > C and dispatch.batch_norm_small.trains(*sizes)
+    return Way(sizes, 4 * count, shape, tuple(4 * s for s in strides), trains)
 
 
 def batch_norm_way(

@@ -1,7 +1,7 @@
-"""Batch normalisation of float32 by address: tiles of small planes and of rows of channels; in evaluation larger planes too.
+"""Batch normalisation of float32 by address: the loops and plans of `batch_norm.py`, without NumPy's views.
 
 The GPU has no such launcher: there a launch takes addresses anyway. Arrays are (N, C, S), contiguous, S = 1 for rows of
-channels; which of them training takes, `does_whole` says.
+channels; which of them training takes, `trains` says.
 """
 
 from __future__ import annotations
@@ -15,38 +15,126 @@ import numpy as np
 from ._batch_norm import lines
 from ._batch_norm import planes as _planes
 from ._batch_norm import tiles as _tiles
-from ._batch_norm.statistics import finish_gradients, merge
+from ._batch_norm.statistics import better_shifts, finish_all, finish_gradients, first_means, merge
 from ._numba import threads
 from ._numba.by_address import floats, planes, vector_or
 from ._numba.compile import inline, kernel
 from ._numba.simd import streamed
 from ._numba.threads import Moves, moving, run
 from ._numba.views import line_of
-from .channel_plan import BLOCK_ROWS, PLANE, SMALL_PLANE, SUM_AND_RESULT_LINE, flat_blocks, strip, tiles
+from .channel_plan import (
+    BLOCK_ROWS,
+    PLANE,
+    SMALL_PLANE,
+    SUM_AND_RESULT_LINE,
+    BatchNormPlan,
+    Layout,
+    flat_blocks,
+    plan_backward,
+    plan_forward,
+    tiles,
+)
 
-__all__ = ["backward", "does_whole", "forward", "inference_backward", "normalize"]
+__all__ = ["backward", "forward", "inference_backward", "normalize", "trains"]
 
 FEWEST_OF_A_PLANE = 16  # the smallest plane that is worth a loop of its own
+
+
+# ---------------------------------------------------------------------------------------------- training, whole channels
+@inline
+def _forward_operands(x_at, gamma_at, beta_at, y_at, stats_at, running_mean_at, running_var_at, N, C, S) -> Any:
+    """x, gamma, beta, y, mean, var, rstd, running_mean and running_var."""
+    x, y, stats = planes(x_at, N, C, S), planes(y_at, N, C, S), floats(stats_at, (4, C))
+    gamma, beta = vector_or(gamma_at, C, 1.0), vector_or(beta_at, C, 0.0)
+    kept = C if running_mean_at else 0
+    running_mean, running_var = floats(running_mean_at, kept), floats(running_var_at, kept)
+    return x, gamma, beta, y, stats[:2], stats[3], stats[2], running_mean, running_var
+
+
+@inline
+def _backward_operands(dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S) -> Any:
+    """dy, x, mean, rstd, gamma, dx, dgamma and dbeta."""
+    dy, x, dx = planes(dy_at, N, C, S), planes(x_at, N, C, S), planes(dx_at, N, C, S)
+    stats, gamma = floats(stats_at, (3, C)), vector_or(gamma_at, C, 1.0)
+    return dy, x, stats[:2], stats[2], gamma, dx, floats(dgamma_at, C), floats(dbeta_at, C)
 
 
 @kernel
 def _forward(
     first, last, group, x_at, gamma_at, beta_at, y_at, stats_at, running_mean_at, running_var_at, N, C, S, eps, momentum
 ) -> None:  # fmt: skip
-    x, y, stats = planes(x_at, N, C, S), planes(y_at, N, C, S), floats(stats_at, (4, C))
-    gamma, beta = vector_or(gamma_at, C, 1.0), vector_or(beta_at, C, 0.0)
-    kept = C if running_mean_at else 0
-    running_mean, running_var = floats(running_mean_at, kept), floats(running_var_at, kept)
-    results = stats[:2], stats[3], stats[2], running_mean, running_var
-    _tiles.forward(first, last, group, x, gamma, beta, y, *results, eps, momentum, None, None)
+    of = _forward_operands(x_at, gamma_at, beta_at, y_at, stats_at, running_mean_at, running_var_at, N, C, S)
+    _tiles.forward(first, last, group, *of, eps, momentum, None, None)
+
+
+@kernel
+def _forward_planes(
+    first, last, group, x_at, gamma_at, beta_at, y_at, stats_at, running_mean_at, running_var_at, N, C, S, eps, momentum
+) -> None:  # fmt: skip
+    of = _forward_operands(x_at, gamma_at, beta_at, y_at, stats_at, running_mean_at, running_var_at, N, C, S)
+    _planes.forward(first, last, group, *of, eps, momentum, None, None, None)
 
 
 @kernel
 def _backward(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S) -> None:
-    dy, x, dx = planes(dy_at, N, C, S), planes(x_at, N, C, S), planes(dx_at, N, C, S)
-    stats, gamma = floats(stats_at, (3, C)), vector_or(gamma_at, C, 1.0)
-    dgamma, dbeta = floats(dgamma_at, C), floats(dbeta_at, C)
-    _tiles.backward(first, last, group, dy, x, stats[:2], stats[2], gamma, dx, dgamma, dbeta, None, None, None, None)
+    of = _backward_operands(dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S)
+    _tiles.backward(first, last, group, *of, None, None, None, None)
+
+
+@kernel
+def _backward_planes(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S) -> None:
+    of = _backward_operands(dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S)
+    _planes.backward(first, last, group, *of, None, None, None, None, None)
+
+
+# ---------------------------------------------------------------------------------------------- training, split rows
+@kernel
+def _row_shifts(x_at, N, C, S, shift) -> None:
+    first_means(planes(x_at, N, C, S), None, shift)
+
+
+@kernel
+def _row_sums(first, last, rows, x_at, N, C, S, shift, partial) -> None:
+    lines.sums(first, last, rows, planes(x_at, N, C, S), shift, partial, None)
+
+
+@kernel
+def _row_statistics(partial, shift, again, stats_at, running_mean_at, running_var_at, C, m, eps, momentum) -> int:
+    """The statistics from the sums; 1, and none, if `shift` has become better and the sums are not taken `again` already."""
+    sums = np.empty((2, C))
+    merge(partial, sums)
+    if not again and better_shifts(shift, sums, m):
+        return 1
+    stats, kept = floats(stats_at, (4, C)), C if running_mean_at else 0
+    running_mean, running_var = floats(running_mean_at, kept), floats(running_var_at, kept)
+    finish_all(shift, sums, m, eps, momentum, stats[:2], stats[3], stats[2], running_mean, running_var)
+    return 0
+
+
+@kernel
+def _row_results(first, last, blocks, rows, x_at, gamma_at, beta_at, y_at, stats_at, N, C, S) -> None:
+    stats, beta = floats(stats_at, (4, C)), vector_or(beta_at, C, 0.0)
+    scale, x, y = stats[2] * vector_or(gamma_at, C, 1.0), planes(x_at, N, C, S), planes(y_at, N, C, S)
+    lines.normalize(first, last, blocks, rows, x, stats[:2], scale, beta, y, None, None, None)
+
+
+@kernel
+def _row_gradient_sums(first, last, rows, dy_at, x_at, stats_at, N, C, S, partial) -> None:
+    stats, no_dx = floats(stats_at, (3, C)), planes(x_at, 0, 0, 0)
+    dy, x = planes(dy_at, N, C, S), planes(x_at, N, C, S)
+    lines.gradient_sums(first, last, rows, dy, x, stats[:2], stats[2], no_dx, partial, None, None, None, None, None)
+
+
+@kernel
+def _row_gradients(
+    first, last, blocks, rows, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S
+) -> None:  # fmt: skip
+    dy, x, mean, rstd, gamma, dx, dgamma, dbeta = _backward_operands(
+        dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S
+    )  # fmt: skip
+    m = np.float32(N * S)
+    b, k = dbeta / m, rstd * (dgamma / m)
+    lines.apply(first, last, blocks, rows, dy, x, mean, rstd * gamma, b, k, dx, None, None, None, None, None)
 
 
 # ---------------------------------------------------------------------------------------------- backward of known statistics
@@ -163,22 +251,25 @@ def _normalize_rows(
     streamed()
 
 
-moving(Moves(("x_at",), ("y_at",)), _forward, _normalize_tiles, _normalize_planes, _normalize_small_planes, _normalize_rows)
-moving(Moves(("dy_at", "x_at"), ("dx_at",)), _backward, _inference_tiles, _inference_planes, _inference_rows)
+moving(Moves(("x_at",)), _row_sums)
+moving(Moves(("x_at",), ("y_at",)), _forward, _forward_planes, _row_results)
+moving(Moves(("x_at",), ("y_at",)), _normalize_tiles, _normalize_planes, _normalize_small_planes, _normalize_rows)
+moving(Moves(("dy_at", "x_at")), _row_gradient_sums)
+moving(Moves(("dy_at", "x_at"), ("dx_at",)), _backward, _backward_planes, _row_gradients)
+moving(Moves(("dy_at", "x_at"), ("dx_at",)), _inference_tiles, _inference_planes, _inference_rows)
 
 
 @functools.lru_cache(1024)
-def _group(N: int, C: int, S: int) -> int:
-    """Channels of a tile where channels are done whole, by `batch_norm` too; else 0."""
-    if S == 1:
-        return strip(N, C, 4)
-    group, parts = tiles(N, C, S, 4) if S <= SMALL_PLANE else (0, 0)
-    return group if parts == 1 else 0
+def _plans(N: int, C: int, S: int) -> tuple[BatchNormPlan, BatchNormPlan]:
+    """The plans of `batch_norm.forward` and `batch_norm.backward`."""
+    strides = 4 * C * S, 4 * S, 4
+    of = Layout((N, C, S), 4, (strides, strides))
+    return plan_forward(of), plan_backward(of._replace(strides=(strides, strides, strides)))
 
 
-def does_whole(N: int, C: int, S: int) -> bool:
-    """True for what `forward` and `backward` take."""
-    return _group(N, C, S) > 0
+def trains(N: int, C: int, S: int) -> bool:
+    """True for what `forward` and `backward` take: channels that are done whole, and rows of channels."""
+    return S == 1 or _plans(N, C, S)[0].whole is not None
 
 
 def forward(
@@ -186,17 +277,47 @@ def forward(
     *, eps: float, momentum: float,
 ) -> None:  # fmt: skip
     """`batch_norm.forward`; stats (4, C): mean (2, C), rstd, var."""
-    group = _group(N, C, S)
+    plan, _ = _plans(N, C, S)
     operands = x, gamma, beta, y, stats, running_mean, running_var, N, C, S, float(eps), float(momentum)
-    run(_forward, -(-C // group), 12 * N * C * S, group, *operands)
+    if plan.whole is None:
+        _forward_rows(plan, *operands)
+        return
+    of = plan.whole
+    run(_forward if of.loops == "tiles" else _forward_planes, of.blocks, 12 * N * C * S, *of.told, *operands)
+
+
+def _forward_rows(plan, x, gamma, beta, y, stats, running_mean, running_var, N, C, S, eps, momentum) -> None:
+    of, nbytes, m = plan.sums, 4 * N * C * S, float(N * S)
+    shift, partial = np.empty(C), np.empty((of.partial, 2, C))
+    _row_shifts(x, N, C, S, shift)
+    for again in (False, True):
+        run(_row_sums, of.blocks, nbytes, *of.told, x, N, C, S, shift, partial)
+        if not _row_statistics(partial, shift, again, stats, running_mean, running_var, C, m, eps, momentum):
+            break
+    of = plan.result
+    run(_row_results, of.blocks, 2 * nbytes, *of.told, x, gamma, beta, y, stats, N, C, S)
 
 
 def backward(
     dy: int, x: int, stats: int, gamma: int, dx: int, dgamma: int, dbeta: int, N: int, C: int, S: int
 ) -> None:  # fmt: skip
     """`batch_norm.backward`; of `stats` three rows count."""
-    group, cost = _group(N, C, S), 20 * N * C * S
-    run(_backward, -(-C // group), cost, group, dy, x, stats, gamma, dx, dgamma, dbeta, N, C, S)
+    _, plan = _plans(N, C, S)
+    operands = dy, x, stats, gamma, dx, dgamma, dbeta, N, C, S
+    of = plan.whole
+    if of is not None:
+        run(_backward if of.loops == "tiles" else _backward_planes, of.blocks, 20 * N * C * S, *of.told, *operands)
+        return
+    _backward_rows(plan, *operands)
+
+
+def _backward_rows(plan, dy, x, stats, gamma, dx, dgamma, dbeta, N, C, S) -> None:
+    of, nbytes = plan.sums, 4 * N * C * S
+    partial = np.empty((of.partial, 2, C))
+    run(_row_gradient_sums, of.blocks, 2 * nbytes, *of.told, dy, x, stats, N, C, S, partial)
+    _finish_gradients(partial, stats, dgamma, dbeta, C)
+    of = plan.result
+    run(_row_gradients, of.blocks, 3 * nbytes, *of.told, dy, x, stats, gamma, dx, dgamma, dbeta, N, C, S)
 
 
 def inference_backward(
