@@ -60,9 +60,10 @@ def seconds(kernels: Mapping[str, Kernel], device: Device) -> float:
 def kernel_seconds(kernel: Kernel, device: Device, earlier: int = 0) -> float:
     """Of one launch's work. earlier: bytes that the launch before it read, of the same tensors, 0 if there was none."""
     clock = CLOCKS[device.name]
-    program = _Program(kernel, device, clock, earlier)
     at_once = max(occupancy.programs(device, clock.arch, kernel["registers"], kernel["warps"], kernel["shared"]), 1)
-    full, rest = divmod(-(-kernel["grid"] // device.multiprocessors), at_once)
+    of_each = -(-kernel["grid"] // device.multiprocessors)
+    full, rest = divmod(of_each, at_once)
+    program = _Program(kernel, device, clock, earlier, min(at_once, of_each))
     cycles = (full * program.cycles(at_once) if full else 0.0) + (program.cycles(rest) if rest else 0.0)
     return cycles / clock.frequency
 
@@ -70,14 +71,14 @@ def kernel_seconds(kernel: Kernel, device: Device, earlier: int = 0) -> float:
 class _Program:
     """A program of a launch, among others on its multiprocessor; times in cycles, bytes of a program."""
 
-    def __init__(self, kernel: Kernel, device: Device, clock: Clock, earlier: int) -> None:
+    def __init__(self, kernel: Kernel, device: Device, clock: Clock, earlier: int, at_once: int) -> None:
         grid, self.warps, self.clock = kernel["grid"], kernel["warps"], clock
         read, written = kernel.get("read", 0) / grid, kernel.get("written", 0) / grid
         self.parts, again = _with_trips(kernel["parts"], read / self.warps)
         again *= self.warps
         kept = CACHE_KEPT * device.l2
         cached = read * min(kept / (read * grid), 1.0) if earlier and read else 0.0  # what the launch before left in L2
-        cached += again * min(kept / (read * device.multiprocessors), 1.0) if again else 0.0
+        cached += again * min(kept / (read * device.multiprocessors * at_once), 1.0) if again else 0.0
         share = REACHED * device.bandwidth / clock.frequency  # bytes a cycle, of all
         rate = min(share / min(grid, device.multiprocessors), PORT)
         loaded = (read + again - cached) / rate

@@ -222,10 +222,14 @@ def test_nothing_of_a_long_row_stays_that_is_not_needed_again(V, S, itemsize, mo
     p = R.plan_rows(V, S, itemsize, mode, unit_s, extra_per_lane, row_reused=False, rows_ahead=0)
     grouped = R.plan_rows(V, S, itemsize, mode, unit_s, extra_per_lane, row_reused=False, rows_ahead=rows_ahead)
     kept = R.plan_rows(V, S, itemsize, mode, unit_s, extra_per_lane)
-    if grouped != p:  # a loss without options: two numbers an access of 8 logits
+    if grouped != p and lanes(V, itemsize, mode) <= 4096:  # a loss without options: fewer warps, up to 64 values a thread
+        assert (rows_ahead, extra_per_lane, mode == P.STRIDED) == (1, 0, False)
+        assert replace(grouped, num_warps=p.num_warps) == p
+        assert grouped.num_warps < p.num_warps
+        assert 64 * 32 * grouped.num_warps >= grouped.BLOCK_R * grouped.KEEP
+    elif grouped != p:  # two numbers an access of 8 logits
         assert rows_ahead, "only where the registers are not taken"
         assert (itemsize, extra_per_lane, mode == P.STRIDED) == (2, 0, False)
-        assert lanes(V, itemsize, mode) > 4096
         assert (grouped.KEEP, grouped.FITS, grouped.BLOCK_R) == (0, False, 1)
         assert grouped.BLOCK_V // (32 * grouped.num_warps) <= ELEMENTS
     if unit_s and S > 1:
@@ -251,6 +255,29 @@ def test_plan_columns(V, S, itemsize, mode, unit_s):
     assert p.BLOCK_R < 2 * S
     if p.columns > 1:
         assert p.BLOCK_V % (16 // itemsize) == 0
+    if mode != P.STRIDED and itemsize < 8:
+        light = R.plan_columns(V, S, itemsize, mode, unit_s, light=True, device=B200)
+        assert replace(light, num_warps=p.num_warps) == p
+        assert p.num_warps == max(p.BLOCK_R * p.BLOCK_V * itemsize // 2048, 1), "64 bytes a thread"
+        fewer = itemsize == 2 and p.BLOCK_R == 1 and p.num_warps > 1
+        assert light.num_warps * (1 + fewer) == p.num_warps, "and 128 where instructions are the limit"
+        assert R.plan_columns(V, S, itemsize, mode, unit_s, light=True, device=H100) == p
+
+
+@pytest.mark.parametrize(
+    ("device", "V", "itemsize", "keep", "block_v", "num_warps"),
+    [
+        (B200, 128256, 2, 4096, 4096, 4),  # two rows of each multiprocessor fit in L2
+        (B200, 50257, 4, 8192, 4096, 4),
+        (B200, 128256, 4, 32768, 8192, 16),
+        (H100, 50257, 2, 8192, 8192, 8),
+        (H100, 128256, 2, 32768, 16384, 16),
+        (A100, 50257, 4, 32768, 8192, 16),
+    ],
+)
+def test_programs_are_small_where_the_cache_holds_their_rows(device, V, itemsize, keep, block_v, num_warps):
+    p = R.plan_rows(V, 1, itemsize, R.ALIGNED, False, device=device)
+    assert (p.KEEP, p.BLOCK_V, p.num_warps, p.programs) == (keep, block_v, num_warps, 0)
 
 
 @pytest.mark.parametrize("V", [1, 2, 10, 1000, 50257, 128256, 2**20])

@@ -131,7 +131,8 @@ def _eager_with_graph(logits: Tensor, target: Tensor, rest: Rest, gradient: str)
     """The loss, and the numbers of every row where more than three are asked for."""
     differentiated = logits.requires_grad
     if rest.call is not None and rest.call.launches is not None:
-        return _apply_again(logits, target, rest._replace(at_once=gradient == "forward" and differentiated))
+        at_once = gradient == "forward" and differentiated
+        return _apply_again(logits, target, rest._replace(at_once=True) if at_once else rest)
     at_once = gradient != "backward" and differentiated and not target.requires_grad
     if at_once and rest.options.reduction != "none" and dispatch.backend(logits) == "cpu":
         # a small call costs less than to remember its upstream gradient

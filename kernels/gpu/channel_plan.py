@@ -82,7 +82,7 @@ def plan_batch_norm(
         stages = 1
     long = values_a_thread * 32 * num_warps
     # 64-bit addresses would spill with two operands and many edges: a FLAT tile has 32-bit ones
-    short_of_registers = mode == SHIFTED and itemsize == operands == 2 and may_be_flat
+    short_of_registers = mode == SHIFTED and itemsize != 8 and operands == 2 and may_be_flat
     flat, fits = False, True
     if whole and channels_last and next_power_of_2(S) * min(next_power_of_2(C), 32 // itemsize) <= most:
         block_c, block_n, block_l = min(next_power_of_2(C), 64), 1, next_power_of_2(S)
@@ -115,7 +115,7 @@ def plan_batch_norm(
     elif fits:
         splits, stages = 1, 1
         of_each = cdiv(channel_blocks, device.multiprocessors)  # programs a multiprocessor
-        many_edges = 2 * edges * block_n >= elements
+        many_edges = 2 * edges * (next_power_of_2(N) if flat else block_n) >= elements
         num_warps = _resident_warps(elements, many_edges, itemsize, mode, channels_last, operands, busy, of_each)
         if masked and mode == SHIFTED and operands == 1 and elements >= 16384:
             num_warps = 16
@@ -167,17 +167,17 @@ def _halvings(
 # Registers are what the compiler takes: from them follows how many programs fill a device. Found with the time model of an
 # H100.
 LONG = {
-    (True, 1): {2: (16, 4, 64, 2), 4: (16, 4, 64, 2), 8: (4, 8, 64, 1)},
+    (True, 1): {2: (32, 2, 80, 2), 4: (16, 4, 64, 2), 8: (4, 8, 64, 1)},
     (True, 2): {2: (16, 8, 64, 2), 4: (16, 4, 64, 2), 8: (4, 8, 64, 1)},
-    (False, 1): {2: (16, 8, 40, 1), 4: (16, 4, 40, 1), 8: (8, 8, 64, 1)},
+    (False, 1): {2: (16, 2, 40, 1), 4: (16, 4, 40, 1), 8: (8, 8, 64, 1)},
     (False, 2): {2: (16, 8, 40, 1), 4: (16, 8, 48, 1), 8: (8, 8, 64, 1)},
 }
 # a thread has 8 channels of 2 bytes, or 4 of 4 bytes, and keeps the numbers of each
 LONG_CHANNELS_LAST = {
     (True, 1): {2: (32, 4, 128, 2), 4: (16, 4, 64, 1), 8: (4, 8, 64, 1)},
-    (True, 2): {2: (32, 4, 128, 1), 4: (16, 8, 64, 2), 8: (4, 8, 64, 1)},
+    (True, 2): {2: (32, 4, 128, 2), 4: (16, 8, 64, 2), 8: (4, 8, 64, 1)},
     (False, 1): {2: (16, 4, 80, 1), 4: (16, 8, 80, 1), 8: (8, 8, 64, 1)},
-    (False, 2): {2: (8, 8, 40, 1), 4: (8, 8, 64, 1), 8: (8, 8, 64, 1)},
+    (False, 2): {2: (8, 4, 80, 1), 4: (8, 8, 64, 1), 8: (8, 8, 64, 1)},
 }
 
 

@@ -170,11 +170,14 @@ def backward(
     z, target, upstream, dz = (rows_along_s(x) for x in (z, target, upstream, dz))
     N, V, S = z.shape
     strides, fixed, constants = _call(z, target, dz, options)
-    plan = plan_columns(V, S, z.element_size(), constants["MODE"], unit_s=z.stride(2) == 1 and z.stride(1) != 1)
+    plan = plan_columns(
+        V, S, z.element_size(), constants["MODE"], unit_s=z.stride(2) == 1 and z.stride(1) != 1,
+        light=not (constants["DENSE"] or constants["CAPPED"] or unless_one), device=device_of(z),
+    )  # fmt: skip
     tiles, columns = cdiv(S, plan.BLOCK_R), plan.columns
     programs, per_program = N * tiles * columns, 0
     if unless_one:
-        per_program = cdiv(N * tiles, device_of(z).multiprocessors * 8)
+        per_program = cdiv(N * tiles, device_of(z).multiprocessors * 4)
         programs = cdiv(N * tiles, per_program)
     launch(
         _backward_kernel, programs,

@@ -28,6 +28,11 @@ class Device:
     bandwidth: float  # bytes a second
     in_flight: int  # bytes in flight that a multiprocessor needs
 
+    @property
+    def short_of_instructions(self) -> bool:
+        """Whether a multiprocessor gets so many bytes (a B200: 54 GB/s, an H100: 25) that instructions are the limit sooner."""
+        return self.bandwidth / self.multiprocessors > 45e9
+
 
 A100 = Device("A100", 108, 65536, 2048, 164 << 10, 40 << 20, 1.555e12, 16 << 10)
 H100 = Device("H100", 132, 65536, 2048, 228 << 10, 50 << 20, 3.35e12, 32 << 10)

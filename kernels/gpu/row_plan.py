@@ -103,14 +103,14 @@ def plan_rows(
         if not row_reused and not neighbours:  # a program reads, reduces and ends: smaller ones, and more of them
             while block_r > 1 and num_warps > 4:
                 block_r, num_warps = block_r // 2, num_warps // 2
+            plain = rows_ahead > 0 and not extra_per_lane and itemsize < 8 and mode != STRIDED
+            if plain:  # a loss without options: 64 values a thread
+                num_warps = cdiv(block_r * keep, 2048)
         registers = _registers_of_one_tile(itemsize, mode, extra_per_lane, keep, num_warps, row_reused and not rows_ahead)
         return RowPlan(block_r, keep, keep, True, num_warps, registers=registers)
     plain = mode != STRIDED and itemsize < 8 and not neighbours and not dense
     if plain and (not extra_per_lane or (extra_per_lane == 1 and tensors == 2 and itemsize == 2)):
-        # of two half-precision tensors fewer lanes stay, so that a multiprocessor holds two programs: the cache has the rest
-        keep = resident if not extra_per_lane else 8192
-        rows_ahead = min(64 << 10, device.shared_memory // 2) // (8192 * itemsize * tensors)
-        return RowPlan(block_r, keep, 8192, False, 16, min(1 + rows_ahead, 5), registers=64 if extra_per_lane else None)
+        return _plain_long_row(V, itemsize, block_r, resident, tensors, extra_per_lane, device)
     keep, block_v, num_warps = _tiles_of_a_long_row(resident, itemsize, mode, neighbours, extra_per_lane, dense)
     in_turn_or_on_16 = row_reused and (rows_ahead > 0 or mode == ALIGNED)
     # of neighbours as many as 16 warps may have: told so, ptxas does not spill
@@ -119,6 +119,24 @@ def plan_rows(
         of_neighbours if neighbours else _registers_of_tiles(itemsize, mode, extra_per_lane, num_warps, in_turn_or_on_16)
     )
     return RowPlan(block_r, keep, max(min(keep, block_v), 1), False, num_warps, registers=registers)
+
+
+def _plain_long_row(
+    V: int, itemsize: int, block_r: int, resident: int, tensors: int, extra_per_lane: int, device: Device
+) -> RowPlan:  # fmt: skip
+    """A row without options of which a part stays, and the rest is read again: from the cache, if it holds the rows of all
+    programs."""
+    if extra_per_lane:  # of two half-precision tensors fewer lanes stay, so that a multiprocessor holds two programs
+        ahead = min(64 << 10, device.shared_memory // 2) // (8192 * itemsize * tensors)
+        return RowPlan(block_r, 8192, 8192, False, 16, min(1 + ahead, 5), registers=64)
+    two_cached = 2 * V * itemsize * device.multiprocessors <= 0.6 * device.l2
+    if two_cached and device.short_of_instructions:
+        return RowPlan(block_r, 2048 * itemsize, 4096, False, 4, 2)
+    if two_cached and itemsize == 2:
+        return RowPlan(block_r, 8192, 8192, False, 8, 2, registers=128)
+    if itemsize == 2:
+        return RowPlan(block_r, resident, 16384, False, 16, 2)
+    return RowPlan(block_r, resident, 8192, False, 16, 1 + min(64 << 10, device.shared_memory // 2) // (8192 * itemsize))
 
 
 def _tiles_of_a_long_row(
@@ -201,18 +219,27 @@ class ColumnPlan:
     num_warps: int
 
 
-def plan_columns(V: int, S: int, itemsize: int, mode: int, unit_s: bool, tensors: int = 1) -> ColumnPlan:
-    """The plan for an elementwise pass over rows of V values, S of them neighbours; arguments as in `plan_rows`."""
+def plan_columns(
+    V: int, S: int, itemsize: int, mode: int, unit_s: bool, tensors: int = 1, light: bool = False, device: Device = H100
+) -> ColumnPlan:
+    """The plan for an elementwise pass over rows of V values, S of them neighbours; arguments as in `plan_rows`.
+
+    light: there are few numbers beside each value: no q, no softcap.
+    """
     lanes = body_lanes(V, itemsize, mode)
     crowded = mode == STRIDED or itemsize == 8 or tensors > 1
-    tile = 2048 if crowded else 4096
+    tile = 2048 if crowded or itemsize == 4 else 4096
     if unit_s and S > 1:
         block_r = min(next_power_of_2(S), 128 // itemsize)
     else:
         block_r = max(1, min(next_power_of_2(S), tile // next_power_of_2(lanes)))
     block_v = min(next_power_of_2(lanes), tile // block_r)
-    spread = 2 if crowded or (mode == ALIGNED and itemsize == 4) else 1
-    return ColumnPlan(block_r, block_v, cdiv(lanes, block_v), warps_for(spread * block_r * block_v))
+    if crowded:
+        num_warps = warps_for(2 * block_r * block_v)
+    else:  # 64 bytes a thread: what a thread does once a row and once an access is shared by more values
+        bytes_a_thread = 128 if light and itemsize == 2 and block_r == 1 and device.short_of_instructions else 64
+        num_warps = max(block_r * block_v * itemsize // (32 * bytes_a_thread), 1)
+    return ColumnPlan(block_r, block_v, cdiv(lanes, block_v), num_warps)
 
 
 @dataclass(frozen=True)

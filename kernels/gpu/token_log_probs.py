@@ -257,7 +257,8 @@ def backward(
     z, target, dz = (rows_along_s(x) for x in (z, target, dz))
     N, V, S = z.shape
     mode = access_mode(1, z)
-    plan = plan_columns(V, S, z.element_size(), mode, unit_s=z.stride(2) == 1 and z.stride(1) != 1)
+    unit_s = z.stride(2) == 1 and z.stride(1) != 1
+    plan = plan_columns(V, S, z.element_size(), mode, unit_s, light=True, device=device_of(z))
     tiles = cdiv(S, plan.BLOCK_R)
     strides = [stride for g in upstream for stride in ((0, 0) if g is None else g.stride())]
     launch(
