@@ -331,7 +331,7 @@ def failing(tree: Path, leg: str, options: list[str]) -> str:
             time.sleep(0.02)
         said.seek(0)
         text = said.read()
-    if ended[1] == 0:
+    if os.waitstatus_to_exitcode(ended[1]) in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
         return ""
     named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", text, re.MULTILINE)
     return named[1] if named else f"the process ended with {os.waitstatus_to_exitcode(ended[1])}: {text[-200:]!r}"

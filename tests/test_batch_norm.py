@@ -180,7 +180,7 @@ def test_long_channels(tensors, multiprocessors, rng, shape, axis):
 
 
 @pytest.mark.parametrize("multiprocessors", [1], indirect=True, ids=["many channels"])
-@pytest.mark.parametrize("shape", [(2, 20, 3), (2, 37, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 20, 3), (2, 37, 4), (2, 20, 33)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_several_channels_a_program(tensors, multiprocessors, rng, shape, dtype):
     """A device with one multiprocessor makes the plan of many small channels choose itself for few."""

@@ -192,6 +192,11 @@ def extreme_points(n):
     return np.column_stack([x, np.full(n, 1.7e308), np.full(n, -3e-310)])
 
 
+def test_blocks_before_a_variable_outgrows_its_unit_still_count(tensors):
+    x = np.repeat([0.75, 1.5], 128)[:, None] * 2.0**480
+    assert tensors.numpy(moments(tensors.array(x, "float64")).mean) == pytest.approx(1.125 * 2.0**480, rel=1e-14)
+
+
 @pytest.mark.parametrize("n", [2, 150, 1300], ids=["a block", "blocks", "runs"])
 def test_moments_at_both_ends_of_float64(tensors, n):
     x = extreme_points(n)
