@@ -197,7 +197,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out[f"{kind}: {why}"] = len(on_kit)
     config.stash[LEFT_OUT] = {reason: n for reason, n in left_out.items() if n}
     config.hook.pytest_deselected(items=[item for item in items if reasons[item]])
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
     items[:] = long_ones_first([item for item in items if not reasons[item]], workers)
     if leg.device != "cuda":
         for item in items:
