@@ -418,8 +418,7 @@ def linear_distillation_loss(
     The chunks are half of `linear_cross_entropy`'s, for they hold two sets of logits; `chunk_rows` sets them. The backward pass
     makes each chunk's logits again: six products in all for the student's gradients, and two more for the teacher's, which are
     made where its tensors ask for them; logits of both sides of at most 32 MB, or of chunk_rows that are all rows, are held
-    instead. The gradients of weight and bias are summed over chunks in float32 (docs/derivations.md,
-    sections 3.7 and 3.9).
+    instead. The gradients of weight and bias are summed over chunks in float32 (docs/derivations.md, sections 3.7 and 3.9).
 
     student_input: (…, D) of float16, bfloat16, float32 or float64; student_weight: (V, D), student_bias: (V,), of its dtype.
     teacher_input: (…, E), of student's rows; teacher_weight: (V, E), teacher_bias: (V,), of teacher_input's dtype: any for half

@@ -414,7 +414,7 @@ def main(dtype: str, note_path: str, once: bool) -> None:
                 os._exit(status)
         os.close(writer)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        begun = len(os.read(reader, len(remaining)))
+        begun = max(len(os.read(reader, len(remaining))), 1)  # it may have died before it began
         os.close(reader)
         if code:
             print(f"{os.pread(note, 200, 0).decode().strip()}: status {code}", flush=True)

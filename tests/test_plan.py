@@ -265,18 +265,19 @@ def test_plan_columns(V, S, itemsize, mode, unit_s):
 
 
 @pytest.mark.parametrize(
-    ("device", "V", "itemsize", "keep", "block_v", "num_warps"),
+    ("device", "V", "itemsize", "rows_ahead", "keep", "block_v", "num_warps"),
     [
-        (B200, 128256, 2, 4096, 4096, 4),  # two rows of each multiprocessor fit in L2
-        (B200, 50257, 4, 8192, 4096, 4),
-        (B200, 128256, 4, 32768, 8192, 16),
-        (H100, 50257, 2, 8192, 8192, 8),
-        (H100, 128256, 2, 32768, 16384, 16),
-        (A100, 50257, 4, 32768, 8192, 16),
+        (B200, 128256, 2, 1, 4096, 4096, 4),  # a loss, two rows of each multiprocessor fit in L2
+        (B200, 50257, 4, 1, 8192, 4096, 4),
+        (B200, 50257, 2, 2, 32768, 16384, 16),  # a softmax
+        (B200, 128256, 4, 1, 32768, 8192, 16),
+        (H100, 50257, 2, 1, 32768, 16384, 16),
+        (H100, 128256, 2, 1, 32768, 16384, 16),
+        (A100, 50257, 4, 1, 32768, 8192, 16),
     ],
 )
-def test_programs_are_small_where_the_cache_holds_their_rows(device, V, itemsize, keep, block_v, num_warps):
-    p = R.plan_rows(V, 1, itemsize, R.ALIGNED, False, device=device)
+def test_programs_are_small_where_the_cache_holds_their_rows(device, V, itemsize, rows_ahead, keep, block_v, num_warps):
+    p = R.plan_rows(V, 1, itemsize, R.ALIGNED, False, rows_ahead=rows_ahead, device=device)
     assert (p.KEEP, p.BLOCK_V, p.num_warps, p.programs) == (keep, block_v, num_warps, 0)
 
 

@@ -30,7 +30,10 @@ ALLOWED: dict[str, tuple[int, str]] = {
         13, "short rows of halves: the sum of all losses, which the last program makes, takes 15 to 30 registers of each"
     ),
     r"^token log probs 4096x100[01]x1 .*_backward_kernel": (
-        12, "short rows: a tile of several, each with its class's logit and three upstream gradients, takes registers"
+        8, "short rows: a tile of several, each with its class's logit and three upstream gradients, takes registers"
+    ),
+    r"^cross entropy at once, hard 256x65536x1 b?float16, _forward_kernel, 100$": (
+        16, "256 rows are two small programs a multiprocessor, which has room for nine: predicted 22 us, of one large each 23"
     ),
     r"^distillation .* 4096x100[01]x1 .*, _(divergence|jensen_shannon|backward)_kernel": (
         8, "short rows: the sums of a divergence, and the logarithms of a mixture, take the registers of loads"

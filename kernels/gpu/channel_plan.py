@@ -80,6 +80,8 @@ def plan_batch_norm(
         values_a_thread = 4
     if masked and operands == 1:
         stages = 1
+        if mode == SHIFTED and not sums:
+            num_warps = 8  # fewer would spill with the edges
     long = values_a_thread * 32 * num_warps
     # 64-bit addresses would spill with two operands and many edges: a FLAT tile has 32-bit ones
     short_of_registers = mode == SHIFTED and itemsize != 8 and operands == 2 and may_be_flat

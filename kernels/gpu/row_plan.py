@@ -110,7 +110,7 @@ def plan_rows(
         return RowPlan(block_r, keep, keep, True, num_warps, registers=registers)
     plain = mode != STRIDED and itemsize < 8 and not neighbours and not dense
     if plain and (not extra_per_lane or (extra_per_lane == 1 and tensors == 2 and itemsize == 2)):
-        return _plain_long_row(V, itemsize, block_r, resident, tensors, extra_per_lane, device)
+        return _plain_long_row(V, itemsize, block_r, resident, tensors, extra_per_lane, rows_ahead, device)
     keep, block_v, num_warps = _tiles_of_a_long_row(resident, itemsize, mode, neighbours, extra_per_lane, dense)
     in_turn_or_on_16 = row_reused and (rows_ahead > 0 or mode == ALIGNED)
     # of neighbours as many as 16 warps may have: told so, ptxas does not spill
@@ -122,18 +122,16 @@ def plan_rows(
 
 
 def _plain_long_row(
-    V: int, itemsize: int, block_r: int, resident: int, tensors: int, extra_per_lane: int, device: Device
-) -> RowPlan:  # fmt: skip
+    V: int, itemsize: int, block_r: int, resident: int, tensors: int, extra_per_lane: int, rows_ahead: int, device: Device
+) -> RowPlan:
     """A row without options of which a part stays, and the rest is read again: from the cache, if it holds the rows of all
     programs."""
     if extra_per_lane:  # of two half-precision tensors fewer lanes stay, so that a multiprocessor holds two programs
         ahead = min(64 << 10, device.shared_memory // 2) // (8192 * itemsize * tensors)
         return RowPlan(block_r, 8192, 8192, False, 16, min(1 + ahead, 5), registers=64)
     two_cached = 2 * V * itemsize * device.multiprocessors <= 0.6 * device.l2
-    if two_cached and device.short_of_instructions:
+    if two_cached and device.short_of_instructions and rows_ahead == 1:  # a loss; of a softmax larger ones take less time
         return RowPlan(block_r, 2048 * itemsize, 4096, False, 4, 2)
-    if two_cached and itemsize == 2:
-        return RowPlan(block_r, 8192, 8192, False, 8, 2, registers=128)
     if itemsize == 2:
         return RowPlan(block_r, resident, 16384, False, 16, 2)
     return RowPlan(block_r, resident, 8192, False, 16, 1 + min(64 << 10, device.shared_memory // 2) // (8192 * itemsize))
