@@ -10,11 +10,12 @@ import pytest
 import torch
 import triton
 
+from benchmarks import call_cases
 from benchmarks.evidence import case as evidence_case
 from benchmarks.evidence import cases as evidence_cases
 from benchmarks.evidence import keys as evidence_keys
 from benchmarks.evidence import run as evidence
-from benchmarks.evidence.compile_without_gpu import copies_ahead, machine_code
+from benchmarks.evidence.compile_without_gpu import StandIn, copies_ahead, machine_code
 
 HEAVY = {case.label: case for case in evidence_cases.cases() if case.heavy}
 # Compiled in every run: every kind of kernel and every architecture, and the plans that leave a thread the fewest registers.
@@ -103,6 +104,16 @@ def test_the_sweep_is_of_these_kernels_and_launches(sweep, operation):
     kept, keys = sweep[operation]["keys"], evidence.keys_of(operation)
     assert kept.keys() == sweep[operation]["kernels"].keys()
     assert {label for label, of in kept.items() if keys.get(label) != of} == set(), "run `make evidence`"
+
+
+def test_calls_made_before_do_not_change_a_key():
+    """A kept call of the same shapes launches without Triton, and would leave the key with no launch."""
+    case = next(call_cases.cases())
+    before = evidence_keys.key(case, (90,), evidence.SCHEMA)
+    with StandIn(90) as device:
+        case.run()
+    assert evidence_keys.key(case, (90,), evidence.SCHEMA) == before
+    assert len(evidence_keys.asked_for(case, 90)) == len(device.launches) > 0
 
 
 @pytest.mark.parametrize("operation", evidence_case.OPERATIONS)
