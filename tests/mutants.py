@@ -36,7 +36,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 600  # of processor time that the tests of a fault may take; all tests of one file take less than 100
 MEMORY = 20 << 30  # bytes: rows 2³¹ elements apart lie in 16 GiB of addresses, which are not filled
 
 CROSS_ENTROPY = "softmax_cross_entropy functional_cross_entropy cross_entropy_extras row_weights reduced_loss"
@@ -63,13 +62,20 @@ TESTS: list[tuple[str, str]] = [
     ("kernels/cpu/token_log_probs", "token_log_probs"),
     ("kernels/cpu/distillation", "distillation"),
     ("kernels/cpu/_distillation", "distillation"),
+    ("kernels/cpu/cross_entropy_small", "small"),
     ("kernels/cpu/cross_entropy_step", "cross_entropy_step"),
     ("kernels/cpu/cross_entropy", CROSS_ENTROPY),
     ("kernels/cpu/_cross_entropy", CROSS_ENTROPY),
     ("kernels/cpu/channel_plan", "cpu_channel_plan"),
     ("kernels/cpu/batch_norm_small", "small functional_batch_norm"),
     ("kernels/cpu/batch_norm", BATCH_NORM),
+    ("kernels/cpu/_batch_norm/activation", "batch_norm_fused batch_norm_act"),
+    ("kernels/cpu/_batch_norm/positions", "batch_norm_masked"),
     ("kernels/cpu/_batch_norm", BATCH_NORM),
+    ("kernels/cpu/_rows", "softmax softmax_cross_entropy token_log_probs distillation cross_entropy_extras"),
+    ("kernels/cpu/_numba/by_address", "bound_on_host small"),
+    ("kernels/cpu/_numba", "softmax cpu_kernels softmax_cross_entropy moments distillation batch_norm batch_norm_act"),
+    ("kernels/cpu/launch", "bound_on_host softmax"),
     ("kernels/cpu", "cpu_kernels cpu_threads softmax"),
     ("hw3gpu/reference", "reference softmax softmax_cross_entropy batch_norm moments trace cross_entropy_extras"),
     ("hw3gpu/_error_bounds", "bound errors properties"),
@@ -169,6 +175,8 @@ ARITHMETIC = {
     ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
 }  # fmt: skip
 REDUCE = {"maximum": "minimum", "minimum": "maximum", "max": "min", "min": "max", "sum": "max", "exp": "exp2", "log": "log2"}
+# decorators of what Numba compiles, and of what writes its code
+NUMBA = {"inline", "outline", "exact", "reduction", "kernel", "intrinsic", "overload"}
 # arguments whose value decides how a kernel is laid out, and not what it computes
 LAYOUT = {"axis", "num_stages", "num_warps", "stacklevel", "key"}
 
@@ -233,12 +241,16 @@ def _statements(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             yield "arithmetic", _with(node, op=ARITHMETIC[type(node.op)]())
 
 
-def _is_jit(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+def _compiler(node: ast.AST) -> str:
+    """What compiles a function, 'triton' or 'numba'; empty for what runs as Python."""
+    names = [ast.unparse(d) for d in node.decorator_list] if isinstance(node, ast.FunctionDef) else []
+    if any("jit" in name for name in names):
+        return "triton"
+    return "numba" if any(name.partition("(")[0] in NUMBA for name in names) else ""
 
 
 def places(file: str, source: bytes, jit_alone: bool) -> Iterator[Fault]:
-    """Every fault that there is for a file; jit_alone: in the functions that Triton compiles."""
+    """Every fault that there is for a file; jit_alone: in the functions that Triton or Numba compiles."""
     lines = [0]
     for line in source.splitlines(keepends=True):
         lines.append(lines[-1] + len(line))
@@ -247,15 +259,15 @@ def places(file: str, source: bytes, jit_alone: bool) -> Iterator[Fault]:
         start, end = lines[node.lineno - 1] + node.col_offset, lines[node.end_lineno - 1] + node.end_col_offset
         return Fault(file, node.lineno, kind, start, end, source[start:end].decode(), new)
 
-    def walk(node: ast.AST, jit: bool) -> Iterator[Fault]:
-        jit = jit or _is_jit(node)
-        if jit or not jit_alone:
+    def walk(node: ast.AST, compiler: str) -> Iterator[Fault]:
+        compiler = compiler or _compiler(node)
+        if compiler or not jit_alone:
             for kind, new in _statements(node):
                 yield fault(node, kind, ast.unparse(ast.fix_missing_locations(new)))
             if isinstance(node, ast.If | ast.While):
                 yield fault(node.test, "branch", f"(not ({ast.unparse(node.test)}))")
             if isinstance(node, ast.expr):
-                for kind, new in _expressions(node, jit):
+                for kind, new in _expressions(node, compiler == "triton"):
                     text = ast.unparse(ast.fix_missing_locations(new))
                     simple = isinstance(new, ast.Constant | ast.Call | ast.Name | ast.Attribute)
                     yield fault(node, kind, text if simple else f"({text})")
@@ -265,9 +277,9 @@ def places(file: str, source: bytes, jit_alone: bool) -> Iterator[Fault]:
             for child in value if isinstance(value, list) else [value]:
                 layout = isinstance(child, ast.keyword) and child.arg in LAYOUT
                 if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr) and not layout:
-                    yield from walk(child, jit)
+                    yield from walk(child, compiler)
 
-    yield from walk(ast.parse(source), False)
+    yield from walk(ast.parse(source), "")
 
 
 def drawn(file: str, found: list[Fault], number: int, seed: int) -> list[Fault]:
@@ -303,9 +315,9 @@ def import_what_has_no_fault(leg: str) -> None:
         importlib.import_module(name)
 
 
-def _pytest(tree: Path, said: int, arguments: list[str]) -> None:
+def _pytest(tree: Path, said: int, seconds: int, arguments: list[str]) -> None:
     os.setpgid(0, 0)  # for killpg; the session, and with it its share of the processor, stays
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 10))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     os.dup2(said, 1)
     os.dup2(said, 2)
@@ -317,12 +329,12 @@ def _pytest(tree: Path, said: int, arguments: list[str]) -> None:
     os._exit(status)
 
 
-def failing(tree: Path, leg: str, options: list[str]) -> str:
+def failing(tree: Path, leg: str, options: list[str], seconds: int) -> str:
     """The first test that fails, or what ended the process; empty where all pass."""
     with tempfile.TemporaryFile("w+", errors="replace") as said:
-        child, end = os.fork(), time.monotonic() + 3 * SECONDS
+        child, end = os.fork(), time.monotonic() + 3 * seconds
         if not child:
-            _pytest(tree, said.fileno(), ["-x", "-q", "-p", "no:cacheprovider", "--kernels", leg, *options])
+            _pytest(tree, said.fileno(), seconds, ["-x", "-q", "-p", "no:cacheprovider", "--kernels", leg, *options])
         while not (ended := os.waitpid(child, os.WNOHANG))[0]:
             if time.monotonic() > end:
                 os.killpg(child, signal.SIGKILL)
@@ -346,14 +358,14 @@ def steps_of(file: str) -> Iterator[tuple[str, list[str]]]:
     yield "wider", WIDER
 
 
-def caught(tree: Path, leg: str, fault: Fault, steps: set[str]) -> tuple[str, list[str]]:
+def caught(tree: Path, leg: str, fault: Fault, steps: set[str], seconds: int) -> tuple[str, list[str]]:
     """The test that sees the fault, or an empty string; and pytest's options that run it."""
     path = tree / fault.file
     source = path.read_bytes()
     path.write_bytes(source[: fault.start] + fault.new.encode() + source[fault.end :])
     try:
         for step, options in steps_of(fault.file):
-            if step in steps and (by := failing(tree, leg, options)):
+            if step in steps and (by := failing(tree, leg, options, seconds)):
                 return f"{step}: {by}", [by] if by.startswith("tests/") else options
     finally:
         path.write_bytes(source)
@@ -374,9 +386,10 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=10, metavar="N", help="faults a file (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--leg", choices=("cpu", "gpu"), help="whose tests run (gpu for kernels/gpu, else cpu)")
-    parser.add_argument("--jit", action="store_true", help="only in functions that Triton compiles")
+    parser.add_argument("--jit", action="store_true", help="only in functions that Triton or Numba compiles")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="the runs that a fault meets (all)")
     parser.add_argument("--record", type=Path, default=ROOT / "out" / "mutants.jsonl", metavar="FILE")
+    parser.add_argument("--seconds", type=int, default=600, help="of processor time that a run may take (%(default)s)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no fault after these")
     asked = parser.parse_args()
     leg = asked.leg or ("gpu" if asked.files[0].startswith("kernels/gpu") else "cpu")
@@ -399,9 +412,9 @@ def main() -> int:
             if line["by"] or not steps or time.monotonic() > end:
                 continue
             began = time.monotonic()
-            line["by"], options = caught(tree, leg, fault, steps)
+            line["by"], options = caught(tree, leg, fault, steps, asked.seconds)
             if line["by"] and repr(options) not in sound:  # without the fault it passes
-                if by := failing(tree, leg, options):
+                if by := failing(tree, leg, options, asked.seconds):
                     raise SystemExit(f"without a fault fails {by}")
                 sound.add(repr(options))
             met = [f"{leg} {step}" for step in sorted(steps)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from cpu_operations import HALVES, channels_last
 from hw3gpu import reference
 from hw3gpu._cli.arrays import DTYPES
 from hw3gpu.kernels.cpu import batch_norm
+from hw3gpu.kernels.cpu._batch_norm import statistics
 
 EPS = 1e-5
 MEANS = (1e4, 1e6, -1e6)
@@ -127,3 +129,18 @@ def test_no_digits_are_lost(layout, dtype):
 def test_no_digits_are_lost_with_a_residual_and_relu(layout):
     for side, mean in cases(0):
         hold(layout, "float32", side, mean, fused=True)
+
+
+def test_statistics_of_exact_sums_are_rounded_once():
+    """The mean in two parts, with what the division leaves; var and rstd to the last bit, whatever cancels in them."""
+    shift, m = np.array([1e6, 0.0, -3.0]), 48
+    sums = np.array([[100.0, 1.0, -7.0], [10000.0, 1.0, 7.0]])
+    mu, var, rstd, none = np.empty((2, 3)), np.empty(3), np.empty(3), np.empty(0)
+    statistics.finish_all(shift, sums, float(m), EPS, 0.1, mu, var, rstd, none, none)
+    for c in range(3):
+        d = Fraction(sums[0, c]) / m
+        mean, variance = Fraction(shift[c]) + d, Fraction(sums[1, c]) / m - d * d
+        assert abs(Fraction(mu[0, c]) + Fraction(mu[1, c]) - mean) <= abs(mean) / 2**100
+        assert var[c] == float(variance)
+        root, half_ulp = Fraction(rstd[c]), Fraction(np.spacing(rstd[c])) / 2
+        assert (root - half_ulp) ** 2 <= 1 / (variance + Fraction(EPS)) <= (root + half_ulp) ** 2
