@@ -107,7 +107,6 @@ def test_the_sweep_is_of_these_kernels_and_launches(sweep, operation):
 
 
 def test_calls_made_before_do_not_change_a_key():
-    """A kept call of the same shapes launches without Triton, and would leave the key with no launch."""
     case = next(call_cases.cases())
     before = evidence_keys.key(case, (90,), evidence.SCHEMA)
     with StandIn(90) as device:
