@@ -25,9 +25,10 @@ from .autograd import accumulate_dtype, as_dtype, gradients_with_a_graph
 from .cross_entropy_formula import CrossEntropyStatistics, Options, never_zero, target_gradient
 
 # A part of all rows keeps the peak below a tenth of the logits; on the host, half of it in half precision, whose products have
-# buffers of their own there. Fewer bytes make slow products, more make none faster. The peak counts gradients and one float32
-# ∂ℓ/∂W. In float32 that is one tensor, and in half precision the gradient is made of it when the chunks are gone: a chunk may
-# take as many numbers as W has. On a GPU the number of chunks is how often the float32 ∂ℓ/∂W is read and written.
+# buffers of their own there (oneDNN's, with AVX-512 that has no bfloat16 instructions, up to six chunks: it is more there).
+# Fewer bytes make slow products, more make none faster. The peak counts gradients and one float32 ∂ℓ/∂W. In float32 that is
+# one tensor, and in half precision the gradient is made of it when the chunks are gone: a chunk may take as many numbers as W
+# has. On a GPU the number of chunks is how often the float32 ∂ℓ/∂W is read and written.
 PARTS, PARTS_OF_HALVES_ON_THE_HOST = 11, 22
 LEAST, MOST = 1 << 20, 1 << 29
 HELD = 1 << 25  # bytes of logits that are made once and held for the backward pass, where others are made again
