@@ -24,6 +24,7 @@ from cpu_operations import (
     same_bits,
 )
 
+import hw3gpu.functional as HF
 from hw3gpu.kernels.cpu import batch_norm, cross_entropy, softmax
 from hw3gpu.kernels.cpu._cross_entropy import kernels
 from hw3gpu.kernels.cpu._numba import by_address, compile, elements, exp, openmp
@@ -376,6 +377,42 @@ def test_peak_memory_above_inputs_and_outputs_is_small():
     above, tensor = map(float, output.stdout.split())
     assert tensor == 64
     assert above < 8
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+ROW_CALLS = {
+    "softmax": lambda z, y, t: HF.softmax(z, 1) @ y[0],
+    "classes, gradient later": lambda z, y, t: HF.cross_entropy(z, t, gradient="backward"),
+    "classes, gradient at once": lambda z, y, t: HF.cross_entropy(z, t, gradient="forward"),
+    "classes, z-loss": lambda z, y, t: HF.cross_entropy(z, t, z_loss=0.1),
+    "probabilities, gradient later": lambda z, y, t: HF.cross_entropy(z, y, gradient="backward"),
+    "probabilities, gradient at once": lambda z, y, t: HF.cross_entropy(z, y, gradient="forward"),
+    "probabilities, z-loss": lambda z, y, t: HF.cross_entropy(z, y, z_loss=0.1),
+    "log-probabilities of tokens": lambda z, y, t: HF.token_log_probs(z, t).log_prob,
+    "distillation": lambda z, y, t: HF.distillation_loss(z, y),
+    "Jensen-Shannon": lambda z, y, t: HF.distillation_loss(z, y, kind="jensen_shannon"),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from Linux's /proc")
+@pytest.mark.parametrize("call", ROW_CALLS.values(), ids=ROW_CALLS)
+def test_memory_for_a_row_is_given_back(call):
+    """Rows of 1 MiB, not adjacent in memory: a row kept by each of 48 calls would be 48 MiB, and malloc may keep some."""
+    V = 1 << 18
+    z, y = torch.zeros(1, V, 2).requires_grad_(), torch.full((1, V, 2), 1 / V)
+
+    def step():
+        call(z[:, :, 0], y[:, :, 0], torch.zeros(1, dtype=torch.int64)).sum().backward()
+
+    for _ in range(3):
+        step()
+    before = resident()
+    for _ in range(48):
+        step()
+    assert resident() - before < 24 << 20
 
 
 # ---------------------------------------------------------------------------------------------- shapes

@@ -135,8 +135,19 @@ def test_batch_norm(monkeypatch, taken, shape, affine, running):
     random = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(shape, generator=random) for _ in range(2))
     x[: len(x) // 2] *= 1e-3
-    x[: len(x) // 2] += 1e4  # the mean of the first values is far from that of all: the sums are taken again
+    x[: len(x) // 2] += 1e4
     found, expected = both_ways(monkeypatch, normalization_of(x, dy, affine=affine, running=running))
+    assert taken == ["forward", "backward"]
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(3000, 37, 1), (4, 9, 4200)], ids=["rows", "planes"])
+def test_first_values_far_from_the_mean(monkeypatch, taken, shape):
+    """The mean of the first 16 values is 10 standard deviations or more from that of all: the sums are taken again."""
+    x, dy = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    for k in range(16):
+        x[k // shape[2], :, k % shape[2]] += 1e4
+    found, expected = both_ways(monkeypatch, normalization_of(x, dy))
     assert taken == ["forward", "backward"]
     assert_same_bits(found, expected)
 
