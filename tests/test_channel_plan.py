@@ -17,20 +17,24 @@ from hw3gpu.kernels.gpu.device import A100, B200, H100, H200, RTX_4090, RTX_5090
 CHANNELS = {
     "N": SIZES, "C": SIZES, "S": SIZES, "itemsize": st.sampled_from(ITEMSIZES), "mode": st.sampled_from(MODES),
     "channels_last": st.booleans(), "operands": st.sampled_from([1, 2]), "whole": st.booleans(),
+    "beside": st.sets(st.sampled_from(["busy", "masked", "active"])),
 }  # fmt: skip
 
 
 @drawn
 @given(**CHANNELS)
-@example(N=2, C=300, S=4, itemsize=4, mode=0, channels_last=False, operands=1, whole=True)
-@example(N=1, C=2, S=20000, itemsize=4, mode=1, channels_last=False, operands=2, whole=False)
-@example(N=1, C=64, S=2**20, itemsize=2, mode=0, channels_last=True, operands=2, whole=True)
-@example(N=64, C=2048, S=49, itemsize=2, mode=2, channels_last=False, operands=2, whole=True)
-@example(N=1, C=1, S=1, itemsize=8, mode=0, channels_last=False, operands=1, whole=True)
-def test_plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole):
+@example(N=2, C=300, S=4, itemsize=4, mode=0, channels_last=False, operands=1, whole=True, beside=set())
+@example(N=1, C=2, S=20000, itemsize=4, mode=1, channels_last=False, operands=2, whole=False, beside=set())
+@example(N=1, C=64, S=2**20, itemsize=2, mode=0, channels_last=True, operands=2, whole=True, beside=set())
+@example(N=64, C=2048, S=49, itemsize=2, mode=2, channels_last=False, operands=2, whole=True, beside=set())
+@example(N=1, C=1, S=1, itemsize=8, mode=0, channels_last=False, operands=1, whole=True, beside=set())
+def test_plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole, beside):
     if channels_last or 2 * (16 // itemsize) > S:
         mode = P.STRIDED  # a unit stride between channels leaves none between positions; so short a row is nothing but ends
-    p = plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole)
+    options = {name: name in beside for name in ("busy", "masked", "active")}
+    if "active" in beside:  # with an activation a pass is busy, and its backward pass may read a residual beside dy and x
+        operands, options["busy"] = operands + (operands == 2 and "busy" in beside), True
+    p = plan_batch_norm(N, C, S, itemsize, mode, channels_last, operands, whole, **options, may_be_flat=not beside)
     for size in (p.BLOCK_C, p.BLOCK_N, p.LANES, p.num_warps):
         assert power_of_2(size)
     assert 1 <= p.num_warps <= 16
@@ -65,6 +69,25 @@ def test_channels_that_fit_are_one_tile(N, S, itemsize):
     for operands in (1, 2):
         p = plan_batch_norm(N, 256, S, itemsize, P.ALIGNED, False, operands, whole=True)
         assert (p.tiles, p.splits) == (1, 1)
+
+
+def test_an_activation_takes_registers():
+    """Whole channels: of half as many values where dy, x and what went into it have 4 bytes, of a quarter off 16 bytes. Split
+    ones: smaller programs."""
+    active = {"busy": True, "active": True, "may_be_flat": False}
+
+    def fits(S, itemsize, mode, operands):
+        return plan_batch_norm(16, 256, S, itemsize, mode, False, operands, whole=True, **active).tiles == 1
+
+    assert fits(1024, 4, P.ALIGNED, 1)
+    assert [fits(S, 4, P.ALIGNED, 2) for S in (512, 1024)] == [True, False]
+    assert [fits(S, 2, P.ALIGNED, 3) for S in (1024, 1040)] == [True, False]
+    off_16_bytes = (257, 4, 1), (257, 2, 2), (513, 4, 1), (513, 2, 2)
+    assert [fits(S, itemsize, P.SHIFTED, operands) for S, itemsize, operands in off_16_bytes] == [True, True, False, False]
+    for itemsize, sums in ((2, True), (2, False), (4, False)):
+        long = (128, 256, 3136, itemsize, P.ALIGNED, False, 2)
+        plain, other = (plan_batch_norm(*long, whole=False, sums=sums, **more) for more in ({}, active))
+        assert other.num_warps < plain.num_warps
 
 
 @pytest.mark.parametrize("C", [1, 3, 64, 131])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from itertools import chain
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from benchmarks.evidence import cases as evidence_cases
 from benchmarks.evidence import keys as evidence_keys
 from benchmarks.evidence import run as evidence
 from benchmarks.evidence.compile_without_gpu import StandIn, copies_ahead, machine_code
+from hw3gpu.kernels.gpu._batch_norm.activation import ACT
 
 HEAVY = {case.label: case for case in evidence_cases.cases() if case.heavy}
 # Compiled in every run: every kind of kernel and every architecture, and the plans that leave a thread the fewest registers.
@@ -32,6 +34,7 @@ CONTROLS = (
     ("batch norm training, fused 32x256x3136 float32", 80),
     ("batch norm training, fused 128x2048x49 bfloat16", 120),
     ("batch norm training, fused 32x64x3136 channels-last float32", 100),
+    ("batch norm training, masked, residual, gelu 16x1024x512 float32", 90),
 )
 
 
@@ -164,6 +167,13 @@ def test_what_a_key_tells_apart(monkeypatch):
 
 def test_the_sweep_found_nothing_wrong(sweep):
     assert [complaint for operation in sweep.values() for complaint in operation["complaints"]] == []
+
+
+@pytest.mark.parametrize("activation", [name for name, number in ACT.items() if number])
+def test_every_activation_is_compiled_in_every_kernel(sweep, activation):
+    cases = [of["90"] for label, of in sweep["batch_norm"]["kernels"].items() if f", {activation} " in label]
+    kernels = "forward", "normalize", "backward", "backward_reduce", "backward_apply"
+    assert {*chain(*cases)} >= {f"_{name}_kernel" for name in kernels}
 
 
 @pytest.mark.parametrize("operation", ["softmax", "cross_entropy"])

@@ -16,7 +16,7 @@ from hw3gpu.kernels.gpu.row_plan import plan_rows
 ROWS = {"V": 65536, "S": 1, "itemsize": 4, "mode": P.ALIGNED, "unit_s": False, "extra_per_lane": 0, "dense": False}
 ROWS |= {"tensors": 1, "row_reused": True, "rows_ahead": 2}
 CHANNELS = {"N": 32, "C": 256, "S": 3136, "itemsize": 4, "mode": P.ALIGNED, "channels_last": False, "operands": 1}
-CHANNELS |= {"whole": False, "may_be_flat": True, "busy": False, "sums": True, "masked": False}
+CHANNELS |= {"whole": False, "may_be_flat": True, "busy": False, "sums": True, "masked": False, "active": False}
 
 
 @pytest.fixture

@@ -56,12 +56,19 @@ def distillation_moves(size: int, gradients: int) -> dict[str, tuple[int, int]]:
     return {"_divergence_kernel": read, "_jensen_shannon_kernel": read, "_backward_kernel": (2 * size, gradients * size)}
 
 
-def batch_norm_moves(size: int, values: int, fused: bool, training: bool) -> dict[str, tuple[int, int]]:
-    """A channel in one tile takes the kernels of the first line, else those of the others."""
-    bits = values // 8 * fused
+def batch_norm_moves(
+    size: int, values: int, fused: bool, training: bool, activation: str | None = None
+) -> dict[str, tuple[int, int]]:  # fmt: skip
+    """A channel in one tile takes the kernels of the first line, else those of the others.
+
+    fused: with a residual, and where no activation is named with the mask of ReLU. The backward pass reads x and the residual
+    for what went into an activation that is named.
+    """
+    bits = 0 if activation else values // 8 * fused
+    gate = size * fused if activation else bits
     return {
-        "_forward_kernel": (size * (1 + fused), size + bits), "_backward_kernel": (2 * size + bits, size * (1 + fused)),
+        "_forward_kernel": (size * (1 + fused), size + bits), "_backward_kernel": (2 * size + gate, size * (1 + fused)),
         "_statistics_kernel": (size, 0), "_normalize_kernel": (size * (1 + fused), size + bits),
-        "_backward_reduce_kernel": (2 * size + bits, 0),
-        "_backward_apply_kernel": (size * (1 + training) + bits, size * (1 + fused)),
+        "_backward_reduce_kernel": (2 * size + gate, 0),
+        "_backward_apply_kernel": (size * (1 + (training or activation is not None)) + gate, size * (1 + fused)),
     }  # fmt: skip

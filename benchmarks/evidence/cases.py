@@ -129,23 +129,28 @@ def _distillation_case(
 
 
 def _batch_norm_case(
-    shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool, fused: bool, training: bool, masked: bool = False
-) -> Callable[[], None]:
+    shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool, fused: bool, training: bool, masked: bool = False,
+    activation: str | None = None,
+) -> Callable[[], None]:  # fmt: skip
+    """`fused`: with a residual, and where no activation is named with ReLU and its mask."""
+
     def run() -> None:
         N, C, S = shape
         acc = _acc(dtype)
         x = _meta((N, S, C), dtype).transpose(1, 2) if channels_last else _meta(shape, dtype)
         y, dx = torch.empty_like(x), torch.empty_like(x)
         residual = torch.empty_like(x) if fused else None
-        mask = _meta((batch_norm.mask_size(x),), torch.uint8) if fused else None
+        mask = _meta((batch_norm.mask_size(x),), torch.uint8) if fused and not activation else None
         mean = _meta((2, C), acc)
         var, rstd, gamma, beta, running_mean, running_var, dgamma, dbeta = (_meta((C,), acc) for _ in range(8))
-        ahead: dict[str, Any] = {"residual": residual, "mask": mask}
-        back: dict[str, Any] = {"mask": mask, "dresidual": residual}
+        ahead: dict[str, Any] = {"residual": residual, "mask": mask, "activation": activation}
+        back: dict[str, Any] = {"mask": mask, "dresidual": residual, "activation": activation}
         count: dict[str, Any] = {}
         if masked:
             ahead["valid"] = back["valid"] = _meta((N * S // 8 + 2,), torch.uint8)
             count = {"count": _meta((1,), torch.int64)} if training else {}
+        if activation:  # what went into it is computed again
+            back |= {"beta": beta, "residual": residual}
         if training:
             running = running_mean, running_var
             batch_norm.forward(x, gamma, beta, y, mean, var, rstd, *running, eps=1e-5, momentum=0.1, **(ahead | count))
@@ -286,6 +291,24 @@ MASKED_CHANNELS = (
     ((32, 256, 3136), False),
     ((32, 64, 3136), True),
 )
+# (activation, shape, dtype, what else there is): each activation, forward and backward, and each kind of plan of those two
+ACTIVATIONS: tuple[tuple[str, tuple[int, int, int], torch.dtype, str], ...] = (
+    ("silu", (16, 3000, 4), F32, ""),
+    ("gelu", (64, 2048, 49), F32, "residual"),
+    ("gelu", (128, 2048, 49), BF16, ""),
+    ("gelu", (16, 1024, 512), F32, "masked residual"),
+    ("gelu", (16, 256, 1024), F32, ""),
+    ("gelu", (16, 256, 1024), BF16, "masked residual"),
+    ("silu", (16, 256, 1023), BF16, "masked"),
+    ("silu", (32, 256, 3136), F32, ""),
+    ("hardswish", (128, 256, 3136), BF16, ""),
+    ("hardswish", (16, 512, 49), F32, "channels-last"),
+    ("silu", (32, 64, 3136), F32, "channels-last residual"),
+    ("gelu", (32, 64, 3136), BF16, "channels-last"),
+    ("gelu", (8, 256, 1024), F64, ""),
+    ("gelu", (20, 256, 784), F16, "evaluation"),
+)
+HEAVY_ACTIVATIONS = {("gelu", (16, 256, 1024), F32), ("gelu", (16, 1024, 512), F32), ("gelu", (32, 64, 3136), BF16)}
 POINTS = ((1, 100_000, 4), (1, 10_000, 64), (1, 10_000, 256), (256, 1000, 16))
 # the longest rows off 16 bytes are not the same for 4 bytes and for 2; a smaller list for dtypes that differ from float32 and
 # bfloat16 in their conversions, or in how many lanes fit
@@ -342,6 +365,14 @@ def cases() -> Iterator[Case]:
                 moves = batch_norm_moves(bytes_of(shape, dtype), math.prod(shape), fused, training=True)
                 name = f"batch norm training, masked{', fused' if fused else ''} {at}"
                 yield Case(name, dtype, fused and dtype == F32 and shape[2] == 1024, run, moves)
+    for activation, shape, dtype, more in ACTIVATIONS:
+        training, channels_last = "evaluation" not in more, "channels-last" in more
+        masked, fused = "masked" in more, "residual" in more
+        run = _batch_norm_case(shape, dtype, channels_last, fused, training, masked, activation)
+        moves = batch_norm_moves(bytes_of(shape, dtype), math.prod(shape), fused, training, activation)
+        at = "x".join(map(str, shape)) + (" channels-last" if channels_last else "")
+        name = f"{'training' if training else 'evaluation'}{', masked' * masked}{', residual' * fused}, {activation}"
+        yield Case(f"batch norm {name} {at}", dtype, (activation, shape, dtype) in HEAVY_ACTIVATIONS, run, moves)
     for name, V, dtype in STRIDED:
         shape, at, heavy = (512, V, 1), f"512x{V}x1", V == 50257 and name == "hard, more"
         size = bytes_of(shape, dtype, strided=True)

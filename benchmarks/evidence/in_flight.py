@@ -41,6 +41,9 @@ ALLOWED: dict[str, tuple[int, str]] = {
     r"^batch norm.*x(4|9|25|49|783|1023) ": (8, "planes off 16 bytes: their ends take registers"),
     r"^batch norm.* 8x3x262144 channels-last": (6, "three channels side by side: an address for each access, none of 16 bytes"),
     r"^batch norm.*, (fused|masked)": (20, "a residual, a mask or which positions count takes the registers of loads"),
+    r"^batch norm.*, (silu|hardswish|gelu) ": (
+        16, "an activation takes the registers of loads, and 20 to 60 instructions a value: plans of more warps are slower"
+    ),
     r", 100$": (24, "a B200 asks for 64 KB, and plans were weighed by an H100's time; full of threads they keep 24 to 60"),
 }  # fmt: skip
 

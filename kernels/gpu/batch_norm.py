@@ -75,22 +75,22 @@ def _follower(x, t) -> int:
     return operand_mode(2, x, t, _access(x)[1])
 
 
-def _plan(x, operands, extra=(), alike=None, sums=False, valid=None) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
+def _plan(x, operands, extra=(), alike=None, sums=False, valid=None, act=0) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
     """(plan, sizes and constants as the kernels take them) for a pass over `x`; operands: how many tensors it reads.
 
     extra: a residual and a mask, or None. alike: the other tensors, where a program may own whole channels; else None. valid:
-    the positions that count, or None; no tile is FLAT with them.
+    the positions that count, or None; no tile is FLAT with them, nor with an activation (ACT).
     """
     N, C, S = x.shape
     mode, width = _access(x)
-    busy = any(t is not None for t in extra)
+    busy = act > 0 or any(t is not None for t in extra)
     far = (N - 1) * x.stride(0) + (S - 1) * x.stride(2) >= 1 << 30
     flat = not (alike is None or busy or far or valid is not None) and all(
         t.stride() == x.stride() and _follower(x, t) == mode for t in alike
     )
     plan = plan_batch_norm(N, C, S, x.element_size(), mode, channels_last=x.stride(1) == 1 and C > 1 and x.stride(2) != 1,
                            operands=operands, whole=alike is not None, may_be_flat=flat, busy=busy, sums=sums,
-                           masked=valid is not None, device=device_of(x))  # fmt: skip
+                           masked=valid is not None, active=act > 0, device=device_of(x))  # fmt: skip
     constants = {
         "BLOCK_C": plan.BLOCK_C, "BLOCK_N": plan.BLOCK_N, "LANES": plan.LANES, "ROWS": plan.ROWS, "FLAT": plan.flat,
         "MODE": mode, "GROUP": width // x.element_size(), "ACC": ACC[x.dtype], "num_warps": warps(plan.num_warps),
@@ -112,13 +112,18 @@ class _Gate(NamedTuple):
     residual: torch.Tensor | None = None
 
     @property
-    def busy(self) -> bool | None:
-        """For `_plan`: True, or None where there is no gate."""
-        return True if self.activation in ("silu", "hardswish", "gelu") else None
+    def act(self) -> int:
+        """ACT of the kernels; 0 where there is no gate."""
+        return ACT[self.activation]
+
+    @property
+    def more(self) -> bool:
+        """Whether p needs another tensor than x."""
+        return self.act > 0 and self.residual is not None
 
     def operands(self, x, residual) -> tuple[tuple[Any, ...], dict[str, int]]:
         """Strides and constants of a kernel of the backward pass; `residual` as `_flatten` has it."""
-        constants = {"ACT": ACT[self.activation], "RESIDUAL_MODE": 0}
+        constants = {"ACT": self.act, "RESIDUAL_MODE": 0}
         if residual is None:
             return (None, None, None), constants
         return residual.stride(), {**constants, "RESIDUAL_MODE": _follower(x, residual)}
@@ -191,7 +196,7 @@ def _normalize(
 ) -> None:  # fmt: skip
     """`normalize`. Where `partial` is given, its `summed` splits are merged first, and mean, var and rstd are written too."""
     x, y, residual = _flatten(x, y, residual, mask=mask)
-    plan, sizes, constants = _plan(x, 1, (residual, mask, activation), valid=valid)
+    plan, sizes, constants = _plan(x, 1, (residual, mask), valid=valid, act=ACT[activation])
     stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
     launch(
         _normalize_kernel, plan.channel_blocks * plan.splits,
@@ -212,7 +217,7 @@ def forward(
     given = x, y, residual
     alpha, scalars = _moment_scalars(x, count, eps, momentum)
     x, y, residual = _flatten(x, y, residual, mask=mask)
-    plan, sizes, constants = _plan(x, 1, (residual, mask, activation), alike=(y,), valid=valid)
+    plan, sizes, constants = _plan(x, 1, (residual, mask), alike=(y,), valid=valid, act=ACT[activation])
     if plan.tiles == 1:
         stride_r, mode_r = _strides_and_mode("RESIDUAL_MODE", x, residual)
         launch(
@@ -238,9 +243,9 @@ def forward(
 def _partial_sums(dy, x, mean, rstd, mask, valid, gate) -> tuple[torch.Tensor, int]:
     """Launches the two sums of each split: (partial (4, splits, C), number of splits)."""
     x, dy, residual = _flatten(x, dy, gate.residual, mask=mask)
-    plan, sizes, constants = _plan(x, 2, (mask, residual, gate.busy), sums=True, valid=valid)
+    plan, sizes, constants = _plan(x, 2 + gate.more, (mask,), sums=True, valid=valid, act=gate.act)
     strides, of_gate = gate.operands(x, residual)
-    needed = (rstd, gate.gamma, gate.beta) if gate.busy else (None, None, None)
+    needed = (rstd, gate.gamma, gate.beta) if gate.act else (None, None, None)
     partial = scratch(mean.dtype, x.device, 4, plan.splits, x.shape[1])
     launch(
         _backward_reduce_kernel, plan.channel_blocks * plan.splits,
@@ -287,8 +292,8 @@ def _apply(
     if not x.numel():
         return
     x, dy, dx, dresidual, residual = _flatten(x, dy, dx, dresidual, gate.residual, mask=mask)
-    x_counts = trained or gate.busy
-    plan, sizes, constants = _plan(x, 2 if x_counts else 1, (mask, dresidual, residual, gate.busy), valid=valid)
+    x_counts = trained or gate.act > 0
+    plan, sizes, constants = _plan(x, 1 + x_counts + gate.more, (mask, dresidual), valid=valid, act=gate.act)
     stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
     strides, of_gate = gate.operands(x, residual)
     launch(
@@ -311,7 +316,7 @@ def backward(
     given = dy, x, dx, dresidual, residual
     m, gate = x.shape[0] * x.shape[2] if count is None else count, _Gate(activation, gamma, beta, residual)
     x, dy, dx, dresidual, residual = _flatten(x, dy, dx, dresidual, residual, mask=mask)
-    plan, sizes, constants = _plan(x, 2, (mask, dresidual, residual, gate.busy), alike=(dy, dx), valid=valid)
+    plan, sizes, constants = _plan(x, 2 + gate.more, (mask, dresidual), alike=(dy, dx), valid=valid, act=gate.act)
     if plan.tiles == 1 and x.numel():
         stride_r, mode_r = _strides_and_mode("DRESIDUAL_MODE", x, dresidual)
         strides, of_gate = gate.operands(x, residual)

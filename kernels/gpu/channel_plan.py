@@ -54,37 +54,44 @@ def plan_batch_norm(
     busy: bool = False,
     sums: bool = False,
     masked: bool = False,
+    active: bool = False,
     device: Device = H100,
 ) -> BatchNormPlan:
     """The plan for a pass over (N, C, S). Long channels are split among several programs, to fill the device.
 
-    operands: how many tensors are read at each position (1 forward, 2 backward). whole: the kernel needs whole channels: one
-    that fits is one tile, and several small ones share a program; one that does not fit has more than one tile, and the caller
-    takes other kernels. may_be_flat: all tensors have the strides of x. busy: there is a residual or a mask. sums: the pass
-    adds values up. masked: not all positions count, and which do takes registers.
+    operands: how many tensors are read at each position (1 forward, 2 backward, 3 where an activation's gradient needs a
+    residual). whole: the kernel needs whole channels: one that fits is one tile, and several small ones share a program; one
+    that does not fit has more than one tile, and the caller takes other kernels. may_be_flat: all tensors have the strides of
+    x. busy: there is a residual or a mask. sums: the pass adds values up. masked: not all positions count, and which do takes
+    registers. active: SiLU, Hardswish or GELU is computed of each value, which takes registers too; such a pass is busy.
     """
+    streams = min(operands, 2)
     most = 16384 // (2 if itemsize == 8 else 1)
     lanes = body_lanes(S, itemsize, mode)
     row_lanes = cdiv(lanes, 8) * 8  # a byte of the mask has the bits of 8 lanes
     # a pointer a lane takes registers, and so do the rows' edges, with two operands or many rows
-    crowded = mode == STRIDED or (mode == SHIFTED and (busy or (operands == 2 and itemsize != 2)))
+    crowded = mode == STRIDED or (mode == SHIFTED and (busy or (streams == 2 and itemsize != 2)))
     edges = 32 // itemsize if mode == SHIFTED else 0  # lanes for the edges of a row
-    many = busy or itemsize * operands >= 8 or (masked and operands == 2)
+    many = busy or itemsize * streams >= 8 or (masked and streams == 2)
     most_rows = most // (8 if many else 4) // edges if edges else most
     resident = most // 2 if crowded else most
-    passes = LONG_CHANNELS_LAST if channels_last else LONG
-    values_a_thread, num_warps, registers, stages = passes[sums, operands][itemsize]
+    if active and mode == SHIFTED:
+        resident = most // 4  # what the arithmetic takes leaves loads too few registers
+    elif active and itemsize != 2 and streams == 2:
+        resident = most // 2  # would spill
+    passes = LONG_CHANNELS_LAST if channels_last else LONG_ACTIVE if active else LONG
+    values_a_thread, num_warps, registers, stages = passes[sums, streams][itemsize]
     if channels_last and C * itemsize % 16:
         values_a_thread = min(values_a_thread, 16)  # each value has an address of its own
     elif channels_last and busy and itemsize == 8 and not sums:
         values_a_thread = 4
-    if masked and operands == 1:
+    if masked and streams == 1:
         stages = 1
         if mode == SHIFTED and not sums:
             num_warps = 8  # fewer would spill with the edges
     long = values_a_thread * 32 * num_warps
     # 64-bit addresses would spill with two operands and many edges: a FLAT tile has 32-bit ones
-    short_of_registers = mode == SHIFTED and itemsize != 8 and operands == 2 and may_be_flat
+    short_of_registers = mode == SHIFTED and itemsize != 8 and streams == 2 and may_be_flat
     flat, fits = False, True
     if whole and channels_last and next_power_of_2(S) * min(next_power_of_2(C), 32 // itemsize) <= most:
         block_c, block_n, block_l = min(next_power_of_2(C), 64), 1, next_power_of_2(S)
@@ -106,7 +113,7 @@ def plan_batch_norm(
         fits = False
         block_c, block_n, block_l = _long_tile(N, C, lanes, channels_last, long)
         if edges:  # at most 8 lanes of edges a thread, half with two operands, and half where not all positions count
-            block_n = max(min(block_n, (4 if masked else 8) // operands * 32 * num_warps // edges), 1)
+            block_n = max(min(block_n, (4 if masked else 8) // streams * 32 * num_warps // edges), 1)
     elements = block_c * block_n * block_l
     lane_blocks = 1 if flat else max(cdiv(lanes, block_l), 1)
     tiles = 1 if flat else max(cdiv(N, block_n), 1) * lane_blocks
@@ -118,8 +125,10 @@ def plan_batch_norm(
         splits, stages = 1, 1
         of_each = cdiv(channel_blocks, device.multiprocessors)  # programs a multiprocessor
         many_edges = 2 * edges * (next_power_of_2(N) if flat else block_n) >= elements
-        num_warps = _resident_warps(elements, many_edges, itemsize, mode, channels_last, operands, busy, of_each)
-        if masked and mode == SHIFTED and operands == 1 and elements >= 16384:
+        num_warps = _resident_warps(elements, many_edges, itemsize, mode, channels_last, streams, busy, of_each)
+        if active and not (mode == STRIDED or itemsize == 8):
+            num_warps = _active_warps(elements, streams, operands + masked > 2)
+        elif masked and mode == SHIFTED and streams == 1 and elements >= 16384:
             num_warps = 16
     else:
         if not edges:
@@ -127,7 +136,7 @@ def plan_batch_norm(
         splits = _splits(tiles, channel_blocks, device.multiprocessors * (device.registers // (registers * 32 * num_warps)))
     per_split = cdiv(tiles, splits)
     accesses = elements * itemsize // (16 * 32 * num_warps)
-    halvings = _halvings(accesses, S, block_l, itemsize, mode, channels_last, operands, flat)
+    halvings = _halvings(accesses, S, block_l, itemsize, mode, channels_last, streams, flat)
     if mode == SHIFTED and elements >= most:
         halvings = min(halvings, 1)  # more of them would spill with the edges
     return BatchNormPlan(
@@ -148,6 +157,16 @@ def _resident_warps(
     least = 4 if mode == SHIFTED and itemsize * operands == 8 else 1  # two operands of float32 and their edges take registers
     values_a_thread = 64 if of_each >= 4 else 32 if of_each >= 2 else 16
     return min(max(elements // (32 * values_a_thread), least), 8 if elements >= 16384 else 16)
+
+
+def _active_warps(elements: int, streams: int, more: bool) -> int:
+    """Warps of a program that keeps a tile and computes an activation: 32 values a thread, or 16 with their gradients, and no
+    fewer warps than two for each tensor.
+
+    more: there is a residual beside dy and x, or not all positions count.
+    """
+    most = 16 if streams == 1 or more or elements >= 16384 else 8
+    return min(max(elements * streams // 1024, 2 * streams), max(elements // 256, 1), most)
 
 
 def _halvings(
@@ -173,6 +192,11 @@ LONG = {
     (True, 2): {2: (16, 8, 64, 2), 4: (16, 4, 64, 2), 8: (4, 8, 64, 1)},
     (False, 1): {2: (16, 2, 40, 1), 4: (16, 4, 40, 1), 8: (8, 8, 64, 1)},
     (False, 2): {2: (16, 8, 40, 1), 4: (16, 8, 48, 1), 8: (8, 8, 64, 1)},
+}
+# a program of fewer warps, of which a multiprocessor has more: some load while others compute
+LONG_ACTIVE = LONG | {
+    (True, 2): {2: (8, 4, 64, 2), 4: (16, 4, 64, 2), 8: (4, 8, 64, 1)},
+    (False, 2): {2: (16, 4, 64, 1), 4: (16, 4, 64, 1), 8: (8, 8, 64, 1)},
 }
 # a thread has 8 channels of 2 bytes, or 4 of 4 bytes, and keeps the numbers of each
 LONG_CHANNELS_LAST = {
