@@ -71,6 +71,7 @@ fuzz: $(INSTALLED)
 N ?= 10
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants.py kernels/gpu --jit --each $(N)
+	$(BIN)/python tests/mutants.py kernels/cpu --jit --each $(N)
 	$(BIN)/python tests/mutants.py hw3gpu --each $(N)
 
 # The CPU kernels under valgrind, which has to be installed: half an hour and more a dtype.
