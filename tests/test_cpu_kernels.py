@@ -27,7 +27,7 @@ from cpu_operations import (
 import hw3gpu.functional as HF
 from hw3gpu.kernels.cpu import batch_norm, cross_entropy, softmax
 from hw3gpu.kernels.cpu._cross_entropy import kernels
-from hw3gpu.kernels.cpu._numba import by_address, compile, elements, exp, openmp
+from hw3gpu.kernels.cpu._numba import by_address, compile, elements, exp, log, openmp, simd
 from hw3gpu.kernels.cpu._numba import half as _half
 
 KERNELS = Path(batch_norm.__file__).parent
@@ -68,6 +68,29 @@ def test_exp_of_what_is_no_ordinary_number(dtype):
     y = np.empty_like(x)
     exp_of(x, y)
     np.testing.assert_array_equal(y, np.array([np.nan, np.nan, 0, 0, 1, 1], dtype))
+
+
+@compile.inline
+def _log1p_of(i, exist, args):
+    x = simd.load_lanes(args[0], i, exist, 0.0)
+    return log.log1p(x, 1.0 + x)
+
+
+@numba.njit(error_model="numpy")
+def log1p_of(x, y):
+    simd.write(y, False, _log1p_of, (x,))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+def test_log1p_is_right_to_two_and_a_half_ulp(rng, dtype):
+    """Near 0 of both signs, down to where 1 + x is 1, near -0.4 and 0.4, where the rounding of 1 + x counts most, and far out."""
+    size = np.exp(rng.uniform(-45, 45, 50_000))
+    x = np.concatenate([size, -size[size < 0.9], rng.uniform(-0.6, 1.2, 100_000), [0.0]]).astype(dtype)
+    y = np.empty_like(x)
+    log1p_of(x, y)
+    exact = np.log1p(x.astype(np.longdouble))
+    ulp = np.spacing(np.abs(exact.astype(dtype))).astype(np.longdouble)
+    assert np.max(np.abs(y - exact) / ulp) <= 2.5
 
 
 @pytest.mark.parametrize("path", ["softmax", "cross entropy"])

@@ -75,7 +75,7 @@ def _log1p64(x, u) -> Any:
 
 
 def log1p(x: Any, u: Any) -> Any:
-    """log(1 + x) of `Lanes`, to 2 ulp, with the digits of a small x; u is 1 + x with those of a small, normal u."""
+    """log(1 + x) of `Lanes`, to 2.5 ulp, with the digits of a small x; u is 1 + x with those of a small, normal u."""
     return np.log1p(x)
 
 
