@@ -83,7 +83,7 @@ def log1p_of(x, y):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
 def test_log1p_is_right_to_two_and_a_half_ulp(rng, dtype):
-    """Near 0 of both signs, down to where 1 + x is 1, near -0.4 and 0.4, where the rounding of 1 + x counts most, and far out."""
+    """Near 0, down to where 1 + x is 1; near -0.4 and 0.4, where the rounding of 1 + x counts most; and far out."""
     size = np.exp(rng.uniform(-45, 45, 50_000))
     x = np.concatenate([size, -size[size < 0.9], rng.uniform(-0.6, 1.2, 100_000), [0.0]]).astype(dtype)
     y = np.empty_like(x)
