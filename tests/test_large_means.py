@@ -144,3 +144,20 @@ def test_statistics_of_exact_sums_are_rounded_once():
         assert var[c] == float(variance)
         root, half_ulp = Fraction(rstd[c]), Fraction(np.spacing(rstd[c])) / 2
         assert (root - half_ulp) ** 2 <= 1 / (variance + Fraction(EPS)) <= (root + half_ulp) ** 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 2, 500), (500, 2, 1)], ids=["planes", "rows"])
+def test_float64_sums_of_gradients_keep_what_an_addition_rounds_away(layout, shape):
+    """dy = ±2^60 and x̂ = dy = ±1 between them: an ulp of the sums is 256 there, and their exact values are -2 and 498."""
+    sign = np.where(np.arange(500) % 2, -1.0, 1.0)
+    large = np.concatenate([[2.0**60], sign[1:498], [-(2.0**60)], sign[499:]])
+    x, dy = (layout(np.stack([v, v]).reshape(2, shape[0], shape[2]).transpose(1, 0, 2)) for v in (sign, large))
+    dgamma, dbeta = np.empty(2), np.empty(2)
+    batch_norm.backward_reduce(dy, x, np.zeros((2, 2)), np.ones(2), dgamma, dbeta)
+    assert (dgamma == 498).all()
+    assert (dbeta == -2).all()
+    dgamma[:], dbeta[:] = 0, 0
+    batch_norm.backward(dy, x, np.zeros((2, 2)), np.ones(2), None, np.empty_like(x), dgamma, dbeta)
+    assert (dgamma == 498).all()
+    assert (dbeta == -2).all()
