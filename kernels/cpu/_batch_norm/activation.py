@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
-from numba.extending import overload
 
-from .._numba.compile import inline
+from .._numba.compile import inline, overload
 from .._numba.elements import load, store
 from .._numba.exp import exp
 from .._numba.simd import Lanes, larger, load_lanes, where_at_most, where_below

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import overload
 
-from .._numba.compile import exact, inline, kernel
+from .._numba.compile import exact, inline, kernel, overload
 from .._numba.simd import Lanes, load_lanes, load_lanes_like, store_lanes, streamed, width, write
 from .._numba.views import line_of
 from .activation import line_beside, put_line

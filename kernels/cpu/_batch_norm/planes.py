@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import overload
 
-from .._numba.compile import inline, kernel, reduction
+from .._numba.compile import inline, kernel, overload, reduction
 from .._numba.elements import load
 from .._numba.simd import Lanes, fetch, load_lanes, streamed, width, write
 from .._numba.views import gather, line_of, plane_of, prefix, row_buffer, scatter

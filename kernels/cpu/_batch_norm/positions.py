@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import overload
 
-from .._numba.compile import inline
+from .._numba.compile import inline, overload
 from .._numba.elements import bits, from_bits
 from .._numba.simd import lanes_where
 from .._numba.views import line_of

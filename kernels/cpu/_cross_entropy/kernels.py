@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import overload
 
-from .._numba.compile import inline, kernel
+from .._numba.compile import inline, kernel, overload
 from .._numba.elements import atomic_min, load
 from .._numba.exp import exp
 from .._numba.simd import (

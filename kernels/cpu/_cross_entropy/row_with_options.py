@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import overload
 
-from .._numba.compile import inline, kernel, reduction
+from .._numba.compile import inline, kernel, overload, reduction
 from .._numba.elements import atomic_min, load, store
 from .._numba.exp import exp
 from .._numba.views import gather, release, row_buffer, row_of, row_scratch, scatter

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import overload
 
-from .._numba.compile import inline
+from .._numba.compile import inline, overload
 from .._numba.log import log1p
 from .._numba.simd import Lanes, larger, times, where_below
 

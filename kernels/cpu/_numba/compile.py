@@ -1,10 +1,10 @@
 """How the CPU kernels are compiled, and where the compiled code is cached.
 
 `kernel` compiles a function that a launcher calls: it runs without the GIL and is cached on disk. `inline` compiles a helper
-into the kernels that call it. Numba's own cache looks only at the file of the function itself, so a cached kernel would survive
-a change of its helpers. Here the name of a cache entry has a hash of the kernel's file and of all files of `kernels/cpu` that
-it imports: a change compiles again what depends on it, and nothing else. Where the folder cannot be written kernels are
-compiled in every process; it is never an error.
+into the kernels that call it; `overload` chooses a helper by the types of its arguments. Numba's own cache looks only at the
+file of the function itself, so a cached kernel would survive a change of its helpers. Here the name of a cache entry has a hash
+of the kernel's file and of all files of `kernels/cpu` that it imports: a change compiles again what depends on it, and nothing
+else. Where the folder cannot be written kernels are compiled in every process; it is never an error.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from numba.extending import overload as numba_overload
 
 from .internals import (
     CacheImpl,
@@ -39,6 +41,7 @@ from .internals import (
 _OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "fastmath": {"contract"}}
 # A helper is never called from Python: compiling the wrapper for that would double its time.
 _HELPER = {**_OPTIONS, "no_cpython_wrapper": True}
+_CHOSEN = {"nopython": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _INLINE = {**_HELPER, "forceinline": True}
 
 
@@ -68,6 +71,11 @@ def reduction(function: Callable[..., Any]) -> Any:
     takes differences from an `inline` helper, whose operations keep their own flags.
     """
     return _helper(function, {**_INLINE, "fastmath": {"contract", "reassoc", "nsz"}})
+
+
+def overload(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """As Numba's `overload`, and what it chooses is a helper: compiled into the kernels that call it, with their options."""
+    return numba_overload(function, jit_options={**_CHOSEN, "pipeline_class": HelperCompiler})
 
 
 def kernel(function: Callable[..., Any]) -> Any:

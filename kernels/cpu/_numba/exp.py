@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
-from .compile import inline
+from .compile import inline, overload
 from .simd import Lanes, larger
 
 # exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, ln 2 = HIGH + LOW where n * HIGH is exact. Adding MAGIC rounds to

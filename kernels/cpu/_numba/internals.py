@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numba
@@ -139,6 +140,13 @@ class HelperCompiler(KernelCompiler):
         self.state.library = _HelperLibrary(self.state.targetctx.codegen(), "helper")
 
 
+def _of_any_strides(kind: Any) -> Any:
+    """The type of an argument of a kernel, an array or a tuple of arrays, for all strides; other types as they are."""
+    if isinstance(kind, types.Array):
+        return kind.copy(layout="A" if kind.ndim == 3 else kind.layout, readonly=False)
+    return types.Tuple([_of_any_strides(of) for of in kind]) if isinstance(kind, types.Tuple | types.UniTuple) else kind
+
+
 class HelperDispatcher(CPUDispatcher):
     """A helper: compiled once for a number, not for each constant in a call, which LLVM sees when it inlines."""
 
@@ -149,13 +157,27 @@ class HelperDispatcher(CPUDispatcher):
 
 
 class KernelDispatcher(HelperDispatcher):
-    """A kernel: code for three-dimensional arrays serves all strides, and code for writable arrays serves read-only ones."""
+    """A kernel: code for three-dimensional arrays serves all strides, and code for writable arrays serves read-only ones.
+
+    Called by another kernel it is a helper: compiled into that one, with no code of its own.
+    """
+
+    @functools.cached_property
+    def _helper(self) -> HelperDispatcher:
+        options = self.targetoptions | {"no_cpython_wrapper": True}
+        return HelperDispatcher(self.py_func, targetoptions=options, pipeline_class=HelperCompiler)
+
+    def get_call_template(self, args: Any, kws: Any) -> Any:
+        return self._helper.get_call_template(args, kws)
+
+    def get_overload(self, sig: Any) -> Any:
+        return self._helper.get_overload(sig)
+
+    def get_compile_result(self, sig: Any) -> Any:
+        return self._helper.get_compile_result(sig)
 
     def typeof_pyval(self, val: Any) -> Any:
-        found = super().typeof_pyval(val)
-        if isinstance(found, types.Array):
-            return found.copy(layout="A" if found.ndim == 3 else found.layout, readonly=False)
-        return found
+        return _of_any_strides(super().typeof_pyval(val))
 
     def _compile_for_args(self, *args: Any, **kws: Any) -> Any:
         compiled = super()._compile_for_args(*args, **kws)

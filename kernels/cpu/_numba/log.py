@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
-from .compile import inline
+from .compile import inline, overload
 from .simd import Lanes, where_below
 
 # u = 2^k m, 1/√2 <= m < √2; log m = f - f²/2 + s (f²/2 + R(s²)), f = m - 1, s = f / (2 + f), R the minimax polynomials of
