@@ -16,6 +16,7 @@ import os
 import re
 import stat
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -193,6 +194,27 @@ class _KernelCache(FunctionCache):
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         return sig, processor(codegen)  # the name of the file has the hash of the code, closures included
+
+    @contextlib.contextmanager
+    def one_process_at_a_time(self, sig: Any) -> Iterator[None]:
+        """While a process is inside, others that want to compile the same wait, and then read what it has cached.
+
+        They do not wait for more than a minute, nor where files cannot be locked: then several compile the same.
+        """
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl  # not on Windows
+
+                byte = int(hashlib.sha256(f"{self._impl.filename_base} {sig}".encode()).hexdigest()[:7], 16)
+                file = stack.enter_context(open(Path(self.cache_path) / "lock", "ab"))
+                deadline = time.monotonic() + 60
+                while time.monotonic() < deadline:
+                    try:
+                        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+                        break
+                    except BlockingIOError:
+                        time.sleep(0.02)
+            yield
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         with contextlib.suppress(OSError, EOFError):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -178,6 +179,11 @@ class KernelDispatcher(HelperDispatcher):
 
     def typeof_pyval(self, val: Any) -> Any:
         return _of_any_strides(super().typeof_pyval(val))
+
+    def compile(self, sig: Any) -> Any:
+        # without a cache there is no other process to wait for
+        with getattr(self._cache, "one_process_at_a_time", contextlib.nullcontext)(sig):
+            return super().compile(sig)
 
     def _compile_for_args(self, *args: Any, **kws: Any) -> Any:
         compiled = super()._compile_for_args(*args, **kws)
