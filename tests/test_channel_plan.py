@@ -84,6 +84,8 @@ def test_an_activation_takes_registers():
     assert [fits(S, 2, P.ALIGNED, 3) for S in (1024, 1040)] == [True, False]
     off_16_bytes = (257, 4, 1), (257, 2, 2), (513, 4, 1), (513, 2, 2)
     assert [fits(S, itemsize, P.SHIFTED, operands) for S, itemsize, operands in off_16_bytes] == [True, True, False, False]
+    beside = [plan_batch_norm(1, 512, 784, size, P.STRIDED, True, 2, whole=True, **active) for size in (2, 4)]
+    assert [(p.tiles, p.BLOCK_C * p.LANES) for p in beside] == [(1, 16384), (1, 8192)]
     for itemsize, sums in ((2, True), (2, False), (4, False)):
         long = (128, 256, 3136, itemsize, P.ALIGNED, False, 2)
         plain, other = (plan_batch_norm(*long, whole=False, sums=sums, **more) for more in ({}, active))

@@ -74,17 +74,19 @@ def plan_batch_norm(
     edges = 32 // itemsize if mode == SHIFTED else 0  # lanes for the edges of a row
     many = busy or itemsize * streams >= 8 or (masked and streams == 2)
     most_rows = most // (8 if many else 4) // edges if edges else most
-    resident = most // 2 if crowded else most
+    fewer = active and itemsize != 2 and streams == 2  # more would spill
+    resident = most // 2 if crowded or fewer else most
     if active and mode == SHIFTED:
         resident = most // 4  # what the arithmetic takes leaves loads too few registers
-    elif active and itemsize != 2 and streams == 2:
-        resident = most // 2  # would spill
+    side_by_side = most // 2 if fewer else most  # channels-last
     passes = LONG_CHANNELS_LAST if channels_last else LONG_ACTIVE if active else LONG
     values_a_thread, num_warps, registers, stages = passes[sums, streams][itemsize]
     if channels_last and C * itemsize % 16:
         values_a_thread = min(values_a_thread, 16)  # each value has an address of its own
     elif channels_last and busy and itemsize == 8 and not sums:
         values_a_thread = 4
+    elif channels_last and active and itemsize == 4 and not sums:
+        values_a_thread = 8
     if masked and streams == 1:
         stages = 1
         if mode == SHIFTED and not sums:
@@ -93,9 +95,9 @@ def plan_batch_norm(
     # 64-bit addresses would spill with two operands and many edges: a FLAT tile has 32-bit ones
     short_of_registers = mode == SHIFTED and itemsize != 8 and streams == 2 and may_be_flat
     flat, fits = False, True
-    if whole and channels_last and next_power_of_2(S) * min(next_power_of_2(C), 32 // itemsize) <= most:
+    if whole and channels_last and next_power_of_2(S) * min(next_power_of_2(C), 32 // itemsize) <= side_by_side:
         block_c, block_n, block_l = min(next_power_of_2(C), 64), 1, next_power_of_2(S)
-        while block_l * block_c > most:
+        while block_l * block_c > side_by_side:
             block_c //= 2
     elif (
         not channels_last and most_rows >= N
