@@ -191,6 +191,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if most := config.getoption("--sample"):
         kept = sample([item for item in items if not reasons[item]], most)
         reasons |= {item: "not in the sample" for item in items if not reasons[item] and item not in kept}
+    if leg.interpreted and not config.getoption("--slow"):
+        graphs = [item for item in items if not reasons[item] and item.get_closest_marker("graphs")]
+        reasons |= dict.fromkeys(
+            {*graphs} - sample(graphs, 1), "what PyTorch's compiler sees, one case a test here: all by '--slow'"
+        )
     left_out = Counter(reason for reason in reasons.values() if reason)
     on_kit = {item.nodeid.partition("[")[0] for item in items if not reasons[item] and "kit" in item.fixturenames}
     for kind, why in leg.absent.items():

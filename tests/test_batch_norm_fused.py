@@ -96,10 +96,10 @@ def test_up_to_which_size_they_are_apart(apart, layout, graph, samples, larger):
     assert any(path.startswith("residual and activation apart") for path in found.path) != larger
 
 
-# of Hardswish and GELU, `test_each_activation_is_the_answer_sheets` has the dtypes; of what comes before, ReLU has them here
+# `test_pairs` has the dtypes of a residual and of ReLU, `test_each_activation_is_the_answer_sheets` those of Hardswish and GELU
 @pytest.mark.parametrize(
     ("activation", "with_residual"),
-    [pytest.param(*FUSED[i], id=NAMES[i], marks=[pytest.mark.slow] if i < 2 else []) for i in range(4)],
+    [pytest.param(*FUSED[i], id=NAMES[i], marks=[pytest.mark.slow] if i < 3 else []) for i in range(4)],
 )
 def test_fused_of_every_dtype(device, rng, dtype, activation, with_residual):
     fused_is_composed(device, rng, (3, 2, 5, 5), dtype, "contiguous", activation, with_residual, True)
@@ -177,6 +177,7 @@ def test_what_is_cut_off_stays_cut_off(device):
     assert y[1].isnan()
 
 
+@pytest.mark.graphs
 @pytest.mark.parametrize(("activation", "with_residual"), FUSED[:4], ids=NAMES[:4])
 def test_operators(device, rng, activation, with_residual):
     x, residual, weight, bias, running = operands(rng, device, (3, 2, 4, 3), "float32")

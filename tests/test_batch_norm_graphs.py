@@ -34,6 +34,7 @@ def operands(rng, device, shape=(3, 2, 4), dtype="float64", grad=True):
 
 
 # ---------------------------------------------------------------------------------------------- operators
+@pytest.mark.graphs
 @pytest.mark.parametrize(
     ("layout", "dtype"), [("contiguous", "float64"), ("channels-last", "bfloat16"), ("sliced", "float32")], ids=str
 )
@@ -89,6 +90,7 @@ def step(model, x):
     return [y, leaf.grad, *(p.grad for p in model.parameters()), *(b.clone() for b in model.buffers())]
 
 
+@pytest.mark.graphs
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_a_compiled_model_is_the_eager_one(device, dynamic):
     """No graph break; training steps at several batch sizes, each with its gradients and running statistics; evaluation."""
@@ -113,6 +115,7 @@ def test_a_model_goes_through_the_whole_compiler(device):
         same(a, b, 1e-9)
 
 
+@pytest.mark.graphs
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 def test_an_exported_model_is_the_eager_one(device, strict):
     model = net(device).eval()

@@ -37,6 +37,7 @@ def classes(rng, device, shape=(4,), C=6):
 COMPILED = ((False, PLAIN, "contiguous", "float64"), (True, EVERYTHING, "channels-last", "bfloat16"))
 
 
+@pytest.mark.graphs
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "sliced"])
 @pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=["plain", "everything"])
@@ -52,6 +53,7 @@ def test_operators_keep_the_rules_of_torch_library(device, rng, soft, options, l
     opcheck(loss_room.BACKWARD, (*given, *options), compiled)
 
 
+@pytest.mark.graphs
 @pytest.mark.parametrize("dim", [0, 1, -1])
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "sliced"])
 def test_softmax_keeps_the_rules_of_torch_library(device, rng, layout, dim):
@@ -61,6 +63,7 @@ def test_softmax_keeps_the_rules_of_torch_library(device, rng, layout, dim):
     opcheck(softmax_room.BACKWARD, (z.detach(), softmax_room.run(z.detach(), dim), dim), compiled)
 
 
+@pytest.mark.graphs
 @pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 def test_linear_operators_keep_the_rules_of_torch_library(device, rng, options):
     x, W, b = (logits(rng, device, s) for s in ((5, 3), (6, 3), (6,)))
@@ -95,6 +98,7 @@ def results(call, z, target):
     return [loss, dz, *stats]
 
 
+@pytest.mark.graphs
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_compiled_call_is_the_eager_one(device, rng, name, dynamic):
@@ -108,6 +112,7 @@ def test_a_compiled_call_is_the_eager_one(device, rng, name, dynamic):
             same(a.double(), b.double(), 1e-10)
 
 
+@pytest.mark.graphs
 @pytest.mark.parametrize("name", ["cross_entropy", "softmax", "linear_cross_entropy"])
 def test_a_call_goes_through_the_whole_compiler(device, rng, name):
     torch._dynamo.reset()

@@ -126,6 +126,7 @@ def test_errors(sigma, k, options, error, message):
         minimize_trace(sigma, k, **options)
 
 
+@pytest.mark.graphs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
 def test_it_keeps_the_rules_of_torch_library_and_compiles(device, dtype, batch):
