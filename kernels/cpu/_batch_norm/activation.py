@@ -204,7 +204,7 @@ def scale_of(kind: Any, rstd: Any, gamma: Any) -> Any:
 
 
 @overload(scale_of)
-def _choosescale_of(kind, rstd, gamma) -> Callable[..., Any]:
+def _choose_scale_of(kind, rstd, gamma) -> Callable[..., Any]:
     return (lambda kind, rstd, gamma: None) if kind == types.none else (lambda kind, rstd, gamma: rstd * gamma)
 
 
