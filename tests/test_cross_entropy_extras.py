@@ -209,6 +209,25 @@ def test_predicted_beyond_the_integers_that_float32_holds():
         HF.linear_cross_entropy(ones(1, 1), ones(1, 1).expand(V + 1, 1), target, return_stats=True)
 
 
+@pytest.mark.parametrize("ignore_index", [-7, 2])
+@pytest.mark.parametrize("options", EXTRAS.values(), ids=EXTRAS)
+def test_what_is_no_class(device, rng, options, ignore_index):
+    """A row of `ignore_index`, which may be a class, has a loss and a gradient of 0; one of another number is refused."""
+    x = tensor(rng.standard_normal((3, 5)), "float32", device, grad=True)
+    target = torch.tensor([1, ignore_index, 4], device=device)
+    loss = HF.cross_entropy(x, target, ignore_index=ignore_index, reduction="none", **options)
+    (dx,) = torch.autograd.grad(loss.sum(), x)
+    assert loss[1] == 0
+    assert (dx[1] == 0).all()
+    assert (loss[::2] > 0).all()
+    target[2] = 5
+    if device == "cpu":
+        with pytest.raises(IndexError, match=rf"or ignore_index {ignore_index}, got 5 in row 2"):
+            HF.cross_entropy(x, target, ignore_index=ignore_index, **options)
+    else:
+        assert HF.cross_entropy(x, target, ignore_index=ignore_index, reduction="none", **options)[2].isnan()
+
+
 def test_the_log_probability_of_a_certain_class_keeps_its_digits(device):
     x = tensor([[12.0, 0.0, 0.0]], "float32", device)
     _, stats = HF.cross_entropy(x, torch.tensor([0], device=device), return_stats=True)
