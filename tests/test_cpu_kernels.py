@@ -96,7 +96,10 @@ def test_log1p_is_right_to_two_and_a_half_ulp(rng, dtype):
 
 @pytest.mark.parametrize("path", ["softmax", "cross entropy"])
 def test_the_loop_over_a_row_is_packed(path):
-    """The multiplications of the exponential work on whole vectors, in the kernel as it is compiled for this machine."""
+    """The multiplications of the exponential work on whole vectors, in the kernel as it is compiled for this machine.
+
+    And there is a fence: what is written past the caches is seen by whoever is told that it is there.
+    """
     fused = numba.njit(fastmath={"contract"})(lambda a, b, c: a * b + c)
     fused(1.0, 1.0, 1.0)
     x86 = r"vfmadd\w+ps[^\n]*[yz]mm" if "vfmadd" in str(fused.inspect_asm()) else r"mulps[^\n]*[xy]mm"
@@ -113,6 +116,7 @@ def test_the_loop_over_a_row_is_packed(path):
         kernel(0, 2, z, target, acc, np.zeros((2, 1), np.float32), np.empty_like(z), invalid, 1.0, -100, 0.0, 0.0)
     (assembly,) = kernel.inspect_asm().values()
     assert len(re.findall(packed[platform.machine()], assembly)) >= 8
+    assert re.search(r"dmb\s+ish" if platform.machine() == "aarch64" else r"mfence|lock\s+or", assembly)
 
 
 @pytest.fixture(params=["as compiled here", "by arithmetic on bits"])

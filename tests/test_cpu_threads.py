@@ -24,7 +24,7 @@ from cpu_operations import (
 
 from hw3gpu._core import dispatch
 from hw3gpu.kernels.cpu import cross_entropy
-from hw3gpu.kernels.cpu._numba import compile, openmp
+from hw3gpu.kernels.cpu._numba import by_address, compile, openmp
 from hw3gpu.kernels.cpu._numba import threads as _threads
 
 
@@ -155,6 +155,15 @@ def test_a_kernel_that_finds_no_memory_raises_from_any_thread(threads, eager_thr
         _threads.run(count_blocks, 50, 1 << 30, done, 1 << 60)
     _threads.run(count_blocks, 50, 1 << 30, done, 8)
     assert done.min() == 1
+
+
+def test_a_kernel_at_addresses_that_finds_no_memory_raises():
+    done = np.zeros(50, np.int64)
+    kernel, address = by_address.at_addresses(count_blocks), done.ctypes.data
+    with pytest.raises(MemoryError):
+        kernel(0, 50, done, 1 << 60, address)
+    kernel(0, 50, done, 8, address)
+    assert done.tolist() == [1] * 50
 
 
 def test_openmp_is_left_alone_without_torch_and_in_a_forked_child():
