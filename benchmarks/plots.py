@@ -156,11 +156,10 @@ def draw(results: dict[str, Any], folder: Path) -> str:
     environment = results.get("environment", {})
     about = [environment.get("device", ""), *(f"torch {environment[name]}" for name in ("torch",) if name in environment)]
     for name, plot in kinds.items():
-        figure, axes = plt.subplots(figsize=(9, 6))
+        figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
         if plot(axes, results):
             figure.suptitle(f"{axes.get_title()}\n{', '.join(filter(None, about))}{marked}", fontsize=10)
             axes.set_title("")
-            figure.tight_layout()
             figure.savefig(folder / f"{name}.png", dpi=120)
         plt.close(figure)
     return ""
