@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+
+import hw3gpu.functional as HF
 
 pytestmark = pytest.mark.interpreter
 
@@ -164,3 +167,13 @@ def test_operators_are_those_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls
     for case, result in at_once.items():
         assert result == by_triton[case], case
+
+
+def test_lanes_that_are_not_finite_are_no_warning(device: str) -> None:
+    """As on a GPU; NumPy would warn of each."""
+    z = torch.tensor([[torch.inf, torch.inf, 1.0], [3e38, -3e38, 0.0]], device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        y = HF.softmax(z, -1)
+    assert y[0].isnan().all()
+    assert y[1].tolist() == [1.0, 0.0, 0.0]
