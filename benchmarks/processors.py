@@ -40,6 +40,7 @@ TESTS = (
     "tests/test_points.py",
     "tests/test_moments.py",
     "tests/test_trace_solvers.py",
+    "tests/test_guard_pages.py",
 )
 VARIABLES = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "ATEN_CPU_CAPABILITY", "OPENBLAS_CORETYPE", "HW3GPU_NUM_THREADS")
 
