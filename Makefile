@@ -29,8 +29,9 @@ test: $(INSTALLED)
 # For the loop of someone who edits: a case of each test, both kinds of kernels at once, without what starts processes or
 # compiles for a GPU.
 QUICK = --sample 1 $(patsubst %,--ignore tests/test_%.py,$(NOT_QUICK))
-NOT_QUICK := batch_norm_graphs benchmarks blas_threads command cpu_threads cross_entropy_graphs distributed evidence examples gpu_benchmark guard_pages internals kernels_hub \
-	large_means launches linear_cross_entropy packaging pool portability processors safety site supervisor traffic training_page
+NOT_QUICK := architecture batch_norm_graphs benchmarks blas_threads command cpu_threads cross_entropy_graphs distributed evidence examples \
+	faults gpu_benchmark guard_pages internals interrupts kernels_hub large_means launches linear_cross_entropy losses_are_torchs packaging pool \
+	portability processors safety site spoilt_arguments supervisor traffic training_page
 
 quick: export OMP_NUM_THREADS ?= 1
 quick: $(INSTALLED)
