@@ -190,13 +190,14 @@ def test_a_class_out_of_range_names_the_row_of_the_whole(device, rng, reduction)
 
 
 # ---------------------------------------------------------------------------------------------- memory
+LOGITS = 2048 * 8000 * 4  # bytes
 PEAKS = """
 import json, os, torch
 import torch.nn.functional as F
 import hw3gpu.functional as HF
 
 D, V = 16, 8000
-rows = {"float32": 2048, "bfloat16": 4096}  # 64 MB of logits
+rows = {"float32": 2048, "bfloat16": 4096}  # LOGITS
 CALLS = {"ours": HF.linear_cross_entropy, "PyTorch's": F.linear_cross_entropy}
 
 def peak():
@@ -232,21 +233,25 @@ for dtype, whose in cases:
 
 @pytest.fixture(scope="module")
 def peaks():
-    """By how much the peak of a process grows with the rows, beyond inputs, gradients and one float32 ∂ℓ/∂W: in shares of the
-    logits, by dtype and function. What does not grow are the libraries' own buffers, such as oneDNN's 4 MB with AVX-512."""
+    """The peaks of a process beyond inputs, gradients and one float32 ∂ℓ/∂W, of some rows and of twice as many.
+
+    By dtype and function, in shares of the logits of the first.
+    """
     done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
     found = {}
     for dtype, whose, _, beyond in map(json.loads, done.stdout.splitlines()):
-        found.setdefault((dtype, whose), []).append(beyond)
-    return {of: (twice - once) / (2048 * 8000 * 4) for of, (once, twice) in found.items()}
+        found.setdefault((dtype, whose), []).append(beyond / LOGITS)
+    return found
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_peak_is_below_a_tenth_of_the_logits(peaks, dtype):
-    """Unfused it is more than the logits."""
-    assert peaks[dtype, "ours"] <= 0.1
-    assert peaks[dtype, "PyTorch's"] >= 1.0
+    """What grows with the rows is, and all but 8 MB: oneDNN's own buffers with AVX-512 take 4. Unfused it is more than all."""
+    (once, twice), (unfused, _) = peaks[dtype, "ours"], peaks[dtype, "PyTorch's"]
+    assert twice - once <= 0.1
+    assert once <= 0.1 + (8 << 20) / LOGITS
+    assert unfused >= 1.0
 
 
 def test_chunks_of_the_promised_size():
