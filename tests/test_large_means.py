@@ -11,6 +11,7 @@ import pytest
 import torch
 from cpu_operations import HALVES, channels_last
 
+import hw3gpu
 from hw3gpu import reference
 from hw3gpu._cli.arrays import DTYPES
 from hw3gpu.kernels.cpu import batch_norm
@@ -161,3 +162,17 @@ def test_float64_sums_of_gradients_keep_what_an_addition_rounds_away(layout, sha
     batch_norm.backward(dy, x, np.zeros((2, 2)), np.ones(2), None, np.empty_like(x), dgamma, dbeta)
     assert (dgamma == 498).all()
     assert (dbeta == -2).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("shape", [(512, 3, 1), (64, 128, 8), (1, 3, 512)], ids=["rows", "small planes", "planes"])
+def test_float64_sums_keep_what_an_addition_rounds_away(layout, shape):
+    """2^53, fourteen times 1/4, -2^53 in any order, and so on: beside 2^53 an addition of 1 is lost. A channel's sum is 112."""
+    sixteen = np.tile([2.0**53, *[0.25] * 14, -(2.0**53)], (32, 1))
+    channel = np.random.default_rng(0).permuted(sixteen, axis=1).reshape(shape[0], 1, shape[2])
+    x = layout(np.ascontiguousarray(np.broadcast_to(channel, shape)))
+    assert (hw3gpu.batch_norm(x).mean == 112 / 512).all()
+    zeros = np.zeros(shape[1])
+    gradients = hw3gpu.batch_norm_backward(x, np.ones_like(x), zeros, zeros + 1.0, eps=0.0)
+    assert (gradients.dbeta == 112.0).all()
+    assert (gradients.dgamma == 112.0).all()

@@ -187,6 +187,12 @@ def test_a_numpy_output_has_the_strides_that_numpy_would_give_it():
         assert out.flags.aligned
 
 
+def test_large_numpy_arrays_of_any_layout_have_results():
+    x = np.zeros((300, 9, 200), np.float32).transpose(0, 2, 1)
+    assert hw3gpu.softmax(x, axis=1).strides == hw3gpu.batch_norm(x).y.strides == x.strides
+    assert pool.idle_bytes() > 0
+
+
 def test_a_subclass_gets_no_recycled_memory():
     class Marked(np.ndarray):
         pass

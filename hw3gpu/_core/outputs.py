@@ -88,7 +88,7 @@ def _pooled(shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str,
     """
     if type(like) is np.ndarray:
         memory = pool.empty(shape, np.dtype(dtype), strides)
-        return None if memory is None else np.ndarray(shape, dtype, memory, strides=strides)
+        return None if memory is None else memory.view(np.ndarray)
     torch = sys.modules.get("torch")
     if torch is None or type(like) not in (torch.Tensor, torch.nn.Parameter) or not like.is_cpu:
         return None

@@ -8,11 +8,7 @@ import numpy as np
 
 from .. import reference
 from ..reference import Array, Extended, _extended, _ieee, _per_channel, _sigmoid, _standard_normal
-from .rounding import CHANNEL, CHANNEL_OF_FLOAT64, EXP, RSTD, VARIANCE, additions_of, result, times, unit_roundoff
-
-
-def _of_a_channel(m: int, dtype: str) -> int:
-    return additions_of(m, CHANNEL if dtype == "float32" else CHANNEL_OF_FLOAT64)
+from .rounding import CHANNEL, CHANNEL_SUM, EXP, MEAN, RSTD, VARIANCE, additions_of, result, times, unit_roundoff
 
 
 def _of_rstd(var: Any, eps: float, additions: int) -> Any:
@@ -33,9 +29,9 @@ def batch_norm(
     var = np.asarray(np.sum(distance**2, axis=axes) / m)
     rstd = np.asarray(1.0 / np.sqrt(var + eps))
 
-    additions = _of_a_channel(m, dtype)
+    additions = additions_of(m, CHANNEL)
     of_rstd = _of_rstd(var, eps, additions)
-    of_mean = 2.0 * spread + unit_roundoff(dtype) * abs(mean)  # the mean is kept in two parts
+    of_mean = MEAN * spread + unit_roundoff(dtype) * abs(mean)  # the mean is kept in two parts
     x_hat = distance * rstd.reshape(shape)
     of_x_hat = x_hat * (of_rstd + 3.0).reshape(shape) + (of_mean * rstd).reshape(shape)
     y = gamma.reshape(shape) * (of_x_hat + 2.0 * x_hat) + beta.reshape(shape)
@@ -57,14 +53,13 @@ def batch_norm_backward(
     distance = abs(centred)
     totals, products = (np.asarray(np.sum(v, axis=axes)) for v in (abs(dy), abs(dy) * distance))
 
-    additions = _of_a_channel(m, dtype) if dtype == "float64" else 3.0  # in float32 they are compensated, or in float64
-    of_rstd, of_products = np.asarray(RSTD + 0.0 * var), (additions + 3.0) * products
+    of_rstd, of_products = np.asarray(RSTD + 0.0 * var), (CHANNEL_SUM + 3.0) * products
     if own_statistics:
         spread = np.asarray(np.sum(distance, axis=axes)) / m
-        of_rstd = _of_rstd(var, eps, _of_a_channel(m, dtype))
-        of_products = of_products + 2.0 * spread * abs(np.sum(dy, axis=axes))
+        of_rstd = _of_rstd(var, eps, additions_of(m, CHANNEL))
+        of_products = of_products + MEAN * spread * abs(np.sum(dy, axis=axes))
     of_dgamma = rstd * (of_products + (of_rstd + 1.0) * products)
-    of_dbeta = additions * totals
+    of_dbeta = CHANNEL_SUM * totals
 
     scale = gamma * rstd
     # scale ((dy - b) - (x - mean) k), b = dbeta / m, k = rstd dgamma / m

@@ -15,9 +15,11 @@ CAP = 12  # τ tanh(z / τ)
 ARRAY_LOG = 8  # the logarithm of NumPy, PyTorch and CuPy
 RSTD = 3  # 1 / sqrt(variance + eps), given the variance
 VARIANCE = 6  # each (x - mean)², beside its sum
+CHANNEL_SUM = 3  # a compensated sum over a channel
+MEAN = 1 + CHANNEL_SUM  # the deviations that a mean is gathered from, and their sum
 # docs/errors.md, "Sums": additions that a number meets in the first sum it goes into, and how many numbers each more stands for
 FIRST_SUM = 32
-ROW, ROW_OF_FLOAT64, CHANNEL, CHANNEL_OF_FLOAT64 = 256, 16, 64, 4
+ROW, ROW_OF_FLOAT64, CHANNEL = 256, 16, 64
 
 
 def unit_roundoff(dtype: str) -> float:

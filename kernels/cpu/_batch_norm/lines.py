@@ -17,9 +17,10 @@ import numpy as np
 from numba import types
 
 from .._numba.compile import exact, inline, kernel, overload
-from .._numba.simd import Lanes, load_lanes, load_lanes_like, store_lanes, streamed, width, write
+from .._numba.simd import Lanes, load_lanes, streamed, width, write
 from .._numba.views import line_of
 from .activation import line_beside, put_line
+from .line_sums import add_deviations, add_four_deviations, add_gradients, add_two_gradients, left_at, sums_memory
 from .planes import AROUND, _at_position, _dx_of_run, _pass_run, _scaled_run, _y_of_run
 from .positions import run_of_rows
 from .statistics import add_to, sums_of
@@ -39,74 +40,6 @@ def parameters(positions, like) -> np.ndarray:
 def _of(at, row) -> np.ndarray:
     """A row of parameters, without reference counting: the caller uses `at` after it, or in the same loop."""
     return line_of(at, 0, row, 0, at.shape[2])
-
-
-# Sums are float64, and so is what they are sums of, from where it is loaded. Several lines at once: a sum is read and written
-# once for all of them.
-@inline
-def _add(sums, p, exist, v) -> None:
-    store_lanes(sums, p, exist, load_lanes(sums, p, exist, 0.0) + v)
-
-
-@inline
-def _add_deviations(p, exist, args) -> None:
-    """Adds x - shift and its square to the sums of the positions p…."""
-    x, shift, total, square = args
-    d = load_lanes_like(x, p, exist, 0.0, total) - load_lanes(shift, p, exist, 0.0)
-    _add(total, p, exist, d)
-    _add(square, p, exist, d * d)
-
-
-@inline
-def _add_four_deviations(p, exist, args) -> None:
-    """As `_add_deviations`, of four lines."""
-    x0, x1, x2, x3, shift, total, square = args
-    about = load_lanes(shift, p, exist, 0.0)
-    d0, d1 = load_lanes_like(x0, p, exist, 0.0, total) - about, load_lanes_like(x1, p, exist, 0.0, total) - about
-    d2, d3 = load_lanes_like(x2, p, exist, 0.0, total) - about, load_lanes_like(x3, p, exist, 0.0, total) - about
-    _add(total, p, exist, (d0 + d1) + (d2 + d3))
-    _add(square, p, exist, (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
-
-
-@inline
-def _from_one(x, p, exist, mean, rest, like) -> Lanes:
-    return load_lanes_like(x, p, exist, 0.0, like) - load_lanes_like(mean, p, exist, 0.0, like)
-
-
-@inline
-def _from_two(x, p, exist, mean, rest, like) -> Lanes:
-    return _from_one(x, p, exist, mean, rest, like) - load_lanes_like(rest, p, exist, 0.0, like)
-
-
-def _from_mean(x: Any, p: Any, exist: Any, mean: Any, rest: Any, like: Any) -> Any:
-    """(x - mean) - rest; `rest` counts unless float64 holds the mean of what has fewer digits: it is below 2^-53 of it."""
-    return _from_two(x, p, exist, mean, rest, like)
-
-
-@overload(_from_mean)
-def _choose_from_mean(x, p, exist, mean, rest, like) -> Callable[..., Any]:
-    if mean.dtype == types.float64 and x.dtype != types.float64:
-        return lambda x, p, exist, mean, rest, like: _from_one(x, p, exist, mean, rest, like)
-    return lambda x, p, exist, mean, rest, like: _from_two(x, p, exist, mean, rest, like)
-
-
-@inline
-def _add_gradients(p, exist, args) -> None:
-    """Adds dy and dy (x - mean) to the sums of the positions p…."""
-    dy, x, mean, rest, total, product = args
-    g = load_lanes_like(dy, p, exist, 0.0, total)
-    _add(total, p, exist, g)
-    _add(product, p, exist, g * _from_mean(x, p, exist, mean, rest, total))
-
-
-@inline
-def _add_two_gradients(p, exist, args) -> None:
-    """As `_add_gradients`, of two lines."""
-    dy0, dy1, x0, x1, mean, rest, total, product = args
-    g0, g1 = load_lanes_like(dy0, p, exist, 0.0, total), load_lanes_like(dy1, p, exist, 0.0, total)
-    d0, d1 = _from_mean(x0, p, exist, mean, rest, total), _from_mean(x1, p, exist, mean, rest, total)
-    _add(total, p, exist, g0 + g1)
-    _add(product, p, exist, g0 * d0 + g1 * d1)
 
 
 @inline
@@ -275,12 +208,16 @@ def _slopes_of_rows(at, mean, scale, b, k) -> None:
 
 
 @inline
-def _fold(first, second, C, partial) -> None:
-    """partial[i, c] = the sum over the positions of channel c."""
+def _fold(x, first, second, P, partial) -> None:
+    """partial[i, c] = the sum over the positions of channel c, of P."""
+    C = x.shape[1]
     pieces = np.zeros((2, 2, C))
-    for start in range(0, first.size, C):
+    for start in range(0, P, C):
         for c in range(C):
-            add_to(pieces, c, first[np.uintp(start + c)], second[np.uintp(start + c)])
+            p = start + c
+            add_to(pieces, c, first[np.uintp(p)], second[np.uintp(p)])
+            pieces[1, 0, c] += left_at(x, first, p)
+            pieces[1, 1, c] += left_at(x, second, p)
     for c in range(C):
         partial[0, c], partial[1, c] = sums_of(pieces, c)
 
@@ -310,7 +247,7 @@ def sums(first, last, rows, x, shift, partial, on) -> None:
     """partial (blocks, 2, C) = sum (x - shift) and sum (x - shift)^2 of every block and channel. Reads x once."""
     N, C, S = x.shape
     blocks, m, P = partial.shape[0], N * S, rows * C
-    at, total, square = np.empty((1, 1, P)), np.empty(P), np.empty(P)
+    at, total, square = np.empty((1, 1, P)), sums_memory(x, P), sums_memory(x, P)
     _repeat(at, 0, shift)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
@@ -322,15 +259,15 @@ def sums(first, last, rows, x, shift, partial, on) -> None:
             while counted and v + 4 * rows <= stop:
                 x0, x1 = _rows_of(x, v, P), _rows_of(x, v + rows, P)
                 x2, x3 = _rows_of(x, v + 2 * rows, P), _rows_of(x, v + 3 * rows, P)
-                _along(P, total, _add_four_deviations, (x0, x1, x2, x3, _of(at, 0), total, square))
+                _along(P, total, add_four_deviations, (x0, x1, x2, x3, _of(at, 0), total, square))
                 v += 4 * rows
             while counted and v < stop:
                 size = min(rows, stop - v) * C
-                _along(size, total, _add_deviations, (_rows_of(x, v, size), _of(at, 0), total, square))
+                _along(size, total, add_deviations, (_rows_of(x, v, size), _of(at, 0), total, square))
                 v += rows
             v = stop
         # 2. of each channel
-        _fold(total, square, C, partial[block])
+        _fold(x, total, square, P, partial[block])
 
 
 @kernel
@@ -343,7 +280,7 @@ def gradient_sums(
     """
     N, C, S = x.shape
     blocks, m, P, scaled = partial.shape[0], N * S, rows * C, dx.size > 0
-    about, total, product = np.empty((1, 2, P)), np.empty(P), np.empty(P)
+    about, total, product = np.empty((1, 2, P)), sums_memory(x, P), sums_memory(x, P)
     _wide_means(about, 0, C, 1, mean)
     for c in range(C, P):
         about[0, MEAN, np.uintp(c)], about[0, REST, np.uintp(c)] = (
@@ -368,16 +305,16 @@ def gradient_sums(
                 dy0 = _through(dy0, x0, gate, 0, _rows_beside(residual, v, P, S))
                 dy1 = _through(dy1, x1, gate, 1, _rows_beside(residual, v + rows, P, S))
                 mean_at, rest_at = _of(about, MEAN), _of(about, REST)
-                _along(P, total, _add_two_gradients, (dy0, dy1, x0, x1, mean_at, rest_at, total, product))
+                _along(P, total, add_two_gradients, (dy0, dy1, x0, x1, mean_at, rest_at, total, product))
                 v += 2 * rows
             while counted and v < stop:
                 size = min(rows, stop - v) * C
                 x0 = _rows_of(x, v, size)
                 dy0 = _through(_rows_of(dy, v, size), x0, gate, 0, _rows_beside(residual, v, size, S))
-                _along(size, total, _add_gradients, (dy0, x0, _of(about, MEAN), _of(about, REST), total, product))
+                _along(size, total, add_gradients, (dy0, x0, _of(about, MEAN), _of(about, REST), total, product))
                 v += rows
             v = stop
-        _fold(total, product, C, partial[block])
+        _fold(x, total, product, P, partial[block])
         # 2. the block's dx, from what the caches hold
         v = start if scaled else end
         while v < end:

@@ -20,16 +20,13 @@ from .._numba.elements import load
 from .._numba.simd import LARGE, fetch, streamed
 from .._numba.views import line_of
 from .activation import line_beside, put_line, scale_of
+from .line_sums import add_deviations, add_four_deviations, add_gradients, add_two_gradients, left_at, sums_memory
 from .lines import (
     MEAN,
     REST,
     SCALE,
     SHIFT_1,
     SHIFT_2,
-    _add_deviations,
-    _add_four_deviations,
-    _add_gradients,
-    _add_two_gradients,
     _along,
     _apply,
     _gate,
@@ -80,10 +77,10 @@ def _tile_deviations(x, n0, n1, c0, c1, shift, total, square) -> None:
                 fetch(line_of(x, ahead, c0, 0, size))
         x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
         x2, x3 = line_of(x, n + 2, c0, 0, size), line_of(x, n + 3, c0, 0, size)
-        _along(size, total, _add_four_deviations, (x0, x1, x2, x3, shift, total, square))
+        _along(size, total, add_four_deviations, (x0, x1, x2, x3, shift, total, square))
         n += 4
     while n < n1:
-        _along(size, total, _add_deviations, (line_of(x, n, c0, 0, size), shift, total, square))
+        _along(size, total, add_deviations, (line_of(x, n, c0, 0, size), shift, total, square))
         n += 1
 
 
@@ -102,16 +99,16 @@ def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual
         x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
         dy0 = _through(dy0, x0, gate, 0, line_beside(residual, n, c0, 0, size))
         dy1 = _through(dy1, x1, gate, 1, line_beside(residual, n + 1, c0, 0, size))
-        _along(size, total, _add_two_gradients, (dy0, dy1, x0, x1, mean, rest, total, product))
+        _along(size, total, add_two_gradients, (dy0, dy1, x0, x1, mean, rest, total, product))
         n += 2
     if n < n1:
         dy0, x0 = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
         dy0 = _through(dy0, x0, gate, 0, line_beside(residual, n, c0, 0, size))
-        _along(size, total, _add_gradients, (dy0, x0, mean, rest, total, product))
+        _along(size, total, add_gradients, (dy0, x0, mean, rest, total, product))
 
 
 @reduction
-def _fast_sums(first, second, start, S) -> tuple[float, float]:
+def _fast_sums(x, first, second, start, S) -> tuple[float, float]:
     a, b = 0.0, 0.0
     for s in range(S):
         p = np.uintp(start + s)
@@ -121,26 +118,25 @@ def _fast_sums(first, second, start, S) -> tuple[float, float]:
 
 
 @inline
-def _exact_sums(first, second, start, S) -> tuple[float, float]:
+def _exact_sums(x, first, second, start, S) -> tuple[float, float]:
     a, b, a_low, b_low = 0.0, 0.0, 0.0, 0.0
     for s in range(S):
         a, low = two_sum(a, first[start + s])
-        a_low += low
+        a_low += low + left_at(x, first, start + s)
         b, low = two_sum(b, second[start + s])
-        b_low += low
+        b_low += low + left_at(x, second, start + s)
     return with_low(a, a_low), with_low(b, b_low)
 
 
-def _position_sums(first: Any, second: Any, start: Any, S: Any, x: Any) -> Any:
+def _position_sums(x: Any, first: Any, second: Any, start: Any, S: Any) -> Any:
     """The sums of first[start : start + S] and of second: exact where x is float64, whose digits they would lose."""
-    return _exact_sums(first, second, start, S)
+    return _exact_sums(x, first, second, start, S)
 
 
 @overload(_position_sums)
-def _choose_position_sums(first, second, start, S, x) -> Callable[..., Any]:
-    if x.dtype == types.float64:
-        return lambda first, second, start, S, x: _exact_sums(first, second, start, S)
-    return lambda first, second, start, S, x: _fast_sums(first, second, start, S)
+def _choose_position_sums(x, first, second, start, S) -> Callable[..., Any]:
+    sums = _exact_sums if x.dtype == types.float64 else _fast_sums
+    return lambda x, first, second, start, S: sums(x, first, second, start, S)
 
 
 @inline
@@ -148,7 +144,7 @@ def _tile_sums(x, first, second, c0, c1, sums) -> None:
     """sums (2, c1 - c0 or more) = the sums of the positions of each channel."""
     S = x.shape[2]
     for j in range(c1 - c0):
-        sums[0, j], sums[1, j] = _position_sums(first, second, j * S, S, x)
+        sums[0, j], sums[1, j] = _position_sums(x, first, second, j * S, S)
 
 
 @inline
@@ -257,7 +253,7 @@ def forward(
     step = min(_at_once(group, x), last - first)
     P = step * group * S
     shift, sums, scale, at = np.empty(step * group), np.empty((2, step * group)), np.empty_like(rstd), parameters(P, var)
-    shift_at, total, square = np.empty((1, 1, P)), np.empty(P), np.empty(P)
+    shift_at, total, square = np.empty((1, 1, P)), sums_memory(x, P), sums_memory(x, P)
     for tile in range(first, last, step):
         c0, c1 = tile * group, min(min(tile + step, last) * group, C)
         # 1. read x: the statistics of the tile's channels
@@ -288,7 +284,7 @@ def backward(
     N, C, S = x.shape
     m, step = np.float64(N * S), min(_at_once(group, x), last - first)
     P = step * group * S
-    sums, at, total, product = np.empty((2, step * group)), parameters(P, rstd), np.empty(P), np.empty(P)
+    sums, at, total, product = np.empty((2, step * group)), parameters(P, rstd), sums_memory(x, P), sums_memory(x, P)
     about, gate, of_gate = np.empty((1, 2, P)), _gate(kind, P, rstd), scale_of(kind, rstd, gamma)
     for tile in range(first, last, step):
         c0, c1 = tile * group, min(min(tile + step, last) * group, C)
@@ -323,7 +319,7 @@ def _keep_sums(sums, partial, part, c0, c1) -> None:
 def sums(first, last, group, x, shift, partial) -> None:
     """partial (parts, 2, C) = sum (x - shift) and sum (x - shift)^2 of every block and channel. Reads x once."""
     S, P, parts = x.shape[2], group * x.shape[2], partial.shape[0]
-    sums, at, total, square = np.empty((2, group)), np.empty((1, 1, P)), np.empty(P), np.empty(P)
+    sums, at, total, square = np.empty((2, group)), np.empty((1, 1, P)), sums_memory(x, P), sums_memory(x, P)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
         for c in range(c0, c1):
@@ -342,7 +338,7 @@ def gradient_sums(
     Where dx has values the statistics do not depend on x: dx = scale dy and dresidual = dy are written too, block by block.
     """
     S, P, parts, scaled = x.shape[2], group * x.shape[2], partial.shape[0], dx.size > 0
-    sums, about, total, product = np.empty((2, group)), np.empty((1, 2, P)), np.empty(P), np.empty(P)
+    sums, about, total, product = np.empty((2, group)), np.empty((1, 2, P)), sums_memory(x, P), sums_memory(x, P)
     at, gate = parameters(P if scaled else 0, scale), _gate(kind, P, scale)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
