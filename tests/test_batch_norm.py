@@ -163,10 +163,11 @@ def test_every_kind_and_dtype(kit, rng, case, dtype):
     both_ways(kit, rng, dtype, *CASES[case])
 
 
+# two channels where there are samples: those of one lie end to end, and the kernels take them as one
 @pytest.mark.parametrize(
     ("shape", "axis"),
-    [((1, 1, 20470), 1), ((20, 1, 601), 1), ((1, 60, 60, 5), -1)],
-    ids=["one sample", "several samples a tile", "channels-last"],
+    [((1, 1, 20470), 1), ((30, 2, 601), 1), ((9, 2, 2101), 1), ((1, 60, 60, 5), -1)],
+    ids=["one sample", "several samples a tile", "several, and tiles along them", "channels-last"],
 )
 def test_long_channels(tensors, multiprocessors, rng, shape, axis):
     """Right, and a second time the same to the last bit."""

@@ -120,6 +120,12 @@ def test_a_large_mean_where_the_first_tiles_count_nothing(device, rng, layout):
     holds(x, dy, None, *rest)
 
 
+def test_long_channels_of_short_rows(device, rng):
+    """The edges of rows off 16 bytes are many of the values that each part of a channel counts."""
+    x, dy, _, *rest = case(rng, device, (900, 2, 9), around=3.0)
+    holds(x, dy, None, *rest)
+
+
 @pytest.mark.parametrize(
     ("training", "activation"),
     [(True, "relu"), *(pytest.param(*of, marks=pytest.mark.slow) for of in ((True, "silu"), (False, "gelu")))],

@@ -141,6 +141,7 @@ CALLS = {
     "batch norm, 2**33 numbers": norms(2**11, 2**8, 2**7, 2**7),
     "batch norm, 2**33 numbers, one channel": norms(2**9, 1, 2**12, 2**12),
     "batch norm, 2**33 numbers, many channels": norms(2**3, 2**28, 4),
+    "batch norm, 2**33 numbers, many channels of 2**5 positions": norms(2, 2**27, 2**5),
     "batch norm, 2**33 numbers, channels-last": norms(2**11, 2**8, 2**7, 2**7, channels_last=True),
     "batch norm, 2**33 numbers, evaluation": norms(2**11, 2**8, 2**7, 2**7, training=False),
     "softmax, a strided row": strided(_softmaxes),
@@ -150,6 +151,7 @@ CALLS = {
     "divergence from a mixture, a strided row": strided(divergences("jensen_shannon")),
     "moments, 2**32 numbers of a scatter": points(1, 100, 2**16),
     "moments, 2**33 numbers of points": points(2**5, 2**24, 2**4, torch.float32),
+    "moments, 2**33 points": points(1, 2**33, 1, torch.float32),
     "batch norm, another layout upstream": far_gradients(1, 2**6, 2**27 + 1),
     "batch norm, 7x7 planes": norms(64, 2048, 7, 7),
 }
