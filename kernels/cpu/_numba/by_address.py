@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from .compile import inline
 from .compile import kernel as compiled
-from .internals import call, cgutils, compiled_for, make_array, raise_error
+from .internals import call, cgutils, compiled_for, make_array, raise_error, unowned
 
 
 @intrinsic
@@ -78,8 +78,7 @@ def _call_at(typingctx: Any, kernel: Any, first: Any, last: Any, args: Any) -> A
             if isinstance(of, types.Array):
                 array = make_array(of)(context, builder, value)
                 array.data = builder.inttoptr(next(addresses), array.data.type)
-                array.meminfo = cgutils.get_null_value(array.meminfo.type)
-                value = array._getvalue()
+                value = unowned(array)
             given.append(value)
         with cgutils.if_unlikely(builder, call(context, builder, called, (first, last, *given))):
             raise_error(context, builder, MemoryError, "a kernel found no memory")

@@ -44,26 +44,18 @@ def to_accumulate(values: np.ndarray | None, size: int, dtype: np.dtype, default
 
 
 # ---------------------------------------------------------------------------------------------- bits
-@intrinsic
-def bits(typingctx: Any, x: Any) -> Any:
-    """The bits of a float32 as an int32, of a float64 as an int64."""
-    integer = {types.float32: types.int32, types.float64: types.int64}[x]
+def _with_the_bits_of(kinds: dict[Any, Any]) -> Any:
+    """The intrinsic that gives a number of another type with the same bits; kinds: the type for each type."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], context.get_value_type(integer))
+    @intrinsic
+    def reinterpreted(typingctx: Any, x: Any) -> Any:
+        return kinds[x](x), lambda context, builder, signature, args: builder.bitcast(args[0], context.get_value_type(kinds[x]))
 
-    return integer(x), codegen
+    return reinterpreted
 
 
-@intrinsic
-def from_bits(typingctx: Any, i: Any) -> Any:
-    """The inverse of `bits`."""
-    floating = {types.int32: types.float32, types.int64: types.float64}[i]
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], context.get_value_type(floating))
-
-    return floating(i), codegen
+bits = _with_the_bits_of({types.float32: types.int32, types.float64: types.int64})
+from_bits = _with_the_bits_of({types.int32: types.float32, types.int64: types.float64})
 
 
 @intrinsic
@@ -88,13 +80,7 @@ def load(typingctx: Any, row: Any, i: Any) -> Any:
         array = make_array(row)(context, builder, args[0])
         index = context.cast(builder, args[1], i, types.intp)
         pointer = cgutils.get_item_pointer(context, builder, row, array, [index], wraparound=False)
-        value = load_item(context, builder, row, pointer)
-        if row.dtype == types.uint16:
-            wide = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(wide, ir.FloatType())
-        if row.dtype == types.int16:
-            return half.to_float(context, builder, value)
-        return value
+        return half.from_memory(context, builder, load_item(context, builder, row, pointer), row.dtype)
 
     return result(row, i), codegen
 
@@ -110,26 +96,13 @@ def store(typingctx: Any, row: Any, i: Any, value: Any) -> Any:
         array = make_array(row)(context, builder, args[0])
         index = context.cast(builder, args[1], i, types.intp)
         pointer = cgutils.get_item_pointer(context, builder, row, array, [index], wraparound=False)
-        result = context.cast(builder, args[2], value, computed)
-        if row.dtype == types.uint16:
-            result = _round_to_bfloat16(builder, result)
-        elif row.dtype == types.int16:
-            result = builder.bitcast(half.from_float(context, builder, result), ir.IntType(16))
+        result = half.to_memory(context, builder, context.cast(builder, args[2], value, computed), row.dtype)
+        if row.dtype == types.int16:
+            result = builder.bitcast(result, ir.IntType(16))
         store_item(context, builder, row, result, pointer)
         return context.get_dummy_value()
 
     return types.void(row, i, value), codegen
-
-
-def _round_to_bfloat16(builder: Any, value: Any) -> Any:
-    """Round to nearest even: add 0x7FFF and the last kept bit, keep the upper 16 bits; NaN stays NaN."""
-    int32 = ir.IntType(32)
-    word = builder.bitcast(value, int32)
-    last = builder.and_(builder.lshr(word, ir.Constant(int32, 16)), ir.Constant(int32, 1))
-    rounded = builder.add(builder.add(word, ir.Constant(int32, 0x7FFF)), last)
-    is_nan = builder.fcmp_unordered("uno", value, value)
-    rounded = builder.select(is_nan, ir.Constant(int32, 0x7FC00000), rounded)
-    return builder.trunc(builder.lshr(rounded, ir.Constant(int32, 16)), ir.IntType(16))
 
 
 @intrinsic

@@ -12,7 +12,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from .compile import inline, overload
-from .simd import Lanes, larger
+from .half import every, like
+from .simd import larger
 
 # exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, ln 2 = HIGH + LOW where n * HIGH is exact. Adding MAGIC rounds to
 # an integer and leaves n + bias in the last bits of the sum, from where a shift moves it to the exponent. The bias holds
@@ -46,11 +47,8 @@ def _power(typingctx: Any, shifted: Any) -> Any:
     exponent = 52 if getattr(shifted, "dtype", shifted) == types.float64 else 23
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        integer: Any = ir.IntType(64 if exponent == 52 else 32)
-        places: Any = exponent
-        if isinstance(shifted, Lanes):
-            integer, places = ir.VectorType(integer, shifted.count), [exponent] * shifted.count
-        power = builder.shl(builder.bitcast(args[0], integer), ir.Constant(integer, places))
+        integer = like(args[0].type, ir.IntType(64 if exponent == 52 else 32))
+        power = builder.shl(builder.bitcast(args[0], integer), every(integer, exponent))
         return builder.bitcast(power, args[0].type)
 
     return shifted(shifted), codegen

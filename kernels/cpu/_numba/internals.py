@@ -57,6 +57,7 @@ __all__ = [
     "register_default",
     "signature",
     "store_item",
+    "unowned",
 ]
 
 
@@ -81,6 +82,12 @@ def call(context: Any, builder: Any, compiled: Any, arguments: Any) -> Any:
     context.add_linking_libs([compiled.library])
     status, _ = context.call_internal_no_propagate(builder, compiled.fndesc, compiled.signature, arguments)
     return status.is_error
+
+
+def unowned(array: Any) -> Any:
+    """The array without reference counting: its user holds a reference."""
+    array.meminfo, array.parent = (cgutils.get_null_value(of.type) for of in (array.meminfo, array.parent))
+    return array._getvalue()
 
 
 def raise_error(context: Any, builder: Any, error: type[Exception], message: str) -> None:

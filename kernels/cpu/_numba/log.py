@@ -11,7 +11,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from .compile import inline, overload
-from .simd import Lanes, where_below
+from .half import every, like
+from .simd import where_below
 
 # u = 2^k m, 1/√2 <= m < √2; log m = f - f²/2 + s (f²/2 + R(s²)), f = m - 1, s = f / (2 + f), R the minimax polynomials of
 # fdlibm (relative error 3e-9 and 2e-18). Where k = 0 f is x itself, of which 1 + x may have lost the digits.
@@ -36,16 +37,10 @@ def _parts(typingctx: Any, u: Any) -> Any:
     places, root = (52, 0x3FE6A09E667F3BCD) if double else (23, 0x3F3504F3)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        integer: Any = ir.IntType(64 if double else 32)
-
-        def every(number: int) -> Any:
-            return ir.Constant(integer, [number] * u.count if isinstance(u, Lanes) else number)
-
-        if isinstance(u, Lanes):
-            integer = ir.VectorType(integer, u.count)
-        above = builder.sub(builder.bitcast(args[0], integer), every(root))
-        k = builder.sitofp(builder.ashr(above, every(places)), args[0].type)
-        m = builder.add(builder.and_(above, every((1 << places) - 1)), every(root))
+        integer = like(args[0].type, ir.IntType(64 if double else 32))
+        above = builder.sub(builder.bitcast(args[0], integer), every(integer, root))
+        k = builder.sitofp(builder.ashr(above, every(integer, places)), args[0].type)
+        m = builder.add(builder.and_(above, every(integer, (1 << places) - 1)), every(integer, root))
         return context.make_tuple(builder, signature.return_type, [k, builder.bitcast(m, args[0].type)])
 
     return types.UniTuple(u, 2)(u), codegen

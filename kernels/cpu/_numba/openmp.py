@@ -21,7 +21,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .compile import kernel as compiled
-from .internals import call, cgutils, compiled_for, make_array, raise_error
+from .internals import call, cgutils, compiled_for, make_array, raise_error, unowned
 
 _INT, _FLAG = ir.IntType(64), ir.IntType(32)
 
@@ -104,9 +104,7 @@ def _borrowed(context: Any, builder: Any, of: Any, value: Any) -> Any:
     """An array without reference counting, since all threads would count on one cache line. The caller holds references."""
     if not isinstance(of, types.Array):
         return value
-    array = make_array(of)(context, builder, value)
-    array.meminfo = cgutils.get_null_value(array.meminfo.type)
-    return array._getvalue()
+    return unowned(make_array(of)(context, builder, value))
 
 
 def _worker(context: Any, module: Any, called: Any, arguments: Any, layout: Any) -> Any:

@@ -277,13 +277,6 @@ def _existing(builder: Any, count: int, exist: Any) -> Any:
     return builder.icmp_signed("<", numbers, _splat(builder, builder.trunc(exist, _WORD), numbers.type))
 
 
-def _number_in_memory(context: Any, builder: Any, number: Any, row: Any) -> Any:
-    """0 or an infinity, which every dtype can represent, as an element of `row`."""
-    if row.dtype == types.uint16:
-        return builder.trunc(builder.lshr(builder.bitcast(number, _WORD), ir.Constant(_WORD, 16)), ir.IntType(16))
-    return half.from_float(context, builder, number) if row.dtype == types.int16 else number
-
-
 def _load_first(builder: Any, pointer: Any, align: int, exist: Any, rest: Any) -> Any:
     """The 0 <= `exist` < count elements at `pointer`, then `rest`: pieces of 16, 8, 4, 2 and 1, one a bit of `exist`.
 
@@ -334,18 +327,12 @@ def load_lanes_like(typingctx: Any, row: Any, i: Any, exist: Any, rest: Any, lik
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = _memory_type(row, lanes)
         pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), vector)
-        others = _number_in_memory(context, builder, context.cast(builder, args[3], rest, computed), row)
+        others = half.to_memory(context, builder, context.cast(builder, args[3], rest, computed), row.dtype)
         value = _load(
             builder, pointer, row.dtype.bitwidth // 8, context.cast(builder, args[2], exist, types.intp),
             builder.bitcast(others, vector.element),
         )  # fmt: skip
-        wanted = context.get_value_type(lanes)
-        if row.dtype == types.uint16:
-            words = ir.VectorType(_WORD, lanes.count)
-            value = builder.shl(builder.zext(value, words), ir.Constant(words, [16] * lanes.count))
-            value = builder.bitcast(value, ir.VectorType(ir.FloatType(), lanes.count))
-        elif row.dtype == types.int16:
-            value = half.to_float(context, builder, value)
+        value, wanted = half.from_memory(context, builder, value, row.dtype), context.get_value_type(lanes)
         if value.type.element != wanted.element:
             narrow = wanted.element == ir.FloatType() and row.dtype == types.float64
             value = (builder.fptrunc if narrow else builder.fpext)(value, wanted)
@@ -360,24 +347,6 @@ def load_lanes(row, i, exist, rest) -> Lanes:
     return load_lanes_like(row, i, exist, rest, row)
 
 
-def _to_memory(context: Any, builder: Any, value: Any, row: Any, vector: Any) -> Any:
-    """`value` rounded to nearest even to the dtype of `row`, as `store` rounds."""
-    if row.dtype == types.int16:
-        return half.from_float(context, builder, value)
-    if row.dtype != types.uint16:
-        return value
-    words = ir.VectorType(_WORD, vector.count)
-
-    def every(number: int) -> Any:
-        return ir.Constant(words, [number] * vector.count)
-
-    word = builder.bitcast(value, words)
-    last = builder.and_(builder.lshr(word, every(16)), every(1))
-    rounded = builder.add(builder.add(word, every(0x7FFF)), last)
-    rounded = builder.select(builder.fcmp_unordered("uno", value, value), every(0x7FC00000), rounded)
-    return builder.trunc(builder.lshr(rounded, every(16)), vector)
-
-
 @intrinsic
 def store_lanes(typingctx: Any, row: Any, i: Any, exist: Any, v: Any) -> Any:
     """row[i : i + exist] = the first lanes, rounded once."""
@@ -387,7 +356,7 @@ def store_lanes(typingctx: Any, row: Any, i: Any, exist: Any, v: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = _memory_type(row, v)
         pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), vector)
-        value, align = _to_memory(context, builder, args[3], row, vector), row.dtype.bitwidth // 8
+        value, align = half.to_memory(context, builder, args[3], row.dtype), row.dtype.bitwidth // 8
         exists = context.cast(builder, args[2], exist, types.intp)
         whole = builder.icmp_signed("==", exists, ir.Constant(_INT, vector.count))
         with builder.if_else(whole) as (then, otherwise):
@@ -415,7 +384,7 @@ def stream_lanes(typingctx: Any, row: Any, i: Any, v: Any) -> Any:
         vector = _memory_type(row, v)
         pointer = _pointer(context, builder, row, args[0], context.cast(builder, args[1], i, types.intp), vector)
         align = min(LINE, v.count * row.dtype.bitwidth // 8)
-        store = builder.store(_to_memory(context, builder, args[2], row, vector), pointer, align=align)
+        store = builder.store(half.to_memory(context, builder, args[2], row.dtype), pointer, align=align)
         store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_WORD, 1)]))
         return context.get_dummy_value()
 

@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .compile import inline, outline
-from .internals import cgutils, make_array, raise_error
+from .internals import cgutils, make_array, raise_error, unowned
 from .simd import LARGE, LINE
 
 # Rows of at most this many bytes are prefetched while the row before is computed.
@@ -74,9 +74,7 @@ def _view(context: Any, builder: Any, x: Any, array: Any, start: Any, size: Any,
     view.strides = cgutils.pack_array(builder, [array.itemsize if axis is None else strides[axis]])
     view.itemsize = array.itemsize
     view.nitems = size
-    view.meminfo = cgutils.get_null_value(view.meminfo.type)
-    view.parent = cgutils.get_null_value(view.parent.type)
-    return view._getvalue()
+    return unowned(view)
 
 
 @intrinsic
@@ -85,10 +83,7 @@ def borrowed(typingctx: Any, row: Any) -> Any:
     result = types.Array(row.dtype, 1, "C")
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        view = make_array(result)(context, builder, args[0])
-        view.meminfo = cgutils.get_null_value(view.meminfo.type)
-        view.parent = cgutils.get_null_value(view.parent.type)
-        return view._getvalue()
+        return unowned(make_array(result)(context, builder, args[0]))
 
     return result(row), codegen
 
@@ -117,9 +112,7 @@ def workspace(typingctx: Any, size: Any, like: Any) -> Any:
         view.shape = cgutils.pack_array(builder, [elements])
         view.strides = cgutils.pack_array(builder, [itemsize])
         view.itemsize, view.nitems = itemsize, elements
-        view.meminfo = cgutils.get_null_value(view.meminfo.type)
-        view.parent = cgutils.get_null_value(view.parent.type)
-        return view._getvalue()
+        return unowned(view)
 
     return result(size, like), codegen
 
