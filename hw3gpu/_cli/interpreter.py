@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,11 @@ def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
 
 
 def mend_the_interpreter() -> None:
-    """Let it compute what a GPU does, in this process, and spare it most of its time."""
+    """Let it compute what a GPU does, in this process, and spare it most of its time; a second call changes nothing."""
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter._convert_float, "__wrapped__"):
+        return
     _round_as_a_gpu()
     _count_with_tensors()
     _splat_booleans()
@@ -40,17 +45,25 @@ def mend_the_interpreter() -> None:
     _operate_at_once()
 
 
+def _in_place_of(owner: Any, name: str) -> Callable[[Any], Any]:
+    """Decorates what takes the place of `owner.name`, and has that as its `__wrapped__`."""
+
+    def replace(function: Any) -> Any:
+        setattr(owner, name, functools.wraps(getattr(owner, name))(function))
+        return function
+
+    return replace
+
+
 def _round_as_a_gpu() -> None:
     """Replace the casts between float32 and bfloat16, which truncate and spoil subnormals."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     original = interpreter._convert_float
-    if hasattr(original, "__wrapped__"):
-        return
     toward_zero = interpreter._ir.ROUNDING_MODE.RTZ
 
-    @functools.wraps(original)
+    @_in_place_of(interpreter, "_convert_float")
     def convert(values: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
         # the callers view the result as the target's NumPy dtype; these arrays already have its width
         if source == tl.float32 and target == tl.bfloat16 and rounding_mode != toward_zero:
@@ -59,23 +72,17 @@ def _round_as_a_gpu() -> None:
             return bfloat16_to_float32(np.ascontiguousarray(values).view(np.uint16)).reshape(values.shape)
         return original(values, source, target, rounding_mode)
 
-    interpreter._convert_float = convert
-
 
 def _count_with_tensors() -> None:
     """Let a tensor of one element be a loop's bound where NumPy refuses to make an integer of it (Triton 3.6)."""
     from triton.runtime import interpreter
 
     original = interpreter._patch_lang_tensor
-    if hasattr(original, "__wrapped__"):
-        return
 
-    @functools.wraps(original)
+    @_in_place_of(interpreter, "_patch_lang_tensor")
     def patch(tensor: Any, scope: Any) -> None:
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch
 
 
 def _splat_booleans() -> None:
@@ -83,28 +90,20 @@ def _splat_booleans() -> None:
     from triton.runtime import interpreter
 
     original = interpreter.InterpreterBuilder.create_splat
-    if hasattr(original, "__wrapped__"):
-        return
 
-    @functools.wraps(original)
+    @_in_place_of(interpreter.InterpreterBuilder, "create_splat")
     def splat(self: Any, of: Any, value: Any) -> Any:
         result = original(self, of, value)
         if value.data.dtype == np.bool_:
             result.data = result.data.astype(np.bool_)
         return result
 
-    interpreter.InterpreterBuilder.create_splat = splat
-
 
 def _reduce_by_halves() -> None:
     """Reduce with a function of one's own whole halves at a time, where the interpreter goes element by element."""
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import ReduceOps
 
-    original = interpreter.ReduceOps.generic_reduce
-    if hasattr(original, "__wrapped__"):
-        return
-
-    @functools.wraps(original)
+    @_in_place_of(ReduceOps, "generic_reduce")
     def reduce(self: Any, given: Any) -> Any:
         tensors, axis = self.unravel(given, self.axis)
         parts, length = list(tensors), tensors[0].handle.data.shape[axis]
@@ -123,16 +122,12 @@ def _reduce_by_halves() -> None:
             for part in parts
         ]
 
-    interpreter.ReduceOps.generic_reduce = reduce
-
 
 def _patch_the_language_once() -> None:
     """It looks through triton.language anew at each call of a device function."""
     from triton.runtime import interpreter
 
     patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    if hasattr(call, "__wrapped__"):
-        return
     patched: set[tuple[int, ...]] = set()
 
     @functools.cache
@@ -143,7 +138,7 @@ def _patch_the_language_once() -> None:
             if inspect.ismodule(value) and value in (interpreter.tl, interpreter.tl.core)
         )
 
-    @functools.wraps(patch)
+    @_in_place_of(interpreter, "_patch_lang")
     def patch_new(fn: Any) -> Any:
         languages = languages_of(fn)
         if languages in patched:
@@ -151,13 +146,11 @@ def _patch_the_language_once() -> None:
         patched.add(languages)
         return patch(fn)
 
-    @functools.wraps(call)
+    @_in_place_of(interpreter.GridExecutor, "__call__")
     def call_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
         patched.clear()
         with np.errstate(all="ignore"):  # a GPU computes lanes that a mask leaves out, and says nothing
             return call(self, *args, **kwargs)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_new, call_anew
 
 
 def _make_types_once() -> None:
@@ -166,13 +159,11 @@ def _make_types_once() -> None:
     from triton.runtime import interpreter
 
     dtype_of, make_type, make_tensor = interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__
-    if hasattr(dtype_of, "__wrapped__"):
-        return
     dtypes: dict[str, np.dtype[Any]] = {}
     types: dict[tuple[str, tuple[Any, ...]], dict[str, Any]] = {}
     tensors: dict[str, dict[str, Any]] = {}
 
-    @functools.wraps(dtype_of)
+    @_in_place_of(interpreter, "_get_np_dtype")
     def known_dtype(of: Any) -> np.dtype[Any]:
         if isinstance(of, tl.block_type):
             of = of.element_ty
@@ -180,7 +171,7 @@ def _make_types_once() -> None:
             dtypes[of.name] = dtype_of(of)
         return dtypes[of.name]
 
-    @functools.wraps(make_type)
+    @_in_place_of(tl.block_type, "__init__")
     def known_type(self: Any, element_ty: Any, shape: Any) -> None:
         key = element_ty.name, tuple(getattr(size, "value", size) for size in shape)
         if key not in types:
@@ -189,16 +180,13 @@ def _make_types_once() -> None:
         self.__dict__.update(types[key])
         self.element_ty = element_ty
 
-    @functools.wraps(make_tensor)
+    @_in_place_of(tl.tensor, "__init__")
     def known_tensor(self: Any, handle: Any, type: Any) -> None:
         if type.name not in tensors:
             make_tensor(self, handle, type)
             tensors[type.name] = {key: value for key, value in self.__dict__.items() if key not in ("handle", "type")}
         self.__dict__.update(tensors[type.name])
         self.handle, self.type, self.dtype = handle, type, type.scalar
-
-    interpreter._get_np_dtype = known_dtype
-    tl.block_type.__init__, tl.tensor.__init__ = known_type, known_tensor
 
 
 def _compare_types_once() -> None:
@@ -207,18 +195,16 @@ def _compare_types_once() -> None:
     from triton.language.semantic import TritonSemantic
 
     equal, cast, broadcast = tl.dtype.__eq__, TritonSemantic.cast, TritonSemantic.broadcast_impl_value
-    if hasattr(cast, "__wrapped__"):
-        return
 
-    @functools.wraps(equal)
+    @_in_place_of(tl.dtype, "__eq__")
     def equal_or_same(self: Any, other: Any) -> bool:
         return self is other or equal(self, other)
 
-    @functools.wraps(cast)
+    @_in_place_of(TritonSemantic, "cast")
     def cast_others(self: Any, input: Any, dst_ty: Any, *more: Any) -> Any:
         return input if input.type.scalar is dst_ty else cast(self, input, dst_ty, *more)
 
-    @functools.wraps(broadcast)
+    @_in_place_of(TritonSemantic, "broadcast_impl_value")
     def broadcast_others(self: Any, lhs: Any, rhs: Any) -> Any:
         ours, theirs = lhs.type, rhs.type
         blocks = ours.is_block()
@@ -226,28 +212,20 @@ def _compare_types_once() -> None:
             return lhs, rhs
         return broadcast(self, lhs, rhs)
 
-    tl.dtype.__eq__ = equal_or_same
-    TritonSemantic.cast, TritonSemantic.broadcast_impl_value = cast_others, broadcast_others
-
 
 def _list_the_language_once() -> None:
     """What there is to patch in the language is looked up anew at each launch."""
     import triton.language as tl
     from triton.runtime import interpreter
 
-    original = interpreter._patch_builtin
-    if hasattr(original, "__wrapped__"):
-        return
     members: dict[int, list[tuple[str, Any]]] = {}
 
-    @functools.wraps(original)
+    @_in_place_of(interpreter, "_patch_builtin")
     def patch(package: Any, builder: Any, scope: Any) -> None:
         if id(package) not in members:
             members[id(package)] = inspect.getmembers(package, tl.core.is_builtin)
         for name, member in members[id(package)]:
             interpreter._patch_attr(package, name, member, builder, scope)
-
-    interpreter._patch_builtin = patch
 
 
 _ARITHMETIC = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
@@ -265,10 +243,8 @@ def _operate_at_once() -> None:
     from triton.runtime import interpreter
 
     original = interpreter._patch_lang_tensor
-    if hasattr(original, "operators"):
-        return
 
-    @functools.wraps(original)
+    @_in_place_of(interpreter, "_patch_lang_tensor")
     def patch(tensor: Any, scope: Any) -> None:
         original(tensor, scope)
         for operators, reflected in ((_ARITHMETIC, True), (_COMPARISONS, False), (_LOGIC, False)):
@@ -277,9 +253,6 @@ def _operate_at_once() -> None:
                     theirs = getattr(tensor, method)
                     if not hasattr(theirs, "__wrapped__"):
                         scope.set_attr(tensor, method, _at_once(theirs, operator, method[2] == "r"))
-
-    patch.operators = True  # type: ignore[attr-defined]
-    interpreter._patch_lang_tensor = patch
 
 
 def _at_once(theirs: Any, operator: Any, reflected: bool) -> Any:

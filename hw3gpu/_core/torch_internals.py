@@ -32,26 +32,6 @@ except (ImportError, AttributeError) as error:
         f"hw3gpu was made for PyTorch {KNOWN}, and PyTorch {torch.__version__} lacks what it uses of it: {error}"
     ) from error
 
-__all__ = [
-    "BatchNormBase",
-    "BelowAutograd",
-    "ConvNd",
-    "DispatchMode",
-    "NormBase",
-    "apply_of",
-    "dispatch_modes",
-    "in_a_dual_level",
-    "in_a_functorch_transform",
-    "legacy_reduction",
-    "not_looked_into",
-    "process_group",
-    "softmax_backward",
-    "tracing_state",
-    "tree_map",
-    "without_torch_function",
-    "wrapped_by_functorch",
-]
-
 
 def apply_of(function: type[torch.autograd.Function]) -> Any:
     """`function.apply` without its search for functorch's tensors, some 4 µs: for calls in which there are none."""
