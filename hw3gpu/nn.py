@@ -81,22 +81,12 @@ class Conv2D(torch.nn.Conv2d):
         """The same convolution as `conv`, whose (N, C, H, W) is our (B, W, H, C)."""
         if not isinstance(conv, torch.nn.Conv2d) or isinstance(conv, Conv2D):
             raise TypeError(f"conv: expected a torch.nn.Conv2d, got {type(conv).__module__}.{type(conv).__qualname__}")
-        pair: dict[str, Any] = {
-            "kernel_size": conv.kernel_size[::-1],
-            "stride": conv.stride[::-1],
-            "padding": conv.padding if isinstance(conv.padding, str) else conv.padding[::-1],
-            "dilation": conv.dilation[::-1],
-        }
+        pairs: Any = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        pairs = [pair if isinstance(pair, str) else pair[::-1] for pair in pairs]
         ours = cls(
-            conv.in_channels,
-            conv.out_channels,
-            **pair,
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-        )
+            conv.in_channels, conv.out_channels, *pairs, conv.groups, conv.bias is not None, conv.padding_mode,
+            conv.weight.device, conv.weight.dtype,
+        )  # fmt: skip
         with torch.no_grad():
             ours.weight.copy_(conv.weight.transpose(2, 3))
             if ours.bias is not None and conv.bias is not None:

@@ -14,18 +14,6 @@ from .._torch import arguments
 from .._torch.autograd import accumulate_dtype
 from .tools import Proxy, Unscripted, as_leaf
 
-__all__ = [
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "BatchNormAct1d",
-    "BatchNormAct2d",
-    "BatchNormAct3d",
-    "BatchNormForward",
-    "SyncBatchNorm",
-    "SyncBatchNormAct",
-]
-
 
 class BatchNormForward(Unscripted, NormBase):
     """What the modules of batch normalisation share."""

@@ -246,25 +246,10 @@ _RECORDED: dict[Any, Callable[..., Recorded | LazyLogits | None]] = {
 }
 
 # What is answered from the shape, the dtype and the device, without a product.
-_METADATA = {
-    getattr(Tensor, name).__get__
-    for name in (
-        "shape",
-        "dtype",
-        "device",
-        "ndim",
-        "layout",
-        "is_cuda",
-        "is_cpu",
-        "is_meta",
-        "is_sparse",
-        "is_nested",
-        "requires_grad",
-        "grad_fn",
-        "is_leaf",
-    )
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.is_floating_point, torch.is_floating_point, torch.numel}
-_METADATA |= {Tensor.__len__, Tensor.is_complex, torch.is_complex, Tensor.get_device, Tensor.element_size}
+_ATTRIBUTES = "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_nested requires_grad grad_fn is_leaf"
+_METADATA = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()}
+_METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.is_floating_point, torch.is_floating_point}
+_METADATA |= {torch.numel, Tensor.__len__, Tensor.is_complex, torch.is_complex, Tensor.get_device, Tensor.element_size}
 
 
 # ---------------------------------------------------------------------------------------------- heads

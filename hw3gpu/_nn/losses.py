@@ -28,6 +28,23 @@ class _Extras(Unscripted):
         super().__init__(*args, **kwargs)
         self.extras = extras
 
+    def forward(
+        self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None, normalizer: float | Tensor | None = None
+    ) -> Any:
+        """The loss for classes or probabilities `target`, of logits `input` or of those that `linear` makes of it; (loss,
+        statistics) with `return_stats`."""
+        of_rows: dict[str, Any] = {"token_weight": token_weight, "normalizer": normalizer}
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, target, **of_rows)
+        of: Any = self
+        return self._loss(
+            input, target, weight=of.weight, ignore_index=of.ignore_index, reduction=of.reduction,
+            label_smoothing=of.label_smoothing, **self.extras, **of_rows,
+        )  # fmt: skip
+
+    def _loss(self, input: Tensor, target: Tensor, **options: Any) -> Any:
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         return ", ".join([*filter(None, [super().extra_repr()]), *(f"{k}={v!r}" for k, v in self.extras.items())])
 
@@ -35,23 +52,8 @@ class _Extras(Unscripted):
 class CrossEntropyLoss(_Extras, torch.nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss` on this library's kernels; also takes the keyword extras of `functional.cross_entropy`."""
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None, normalizer: float | Tensor | None = None
-    ) -> Any:
-        """The loss of logits `input` for classes or probabilities `target`; (loss, statistics) with `return_stats`."""
-        of_rows: dict[str, Any] = {"token_weight": token_weight, "normalizer": normalizer}
-        if isinstance(input, Proxy):
-            return as_leaf(self, input, target, **of_rows)
-        return functional.cross_entropy(
-            input,
-            target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            **self.extras,
-            **of_rows,
-        )
+    def _loss(self, input: Tensor, target: Tensor, **options: Any) -> Any:
+        return functional.cross_entropy(input, target, **options)
 
 
 class LinearCrossEntropyLoss(_Extras, torch.nn.LinearCrossEntropyLoss):
@@ -60,24 +62,7 @@ class LinearCrossEntropyLoss(_Extras, torch.nn.LinearCrossEntropyLoss):
 
     _names = (*_Extras._names, "chunk_rows")
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None, normalizer: float | Tensor | None = None
-    ) -> Any:
-        """The loss of the logits of `input` for classes or probabilities; (loss, statistics) with `return_stats`."""
-        of_rows: dict[str, Any] = {"token_weight": token_weight, "normalizer": normalizer}
-        if isinstance(input, Proxy):
-            return as_leaf(self, input, target, **of_rows)
-        C, D, bias = self.num_classes, self.linear.in_features, self.linear.bias
-        return functional.linear_cross_entropy(
-            input,
-            self.linear.weight.reshape(C, *self.out_features, D),
-            target,
-            linear_bias=None if bias is None else bias.reshape(C, *self.out_features),
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            options=self.options,
-            **self.extras,
-            **of_rows,
-        )
+    def _loss(self, input: Tensor, target: Tensor, **options: Any) -> Any:
+        shape, b = (self.num_classes, *self.out_features), self.linear.bias
+        W, bias = self.linear.weight.reshape(*shape, self.linear.in_features), None if b is None else b.reshape(shape)
+        return functional.linear_cross_entropy(input, W, target, linear_bias=bias, options=self.options, **options)

@@ -463,12 +463,8 @@ def _forward(logits: Tensor, target: Tensor, rest: Rest) -> tuple[Tensor, Tensor
 
 def _fake(logits: Tensor, target: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor | None]:
     acc, reduction = accumulate_dtype(logits), rest.options.reduction
-    rows = logits.shape[:1] if logits.dim() > 1 else (1,)
-    S = 1
-    for size in logits.shape[2:]:
-        S = S * size
     loss = logits.new_empty(loss_shape(logits) if reduction == "none" else (), dtype=acc)
-    stats = loss.new_empty((rest.numbers, *rows, S))
+    stats = loss.new_empty((rest.numbers, *rows_shape(logits)))
     return loss, stats, loss.new_empty(1) if reduction == "mean" else None
 
 

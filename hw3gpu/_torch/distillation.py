@@ -178,33 +178,22 @@ def _below_autograd(*operands: Any) -> Any:
 def _fake(
     student: Tensor, teacher: Tensor, mask: Tensor | None, kind: str, beta: float, temperature: float, dim: int
 ) -> tuple[Tensor, Tensor]:
-    outer = inner = 1
-    for size in student.shape[:dim]:
-        outer = outer * size
-    for size in student.shape[dim + 1 :]:
-        inner = inner * size
-    loss = student.new_empty((*student.shape[:dim], *student.shape[dim + 1 :]), dtype=accumulate_dtype(student))
-    return loss, loss.new_empty((8, outer, inner))
+    outer, inner = student.shape[:dim], student.shape[dim + 1 :]
+    loss = student.new_empty((*outer, *inner), dtype=accumulate_dtype(student))
+    return loss, loss.new_empty((8, math.prod(outer), math.prod(inner)))
 
 
-def _run_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    found = run_backward(upstream, student, teacher, *rest)
-    return tuple(z.new_empty(0) if d is None else d for d, z in zip(found, (student, teacher), strict=True))
-
-
-def _fake_backward(
-    upstream: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, stats: Tensor, kind: str, beta: float,
-    temperature: float, dim: int, needs: Sequence[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _fake_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    *_, dim, needs = rest
     of = zip((student, teacher), needs, strict=True)
-    return tuple(operators.fake_output(z, dim) if needed else z.new_empty(0) for z, needed in of)
+    return tuple(operators.fake_output(z, dim) if needed else None for z, needed in of)
 
 
 _OPERANDS, _OPTIONS = "Tensor student, Tensor teacher, Tensor? mask", "str kind, float beta, float temperature, int dim"
 BACKWARD = operators.define(
     f"divergences_backward(Tensor upstream, {_OPERANDS}, Tensor stats, {_OPTIONS}, bool[] needs) "
     "-> (Tensor dstudent, Tensor dteacher)",
-    _run_backward,
+    run_backward,
     _fake_backward,
 )
 FORWARD = operators.define(

@@ -43,7 +43,7 @@ class Problem(NamedTuple):
     W: Tensor
     b: Tensor | None
     target: Tensor
-    weight: Tensor | None
+    weight: Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -161,14 +161,9 @@ def run(
             gradients.add(part, logits, first, last, shrink)
         elif any(needs):  # dz takes the place of the logits
             kernels.forward_backward(
-                *given,
-                given[0],
-                view(invalid),
-                stats=view(of_rows),
-                upstream=view(of_upstream),
-                denominator=over,
+                *given, given[0], view(invalid), stats=view(of_rows), upstream=view(of_upstream), denominator=over,
                 **options.of_rows,
-            )
+            )  # fmt: skip
             gradients.add(part, logits, first, last)
         stats[:, first:last] = of_rows
     if options.reduction == "none":
@@ -287,10 +282,9 @@ def judge_targets(problem: Problem, ignore_index: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- gradients to hand out
-def as_given(found: Iterable[Tensor | None], problem: Problem) -> tuple[Tensor | None, ...]:
-    """Each gradient in the dtype of its tensor."""
-    of = zip(found, problem[:4], strict=True)
-    return tuple(None if g is None or v is None else as_dtype(g, v.dtype) for g, v in of)
+def as_given(gradients: Iterable[Tensor | None], of: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Each gradient in the dtype of its tensor; the last tensors may have none."""
+    return tuple(None if g is None or v is None else as_dtype(g, v.dtype) for g, v in zip(gradients, of, strict=False))
 
 
 def fake_gradients(of: Iterable[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -120,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         divides = found.denominator if rest.options.reduction == "mean" else None
         held: tuple[Tensor | None, ...] = found.gradients
         if x.dtype != torch.float16:  # whose gradients of the sum meet loss scale / n in float32
-            held = as_given((*held, None), problem)[:3]
+            held = as_given(held, problem)
         ctx.save_for_backward(*problem, found.numbers, divides, found.factor, *held, *logits)
         ctx.rest, ctx.handed_out = rest, not rest.at_once
         ctx.mark_non_differentiable(*(v for v in found[1:3] if v is not None))

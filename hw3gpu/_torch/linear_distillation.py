@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .._core import dispatch
 from . import distillation, linear_chunks, operators
-from .autograd import accumulate_dtype, as_dtype, gradients_with_a_graph, graph_is_needed
+from .autograd import accumulate_dtype, gradients_with_a_graph, graph_is_needed
 from .distillation import Divergence
-from .linear_chunks import Gradients, Problem, chunks, fake_gradients, logits_of
+from .linear_chunks import Gradients, Problem, as_given, chunks, fake_gradients, logits_of
 
 Operands = tuple[Tensor, Tensor, Tensor | None]  # x, W and b of one side
 Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]  # of the student, then of the teacher
@@ -42,7 +42,7 @@ def _problems(tensors: Tensors) -> list[Problem]:
     of = []
     for x, W, b in (tensors[:3], tensors[3:]):
         nothing = torch.zeros((), dtype=torch.int64, device=x.device).expand(x.shape[0], 1)
-        of.append(Problem(x, W, b, nothing, None))
+        of.append(Problem(x, W, b, nothing))
     return of
 
 
@@ -102,8 +102,7 @@ def run_backward(
             if d is not None:
                 side.add(part, d, first, last)
     found = (*sides[0].found, *sides[1].found)
-    of = zip(found, (xs, Ws, bs, xt, Wt, bt), strict=True)
-    return tuple(None if g is None or v is None else as_dtype(g, v.dtype) for g, v in of)
+    return as_given(found, (xs, Ws, bs, xt, Wt, bt))
 
 
 # ---------------------------------------------------------------------------------------------- in PyTorch's operations
@@ -156,25 +155,13 @@ def _fake(xs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return loss, loss.new_empty((8, xs.shape[0], 1))
 
 
-def _run_backward(upstream: Tensor, xs: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(xs.new_empty(0) if g is None else g for g in run_backward(upstream, xs, *rest))
-
-
-def _fake_backward(
-    upstream: Tensor, xs: Tensor, Ws: Tensor, bs: Tensor | None, xt: Tensor, Wt: Tensor, bt: Tensor | None,
-    mask: Tensor | None, stats: Tensor, kind: str, beta: float, temperature: float, rows: int, needs: Sequence[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    found = fake_gradients((xs, Ws, bs, xt, Wt, bt), needs)
-    return tuple(xs.new_empty(0) if g is None else g for g in found)
-
-
 _OPERANDS = "Tensor xs, Tensor Ws, Tensor? bs, Tensor xt, Tensor Wt, Tensor? bt, Tensor? mask"
 _OPTIONS = "str kind, float beta, float temperature, int rows"
 BACKWARD = operators.define(
     f"linear_divergences_backward(Tensor upstream, {_OPERANDS}, Tensor stats, {_OPTIONS}, bool[] needs) "
     "-> (Tensor dxs, Tensor dWs, Tensor dbs, Tensor dxt, Tensor dWt, Tensor dbt)",
-    _run_backward,
-    _fake_backward,
+    run_backward,
+    lambda upstream, xs, Ws, bs, xt, Wt, bt, *rest: fake_gradients((xs, Ws, bs, xt, Wt, bt), rest[-1]),
 )
 FORWARD = operators.define(
     f"linear_divergences({_OPERANDS}, {_OPTIONS}) -> (Tensor loss, Tensor stats)",

@@ -104,10 +104,6 @@ def formula(problem: Problem, temperature: float, ignore_index: int) -> TokenLog
 
 
 # ---------------------------------------------------------------------------------------------- autograd
-def _problem(x: Tensor, W: Tensor, b: Tensor | None, target: Tensor) -> Problem:
-    return linear_chunks.Problem(x, W, b, target, None)
-
-
 class _LinearTokenLogProbs(torch.autograd.Function):
     """Forward keeps four numbers a row, and few logits or none; backward makes those again. `traced`: it goes through the
     operators, which keep none."""
@@ -116,7 +112,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, options: tuple[float, int, int, bool], traced: bool
     ) -> tuple[Tensor | None, ...]:
-        held = [] if traced else linear_chunks.to_hold([_problem(x, W, b, target)], options[2])
+        held = [] if traced else linear_chunks.to_hold([Problem(x, W, b, target)], options[2])
         found = _below_autograd(x, W, b, target, *options) if traced else _run(x, W, b, target, *options, held)
         *found, sums, predicted = found
         ctx.save_for_backward(x, W, b, target, sums, *held)
@@ -128,14 +124,14 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         x, W, b, target, sums, *held = ctx.saved_tensors
-        problem = x, W, b, target
+        problem = Problem(x, W, b, target)
         upstream, needs = upstream[:3], ctx.needs_input_grad[:3]
         if all(g is None for g in upstream):
             return (None,) * 6
         if torch.is_grad_enabled():  # somebody will differentiate again
-            of = _problem(*problem)
-            return *gradients_with_a_graph(lambda: formula(of, *ctx.options[:2]), of[:3], upstream, needs), *[None] * 3
-        given: tuple[Any, ...] = (*upstream, *problem, sums, *ctx.options, needs)
+            found = gradients_with_a_graph(lambda: formula(problem, *ctx.options[:2]), problem[:3], upstream, needs)
+            return *found, *[None] * 3
+        given: tuple[Any, ...] = (*upstream, *problem[:4], sums, *ctx.options, needs)
         found = BACKWARD(*given) if ctx.traced else _run_backward(*given, held=held)
         return *(g if needed else None for g, needed in zip(found, needs, strict=True)), *[None] * 3
 
@@ -147,7 +143,7 @@ def _below_autograd(*operands: Any) -> Any:
 def _run(
     x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    return run(_problem(x, W, b, target), *options)
+    return run(Problem(x, W, b, target), *options)
 
 
 def _fake(
@@ -163,9 +159,9 @@ def _run_backward(
     target: Tensor, sums: Tensor, temperature: float, ignore_index: int, rows: int, needs: Sequence[bool],
     *, held: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    problem, upstream = _problem(x, W, b, target), (g_log_prob, g_entropy, g_lse)
+    problem, upstream = Problem(x, W, b, target), (g_log_prob, g_entropy, g_lse)
     found = run_backward(upstream, problem, sums, (temperature, ignore_index), rows, needs, held)
-    return as_given((*found, None), problem)[:3]
+    return as_given(found, problem)
 
 
 _PROBLEM, _OPTIONS = "Tensor x, Tensor W, Tensor? b, Tensor target", "float temperature, int ignore_index, int rows"

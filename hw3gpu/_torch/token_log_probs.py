@@ -7,6 +7,7 @@ the formula in PyTorch's operations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -146,13 +147,8 @@ def _below_autograd(*operands: Any) -> Any:
 
 
 def _fake(logits: Tensor, target: Tensor, temperature: float, ignore_index: int, dim: int) -> tuple[Tensor, ...]:
-    acc = accumulate_dtype(logits)
-    outer = inner = 1
-    for size in logits.shape[:dim]:
-        outer = outer * size
-    for size in logits.shape[dim + 1 :]:
-        inner = inner * size
-    return *(logits.new_empty(target.shape, dtype=acc) for _ in range(3)), logits.new_empty((4, outer, inner), dtype=acc)
+    log_prob, entropy, lse = (logits.new_empty(target.shape, dtype=accumulate_dtype(logits)) for _ in range(3))
+    return log_prob, entropy, lse, lse.new_empty((4, math.prod(logits.shape[:dim]), math.prod(logits.shape[dim + 1 :])))
 
 
 _OPTIONS = "float temperature, int ignore_index, int dim"
@@ -160,9 +156,7 @@ BACKWARD = operators.define(
     "token_log_probs_backward(Tensor? g_log_prob, Tensor? g_entropy, Tensor? g_lse, Tensor logits, Tensor target, "
     f"Tensor stats, {_OPTIONS}) -> Tensor",
     run_backward,
-    lambda g_log_prob, g_entropy, g_lse, logits, target, stats, temperature, ignore_index, dim: operators.fake_output(
-        logits, dim
-    ),
+    lambda g_log_prob, g_entropy, g_lse, logits, *rest: operators.fake_output(logits, rest[-1]),
 )
 FORWARD = operators.define(
     f"token_log_probs(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor log_prob, Tensor entropy, Tensor lse, Tensor stats)",

@@ -102,17 +102,7 @@ def run(problem: Problem, rest: Rest, needs: Sequence[bool] = (False, False, Fal
     """The loss, and the gradients that `needs` names, of x, W and b."""
     (N, V, _), options, rows = problem.sizes, rest.options, rest.rows or chunk_rows(problem.x)
     start = of_rows.first_class(rest.start, V, rest.group, problem.x.device)
-    of = Divided(
-        start,
-        problem.weight,
-        options.ignore_index,
-        options.label_smoothing,
-        options.z_loss,
-        options.softcap,
-        options.logit_scale,
-        rest.statistics,
-        rest.differentiable,
-    )
+    of = Divided(start, problem.weight, *options[1:5], options.logit_scale, rest.statistics, rest.differentiable)
     merge = _Merge(problem, of, options, needs)
     logits = [problem.x.new_empty(min(rows, N), V) for _ in range(2 if any(needs) and rows < N else 1)]
     ahead = None
@@ -246,8 +236,8 @@ class _VocabParallelLinear(torch.autograd.Function):
         else:
             ctx.handed_out = True
             dx = _summed_over_processes(held[0], upstream, denominator, factor, rest.group)
-            found = as_given((dx, *scaled((None, *held[1:]), upstream, denominator, factor)[1:], None), problem)
-        return *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad[:3], strict=False)), None, None, None
+            found = as_given((dx, *scaled((None, *held[1:]), upstream, denominator, factor)[1:]), problem)
+        return *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad[:3], strict=True)), None, None, None
 
 
 def _of_rows(options: Options) -> tuple[float, float | None, float]:
@@ -289,9 +279,8 @@ def _fake(problem: Problem, rest: Rest) -> tuple[Tensor | None, ...]:
 def _run_backward(
     upstream: Tensor | None, of_statistics: Tensor | None, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    problem = Problem(x, W, b, target, None)
-    found = run_backward(upstream, of_statistics, problem, *rest)
-    return as_given((*found, None), problem)[:3]
+    problem = Problem(x, W, b, target)
+    return as_given(run_backward(upstream, of_statistics, problem, *rest), problem)
 
 
 _PROBLEM = "Tensor x, Tensor W, Tensor? b, Tensor target"

@@ -177,15 +177,8 @@ def merged(received: Tensor, row: Row, V: int, of: Divided) -> Merged:
         numbers = torch.cat([numbers, torch.stack(parts).to(m.dtype)])
         if of.differentiable:
             stats += [torch.where(known, -spread, torch.nan), row.here.to(m.dtype)]
-    return Merged(
-        loss,
-        whole,
-        torch.where(row.counts, w_t, 0),
-        torch.where(row.counts, taken, 1),
-        torch.stack(stats),
-        scaled,
-        numbers,
-    )
+    w_t, taken = torch.where(row.counts, w_t, 0), torch.where(row.counts, taken, 1)
+    return Merged(loss, whole, w_t, taken, torch.stack(stats), scaled, numbers)
 
 
 def index_of(row: Row) -> Tensor:
