@@ -82,10 +82,10 @@ class Conv2D(torch.nn.Conv2d):
         if not isinstance(conv, torch.nn.Conv2d) or isinstance(conv, Conv2D):
             raise TypeError(f"conv: expected a torch.nn.Conv2d, got {type(conv).__module__}.{type(conv).__qualname__}")
         pairs: Any = conv.kernel_size, conv.stride, conv.padding, conv.dilation
-        pairs = [pair if isinstance(pair, str) else pair[::-1] for pair in pairs]
+        kernel_size, stride, padding, dilation = (pair if isinstance(pair, str) else pair[::-1] for pair in pairs)
         ours = cls(
-            conv.in_channels, conv.out_channels, *pairs, conv.groups, conv.bias is not None, conv.padding_mode,
-            conv.weight.device, conv.weight.dtype,
+            conv.in_channels, conv.out_channels, kernel_size, stride, padding, dilation, conv.groups, conv.bias is not None,
+            conv.padding_mode, conv.weight.device, conv.weight.dtype,
         )  # fmt: skip
         with torch.no_grad():
             ours.weight.copy_(conv.weight.transpose(2, 3))
