@@ -81,11 +81,11 @@ class Conv2D(torch.nn.Conv2d):
         """The same convolution as `conv`, whose (N, C, H, W) is our (B, W, H, C)."""
         if not isinstance(conv, torch.nn.Conv2d) or isinstance(conv, Conv2D):
             raise TypeError(f"conv: expected a torch.nn.Conv2d, got {type(conv).__module__}.{type(conv).__qualname__}")
-        pairs: Any = conv.kernel_size, conv.stride, conv.padding, conv.dilation
-        kernel_size, stride, padding, dilation = (pair if isinstance(pair, str) else pair[::-1] for pair in pairs)
+        turned: dict[str, Any] = {name: getattr(conv, name)[::-1] for name in ("kernel_size", "stride", "dilation")}
+        turned["padding"] = conv.padding if isinstance(conv.padding, str) else conv.padding[::-1]
         ours = cls(
-            conv.in_channels, conv.out_channels, kernel_size, stride, padding, dilation, conv.groups, conv.bias is not None,
-            conv.padding_mode, conv.weight.device, conv.weight.dtype,
+            conv.in_channels, conv.out_channels, **turned, groups=conv.groups, bias=conv.bias is not None,
+            padding_mode=conv.padding_mode, device=conv.weight.device, dtype=conv.weight.dtype,
         )  # fmt: skip
         with torch.no_grad():
             ours.weight.copy_(conv.weight.transpose(2, 3))
