@@ -135,8 +135,8 @@ def vocab_parallel_cross_entropy(
     """
     arguments.statistics(return_stats, differentiable)
     vocab_parallel_arguments.cross_entropy(logits_shard, target, weight, ignore_index, reduction, label_smoothing)
-    vocab_parallel_arguments.numbers(z_loss, vocab_start)
-    _, softcap, logit_scale = arguments.extra(0.0, softcap, logit_scale, "auto", all_ignored)
+    vocab_parallel_arguments.first_class(vocab_start)
+    z_loss, softcap, logit_scale = arguments.extra(z_loss, softcap, logit_scale, "auto", all_ignored)
     arguments.asked_dtype(loss_dtype)
     if differentiable:
         arguments.differentiable(return_stats)
@@ -147,17 +147,9 @@ def vocab_parallel_cross_entropy(
     if weight is not None:
         weight = weight.detach().to(accumulate_dtype(logits_shard)).contiguous()
     ignore_index = index(ignore_index)
-    options = _vocab_parallel_cross_entropy.Options(
-        -1 if vocab_start is None else index(vocab_start),
-        ignore_index,
-        float(label_smoothing),
-        float(z_loss),
-        softcap,
-        logit_scale,
-        _or_all(group).group_name,
-        return_stats,
-        differentiable,
-    )
+    of_rows = ignore_index, float(label_smoothing), z_loss, softcap, logit_scale
+    start, name = -1 if vocab_start is None else index(vocab_start), _or_all(group).group_name
+    options = _vocab_parallel_cross_entropy.Options(start, *of_rows, name, return_stats, differentiable)
     loss, w_t, taken, *numbers = _vocab_parallel_cross_entropy.vocab_parallel_cross_entropy(
         logits_shard, target, weight, options
     )
@@ -250,14 +242,9 @@ def vocab_parallel_linear_cross_entropy(
     if by is not None:
         arguments.gradient_of_rows(gradient, by)
         reduction = "none" if by.token_weight is not None else reduction if reduction == "none" else "sum"
-    rest = _vocab_parallel_linear_cross_entropy.Rest(
-        asked._replace(label_smoothing=float(label_smoothing), reduction=reduction),
-        -1 if vocab_start is None else index(vocab_start),
-        _or_all(group).group_name,
-        rows or 0,
-        return_stats,
-        differentiable,
-    )
+    of_rows = asked._replace(label_smoothing=float(label_smoothing), reduction=reduction)
+    start, name = -1 if vocab_start is None else index(vocab_start), _or_all(group).group_name
+    rest = _vocab_parallel_linear_cross_entropy.Rest(of_rows, start, name, rows or 0, return_stats, differentiable)
     found = _vocab_parallel_linear_cross_entropy.vocab_parallel_linear_cross_entropy(problem, rest, gradient)
     loss, taken, w_t, *numbers = found
     if input.device.type == "cpu" and not operators.traced(input):

@@ -119,22 +119,20 @@ class BatchNormInferenceGradients(NamedTuple):
 
 def _per_channel(x: Array, channel_axis: int | None) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """The axes a channel sums over, the shape that lays a (C,) vector along ``x``, and m, the values in a channel."""
-    if channel_axis is None:
-        return tuple(range(x.ndim)), (1,) * x.ndim, x.size
-    channel = range(x.ndim)[channel_axis]
-    axes = tuple(axis for axis in range(x.ndim) if axis != channel)
-    shape = tuple(-1 if axis == channel else 1 for axis in range(x.ndim))
-    m = int(np.prod([x.shape[axis] for axis in axes], dtype=np.int64))
-    return axes, shape, m
+    axes = tuple(i for i in range(x.ndim) if channel_axis is None or i != channel_axis % x.ndim)
+    shape = tuple(1 if i in axes else -1 for i in range(x.ndim))
+    return axes, shape, int(np.prod([x.shape[i] for i in axes], dtype=np.int64))
 
 
-def _counted(mask: Any, x: Array, channel_axis: int | None) -> tuple[Any, Any]:
-    """Where a value counts, along ``x``, and how many of a channel do; ``mask`` has the shape of ``x`` without its channels."""
-    positions = np.broadcast_to(
-        np.asarray(mask, dtype=bool), x.shape if channel_axis is None else np.delete(x.shape, channel_axis)
-    )
-    counts = positions if channel_axis is None else np.expand_dims(positions, channel_axis)
-    return np.broadcast_to(counts, x.shape), int(np.count_nonzero(positions))
+def _counted(x: Array, channel_axis: int | None, mask: Any) -> tuple[tuple[int, ...], tuple[int, ...], int, Any]:
+    """As `_per_channel`, with m the number of values that count, at least 1 with a mask; and where a value counts, along ``x``.
+    ``mask`` has the shape of ``x`` without its channels; None: all count."""
+    axes, shape, m = _per_channel(x, channel_axis)
+    if mask is None:
+        return axes, shape, m, np.bool_(True)
+    positions = np.broadcast_to(np.asarray(mask, dtype=bool), [x.shape[i] for i in axes])
+    counts = np.expand_dims(positions, tuple({*range(x.ndim)} - {*axes}))
+    return axes, shape, max(int(np.count_nonzero(positions)), 1), np.broadcast_to(counts, x.shape)
 
 
 @_ieee
@@ -150,54 +148,35 @@ def batch_norm(
     ``x_hat`` are 0 elsewhere, whatever ``x`` is there; where no value counts ``mean`` and ``var`` are 0.
     """
     x = _extended(x)
-    axes, shape, m = _per_channel(x, channel_axis)
-    if mask is not None:
-        counts, n = _counted(mask, x, channel_axis)
-        m = max(n, 1)
-        x = np.where(counts, x, 0)
+    axes, shape, m, counts = _counted(x, channel_axis, mask)
+    x = np.where(counts, x, 0)
     gamma = _extended(1.0 if gamma is None else gamma)
     beta = _extended(0.0 if beta is None else beta)
     mean = np.asarray(np.sum(x, axis=axes) / m)
-    centred = x - mean.reshape(shape)
-    if mask is not None:
-        centred = np.where(counts, centred, 0)
+    centred = np.where(counts, x - mean.reshape(shape), 0)
     rest = np.asarray(np.sum(centred, axis=axes) / m)  # what the rounding of a large mean has left
     rest = np.where(np.isfinite(mean), rest, 0.0)  # the mean of values with an infinity among them is that infinity
-    mean, centred = np.asarray(mean + rest), centred - rest.reshape(shape)
-    if mask is not None:
-        centred = np.where(counts, centred, 0)
+    mean, centred = np.asarray(mean + rest), np.where(counts, centred - rest.reshape(shape), 0)
     var = np.asarray(np.sum(centred**2, axis=axes) / m)
     rstd = np.asarray(1.0 / np.sqrt(var + eps))
     x_hat = centred * rstd.reshape(shape)
-    y = gamma.reshape(shape) * x_hat + beta.reshape(shape)
-    if mask is not None:
-        y = np.where(counts, y, 0)
+    y = np.where(counts, gamma.reshape(shape) * x_hat + beta.reshape(shape), 0)
     return BatchNorm(*map(_float64, (y, mean, var, rstd, x_hat)))
 
 
 @_ieee
 def batch_norm_backward(
-    dy: Any,
-    x: Any,
-    mean: Any,
-    var: Any,
-    gamma: Any = None,
-    *,
-    eps: float = 1e-5,
-    channel_axis: int | None = 1,
+    dy: Any, x: Any, mean: Any, var: Any, gamma: Any = None, *, eps: float = 1e-5, channel_axis: int | None = 1,
     mask: Any = None,
-) -> BatchNormGradients:
+) -> BatchNormGradients:  # fmt: skip
     """The gradients of batch normalisation by the chain of the assignment, (2.5) to (2.10).
 
     ``mean`` and ``var`` are those the forward pass returned; ``dy`` is ∂ℓ/∂y, of the shape of ``x``. With ``mask``, as the
     forward pass had it, (2.20): ``dx`` and ``dx_hat`` are 0 where a value does not count, whatever ``x`` and ``dy`` are there.
     """
     dy, x, mean, var = map(_extended, (dy, x, mean, var))
-    axes, shape, m = _per_channel(x, channel_axis)
-    if mask is not None:
-        counts, n = _counted(mask, x, channel_axis)
-        m = max(n, 1)
-        dy, x = np.where(counts, dy, 0), np.where(counts, x, mean.reshape(shape))
+    axes, shape, m, counts = _counted(x, channel_axis, mask)
+    dy, x = np.where(counts, dy, 0), np.where(counts, x, mean.reshape(shape))
     gamma = _extended(1.0 if gamma is None else gamma).reshape(shape)
     centred = x - mean.reshape(shape)
     rstd = 1.0 / np.sqrt(var + eps)
@@ -208,8 +187,7 @@ def batch_norm_backward(
     dmean = np.sum(-dx_hat * rstd.reshape(shape), axis=axes) + dvar * np.sum(-2.0 * centred, axis=axes) / m
     dvar, dmean = np.asarray(dvar), np.asarray(dmean)
     dx = dx_hat * rstd.reshape(shape) + dvar.reshape(shape) * 2.0 * centred / m + dmean.reshape(shape) / m
-    if mask is not None:
-        dx = np.where(counts, dx, 0)
+    dx = np.where(counts, dx, 0)
     dgamma = np.sum(dy * x_hat, axis=axes)
     dbeta = np.sum(dy, axis=axes)
     return BatchNormGradients(*map(_float64, (dx, dgamma, dbeta, dvar, dmean, dx_hat)))
@@ -217,42 +195,27 @@ def batch_norm_backward(
 
 @_ieee
 def batch_norm_inference(
-    x: Any,
-    mean: Any,
-    var: Any,
-    gamma: Any = None,
-    beta: Any = None,
-    eps: float = 1e-5,
-    channel_axis: int | None = 1,
+    x: Any, mean: Any, var: Any, gamma: Any = None, beta: Any = None, eps: float = 1e-5, channel_axis: int | None = 1,
     mask: Any = None,
-) -> Array:
+) -> Array:  # fmt: skip
     """y = gamma (x − mean) / sqrt(var + eps) + beta with given statistics (2.14); 0 where ``mask`` is False."""
     x, mean, var = map(_extended, (x, mean, var))
-    _, shape, _ = _per_channel(x, channel_axis)
+    _, shape, _, counts = _counted(x, channel_axis, mask)
     gamma = _extended(1.0 if gamma is None else gamma)
     beta = _extended(0.0 if beta is None else beta)
     x_hat = (x - mean.reshape(shape)) / np.sqrt(var + eps).reshape(shape)
     y = gamma.reshape(shape) * x_hat + beta.reshape(shape)
-    return _float64(y if mask is None else np.where(_counted(mask, x, channel_axis)[0], y, 0))
+    return _float64(np.where(counts, y, 0))
 
 
 @_ieee
 def batch_norm_inference_backward(
-    dy: Any,
-    x: Any,
-    mean: Any,
-    var: Any,
-    gamma: Any = None,
-    eps: float = 1e-5,
-    channel_axis: int | None = 1,
-    mask: Any = None,
+    dy: Any, x: Any, mean: Any, var: Any, gamma: Any = None, eps: float = 1e-5, channel_axis: int | None = 1, mask: Any = None
 ) -> BatchNormInferenceGradients:
     """The gradients where ``mean`` and ``var`` do not depend on ``x`` (2.15); ``mask`` as in the forward pass."""
     dy, x, mean, var = map(_extended, (dy, x, mean, var))
-    axes, shape, _ = _per_channel(x, channel_axis)
-    if mask is not None:
-        counts, _ = _counted(mask, x, channel_axis)
-        dy, x = np.where(counts, dy, 0), np.where(counts, x, mean.reshape(shape))
+    axes, shape, _, counts = _counted(x, channel_axis, mask)
+    dy, x = np.where(counts, dy, 0), np.where(counts, x, mean.reshape(shape))
     gamma = _extended(1.0 if gamma is None else gamma)
     rstd = (1.0 / np.sqrt(var + eps)).reshape(shape)
     x_hat = (x - mean.reshape(shape)) * rstd

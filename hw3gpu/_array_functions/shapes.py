@@ -141,12 +141,7 @@ def conv2d_output_shape(
     d1, d2 = _pair("dilation", dilation, 1)
     if isinstance(padding, str) and padding == "same":
         return batch, -(-width // s1), -(-height // s2), channels_out
-    return (
-        batch,
-        _output_size("W", width, k1, s1, p1, d1),
-        _output_size("H", height, k2, s2, p2, d2),
-        channels_out,
-    )
+    return (batch, _output_size("W", width, k1, s1, p1, d1), _output_size("H", height, k2, s2, p2, d2), channels_out)
 
 
 def conv2d_padding_for(
@@ -173,11 +168,8 @@ def conv2d_padding_for(
         ValueError: an entry is out of range, or no padding gives that size; the message says along which axis and why.
     """
     sizes, outputs = _pair("input_size", input_size, 1), _pair("output_size", output_size, 1)
-    kernels, strides, dilations = (
-        _pair("kernel_size", kernel_size, 1),
-        _pair("stride", stride, 1),
-        _pair("dilation", dilation, 1),
-    )
+    kernels, strides = _pair("kernel_size", kernel_size, 1), _pair("stride", stride, 1)
+    dilations = _pair("dilation", dilation, 1)
     along_w, along_h = (_paddings(*axis) for axis in zip("WH", sizes, outputs, kernels, strides, dilations, strict=True))
     return along_w, along_h
 
@@ -214,11 +206,8 @@ def conv_transpose2d_output_shape(
     """
     batch, width, height, _ = _shape(input_shape)
     channels_out = _at_least("output_channels", _integer("output_channels", output_channels), 1)
-    kernels, strides, dilations = (
-        _pair("kernel_size", kernel_size, 1),
-        _pair("stride", stride, 1),
-        _pair("dilation", dilation, 1),
-    )
+    kernels, strides = _pair("kernel_size", kernel_size, 1), _pair("stride", stride, 1)
+    dilations = _pair("dilation", dilation, 1)
     paddings, extras = _pair("padding", padding, 0), _pair("output_padding", output_padding, 0)
     for axis, o, s, d in zip("WH", extras, strides, dilations, strict=True):
         if o >= max(s, d):

@@ -20,12 +20,7 @@ import numpy as np
 PYTORCH_FACTOR = 1.5
 
 # significand bits after the leading one, and the exponents of the smallest and largest normal numbers
-_FORMATS = {
-    "float16": (10, -14, 15),
-    "bfloat16": (7, -126, 127),
-    "float32": (23, -126, 127),
-    "float64": (52, -1022, 1023),
-}
+_FORMATS = {"float16": (10, -14, 15), "bfloat16": (7, -126, 127), "float32": (23, -126, 127), "float64": (52, -1022, 1023)}
 
 
 def ulp(value: float, dtype: str) -> float:

@@ -371,10 +371,7 @@ def points(place: Place, dtype: str) -> Iterator[Output]:
             found, tensors = [moments(x) for x in points], [to_torch(x) for x in points]
             name = f"{what}, n = {len(points[0])}"
             given = {"mean": [to_numpy(mu)] * len(sigmas), "covariance": [to_numpy(sigma) for sigma in sigmas]}
-            torch_found = {
-                "mean": [x.mean(0) for x in tensors],
-                "covariance": [torch.cov(x.T, correction=0) for x in tensors],
-            }
+            torch_found = {"mean": [x.mean(0) for x in tensors], "covariance": [torch.cov(x.T, correction=0) for x in tensors]}
             of_points = [
                 _error_bounds.points_with_moments(to_numpy(mu), to_numpy(sigma), to_numpy(x), dtype=dtype)
                 for sigma, x in zip(sigmas, points, strict=True)

@@ -351,25 +351,31 @@ def _beside(x: Tensor, W: Tensor, b: Tensor | None) -> None:
     like_input(x, W, b)
 
 
-def like_input(x: Tensor, W: Tensor, b: Tensor | None) -> None:
-    """Checks dtype and device of `linear_weight` and `linear_bias`, and the shape of the latter."""
-    beside = [("linear_weight", W)]
+Names = tuple[str, str, str]  # of x, W and b in messages
+_LINEAR = ("input", "linear_weight", "linear_bias")
+
+
+def like_input(x: Tensor, W: Tensor, b: Tensor | None, names: Names = _LINEAR) -> None:
+    """Checks dtype and device of W and b, and the shape of the latter."""
+    of_x, of_W, of_b = names
+    beside = [(of_W, W)]
     if b is not None:
-        floating_tensor(b, "linear_bias")
-        check.shape(b, "linear_bias", tuple(W.shape[:-1]), "one number per row of linear_weight")
-        beside.append(("linear_bias", b))
+        floating_tensor(b, of_b)
+        check.shape(b, of_b, tuple(W.shape[:-1]), f"one number per row of {of_W}")
+        beside.append((of_b, b))
     for name, v in beside:
         if not autocast(x):
-            check.same_dtype(v, name, x, "input")
-        same_device(v, name, x, "input")
+            check.same_dtype(v, name, x, of_x)
+        same_device(v, name, x, of_x)
 
 
-def features(x: Tensor, W: Tensor, expected: str) -> None:
-    """Checks that `input` (…, D) can be multiplied with `linear_weight`, a matrix of `expected` shape."""
-    check.rank_at_least(x, "input", 1, "…, D")
+def features(x: Tensor, W: Tensor, expected: str, names: Names = _LINEAR) -> None:
+    """Checks that x (…, D) can be multiplied with W, a matrix of `expected` shape."""
+    of_x, of_W, _ = names
+    check.rank_at_least(x, of_x, 1, "…, D")
     if W.dim() != 2:
-        raise check.ShapeError(f"linear_weight: expected {expected}, got shape {check.shape_of(W)}")
-    check.shape(W, "linear_weight", (W.shape[0], x.shape[-1]), "last, the features of input")
+        raise check.ShapeError(f"{of_W}: expected {expected}, got shape {check.shape_of(W)}")
+    check.shape(W, of_W, (W.shape[0], x.shape[-1]), f"last, the features of {of_x}")
 
 
 def chunk_rows(rows: int | None) -> int | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._core import arrays, check
-from .arguments import REDUCTIONS, Operands, autocast, floating_tensor, number, same_device, scale, tensor
+from .arguments import REDUCTIONS, Operands, features, floating_tensor, like_input, number, same_device, scale, tensor
 from .distillation import KINDS, TEACHERS, Divergence
 
 
@@ -99,21 +99,11 @@ def linear_distillation(
 ) -> Divergence:
     """Checks every argument but chunk_rows; student and teacher are (input, weight, bias). Their `Divergence`."""
     for side, (x, W, b) in (("student", student), ("teacher", teacher)):
-        names = tuple(f"{side}_{of}" for of in ("input", "weight", "bias"))
-        for name, v in zip(names[:2], (x, W), strict=True):
-            floating_tensor(v, name)
-        check.rank_at_least(x, names[0], 1, "…, D")
-        if W.dim() != 2:
-            raise check.ShapeError(f"{names[1]}: expected (V, D), got shape {check.shape_of(W)}")
-        check.shape(W, names[1], (W.shape[0], x.shape[-1]), f"last, the features of {names[0]}")
-        if b is not None:
-            floating_tensor(b, names[2])
-            check.shape(b, names[2], (W.shape[0],), f"one number per row of {names[1]}")
-        for name, given in zip(names[1:], (W, b), strict=True):
-            if given is not None and not autocast(x):
-                check.same_dtype(given, name, x, names[0])
-            if given is not None:
-                same_device(given, name, x, names[0])
+        names = f"{side}_input", f"{side}_weight", f"{side}_bias"
+        floating_tensor(x, names[0])
+        floating_tensor(W, names[1])
+        features(x, W, "(V, D)", names)
+        like_input(x, W, b, names)
     x, W = student[:2]
     if len(W) == 0:
         raise ValueError(f"student_weight: expected at least one class, got shape {check.shape_of(W)}")

@@ -64,7 +64,7 @@ def linear_cross_entropy(
     rows = x.reshape(target.numel(), x.shape[-1])
     logits = x.detach().new_empty(()).expand(len(rows), len(W))
     cross_entropy(logits, target.reshape(-1), None, asked.ignore_index, asked.reduction, asked.label_smoothing)
-    numbers(asked.z_loss, vocab_start)
+    first_class(vocab_start)
     if weight is not None:
         floating_tensor(weight, "weight")
         check.shape(weight, "weight", (len(W),), "one weight per row of linear_weight")
@@ -73,10 +73,7 @@ def linear_cross_entropy(
     return linear_problem(rows, W, target.reshape(-1), b, weight)
 
 
-def numbers(z_loss: float, vocab_start: int | None) -> None:
-    """Checks numbers that PyTorch's function does not have."""
-    check.real_value(z_loss, "z_loss")
-    if not 0 <= z_loss < float("inf"):
-        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
+def first_class(vocab_start: int | None) -> None:
+    """Checks the number of the first class here."""
     if vocab_start is not None and check.integer_value(vocab_start, "vocab_start") < 0:
         raise ValueError(f"vocab_start: expected at least 0, got {vocab_start}")
