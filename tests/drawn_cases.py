@@ -8,6 +8,7 @@ docs/errors.md. `test_pairs.py` runs the rows in which any two levels meet, `tes
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ def check_softmax(row: Row) -> None:
     (dz,) = twice(lambda: (hw3gpu.softmax_backward(dy, y, axis),), dy, y)
     sheet, bound = judged("softmax_backward", to_numpy(dy), to_numpy(y), axis, dtype=accumulate_dtype(z))
     hold("dz", dz, sheet, bound)
-    if z.shape[-1] < 40:
+    if z.shape[-1] < 40 and math.prod(z.shape) * z.shape[-1] <= 1 << 18:
         (jacobian,) = twice(lambda: (hw3gpu.softmax_jacobian(z),), z)
         hold("jacobian", jacobian, *judged("softmax_jacobian", to_numpy(z), dtype=accumulate_dtype(z)))
 
@@ -250,6 +251,12 @@ def check_functional_cross_entropy(row: Row) -> None:
         "cross_entropy_with_options", *given, None if weight is None else to_numpy(weight),
         reduction=row["reduction"], upstream=up, **options, dtype=acc,
     )  # fmt: skip
+    if row["z_loss"]:  # lse of nothing but -inf is NaN in the kernels; the square of the sheet's -inf is inf
+        undefined = (given[0] == -np.inf).all(min(x.dim() - 1, 1))
+        if row["target"] == "classes":
+            undefined &= given[1] != row["ignore_index"]
+        undefined = undefined if row["reduction"] == "none" else undefined.any()
+        sheet = sheet._replace(loss=np.where(undefined, np.nan, sheet.loss))
     hold("loss", loss, sheet.loss, bound.loss, slack(row))
     if dx is not None:
         hold("dlogits", dx, sheet.dlogits, bound.dlogits, slack(row))
@@ -379,10 +386,12 @@ def check_functional_batch_norm(row: Row) -> None:
     if residual is not None:
         of_y = of_y + _error_bounds.unit_roundoff(acc) * 2 * (abs(to_numpy(residual)) + abs(expected))
         expected = expected + to_numpy(residual)
+    # of a positive number that y rounds to 0 it is not promised whether dy passes
+    lost = row["relu"] and ((expected > 0) & (to_numpy(y) == 0)).any()
     if row["relu"]:
         expected = np.where(np.isnan(expected), np.nan, np.maximum(expected, 0.0))
     hold("y", y, expected, of_y, slack(row))
-    if dx is not None:
+    if dx is not None and not lost:
         hold("dx", dx, back.dx, of_dx, slack(row))
 
 

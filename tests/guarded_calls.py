@@ -2,7 +2,8 @@
 
 `python guarded_calls.py DTYPE NOTE [--once]` runs the operations in a fork, and prints those that failed, one a line, with the
 last case that began. A stray access kills the fork, and another one runs what was left. NOTE is a file in which each case is
-named before it begins. `--once`: without `OPTIONS`, so that every launcher is called, but not with all options.
+named before it begins. `--once`: without `OPTIONS`, so that every launcher is called, but not with all options. With
+NUMBA_NRT_STATS=1 the kernels have given back all memory and references at the end of each operation.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from numba.core.runtime import rtsys
 
 from hw3gpu.kernels.cpu import (
     batch_norm,
@@ -391,6 +393,9 @@ def run(name: str, dtype: str, note: int) -> None:
             os.pwrite(note, case.ljust(200).encode(), 0)
             guard.begin(at_end)
             call(guard, *shape)
+    held = rtsys.get_allocation_stats()
+    if held.mi_alloc != held.mi_free or held.alloc != held.free:
+        raise AssertionError(f"{name}, {dtype}: references that were counted and not given back: {held}")
 
 
 def main(dtype: str, note_path: str, once: bool) -> None:

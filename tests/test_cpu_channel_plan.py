@@ -27,7 +27,7 @@ CASES = [
     ("rows", layout(8, 512, 16, channels_last=True), BatchNormPlan(Pass("tiles", 4, (128,), joined=True))),
     # channels-last, too many rows for that: whole rows, several a line where they are short
     ("many rows", layout(32, 64, 3136, channels_last=True),
-     BatchNormPlan(None, Pass("lines", 32, (32,), 32), Pass("lines", 32, (32, 8)))),
+     BatchNormPlan(None, Pass("lines", 32, (4,), 32), Pass("lines", 32, (32, 8)))),
 ]  # fmt: skip
 
 

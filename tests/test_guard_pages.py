@@ -28,9 +28,12 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.
     ids=lambda v: v if isinstance(v, str) else " ".join(v) or "all options",
 )
 def test_no_launcher_touches_the_pages_before_and_behind_its_arrays(dtype, how, tmp_path):
-    """Every launcher, input and output, lengths of 1 to 70 and some larger: `guarded_calls.py` says which."""
+    """Every launcher, input and output, lengths of 1 to 70 and some larger: `guarded_calls.py` says which.
+
+    And none keeps a reference to its arrays or to memory of its own.
+    """
     command = [sys.executable, HERE / "guarded_calls.py", dtype, tmp_path / "case", *how]
-    child = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    child = subprocess.run(command, env=ENVIRONMENT | {"NUMBA_NRT_STATS": "1"}, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert not child.stdout, f"these calls died:\n{child.stdout}{child.stderr}"
     assert "forbidden page in front" in (tmp_path / "case").read_text()  # the last case ran

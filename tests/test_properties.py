@@ -43,15 +43,24 @@ def shapes(draw: Any, least: int = 1, most: int = 4) -> tuple[int, ...]:
     return tuple(draw(st.permutations(shape)))
 
 
+@st.composite
+def large_shapes(draw: Any, least: int, most: int) -> tuple[int, ...]:
+    """Of 2¹⁸ to 2²¹ elements: outputs in recycled memory, several threads, results past the caches."""
+    shape = list(draw(shapes(least, most)))
+    grown = draw(st.integers(0, len(shape) - 1))
+    shape[grown] *= -(-draw(st.sampled_from([1 << 18, 1 << 20])) // math.prod(shape))
+    return tuple(shape)
+
+
 RANKS = {"batch_norm": (2, 4), "functional.batch_norm": (2, 4), "moments": (2, 2)}
+WITH_SHAPES = [name for name, subject in SUBJECTS.items() if "shape" in subject.factors and name != "moments"]
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
-def test_values_are_the_answer_sheets(name: str) -> None:
+def values_are_the_answer_sheets(name: str, shapes: Any, examples: int) -> None:
     """Every output and gradient within its bound, arguments as they were, the same bits on a second run."""
     subject = SUBJECTS[name]
 
-    @drawn
+    @settings(drawn, max_examples=examples)
     @given(st.data())
     def draws(data: Any) -> None:
         row = {
@@ -72,6 +81,16 @@ def test_values_are_the_answer_sheets(name: str) -> None:
         subject.check(row)
 
     draws()
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_values_are_the_answer_sheets(name: str) -> None:
+    values_are_the_answer_sheets(name, shapes, EXAMPLES or 12)
+
+
+@pytest.mark.parametrize("name", WITH_SHAPES)
+def test_values_of_large_arrays_are_the_answer_sheets(name: str) -> None:
+    values_are_the_answer_sheets(name, large_shapes, EXAMPLES // 8 or 4)
 
 
 def rng_of(seed: int) -> np.random.Generator:

@@ -125,15 +125,15 @@ def _difference(m, count, shift, total, low, more, more_shift, more_rest, delta)
 
 
 @inline
-def _add_row(scatter, low, i, count, more, weight, delta) -> None:
-    """Row i of scatter + low, up to the diagonal, grows by `more` and by that of weight · delta deltaᵀ; 0 points have none."""
+def _add_row(scatter, low, i, count, more, r, weight, delta) -> None:
+    """Row i of scatter + low, up to the diagonal, grows by more[r] and by that of weight · delta deltaᵀ; 0 points have none."""
     scaled = weight * delta[i]
     if count == 0:
         for j in range(i + 1):
-            scatter[i, j], low[i, j] = more[j], 0.0
+            scatter[i, j], low[i, j] = more[r, j], 0.0
         return
     for j in range(i + 1):
-        scatter[i, j], lost = two_sum(scatter[i, j], more[j] + scaled * delta[j])
+        scatter[i, j], lost = two_sum(scatter[i, j], more[r, j] + scaled * delta[j])
         low[i, j] += lost
 
 
@@ -187,7 +187,7 @@ def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, old_unit,
         units[:] = STEP if x.itemsize == 8 else 1.0
         if runs == 1 and seen > 0:
             copy(old_unit[b], units)
-        low = scratch if runs > 1 else scatter[1, b]
+        high, low = scatter[0, t], scratch if runs > 1 else scatter[1, b]
         for begin in range(start, stop, BLOCK_N):
             before, count = seen + begin - start, min(BLOCK_N, stop - begin)
             copy(units, factor)
@@ -195,13 +195,13 @@ def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, old_unit,
                 for j in range(end):
                     factor[j] = units[j] / factor[j]
                 _rescale(end, factor, mean, sums, lows)
-                _rescale_rows(factor, scatter[0, t], low, top, end)
+                _rescale_rows(factor, high, low, top, end)
             _difference(end, before, mean, sums, lows, count, block_shift, block_rest, delta)
             weight = before * (count / (before + count))
             for i in range(top, end, 4):
                 _four_rows(d, i, count, rows)
                 for r in range(min(4, end - i)):
-                    _add_row(scatter[0, t], low, i + r, before, rows[r], weight, delta)
+                    _add_row(high, low, i + r, before, rows, r, weight, delta)
         if band == bands - 1:
             copy(mean, shift[t])
             copy(sums, total[0, t])
@@ -210,16 +210,17 @@ def _add_runs(first, last, x, runs, bands, seen, old_shift, old_total, old_unit,
         if runs > 1:
             for i in range(top, end):
                 for j in range(i + 1):
-                    scatter[0, t, i, j] = with_low(scatter[0, t, i, j], low[i, j])
+                    high[i, j] = with_low(high[i, j], low[i, j])
 
 
 @kernel
 def _merge(first, last, n, runs, seen, more_shift, more_total, more_scatter, more_unit, shift, total, scatter, unit) -> None:
     """Add the states of `runs` runs, n points in all, to the state of `seen` points."""
     m, whole = shift.shape[1], more_scatter.shape[0] == 1
-    delta, mean, rest, row = np.empty(m), np.empty(m), np.empty(m), np.empty(m)
+    delta, mean, rest, row = np.empty(m), np.empty(m), np.empty(m), np.empty((1, m))
     factor, own = np.empty(m), np.empty(m)
     for b in range(first, last):
+        high, low = scatter[0, b], scatter[1, b]
         for r in range(runs):
             t, (start, stop) = b * runs + r, _run_of(r, n, runs)
             count, before = stop - start, seen + start
@@ -235,14 +236,14 @@ def _merge(first, last, n, runs, seen, more_shift, more_total, more_scatter, mor
                 rest[j] = with_low(more_total[0, t, j], more_total[1, t, j]) / count * factor[j]
             if fell:
                 _rescale(m, own, shift[b], total[0, b], total[1, b])
-                _rescale_rows(own, scatter[0, b], scatter[1, b], 0, m)
+                _rescale_rows(own, high, low, 0, m)
             _difference(m, before, shift[b], total[0, b], total[1, b], count, mean, rest, delta)
             weight = before * (count / (before + count))
             for i in range(m):
                 for j in range(i + 1):
-                    row[j] = more_scatter[0, t, i, j] if whole else with_low(more_scatter[0, t, i, j], more_scatter[1, t, i, j])
-                    row[j] = row[j] * factor[i] * factor[j]
-                _add_row(scatter[0, b], scatter[1, b], i, before, row, weight, delta)
+                    more = more_scatter[0, t, i, j] if whole else with_low(more_scatter[0, t, i, j], more_scatter[1, t, i, j])
+                    row[0, j] = more * factor[i] * factor[j]
+                _add_row(high, low, i, before, row, 0, weight, delta)
 
 
 @kernel

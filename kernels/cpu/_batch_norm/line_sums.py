@@ -40,6 +40,17 @@ def _choose_left_at(x, sums, p) -> Callable[..., Any]:
     return lambda x, sums, p: 0.0
 
 
+def lanes_left_at(x: Any, sums: Any, p: Any, exist: Any) -> Any:
+    """As `left_at`, of the positions p…: a vector, or 0."""
+
+
+@overload(lanes_left_at)
+def _choose_lanes_left_at(x, sums, p, exist) -> Callable[..., Any]:
+    if x.dtype == types.float64:
+        return lambda x, sums, p, exist: load_lanes(sums, (sums.size >> 1) + p, exist, 0.0)
+    return lambda x, sums, p, exist: 0.0
+
+
 @inline
 def _add_plainly(sums, p, exist, v) -> None:
     store_lanes(sums, p, exist, load_lanes(sums, p, exist, 0.0) + v)
@@ -56,7 +67,7 @@ def _add_exactly(sums, p, exist, vectors) -> None:
     store_lanes(sums, left_from, exist, left)
 
 
-def _add(x: Any, sums: Any, p: Any, exist: Any, vectors: Any) -> Any:
+def _add(x: Any, sums: Any, p: Any, exist: Any, vectors: Any) -> None:
     """Adds the vectors, one of each line, to the sums of the positions p…; x is one of the lines."""
 
 

@@ -20,10 +20,10 @@ from .._numba.compile import exact, inline, kernel, overload
 from .._numba.simd import Lanes, load_lanes, streamed, width, write
 from .._numba.views import line_of
 from .activation import line_beside, put_line
-from .line_sums import add_deviations, add_four_deviations, add_gradients, add_two_gradients, left_at, sums_memory
+from .line_sums import add_deviations, add_four_deviations, add_gradients, add_two_gradients, lanes_left_at, sums_memory
 from .planes import AROUND, _at_position, _dx_of_run, _pass_run, _scaled_run, _y_of_run
 from .positions import run_of_rows
-from .statistics import add_to, sums_of
+from .statistics import lanes_with_low, two_sum
 
 # ---------------------------------------------------------------------------------------------- one line
 # Parameters of the positions of a line: `at` (1, 5, positions), three axes for `line_of`. The names of its rows:
@@ -208,18 +208,23 @@ def _slopes_of_rows(at, mean, scale, b, k) -> None:
 
 
 @inline
-def _fold(x, first, second, P, partial) -> None:
-    """partial[i, c] = the sum over the positions of channel c, of P."""
+def _folded(c, exist, args) -> Lanes:
+    """The sums of the channels c…: those of their positions, one in every row of a line."""
+    x, sums, P = args
+    total = load_lanes(sums, c, exist, 0.0)
+    low = (total - total) + lanes_left_at(x, sums, c, exist)
+    for p in range(c + x.shape[1], P, x.shape[1]):
+        total, left = two_sum(total, load_lanes(sums, p, exist, 0.0))
+        low = low + (left + lanes_left_at(x, sums, p, exist))
+    return lanes_with_low(total, low)
+
+
+@inline
+def _fold(x, first, second, P, partial, block) -> None:
+    """partial[block] = the two sums of each channel, of the P positions of a line."""
     C = x.shape[1]
-    pieces = np.zeros((2, 2, C))
-    for start in range(0, P, C):
-        for c in range(C):
-            p = start + c
-            add_to(pieces, c, first[np.uintp(p)], second[np.uintp(p)])
-            pieces[1, 0, c] += left_at(x, first, p)
-            pieces[1, 1, c] += left_at(x, second, p)
-    for c in range(C):
-        partial[0, c], partial[1, c] = sums_of(pieces, c)
+    write(line_of(partial, block, 0, 0, C), False, _folded, (x, first, P))
+    write(line_of(partial, block, 1, 0, C), False, _folded, (x, second, P))
 
 
 def _clear_rows(y: Any, v: Any, stop: Any) -> None:
@@ -267,7 +272,7 @@ def sums(first, last, rows, x, shift, partial, on) -> None:
                 v += rows
             v = stop
         # 2. of each channel
-        _fold(x, total, square, P, partial[block])
+        _fold(x, total, square, P, partial, block)
 
 
 @kernel
@@ -314,7 +319,7 @@ def gradient_sums(
                 _along(size, total, add_gradients, (dy0, x0, _of(about, MEAN), _of(about, REST), total, product))
                 v += rows
             v = stop
-        _fold(x, total, product, P, partial[block])
+        _fold(x, total, product, P, partial, block)
         # 2. the block's dx, from what the caches hold
         v = start if scaled else end
         while v < end:

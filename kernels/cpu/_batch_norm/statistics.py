@@ -13,12 +13,16 @@ along, so that float64 input has the accuracy of float64 too.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numba import types
 
-from .._numba.compile import exact, inline, kernel
+from .._numba.compile import exact, inline, kernel, overload
 from .._numba.elements import fma, load
-from .._numba.views import plane_of
+from .._numba.simd import Lanes, load_lanes, where_at_most, write
+from .._numba.views import line_of, plane_of
 from .positions import counts
 
 # Values of a channel whose mean is the shift.
@@ -57,16 +61,30 @@ def sums_of(sums, j) -> tuple[float, float]:
     return with_low(sums[0, 0, j], sums[1, 0, j]), with_low(sums[0, 1, j], sums[1, 1, j])
 
 
+@inline
+def lanes_with_low(total, low) -> Lanes:
+    """As `with_low`, of vectors: low 0 is NaN where `low` is not finite."""
+    return where_at_most(low * 0.0, 0.0, total + low, total)
+
+
+@inline
+def _merged(c, exist, args) -> Lanes:
+    """The sums over the blocks of the channels c…, of sum k."""
+    partial, k = args
+    C = partial.shape[2]
+    total = load_lanes(line_of(partial, 0, k, 0, C), c, exist, 0.0)
+    low = total - total
+    for b in range(1, partial.shape[0]):
+        total, left = two_sum(total, load_lanes(line_of(partial, b, k, 0, C), c, exist, 0.0))
+        low = low + left
+    return lanes_with_low(total, low)
+
+
 @kernel
 def merge(partial, sums) -> None:
-    """sums (2, C) = the sum over the blocks of partial (blocks, 2, C), in order."""
-    C = sums.shape[1]
-    pieces = np.zeros((2, 2, C))
-    for b in range(partial.shape[0]):
-        for c in range(C):
-            add_to(pieces, c, partial[b, 0, c], partial[b, 1, c])
-    for c in range(C):
-        sums[0, c], sums[1, c] = sums_of(pieces, c)
+    """sums (2, C) = the sum over the blocks of partial (blocks, 2, C), one at least, in order."""
+    for k in range(2):
+        write(sums[k], False, _merged, (partial, k))
 
 
 # ---------------------------------------------------------------------------------------------- shift
@@ -150,16 +168,10 @@ def _reciprocal_root(high, low) -> float:
 
 
 @exact
-def finish(c, shift, total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var) -> None:
-    """The statistics of channel c from its sums about `shift`, each with one rounding in float64, then to their dtype."""
-    of = var.dtype.type
+def _exactly(shift, total, square, m, eps) -> tuple[float, float, float, float]:
+    """Mean, what its rounding left, var and rstd, each with one rounding in float64: for results that have all its digits."""
     d, d_low = _divide(total, m)
     mu, mu_low = two_sum(shift, d)
-    mu_low += d_low
-    mean[0, c] = of(mu)
-    rest = (mu - np.float64(mean[0, c])) + mu_low
-    mean[1, c] = of(rest) if math.isfinite(rest) else of(0)
-
     square, square_low = _divide(square, m)
     d2 = d * d
     variance, low = two_sum(square, -d2)
@@ -169,9 +181,39 @@ def finish(c, shift, total, square, m, eps, momentum, mean, var, rstd, running_m
     else:
         low = 0.0
     with_eps, eps_low = two_sum(variance, eps)
-    rstd[c] = of(_reciprocal_root(with_eps, eps_low + low))
-    variance += low
-    var[c] = of(variance)
+    return mu, mu_low + d_low, variance + low, _reciprocal_root(with_eps, eps_low + low)
+
+
+@inline
+def _plainly(shift, total, square, m, eps) -> tuple[float, float, float, float]:
+    """As `_exactly`, by float64's operations: for results of fewer digits, in a fifth of the time."""
+    of_m = 1.0 / m
+    d = total * of_m
+    variance = square * of_m - d * d
+    variance = 0.0 if variance < 0.0 else variance
+    return shift + d, 0.0, variance, 1.0 / math.sqrt(variance + eps)
+
+
+def _of_sums(var: Any, shift: Any, total: Any, square: Any, m: Any, eps: Any) -> Any:
+    """Mean, what its rounding left, var and rstd from the sums about `shift`, for results like `var`."""
+    return _exactly(shift, total, square, m, eps)
+
+
+@overload(_of_sums)
+def _choose_of_sums(var, shift, total, square, m, eps) -> Callable[..., Any]:
+    statistics = _exactly if var.dtype == types.float64 else _plainly
+    return lambda var, shift, total, square, m, eps: statistics(shift, total, square, m, eps)
+
+
+@inline
+def finish(c, shift, total, square, m, eps, momentum, mean, var, rstd, running_mean, running_var) -> None:
+    """The statistics of channel c from its sums about `shift`, rounded to their dtype."""
+    of = var.dtype.type
+    mu, mu_low, variance, rstd_of_c = _of_sums(var, shift, total, square, m, eps)
+    mean[0, c] = of(mu)
+    rest = (mu - np.float64(mean[0, c])) + mu_low
+    mean[1, c] = of(rest) if math.isfinite(rest) else of(0)
+    var[c], rstd[c] = of(variance), of(rstd_of_c)
     if running_mean.size:
         running_mean[c] = of((1.0 - momentum) * running_mean[c] + momentum * mu)
     if running_var.size:

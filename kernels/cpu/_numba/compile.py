@@ -46,8 +46,22 @@ _CHOSEN = {"nopython": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": Tru
 _INLINE = {**_HELPER, "forceinline": True}
 
 
+# What a helper returns that is no array, as its annotation says.
+_NO_ARRAY = frozenset(("None", "bool", "int", "float", "Lanes", "tuple"))
+
+
+def _counting(function: Callable[..., Any]) -> dict[str, bool]:
+    """The option by which a helper that returns no array counts no references: its caller holds them.
+
+    Each count is an atomic operation, which waits for all stores before it, in the middle of a loop.
+    """
+    returned = re.findall(r"\w+", str(function.__annotations__.get("return", "Any")))
+    return {"_nrt": not _NO_ARRAY.issuperset(returned)}
+
+
 def _helper(function: Callable[..., Any], options: dict[str, Any]) -> Any:
-    return HelperDispatcher(function, targetoptions={**options, "nopython": True}, pipeline_class=HelperCompiler)
+    options = {**options, **_counting(function), "nopython": True}
+    return HelperDispatcher(function, targetoptions=options, pipeline_class=HelperCompiler)
 
 
 def inline(function: Callable[..., Any]) -> Any:
@@ -76,7 +90,8 @@ def reduction(function: Callable[..., Any]) -> Any:
 
 def overload(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """As Numba's `overload`, and what it chooses is a helper: compiled into the kernels that call it, with their options."""
-    return numba_overload(function, jit_options={**_CHOSEN, "pipeline_class": HelperCompiler})
+    options = {**_CHOSEN, **_counting(function)}
+    return numba_overload(function, jit_options={**options, "pipeline_class": HelperCompiler})
 
 
 def kernel(function: Callable[..., Any]) -> Any:
