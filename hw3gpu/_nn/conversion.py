@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def convert_batch_norm(module: torch.nn.Module, *, sync: Any = False, fuse: bool
     if not isinstance(fuse, bool):
         raise TypeError(f"fuse: expected a bool, got {type(fuse).__module__}.{type(fuse).__qualname__}")
     left: list[str] = []
-    converted = _convert(module, "", sync, {}, left)
+    converted = _replaced(module, lambda one, name: _converted(one, name, sync, left), "", {})
     if sync and left:
         warnings.warn(f"convert_batch_norm: left alone, and not synchronised: {', '.join(left)}", stacklevel=2)
     if fuse:
@@ -77,30 +78,38 @@ def convert_batch_norm(module: torch.nn.Module, *, sync: Any = False, fuse: bool
     return converted
 
 
-def _convert(
-    module: torch.nn.Module, name: str, sync: Any, done: dict[int, torch.nn.Module], left: list[str]
+def _replaced(
+    module: torch.nn.Module, replace: Callable[[torch.nn.Module, str], torch.nn.Module], name: str, done: dict[int, Any]
 ) -> torch.nn.Module:
+    """What `replace` makes of a module and its name; of one that it gives back, the children are replaced. Each module once."""
     if id(module) in done:
         return done[id(module)]
-    done[id(module)] = module
+    done[id(module)] = after = replace(module, name or "(the module)")
+    if after is not module:
+        _log.info("%s: %s -> %s", name or "(the module)", _named(module), _named(after))
+        return after
+    for key, child in module._modules.items():
+        if child is not None:
+            module._modules[key] = _replaced(child, replace, f"{name}.{key}" if name else key, done)
+    return module
+
+
+def _converted(module: torch.nn.Module, name: str, sync: Any, left: list[str]) -> torch.nn.Module:
+    """Our module for PyTorch's, or the module itself; `left`: the batch normalisations that are left alone."""
     ours = _SYNCHRONISED.get(type(module)) if sync else _CONVERTED.get(type(module)) or of_others(type(module))
     if ours is type(module):
         if sync is not True:
             module.process_group = sync
     elif ours is not None:
-        done[id(module)] = converted = ours.__new__(ours)
+        converted = ours.__new__(ours)
         converted.__dict__.update(module.__dict__)
         if sync and (sync is not True or "process_group" not in module.__dict__):
             converted.__dict__["process_group"] = None if sync is True else sync
-        _log.info("%s: %s -> %s", name or "(the module)", _named(module), _named(converted))
-    else:
-        if _is_batch_norm(module) and (sync or not isinstance(module, BatchNormForward)):
-            left.append(f"{name or '(the module)'} ({type(module).__module__}.{type(module).__qualname__})")
-            _log.info("%s: %s left alone: only PyTorch's own classes are replaced", name or "(the module)", _named(module))
-        for key, child in module._modules.items():
-            if child is not None:
-                module._modules[key] = _convert(child, f"{name}.{key}" if name else key, sync, done, left)
-    return done[id(module)]
+        return converted
+    elif _is_batch_norm(module) and (sync or not isinstance(module, BatchNormForward)):
+        left.append(f"{name} ({type(module).__module__}.{type(module).__qualname__})")
+        _log.info("%s: %s left alone: only PyTorch's own classes are replaced", name, _named(module))
+    return module
 
 
 # ---------------------------------------------------------------------------------------------- the way back
@@ -137,7 +146,7 @@ def to_torch(module: torch.nn.Module) -> torch.nn.Module:
     found = [(name or "(the module)", why) for name, one in module.named_modules() if (why := _why_not(one))]
     if found:
         raise ValueError("to_torch: PyTorch has no equal of " + "; ".join(f"{name}: {why}" for name, why in found))
-    return _back(module, "", {})
+    return _replaced(module, _back, "", {})
 
 
 def _why_not(module: torch.nn.Module) -> str | None:
@@ -161,26 +170,18 @@ def _back_of(ours: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
     return _BACK.get(ours)
 
 
-def _back(module: torch.nn.Module, name: str, done: dict[int, torch.nn.Module]) -> torch.nn.Module:
-    if id(module) in done:
-        return done[id(module)]
-    done[id(module)] = module
+def _back(module: torch.nn.Module, name: str) -> torch.nn.Module:
+    """PyTorch's module for ours, or the module itself."""
     if isinstance(module, fusion.Fused):
         module.__class__ = module.base  # type: ignore[assignment]
-    theirs = _back_of(type(module))
     if type(module) in _NORM_OF:
-        done[id(module)] = _composed(module)
-    elif theirs is not None:
-        done[id(module)] = back = theirs.__new__(theirs)
-        back.__dict__.update({key: value for key, value in module.__dict__.items() if key not in {"extras", "frozen"}})
-    else:
-        for key, child in module._modules.items():
-            if child is not None:
-                module._modules[key] = _back(child, f"{name}.{key}" if name else key, done)
-    if done[id(module)] is not module:
-        after = done[id(module)]
-        _log.info("%s: %s -> %s", name or "(the module)", _named(module), _named(after))
-    return done[id(module)]
+        return _composed(module)
+    theirs = _back_of(type(module))
+    if theirs is None:
+        return module
+    back = theirs.__new__(theirs)
+    back.__dict__.update({key: value for key, value in module.__dict__.items() if key not in {"extras", "frozen"}})
+    return back
 
 
 def _composed(module: Any) -> TorchBatchNormAct:

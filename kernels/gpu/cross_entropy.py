@@ -20,7 +20,7 @@ near 1 those of 1 - p. The 1 of a one-hot y is subtracted in float32, and the re
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import _tile
 from ._cross_entropy.backward import _backward_kernel
@@ -33,25 +33,27 @@ from .plan import cdiv, float_and_bits
 from .row_plan import plan_columns, plan_reduce, plan_rows
 
 
+class _Options(NamedTuple):
+    """What a row's loss is made by, beside its target."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+
+
 def _call(z, target, dz, options) -> tuple[tuple[int, ...], Any, dict[str, Any]]:
     """(strides, ignore_index and options, constants) as the kernels take them."""
-    soft = target.ndim == z.ndim
-    mode = access_mode(1, z)
-    smoothing, cap = options["label_smoothing"], options["softcap"]
+    soft, (ignore_index, smoothing, z_loss, cap, scale) = target.ndim == z.ndim, options
     constants = {
-        "SOFT": soft,
-        "DENSE": soft or smoothing != 0.0,
-        "CAPPED": cap is not None,
-        "SCALED": options["logit_scale"] != 1.0,
-        "Z_LOSS": options["z_loss"] != 0.0,
-        "MODE": mode,
-        "TARGET_MODE": operand_mode(1, z, target) if soft else _tile.STRIDED.value,
-        "DZ_MODE": operand_mode(1, z, dz),
-        "GROUP": 16 // z.element_size(),
-        "ACC": ACC[z.dtype],
-    }
-    numbers = (smoothing, options["z_loss"], 1.0 if cap is None else cap, options["logit_scale"])
-    fixed = (options["ignore_index"], *(half for number in numbers for half in float_and_bits(number)))
+        "SOFT": soft, "DENSE": soft or smoothing != 0.0, "CAPPED": cap is not None, "SCALED": scale != 1.0,
+        "Z_LOSS": z_loss != 0.0, "MODE": access_mode(1, z),
+        "TARGET_MODE": operand_mode(1, z, target) if soft else _tile.STRIDED.value, "DZ_MODE": operand_mode(1, z, dz),
+        "GROUP": 16 // z.element_size(), "ACC": ACC[z.dtype],
+    }  # fmt: skip
+    numbers = smoothing, z_loss, 1.0 if cap is None else cap, scale
+    fixed = ignore_index, *(half for number in numbers for half in float_and_bits(number))
     stride_t = target.stride() if soft else (target.stride(0), 0, target.stride(1))
     return (*z.stride(), *stride_t, *dz.stride()), fixed, constants
 
@@ -105,7 +107,7 @@ def _reduce_apart(loss, target, weight, reduced, options) -> None:
     """The sum of the losses in a launch of its own: of many rows, or of none."""
     if reduced is not None:
         total, sum_of_weights, mean, if_none = reduced
-        _reduce(loss, target, weight, total, sum_of_weights, options["ignore_index"], mean, if_none)
+        _reduce(loss, target, weight, total, sum_of_weights, options.ignore_index, mean, if_none)
 
 
 def forward(
@@ -118,10 +120,7 @@ def forward(
 
     Where `total` is given, also Σ loss, or the mean and its `denominator`. row_weights: memory for one number a row.
     """
-    options = {
-        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap,
-        "logit_scale": logit_scale,
-    }  # fmt: skip
+    options = _Options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     reduced = None if total is None else (total, denominator, mean, _if_none(zero_if_ignored))
     _launch_forward(z, target, weight, loss, stats, None, invalid, None, reduced, options, row_weights)
 
@@ -137,10 +136,7 @@ def forward_backward(
     Where `total` is given, also Σ loss or the mean. Hard targets: divided by `denominator`, which `count` has computed before.
     Soft targets: divided by the number of rows, which is written to `denominator`.
     """
-    options = {
-        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap,
-        "logit_scale": logit_scale,
-    }  # fmt: skip
+    options = _Options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     found = total is not None and mean and target.ndim == z.ndim
     reduced = None if total is None else (total, denominator if found else None, mean, _if_none(zero_if_ignored))
     over = None if found else denominator
@@ -163,10 +159,7 @@ def backward(
     """
     if not z.numel():
         return
-    options = {
-        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap,
-        "logit_scale": logit_scale,
-    }  # fmt: skip
+    options = _Options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     z, target, upstream, dz = (rows_along_s(x) for x in (z, target, upstream, dz))
     N, V, S = z.shape
     strides, fixed, constants = _call(z, target, dz, options)
