@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
@@ -149,6 +150,23 @@ def test_who_decides_is_in_the_file_that_the_page_names() -> None:
     ]
     assert len(found) > 8
     assert [call for call in found if call[1] not in functions_of(call[0])] == []
+
+
+# ---------------------------------------------------------------------------------------------- lines
+def test_every_file_is_in_a_part_whose_lines_are_counted() -> None:
+    """A file belongs to the row with the longest pattern that fits; the numbers may be off by a tenth."""
+    table = PAGE.partition("<!-- lines: begin -->")[2].partition("<!-- lines: end -->")[0]
+    rows = re.findall(r"^\| ([^|]+) \| (`[^|]+) \| ([\d,]+) \| [^|]+ \|$", table, re.MULTILINE)
+    patterns = [(pattern, part) for part, cell, _ in rows for pattern in re.findall(r"`([^`]+)`", cell)]
+    counted = dict.fromkeys((part for part, *_ in rows), 0)
+    assert len(counted) > 12
+    for path in (path for path in architecture.files().values() if path.read_text()):
+        file = path.resolve().relative_to(ROOT).as_posix()
+        fits = [(len(pattern), part) for pattern, part in patterns if fnmatch(file, re.sub("/$", "/*", pattern))]
+        assert fits, f"{file} is in no row"
+        counted[max(fits)[1]] += len(path.read_text().splitlines())
+    said = {part: int(number.replace(",", "")) for part, _, number in rows}
+    assert {part: lines for part, lines in counted.items() if not 0.9 < said[part] / lines < 1.1} == {}
 
 
 # ---------------------------------------------------------------------------------------------- symbols
