@@ -177,6 +177,25 @@ def test_a_class_without_probability(device, rng, V, kind):
         np.testing.assert_allclose(values_of(ours)[known], expected[known], rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("where", ["first", "half", "every other"])
+@KINDS
+def test_classes_masked_by_a_large_number(device, rng, kind, where):
+    """In the row whose probabilities are weights, while the other has all classes: the others' share keeps its digits."""
+    V = 5001
+    masked = {"first": np.arange(V) < 1, "half": np.arange(V) < V // 2, "every other": np.arange(V) % 2 == 0}[where]
+    for low, temperature in itertools.product((-1e4, -1e9, np.finfo(np.float32).min), (1.0, 0.5)):
+        other = 2 * rng.standard_normal((2, V)).astype(np.float32)
+        base = np.where(masked, np.float32(low), other + rng.standard_normal((2, V)).astype(np.float32))
+        x, z = (base, other) if kind == "reverse" else (other, base)
+        student, teacher = (tensor(v, "float32", device, grad=True) for v in (x, z))
+        options = {"kind": kind, "temperature": temperature, "reduction": "none"}
+        loss = HF.distillation_loss(student, teacher, **options)
+        sheet = reference.distillation_loss(x, z, **options)
+        np.testing.assert_allclose(values_of(loss), sheet.loss, rtol=1e-6)
+        for ours, expected in zip(torch.autograd.grad(loss.sum(), (student, teacher)), sheet[1:], strict=True):
+            np.testing.assert_allclose(values_of(ours), expected, rtol=0, atol=1e-6 * abs(expected).max())
+
+
 @KINDS
 @pytest.mark.parametrize("V", [3, 5001])
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)

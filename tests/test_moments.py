@@ -289,6 +289,17 @@ def test_ten_thousand_batches_cost_no_digits():
     assert np.all(np.abs(got.mean - wide.mean(axis=0)) <= np.spacing(np.abs(got.mean)))
 
 
+def test_a_hundred_batches_round_a_variance_twice(tensors):
+    """Where the two parts of the scatter meet, and where it is divided; the products of the batches add a tenth of a rounding."""
+    x = np.random.default_rng(0).standard_normal((200, 16)) + 3.0
+    total = MomentAccumulator()
+    for batch in x.reshape(100, 2, 16):
+        total.update(tensors.array(batch, "float64"))
+    wide = x.astype(np.longdouble)
+    exact = ((wide - wide.mean(axis=0)) ** 2).mean(axis=0)
+    assert np.abs(np.diag(tensors.numpy(total.moments().covariance)) / exact - 1).max() <= 2.1 * 2.0**-53
+
+
 def test_an_accumulator_keeps_no_batch_alive():
     import weakref
 

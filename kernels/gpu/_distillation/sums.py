@@ -47,19 +47,18 @@ def accumulate_lanes(sums, base, other, scale, ACC: tl.constexpr) -> tuple[tl.te
     e, e_o = tl.exp(-tl.abs(d)), tl.exp(-tl.abs(d_o))
     rises, rises_o = base > m, other > m_o
     mass = tl.where(rises_o, 1.0, e_o)
-    top_o = tl.maximum(m_o, other)
     y = log_ratio(base, other, s, scale)
     x = tl.where(rises, -y, y)
     far = is_near(x) == 0
-    # what was near and is no longer: its e^y goes to F
-    gone = tl.where(rises & far, product_or_0(A + Z + B, tl.exp((m - top_o) * scale + s)), 0.0)
-    F = tl.where(rises_o, _shrunk(F, e_o), F) + gone + tl.where(far & (rises == 0), mass, 0.0) + lacks(base, other)
+    F, mass_before = tl.where(rises_o, _shrunk(F, e_o), F), tl.where(rises_o, Z_o * e_o, Z_o)
+    # of another s all before are far. Their sums would say less: e^s of a class far below both maxima has no digits left
+    F = tl.where(rises & far, tl.maximum(F, mass_before), F) + tl.where(far & (rises == 0), mass, 0.0) + lacks(base, other)
     in_A = tl.where(far, -product_or_0(e, 1.0 + x), e * phi_near(x, ACC))
     A = tl.where(rises, product_or_0(e, _moved(Z, B, A, x, ACC)), A + in_A)
     B = tl.where(rises, product_or_0(e, B + x * Z), B + product_or_0(e, x))
     s = tl.where(rises & (other > float("-inf")), (other - base) * scale, s)
-    Z, Z_o = tl.where(rises, Z * e + 1.0, Z + e), tl.where(rises_o, Z_o * e_o + 1.0, Z_o + e_o)
-    return tl.maximum(m, base), Z, s, B, A, top_o, Z_o, F
+    Z = tl.where(rises, Z * e + 1.0, Z + e)
+    return tl.maximum(m, base), Z, s, B, A, tl.maximum(m_o, other), mass_before + mass, F
 
 
 @triton.jit
@@ -83,11 +82,11 @@ def totals(m, Z, m_l, Z_l, z, z_edges, scale, LANES: tl.constexpr) -> tuple[tl.t
 @triton.jit
 def terms_of_lanes(sums, top, top_o, s, scale, ACC: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """What each lane adds to (A, B, F) of its row, about the row's maxima and s."""
-    m, Z, own, B, A, m_o, _, F = sums
+    m, Z, own, B, A, m_o, Z_o, F = sums
     shrunk, shrunk_o = tl.exp((m - top) * scale), tl.exp((m_o - top_o) * scale)
     x = own - s
-    gone = tl.where(is_near(x), 0.0, product_or_0(A + Z + B, tl.exp((m - top_o) * scale + own)))
-    return product_or_0(shrunk, _moved(Z, B, A, x, ACC)), product_or_0(shrunk, B + x * Z), _shrunk(F, shrunk_o) + gone
+    F = tl.where(is_near(x), F, tl.maximum(F, Z_o))
+    return product_or_0(shrunk, _moved(Z, B, A, x, ACC)), product_or_0(shrunk, B + x * Z), _shrunk(F, shrunk_o)
 
 
 @triton.jit
