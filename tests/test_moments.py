@@ -290,7 +290,7 @@ def test_ten_thousand_batches_cost_no_digits():
 
 
 def test_a_hundred_batches_round_a_variance_twice(tensors):
-    """Where the two parts of the scatter meet, and where it is divided; the products of the batches add a tenth of a rounding."""
+    """Where the two parts of the scatter meet, and where it is divided; those of the products add a tenth of one."""
     x = np.random.default_rng(0).standard_normal((200, 16)) + 3.0
     total = MomentAccumulator()
     for batch in x.reshape(100, 2, 16):
