@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
     verify.add_argument("--report", type=Path, metavar="FILE", help="write one HTML page with all outputs and a plot there too")
 
-    train = commands.add_parser("train", help="a small net on handwritten digits, beside the same net of PyTorch's layers")
+    train = commands.add_parser("train", help="train a small net on handwritten digits, and the same net of PyTorch's layers")
     train.add_argument("--epochs", type=_positive, default=10, help="passes over the training set (%(default)s)")
     train.add_argument("--seed", type=_seed, default=0, help="of the weights, the split and the batches (%(default)s)")
     train.add_argument("--output", type=Path, default=Path("out/train.png"), help="the PNG of the curves (%(default)s)")

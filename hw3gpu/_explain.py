@@ -1,7 +1,7 @@
 """`explain`: which engine, path, kernels and plans a call takes, why, and the bytes that it moves.
 
-The call runs, and what runs tells of itself: launchers of the plans and operands that they use, the choices before them of the
-way that they choose (`_core.record`). Nothing here decides anything a second time.
+The call runs, and the code that runs reports what it does (`_core.record`): launchers report plans and operands, and the code
+before them reports the path. Nothing here repeats a decision.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Launch:
     Attributes:
         kernel: its module in `kernels/` and its function, "cpu.softmax._forward_rows".
         grid: programs on the GPU; on the CPU blocks, the threads that share them, and in how many pieces.
-        plan: the frozen plan that decided how it ran; None where a kernel's grid is all there is to decide.
-        reads, writes: (operand, bytes, whose memory it is) of each whole operand; of its owner nothing is known for writes, and
-            for reads of bound launches.
+        plan: the frozen plan that decided how it ran; None where only a grid is chosen.
+        reads, writes: (operand, bytes, owner of the memory) of each whole operand; the owner is None for writes and for reads
+            of bound launches.
     """
 
     kernel: str
@@ -60,11 +60,11 @@ class Explanation:
         function: the function's name.
         engine: "cpu" (Numba kernels) or "gpu" (Triton kernels); None where no kernel of the library ran.
         why: what chose the engine.
-        path: how the call went from its arguments to the kernels, or went without them.
-        launches: the kernels that ran, in their order.
-        copies: operands that kernels read from memory of no argument and no earlier kernel: copies and casts made on the way.
-        bytes_read, bytes_written: of whole operands, what is read twice counted twice; vectors of a number a channel or class
-            are left out.
+        path: the path from the arguments to the kernels, or without kernels.
+        launches: the kernels that ran, in order.
+        copies: operands that kernels read from memory that belongs to no argument and no earlier kernel: copies and casts.
+        bytes_read, bytes_written: of whole operands, those read twice counted twice, without vectors that have one number per
+            channel or class.
     """
 
     function: str

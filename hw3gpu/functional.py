@@ -65,23 +65,23 @@ def batch_norm(
     """`torch.nn.functional.batch_norm`: (N, C, …) normalised per channel, over the batch or by the running statistics.
 
     input: (N, C, …) of float16, bfloat16, float32 or float64, of any strides; the result has its layout. weight, bias,
-    running_mean, running_var: (C,) of input's dtype, or float32 beside half precision, or None. In training the running
+    running_mean, running_var: (C,) of input's dtype, or float32 for half precision, or None. In training the running
     statistics are updated in place: r <- (1 - momentum) r + momentum · new, the new variance with m/(m - 1). As in PyTorch, an
-    input without an element may have one axis, other floating dtypes beside it, and no running statistics in evaluation.
+    input without an element may have one axis, vectors of other floating dtypes, and no running statistics in evaluation.
 
     residual: of input's shape and dtype, added to the result. activation: "relu", "silu", "hardswish" or "gelu" (the one with
     erf), applied after that; at infinities and NaN it is PyTorch's. Both cost no further pass over the result (on the CPU small
     float32 calls leave them to PyTorch's operations, which takes less time: docs/cpu.md). The backward
     pass computes what went into the activation again, from input and residual, which it reads (and which must not be changed
-    until then); for "relu" on a GPU one bit an element is kept in place of that, and on the CPU beside a residual the result.
+    until then). For "relu" a GPU keeps one bit an element instead, and the CPU, where there is a residual, the result.
 
     mask: bool, (N, …) as input without its channels, or a shape that broadcasts to it: True where a value counts. lengths: for
-    (N, C, L), an integer a sample (N,): its first so many positions count. Give one of them. The statistics are those of the
-    values that count, n a channel, and the running variance takes n/(n - 1); the result, after residual and activation, and
-    the gradients of input and residual are 0 elsewhere, whatever stands there (docs/derivations.md, section 2.6). The same in
-    evaluation, by the running statistics. Of one value that counts the variance is 0; where none does, the running statistics
-    stay as they are. For the backward pass one bit a position is kept. On a GPU nothing waits for the device, so that lengths
-    are not looked at there: beyond 0 … L they count as the nearest.
+    (N, C, L), integers (N,): how many of the first positions of each sample count. Give one of the two. The statistics are
+    those of the n values of a channel that count, and the running variance takes n/(n - 1). Elsewhere the result, after
+    residual and activation, and the gradients of input and residual are 0, whatever the values are (docs/derivations.md,
+    section 2.6). The same holds in evaluation, with the running statistics. If one value counts, the variance is 0; if none
+    does, the running statistics do not change. One bit a position is kept for the backward pass. On a GPU nothing waits for the
+    device, so lengths are not checked there: those below 0 or above L count as 0 or L.
 
     Gradients of gradients, `torch.func` transforms and forward-mode derivatives are computed by the formula in PyTorch's
     operations, without kernels. `torch.export` writes PyTorch's own batch normalisation into its graph: tools that move an
@@ -358,7 +358,7 @@ def distillation_loss(
     in the forward pass on a GPU.) Of nearly equal rows loss and gradients keep their digits (docs/derivations.md, section 3.9).
 
     student: logits (…, V) of float16, bfloat16, float32 or float64, of any strides. teacher: of student's shape and any of
-    these dtypes, float64 beside float64 alone. teacher_is: "logits", with p = softmax(teacher / temperature); "probabilities"
+    these dtypes, float64 with float64 alone. teacher_is: "logits", with p = softmax(teacher / temperature); "probabilities"
     or "log_probabilities", p itself, of rows that sum to 1: the temperature divides student alone. These cost one more read
     and write, unless they are logarithms at temperature 1. mask: bool of student's shape without `dim`, True for the rows that
     count; the others are not read, and add 0. reduction: "mean" of the rows that count, "sum" or "none". temperature: from
@@ -366,13 +366,13 @@ def distillation_loss(
 
     top_k: the divergence of the k classes that are the teacher's largest and of the rest as one class. Or teacher is a pair
     (values, indices) of k distinct classes of every row, k along `dim`, with their probabilities or logarithms as `teacher_is`
-    says. Neither rest counts as less than the rounding of 1. Student is read once, and once more by the backward pass.
+    says. Neither rest counts as less than the rounding of 1. The forward pass reads student once, the backward pass once more.
 
     No factor temperature² is in the loss: multiply by it where gradients shall keep their size at every temperature.
 
-    A class that p has and q does not, by a logit of -inf, makes KL(p‖q) infinite. Gradients of gradients, `torch.func`
-    transforms and forward-mode derivatives are computed by the formula in PyTorch's operations, without kernels. Raises
-    TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a `dim` that student does not have,
+    A class that has no probability in q, by a logit of -inf, and has some in p makes KL(p‖q) infinite. Gradients of gradients,
+    `torch.func` transforms and forward-mode derivatives are computed by the formula in PyTorch's operations, without kernels.
+    Raises TypeError for kinds and dtypes, ValueError for shapes and values, IndexError for a `dim` that student does not have,
     RuntimeError for tensors on several devices.
     """
     divided = dtensor.any_of(student, mask, *(teacher if isinstance(teacher, tuple) else (teacher,)))

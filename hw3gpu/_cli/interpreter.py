@@ -29,7 +29,7 @@ def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
 
 
 def mend_the_interpreter() -> None:
-    """Let it compute what a GPU does, in this process, and spare it most of its time; a second call changes nothing."""
+    """Let it compute what a GPU does, in this process, and in a third of the time; a second call changes nothing."""
     from triton.runtime import interpreter
 
     if hasattr(interpreter._convert_float, "__wrapped__"):
@@ -124,7 +124,7 @@ def _reduce_by_halves() -> None:
 
 
 def _patch_the_language_once() -> None:
-    """It looks through triton.language anew at each call of a device function."""
+    """Triton patches all of triton.language again at each call of a device function: do it once a launch."""
     from triton.runtime import interpreter
 
     patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
@@ -154,7 +154,7 @@ def _patch_the_language_once() -> None:
 
 
 def _make_types_once() -> None:
-    """Types, the shapes of tensors and NumPy's dtypes of them are made anew for every operation: remembered by name."""
+    """Triton makes types, shapes and NumPy dtypes again for every operation: keep them by name."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -190,7 +190,7 @@ def _make_types_once() -> None:
 
 
 def _compare_types_once() -> None:
-    """Operands of one type, of one shape, are compared size by size, and cast to what they are, for every operation."""
+    """Triton compares equal types size by size, and casts values to their own dtype, for every operation: skip both."""
     import triton.language as tl
     from triton.language.semantic import TritonSemantic
 
@@ -214,7 +214,7 @@ def _compare_types_once() -> None:
 
 
 def _list_the_language_once() -> None:
-    """What there is to patch in the language is looked up anew at each launch."""
+    """Triton looks up the functions to patch at each launch: keep the list."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -236,9 +236,9 @@ _NUMBERS: dict[str, Any] = {"fp32": np.float32, "fp64": np.float64, "int32": np.
 
 
 def _operate_at_once() -> None:
-    """Operators on two tensors of one dtype, or on a tensor and a number, are one call of NumPy, without thirty of Triton's.
+    """Operators on two tensors of one dtype, or on a tensor and a number, are one call of NumPy, instead of thirty of Triton's.
 
-    What is not plainly such a case goes Triton's way.
+    All other operands go through Triton.
     """
     from triton.runtime import interpreter
 
@@ -292,7 +292,7 @@ def _at_once(theirs: Any, operator: Any, reflected: bool) -> Any:
 
 
 def _number(value: Any, dtype: str, compares: bool) -> Any:
-    """`value` in `dtype`, as Triton takes a number beside a tensor, or None where that is not plain."""
+    """`value` in `dtype`, as Triton converts a number that is combined with a tensor; None for other cases."""
     if type(value) is float:
         # a number that a tensor is compared with is rounded to float32 first, whatever the tensor's dtype
         plain = dtype == "fp32" or (dtype == "fp64" and (not compares or value in (0.0, np.inf, -np.inf)))

@@ -5,7 +5,7 @@ the row moves by at most e Σ |∂f/∂z|, log p by 2e, so p by a share of 2e, a
 
     |δ(p - 1_t)| ≤ 2 e p,   |δ(q - p)| ≤ 2 e_q q + 2 e_p p,   |δ(dz W)| ≤ |δ dz| |W|,   |δ(dzᵀ x)| ≤ |δ dz|ᵀ |x|
 
-beside what the sums round. Half of each is added for the higher orders.
+in addition to what the sums round. Half of each is added for the higher orders.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ def run(kernels: str, rows: Collection[str], dtypes: Collection[str] = DTYPES) -
     """The checks of the operations that answer `rows`, 'S1' to 'S9', for `kernels`, 'cpu', 'gpu' or 'all', on `dtypes`.
 
     The Triton kernels run on CUDA and CuPy arrays where a GPU is found, else on host arrays in Triton's interpreter.
-    That has to be asked for before Triton is imported: it runs in a process of its own, beside the Numba kernels.
+    The interpreter has to be chosen before Triton is imported, so it runs in another process, at the same time as the Numba
+    kernels.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""NumPy, CuPy and torch arrays: of which kind an array is (`kind`), and what is asked of each kind alike."""
+"""NumPy, CuPy and torch arrays: the kind of an array (`kind`), and functions that work on each kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every argument check and its message: the argument, what was expected, what came.
+"""Every argument check and its message: the argument, what was expected, what was given.
 
 The checks look at `.shape`, `.ndim` and the name of `.dtype` alone, which NumPy, CuPy and torch arrays share, and run before
 anything is allocated. `TypeError` for kinds and dtypes, `ValueError` for shapes and values.
@@ -19,9 +19,9 @@ FLOATING = ("float16", "bfloat16", "float32", "float64")
 INTEGER = ("uint8", "int8", "int16", "int32", "int64")
 
 
-# Where PyTorch refuses the same argument it has an exception of its own, and whoever catches that catches ours too.
+# Each is also of the type that PyTorch raises for the same argument, so that code which catches PyTorch's catches ours.
 class ShapeError(ValueError, RuntimeError):
-    """A shape, or a value, that was not expected."""
+    """A wrong shape, or a wrong value."""
 
 
 class RankError(ValueError, IndexError, RuntimeError):
@@ -29,11 +29,11 @@ class RankError(ValueError, IndexError, RuntimeError):
 
 
 class DtypeError(TypeError, NotImplementedError):
-    """A dtype that was not expected."""
+    """A wrong dtype."""
 
 
 class ChoiceError(TypeError, ValueError):
-    """What cannot name one of several choices, as it is no string."""
+    """An argument that should name one of several choices, and is no string."""
 
 
 def dtype_name(x: Array) -> str:

@@ -1,8 +1,8 @@
 """Arrays of other libraries in and out, through DLPack and without a copy.
 
-An array that has `__dlpack__` and, of the array API standard, `__array_namespace__` goes in as a view of its memory and what
-comes out is of its namespace. DLPack carries the streams: what the caller has queued for the argument comes before the kernels
-read it, and what the caller queues for the result comes after they have written it.
+An array with `__dlpack__` and the array API standard's `__array_namespace__` is taken as a view of its memory, and the results
+are arrays of its namespace. DLPack orders the streams: the kernels read an argument after the work that the caller has queued
+on it, and work that the caller queues on a result runs after the kernels have written it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # kDLCPU and the host's memory that a GPU reaches; the same for GPUs: CUDA, ROCm, CUDA's managed memory
 _HOST, _GPU = (1, 3, 11), (2, 10, 13)
 
-# Types of arguments that need nothing done; torch's are among them once it is known to be loaded.
+# Types of arguments that pass unchanged; torch's are added once torch is known to be loaded.
 _ordinary: set[type] = {np.ndarray, bool, int, float, str, type(None)}
 
 
@@ -110,7 +110,7 @@ def _all_taken(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def given_back(result: Any, xp: Any) -> Any:
-    """The arrays of a result, as arrays of the namespace `xp`; what is no array stays as it is."""
+    """A result with its arrays as arrays of the namespace `xp`; other values are not changed."""
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         fields = {field.name: given_back(getattr(result, field.name), xp) for field in dataclasses.fields(result)}
         return dataclasses.replace(result, **fields)

@@ -51,7 +51,7 @@ def output_like(x: Array, axis: int | None) -> tuple[Array, Array]:
 
 
 def output(x: Array, axis: int | None, view: Callable[[Array], Array]) -> tuple[Array, Array]:
-    """As `output_like`; the second result is a kernel operand, which `view` (of `dispatch.viewer`) makes of the output."""
+    """As `output_like`, with the fold of `view(output)` as the second result: a kernel operand (`dispatch.kernel_view`)."""
     out = empty_like(x)
     seen = view(out)
     folded = fold(seen, axis)
@@ -62,7 +62,7 @@ def output(x: Array, axis: int | None, view: Callable[[Array], Array]) -> tuple[
 
 
 def _is_contiguous(x: Array) -> bool:
-    """False also where finding out takes long."""
+    """Whether `x` is contiguous; False for CuPy arrays, where the question takes long."""
     return x.is_contiguous() if hasattr(x, "is_cpu") else isinstance(x, np.ndarray) and x.flags.c_contiguous
 
 
@@ -84,7 +84,7 @@ def empty_like(x: Array) -> Array:
 def _pooled(shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str, like: Array) -> Array | None:
     """An uninitialised array of `like`'s kind in recycled memory, `strides` in the kind's own units (None: contiguous).
 
-    None where memory is not recycled: on a GPU, for small arrays, with the pool off, and beside a subclass of the plain array.
+    None where memory is not recycled: on a GPU, for small arrays, with the pool off, and for subclasses of the plain array.
     """
     if type(like) is np.ndarray:
         memory = pool.empty(shape, np.dtype(dtype), strides)

@@ -1,15 +1,15 @@
 """Memory for large outputs on the host, used again once no array or tensor refers to it.
 
-A fresh large array costs more than the arithmetic that fills it: the system hands out each page with a fault, and clears it.
-`empty` takes a *block* from those that came back, or makes one, and lends it: the array that it gives is a `_Lease`, which
-whatever sees the memory keeps alive: NumPy's views by their `base`, a torch storage by the array that it was made from, and so
-every tensor on that storage (views, slices, detached and saved ones). When the lease dies the block is free.
+A fresh large array costs more than the arithmetic that fills it: for each page the system takes a page fault and clears it.
+`empty` reuses a *block* that was freed, or makes one. It returns a `_Lease`, an array on that block. Whatever refers to the
+memory keeps the lease alive: a NumPy view by its `base`, a torch storage by the array that it was made from, and with the
+storage every tensor on it (views, slices, detached and saved ones). When the lease is deleted, the block is free.
 
-At most HW3GPU_CPU_CACHE_MB megabytes lie idle (by default 1024, or an eighth of the memory where that is less); what comes
-back beyond that puts out the blocks that lay idle longest. 0 turns the pool off. `empty_cache` gives all of it back.
+At most HW3GPU_CPU_CACHE_MB megabytes are kept idle (by default 1024, or an eighth of the memory where that is less). Beyond
+that the blocks that have been idle longest are released. 0 turns the pool off. `empty_cache` releases all of them.
 
-A lease may die in any thread and in the middle of anything, this file included: it takes no lock that it would have to
-wait for. A forked child starts with nothing idle.
+A lease may be deleted in any thread and at any time, also while this file's code runs: so it never waits for a lock. A forked
+child starts with an empty pool.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ _DEFAULT = _default_limit()
 
 
 class _Block(np.ndarray):
-    """Bytes, `start` of them before the first that is aligned.
+    """Bytes; the first aligned one is at `start`.
 
-    A class of its own: NumPy takes as the base of a view the last of its bases that have the view's own class, which would
-    be the block, and not the lease.
+    It has a class of its own, because NumPy takes as the `base` of a view the last of its bases that have the view's class.
+    With one class for both that would be the block and not the lease.
     """
 
     start: int
@@ -76,7 +76,8 @@ class _Lease(np.ndarray):
 
 
 class _Pool:
-    """Idle blocks by size. `idle[size]` holds (stamp, block) pairs, oldest first; `returned` what has yet to be put there."""
+    """Idle blocks by size: `idle[size]` has (stamp, block) pairs, oldest first. `returned`: blocks not yet sorted into
+    `idle`."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -99,7 +100,7 @@ class _Pool:
         return _new_block(size) if block is None else block
 
     def give_back(self, block: _Block) -> None:
-        """Never waits: whoever holds the lock sees to what was returned meanwhile."""
+        """Never waits: the thread that holds the lock sorts in what was returned meanwhile."""
         self.returned.append(block)
         self._settle()
 
@@ -124,7 +125,7 @@ class _Pool:
                 self.lock.release()
 
     def _sort_in(self) -> None:
-        """Puts what was returned among the idle blocks, and the oldest out for it. The caller holds the lock."""
+        """Moves `returned` to `idle`, and releases the oldest blocks above the limit. The caller holds the lock."""
         while self.returned:
             block = self.returned.popleft()
             self.stamp += 1
@@ -185,9 +186,9 @@ def idle_bytes() -> int:
 
 
 def empty_cache() -> None:
-    """Give the memory of idle outputs back to the system. What an array or tensor still sees stays as it is.
+    """Release the memory of idle outputs to the system. Memory that an array or tensor still uses is not touched.
 
-    Large results on the host use memory that earlier results have left, at most HW3GPU_CPU_CACHE_MB megabytes of it (by
+    Large results on the host reuse the memory of earlier results, of which at most HW3GPU_CPU_CACHE_MB megabytes are kept (by
     default 1024, or an eighth of the memory where that is less; 0: none).
     """
     _pool.empty()

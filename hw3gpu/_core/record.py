@@ -1,4 +1,4 @@
-"""What a call does, noted for `hw3gpu.explain`; where no record is open a note costs one look at a context variable."""
+"""What a call does, recorded for `hw3gpu.explain`. Where no record is open, a note costs one read of a context variable."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .arrays import Array
 
 _open: contextvars.ContextVar[Record | None] = contextvars.ContextVar("hw3gpu_record", default=None)
 
-# Where each engine tells of what it runs: `observer` of these modules, once they are loaded.
+# The modules whose `observer` each engine calls with what it launches, once they are loaded.
 _OBSERVED = ("hw3gpu.kernels.cpu._numba.threads", "hw3gpu.kernels.gpu.launch")
 
 
 class Launched(NamedTuple):
-    """A kernel that ran, as its launcher told of it."""
+    """A kernel that ran, as its launcher reported it."""
 
     kernel: str  # module of `kernels/` and function
     plan: Any  # what decided it: a frozen plan, or None
@@ -53,7 +53,7 @@ class Record:
         self.launches.append(Launched(kernel, plan, grid, found, written))
 
     def _owner(self, address: int | None) -> str | None:
-        """'' for memory that has none: a copy. None where nobody knows."""
+        """The name of the memory's owner; '' where it has none, as a copy; None where that is not known."""
         if address is None:
             return None
         return next((name for start, end, name in self.memory if start <= address < end), "")
@@ -75,7 +75,7 @@ def _span(x: Array) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def record(arguments: dict[str, Array]) -> Iterator[Record]:
-    """Notes what is done inside, by this thread and context, on these arrays. The engines are loaded before."""
+    """Records what this thread and context do with these arrays inside the block. The engines have to be loaded before."""
     found = Record(arguments)
     undo: list[Callable[[], None]] = []
     for variable in (_open, *(sys.modules[name].observer for name in _OBSERVED if name in sys.modules)):
@@ -89,7 +89,7 @@ def record(arguments: dict[str, Array]) -> Iterator[Record]:
 
 
 def note(path: str, which: str | None = None) -> None:
-    """Notes the way that a call takes, and its engine where that is clear."""
+    """Records the path that a call takes, and its engine where that is known."""
     found = _open.get()
     if found is None:
         return
@@ -100,14 +100,14 @@ def note(path: str, which: str | None = None) -> None:
 
 
 def note_engine(which: str) -> None:
-    """Notes the engine of a call."""
+    """Records the engine of a call."""
     found = _open.get()
     if found is not None:
         found.engines.append(which)
 
 
 def note_made(name: str, x: Array) -> None:
-    """Notes an array that a call makes on purpose, which is no copy of an argument."""
+    """Records an array that a call makes on purpose, so that it does not count as a copy of an argument."""
     found = _open.get()
     if found is not None:
         found.owns(name, x)

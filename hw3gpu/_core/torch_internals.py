@@ -1,4 +1,4 @@
-"""What the library uses of PyTorch beyond its documented interface: all of it stands here, since any release may move it.
+"""What the library uses of PyTorch beyond its documented interface: all of it is here, because any release may change it.
 
 `tests/test_internals.py` names each thing that a release has moved.
 """

@@ -55,10 +55,10 @@ def convert_batch_norm(module: torch.nn.Module, *, sync: Any = False, fuse: bool
 
     fuse: True finds batch normalisation -> activation and batch normalisation -> add -> activation (ReLU, SiLU, Hardswish, GELU
     by erf) by tracing every module's `forward` with `torch.fx`, and computes each in one pass, in training and in evaluation. A
-    module in which it finds some gets a subclass of its class with another `forward`; the layers stay as they are, under their
-    names. The module's own `forward` runs where an argument is no tensor, where hooks are on the layers (one by one), and after
-    an attribute of it was set. What cannot be traced is named in a UserWarning and left alone; so is it said where there is
-    nothing to fuse.
+    module in which it finds some gets a subclass of its class with another `forward`; the layers and their names do not change.
+    The module's own `forward` runs where an argument is no tensor, where the layers have hooks (one by one), and after an
+    attribute of the module was set. A UserWarning names modules that cannot be traced, which are left alone, and says where
+    there is nothing to fuse.
 
     What was replaced, left alone and fused, is logged to `hw3gpu.nn` at level INFO, one line a layer. Raises TypeError for what
     is no module, no group and no bool.
@@ -130,7 +130,7 @@ _NORM_OF: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 def to_torch(module: torch.nn.Module) -> torch.nn.Module:
     """The way back: every module of ours in `module` replaced by PyTorch's; returns `module`, or its replacement.
 
-    For tools that know PyTorch's own classes alone: `torch.jit.script`, `fuse_modules`, FX fusion and quantisation. A batch
+    For tools that know only PyTorch's own classes: `torch.jit.script`, `fuse_modules`, FX fusion and quantisation. A batch
     normalisation becomes the module that `convert_batch_norm` takes. A `BatchNormAct1d/2d/3d` or `SyncBatchNormAct` becomes a
     module of PyTorch's batch normalisation (`norm`), the sum and the activation, with the same `state_dict` and call. A loss
     becomes PyTorch's. A frozen module comes out in evaluation, from where `train()` takes it. `Conv2D` computes in PyTorch's

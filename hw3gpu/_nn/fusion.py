@@ -57,7 +57,8 @@ _log = logging.getLogger("hw3gpu.nn")
 
 
 def norm_act(norm: Any, x: Any, activation: str, residual: Any = None) -> Any:
-    """activation(norm(x) + residual): in one pass where `norm` is ours, nobody watches it, and the residual is of x's kind."""
+    """activation(norm(x) + residual): in one pass where `norm` is ours and has no hooks, and the residual has x's shape and
+    dtype."""
     alike = residual is None or (isinstance(residual, Tensor) and residual.shape == x.shape and residual.dtype == x.dtype)
     if type(norm) in NORMS and isinstance(x, Tensor) and alike and not _watched(norm):
         return norm._forward(x, norm.eps, residual=residual, activation=activation)
@@ -66,7 +67,7 @@ def norm_act(norm: Any, x: Any, activation: str, residual: Any = None) -> Any:
 
 
 def _watched(module: Any) -> bool:
-    """True where somebody has hooks on a module."""
+    """True where a module has hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
@@ -192,7 +193,7 @@ def _blank(base: type[torch.nn.Module]) -> torch.nn.Module:
 
 # ---------------------------------------------------------------------------------------------- tracing
 class _Argument(Proxy):
-    """A proxy that does not answer `isinstance` wrongly: arguments are tensors, of all else nobody knows."""
+    """A proxy that answers `isinstance` for arguments, which are tensors, and raises for values whose type is unknown."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:

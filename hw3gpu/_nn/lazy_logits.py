@@ -1,8 +1,8 @@
-"""Logits that are a product nobody has asked for yet: a cross entropy of them never holds all of them.
+"""Logits that are a product which is not computed yet: a cross entropy of them never holds all of them.
 
-`LazyLogits` is a tensor without elements. It takes part in what models do between their head and their loss: a scale, a tanh
-between two of them, a dtype, a view of the rows. `torch.nn.functional.cross_entropy` of it is `linear_cross_entropy`, and any
-other operation makes the product first, then repeats what was recorded, and goes on with that.
+`LazyLogits` is a tensor without elements. It records what models do between their head and their loss: a scale, a tanh between
+two scales, a dtype, a view of the rows. `torch.nn.functional.cross_entropy` of it is `linear_cross_entropy`. Any other
+operation first computes the product and repeats the recorded steps, and then runs on the result.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Recorded(NamedTuple):
 
 
 class LazyLogits(Tensor):
-    """Logits (…, V) that are computed when somebody asks for more than their loss: see the module."""
+    """Logits (…, V) that are computed when an operation needs their values: see the module."""
 
     recorded: Recorded | None
     computed: Tensor | None
@@ -96,7 +96,7 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def of_computed(z: Tensor) -> LazyLogits:
-        """Logits that are there, and whose cross entropy is to be this library's."""
+        """Logits that are computed already; only their cross entropy is replaced by this library's."""
         return LazyLogits((z.shape, z.dtype, z.device), None, z, z.requires_grad)
 
     def compute(self) -> Tensor:

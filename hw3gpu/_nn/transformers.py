@@ -50,13 +50,12 @@ def patch_transformers(model: torch.nn.Module) -> TransformersPatch:
     """Replaces the cross entropy of Hugging Face language models in `model`, and fuses their head with it.
 
     A model is one whose `forward` takes `labels` and calls the module that `get_output_embeddings()` names, its head: Llama,
-    Qwen, Gemma, GPT-2 and their kin, also inside of a wrapper. Its own code goes on running. A head that is a
-    `torch.nn.Linear` gives logits that are not computed: what the model multiplies or divides them by, its cap, a dtype and a
-    view of the rows are taken note of, and `torch.nn.functional.cross_entropy` of them is
-    `hw3gpu.functional.linear_cross_entropy`, which never holds more than a chunk. Whoever uses them otherwise,
-    `outputs.logits` after the loss among them, gets their numbers, which are computed then. So the model's shift of labels,
-    `ignore_index` and `num_items_in_batch` count as before. Any other head (of an adapter, quantised, with hooks) computes its
-    logits, and their cross entropy is `hw3gpu.functional.cross_entropy`.
+    Qwen, Gemma, GPT-2 and similar models, also inside of a wrapper. The model's own code still runs. A head that is a
+    `torch.nn.Linear` returns logits that are not computed. Scales, a cap, a change of dtype and a view of the rows are
+    recorded, and `torch.nn.functional.cross_entropy` of them is `hw3gpu.functional.linear_cross_entropy`, which never holds
+    more than a chunk. Any other use, such as `outputs.logits` after the loss, computes the logits then. So the model's shift of
+    labels, `ignore_index` and `num_items_in_batch` work as before. Any other head (of an adapter, quantised, with hooks)
+    computes its logits, and their cross entropy is `hw3gpu.functional.cross_entropy`.
 
     What it replaced is logged at level INFO by the logger "hw3gpu". `remove()` of the result undoes it. Under `torch.compile`,
     `torch.export` and `torch.func` a patched model computes as an unpatched one. `resize_token_embeddings` makes a new head:

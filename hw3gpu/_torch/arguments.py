@@ -1,4 +1,4 @@
-"""What the PyTorch functions are given, checked before anything is allocated or written."""
+"""Checks of the PyTorch functions' arguments, before anything is allocated or written."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def batch_norm(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     training: bool, momentum: float, eps: float, alone: bool = True,
 ) -> tuple[bool, float, float]:  # fmt: skip
-    """(True for what only an input without an element may have, momentum and eps as floats); every argument is checked.
+    """Checks every argument: (whether only an input without an element may have these, momentum and eps as floats).
 
     `alone`: no other process has values of the batch.
     """
@@ -114,7 +114,7 @@ def batch_norm(
 
 
 def _of_channels(v: Tensor, name: str, x: Tensor, vector: Sequence[int], alone: bool) -> bool:
-    """One number a channel of `x`, beside it; True where its dtype is one that only an input without an element may have."""
+    """Checks a vector of one number per channel of `x`. True where only an input without an element may have its dtype."""
     tensor(v, name)
     dtensor.refuse(v, name)
     beyond = v.dtype is not x.dtype and v.dtype is not accumulate_dtype(x)
@@ -130,7 +130,7 @@ def _of_channels(v: Tensor, name: str, x: Tensor, vector: Sequence[int], alone: 
 
 
 def counted(x: Tensor, mask: Any, lengths: Any) -> Tensor | None:
-    """The positions of input that count, a bool each (N, …), from the one of mask and lengths that is given; or None."""
+    """The mask (N, …) of bool of the positions of input that count, from `mask` or `lengths`; None without both."""
     if mask is None and lengths is None:
         return None
     if mask is not None and lengths is not None:
@@ -226,7 +226,8 @@ def cross_entropy(
 
 
 def may_be_known(z: Any, target: Any, reduction: Any, gradient: Any, all_ignored: Any) -> bool:
-    """True for tensors and choices of a call that may be kept, on the host without a reduction: one like it may have been."""
+    """True where an earlier call with these arguments may have been kept (`bound_launches`): tensors and known choices, on the
+    host without a reduction."""
     if not (isinstance(z, Tensor) and isinstance(target, Tensor)):
         return False
     if not type(reduction) is type(gradient) is type(all_ignored) is str:  # to look for an array among strings raises
@@ -259,9 +260,9 @@ def statistics(return_stats: Any, differentiable: Any) -> None:
 
 
 def differentiable(return_stats: bool) -> None:
-    """Checks what has to stand beside `differentiable`."""
+    """Checks the arguments that `differentiable` needs."""
     if not return_stats:
-        raise ValueError("differentiable: expected return_stats=True beside it: it is the statistics that get gradients")
+        raise ValueError("differentiable: expected return_stats=True with it, for it is the statistics that get gradients")
 
 
 def predictable(classes: int, x: Tensor, otherwise: str = "") -> None:
@@ -289,7 +290,7 @@ def row_weights(
 
 
 def _normalizer(value: Any, x: Tensor, of: str) -> Tensor:
-    """A tensor () beside `x`, in the precision of its sums."""
+    """A tensor () on the device of `x`, in the precision of its sums."""
     acc = accumulate_dtype(x)
     if isinstance(value, Tensor):
         tensor(value, "normalizer")
@@ -303,7 +304,7 @@ def _normalizer(value: Any, x: Tensor, of: str) -> Tensor:
 
 
 def gradient_of_rows(gradient: str, by: RowWeights, linear: bool = False) -> None:
-    """Checks what may not stand beside weights of rows."""
+    """Checks that `gradient` is possible with weights of rows."""
     if gradient == "forward" and by.token_weight is not None and (by.token_weight.requires_grad or not linear):
         which = "a token_weight that asks for a gradient" if linear else "token_weight"
         raise ValueError(f"gradient: expected 'auto' or 'backward' with {which}, got 'forward'")

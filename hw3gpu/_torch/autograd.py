@@ -1,4 +1,4 @@
-"""What the autograd functions share, and backward passes that have no derivative of their own, and say so."""
+"""What the autograd functions share; and backward passes without a derivative, which raise where one is asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)  # the types of tensors that nothing of PyTorch's or of others' makes special
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # no subclass, whose operations may be others
 
 
 def accumulate_dtype(x: torch.Tensor) -> torch.dtype:
@@ -54,7 +54,7 @@ def gradients_with_a_graph(
 
 
 class _NoDerivative(torch.autograd.Function):
-    """Hands a tensor on, tied to what it depends on: to differentiate it raises RuntimeError."""
+    """Returns a tensor, with a graph to the tensors it depends on: to differentiate it raises RuntimeError."""
 
     @staticmethod
     def forward(ctx: Any, message: str, copied: bool, x: torch.Tensor, *depends_on: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ class _NoDerivative(torch.autograd.Function):
 
 
 def no_derivative(message: str, x: torch.Tensor, *depends_on: torch.Tensor, copied: bool = False) -> torch.Tensor:
-    """`x`, tied to what it depends on: to differentiate it raises RuntimeError, where else there was no gradient in silence.
+    """`x`, with a graph to the tensors it depends on: to differentiate it raises RuntimeError, instead of giving no gradient.
 
     `copied`: PyTorch lets nobody write into a result that is a view.
     """

@@ -87,7 +87,7 @@ def _launches_of(key: tuple[Any, ...], which: str) -> Any:
 
 
 def forget() -> None:
-    """Forget every call: plans may have changed."""
+    """Drops every call that is kept: plans may have changed."""
     _kept.clear()
 
 

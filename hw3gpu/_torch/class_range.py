@@ -64,7 +64,7 @@ def looks(device: torch.device) -> bool:
 
 
 def flag(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """What the kernels write the number of a wrong row of `x` to: it is below `rows` if there is one."""
+    """The int64 (1,) to which kernels write the number of a wrong row of `x`: it is below `rows` if there is one."""
     if x.device.type != "cuda":
         return torch.full((1,), rows, dtype=torch.int64, device=x.device)
     if looks(x.device):
@@ -88,7 +88,7 @@ def check_targets(device: torch.device | str | int | None = None) -> None:
 
 
 def judge_targets(logits: torch.Tensor, target: torch.Tensor, invalid: torch.Tensor, V: int, ignore_index: int) -> None:
-    """Reports a class out of range: at once on the host; on a GPU the copy of the flag starts."""
+    """Raises for a class out of range on the host; on a GPU starts the copy of the flag, which a later call reads."""
     if arrays.on_host(logits):
         row = int(invalid)
         if row < target.numel():

@@ -47,9 +47,9 @@ class Rest(NamedTuple):
     """The arguments without a gradient, as one: PyTorch inspects each argument of an autograd function in each call.
 
     numbers: how many are kept of every row. at_once: the gradient is written in the forward pass. dtype: of the loss of CUDA
-    tensors, None for that of its sums. call: what `bound_launches` knows of it. traced: it goes through the operators.
-    normalizer: what the caller will divide the loss by, () in the precision of the sums. factors: what the losses of the rows
-    are multiplied by before they are added up, on the CPU.
+    tensors, None for that of its sums. call: the `bound_launches.Call`. traced: the call goes through the operators.
+    normalizer: the number that the caller will divide the loss by, () in the precision of the sums. factors: the numbers by
+    which the losses of the rows are multiplied before they are added up, on the CPU.
     """
 
     weight: torch.Tensor | None
@@ -432,7 +432,7 @@ def _run_step(
 
 
 def _small_loss(logits: Tensor, target: Tensor, rest: Rest, stats: bool) -> tuple[Tensor, Tensor] | None:
-    """The reduced loss of a small call on the CPU, else None. A gradient is made beside it, in a quarter of `run`'s time."""
+    """The reduced loss of a small call on the CPU, else None. It also computes a gradient, in a quarter of `run`'s time."""
     if stats or rest.options.reduction == "none" or dispatch.backend(logits) != "cpu":
         return None
     return _small_step(logits, target, rest.weight, 1.0, rest.options)

@@ -1,4 +1,4 @@
-"""Cross entropy beside statistics that have a graph: docs/derivations.md, section 3.6."""
+"""Cross entropy with statistics that have a graph: docs/derivations.md, section 3.6."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the distillation losses are given, checked before anything is allocated or written."""
+"""Checks of the distillation losses' arguments, before anything is allocated or written."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def divergence(z: Tensor, temperature: float, kind: str, beta: float, dim: int) 
 
 
 def _teacher_dtype(teacher: Tensor, name: str, student: Tensor, of: str) -> None:
-    """float64 has no other dtype beside it."""
+    """Checks that a float64 tensor comes with no other dtype."""
     if torch.float64 in (teacher.dtype, student.dtype):
         check.same_dtype(teacher, name, student, of)
 

@@ -18,7 +18,7 @@ _OURS = ("hw3gpu", "torch")
 
 
 class Expected:
-    """What the upstream gradients of one place have been; threads that share it may spoil a guess, and no result."""
+    """The upstream gradients of one line so far. Threads that share it may make a guess wrong, but no result."""
 
     __slots__ = ("last", "misses")
 
@@ -26,17 +26,17 @@ class Expected:
         self.last, self.misses = 1.0, 0
 
     def guess(self) -> float | None:
-        """The upstream gradient to expect, None after two that were not those before them."""
+        """The upstream gradient to expect; None after two that each differed from the one before."""
         return self.last if self.misses < 2 else None
 
     def was(self, upstream: float) -> None:
-        """Take note of one."""
+        """Records an upstream gradient."""
         self.misses = 0 if upstream == self.last else self.misses + 1
         self.last = upstream
 
 
 class Divided(Expected):
-    """`Expected` of a loss before it is divided by a number; `of`, None for nothing remembered: that of the quotient."""
+    """`Expected` of a loss that will be divided by `divisor`. `of`: the `Expected` of the quotient, or None."""
 
     __slots__ = ("divisor", "of")
 
@@ -61,7 +61,7 @@ def _of(code: CodeType | None, instruction: int) -> Expected:
 
 
 def of_caller() -> Expected:
-    """What is remembered of the place in the caller's code, outside of this package and of torch, that asks for a loss."""
+    """The `Expected` of the caller's line: the innermost one outside this package and torch."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
         frame = frame.f_back

@@ -1,7 +1,7 @@
 """Divergences of a student's and a teacher's logits x Wᵀ + b, of which there is never more than a chunk of rows on either side.
 
 The chunks and the products are those of `linear_chunks`, the divergences and the gradients by logits `distillation`'s: the
-forward pass makes each chunk's logits of both, the backward pass makes them again beside dz. ∂ℓ/∂W and ∂ℓ/∂b are summed over
+forward pass makes each chunk's logits of both, the backward pass makes them again, and dz. ∂ℓ/∂W and ∂ℓ/∂b are summed over
 chunks in float32 (docs/derivations.md, sections 3.7 and 3.9). Logits that are one small chunk are held between both.
 """
 

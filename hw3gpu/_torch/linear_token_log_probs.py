@@ -1,7 +1,7 @@
 """Log-probability, entropy and lse of logits x Wᵀ + b, of which there is never more than a chunk of rows.
 
 The chunks and the products are those of `linear_chunks`, the three numbers and dz `token_log_probs`': the forward pass
-makes each chunk's logits, the backward pass makes them again beside dz, and ∂ℓ/∂W and ∂ℓ/∂b are summed over chunks in float32:
+makes each chunk's logits, the backward pass makes them again, and dz, and ∂ℓ/∂W and ∂ℓ/∂b are summed over chunks in float32:
 four products (docs/derivations.md, sections 3.7 and 3.8). Logits that are one small chunk are held between both: three.
 """
 

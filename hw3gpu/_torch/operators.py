@@ -1,13 +1,13 @@
 """The kernels as operators of `torch.library`, for `torch.compile`, `torch.export` and whatever else reads a graph.
 
-An eager call goes from an autograd function straight to a launcher: an operator costs several times as much. Where somebody
-traces (`traced`), the call goes through `torch.ops.hw3gpu.*` instead, which stays in the graph as one opaque node. An operator
-is made of a schema, in which what is written is marked (`Tensor(a!)`), of `run`, what an eager call does too, of `fake`, its
-outputs without their elements, and of `autograd`, which calls the autograd function of eager calls, told that it is `traced`.
-Its outputs never share memory with inputs, and one that is None is an empty tensor.
+An eager call goes from an autograd function straight to a launcher: an operator costs several times as much. Under a compiler
+or tracer (`traced`) the call goes through `torch.ops.hw3gpu.*` instead, which stays in the graph as one opaque node. An
+operator has a schema, which marks the tensors that are written (`Tensor(a!)`); `run`, the function of an eager call; `fake`,
+which makes outputs without elements; and `autograd`, which calls the autograd function of eager calls with `traced` set.
+Outputs never share memory with inputs, and an output that is None is an empty tensor.
 
-Launchers that write into outputs they are given would be less to register, but a graph loses by them (PyTorch 2.13): the
-graph that `torch.export` records of them has no gradients, and where inductor does not compile it, every output is copied once.
+Registering the launchers themselves, which write into given outputs, would take less code but makes worse graphs (PyTorch
+2.13): a graph that `torch.export` records has no gradients, and without inductor every output is copied once.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def _pull_back(covariance: torch.Tensor, phi: torch.Tensor, dphi: torch.Tensor, 
 
 # ---------------------------------------------------------------------------------------------- autograd and operators
 class _MinimizeTrace(torch.autograd.Function):
-    """What the operator does where autograd records; eagerly too, as beside an eigensolver it costs nothing."""
+    """The operator's autograd. Eager calls use the operator too: its cost is nothing compared with an eigensolver's."""
 
     @staticmethod
     def forward(ctx: Any, covariance: torch.Tensor, k: int, largest: bool, method: str) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""What the losses over divided classes are given, checked before anything is allocated or sent."""
+"""Checks of the arguments of losses over divided classes, before anything is allocated or sent."""
 
 from __future__ import annotations
 

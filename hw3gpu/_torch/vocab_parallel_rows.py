@@ -182,7 +182,7 @@ def merged(received: Tensor, row: Row, V: int, of: Divided) -> Merged:
 
 
 def index_of(row: Row) -> Tensor:
-    """The class here at which `gradient` writes again, `NO_CLASS` in rows that do not count."""
+    """The class at which `gradient` writes a second time, `NO_CLASS` in rows that do not count."""
     return torch.where(row.counts, row.label, NO_CLASS)
 
 
@@ -267,7 +267,8 @@ def gradient_with_statistics(
 ) -> None:  # fmt: skip
     """`gradient`, and that of `with_gradients` for of_statistics, (3, N, S); of one of them where the other is None.
 
-    dz may be z where of_statistics is None. of_loss: what the first of two is written to, z or memory beside it (None).
+    dz may be z where of_statistics is None. of_loss: the memory for the gradient of the loss where there are both, such as z,
+    or None to allocate it.
     """
     options = softcap, logit_scale
     if of_statistics is None:
