@@ -63,14 +63,6 @@ class Rest(NamedTuple):
     factors: Tensor | None = None
 
 
-def call_of(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, gradient: str, stats: bool,
-    dtype: torch.dtype | None,
-) -> Call | None:  # fmt: skip
-    """The `bound_launches.Call` of a call with these arguments, or None; only the kinds of the first two are checked."""
-    return _bound_call(logits, target, weight, options, gradient, NUMBERS if stats else 3, dtype)
-
-
 def cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, gradient: str, stats: bool,
     dtype: torch.dtype | None = None, call: Call | None = None, normalizer: Tensor | None = None,
@@ -253,24 +245,23 @@ def rows_of(logits: Tensor, target: Tensor, which: str) -> tuple[Array, Array]:
     return z, dispatch.kernel_view(which)(target.view(rows) if target.is_contiguous() else target.reshape(rows))
 
 
-def _bound_call(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, gradient: str, numbers: int,
+def call_of(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, gradient: str, stats: bool,
     dtype: torch.dtype | None,
 ) -> Call | None:  # fmt: skip
-    """The `bound_launches.Call` of a call of `functional.cross_entropy`; None where it is not kept."""
+    """The `bound_launches.Call` of a call of `functional.cross_entropy`, of which only the kinds of the first two arguments are
+    checked; None where it is not kept."""
     if not (type(options.ignore_index) is int and type(options.label_smoothing) is float):
         return None
-    if not type(options.z_loss) is type(options.logit_scale) is float or not (
-        options.softcap is None or type(options.softcap) is float
-    ):
+    if not type(options.z_loss) is type(options.logit_scale) is float or type(options.softcap) not in (float, type(None)):
         return None
     if weight is not None and not (getattr(weight, "dtype", None) is accumulate_dtype(logits) and weight.is_contiguous()):
         return None
     if arrays.on_host(logits):
-        plain = numbers == 3 and gradient != "forward" and not options.label_smoothing
+        plain = not stats and gradient != "forward" and not options.label_smoothing
         return _call_on_host(("cross entropy", dtype), options, logits, target, weight) if plain else None
     at_once = gradient == "forward" and logits.requires_grad and torch.is_grad_enabled()
-    return bound_launches.of(("cross entropy", options, at_once, numbers, dtype), logits, target, weight)
+    return bound_launches.of(("cross entropy", options, at_once, NUMBERS if stats else 3, dtype), logits, target, weight)
 
 
 def _call_on_host(

@@ -18,28 +18,9 @@ from numba import types
 from .._numba.compile import inline, kernel, overload
 from .._numba.elements import atomic_min, load
 from .._numba.exp import exp
-from .._numba.simd import (
-    Lanes,
-    first_lanes,
-    load_lanes,
-    load_lanes_like,
-    prefetch,
-    streamed,
-    times,
-    width,
-    with_lane,
-    write,
-)
+from .._numba.simd import Lanes, first_lanes, load_lanes, load_lanes_like, prefetch, streamed, times, width, with_lane, write
 from .._numba.views import borrowed, bypasses_cache, gather, prefetch_row, release, row_buffer, row_of, row_scratch, scatter
-from .._rows import (
-    exp_and_sum_minus_1,
-    exps_workspace,
-    fill,
-    row_max,
-    sum_exp_minus_1_of_logits,
-    sum_of_row,
-    sums_of_row,
-)
+from .._rows import exp_and_sum_minus_1, exps_workspace, fill, row_max, sum_exp_minus_1_of_logits, sum_of_row, sums_of_row
 from .reduction import class_weight
 
 
@@ -174,10 +155,8 @@ def _hard_forward(first, last, z, target, weight, loss, stats, invalid, ignore_i
             loss[n, s] = _class_loss(z_row, m, sum_exp_minus_1, t, q_t, uniform, W, weight)
             stats[0, n, s], stats[1, n, s], stats[2, n, s] = m, sum_exp_minus_1, W
         else:
-            stats[:, n, s] = 0.0
-            loss[n, s] = 0.0
+            loss[n, s], stats[:, n, s] = 0.0 if t == ignore_index else math.nan, 0.0
             if t != ignore_index:
-                loss[n, s] = math.nan
                 atomic_min(invalid, row)
     release(z_scratch)
 
@@ -229,13 +208,11 @@ def _hard_forward_backward(first, last, z, target, weight, loss, dz, invalid, g,
             W = q_t + uniform * weight_sum
             loss[n, s] = _class_loss(z_row, m, sum_exp_minus_1, t, q_t, uniform, W, weight)
             _class_gradient(exps, exps[t], sum_exp_minus_1, t, q_t, uniform, W, g, weight, dz_row, around)
-        elif t == ignore_index:
-            loss[n, s] = 0.0
-            fill(dz_row, 0.0)
         else:
-            loss[n, s] = math.nan
-            fill(dz_row, math.nan)
-            atomic_min(invalid, row)
+            loss[n, s] = 0.0 if t == ignore_index else math.nan
+            fill(dz_row, loss[n, s])
+            if t != ignore_index:
+                atomic_min(invalid, row)
         scatter(row_of(dz, n, s), dz_scratch)
     streamed()
     release(z_scratch)
