@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -171,10 +172,6 @@ class _Divergences(torch.autograd.Function):
         return *(d if needed else None for d, needed in zip(found, needs, strict=True)), None, None
 
 
-def _below_autograd(*operands: Any) -> Any:
-    return operators.below_autograd(FORWARD, *operands)
-
-
 def _fake(
     student: Tensor, teacher: Tensor, mask: Tensor | None, kind: str, beta: float, temperature: float, dim: int
 ) -> tuple[Tensor, Tensor]:
@@ -196,11 +193,11 @@ BACKWARD = operators.define(
     run_backward,
     _fake_backward,
 )
-FORWARD = operators.define(
+FORWARD: Any = operators.define(
     f"divergences({_OPERANDS}, {_OPTIONS}) -> (Tensor loss, Tensor stats)",
     run,
     _fake,
     lambda student, teacher, mask, *options: _Divergences.apply(
-        student, teacher, mask, (Divergence(*options), _below_autograd, BACKWARD)
+        student, teacher, mask, (Divergence(*options), partial(operators.below_autograd, FORWARD), BACKWARD)
     ),
 )

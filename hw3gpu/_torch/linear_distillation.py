@@ -125,7 +125,7 @@ class _LinearDivergences(torch.autograd.Function):
         tensors = xs, Ws, bs, xt, Wt, bt
         held = [] if traced else linear_chunks.to_hold(_problems(tensors), options[3])
         given = *tensors, mask, *options
-        loss, stats = _below_autograd(*given) if traced else run(*given, held)
+        loss, stats = operators.below_autograd(FORWARD, *given) if traced else run(*given, held)
         ctx.save_for_backward(*tensors, mask, stats, *held)
         ctx.options, ctx.traced = options, traced
         ctx.mark_non_differentiable(stats)
@@ -144,10 +144,6 @@ class _LinearDivergences(torch.autograd.Function):
             given: tuple[Any, ...] = (upstream, *tensors, mask, stats, *ctx.options, list(needs))
             found = BACKWARD(*given) if ctx.traced else run_backward(*given, held=ctx.saved_tensors[8:])
         return *(g if needed else None for g, needed in zip(found, needs, strict=True)), *[None] * 3
-
-
-def _below_autograd(*operands: Any) -> Any:
-    return operators.below_autograd(FORWARD, *operands)
 
 
 def _fake(xs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

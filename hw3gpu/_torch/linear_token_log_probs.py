@@ -112,8 +112,9 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, options: tuple[float, int, int, bool], traced: bool
     ) -> tuple[Tensor | None, ...]:
-        held = [] if traced else linear_chunks.to_hold([Problem(x, W, b, target)], options[2])
-        found = _below_autograd(x, W, b, target, *options) if traced else _run(x, W, b, target, *options, held)
+        problem = Problem(x, W, b, target)
+        held = [] if traced else linear_chunks.to_hold([problem], options[2])
+        found = operators.below_autograd(FORWARD, *problem[:4], *options) if traced else run(problem, *options, held)
         *found, sums, predicted = found
         ctx.save_for_backward(x, W, b, target, sums, *held)
         ctx.options, ctx.traced = options[:3], traced
@@ -134,10 +135,6 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         given: tuple[Any, ...] = (*upstream, *problem[:4], sums, *ctx.options, needs)
         found = BACKWARD(*given) if ctx.traced else _run_backward(*given, held=held)
         return *(g if needed else None for g, needed in zip(found, needs, strict=True)), *[None] * 3
-
-
-def _below_autograd(*operands: Any) -> Any:
-    return operators.below_autograd(FORWARD, *operands)
 
 
 def _run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -142,10 +143,6 @@ class _TokenLogProbs(torch.autograd.Function):
         return ctx.backward(*upstream, logits, target, stats, *ctx.options), None, None
 
 
-def _below_autograd(*operands: Any) -> Any:
-    return operators.below_autograd(FORWARD, *operands)
-
-
 def _fake(logits: Tensor, target: Tensor, temperature: float, ignore_index: int, dim: int) -> tuple[Tensor, ...]:
     log_prob, entropy, lse = (logits.new_empty(target.shape, dtype=accumulate_dtype(logits)) for _ in range(3))
     return log_prob, entropy, lse, lse.new_empty((4, math.prod(logits.shape[:dim]), math.prod(logits.shape[dim + 1 :])))
@@ -158,9 +155,11 @@ BACKWARD = operators.define(
     run_backward,
     lambda g_log_prob, g_entropy, g_lse, logits, *rest: operators.fake_output(logits, rest[-1]),
 )
-FORWARD = operators.define(
+FORWARD: Any = operators.define(
     f"token_log_probs(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor log_prob, Tensor entropy, Tensor lse, Tensor stats)",
     run,
     _fake,
-    lambda logits, target, *options: _TokenLogProbs.apply(logits, target, (options, _below_autograd, BACKWARD)),
+    lambda logits, target, *options: _TokenLogProbs.apply(
+        logits, target, (options, partial(operators.below_autograd, FORWARD), BACKWARD)
+    ),
 )
