@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def why_not_written(path: Path) -> str | None:
-    """Why `path` cannot be written, asked before the work begins, or None. Makes its folder; a file there stays as it is."""
+    """Why `path` cannot be written, or None; called before the work begins. Makes its folder, and does not change a file
+    there."""
     there = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

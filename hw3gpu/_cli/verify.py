@@ -29,8 +29,8 @@ from .operations import Operation, Output
 
 OPERATIONS = tuple(sorted((*OF_EACH_ROW, *LOSSES), key=lambda operation: operation.row))
 INTERPRETED = "Triton kernels, interpreted"
-# In a new place the Numba kernels are compiled first, which takes most of the time. Each dtype has its own: two processes of
-# two dtypes each compile nothing twice and have as much to do, and where there are few rows the second is not worth its start.
+# Where nothing is cached, the Numba kernels are compiled first, which takes most of the time. Each dtype has its own kernels:
+# two processes with two dtypes each compile nothing twice. For few rows a second process does not pay.
 BESIDE, FEW_ROWS = ("float64", "bfloat16"), 2
 
 

@@ -1,9 +1,9 @@
-"""Which kernels run for an array, and what they take in its place.
+"""Which kernels run for an array, and the views of arrays that they take.
 
-A public function asks here which kernels run (`backend`), for their launchers (`batch_norm(which)`, `softmax(which)`, …: the
-Protocols of `protocols.py`) and for its arrays as these take them (`kernel_view`). The GPU kernels take torch tensors, the
-CPU kernels NumPy arrays; every view shares the caller's memory. NumPy has no arithmetic on bfloat16 and Numba none on
-float16, so the CPU kernels take the bits: bfloat16 as `uint16`, float16 as `int16`.
+This module tells a public function which kernels run (`backend`), gives it their launchers (`batch_norm(which)`,
+`softmax(which)`, …: the Protocols of `protocols.py`), and makes the views of its arrays (`kernel_view`). The GPU kernels take
+torch tensors, the CPU kernels NumPy arrays; every view shares the caller's memory. NumPy has no arithmetic on bfloat16 and
+Numba none on float16, so the CPU kernels take the bits: bfloat16 as `uint16`, float16 as `int16`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _ASKED = os.environ.encodekey("HW3GPU_BACKEND") if hasattr(os.environ, "_data") 
 
 
 def requested_backend() -> str:
-    """What `use_backend` or HW3GPU_BACKEND asks for; 'auto' when neither does."""
+    """The choice of `use_backend` or HW3GPU_BACKEND; 'auto' without either."""
     forced = _forced.get()
     if forced is not None:
         return forced
@@ -84,7 +84,7 @@ def requested_backend() -> str:
 
 
 def request_source() -> str:
-    """Who asked for `requested_backend`: 'use_backend', 'HW3GPU_BACKEND', or '' for nobody."""
+    """Where `requested_backend` comes from: 'use_backend', 'HW3GPU_BACKEND', or '' for neither."""
     return "use_backend" if _forced.get() is not None else "HW3GPU_BACKEND" if os.environ.get("HW3GPU_BACKEND") else ""
 
 
@@ -97,7 +97,7 @@ def check_threads() -> None:
 
 
 def backend(x: Array) -> str:
-    """'gpu' or 'cpu': which kernels run for `x`. A forced choice that cannot be honoured raises `BackendError`."""
+    """'gpu' or 'cpu': which kernels run for `x`. Raises `BackendError` where the kernels that were asked for cannot run."""
     requested = requested_backend()
     host = arrays.on_host(x)
     if requested == "auto":

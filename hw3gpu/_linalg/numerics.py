@@ -1,4 +1,4 @@
-"""What the linear algebra of all kinds of arrays stands on: the module that computes, checks, products and norms."""
+"""The base of the linear algebra: the module that computes for a kind of array (NumPy or CuPy), checks, products and norms."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Array = Any
 
 @dataclass(frozen=True)
 class Numerics:
-    """Where the arrays of one call are computed on: `xp` is NumPy or CuPy, `like` the caller's array.
+    """The module that computes the arrays of one call, `xp`, NumPy or CuPy, and `like`, the caller's array.
 
-    What a call looks at on the host, and what it reports there, comes from a GPU in one copy: `check` waits for `fetch`.
+    All numbers that a call needs on the host come from a GPU in one copy: checks wait for the next `fetch`.
     """
 
     xp: ModuleType
@@ -45,14 +45,15 @@ class Numerics:
         return dispatch.kernel_view("gpu")(a)
 
     def check(self, look: Callable[..., None], *arrays: Array) -> None:
-        """`look(*arrays)`, in NumPy, which raises what is wrong: now on the host, with the next `fetch` on a GPU."""
+        """Calls `look(*arrays)` in NumPy, which raises for wrong values: at once on the host, with the next `fetch` on a
+        GPU."""
         if self.xp is np:
             look(*map(np.asarray, arrays))
         else:
             self.waiting.append((arrays, look))
 
     def fetch(self, *arrays: Array) -> list[np.ndarray]:
-        """`arrays` in NumPy, and those of the checks that wait, in one copy: of numbers that float64 holds."""
+        """`arrays` in NumPy, and those of waiting checks, in one copy; all numbers have to be numbers of float64."""
         if self.xp is np:
             return [np.asarray(a) for a in arrays]
         waiting = [*self.waiting]
@@ -76,8 +77,8 @@ class Numerics:
 def numerics(x: Array, name: str) -> Iterator[Numerics]:
     """The `Numerics` for the array `x`; inside the block CuPy uses its device and the caller's stream.
 
-    On the host BLAS uses one thread inside for several matrices, which is as fast for small ones as it gets: large stacks are
-    shared out over threads, a matrix to each.
+    For several matrices on the host BLAS uses one thread, which is fastest for small matrices; large stacks are shared among
+    threads by matrix.
 
     Raises `BackendError` when `x` lives on a GPU and CuPy, or a library that it loads, cannot be imported, or finds no device.
     What CUDA raises inside the block passes.

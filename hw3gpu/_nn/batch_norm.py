@@ -21,20 +21,20 @@ class BatchNormForward(Unscripted, NormBase):
     frozen: bool = False
 
     def freeze(self) -> BatchNormForward:
-        """To evaluation, where `train()` leaves it, and weight and bias without gradients; returns the module.
+        """Sets evaluation, which `train()` does not change, and no gradients for weight and bias; returns the module.
 
-        The running statistics change no more. `unfreeze` undoes it.
+        The running statistics no longer change. `unfreeze` undoes this.
         """
         self.frozen = True
         return self.train(False).requires_grad_(False)
 
     def unfreeze(self) -> BatchNormForward:
-        """To training, and weight and bias to have gradients; returns the module."""
+        """Sets training, and gradients for weight and bias; returns the module."""
         self.frozen = False
         return self.train().requires_grad_(True)
 
     def train(self, mode: bool = True) -> BatchNormForward:
-        """As of every module; one that is frozen stays in evaluation."""
+        """As for every module, but a frozen one stays in evaluation."""
         return super().train(mode and not self.frozen)
 
     def _forward(self, input: Tensor, eps: float, **fused: Any) -> Tensor:
@@ -62,7 +62,7 @@ class BatchNormForward(Unscripted, NormBase):
 
 
 class _BatchNorm(BatchNormForward, BatchNormBase):
-    """PyTorch's module, and nothing more: tools that know `torch.nn.BatchNorm1d/2d/3d` may treat it as one."""
+    """PyTorch's module with other kernels: tools that know `torch.nn.BatchNorm1d/2d/3d` may treat it as one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "activation" in kwargs:
@@ -93,11 +93,11 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 class _BatchNormAct(BatchNormForward):
     """Batch normalisation, an addend and an activation in one: activation(BN(x) + residual).
 
-    Arguments and `state_dict` are those of PyTorch's batch normalisation; and `activation`: "relu", "silu", "hardswish", "gelu"
-    (by erf), or None. It is no subclass
-    of that, for tools that replace, freeze or fold a batch normalisation would leave out the activation; those that read `eps`
-    of whatever they are given are refused, its value is `epsilon`. So tools that look for PyTorch's classes pass it over:
-    `torch.optim.swa_utils.update_bn`, loops that call `eval` or leave out weight decay.
+    Arguments and `state_dict` are those of PyTorch's batch normalisation, and `activation`: "relu", "silu", "hardswish", "gelu"
+    (by erf), or None. It is no subclass of PyTorch's, because tools that replace, freeze or fold a batch normalisation would
+    lose the activation. The attribute `eps` is called `epsilon`, so that tools which read `eps` of any module raise an error.
+    Tools that look for PyTorch's classes skip this one: `torch.optim.swa_utils.update_bn`, and loops that call `eval` or leave
+    out weight decay.
     """
 
     epsilon: float

@@ -1,6 +1,6 @@
 """Batch normalisation by constants, and the modules of timm and torchvision on this library's kernels.
 
-A module of timm or torchvision becomes one of a subclass of its class, so that what asks for theirs finds it.
+A module of timm or torchvision gets a subclass of its own class, so that `isinstance` with their class still holds.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def freeze_batch_norm(module: torch.nn.Module) -> torch.nn.Module:
 
 # ---------------------------------------------------------------------------------------------- other libraries
 class OfOthers(torch.nn.Module):
-    """A subclass of a class `theirs` of another library, made when it is met. Copies and pickles are made of `theirs`."""
+    """A subclass of the class `theirs` of another library, made when needed. Copies and pickles refer to `theirs`."""
 
     theirs: type[torch.nn.Module]
 

@@ -28,10 +28,10 @@ _LEGACY = ("size_average", "reduce")
 
 
 class Recorded(NamedTuple):
-    """hidden (…, D), weight (V, D) and bias (V,) or None of the product; then what happened to it since.
+    """hidden (…, D), weight (V, D) and bias (V,) or None of the product, and the operations on it so far.
 
-    The logits are outer · tanh(inner · product) where `outer` is given, else inner · product: each factor is a pair of a
-    numerator and a denominator. steps: the operations on each element in their order, as functions of the tensor.
+    The logits are outer · tanh(inner · product) where `outer` is given, else inner · product. Each factor is a pair, numerator
+    and denominator. steps: the operations on each element in order, as functions of the tensor.
     """
 
     hidden: Tensor

@@ -1,4 +1,4 @@
-"""What tools that read a model find in this library's modules: a leaf for `torch.fx`, a refusal for `torch.jit.script`."""
+"""How this library's modules answer tools that read a model: a leaf for `torch.fx`, an error for `torch.jit.script`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def as_leaf(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class Unscripted(torch.nn.Module):
-    """A module whose kernels `torch.jit.script` cannot compile: it says what to do."""
+    """A module whose kernels `torch.jit.script` cannot compile: the error says what to do instead."""
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise TypeError(

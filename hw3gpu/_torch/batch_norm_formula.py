@@ -1,5 +1,5 @@
-"""Batch normalisation: what it is asked, and the formula in PyTorch's own operations, which have derivatives of every order
-and go through every transform: docs/derivations.md, section 2."""
+"""Batch normalisation: its options, and the formula in PyTorch's own operations, which have derivatives of every order and work
+under every transform: docs/derivations.md, section 2."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Rest(NamedTuple):
 
 
 def exported(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
-    """PyTorch's own: what moves an exported model from training to evaluation, or back, looks for this operation alone.
+    """PyTorch's own operation: tools that move an exported model between training and evaluation look for it alone.
 
     PyTorch's exporter to ONNX writes it without the mark of training. It has no mask.
     """

@@ -1,7 +1,7 @@
-"""The launches of earlier calls, kept for later calls like them: of all calls on a GPU, of small ones on the host.
+"""The launches of earlier calls, kept for later equal calls: of all calls on a GPU, of small calls on the host.
 
-Which kernels a call launches, and how, follows from shapes, strides, dtypes, options, the device, and how far each pointer is
-from a multiple of 16 bytes: these are the key of the call. Memory that a call allocates begins at such a multiple. A later call
+Shapes, strides, dtypes, options, the device, and the distance of each pointer from a multiple of 16 bytes decide which kernels
+a call launches, and how: these are the key of the call. Memory that a call allocates begins at such a multiple. A later call
 with the same key skips checks, plan and views: it allocates and launches. Nothing is kept in Triton's interpreter, for calls
 that copy an argument, and for operands that overlap. On the host a call is kept if its launchers only launch (`of_host`).
 """

@@ -1,7 +1,7 @@
 """Classes out of range on a GPU, reported without waiting for it.
 
-The kernels write the number of the first wrong row to a flag on the device. A call reads the copy of the flag that an earlier
-call has started, if it has arrived, and starts the next one: so a wrong class is reported by a later call, or by
+The kernels write the number of the first wrong row to a flag on the device. Each call starts a copy of the flag to the host,
+and reads the copy that an earlier call has started, if it has arrived. So a later call reports a wrong class, or
 `check_targets`, which waits. During the capture of a CUDA graph nothing is read; its replays write to the same flag.
 """
 

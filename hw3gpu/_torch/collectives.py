@@ -1,4 +1,4 @@
-"""What processes send each other: float64 or float32 vectors, merged in order of rank, so that all have the same bits.
+"""Collectives of float64 or float32 vectors. The results are merged in order of rank, so that all processes get the same bits.
 
 A group is given by its name, which a graph can hold. Nothing here waits for the device.
 """

@@ -1,5 +1,5 @@
-"""Cross entropy: what it is asked and says of a row, and the formula in PyTorch's own operations, which have derivatives of
-every order and go through every transform: docs/derivations.md, sections 3.3, 3.4 and 3.6."""
+"""Cross entropy: its options, the statistics of a row, and the formula in PyTorch's own operations, which have derivatives of
+every order and work under every transform: docs/derivations.md, sections 3.3, 3.4 and 3.6."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXACT = 1 << 24  # float32 holds the integers up to here
 
 
 class Options(NamedTuple):
-    """How a row's loss is made, and what becomes of the rows."""
+    """How the loss of a row is computed, and how the rows are reduced."""
 
     reduction: str
     ignore_index: int
@@ -86,9 +86,9 @@ def class_axis(logits: Tensor) -> int:
 def statistics(
     numbers: Tensor, shape: tuple[int, ...], V: int, target: Tensor, ignore_index: int, predicted: Tensor | None = None
 ) -> CrossEntropyStatistics:
-    """What the `NUMBERS` of every row say, or `vocab_parallel_rows.NUMBERS_OF_ROWS`; `shape` is that of the loss of every row.
+    """The statistics from the `NUMBERS` of every row, or from `vocab_parallel_rows.NUMBERS_OF_ROWS`.
 
-    predicted: the arg max where they do not hold it.
+    shape: that of the loss of every row. predicted: the arg max, where the numbers do not hold it.
     """
     m, excess, _, below, entropy, argmax, *above = numbers.reshape(len(numbers), *shape).unbind()
     log_total = excess.log1p()
@@ -103,14 +103,14 @@ def statistics(
 
 
 def exact_argmax(logits: Tensor, numbers: Tensor) -> Tensor | None:
-    """The arg max by one more read of the logits, where their numbers cannot hold it."""
+    """The arg max by one more read of the logits where the kernels' numbers cannot hold it, else None."""
     axis = class_axis(logits)
     inexact = logits.shape[axis] > EXACT and numbers.dtype == torch.float32
     return logits.detach().argmax(axis) if inexact else None
 
 
 def without_derivatives(statistics: CrossEntropyStatistics, *depends_on: Tensor | None) -> CrossEntropyStatistics:
-    """Statistics that say so where somebody asks for their gradient."""
+    """Statistics whose differentiation raises an error."""
     tied_to = [t for t in depends_on if t is not None and t.requires_grad]
     message = "statistics of cross entropy: they have a gradient where differentiable=True asks for it"
     return statistics._replace(**{

@@ -1,4 +1,4 @@
-"""DTensors as arguments: which there are, on which mesh, and the one message for those that cannot be handled.
+"""DTensors as arguments: which arguments are DTensors, on which mesh, and the message for those that cannot be handled.
 
 The operators run on them by `sharding_strategies`, the losses of classes by `dtensor_cross_entropy`.
 """
@@ -16,7 +16,7 @@ from .autograd import PLAIN
 
 
 def is_dtensor(x: Any) -> bool:
-    """Costs nothing for a plain tensor."""
+    """Whether `x` is a DTensor; a plain tensor is answered by its type alone."""
     if type(x) in PLAIN or x is None:
         return False
     module = sys.modules.get("torch.distributed.tensor")  # without it there is no DTensor
@@ -28,7 +28,7 @@ def is_dtensor(x: Any) -> bool:
 
 @not_looked_into
 def _register() -> None:
-    """Once: a compiler calls it, too, and does not look into it."""
+    """Registers the sharding strategies once. A compiler calls this function too, and does not trace it."""
     from . import sharding_strategies
 
     sharding_strategies.register()

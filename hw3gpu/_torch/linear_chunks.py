@@ -101,8 +101,8 @@ def logits_buffer(problem: Problem, rows: int) -> Tensor:
 
 
 def to_hold(problems: Sequence[Problem], rows: int) -> list[Tensor]:
-    """Memory for the logits of all rows where they stay until the backward pass, which then makes none again: where they are
-    few bytes, or the caller asked for chunks of all rows. Else nothing."""
+    """Memory for the logits of all rows where they are kept for the backward pass, which then does not make them again: where
+    they are few bytes, or the caller asked for chunks of all rows. Else an empty list."""
     N, of = problems[0].x.shape[0], sum(p.W.shape[0] * p.x.element_size() for p in problems)
     holds = rows >= N if rows else N * of <= HELD
     return [logits_buffer(p, N) for p in problems] if holds and N else []

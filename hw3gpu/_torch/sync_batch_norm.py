@@ -28,7 +28,7 @@ from .positions import Positions
 
 
 class Rest(NamedTuple):
-    """What of a call has no gradient; `group` is the name of the processes' group. traced: it goes through the operators.
+    """The arguments without a gradient. group: the name of the processes' group. traced: the call goes through the operators.
     positions: those that count, or None where all do."""
 
     running_mean: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""Cross entropy of rows whose classes are divided over processes: what each sends, what all merge, and each one's gradient.
+"""Cross entropy of rows whose classes are divided over processes: what a process sends, how all merge it, and its gradient.
 
 Every process runs the forward kernel on its classes, for m_r = max z and s_r = Σ exp(z - m_r) - 1 of every row, and sends them
 with what it has of the target (its logit, its weight) and of a smoothed target (Σ w_c (z_c - m_r)), and for the entropy
