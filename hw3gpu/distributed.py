@@ -147,15 +147,12 @@ def vocab_parallel_cross_entropy(
     if weight is not None:
         weight = weight.detach().to(accumulate_dtype(logits_shard)).contiguous()
     ignore_index = index(ignore_index)
-    of_rows = ignore_index, float(label_smoothing), z_loss, softcap, logit_scale
+    asked = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, zero, logit_scale)
     start, name = -1 if vocab_start is None else index(vocab_start), _or_all(group).group_name
-    options = _vocab_parallel_cross_entropy.Options(start, *of_rows, name, return_stats, differentiable)
-    loss, w_t, taken, *numbers = _vocab_parallel_cross_entropy.vocab_parallel_cross_entropy(
-        logits_shard, target, weight, options
-    )
+    rest = _vocab_parallel_cross_entropy.Rest(asked, start, name, return_stats, differentiable)
+    loss, w_t, taken, *numbers = _vocab_parallel_cross_entropy.vocab_parallel_cross_entropy(logits_shard, target, weight, rest)
     if logits_shard.device.type == "cpu" and not operators.traced(logits_shard):
         vocab_parallel_rows.every_class_exists(taken, target, ignore_index)
-    asked = Options(reduction, ignore_index, 0.0, 0.0, None, zero)
     if by.normalizer is not None and reduction != "none":
         asked = asked._replace(reduction="sum")
     loss, w_t = loss.reshape(shape), w_t.reshape(shape)

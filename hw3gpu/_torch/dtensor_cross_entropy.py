@@ -82,7 +82,7 @@ def _of_divided_classes(
         logits.redistribute(mesh, placed).to_local(),
         target.redistribute(mesh, rows).to_local(),
         _classes_here(weight, axis),
-        vocab_parallel_cross_entropy.Options._make((*_divided(logits, classes, axis, options), stats, differentiable, False)),
+        vocab_parallel_cross_entropy.Rest(options, *_divided(logits, classes, axis), stats, differentiable),
     )
     depends_on = () if differentiable else (logits,)
     return _row_results(loss, taken, numbers, target, rows, options, stats, depends_on)
@@ -140,13 +140,11 @@ def _classes_here(weight: Any, axis: int) -> Tensor | None:
     return weight.redistribute(mesh, [Shard(0) if i == axis else Replicate() for i in range(mesh.ndim)]).to_local()
 
 
-def _divided(x: Any, dim: int, axis: int, options: Options) -> tuple[Any, ...]:
-    """The number of the first class here, the options of rows, and the group of processes that share the classes."""
+def _divided(x: Any, dim: int, axis: int) -> tuple[int, str]:
+    """The number of the first class here, and the group of processes that share the classes."""
     mesh = x.device_mesh
     step = -(-x.shape[dim] // mesh.size(axis))  # the parts are torch.chunk's
-    start = min(mesh.get_local_rank(axis) * step, x.shape[dim])
-    group = mesh.get_group(axis).group_name
-    return start, options.ignore_index, options.label_smoothing, options.z_loss, options.softcap, options.logit_scale, group
+    return min(mesh.get_local_rank(axis) * step, x.shape[dim]), mesh.get_group(axis).group_name
 
 
 def _global(x: Tensor, like: Any, placements: list[Any]) -> Any:
@@ -218,7 +216,7 @@ def _of_divided_weight(
     of_x = [Shard(0) if i != axis and p.is_shard(0) else Replicate() for i, p in enumerate(x.placements)]
     of_W = [Shard(0) if i == axis else Replicate() for i in range(mesh.ndim)]
     dW = [p if i == axis or not of_x[i].is_shard() else Partial() for i, p in enumerate(of_W)]
-    start, *_, group = _divided(W, 0, axis, options)
+    start, group = _divided(W, 0, axis)
     local = Problem(
         x.redistribute(mesh, of_x).to_local(grad_placements=of_x),
         W.redistribute(mesh, of_W).to_local(grad_placements=dW),

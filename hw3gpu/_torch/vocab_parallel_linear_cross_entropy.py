@@ -100,10 +100,10 @@ def _results(found: Found) -> tuple[Tensor, ...]:
 # ---------------------------------------------------------------------------------------------- forward
 def run(problem: Problem, rest: Rest, needs: Sequence[bool] = (False, False, False)) -> Found:
     """The loss, and the gradients that `needs` names, of x, W and b."""
-    (N, V, _), options, rows = problem.sizes, rest.options, rest.rows or chunk_rows(problem.x)
+    (N, V, _), rows = problem.sizes, rest.rows or chunk_rows(problem.x)
     start = of_rows.first_class(rest.start, V, rest.group, problem.x.device)
-    of = Divided(start, problem.weight, *options[1:5], options.logit_scale, rest.statistics, rest.differentiable)
-    merge = _Merge(problem, of, options, needs)
+    of = Divided(start, problem.weight, rest.options, rest.statistics, rest.differentiable)
+    merge = _Merge(problem, of, needs)
     logits = [problem.x.new_empty(min(rows, N), V) for _ in range(2 if any(needs) and rows < N else 1)]
     ahead = None
     for number, (first, last) in enumerate(chunks(problem, rows)):
@@ -116,13 +116,13 @@ def run(problem: Problem, rest: Rest, needs: Sequence[bool] = (False, False, Fal
         ahead = on_its_way, part, z, row, first, last
     if ahead is not None:
         merge.add(*ahead)
-    return merge.found(options)
+    return merge.found()
 
 
 class _Merge:
     """The rows of all chunks, as what is known of them comes in."""
 
-    def __init__(self, problem: Problem, of: Divided, options: Options, needs: Sequence[bool]) -> None:
+    def __init__(self, problem: Problem, of: Divided, needs: Sequence[bool]) -> None:
         x, (N, V, S) = problem.x, problem.sizes
         acc = accumulate_dtype(x)
         self.of, self.needed = of, any(needs)
@@ -130,8 +130,8 @@ class _Merge:
         self.stats = x.new_empty((6 if of.differentiable else 4, N, S), dtype=acc)
         self.numbers = x.new_empty((NUMBERS_OF_ROWS if of.statistics else 0, N, S), dtype=acc)
         self.index = x.new_empty((N, S), dtype=torch.int64)
-        self.scaled = x.new_ones(V, dtype=acc) if of.label_smoothing else None
-        self.gradients, self.options = Gradients(problem, needs), options
+        self.scaled = x.new_ones(V, dtype=acc) if of.options.label_smoothing else None
+        self.gradients = Gradients(problem, needs)
         scales = x.dtype == torch.float16 and self.needed
         self.largest = float16_scale.largest_element(problem.W) if scales else None
         self.factor = x.new_ones((N, 1), dtype=acc) if scales else None
@@ -151,17 +151,16 @@ class _Merge:
             return
         shrink = None
         if self.factor is not None and self.largest is not None and z.numel():
-            weighed = part._replace(weight=found.scaled if self.of.label_smoothing else self.of.weight)
+            weighed = part._replace(weight=found.scaled if self.of.options.label_smoothing else self.of.weight)
             numbers = torch.stack([*found.stats[:2], found.W])
-            shrink = float16_scale.of_chunk(weighed, found.loss, numbers, self.options, self.largest)
+            shrink = float16_scale.of_chunk(weighed, found.loss, numbers, self.of.options, self.largest)
             self.factor[here] = shrink
         upstream = torch.ones_like(found.loss)
-        options = self.of.label_smoothing, self.of.softcap, self.of.logit_scale
-        of_rows.gradient(upstream, z, z, found.stats, index, found.scaled, *options, over=shrink)
+        of_rows.gradient(upstream, z, z, found.stats, index, found.scaled, self.of.options, over=shrink)
         self.gradients.add(part, z, first, last, shrink)
 
-    def found(self, options: Options) -> Found:
-        loss, denominator = self.loss, self.w_t.sum().view(1)
+    def found(self) -> Found:
+        loss, denominator, options = self.loss, self.w_t.sum().view(1), self.of.options
         if options.reduction != "none":
             loss = loss.sum()
         if options.reduction == "mean":
@@ -174,8 +173,7 @@ class _Merge:
 # ---------------------------------------------------------------------------------------------- backward
 def run_backward(
     upstream: Tensor | None, of_statistics: Tensor | None, problem: Problem, stats: Tensor, index: Tensor,
-    weights: Tensor | None, label_smoothing: float, softcap: float | None, logit_scale: float, rows: int,
-    needs: Sequence[bool], group: str,
+    weights: Tensor | None, rows: int, needs: Sequence[bool], group: str, options: Options,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients that `needs` names, of x, W and b, from logits made again, for upstream gradients (N, S) of the losses of
     the rows and (3, N, S) of their statistics."""
@@ -188,7 +186,7 @@ def run_backward(
         dz = logits if beside is None else beside[: last - first].view_as(logits)
         of_rows.gradient_with_statistics(
             None if upstream is None else upstream[here], None if of_statistics is None else of_statistics[:, here],
-            logits, dz, logits, stats[:, here], index[here], weights, label_smoothing, softcap, logit_scale,
+            logits, dz, logits, stats[:, here], index[here], weights, options,
         )  # fmt: skip
         gradients.add(part, dz, first, last)
     dx, dW, db = gradients.found
@@ -231,17 +229,13 @@ class _VocabParallelLinear(torch.autograd.Function):
             g = upstream if upstream is None or denominator is None else upstream / denominator[0]
             g = None if g is None else g.to(stats.dtype).expand(index.shape)
             backward = BACKWARD if rest.traced else _run_backward
-            options = *_of_rows(rest.options), rest.rows, ctx.needs_input_grad[:3], rest.group
-            found = backward(g, of_statistics, *problem[:4], stats, index, weights, *options)
+            given = stats, index, weights, rest.rows, ctx.needs_input_grad[:3], rest.group, *rest.options
+            found = backward(g, of_statistics, *problem[:4], *given)
         else:
             ctx.handed_out = True
             dx = _summed_over_processes(held[0], upstream, denominator, factor, rest.group)
             found = as_given((dx, *scaled((None, *held[1:]), upstream, denominator, factor)[1:]), problem)
         return *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad[:3], strict=True)), None, None, None
-
-
-def _of_rows(options: Options) -> tuple[float, float | None, float]:
-    return options.label_smoothing, options.softcap, options.logit_scale
 
 
 def _summed_over_processes(
@@ -279,8 +273,9 @@ def _fake(problem: Problem, rest: Rest) -> tuple[Tensor | None, ...]:
 def _run_backward(
     upstream: Tensor | None, of_statistics: Tensor | None, x: Tensor, W: Tensor, b: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    problem = Problem(x, W, b, target)
-    return as_given(run_backward(upstream, of_statistics, problem, *rest), problem)
+    problem, (stats, index, weights, rows, needs, group, *options) = Problem(x, W, b, target), rest
+    given = stats, index, weights, rows, needs, group, Options(*options)
+    return as_given(run_backward(upstream, of_statistics, problem, *given), problem)
 
 
 _PROBLEM = "Tensor x, Tensor W, Tensor? b, Tensor target"
@@ -295,8 +290,7 @@ FORWARD = operators.define(
 )
 BACKWARD = operators.define(
     f"vocab_parallel_linear_cross_entropy_backward(Tensor? upstream, Tensor? of_statistics, {_PROBLEM}, Tensor stats, "
-    "Tensor index, Tensor? scaled, float label_smoothing, float? softcap, float logit_scale, int rows, bool[] needs, "
-    "str group) -> (Tensor dx, Tensor dW, Tensor db)",
+    f"Tensor index, Tensor? scaled, int rows, bool[] needs, str group, {OPTIONS_SCHEMA}) -> (Tensor dx, Tensor dW, Tensor db)",
     _run_backward,
-    lambda upstream, of_statistics, x, W, b, *rest: fake_gradients((x, W, b), rest[-2]),
+    lambda upstream, of_statistics, x, W, b, *rest: fake_gradients((x, W, b), rest[5]),
 )

@@ -28,7 +28,7 @@ from .._core import dispatch
 from . import cross_entropy_formula
 from .autograd import accumulate_dtype
 from .collectives import before
-from .cross_entropy_formula import EXACT, NUMBERS, CrossEntropyStatistics
+from .cross_entropy_formula import EXACT, NUMBERS, CrossEntropyStatistics, Options
 
 NO_CLASS = -100
 NUMBERS_OF_ROWS = NUMBERS + 1  # the arg max in two: that modulo 2^24, which float32 holds, and how many 2^24 are left
@@ -43,11 +43,7 @@ class Divided(NamedTuple):
 
     start: Any
     weight: Tensor | None
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float | None
-    logit_scale: float = 1.0
+    options: Options
     statistics: bool = False
     differentiable: bool = False
 
@@ -86,7 +82,7 @@ def first_class(start: int, V: int, group: Any, device: torch.device) -> Any:
 def rows_of(target: Tensor, V: int, of: Divided) -> Row:
     """Where the targets (N, S) are among the V classes here."""
     target = target.long()  # in fewer bits PyTorch wraps the number that it is compared with
-    counts, local = target != of.ignore_index, target - of.start
+    counts, local = target != of.options.ignore_index, target - of.start
     here = counts & (local >= 0) & (local < V)
     return Row(torch.where(here, local, 0), counts, here)
 
@@ -114,7 +110,7 @@ def _own_sums(z: Tensor, row: Row, of: Divided, acc: torch.dtype) -> list[Tensor
     if V == 0:
         nothing = (-torch.inf, -1.0, 0.0, *[0.0] * (2 * of.statistics), 0.0)
         return [torch.full((N, S), v, dtype=acc, device=z.device) for v in nothing]
-    which = dispatch.backend(z)
+    which, options = dispatch.backend(z), of.options
     view, device = dispatch.kernel_view(which), z.device
     loss = torch.empty((N, S), dtype=acc, device=device)
     stats = torch.empty((NUMBERS if of.statistics else 3, N, S), dtype=acc, device=device)
@@ -122,23 +118,23 @@ def _own_sums(z: Tensor, row: Row, of: Divided, acc: torch.dtype) -> list[Tensor
     # a target that is elsewhere is class 0: its part of the loss is not asked for
     dispatch.cross_entropy(which).forward(
         view(z), view(index_of(row)), view(of.weight), view(loss), view(stats), view(invalid), ignore_index=NO_CLASS,
-        label_smoothing=1.0 if of.label_smoothing else 0.0, softcap=of.softcap, logit_scale=of.logit_scale,
+        label_smoothing=1.0 if options.label_smoothing else 0.0, softcap=options.softcap, logit_scale=options.logit_scale,
     )  # fmt: skip
     m, s = stats[0], stats[1]
     # of a target that is smoothed out altogether the loss is W log Σ - Σ w_c (z_c - m) / V
-    sums = [V * (stats[2] * s.log1p() - loss) if of.label_smoothing else torch.zeros_like(loss)]
+    sums = [V * (stats[2] * s.log1p() - loss) if options.label_smoothing else torch.zeros_like(loss)]
     if of.statistics:
         sums += [(1 + s) * (stats[4] - s.log1p()), stats[5]]
-    z_t = _logit_at(z, row.label, of.softcap, of.logit_scale, acc)
-    if of.statistics and (of.softcap is not None or of.logit_scale != 1.0):  # as the kernel rounds, for the largest's is m
-        z_t = m + stats[3]
+    z_t = _logit_at(z, row.label, options, acc)
+    if of.statistics and (options.softcap is not None or options.logit_scale != 1.0):
+        z_t = m + stats[3]  # rounded as by the kernel: the largest logit is m
     empty = m == -torch.inf  # no mass here; what its classes add to a smoothed loss is in m_r - m
     return [m, torch.where(empty, -1.0, s), *(torch.where(empty, 0.0, v) for v in sums), z_t]
 
 
 def merged(received: Tensor, row: Row, V: int, of: Divided) -> Merged:
     """The rows' losses, and what their gradients need, from what all processes have sent; V: the number of classes here."""
-    shape, smoothing = row.label.shape, of.label_smoothing
+    shape, smoothing, z_loss = row.label.shape, of.options.label_smoothing, of.options.z_loss
     counts = 6 + 2 * of.statistics, 2 + 2 * of.statistics
     m_r, s_r, inner_r, *of_target = received[:, : -counts[1]].reshape(len(received), counts[0], *shape).unbind(1)
     weights_r, sizes, *starts = received[:, -counts[1] :].unbind(1)
@@ -158,8 +154,8 @@ def merged(received: Tensor, row: Row, V: int, of: Divided) -> Merged:
     if smoothing:
         under = torch.where(weights_r == 0, 0, (m_r - base) * weights_r)
         loss = loss - uniform * (inner_r + under).sum(0)
-    if of.z_loss:
-        loss, W = loss + of.z_loss * lse.square(), W + 2 * of.z_loss * lse
+    if z_loss:
+        loss, W = loss + z_loss * lse.square(), W + 2 * z_loss * lse
     known = row.counts & (taken == 1)
     loss, W = (torch.where(row.counts, torch.where(known, v, torch.nan), 0) for v in (loss, W))
     scaled = None
@@ -206,11 +202,15 @@ def statistics(numbers: Sequence[Tensor], target: Tensor, ignore_index: int) -> 
     return found
 
 
-def _logit_at(z: Tensor, index: Tensor, softcap: float | None, logit_scale: float, acc: torch.dtype) -> Tensor:
+def _logit_at(z: Tensor, index: Tensor, options: Options, acc: torch.dtype) -> Tensor:
     if z.shape[1] == 0:
         return torch.zeros(index.shape, dtype=acc, device=z.device)
-    z_t = z.gather(1, index[:, None])[:, 0].to(acc) * logit_scale
-    return z_t if softcap is None else softcap * (z_t / softcap).tanh()
+    return _capped(z.gather(1, index[:, None])[:, 0].to(acc), options)
+
+
+def _capped(z: Tensor, options: Options) -> Tensor:
+    z = z * options.logit_scale
+    return z if options.softcap is None else options.softcap * (z / options.softcap).tanh()
 
 
 def _weight_at(weight: Tensor | None, index: Tensor, acc: torch.dtype) -> Tensor:
@@ -232,8 +232,8 @@ def every_class_exists(taken: Tensor, target: Tensor, ignore_index: int) -> None
 
 # ---------------------------------------------------------------------------------------------- backward
 def gradient(
-    upstream: Tensor, z: Tensor, dz: Tensor, stats: Tensor, index: Tensor, scaled: Tensor | None,
-    label_smoothing: float, softcap: float | None, logit_scale: float, over: Tensor | None = None,
+    upstream: Tensor, z: Tensor, dz: Tensor, stats: Tensor, index: Tensor, scaled: Tensor | None, options: Options,
+    over: Tensor | None = None,
 ) -> None:  # fmt: skip
     """dz (N, V_r, S) of the classes here for the upstream gradient (N, S) of every row's loss, over `over`, (1,).
 
@@ -243,8 +243,9 @@ def gradient(
         return
     which = dispatch.backend(z)
     view, upstream = dispatch.kernel_view(which), upstream.to(stats.dtype).contiguous()
+    _, _, label_smoothing, _, softcap, _, logit_scale = options
     at = index.clamp(min=0)
-    z_t = _logit_at(z, at, softcap, logit_scale, stats.dtype)
+    z_t = _logit_at(z, at, options, stats.dtype)
     dispatch.cross_entropy(which).backward(
         view(z), view(index), view(scaled), view(stats[:3].contiguous()), view(upstream), view(over), view(dz),
         ignore_index=NO_CLASS, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
@@ -263,37 +264,34 @@ def gradient(
 
 def gradient_with_statistics(
     upstream: Tensor | None, of_statistics: Tensor | None, z: Tensor, dz: Tensor, of_loss: Tensor | None, stats: Tensor,
-    index: Tensor, scaled: Tensor | None, label_smoothing: float, softcap: float | None, logit_scale: float,
+    index: Tensor, scaled: Tensor | None, options: Options,
 ) -> None:  # fmt: skip
     """`gradient`, and that of `with_gradients` for of_statistics, (3, N, S); of one of them where the other is None.
 
     dz may be z where of_statistics is None. of_loss: the memory for the gradient of the loss where there are both, such as z,
     or None to allocate it.
     """
-    options = softcap, logit_scale
     if of_statistics is None:
         assert upstream is not None
-        return gradient(upstream, z, dz, stats, index, scaled, label_smoothing, *options)
-    _statistics_gradient(of_statistics, z, dz, stats, index, *options)
+        return gradient(upstream, z, dz, stats, index, scaled, options)
+    _statistics_gradient(of_statistics, z, dz, stats, index, options)
     if upstream is not None:
         of_loss = torch.empty_like(z) if of_loss is None else of_loss
-        gradient(upstream, z, of_loss, stats, index, scaled, label_smoothing, *options)
+        gradient(upstream, z, of_loss, stats, index, scaled, options)
         dz += of_loss
 
 
-def _statistics_gradient(
-    upstream: Tensor, z: Tensor, dz: Tensor, stats: Tensor, index: Tensor, softcap: float | None, logit_scale: float
-) -> None:
+def _statistics_gradient(upstream: Tensor, z: Tensor, dz: Tensor, stats: Tensor, index: Tensor, options: Options) -> None:
     """dz (N, V_r, S) of the classes here; a cap or a scale costs a copy of z and one of its gradient in the sums' precision."""
     if not z.numel():
         return
     which, (m, s, _, _, mean, here) = dispatch.backend(z), stats
     view, of_log_prob, plain = dispatch.kernel_view(which), torch.where(here == 1, upstream[0], 0), z
     g = of_log_prob, upstream[1].contiguous(), upstream[2] - (upstream[0] - of_log_prob)
+    softcap, logit_scale = options.softcap, options.logit_scale
     dplain, changed = dz, softcap is not None or logit_scale != 1.0
     if changed:
-        plain = z.to(stats.dtype) * logit_scale
-        plain = plain if softcap is None else softcap * (plain / softcap).tanh()
+        plain = _capped(z.to(stats.dtype), options)
         dplain = torch.empty_like(plain)
     dispatch.token_log_probs(which).backward(
         view(plain), view(index), view(torch.stack([m, s, mean])), view(g[0]), view(g[1]), view(g[2]), view(dplain),
