@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from hw3gpu import _error_bounds, reference
-from hw3gpu._cli.measure import max_error, share_of_bound, tolerance
+from hw3gpu._cli.measure import max_error, share_of_bound, tolerance, ulp
+from hw3gpu._error_bounds import rounding
 from measure import close
 
 EPS = 1e-5
@@ -334,3 +335,37 @@ def test_the_bound_alone_refuses_what_pytorch_does_too(fault: str) -> None:
     case = PYTORCHS_OWN[fault]()
     assert share_of_bound(case.wrong, case.sheet, case.dtype, case.bound) > 1.0
     assert share_of_bound(case.right, case.sheet, case.dtype, case.bound) <= 1.0
+
+
+# ---------------------------------------------------------------------------------------------- what the bounds are made of
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_unit_in_the_last_place_is_the_distance_of_neighbours(dtype: str) -> None:
+    """Of ordinary numbers, at both ends of the normal ones, below them, and of 0."""
+    of = getattr(torch, dtype)
+    limits = torch.finfo(of)
+    for value in (1.0, 1.75, 1000.0, limits.max / 1.5, limits.tiny, 1.5 * limits.tiny, limits.tiny / 2, 0.0):
+        x = torch.tensor(value, dtype=of)
+        assert ulp(float(x), dtype) == float(torch.nextafter(x, torch.tensor(np.inf, dtype=of)).double() - x.double())
+        assert ulp(-float(x), dtype) == ulp(float(x), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_a_rounding_costs(dtype: str) -> None:
+    """Half a unit of 1, and of a number below the normal ones no more than the smallest of these."""
+    limits = np.finfo(dtype)
+    assert rounding.unit_roundoff(dtype) == limits.eps / 2
+    assert rounding.result(0.0, dtype) == limits.tiny
+    assert rounding.result(3.0, dtype) == 1.5 * limits.eps + limits.tiny
+    assert rounding.times(np.array([0.0, 1.0, 2.0]), np.array([np.inf, 3.0, 4.0])).tolist() == [0.0, 3.0, 8.0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["relu", "silu", "hardswish", "gelu"])
+def test_the_bounds_of_activations_are_a_few_units(kind: str, dtype: str) -> None:
+    """6 u of what goes in, and of what comes out 10 u and another a unit of |p|, of which an exponential is; 14 u of a slope."""
+    p, u = np.linspace(-20, 20, 401), rounding.unit_roundoff(dtype)
+    y = abs(reference.activation(p, kind))
+    forward = _error_bounds.activation(p, kind, dtype=dtype) / u
+    assert np.all(forward <= 6.1 * abs(p) + (10.1 + abs(p)) * y + 1e-6)
+    assert kind == "relu" or np.all(forward >= y)
+    assert np.all(_error_bounds.activation_backward(1.0, p, kind, dtype=dtype) <= 14 * u)

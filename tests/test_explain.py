@@ -14,7 +14,7 @@ import torch
 import hw3gpu
 import hw3gpu.functional as HF
 from benchmarks.ledger import ledger
-from hw3gpu import explain, use_backend
+from hw3gpu import _explain, explain, use_backend
 from hw3gpu.__main__ import main
 from hw3gpu._cli.standard_calls import standard_calls
 from hw3gpu._core import arrays, dispatch, record
@@ -261,6 +261,11 @@ def test_a_functions_own_errors_pass_and_nothing_stays_behind():
     explain(hw3gpu.softmax, np.zeros(3))
     assert record._open.get() is None
     assert dispatch.threads.observer.get() is None
+
+
+def test_sizes_are_said_in_the_largest_unit_that_they_fill():
+    sizes = {1023: "1023 B", 1024: "1.0 KiB", 1 << 20: "1.0 MiB", (1 << 30) - 1: "1024.0 MiB", 3 << 29: "1.5 GiB"}
+    assert {n: _explain._size(n) for n in sizes} == sizes
 
 
 # ---------------------------------------------------------------------------------------------- the command
