@@ -362,7 +362,7 @@ def test_what_a_rounding_costs(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", ["relu", "silu", "hardswish", "gelu"])
 def test_the_bounds_of_activations_are_a_few_units(kind: str, dtype: str) -> None:
-    """6 u of what goes in, and of what comes out 10 u and another a unit of |p|, of which an exponential is; 14 u of a slope."""
+    """6 u of what goes in; of what comes out 10 u and another a unit of |p|, of which an exponential is; 14 u of a slope."""
     p, u = np.linspace(-20, 20, 401), rounding.unit_roundoff(dtype)
     y = abs(reference.activation(p, kind))
     forward = _error_bounds.activation(p, kind, dtype=dtype) / u
