@@ -53,7 +53,7 @@ def as_rounded(reference: Any, dtype: str) -> np.ndarray:
 
 
 def _errors(actual: Any, reference: Any, dtype: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """|actual - reference| and |reference| where that is finite; None where NaN or infinity stands in a wrong place."""
+    """|actual - reference| and |reference| where that is finite; None where NaN or infinity is in a wrong place."""
     actual, reference = np.asarray(actual, dtype=np.float64), as_rounded(reference, dtype)
     if actual.shape != reference.shape:
         raise ValueError(f"actual: expected the shape of reference, {reference.shape}, got {actual.shape}")

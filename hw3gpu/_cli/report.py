@@ -78,7 +78,7 @@ bound.</p>
 <dl>{said}</dl>
 <h2>Error over its bound</h2>
 <p>A mark is an output: the largest share, over its elements, of an error in its bound. Right of 1 PyTorch's error has to allow
-it. What is exact, or below {LEAST:g}, stands at the left end; what is not finite at the right end.</p>
+it. Results that are exact, or below {LEAST:g}, are at the left end; results that are not finite at the right end.</p>
 <div class="wide">{_plot(checks)}</div>
 <h2>All outputs</h2>
 <p>A click on a heading sorts.</p>

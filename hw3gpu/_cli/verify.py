@@ -38,7 +38,7 @@ BESIDE, FEW_ROWS = ("float64", "bfloat16"), 2
 class Check:
     """One output of one operation on one back end, array kind and dtype.
 
-    Errors are max |error|. `error` is None where NaN or infinity stands in a wrong place or the operation raised, as
+    Errors are max |error|. `error` is None where NaN or infinity is in a wrong place or the operation raised, as
     `note` says; `torch_error` is None where PyTorch's result has them in a wrong place. `tolerance` is what PyTorch's error
     allows; `of_bound` the largest share, over the elements, that an error has of the bound that error analysis gives.
     `held_by` says which of the two the result keeps: 'both', 'PyTorch', 'bound' or 'neither'.

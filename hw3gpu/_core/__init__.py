@@ -1,1 +1,1 @@
-"""What both sides of the library stand on: the choice of kernels, arrays, outputs, checks."""
+"""What array functions and PyTorch functions share: the choice of kernels, arrays, outputs, checks."""

@@ -54,7 +54,7 @@ def got_dtype(x: Array, name: str) -> str:
 
 
 def shape_of(x: Array) -> str:
-    """A shape as it stands in a message: '(32, 3, 28, 28)'."""
+    """A shape for a message: '(32, 3, 28, 28)'."""
     return str(tuple(x.shape))
 
 

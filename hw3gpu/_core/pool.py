@@ -31,7 +31,7 @@ VARIABLE = "HW3GPU_CPU_CACHE_MB"
 
 
 def limit() -> int:
-    """Bytes that may lie idle, from HW3GPU_CPU_CACHE_MB as it is now. ValueError if that is no number of at least 0."""
+    """Bytes that may be kept idle, from the current HW3GPU_CPU_CACHE_MB. ValueError if that is no number of at least 0."""
     text = os.environ.get(VARIABLE)
     if not text:
         return _DEFAULT
@@ -180,7 +180,7 @@ def empty(shape: Sequence[int], dtype: np.dtype, strides: Sequence[int] | None =
 
 
 def idle_bytes() -> int:
-    """Bytes that lie idle now."""
+    """Bytes that are idle now."""
     _pool._settle()
     return _pool.idle_bytes
 

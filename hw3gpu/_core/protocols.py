@@ -1,7 +1,7 @@
 """The launchers of each operation, which both engines have with the same arguments: one Protocol for an operation.
 
 `dispatch` returns a module of `kernels/gpu` or `kernels/cpu` as the Protocol of its operation; mypy holds both modules to it.
-What a launcher computes and writes stands in its docstring there. Operands are torch tensors on the GPU and NumPy arrays on
+The docstring of a launcher there says what it computes and writes. Operands are torch tensors on the GPU and NumPy arrays on
 the CPU (`dispatch.kernel_view`); launchers write into operands that the caller allocated, and return nothing.
 """
 

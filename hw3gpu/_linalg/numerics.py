@@ -241,7 +241,7 @@ def symmetric(ns: Numerics, x: Array, name: str, dtype: str) -> Symmetric:
 
 
 def _check_symmetric(ns: Numerics, a: Array, name: str, largest: np.ndarray, asymmetry: np.ndarray) -> None:
-    """ValueError unless max |a_ij|, `largest`, is finite and max |a_ij - a_ji| small beside it, for each matrix."""
+    """ValueError unless for each matrix max |a_ij|, `largest`, is finite, and max |a_ij - a_ji| small compared with it."""
     if not np.isfinite(largest).all():
         raise _not_finite(ns, a, name)
     tolerance = SYMMETRY_TOLERANCE * eps(str(a.dtype))
@@ -287,7 +287,8 @@ def _asymmetry(xp: ModuleType, a: Array) -> Array:
 
 
 def matmul(xp: ModuleType, a: Array, b: Array) -> Array:
-    """a @ b. Large matrices on the host go to the BLAS of SciPy's LAPACK: the idle threads of NumPy's would spin beside it."""
+    """a @ b. Large matrices on the host use the BLAS of SciPy's LAPACK: idle threads of NumPy's BLAS would take its
+    processors."""
     if xp is np and a.ndim > 2:
         return in_parts(lambda a, b: (a @ b,), a, b)[0]
     if xp is not np or max(*a.shape, *b.shape) < _THREADED:

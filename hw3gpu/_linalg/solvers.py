@@ -110,9 +110,9 @@ def _check_solved(ns: Numerics, values: Array) -> None:
 
 
 def _without_zeros(xp: ModuleType, s: Array) -> tuple[Array, Array]:
-    """`s` with diag(0, 1, …) for each zero matrix, of which cuSOLVER may make NaN, and which ones these are.
+    """`s` with diag(0, 1, …) in place of each zero matrix, for which cuSOLVER may return NaN, and which matrices these are.
 
-    For one that is not finite too, of which no check has told the host yet.
+    A matrix that is not finite is replaced too, because the check for that has not reached the host yet.
     """
     zero = ~(xp.any(s != 0, axis=(-2, -1)) & xp.isfinite(s).all(axis=(-2, -1)))
     numbers = xp.arange(s.shape[-1], dtype=real_dtype(str(s.dtype)))

@@ -150,7 +150,7 @@ class _FusedForward(Fused):
 
 
 class _FusedSequential(Fused):
-    """Of `torch.nn.Sequential`: what stands next to each other when it is called."""
+    """For `torch.nn.Sequential`: fuses modules that are neighbours when it is called."""
 
     def forward(self, input: Any) -> Any:
         waiting = None

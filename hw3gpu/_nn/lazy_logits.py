@@ -254,7 +254,7 @@ _METADATA |= {torch.numel, Tensor.__len__, Tensor.is_complex, torch.is_complex, 
 
 # ---------------------------------------------------------------------------------------------- heads
 class LazyHead(torch.nn.Linear):
-    """`torch.nn.Linear` whose result is `LazyLogits` where nobody traces."""
+    """`torch.nn.Linear` whose result is `LazyLogits`, except under a tracer."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, D) -> (…, V)."""

@@ -266,7 +266,7 @@ def differentiable(return_stats: bool) -> None:
 
 
 def predictable(classes: int, x: Tensor, otherwise: str = "") -> None:
-    """Checks that the statistic `predicted` can be told: the kernels count classes in the precision of the sums."""
+    """Checks that the statistic `predicted` is exact: the kernels count classes in the precision of the sums."""
     if classes > EXACT and accumulate_dtype(x) is torch.float32:
         raise ValueError(f"return_stats: expected at most {EXACT} classes, which float32 can count{otherwise}, got {classes}")
 

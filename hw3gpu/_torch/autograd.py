@@ -69,7 +69,7 @@ class _NoDerivative(torch.autograd.Function):
 def no_derivative(message: str, x: torch.Tensor, *depends_on: torch.Tensor, copied: bool = False) -> torch.Tensor:
     """`x`, with a graph to the tensors it depends on: to differentiate it raises RuntimeError, instead of giving no gradient.
 
-    `copied`: PyTorch lets nobody write into a result that is a view.
+    `copied`: PyTorch does not allow a result that is a view to be written.
     """
     return _NoDerivative.apply(message, copied, x, *depends_on)
 
@@ -84,7 +84,7 @@ def no_second_derivative(name: str) -> Callable[[Callable[..., Any]], Callable[.
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def tied(ctx: Any, *upstream: Any) -> Any:
-            if not torch.is_grad_enabled():  # the common case: nobody will differentiate again
+            if not torch.is_grad_enabled():  # the common case: no second derivative
                 return backward(ctx, *upstream)
             with torch.no_grad():
                 gradients = backward(ctx, *upstream)

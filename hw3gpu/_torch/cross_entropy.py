@@ -165,7 +165,7 @@ class _CrossEntropy(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         if upstream is None:
             return None, None, None
-        if torch.is_grad_enabled():  # somebody will differentiate again
+        if torch.is_grad_enabled():  # the gradient will be differentiated again
             return *cross_entropy_formula.gradients(upstream, logits, target, weight, ctx.options, needs), None
         given = (upstream, logits, target, weight, numbers, denominator)
         dtarget = target_gradient(*given, ctx.options) if needs[1] else None

@@ -141,7 +141,7 @@ def _relative_entropy(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
 class _Divergences(torch.autograd.Function):
     """Forward reads both once and keeps eight numbers a row; backward reads them once and writes the gradients asked for.
 
-    `rest` names what runs: the kernels, or the operators around them where somebody traces.
+    `rest` has the functions that run: the kernels, or under a tracer the operators around them.
     """
 
     @staticmethod
@@ -163,7 +163,7 @@ class _Divergences(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         if upstream is None:
             return (None,) * 4
-        if torch.is_grad_enabled():  # somebody will differentiate again
+        if torch.is_grad_enabled():  # the gradient will be differentiated again
             found = gradients_with_a_graph(
                 lambda: (formula(student, teacher, mask, ctx.options),), (student, teacher), (upstream,), needs
             )

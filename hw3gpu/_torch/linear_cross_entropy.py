@@ -134,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         if upstream is None:
             return None, None, None, None, None, None
-        if torch.is_grad_enabled():  # somebody will differentiate again
+        if torch.is_grad_enabled():  # the gradient will be differentiated again
             if ctx.rest.factors is not None:
                 upstream, options = upstream * ctx.rest.factors, options._replace(reduction="none")
             return *formula_gradients(upstream, problem, options, needs), None, None

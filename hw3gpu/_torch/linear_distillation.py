@@ -138,7 +138,7 @@ class _LinearDivergences(torch.autograd.Function):
         needs = ctx.needs_input_grad[:6]
         if upstream is None:
             return (None,) * 9
-        if torch.is_grad_enabled():  # somebody will differentiate again
+        if torch.is_grad_enabled():  # the gradient will be differentiated again
             found = gradients_with_a_graph(lambda: (formula(tensors, mask, *ctx.options[:3]),), tensors, (upstream,), needs)
         else:
             given: tuple[Any, ...] = (upstream, *tensors, mask, stats, *ctx.options, list(needs))

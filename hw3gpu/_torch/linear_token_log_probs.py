@@ -129,7 +129,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         upstream, needs = upstream[:3], ctx.needs_input_grad[:3]
         if all(g is None for g in upstream):
             return (None,) * 6
-        if torch.is_grad_enabled():  # somebody will differentiate again
+        if torch.is_grad_enabled():  # the gradient will be differentiated again
             found = gradients_with_a_graph(lambda: formula(problem, *ctx.options[:2]), problem[:3], upstream, needs)
             return *found, *[None] * 3
         given: tuple[Any, ...] = (*upstream, *problem[:4], sums, *ctx.options, needs)

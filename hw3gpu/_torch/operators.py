@@ -71,7 +71,8 @@ def traced(x: torch.Tensor) -> bool:
 
 
 def eager() -> bool:
-    """True where nobody traces or transforms: what `traced` is for every plain tensor with memory, and `transformed`."""
+    """True without a compiler, tracer or transform: then `traced` is False for plain tensors with memory, and so is
+    `transformed`."""
     # `_somebody_traces`, spelt out: every call asks
     return not (
         torch.compiler.is_compiling()

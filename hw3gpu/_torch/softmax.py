@@ -76,7 +76,7 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody will differentiate again
+        if torch.is_grad_enabled():  # the gradient will be differentiated again
             g, p = (v.to(accumulate_dtype(y)) for v in (dy, y))
             dz = (p * (g - (g * p).sum(ctx.dim, keepdim=True))).to(y.dtype)
         else:

@@ -116,7 +116,7 @@ def formula(logits: Tensor, target: Tensor, temperature: float, ignore_index: in
 class _TokenLogProbs(torch.autograd.Function):
     """Forward reads the logits once and keeps four numbers a row; backward reads them once and writes the gradient.
 
-    `rest` names what runs: the kernels, or the operators around them where somebody traces.
+    `rest` has the functions that run: the kernels, or under a tracer the operators around them.
     """
 
     @staticmethod
@@ -137,7 +137,7 @@ class _TokenLogProbs(torch.autograd.Function):
         upstream = upstream[:3]
         if all(g is None for g in upstream):
             return None, None, None
-        if torch.is_grad_enabled():  # somebody will differentiate again
+        if torch.is_grad_enabled():  # the gradient will be differentiated again
             found = gradients_with_a_graph(lambda: formula(logits, target, *ctx.options), (logits,), upstream, (True,))
             return found[0], None, None
         return ctx.backward(*upstream, logits, target, stats, *ctx.options), None, None

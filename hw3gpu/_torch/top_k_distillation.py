@@ -95,7 +95,7 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         logits, indices, mask, stats, found = ctx.saved_tensors
         options = ctx.options
-        if torch.is_grad_enabled():  # somebody will differentiate again
+        if torch.is_grad_enabled():  # the gradient will be differentiated again
             with torch.enable_grad():
                 again = _over_temperature(
                     logits, indices, torch.logsumexp(logits.to(found.dtype) / options.temperature, options.dim), mask, options

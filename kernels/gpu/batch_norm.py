@@ -71,7 +71,7 @@ def _access(x) -> tuple[int, int]:
 
 
 def _follower(x, t) -> int:
-    """MODE of an operand beside x."""
+    """MODE of an operand `t` of a kernel whose lanes follow x."""
     return operand_mode(2, x, t, _access(x)[1])
 
 
@@ -99,7 +99,7 @@ def _plan(x, operands, extra=(), alike=None, sums=False, valid=None, act=0) -> t
 
 
 def _strides_and_mode(name, x, t) -> tuple[tuple[int, ...], dict[str, int]]:
-    """(strides, {name: MODE}) of an operand t beside x; t may be None."""
+    """(strides, {name: MODE}) of an operand t of such a kernel; t may be None."""
     return ((0, 0, 0), {name: 0}) if t is None else (t.stride(), {name: _follower(x, t)})
 
 

@@ -34,7 +34,7 @@ from .row_plan import plan_columns, plan_reduce, plan_rows
 
 
 class _Options(NamedTuple):
-    """What a row's loss is made by, beside its target."""
+    """What decides the loss of a row, apart from its target."""
 
     ignore_index: int
     label_smoothing: float
@@ -78,7 +78,7 @@ def _launch_forward(
     strides, fixed, constants = _call(z, given, z if dz is None else dz, options)
     unit_s = z.stride(2) == 1 and z.stride(1) != 1
     more = stats is not None and len(stats) > 3
-    # beside a long row that stays the search for its arg max takes registers
+    # with a long row that stays in registers, the search for its arg max takes more of them
     with_stats = more and (constants["DENSE"] or (dz is not None and V > 16384))
     extra_per_lane = constants["DENSE"] + (constants["CAPPED"] or with_stats)
     rare = more or constants["SOFT"] or weight is not None or constants["Z_LOSS"]

@@ -44,7 +44,7 @@ def launch(
     kernel: Any, programs: int, *args: Any,
     plan: Any = None, reads: tuple[str, ...] = (), writes: tuple[str, ...] = (), again: float = 0.0, **constants: Any,
 ) -> None:  # fmt: skip
-    """`kernel[(programs,)](…)`, noted in the current `Recording` if there is one, and told to an `observer`.
+    """`kernel[(programs,)](…)`, recorded in the current `Recording` and reported to the `observer`, if there is one.
 
     For the observer alone: plan, what decided the launch; reads and writes, the whole tensors that the kernel moves, named as
     its arguments are without `_ptr`; again, what it reads beyond once, as a fraction of that.
@@ -63,7 +63,7 @@ def launch(
 def _seen(
     kernel: Any, plan: Any, programs: int, args: tuple[Any, ...], reads: tuple[str, ...], writes: tuple[str, ...], again: float
 ) -> tuple[Any, ...]:
-    """A launch as an observer is told of it."""
+    """The arguments with which an observer is called for a launch."""
     of = dict(zip(kernel.arg_names, args, strict=False))
 
     def moved(names: tuple[str, ...], times: float) -> tuple[tuple[str, int, int | None], ...]:
@@ -94,7 +94,7 @@ _counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 def counter(device: torch.device) -> torch.Tensor:
     """An int32 that is 0 when a kernel of the current stream begins: each stream has one, and each kernel sets it to 0 again.
 
-    A CUDA graph may run beside the stream's kernels and other graphs: it has one of its own, which the graph sets to 0.
+    A CUDA graph may run at the same time as the stream's kernels and other graphs: it has its own counter, and sets it to 0.
     """
     made = _counter(device)
     recording = _recording.get()
@@ -131,7 +131,7 @@ class Bound:
         self, launches: tuple[_Launch, ...], scratch: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...], n: int,
         seen: tuple[tuple[Any, ...], ...],
     ) -> None:  # fmt: skip
-        """n: how many operands there are. seen: the launches as an observer is told of them."""
+        """n: the number of operands. seen: the arguments of an observer for each launch."""
         self._launches, self._scratch, self._seen = launches, scratch, seen
         self._direct = _as_code(launches, scratch, n)
 
@@ -203,7 +203,7 @@ class Recording:
         _recording.reset(self._token)
 
     def note(self, compiled: Any, programs: int, args: tuple[Any, ...], seen: tuple[Any, ...]) -> None:
-        """Notes one launch. seen: as an observer is told of it."""
+        """Records one launch. seen: the arguments of an observer for it."""
         self._launches.append((compiled, programs, args))
         self._seen.append(_on_other_memory(seen))
 

@@ -40,8 +40,8 @@ class RowPlan:
 def resident_lanes(extra_per_lane: int, itemsize: int, mode: int) -> int:
     """The most lanes of a row that can stay in registers without a spill.
 
-    extra_per_lane: how many numbers a lane the kernel keeps beside exp(z): 0 softmax, cross entropy of hard targets; 1 softmax
-    backward, soft targets or smoothing, a softcap, or the rows' statistics beside a gradient alone; 2 soft targets or smoothing
+    extra_per_lane: how many numbers a lane the kernel keeps in addition to exp(z): 0 softmax, cross entropy of hard targets; 1
+    softmax backward, soft targets or smoothing, a softcap, or the rows' statistics with a gradient; 2 soft targets or smoothing
     with the rows' statistics or a softcap; 3 a divergence of two rows.
     """
     if mode == STRIDED:
@@ -71,7 +71,7 @@ def plan_rows(
     registers allow; 0: no persistent programs.
     """
     lanes, neighbours = body_lanes(V, itemsize, mode), unit_s and S > 1
-    # numbers beside a lane, edges of rows and strides cost registers: fewer lanes a thread
+    # extra numbers of a lane, edges of rows and strides cost registers: fewer lanes a thread
     spread = 1 if mode == ALIGNED and not extra_per_lane else 4 if mode != ALIGNED and extra_per_lane > 1 else 2
     spread = min(spread, itemsize)  # and at least 16 bytes a thread
     if neighbours:
@@ -113,7 +113,7 @@ def plan_rows(
         return _plain_long_row(V, itemsize, block_r, resident, tensors, extra_per_lane, rows_ahead, device)
     keep, block_v, num_warps = _tiles_of_a_long_row(resident, itemsize, mode, neighbours, extra_per_lane, dense)
     in_turn_or_on_16 = row_reused and (rows_ahead > 0 or mode == ALIGNED)
-    # of neighbours as many as 16 warps may have: told so, ptxas does not spill
+    # of neighbours as many as 16 warps may have: with this limit ptxas does not spill
     of_neighbours = 128 if extra_per_lane > 1 else None
     registers = (
         of_neighbours if neighbours else _registers_of_tiles(itemsize, mode, extra_per_lane, num_warps, in_turn_or_on_16)
@@ -140,13 +140,13 @@ def _plain_long_row(
 def _tiles_of_a_long_row(
     resident: int, itemsize: int, mode: int, neighbours: bool, extra_per_lane: int, dense: bool
 ) -> tuple[int, int, int]:
-    """(KEEP, BLOCK_V, warps). The loop over the tail keeps strides, or float64's edges, beside the lanes: more registers."""
+    """(KEEP, BLOCK_V, warps). The loop over the tail also keeps strides, or float64's edges: more registers."""
     if neighbours:
         return max(resident // 4, 1), max(resident // 4, 1), 16 if extra_per_lane > 1 else 8
     if itemsize == 8:
         return resident // 2, 512 << (mode != SHIFTED or extra_per_lane > 0), 16 if extra_per_lane or mode == STRIDED else 8
     if extra_per_lane > 1:
-        block_v = 2048 if mode == STRIDED else 1024 * itemsize  # offsets of 64 bits beside the lanes
+        block_v = 2048 if mode == STRIDED else 1024 * itemsize  # and offsets of 64 bits
         return min(resident, 4096), block_v, 16 if mode == ALIGNED and itemsize == 4 else 8
     if dense:
         return min(resident, 8192), 16384 // itemsize, 16
@@ -222,7 +222,7 @@ def plan_columns(
 ) -> ColumnPlan:
     """The plan for an elementwise pass over rows of V values, S of them neighbours; arguments as in `plan_rows`.
 
-    light: there are few numbers beside each value: no q, no softcap.
+    light: there are few other numbers for each value: no q, no softcap.
     """
     lanes = body_lanes(V, itemsize, mode)
     crowded = mode == STRIDED or itemsize == 8 or tensors > 1

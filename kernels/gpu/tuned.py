@@ -1,4 +1,4 @@
-"""Plans that were measured to be faster on a device than the computed ones: `tuned.json` beside this file, if it exists.
+"""Plans that were measured to be faster on a device than the computed ones: `tuned.json` in this folder, if it exists.
 
 `python -m benchmarks gpu --tune` writes such a file. It holds, for the name of a device, entries like
 
