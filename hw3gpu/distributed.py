@@ -20,7 +20,7 @@ from ._torch import arguments, cross_entropy_formula, operators, vocab_parallel_
 from ._torch import sync_batch_norm as _sync_batch_norm
 from ._torch import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
 from ._torch import vocab_parallel_linear_cross_entropy as _vocab_parallel_linear_cross_entropy
-from ._torch.autograd import accumulate_dtype, as_dtype, graph_is_needed
+from ._torch.autograd import as_dtype, graph_is_needed
 from ._torch.cross_entropy_formula import CrossEntropyStatistics, Options
 from ._torch.positions import packed
 from ._torch.row_weights import RowWeights, weighed
@@ -134,7 +134,7 @@ def vocab_parallel_cross_entropy(
     second derivative.
     """
     arguments.statistics(return_stats, differentiable)
-    vocab_parallel_arguments.cross_entropy(logits_shard, target, weight, ignore_index, reduction, label_smoothing)
+    weight = vocab_parallel_arguments.cross_entropy(logits_shard, target, weight, ignore_index, reduction, label_smoothing)
     vocab_parallel_arguments.first_class(vocab_start)
     z_loss, softcap, logit_scale = arguments.extra(z_loss, softcap, logit_scale, "auto", all_ignored)
     arguments.asked_dtype(loss_dtype)
@@ -144,8 +144,6 @@ def vocab_parallel_cross_entropy(
         arguments.predictable(logits_shard.shape[min(logits_shard.dim() - 1, 1)], logits_shard, " a process")
     shape, zero = tuple(target.shape), all_ignored == "zero"
     by = arguments.row_weights(token_weight, normalizer, shape, logits_shard, zero, "logits_shard") or RowWeights(None, None)
-    if weight is not None:
-        weight = weight.detach().to(accumulate_dtype(logits_shard)).contiguous()
     ignore_index = index(ignore_index)
     asked = Options(reduction, ignore_index, float(label_smoothing), z_loss, softcap, zero, logit_scale)
     start, name = -1 if vocab_start is None else index(vocab_start), _or_all(group).group_name

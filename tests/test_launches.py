@@ -163,7 +163,9 @@ def test_every_launch_compiles_and_stays_within_cudas_grid(call):
     with StandIn(90) as device:
         call()
     assert len(device.launches) >= 2
-    ptx = {kernel.asm["cubin"]: kernel.asm["ptx"] for kernel in gc.get_objects() if type(kernel) is CompiledKernel}
+    # also alive: what other tests compiled for AMD, which has no cubin
+    kernels = [it for it in gc.get_objects() if type(it) is CompiledKernel and "cubin" in it.asm]
+    ptx = {kernel.asm["cubin"]: kernel.asm["ptx"] for kernel in kernels}
     for launch in device.launches:
         assert all(1 <= n <= most for n, most in zip(launch.grid, GRID, strict=True)), launch.grid
         assert too_narrow(ptx[launch.binary], launch) == []

@@ -62,6 +62,15 @@ def same_device(v: Tensor, name: str, x: Tensor, of: str) -> None:
         raise RuntimeError(f"{name}: expected a tensor on {x.device}, where {of} is, got one on {v.device}")
 
 
+def axis(dim: Any, x: Tensor, of: str) -> int:
+    """`dim` counted from the front; IndexError unless `x` has that axis."""
+    if type(dim) is not int:
+        dim = check.integer_value(dim, "dim")
+    if not -x.dim() <= dim < x.dim():
+        raise IndexError(f"dim: expected an axis of {of} with shape {check.shape_of(x)}, got {dim}")
+    return dim % x.dim()
+
+
 def autocast(x: Tensor) -> bool:
     """True inside autocast for the device of `x`."""
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
@@ -212,17 +221,21 @@ def cross_entropy(
         if target.shape != rows:
             check.shape(target, "target", rows, "one class per row of input")
     same_device(target, "target", z, "input")
-    if weight is not None:
-        floating_tensor(weight, "weight")
-        check.shape(weight, "weight", (C,), "one weight per class")
-        same_device(weight, "weight", z, "input")
-        weight = as_dtype(weight.detach(), accumulate_dtype(z)).contiguous()
+    weight = None if weight is None else class_weights(weight, C, z, "input", "class")
     check.one_of(reduction, "reduction", REDUCTIONS)
     if type(label_smoothing) is not float:
         check.real_value(label_smoothing, "label_smoothing")
     if not 0.0 <= label_smoothing <= 1.0:
         raise check.ShapeError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
     return weight
+
+
+def class_weights(weight: Tensor, classes: int, x: Tensor, of: str, one: str) -> Tensor:
+    """The weights, one per `one`, in the kernels' dtype; checked."""
+    floating_tensor(weight, "weight")
+    check.shape(weight, "weight", (classes,), f"one weight per {one}")
+    same_device(weight, "weight", x, of)
+    return as_dtype(weight.detach(), accumulate_dtype(x)).contiguous()
 
 
 def may_be_known(z: Any, target: Any, reduction: Any, gradient: Any, all_ignored: Any) -> bool:
@@ -331,11 +344,7 @@ def token_log_probs(z: Tensor, target: Tensor, temperature: float, ignore_index:
     floating_tensor(z, "logits")
     tensor(target, "target")
     check.rank_at_least(z, "logits", 1, "…, V")
-    if type(dim) is not int:
-        dim = check.integer_value(dim, "dim")
-    if not -z.dim() <= dim < z.dim():
-        raise IndexError(f"dim: expected an axis of logits with shape {check.shape_of(z)}, got {dim}")
-    dim %= z.dim()
+    dim = axis(dim, z, "logits")
     if z.shape[dim] == 0:
         raise ValueError(f"logits: expected at least one class, got shape {check.shape_of(z)}")
     check.integer(target, "target")

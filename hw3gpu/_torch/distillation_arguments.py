@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._core import arrays, check
-from .arguments import REDUCTIONS, Operands, features, floating_tensor, like_input, number, same_device, scale, tensor
+from .arguments import REDUCTIONS, Operands, axis, features, floating_tensor, like_input, number, same_device, scale, tensor
 from .distillation import KINDS, TEACHERS, Divergence
 
 
@@ -70,11 +70,7 @@ def divergence(z: Tensor, temperature: float, kind: str, beta: float, dim: int) 
     beta = number(beta, "beta")
     if not 0.0 < beta < 1.0:
         raise ValueError(f"beta: expected a number between 0 and 1, got {beta}; at its ends the divergence is 0")
-    if type(dim) is not int:
-        dim = check.integer_value(dim, "dim")
-    if not -z.dim() <= dim < z.dim():
-        raise IndexError(f"dim: expected an axis of student with shape {check.shape_of(z)}, got {dim}")
-    return Divergence(kind, beta, scale(temperature, "temperature"), dim % z.dim())
+    return Divergence(kind, beta, scale(temperature, "temperature"), axis(dim, z, "student"))
 
 
 def _teacher_dtype(teacher: Tensor, name: str, student: Tensor, of: str) -> None:

@@ -6,20 +6,18 @@ from torch import Tensor
 
 from .._core import check
 from . import dtensor
-from .arguments import REDUCTIONS, features, floating_tensor, like_input, linear_problem, same_device, tensor
-from .autograd import accumulate_dtype, as_dtype
+from .arguments import REDUCTIONS, class_weights, features, floating_tensor, like_input, linear_problem, same_device, tensor
 from .cross_entropy_formula import Options
 from .linear_chunks import Problem
 
 
 def cross_entropy(
     z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
-) -> None:
-    """Checks every argument that PyTorch's function has."""
+) -> Tensor | None:
+    """Checks every argument that PyTorch's function has; the class weights in the kernels' dtype."""
     for name, v in (("logits_shard", z), ("target", target), ("weight", weight)):
         dtensor.refuse(v, name)
-    tensor(z, "logits_shard")
-    check.floating(z, "logits_shard")
+    floating_tensor(z, "logits_shard")
     tensor(target, "target")
     check.integer(target, "target")
     check.rank_at_least(z, "logits_shard", 1, "(V_r,), (N, V_r) or (N, V_r, d1, …)")
@@ -27,15 +25,13 @@ def cross_entropy(
     check.shape(target, "target", (*z.shape[:axis], *z.shape[axis + 1 :]), "one class per row of logits_shard")
     same_device(target, "target", z, "logits_shard")
     if weight is not None:
-        tensor(weight, "weight")
-        check.floating(weight, "weight")
-        check.shape(weight, "weight", (z.shape[axis],), "one weight per class of logits_shard")
-        same_device(weight, "weight", z, "logits_shard")
+        weight = class_weights(weight, z.shape[axis], z, "logits_shard", "class of logits_shard")
     check.integer_value(ignore_index, "ignore_index")
     check.one_of(reduction, "reduction", REDUCTIONS)
     check.real_value(label_smoothing, "label_smoothing")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+    return weight
 
 
 def token_log_probs(z: Tensor, target: Tensor) -> None:
@@ -66,10 +62,7 @@ def linear_cross_entropy(
     cross_entropy(logits, target.reshape(-1), None, asked.ignore_index, asked.reduction, asked.label_smoothing)
     first_class(vocab_start)
     if weight is not None:
-        floating_tensor(weight, "weight")
-        check.shape(weight, "weight", (len(W),), "one weight per row of linear_weight")
-        same_device(weight, "weight", x, "input")
-        weight = as_dtype(weight.detach(), accumulate_dtype(x)).contiguous()
+        weight = class_weights(weight, len(W), x, "input", "row of linear_weight")
     return linear_problem(rows, W, target.reshape(-1), b, weight)
 
 
