@@ -158,11 +158,8 @@ def _load_engines(requested: str, given: dict[str, Any]) -> None:
 def _explanation(name: str, found: Record, requested: str, source: str) -> Explanation:
     launches = tuple(Launch(of.kernel, of.grid, of.plan, of.reads, of.writes) for of in found.launches)
     engine = found.engines[0] if found.engines else launches[0].kernel.partition(".")[0] if launches else None
-    path = tuple(found.paths)
-    if launches and not path:
-        path = ("launchers on views of the arrays",)
-    elif not launches and not path:
-        path = ("no kernel: plain Python and the array library's own functions",)
+    of_kernels = "launchers on views of the arrays"
+    path = tuple(found.paths) or (of_kernels if launches else "no kernel: plain Python and the array library's own functions",)
     copies = tuple(
         dict.fromkeys(
             f"{of} {_size(nbytes)} for {one.kernel}" for one in launches for of, nbytes, owner in one.reads if owner == ""
@@ -191,9 +188,5 @@ def _grid(grid: Any) -> str:
 
 
 def _size(nbytes: int) -> str:
-    if nbytes < 1024:
-        return f"{nbytes} B"
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if nbytes >= size:
-            return f"{nbytes / size:.1f} {unit}"
-    raise AssertionError(nbytes)
+    unit = min(max(nbytes.bit_length() - 1, 0) // 10, 3)  # the power of 1024
+    return f"{nbytes / 1024**unit:.1f} {'KMG'[unit - 1]}iB" if unit else f"{nbytes} B"

@@ -148,9 +148,9 @@ def minor_components(points: Array, k: int, *, largest: bool = False, ddof: int 
     """The k directions in which points vary least: `minimize_trace` of their covariance, which is never formed.
 
     Uses the singular values σ of the centred points X (n, m), by LAPACK's gesdd or, on a GPU, cuSOLVER's gesvd (of stacks up to
-    32 by 32, gesvdj): λ = σ² / (n - ddof). As the
-    condition number of the covariance is the square of that of X, this finds small eigenvalues to eps · λ_max · (λ /
-    λ_max)^(1/2) where the covariance has them to eps · λ_max. `largest=True` gives the principal components instead.
+    32 by 32, gesvdj): λ = σ² / (n - ddof). The condition number of the covariance is the square of that of X. So an error of a
+    small eigenvalue is eps · λ_max · (λ / λ_max)^(1/2) here, and eps · λ_max by way of the covariance. `largest=True` gives the
+    principal components instead.
 
     The certificate is Weyl's inequality: X = UΣVᵀ + E, with E and the departures of U and V from orthogonality bounded in
     floating point, puts every singular value of X within that bound of a computed one. `margin` is the largest of the

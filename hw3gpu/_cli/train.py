@@ -172,13 +172,11 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         _refuse(f"argument --device: expected cpu, cuda or cuda:N, got {name!r}")
     found = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= found:
         _refuse(f"argument --device: {name} is not there: torch finds {found} CUDA devices")
-    if device.type == "cpu" and device.index:
-        _refuse(f"argument --device: expected cpu, cuda or cuda:N, got {name!r}")
     try:
         pool.limit()
         dispatch.check_threads()

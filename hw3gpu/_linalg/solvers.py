@@ -25,7 +25,6 @@ METHODS = ("auto", "syevr", "syevd", "syevdx", "syev_batched")
 _GPU_BATCH_ELEMENTS, _GPU_BATCH = 2**26, 2**20
 
 
-# ---------------------------------------------------------------------------------------------------------- checks
 # --------------------------------------------------------------------------------------------------------- solvers
 def smallest(ns: Numerics, s: Array, k: int, method: str) -> tuple[Array, Array, str]:
     """Eigenvalues 1…c of each matrix of `s`, ascending, at least as many eigenvectors as a certificate for k needs, and the
