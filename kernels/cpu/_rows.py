@@ -50,21 +50,7 @@ def exps_workspace(V, acc) -> np.ndarray:
 @inline
 def exp_and_sum_minus_1(z, shift, e, ahead) -> float:
     """e = exp(z - shift), shift = max z, in `exps_workspace`; returns sum e - 1. Meanwhile fetches the row `ahead`."""
-    total, size, count = 0.0, z.size, width(z)
-    for first in range(0, size, CHUNK):
-        i, last = first, min(first + CHUNK, size)
-        a = zeros_like(load_lanes(z, i, 0, 0.0))
-        while i + count <= last:
-            prefetch(ahead, i)
-            x = exp(load_lanes(z, i, width(z), 0.0) - shift)
-            store_lanes(e, i, width(z), x)
-            a = a + x
-            i += count
-        if i < last:
-            x = exp(load_lanes(z, i, last - i, -math.inf) - shift)
-            store_lanes(e, i, width(z), x)
-            a = a + x
-        total += np.float64(sum_of(a))
+    total = sum_of_row(z, _kept, (z, shift, e), ahead)
     return total - 1.0 if not total < SMALL else small_sum_exp_minus_1(z, _stored, (e,))
 
 
@@ -110,6 +96,14 @@ def sum_exp_minus_1_of_logits(z, shift, ahead) -> float:
     """sum exp(z - max z) - 1, as `exp_and_sum_minus_1` has it. Meanwhile fetches the row `ahead`."""
     total = sum_of_row(z, _computed, (z, shift), ahead)
     return total - 1.0 if not total < SMALL else small_sum_exp_minus_1(z, _computed, (z, shift))
+
+
+@inline
+def _kept(i, exist, args) -> Lanes:
+    z, shift, e = args
+    x = exp(load_lanes(z, i, exist, -math.inf) - shift)
+    store_lanes(e, i, width(z), x)
+    return x
 
 
 @inline
