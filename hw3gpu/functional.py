@@ -70,10 +70,9 @@ def batch_norm(
     input without an element may have one axis, vectors of other floating dtypes, and no running statistics in evaluation.
 
     residual: of input's shape and dtype, added to the result. activation: "relu", "silu", "hardswish" or "gelu" (the one with
-    erf), applied after that; at infinities and NaN it is PyTorch's. Both cost no further pass over the result (on the CPU small
-    float32 calls leave them to PyTorch's operations, which takes less time: docs/cpu.md). The backward
-    pass computes what went into the activation again, from input and residual, which it reads (and which must not be changed
-    until then). For "relu" a GPU keeps one bit an element instead, and the CPU, where there is a residual, the result.
+    erf), applied after that; at infinities and NaN it is PyTorch's. Both cost no further pass over the result. Backward
+    computes what went into the activation again, from input and residual, which it reads (and which must not be changed
+    until then). For "relu" a GPU keeps one bit an element instead, and the CPU the result.
 
     mask: bool, (N, …) as input without its channels, or a shape that broadcasts to it: True where a value counts. lengths: for
     (N, C, L), integers (N,): how many of the first positions of each sample count. Give one of the two. The statistics are
@@ -93,10 +92,12 @@ def batch_norm(
     """
     fused = residual is not None or activation is not None
     masked = mask is not None or lengths is not None
-    if not masked and (not fused or _batch_norm.may_be_finished(input, residual, activation)):
-        y = _batch_norm.by_address(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    if not masked:
+        y = _batch_norm.by_address(
+            input, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation
+        )  # fmt: skip
         if y is not None:
-            return _batch_norm.finished(y, residual, activation) if fused else y
+            return y
     arguments.tensor(input, "input")
     call = counted = None
     if not masked:

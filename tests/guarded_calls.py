@@ -257,7 +257,9 @@ def batch_norms(last: bool, fused: bool, masked: bool = False) -> Callable[..., 
         if fused and not last and not masked:  # each operand without the others
             batch_norm.normalize(x, mean, rstd, gamma, beta, y, residual=forward["residual"])
             batch_norm.normalize(x, mean, rstd, gamma, beta, y, activation="relu")
-            batch_norm.backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, activation="relu", beta=beta)
+            relu = {"activation": "relu", "residual": values(g.numbers)}
+            batch_norm.backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, **relu)
+            batch_norm.inference_backward(dy, x, mean, rstd, gamma, dx, dgamma, dbeta, **relu, dresidual=values(g.out))
 
     return call
 
@@ -295,6 +297,21 @@ def batch_norms_at_addresses(g: Guard, N: int, C: int, S: int) -> None:
         batch_norm_small.forward(*operands, N, C, S, eps=1e-5, momentum=0.1)
         operands = at["dy"], at["x"], at["stats"], given * at["gamma"], at["dx"], at["dgamma"], at["dbeta"]
         batch_norm_small.backward(*operands, N, C, S)
+
+
+def fused_at_addresses(g: Guard, N: int, C: int, S: int) -> None:
+    """ReLU's loops take the result; the others' compute it again, with a residual."""
+    x, dy, beside, y, dx, dresidual = (make(N, C, S) for make in (*[g.numbers] * 3, *[g.out] * 3))
+    stats, gamma, beta, mean, var, dgamma, dbeta = g.sums(4, C), *(g.vector(C) for _ in range(4)), g.sums(C), g.sums(C)
+    at = {name: a.ctypes.data for name, a in locals().items() if isinstance(a, np.ndarray)}
+    forward = [at[name] for name in ("x", "gamma", "beta", "y", "stats", "mean", "var")]
+    backward = [at[name] for name in ("dy", "x", "stats", "gamma", "dx", "dgamma", "dbeta")]
+    for activation in ("relu", "silu"):
+        added = {"activation": activation, "residual": at["beside"]}
+        batch_norm_small.forward(*forward, N, C, S, eps=1e-5, momentum=0.1, **added)
+        batch_norm_small.normalize(*forward, N, C, S, eps=1e-5, **added)
+        of = {"activation": activation, "beta": at["beta"], "beside": at["beside"], "dresidual": at["dresidual"]}
+        batch_norm_small.backward(*backward, N, C, S, **of)
 
 
 # ---------------------------------------------------------------------------------------------- points and matrices
@@ -365,6 +382,7 @@ OF_EVERY_DTYPE = {
 OF_FLOAT32 = {
     "a step at addresses": (row_shapes, steps_at_addresses),
     "batch norm at addresses": (trained_at_addresses, batch_norms_at_addresses),
+    "fused batch norm at addresses": (trained_at_addresses, fused_at_addresses),
     "evaluation at addresses": (known_statistics, known_statistics_at_addresses),
 }
 # Of these, which differ from others in options and weights alone, float32 has all: a dtype changes how elements are loaded.

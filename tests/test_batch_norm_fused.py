@@ -13,34 +13,15 @@ from torch import nn
 from torch.func import grad, vmap
 from twins import ACC, SINGLE, gradcheck, gradgradcheck, layout_of, opcheck, same, tensor, values_of
 
-import hw3gpu
 import hw3gpu.functional as HF
 import hw3gpu.nn as HN
-from hw3gpu import _error_bounds, reference, use_backend
+from hw3gpu import _error_bounds, reference
 from hw3gpu._core import dispatch
 from hw3gpu._torch import batch_norm as operators
 from hw3gpu._torch.activation import kept
 from measure import close, ulp
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def fused_kernels(monkeypatch):
-    """Arrays of a few values go to the fused kernels too; `apart` undoes it."""
-    limits = operators.MOST_BYTES, operators.MOST_BYTES_OF_PLANES
-    _limit(monkeypatch, -1, -1)
-    return limits
-
-
-@pytest.fixture
-def apart(monkeypatch, fused_kernels):
-    _limit(monkeypatch, *fused_kernels)
-
-
-def _limit(monkeypatch, most, of_planes):
-    monkeypatch.setattr(operators, "MOST_BYTES", most)
-    monkeypatch.setattr(operators, "MOST_BYTES_OF_PLANES", of_planes)
 
 
 FUSED = [(None, True), ("relu", False), ("relu", True), ("silu", True), ("hardswish", False), ("gelu", False)]
@@ -75,25 +56,6 @@ def operands(rng, device, shape, dtype):
 )
 def test_fused_is_composed(device, rng, shape, layout, activation, with_residual, training):
     fused_is_composed(device, rng, shape, "float32", layout, activation, with_residual, training)
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
-@pytest.mark.parametrize(("activation", "with_residual"), FUSED, ids=NAMES)
-def test_activations_apart(device, rng, apart, layout, activation, with_residual, training):
-    """Small calls on the host leave residual and activation to PyTorch, within the same bounds."""
-    fused_is_composed(device, rng, (4, 6, 5, 5), "float32", layout, activation, with_residual, training)
-
-
-@pytest.mark.parametrize("larger", [False, True], ids=["at the limit", "above it"])
-@pytest.mark.parametrize(
-    ("layout", "graph", "samples"), [("contiguous", True, 4), ("channels-last", True, 16), ("contiguous", False, 16)], ids=str
-)
-def test_up_to_which_size_they_are_apart(apart, layout, graph, samples, larger):
-    x = layout_of(torch.zeros(samples, 64 + larger, 32, 32), layout).requires_grad_(graph)
-    with use_backend("auto"), torch.set_grad_enabled(graph):
-        found = hw3gpu.explain(HF.batch_norm, x, None, None, training=True, activation="relu")
-    assert any(path.startswith("residual and activation apart") for path in found.path) != larger
 
 
 # `test_pairs` has the dtypes of a residual and of ReLU, `test_each_activation_is_the_answer_sheets` those of Hardswish and GELU

@@ -106,15 +106,15 @@ def test_a_wrong_class_is_refused(taken):
     assert taken
 
 
-def normalization_of(x, dy, *, affine=True, running=True, training=True):
+def normalization_of(x, dy, *, affine=True, running=True, training=True, residual=None, activation=None):
     C = x.shape[1]
 
     def call():
-        leaf = x.clone().requires_grad_()
+        leaf, added = x.clone().requires_grad_(), None if residual is None else residual.clone().requires_grad_()
         weight, bias = (torch.linspace(0.5, 2, C) + i for i in range(2)) if affine else (None, None)
-        leaves = [leaf, *(v.requires_grad_() for v in (weight, bias) if v is not None)]
+        leaves = [leaf, *(v.requires_grad_() for v in (weight, bias, added) if v is not None)]
         kept = [torch.linspace(-1, 1, C), torch.linspace(0.5, 3, C)] if running else [None, None]
-        y = HF.batch_norm(leaf, *kept, weight, bias, training=training)
+        y = HF.batch_norm(leaf, *kept, weight, bias, training=training, residual=added, activation=activation)
         return y.detach(), *torch.autograd.grad(y, leaves, dy), *(v for v in kept if v is not None)
 
     return call
@@ -162,6 +162,28 @@ def test_batch_norm_in_evaluation(monkeypatch, taken, shape, affine):
     assert_same_bits(found, expected)
 
 
+FUSED = [(None, True), ("relu", False), ("relu", True), ("silu", True), ("gelu", False)]
+
+
+# of each family of loops: tiles, planes, rows
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    ("shape", "activation", "with_residual"),
+    [
+        pytest.param(shape, *fused, id=f"{shape}-{fused}", marks=[] if fused[0] in (None, "relu") else [pytest.mark.slow])
+        for shape in [(3, 40, 7, 7), (4, 9, 20, 20), (600, 37)]
+        for fused in FUSED
+    ],
+)
+def test_residual_and_activation(monkeypatch, taken, shape, activation, with_residual, training):
+    x, dy, residual = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    added = {"residual": residual if with_residual else None, "activation": activation}
+    found, expected = both_ways(monkeypatch, normalization_of(x, dy, training=training, **added))
+    back = [] if activation and not training else ["backward" if training else "inference_backward"]
+    assert taken == ["forward" if training else "normalize", *back]
+    assert_same_bits(found, expected)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("shape", [(8, 960, 4, 4), (2, 3, 4, 4), (4, 64, 30, 30)], ids=str)
 def test_channels_last(monkeypatch, taken, shape, training):
@@ -206,11 +228,8 @@ OTHERS = {
     "large logits": lambda: HF.cross_entropy(torch.zeros(512, 64, requires_grad=True), torch.arange(512) % 3),
     "few large planes": lambda: HF.batch_norm(torch.randn(2, 1, 400, 400), None, None, training=True),
     "strided planes": lambda: HF.batch_norm(torch.randn(2, 3, 4, 8)[..., ::2], None, None, training=True),
-    "a large residual": lambda: HF.batch_norm(
-        torch.randn(5, 64, 32, 32), None, None, training=True, residual=torch.randn(5, 64, 32, 32)
-    ),
-    "an activation of large planes": lambda: HF.batch_norm(
-        torch.randn(5, 64, 32, 32), None, None, training=True, activation="relu"
+    "a residual of another layout": lambda: HF.batch_norm(
+        torch.randn(2, 3, 4, 4), None, None, training=True, residual=torch.randn(2, 3, 4, 4).mT
     ),
 }
 
@@ -252,5 +271,6 @@ def test_whole_numbers_are_no_other_kernel(taken):
     x = torch.randn(2, 3, 4)
     y = [HF.batch_norm(x, None, None, training=True, momentum=momentum) for momentum in (1.0, 1)]
     assert taken == ["forward", "forward"]
-    assert len(batch_norm_small._forward.signatures) == 1
+    # but for activation and residual, which come last
+    assert len({signature[:-2] for signature in batch_norm_small._forward.signatures}) == 1
     assert_same_bits(y[:1], y[1:])

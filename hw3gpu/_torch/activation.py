@@ -42,8 +42,7 @@ def masked(which: str, activation: str | None) -> bool:
 def kept(
     which: str, activation: str | None, bias: Tensor | None, residual: Tensor | None, y: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What to save for that in addition to x: the bias, and the residual; for "relu" the result, which later layers save
-    too."""
+    """What to save for that in addition to x: the bias and the residual; for "relu" the result, which later layers save too."""
     if activation is None or masked(which, activation):
         return None, None
-    return bias, y if activation == "relu" and residual is not None else residual
+    return (None, y) if activation == "relu" else (bias, residual)

@@ -7,7 +7,7 @@ of every order (`batch_norm_formula`).
 
 With "relu" on a GPU, `mask` keeps for each element whether it passed: a buffer of the kernels' own, one bit an element. For
 every other activation the backward pass computes what went into it again, from x and the residual, which moves less; `beside`
-stands for that residual, and for the result of a "relu" with a residual on the CPU. Where only some positions count (`counted`,
+stands for that residual, and for the result of a "relu" on the CPU. Where only some positions count (`counted`,
 a bool each), the kernels take these as bits, and how many they are (`positions`).
 """
 
@@ -19,22 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core import arrays, dispatch, outputs, record
+from .._core import arrays, dispatch, outputs
 from .._core.arrays import Array
 from .._core.torch_internals import apply_of
 from . import batch_norm_formula, bound_launches, operators, small_calls
-from .activation import ACTIVATIONS, applied, kept, masked
+from .activation import ACTIVATIONS, kept, masked
 from .autograd import accumulate_dtype, as_dtype, empty_of, graph_is_needed
 from .batch_norm_formula import Gradients, Rest
 from .bound_launches import Call
 from .positions import Positions, packed
 from .small_calls import Way
-
-# Bytes of a float32 input on the host up to which the residual and the activation are operations of PyTorch: fewer checks and
-# launches save more than a pass over the result takes while it is in a cache. A graph of adjacent planes has the second limit.
-MOST_BYTES = 1 << 22
-MOST_BYTES_OF_PLANES = 1 << 20
-_APART = "residual and activation apart, by PyTorch: a plain float32 call on the host that a cache holds"
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: Rest) -> Tensor:
@@ -57,31 +51,6 @@ def _for_kernels(rest: Rest) -> Rest:
     return rest if rest.counted is None else rest._replace(positions=packed(rest.counted), counted=None)
 
 
-def finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    """a(y + residual), in the place of y where that may be."""
-    record.note(_APART, "cpu")
-    y = y if residual is None else y.add_(residual)
-    return y.relu_() if activation == "relu" else applied(y, activation)
-
-
-def may_be_finished(x: Tensor, residual: Any, activation: Any) -> bool:
-    """True for a small call whose residual and activation are certainly right: `by_address`, then `finished`."""
-    if activation is not None and (type(activation) is not str or activation not in ACTIVATIONS):  # an array has no truth value
-        return False
-    if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_nested:
-        return False
-    if x.nbytes > (MOST_BYTES_OF_PLANES if torch.is_grad_enabled() and x.is_contiguous() else MOST_BYTES):
-        return False
-    return residual is None or (
-        type(residual) is torch.Tensor
-        and not residual.is_nested
-        and residual.shape == x.shape
-        and residual.dtype == x.dtype
-        and residual.device == x.device
-        and residual.layout == torch.strided
-    )
-
-
 def call_of(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Any, running_var: Any, training: Any, momentum: Any,
     eps: Any, residual: Any, activation: Any,
@@ -101,7 +70,7 @@ def call_of(
 
 def by_address(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    training: bool, momentum: float, eps: float,
+    training: bool, momentum: float, eps: float, residual: Any, activation: Any,
 ) -> Tensor | None:  # fmt: skip
     """The result of an eager call that `small_calls` takes and whose arguments are right; None for any other."""
     if (
@@ -110,17 +79,22 @@ def by_address(
         or not (type(training) is bool and type(momentum) is type(eps) is float)
     ):
         return None
+    if activation is not None and (type(activation) is not str or activation not in ACTIVATIONS):  # an array has no truth value
+        return None
     if not (eps > 0 or (eps == 0 and not training)) or dispatch.requested_backend() == "gpu":
         return None
-    way = small_calls.batch_norm_way(x, weight, bias, running_mean, running_var, training)
+    way = small_calls.batch_norm_way(x, weight, bias, running_mean, running_var, training, residual)
     if way is None:
         return None
     if torch.is_grad_enabled():
         if running_mean is not None and running_var is not None and (running_mean.requires_grad or running_var.requires_grad):
             return None
-        if x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad):
-            return _apply_by_address(x, weight, bias, (way, running_mean, running_var, training, momentum, eps))
-    return small_calls.batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps, False)[0]
+        if graph_is_needed(x, weight, bias, residual):
+            rest = way, running_mean, running_var, training, momentum, eps, activation
+            return _apply_by_address(x, weight, bias, residual, rest)
+    return small_calls.batch_norm_forward(
+        way, x, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation, False
+    )[0]
 
 
 # ---------------------------------------------------------------------------------------------- forward and backward
@@ -137,11 +111,11 @@ def run(
         call.launches(x, weight, bias, running_mean, running_var, residual, y, stats, mask, numbers=(momentum,))
         return y, stats, mask
     which = dispatch.backend(x)
-    if which == "cpu" and residual is None and activation is None and positions is None:
-        way = small_calls.batch_norm_way(x, weight, bias, running_mean, running_var, training)
+    if which == "cpu" and positions is None:
+        way = small_calls.batch_norm_way(x, weight, bias, running_mean, running_var, training, residual)
         if way:
             y, of_call = small_calls.batch_norm_forward(
-                way, x, weight, bias, running_mean, running_var, training, momentum, eps
+                way, x, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation
             )  # fmt: skip
             assert of_call is not None
             return y, of_call, None
@@ -245,10 +219,10 @@ def run_backward(
         call.launches(x, dy, weight, bias, beside, stats, mask, dx, dgamma, dbeta, written)
         return dx, dgamma, dbeta, written
     which = dispatch.backend(x)
-    if which == "cpu" and activation is None and bits is None:
-        found = small_calls.batch_norm_backward(dy, x, weight, stats, training)
+    if which == "cpu" and bits is None:
+        found = small_calls.batch_norm_backward(dy, x, weight, bias, beside, stats, training, activation, residual)
         if found:
-            return *found, None
+            return found
     view, kernels = dispatch.kernel_view(which), dispatch.batch_norm(which)
     dx, dx_folded = outputs.output(x, 1, view)
     C = x.shape[1]
@@ -325,29 +299,43 @@ class _ByAddress(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
-        rest: tuple[Way, Tensor | None, Tensor | None, bool, float, float],
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+        rest: tuple[Way, Tensor | None, Tensor | None, bool, float, float, str | None],
     ) -> Tensor:  # fmt: skip
-        way, running_mean, running_var, training, momentum, eps = rest
-        y, stats = small_calls.batch_norm_forward(way, x, weight, bias, running_mean, running_var, training, momentum, eps)
-        ctx.save_for_backward(x, weight, stats)
-        ctx.options = training, eps
+        way, running_mean, running_var, training, momentum, eps, activation = rest
+        y, stats = small_calls.batch_norm_forward(
+            way, x, weight, bias, running_mean, running_var, training, momentum, eps, residual, activation
+        )  # fmt: skip
+        if activation is None:
+            ctx.save_for_backward(x, weight, stats)
+        else:
+            ctx.save_for_backward(x, weight, stats, *kept("cpu", activation, bias, residual, y))
+        ctx.options = training, eps, activation
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, stats = ctx.saved_tensors
-        training, eps = ctx.options
+        x, weight, stats, *told_by = ctx.saved_tensors
+        bias, beside = told_by or (None, None)
+        training, eps, activation = ctx.options
+        x_needs, weight_needs, bias_needs, residual_needs, _ = ctx.needs_input_grad
         found: tuple[Tensor | None, ...] | None = None
         if torch.is_grad_enabled():  # somebody will differentiate again
             found = batch_norm_formula.differentiable_backward(run_backward, eps)(
-                dy, x, weight, None, None, stats, None, training, None, False
+                dy, x, weight, bias, beside, stats, None, training, activation, residual_needs
             )
         elif dispatch.requested_backend() != "gpu":
-            found = small_calls.batch_norm_backward(dy, x, weight, stats, training)
-        dx, dgamma, dbeta, *_ = found or run_backward(dy, x, weight, None, None, stats, None, training, None, False)
-        x_needs, weight_needs, bias_needs, _ = ctx.needs_input_grad
-        return dx if x_needs else None, dgamma if weight_needs else None, dbeta if bias_needs else None, None
+            found = small_calls.batch_norm_backward(dy, x, weight, bias, beside, stats, training, activation, residual_needs)
+        dx, dgamma, dbeta, dresidual = found or run_backward(
+            dy, x, weight, bias, beside, stats, None, training, activation, residual_needs
+        )
+        return (
+            dx if x_needs else None,
+            dgamma if weight_needs else None,
+            dbeta if bias_needs else None,
+            (dy if activation is None else dresidual) if residual_needs else None,
+            None,
+        )
 
 
 _apply_by_address = apply_of(_ByAddress)

@@ -101,8 +101,9 @@ def _way(shape: torch.Size, strides: tuple[int, ...]) -> Way | None:
 
 
 def batch_norm_way(
-    x: Any, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, training: bool
-) -> Way | None:
+    x: Any, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, training: bool,
+    residual: Any = None,
+) -> Way | None:  # fmt: skip
     """For `batch_norm_forward`, of a call that needs no further check of its tensors; None for other calls."""
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
         return None
@@ -112,6 +113,8 @@ def batch_norm_way(
             return None
         way = _way(x.shape, x.stride())
         if way is None or (training and not way.trains):
+            return None
+        if residual is not None and not (_is_plain(residual) and _way(residual.shape, residual.stride()) == way):
             return None
         C = way.sizes[1]
         for v in (weight, bias, running_mean, running_var):
@@ -137,7 +140,7 @@ def _output(x: Tensor, way: Way) -> Tensor:
 
 def batch_norm_forward(
     way: Way, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    training: bool, momentum: float, eps: float, backward: bool = True,
+    training: bool, momentum: float, eps: float, residual: Tensor | None, activation: str | None, backward: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y and stats: mean (2, C), rstd, and in training var. Without a `backward` pass evaluation needs none."""
     record.note(_PATH, "cpu")
@@ -152,30 +155,46 @@ def batch_norm_forward(
         0 if running_mean is None else running_mean.data_ptr(),
         0 if running_var is None else running_var.data_ptr(),
     )
+    beside = None if residual is None else residual.data_ptr()
     if training:
-        kernels.forward(*addresses, *way.sizes, eps=eps, momentum=momentum)
+        kernels.forward(*addresses, *way.sizes, eps=eps, momentum=momentum, activation=activation, residual=beside)
     else:
-        kernels.normalize(*addresses, *way.sizes, eps=eps)
+        kernels.normalize(*addresses, *way.sizes, eps=eps, activation=activation, residual=beside)
     return y, stats
 
 
 def batch_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, training: bool
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """dx, dgamma and dbeta; None for what the kernels do not take."""
-    if not (_is_plain(x) and _is_plain(dy)):
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, beside: Tensor | None, stats: Tensor, training: bool,
+    activation: str | None, residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:  # fmt: skip
+    """dx, dgamma, dbeta and, where `residual` asks for it, its gradient; None for what the kernels do not take.
+
+    bias, beside: what `activation.kept` keeps.
+    """
+    if not (_is_plain(x) and _is_plain(dy)) or (activation is not None and not training):
         return None
     way = _way(x.shape, x.stride())
     if way is None or (training and not way.trains) or _way(dy.shape, dy.stride()) != way:
         return None
-    if not (_is_adjacent(stats) and _is_adjacent(weight)):
+    if not (_is_adjacent(stats) and _is_adjacent(weight) and _is_adjacent(bias)):
+        return None
+    if beside is not None and not (_is_plain(beside) and _way(beside.shape, beside.stride()) == way):
         return None
     record.note(_PATH, "cpu")
     C = way.sizes[1]
     dx, dgamma, dbeta = _output(x, way), stats.new_empty(C), stats.new_empty(C)
-    kernels = dispatch.batch_norm_small
-    (kernels.backward if training else kernels.inference_backward)(
-        dy.data_ptr(), x.data_ptr(), stats.data_ptr(), _address(weight), dx.data_ptr(), dgamma.data_ptr(), dbeta.data_ptr(),
-        *way.sizes,
+    dresidual = dy if residual else None
+    addresses = (
+        dy.data_ptr(), x.data_ptr(), stats.data_ptr(), _address(weight), dx.data_ptr(), dgamma.data_ptr(), dbeta.data_ptr()
     )  # fmt: skip
-    return dx, dgamma, dbeta
+    if activation is not None:
+        dresidual = _output(x, way) if residual else None
+        dispatch.batch_norm_small.backward(
+            *addresses, *way.sizes, activation=activation, beta=_address(bias),
+            beside=None if beside is None else beside.data_ptr(), dresidual=None if dresidual is None else dresidual.data_ptr(),
+        )  # fmt: skip
+    elif training:
+        dispatch.batch_norm_small.backward(*addresses, *way.sizes)
+    else:
+        dispatch.batch_norm_small.inference_backward(*addresses, *way.sizes)
+    return dx, dgamma, dbeta, dresidual

@@ -11,8 +11,8 @@
     normalize, backward_apply        read x (and dy), write y or dx     2 passes (3)
     forward, backward                channels done whole, in cache      2 passes (3); 3 (5) where they are split
     a residual                                                         1 pass more; its gradient 1 pass more
-    an activation                                                      nothing more: backward computes p again from x; with a
-                                                                       residual it reads that, or a ReLU's result, as often as x
+    an activation                                                      backward reads the result of a ReLU as often as x; for
+                                                                       others it computes p again from x and the residual
 
 A pass is one read or one write of the whole tensor. `mean` is kept as two numbers, mean[0] the rounded mean and mean[1] what
 the rounding left, so that x - mean is right where the mean is large; y is never folded to a x + b. Sums are float64:
@@ -203,8 +203,7 @@ def _gate(
 ) -> _Gate:
     if activation is None:
         return _Gate(None, None, None)
-    if activation == "relu" and residual is not None:
-        activation = "relu of result"
+    assert activation != "relu" or residual is not None, "the result of a ReLU, in the place of a residual"
     return _Gate(to_accumulate(beta, rstd.size, rstd.dtype, 0.0), KINDS[activation], _alike(residual, x))
 
 
@@ -332,7 +331,7 @@ def backward_reduce(
     """dbeta = sum dy, dgamma = sum dy x_hat; with an activation dy counts as dy a'(p), p = gamma x_hat + beta + residual; 0 at
     positions that do not count.
 
-    residual: for "relu", where one was added, the result in its place.
+    residual: for "relu" the result.
     """
     _check(x, mean, rstd, dgamma, dbeta, gamma, beta, like=(dy, residual), mask=mask, valid=valid)
     gate, on = _gate(x, rstd, activation, beta, residual), _counted(x, valid).on

@@ -1,7 +1,8 @@
 """Batch normalisation of float32 by address: the loops and plans of `batch_norm.py`, without NumPy's views.
 
 The GPU has no such launcher: there a launch takes addresses anyway. Arrays are (N, C, S), contiguous, S = 1 for rows of
-channels; which of them training takes, `trains` says.
+channels; which of them training takes, `trains` says. kind: the activation (`_batch_norm/activation.py`), or None. Addresses of
+residuals and of their gradients are None where there are none, so that a call without them is compiled to the loops without.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ import math
 from typing import Any
 
 import numpy as np
+from numba import types
 
 from ._batch_norm import lines
 from ._batch_norm import planes as _planes
 from ._batch_norm import tiles as _tiles
+from ._batch_norm.activation import KINDS
 from ._batch_norm.statistics import better_shifts, finish_all, finish_gradients, first_means, merge
 from ._numba import threads
-from ._numba.by_address import floats, planes, vector_or
-from ._numba.compile import inline, kernel
+from ._numba.by_address import floats, planes, planes_or_none, vector_or
+from ._numba.compile import inline, kernel, overload
 from ._numba.simd import streamed
 from ._numba.threads import Moves, moving, run
 from ._numba.views import line_of
 from .channel_plan import (
     BLOCK_ROWS,
+    LINE,
     PLANE,
     SMALL_PLANE,
     SUM_AND_RESULT_LINE,
@@ -38,6 +42,15 @@ from .channel_plan import (
 __all__ = ["backward", "forward", "inference_backward", "normalize", "trains"]
 
 FEWEST_OF_A_PLANE = 16  # the smallest plane that is worth a loop of its own
+
+
+def _beta_of(kind: Any, beta_at: Any, C: Any) -> Any:
+    """beta, which an activation's gradient needs; None without one."""
+
+
+@overload(_beta_of)
+def _choose_beta_of(kind, beta_at, C) -> Any:
+    return (lambda kind, beta_at, C: None) if kind == types.none else (lambda kind, beta_at, C: vector_or(beta_at, C, 0.0))
 
 
 # ---------------------------------------------------------------------------------------------- training, whole channels
@@ -61,30 +74,40 @@ def _backward_operands(dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_
 
 @kernel
 def _forward(
-    first, last, group, x_at, gamma_at, beta_at, y_at, stats_at, running_mean_at, running_var_at, N, C, S, eps, momentum
+    first, last, group, x_at, gamma_at, beta_at, y_at, stats_at, running_mean_at, running_var_at, N, C, S, eps, momentum,
+    kind, residual_at,
 ) -> None:  # fmt: skip
     of = _forward_operands(x_at, gamma_at, beta_at, y_at, stats_at, running_mean_at, running_var_at, N, C, S)
-    _tiles.forward(first, last, group, *of, eps, momentum, None, None)
+    _tiles.forward(first, last, group, *of, eps, momentum, kind, planes_or_none(residual_at, N, C, S))
 
 
 @kernel
 def _forward_planes(
-    first, last, group, x_at, gamma_at, beta_at, y_at, stats_at, running_mean_at, running_var_at, N, C, S, eps, momentum
+    first, last, group, x_at, gamma_at, beta_at, y_at, stats_at, running_mean_at, running_var_at, N, C, S, eps, momentum,
+    kind, residual_at,
 ) -> None:  # fmt: skip
     of = _forward_operands(x_at, gamma_at, beta_at, y_at, stats_at, running_mean_at, running_var_at, N, C, S)
-    _planes.forward(first, last, group, *of, eps, momentum, None, None, None)
+    _planes.forward(first, last, group, *of, eps, momentum, kind, planes_or_none(residual_at, N, C, S), None)
 
 
 @kernel
-def _backward(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S) -> None:
+def _backward(
+    first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S, kind, beta_at, beside_at,
+    dresidual_at,
+) -> None:  # fmt: skip
     of = _backward_operands(dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S)
-    _tiles.backward(first, last, group, *of, None, None, None, None)
+    beside, dresidual = planes_or_none(beside_at, N, C, S), planes_or_none(dresidual_at, N, C, S)
+    _tiles.backward(first, last, group, *of, _beta_of(kind, beta_at, C), kind, beside, dresidual)
 
 
 @kernel
-def _backward_planes(first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S) -> None:
+def _backward_planes(
+    first, last, group, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S, kind, beta_at, beside_at,
+    dresidual_at,
+) -> None:  # fmt: skip
     of = _backward_operands(dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S)
-    _planes.backward(first, last, group, *of, None, None, None, None, None)
+    beside, dresidual = planes_or_none(beside_at, N, C, S), planes_or_none(dresidual_at, N, C, S)
+    _planes.backward(first, last, group, *of, _beta_of(kind, beta_at, C), kind, beside, dresidual, None)
 
 
 # ---------------------------------------------------------------------------------------------- training, split rows
@@ -112,29 +135,37 @@ def _row_statistics(partial, shift, again, stats_at, running_mean_at, running_va
 
 
 @kernel
-def _row_results(first, last, blocks, rows, x_at, gamma_at, beta_at, y_at, stats_at, N, C, S) -> None:
-    stats, beta = floats(stats_at, (4, C)), vector_or(beta_at, C, 0.0)
+def _row_results(
+    first, last, blocks, rows, x_at, gamma_at, beta_at, y_at, stats_at, N, C, S, kind, residual_at
+) -> None:  # fmt: skip
+    stats, beta, residual = floats(stats_at, (3, C)), vector_or(beta_at, C, 0.0), planes_or_none(residual_at, N, C, S)
     scale, x, y = stats[2] * vector_or(gamma_at, C, 1.0), planes(x_at, N, C, S), planes(y_at, N, C, S)
-    lines.normalize(first, last, blocks, rows, x, stats[:2], scale, beta, y, None, None, None)
+    lines.normalize(first, last, blocks, rows, x, stats[:2], scale, beta, y, kind, residual, None)
 
 
 @kernel
-def _row_gradient_sums(first, last, rows, dy_at, x_at, stats_at, N, C, S, partial) -> None:
-    stats, no_dx = floats(stats_at, (3, C)), planes(x_at, 0, 0, 0)
-    dy, x = planes(dy_at, N, C, S), planes(x_at, N, C, S)
-    lines.gradient_sums(first, last, rows, dy, x, stats[:2], stats[2], no_dx, partial, None, None, None, None, None)
+def _row_gradient_sums(
+    first, last, rows, dy_at, x_at, stats_at, gamma_at, N, C, S, partial, kind, beta_at, beside_at
+) -> None:  # fmt: skip
+    stats, no_dx, beta = floats(stats_at, (3, C)), planes(x_at, 0, 0, 0), _beta_of(kind, beta_at, C)
+    dy, x, beside = planes(dy_at, N, C, S), planes(x_at, N, C, S), planes_or_none(beside_at, N, C, S)
+    scale = stats[2] * vector_or(gamma_at, C, 1.0)
+    lines.gradient_sums(first, last, rows, dy, x, stats[:2], scale, no_dx, partial, beta, kind, beside, None, None)
 
 
 @kernel
 def _row_gradients(
-    first, last, blocks, rows, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S
+    first, last, blocks, rows, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S, kind, beta_at, beside_at,
+    dresidual_at,
 ) -> None:  # fmt: skip
     dy, x, mean, rstd, gamma, dx, dgamma, dbeta = _backward_operands(
         dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S
     )  # fmt: skip
     m = np.float32(N * S)
     b, k = dbeta / m, rstd * (dgamma / m)
-    lines.apply(first, last, blocks, rows, dy, x, mean, rstd * gamma, b, k, dx, None, None, None, None, None)
+    beta, beside = _beta_of(kind, beta_at, C), planes_or_none(beside_at, N, C, S)
+    dresidual, scale = planes_or_none(dresidual_at, N, C, S), rstd * gamma
+    lines.apply(first, last, blocks, rows, dy, x, mean, scale, b, k, dx, beta, kind, beside, dresidual, None)
 
 
 # ---------------------------------------------------------------------------------------------- backward of known statistics
@@ -201,27 +232,40 @@ def _pair(mean) -> Any:
 
 @kernel
 def _normalize_tiles(
-    first, last, group, parts, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
+    first, last, group, parts, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps, kind,
+    residual_at,
 ) -> None:  # fmt: skip
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
-    pair = _pair(mean)
-    _tiles.normalize(first, last, group, parts, planes(x_at, N, C, S), pair, scale, beta, planes(y_at, N, C, S), None, None)
+    pair, x, y, residual = _pair(mean), planes(x_at, N, C, S), planes(y_at, N, C, S), planes_or_none(residual_at, N, C, S)
+    _tiles.normalize(first, last, group, parts, x, pair, scale, beta, y, kind, residual)
 
 
 @kernel
 def _normalize_planes(
-    first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
+    first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps, kind,
+    residual_at,
 ) -> None:  # fmt: skip
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
-    pair = _pair(mean)
-    _planes.normalize(first, last, blocks, planes(x_at, N, C, S), pair, scale, beta, planes(y_at, N, C, S), None, None, None)
+    pair, x, y, residual = _pair(mean), planes(x_at, N, C, S), planes(y_at, N, C, S), planes_or_none(residual_at, N, C, S)
+    _planes.normalize(first, last, blocks, x, pair, scale, beta, y, kind, residual, None)
+
+
+@kernel
+def _normalize_lines(
+    first, last, blocks, rows, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps, kind,
+    residual_at,
+) -> None:  # fmt: skip
+    mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
+    pair, x, y, residual = _pair(mean), planes(x_at, N, C, S), planes(y_at, N, C, S), planes_or_none(residual_at, N, C, S)
+    lines.normalize(first, last, blocks, rows, x, pair, scale, beta, y, kind, residual, None)
 
 
 @kernel
 def _normalize_small_planes(
-    first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
+    first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps, kind,
+    residual_at,
 ) -> None:  # fmt: skip
-    """Plane by plane, which LLVM's vectoriser does best: the length is the same for all."""
+    """No activation, no residual. Plane by plane, which LLVM's vectoriser does best: the length is the same for all."""
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     x, y = floats(x_at, (N * C, S)), floats(y_at, (N * C, S))
     start, end = N * C * first // blocks, N * C * last // blocks
@@ -235,9 +279,10 @@ def _normalize_small_planes(
 
 @kernel
 def _normalize_rows(
-    first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
+    first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps, kind,
+    residual_at,
 ) -> None:  # fmt: skip
-    """Rows of channels, S = 1: several a line where they are short, a piece of each where they are long."""
+    """No activation, no residual. Rows of channels, S = 1: several a line where they are short, else a piece of each."""
     mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
     x, y = floats(x_at, (1, N, C)), floats(y_at, (1, N, C))
     rows, piece, at = max(1, _tiles.WIDE // C), min(C, _tiles.WIDE), lines.parameters(max(C, _tiles.WIDE), x)
@@ -252,10 +297,11 @@ def _normalize_rows(
 
 
 moving(Moves(("x_at",)), _row_sums)
-moving(Moves(("x_at",), ("y_at",)), _forward, _forward_planes, _row_results)
-moving(Moves(("x_at",), ("y_at",)), _normalize_tiles, _normalize_planes, _normalize_small_planes, _normalize_rows)
-moving(Moves(("dy_at", "x_at")), _row_gradient_sums)
-moving(Moves(("dy_at", "x_at"), ("dx_at",)), _backward, _backward_planes, _row_gradients)
+moving(Moves(("x_at", "residual_at"), ("y_at",)), _forward, _forward_planes, _row_results)
+moving(Moves(("x_at", "residual_at"), ("y_at",)), _normalize_tiles, _normalize_planes, _normalize_lines)
+moving(Moves(("x_at",), ("y_at",)), _normalize_small_planes, _normalize_rows)
+moving(Moves(("dy_at", "x_at", "beside_at")), _row_gradient_sums)
+moving(Moves(("dy_at", "x_at", "beside_at"), ("dx_at", "dresidual_at")), _backward, _backward_planes, _row_gradients)
 moving(Moves(("dy_at", "x_at"), ("dx_at",)), _inference_tiles, _inference_planes, _inference_rows)
 
 
@@ -274,19 +320,20 @@ def trains(N: int, C: int, S: int) -> bool:
 
 def forward(
     x: int, gamma: int, beta: int, y: int, stats: int, running_mean: int, running_var: int, N: int, C: int, S: int,
-    *, eps: float, momentum: float,
+    *, eps: float, momentum: float, activation: str | None = None, residual: int | None = None,
 ) -> None:  # fmt: skip
     """`batch_norm.forward`; stats (4, C): mean (2, C), rstd, var."""
     plan, _ = _plans(N, C, S)
+    fused = KINDS[activation], residual
     operands = x, gamma, beta, y, stats, running_mean, running_var, N, C, S, float(eps), float(momentum)
     if plan.whole is None:
-        _forward_rows(plan, *operands)
+        _forward_rows(plan, fused, *operands)
         return
     of = plan.whole
-    run(_forward if of.loops == "tiles" else _forward_planes, of.blocks, 12 * N * C * S, *of.told, *operands)
+    run(_forward if of.loops == "tiles" else _forward_planes, of.blocks, 12 * N * C * S, *of.told, *operands, *fused)
 
 
-def _forward_rows(plan, x, gamma, beta, y, stats, running_mean, running_var, N, C, S, eps, momentum) -> None:
+def _forward_rows(plan, fused, x, gamma, beta, y, stats, running_mean, running_var, N, C, S, eps, momentum) -> None:
     of, nbytes, m = plan.sums, 4 * N * C * S, float(N * S)
     shift, partial = np.empty(C), np.empty((of.partial, 2, C))
     _row_shifts(x, N, C, S, shift)
@@ -295,29 +342,32 @@ def _forward_rows(plan, x, gamma, beta, y, stats, running_mean, running_var, N, 
         if not _row_statistics(partial, shift, again, stats, running_mean, running_var, C, m, eps, momentum):
             break
     of = plan.result
-    run(_row_results, of.blocks, 2 * nbytes, *of.told, x, gamma, beta, y, stats, N, C, S)
+    run(_row_results, of.blocks, 2 * nbytes, *of.told, x, gamma, beta, y, stats, N, C, S, *fused)
 
 
 def backward(
-    dy: int, x: int, stats: int, gamma: int, dx: int, dgamma: int, dbeta: int, N: int, C: int, S: int
+    dy: int, x: int, stats: int, gamma: int, dx: int, dgamma: int, dbeta: int, N: int, C: int, S: int,
+    *, activation: str | None = None, beta: int = 0, beside: int | None = None, dresidual: int | None = None,
 ) -> None:  # fmt: skip
-    """`batch_norm.backward`; of `stats` three rows count."""
+    """`batch_norm.backward`; of `stats` three rows count. beside: the residual, for "relu" the result."""
     _, plan = _plans(N, C, S)
     operands = dy, x, stats, gamma, dx, dgamma, dbeta, N, C, S
+    fused = KINDS[activation], beta, beside, dresidual
     of = plan.whole
     if of is not None:
-        run(_backward if of.loops == "tiles" else _backward_planes, of.blocks, 20 * N * C * S, *of.told, *operands)
+        kernel = _backward if of.loops == "tiles" else _backward_planes
+        run(kernel, of.blocks, 20 * N * C * S, *of.told, *operands, *fused)
         return
-    _backward_rows(plan, *operands)
+    _backward_rows(plan, fused, *operands)
 
 
-def _backward_rows(plan, dy, x, stats, gamma, dx, dgamma, dbeta, N, C, S) -> None:
+def _backward_rows(plan, fused, dy, x, stats, gamma, dx, dgamma, dbeta, N, C, S) -> None:
     of, nbytes = plan.sums, 4 * N * C * S
     partial = np.empty((of.partial, 2, C))
-    run(_row_gradient_sums, of.blocks, 2 * nbytes, *of.told, dy, x, stats, N, C, S, partial)
+    run(_row_gradient_sums, of.blocks, 2 * nbytes, *of.told, dy, x, stats, gamma, N, C, S, partial, *fused[:3])
     _finish_gradients(partial, stats, dgamma, dbeta, C)
     of = plan.result
-    run(_row_gradients, of.blocks, 3 * nbytes, *of.told, dy, x, stats, gamma, dx, dgamma, dbeta, N, C, S)
+    run(_row_gradients, of.blocks, 3 * nbytes, *of.told, dy, x, stats, gamma, dx, dgamma, dbeta, N, C, S, *fused)
 
 
 def inference_backward(
@@ -346,11 +396,11 @@ def _inference(N: int, C: int, S: int) -> tuple[Any, int, int, tuple[int, ...]]:
 
 def normalize(
     x: int, gamma: int, beta: int, y: int, stats: int, running_mean: int, running_var: int, N: int, C: int, S: int,
-    *, eps: float,
+    *, eps: float, activation: str | None = None, residual: int | None = None,
 ) -> None:  # fmt: skip
     """`batch_norm.normalize` by running statistics; stats (3, C), of mean, 0 and rstd, are written, or 0."""
-    kernel, blocks, way = _evaluation(N, C, S)
-    operands = *way, x, gamma, beta, y, running_mean, running_var, stats, N, C, S, float(eps)
+    kernel, blocks, way = _evaluation(N, C, S, activation is not None or residual is not None)
+    operands = *way, x, gamma, beta, y, running_mean, running_var, stats, N, C, S, float(eps), KINDS[activation], residual
     if 8 * N * C * S < 2 * threads.BYTES_PER_THREAD and threads.observer.get() is None:  # what `run` would do, in half its time
         kernel(0, blocks, *operands)
         return
@@ -358,13 +408,16 @@ def normalize(
 
 
 @functools.lru_cache(1024)
-def _evaluation(N: int, C: int, S: int) -> tuple[Any, int, tuple[int, ...]]:
+def _evaluation(N: int, C: int, S: int, fused: bool) -> tuple[Any, int, tuple[int, ...]]:
     """The kernel of `normalize`, the number of its blocks, and what it is told of them."""
     nbytes = 4 * N * C * S
     if S > SMALL_PLANE:
         blocks = flat_blocks(nbytes, N * C * S)
         return _normalize_planes, blocks, (blocks,)
-    if S == 1 or S >= FEWEST_OF_A_PLANE:
+    if fused and S == 1:
+        blocks = flat_blocks(nbytes, N)
+        return _normalize_lines, blocks, (blocks, max(1, min(LINE // C, N)))
+    if not fused and (S == 1 or S >= FEWEST_OF_A_PLANE):
         blocks = flat_blocks(nbytes, N if S == 1 else N * C)
         return _normalize_rows if S == 1 else _normalize_small_planes, blocks, (blocks,)
     group, parts = tiles(N, C, S, 4)

@@ -24,7 +24,7 @@ SMALL_BYTES = 1 << 18
 # A group of channels is a run of so many bytes in memory, and so many bytes over all samples.
 RUN_BYTES, GROUP_BYTES = 1 << 13, 1 << 22
 # Elements of a line, the fewest of one where channels would be too few for FEWEST_BLOCKS tiles, and the largest plane that is
-# done by lines; elements of a channels-last line where sums are taken, which at the end of a block are added up for each channel.
+# done by lines; elements of a channels-last line where sums are taken: a block adds them up for each channel at its end.
 LINE, SHORT_LINE, SMALL_PLANE, SUM_LINE = 512, 128, 256, 256
 # The same where sums are taken and a result is written of what the nearest caches hold still, and the smallest plane that is
 # then a loop of its own.

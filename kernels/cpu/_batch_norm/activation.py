@@ -2,8 +2,8 @@
 
 A kernel takes the activation as a value whose type tells the compiler which it is, or None: a call without one is compiled
 to the loops without it. Beside it comes the residual, or None. The backward pass computes p, what went into the activation,
-again from x (docs/derivations.md, section 2.7); `ReluOfResult` takes the result in the place of the residual, which tells as
-much: then nothing is computed again.
+again from x (docs/derivations.md, section 2.7) and the residual, in memory for a run or a line; of a ReLU the result comes in
+the place of the residual, and what passes is told where dy is loaded.
 """
 
 from __future__ import annotations
@@ -18,17 +18,13 @@ from numba import types
 from .._numba.compile import inline, overload
 from .._numba.elements import load, store
 from .._numba.exp import exp
-from .._numba.simd import Lanes, larger, load_lanes, where_at_most, where_below
+from .._numba.simd import Lanes, larger, load_lanes, load_lanes_like, where_at_most, where_below
 from .._numba.views import borrowed, gather, line_of, plane_of
 from .positions import kept
 
 
 class Relu(NamedTuple):
     """max(p, 0)."""
-
-
-class ReluOfResult(NamedTuple):
-    """The same, for a backward pass that has the result."""
 
 
 class Silu(NamedTuple):
@@ -44,7 +40,7 @@ class Gelu(NamedTuple):
 
 
 KINDS: dict[str | None, Any] = {
-    None: None, "relu": Relu(), "silu": Silu(), "hardswish": Hardswish(), "gelu": Gelu(), "relu of result": ReluOfResult(),
+    None: None, "relu": Relu(), "silu": Silu(), "hardswish": Hardswish(), "gelu": Gelu(),
 }  # fmt: skip
 
 # Φ(-a) = exp(-a²/2) G(a), and (1 + SLOPE a) G(a) is a polynomial of 1 - 2 K / (a + K), a >= 0, interpolated at Chebyshev's
@@ -106,11 +102,6 @@ def _relu(p) -> Lanes:
 
 
 @inline
-def _relu_gradient(dy, p) -> Lanes:
-    return where_at_most(p, 0.0, 0.0, dy)
-
-
-@inline
 def _silu(p) -> Lanes:
     sigma, _ = _sigmoids(p)
     return p * sigma
@@ -147,8 +138,7 @@ def _gelu_gradient(dy, p) -> Lanes:
 
 
 _FORMULAS: dict[Any, Any] = {
-    Relu: (_relu, _relu_gradient),
-    ReluOfResult: (_relu, _relu_gradient),
+    Relu: (_relu, None),
     Silu: (_silu, _silu_gradient),
     Hardswish: (_hardswish, _hardswish_gradient),
     Gelu: (_gelu, _gelu_gradient),
@@ -185,8 +175,6 @@ def _let_through(dy: Any, v: Any, i: Any, exist: Any, kind: Any, residual: Any) 
 @overload(_let_through)
 def _choose_let_through(dy, v, i, exist, kind, residual) -> Callable[..., Any]:
     formula = _FORMULAS[kind.instance_class][1]
-    if kind.instance_class is ReluOfResult:
-        return lambda dy, v, i, exist, kind, residual: formula(dy, load_lanes(residual, i, exist, 0.0))
     if residual == types.none:
         return lambda dy, v, i, exist, kind, residual: formula(dy, v)
     return lambda dy, v, i, exist, kind, residual: formula(dy, v + load_lanes(residual, i, exist, 0.0))
@@ -197,6 +185,45 @@ def let_through(dy, v, i, exist, after) -> Lanes:
     """What `after` = (activation, residual) lets through of the vector `dy` at i, v = γ x̂ + β."""
     kind, residual = after
     return _let_through(dy, v, i, exist, kind, residual)
+
+
+# ---------------------------------------------------------------------------------------------- a ReLU's result
+def result_of(kind: Any, beside: Any) -> Any:
+    """`beside`, the result, where the activation is a ReLU; else None."""
+
+
+@overload(result_of)
+def _choose_result_of(kind, beside) -> Callable[..., Any]:
+    if kind != types.none and kind.instance_class is Relu:
+        return lambda kind, beside: beside
+    return lambda kind, beside: None
+
+
+def is_computed_again(kind: Any) -> bool:
+    """Whether the type of an activation is one whose gradient needs p."""
+    return bool(kind != types.none and kind.instance_class is not Relu)
+
+
+def passed(value: Any, result: Any, i: Any) -> Any:
+    """`value` where result[i] is positive or NaN, else 0; `value` itself where `result` is None."""
+
+
+@overload(passed)
+def _choose_passed(value, result, i) -> Callable[..., Any]:
+    if result == types.none:
+        return lambda value, result, i: value
+    return lambda value, result, i: type(value)(0) if load(result, i) <= 0.0 else value
+
+
+def passed_lanes(v: Any, result: Any, i: Any, exist: Any, like: Any) -> Any:
+    """As `passed`, of a vector at i, with as many lanes as one of `like`."""
+
+
+@overload(passed_lanes)
+def _choose_passed_lanes(v, result, i, exist, like) -> Callable[..., Any]:
+    if result == types.none:
+        return lambda v, result, i, exist, like: v
+    return lambda v, result, i, exist, like: where_at_most(load_lanes_like(result, i, exist, 0.0, like), 0.0, 0.0, v)
 
 
 def scale_of(kind: Any, rstd: Any, gamma: Any) -> Any:
@@ -253,38 +280,38 @@ def _choose_piece(r_scratch, size) -> Callable[..., Any]:
     return lambda r_scratch, size: r_scratch.size if r_scratch.size else size
 
 
-def put(row: Any, on: Any, a: Any, n: Any, c: Any, s: Any) -> Any:
-    """Rounds `row` to a[n, c, s:], 0 where a position does not count; nothing where `a` is None."""
+def put(row: Any, on: Any, result: Any, a: Any, n: Any, c: Any, s: Any) -> Any:
+    """Rounds what `result` lets pass of `row` to a[n, c, s:], 0 where a position does not count; nothing where `a` is None."""
 
 
 @overload(put)
-def _choose_put(row, on, a, n, c, s) -> Callable[..., Any]:
+def _choose_put(row, on, result, a, n, c, s) -> Callable[..., Any]:
     if a == types.none:
-        return lambda row, on, a, n, c, s: None
-    return lambda row, on, a, n, c, s: _put(row, on, a, n, c, s)
+        return lambda row, on, result, a, n, c, s: None
+    return lambda row, on, result, a, n, c, s: _put(row, on, result, a, n, c, s)
 
 
 @inline
-def _put(row, on, a, n, c, s) -> None:
+def _put(row, on, result, a, n, c, s) -> None:
     to = plane_of(a, n, c, s, s + row.size)
     if a.strides[2] == a.itemsize:
-        _round(row, on, borrowed(to))
+        _round(row, on, result, borrowed(to))
     else:
-        _round(row, on, to)
+        _round(row, on, result, to)
 
 
 @inline
-def _round(row, on, to) -> None:
+def _round(row, on, result, to) -> None:
     for i in range(row.size):
-        store(to, i, kept(load(row, i), on, i))
+        store(to, i, kept(passed(load(row, i), result, i), on, i))
 
 
-def put_line(row: Any, a: Any, n: Any, c: Any, s: Any) -> Any:
-    """Rounds `row` to the line from a[n, c, s] on; nothing where `a` is None."""
+def put_line(row: Any, result: Any, a: Any, n: Any, c: Any, s: Any) -> Any:
+    """Rounds what `result` lets pass of `row` to the line from a[n, c, s] on; nothing where `a` is None."""
 
 
 @overload(put_line)
-def _choose_put_line(row, a, n, c, s) -> Callable[..., Any]:
+def _choose_put_line(row, result, a, n, c, s) -> Callable[..., Any]:
     if a == types.none:
-        return lambda row, a, n, c, s: None
-    return lambda row, a, n, c, s: _round(row, None, line_of(a, n, c, s, row.size))
+        return lambda row, result, a, n, c, s: None
+    return lambda row, result, a, n, c, s: _round(row, None, result, line_of(a, n, c, s, row.size))

@@ -14,6 +14,7 @@ from numba import literal_unroll, types
 
 from .._numba.compile import inline, overload
 from .._numba.simd import Lanes, load_lanes, load_lanes_like, store_lanes
+from .activation import passed_lanes
 from .statistics import two_sum
 
 
@@ -130,9 +131,9 @@ def _choose_from_mean(x, p, exist, mean, rest, like) -> Callable[..., Any]:
 
 @inline
 def add_gradients(p, exist, args) -> None:
-    """Adds dy and dy (x - mean) to the sums of the positions p…."""
-    dy, x, mean, rest, total, product = args
-    g = load_lanes_like(dy, p, exist, 0.0, total)
+    """Adds dy and dy (x - mean) to the sums of the positions p…; dy counts where `result`, a ReLU's, lets it pass."""
+    dy, x, result, mean, rest, total, product = args
+    g = passed_lanes(load_lanes_like(dy, p, exist, 0.0, total), result, p, exist, total)
     _add(x, total, p, exist, (g,))
     _add(x, product, p, exist, (g * _from_mean(x, p, exist, mean, rest, total),))
 
@@ -140,8 +141,9 @@ def add_gradients(p, exist, args) -> None:
 @inline
 def add_two_gradients(p, exist, args) -> None:
     """As `add_gradients`, of two lines."""
-    dy0, dy1, x0, x1, mean, rest, total, product = args
-    g0, g1 = load_lanes_like(dy0, p, exist, 0.0, total), load_lanes_like(dy1, p, exist, 0.0, total)
+    dy0, dy1, x0, x1, result0, result1, mean, rest, total, product = args
+    g0 = passed_lanes(load_lanes_like(dy0, p, exist, 0.0, total), result0, p, exist, total)
+    g1 = passed_lanes(load_lanes_like(dy1, p, exist, 0.0, total), result1, p, exist, total)
     d0, d1 = _from_mean(x0, p, exist, mean, rest, total), _from_mean(x1, p, exist, mean, rest, total)
     _add(x0, total, p, exist, (g0, g1))
     _add(x0, product, p, exist, (g0 * d0, g1 * d1))

@@ -19,7 +19,7 @@ from numba import types
 from .._numba.compile import exact, inline, kernel, overload
 from .._numba.simd import Lanes, load_lanes, streamed, width, write
 from .._numba.views import line_of
-from .activation import line_beside, put_line
+from .activation import is_computed_again, line_beside, put_line, result_of
 from .line_sums import add_deviations, add_four_deviations, add_gradients, add_two_gradients, lanes_left_at, sums_memory
 from .planes import AROUND, _at_position, _dx_of_run, _pass_run, _scaled_run, _y_of_run
 from .positions import run_of_rows
@@ -73,27 +73,27 @@ def normalize_known(x, at, y, of) -> None:
 
 
 @inline
-def _apply(dy, x, at, dx, around) -> None:
+def _apply(dy, x, result, at, dx, around) -> None:
     """A line of dx; at[SHIFT_1] is dbeta / m, at[SHIFT_2] is rstd dgamma / m."""
     of = (_of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1), _of(at, SHIFT_2))
-    write(dx, around, _dx_of_run, (dy, x, None, *of))
+    write(dx, around, _dx_of_run, (dy, x, None, result, *of))
 
 
 # The gradient of an activation, of a line before it is summed. gate: the activation, parameters (at[SHIFT_1] is beta) and
-# memory for two lines; None without one.
+# memory for two lines; None without one, and for a ReLU.
 def _gate(kind: Any, positions: Any, like: Any) -> Any:
     """The gate; the caller fills its parameters."""
 
 
 @overload(_gate)
 def _choose_gate(kind, positions, like) -> Callable[..., Any]:
-    if kind == types.none:
+    if not is_computed_again(kind):
         return lambda kind, positions, like: None
     return lambda kind, positions, like: (kind, parameters(positions, like), np.empty((1, 2, positions), like.dtype))
 
 
 def _through(dy: Any, x: Any, gate: Any, j: Any, residual: Any) -> Any:
-    """dy a'(p) of a line, in the gate's line j; `dy` itself without an activation."""
+    """dy a'(p) of a line, in the gate's line j; `dy` itself without a gate."""
 
 
 @overload(_through)
@@ -111,9 +111,9 @@ def _passed_line(dy, x, gate, j, residual) -> np.ndarray:
 
 
 @inline
-def _scale(dy, at, dx, around) -> None:
+def _scale(dy, result, at, dx, around) -> None:
     """A line of dx = scale dy."""
-    write(dx, around, _scaled_run, (dy, None, _of(at, SCALE)))
+    write(dx, around, _scaled_run, (dy, None, result, _of(at, SCALE)))
 
 
 @inline
@@ -295,7 +295,7 @@ def gradient_sums(
     at = parameters(P if scaled else 0, scale)
     if scaled:
         _repeat(at, SCALE, scale)
-    gate = _gate(kind, P, scale)
+    gate, result = _gate(kind, P, scale), result_of(kind, residual)
     _gate_of_rows(gate, mean, scale, beta)
     for block in range(first, last):
         start, end = m * block // blocks, m * (block + 1) // blocks
@@ -309,14 +309,16 @@ def gradient_sums(
                 dy0, dy1, x0, x1 = _rows_of(dy, v, P), _rows_of(dy, v + rows, P), _rows_of(x, v, P), _rows_of(x, v + rows, P)
                 dy0 = _through(dy0, x0, gate, 0, _rows_beside(residual, v, P, S))
                 dy1 = _through(dy1, x1, gate, 1, _rows_beside(residual, v + rows, P, S))
+                result0, result1 = _rows_beside(result, v, P, S), _rows_beside(result, v + rows, P, S)
                 mean_at, rest_at = _of(about, MEAN), _of(about, REST)
-                _along(P, total, add_two_gradients, (dy0, dy1, x0, x1, mean_at, rest_at, total, product))
+                _along(P, total, add_two_gradients, (dy0, dy1, x0, x1, result0, result1, mean_at, rest_at, total, product))
                 v += 2 * rows
             while counted and v < stop:
                 size = min(rows, stop - v) * C
                 x0 = _rows_of(x, v, size)
                 dy0 = _through(_rows_of(dy, v, size), x0, gate, 0, _rows_beside(residual, v, size, S))
-                _along(size, total, add_gradients, (dy0, x0, _of(about, MEAN), _of(about, REST), total, product))
+                mean_at, rest_at, result0 = _of(about, MEAN), _of(about, REST), _rows_beside(result, v, size, S)
+                _along(size, total, add_gradients, (dy0, x0, result0, mean_at, rest_at, total, product))
                 v += rows
             v = stop
         _fold(x, total, product, P, partial, block)
@@ -330,8 +332,9 @@ def gradient_sums(
             while counted and v < stop:
                 size = min(rows, stop - v) * C
                 passed = _through(_rows_of(dy, v, size), _rows_of(x, v, size), gate, 0, _rows_beside(residual, v, size, S))
-                put_line(passed, dresidual, v // S, 0, v % S)
-                _scale(passed, at, _rows_of(dx, v, size), _goes_around(dx))
+                result_line = _rows_beside(result, v, size, S)
+                put_line(passed, result_line, dresidual, v // S, 0, v % S)
+                _scale(passed, result_line, at, _rows_of(dx, v, size), _goes_around(dx))
                 v += rows
             v = stop
     streamed()
@@ -369,7 +372,7 @@ def apply(
     N, C, S = x.shape
     m, at = N * S, parameters(rows * C, mean)
     _slopes_of_rows(at, mean, scale, b, k)
-    gate = _gate(kind, rows * C, mean)
+    gate, result = _gate(kind, rows * C, mean), result_of(kind, residual)
     _gate_of_rows(gate, mean, scale, beta)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
@@ -382,8 +385,9 @@ def apply(
                 size = min(rows, stop - v) * C
                 x_line = _rows_of(x, v, size)
                 passed = _through(_rows_of(dy, v, size), x_line, gate, 0, _rows_beside(residual, v, size, S))
-                put_line(passed, dresidual, v // S, 0, v % S)
-                _apply(passed, x_line, at, _rows_of(dx, v, size), _goes_around(dx))
+                result_line = _rows_beside(result, v, size, S)
+                put_line(passed, result_line, dresidual, v // S, 0, v % S)
+                _apply(passed, x_line, result_line, at, _rows_of(dx, v, size), _goes_around(dx))
                 v += rows
             v = stop
     streamed()

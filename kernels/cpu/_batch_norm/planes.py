@@ -18,7 +18,20 @@ from .._numba.compile import inline, kernel, overload, reduction
 from .._numba.elements import load
 from .._numba.simd import Lanes, fetch, load_lanes, streamed, width, write
 from .._numba.views import gather, line_of, plane_of, prefix, row_buffer, scatter
-from .activation import finished, let_through, line_beside, piece_beside, put, run_beside, scale_of, scratch_beside
+from .activation import (
+    finished,
+    is_computed_again,
+    let_through,
+    line_beside,
+    passed,
+    passed_lanes,
+    piece_beside,
+    put,
+    result_of,
+    run_beside,
+    scale_of,
+    scratch_beside,
+)
 from .positions import ALL, NONE, kept, kept_lanes, share_of, values_of_channel
 from .statistics import add_to, better_shift, finish, first_mean, first_positions, sums_of, two_sum, with_low
 
@@ -66,20 +79,20 @@ def _exact_deviation_sums(x, on, shift) -> tuple[float, float]:
 
 
 @reduction
-def _fast_gradient_sums(dy, x, on, mean, rest) -> tuple[float, float]:
+def _fast_gradient_sums(dy, x, on, mean, rest, result) -> tuple[float, float]:
     total, product = 0.0, 0.0
     for i in range(x.size):
-        g = np.float64(kept(load(dy, i), on, i))
+        g = np.float64(kept(passed(load(dy, i), result, i), on, i))
         total += g
         product += g * np.float64(kept(_from_mean(x, i, mean, rest), on, i))
     return total, product
 
 
 @inline
-def _exact_gradient_sums(dy, x, on, mean, rest) -> tuple[float, float]:
+def _exact_gradient_sums(dy, x, on, mean, rest, result) -> tuple[float, float]:
     total, product, total_low, product_low = 0.0, 0.0, 0.0, 0.0
     for i in range(x.size):
-        g = kept(load(dy, i), on, i)
+        g = kept(passed(load(dy, i), result, i), on, i)
         total, low = two_sum(total, g)
         total_low += low
         product, low = two_sum(product, g * kept(_from_mean(x, i, mean, rest), on, i))
@@ -98,15 +111,17 @@ def _choose_deviation_sums(x, on, share, shift) -> Callable[..., Any]:
     return lambda x, on, share, shift: sums(x, None, shift) if share == ALL else sums(x, on, shift)
 
 
-def _gradient_sums(dy: Any, x: Any, on: Any, share: Any, mean: Any, rest: Any) -> Any:
-    """sum dy and sum dy (x - mean) of what counts, a `share` of the run."""
-    return _exact_gradient_sums(dy, x, on, mean, rest)
+def _gradient_sums(dy: Any, x: Any, on: Any, share: Any, mean: Any, rest: Any, result: Any) -> Any:
+    """sum dy and sum dy (x - mean) of what counts, a `share` of the run, and what `result`, a ReLU's, lets pass."""
+    return _exact_gradient_sums(dy, x, on, mean, rest, result)
 
 
 @overload(_gradient_sums)
-def _choose_gradient_sums(dy, x, on, share, mean, rest) -> Callable[..., Any]:
+def _choose_gradient_sums(dy, x, on, share, mean, rest, result) -> Callable[..., Any]:
     sums = _exact_gradient_sums if x.dtype == types.float64 else _fast_gradient_sums
-    return lambda dy, x, on, share, mean, rest: sums(dy, x, None, mean, rest) if share == ALL else sums(dy, x, on, mean, rest)
+    return lambda dy, x, on, share, mean, rest, result: (
+        sums(dy, x, None, mean, rest, result) if share == ALL else sums(dy, x, on, mean, rest, result)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- vector i of a run's results
@@ -151,20 +166,22 @@ def _y_of_run(i, exist, args) -> Lanes:
 @inline
 def _dx_of_run(i, exist, args) -> Lanes:
     """dx, 0 where `on` is."""
-    dy, x, on, mean, rest, scale, b, k = args
+    dy, x, on, result, mean, rest, scale, b, k = args
     of = _at_position(mean, i), _at_position(rest, i), _at_position(scale, i), _at_position(b, i), _at_position(k, i)
-    return kept_lanes(_dx(load_lanes(dy, i, exist, 0.0), load_lanes(x, i, exist, 0.0), *of), on, i, exist)
+    g = passed_lanes(load_lanes(dy, i, exist, 0.0), result, i, exist, dy)
+    return kept_lanes(_dx(g, load_lanes(x, i, exist, 0.0), *of), on, i, exist)
 
 
 @inline
 def _scaled_run(i, exist, args) -> Lanes:
     """scale dy: dx where the statistics do not depend on x; 0 where `on` is."""
-    dy, on, scale = args
-    return kept_lanes(load_lanes(dy, i, exist, 0.0) * _at_position(scale, i), on, i, exist)
+    dy, on, result, scale = args
+    g = passed_lanes(load_lanes(dy, i, exist, 0.0), result, i, exist, dy)
+    return kept_lanes(g * _at_position(scale, i), on, i, exist)
 
 
 @inline
-def _passed(i, exist, args) -> Lanes:
+def _let_pass(i, exist, args) -> Lanes:
     dy, x, mean, rest, scale, beta, after = args
     return let_through(load_lanes(dy, i, exist, 0.0), _y_at(i, exist, x, mean, rest, scale, beta), i, exist, after)
 
@@ -172,7 +189,7 @@ def _passed(i, exist, args) -> Lanes:
 @inline
 def _pass_run(row, dy, x, mean, rest, scale, beta, after) -> np.ndarray:
     """row = dy a'(p), what the activation of `after` lets through of a run `dy`; gives `row`."""
-    write(row, False, _passed, (dy, x, mean, rest, scale, beta, after))
+    write(row, False, _let_pass, (dy, x, mean, rest, scale, beta, after))
     return row
 
 
@@ -211,7 +228,7 @@ def _add_deviations(x, on, n, c, s0, s1, shift, sums, j, scratch, ahead) -> None
 
 
 @inline
-def _add_gradients(dy, x, on, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch, ahead, gate) -> None:
+def _add_gradients(dy, x, on, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch, ahead, gate, told) -> None:
     """Adds dy and dy (x - mean) of these values to the sums of channel j; with an activation dy counts as dy a'(p)."""
     for s in range(s0, s1, RUN):
         end = min(s + RUN, s1)
@@ -222,8 +239,8 @@ def _add_gradients(dy, x, on, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch
         share = share_of(on_run)
         if share != NONE:
             dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
-            passed = _through(dy_run, x_run, mean, n, c, s, end, gate)
-            pair = _gradient_sums(passed, x_run, on_run, share, mean[0, c], mean[1, c])
+            dy_run, result_run = _through(dy_run, x_run, mean, n, c, s, end, gate), _result_run(told, n, c, s, end)
+            pair = _gradient_sums(dy_run, x_run, on_run, share, mean[0, c], mean[1, c], result_run)
             add_to(sums, j, pair[0], pair[1])
 
 
@@ -243,29 +260,30 @@ def _normalize(x, on, n, c, s0, s1, mean, scale, beta, y, around, x_scratch, y_s
 
 @inline
 def _apply(
-    dy, x, on, n, c, s0, s1, mean, scale, b, k, dx, around, dy_scratch, x_scratch, dx_scratch, gate, dresidual
+    dy, x, on, n, c, s0, s1, mean, scale, b, k, dx, around, dy_scratch, x_scratch, dx_scratch, gate, told, dresidual
 ) -> None:  # fmt: skip
     """dx[n, c, s0:s1], and dresidual there, from dy and x."""
     step = _gated_piece(gate, RUN if dy_scratch.size or x_scratch.size or dx_scratch.size else max(s1 - s0, 1))
+    step = piece_beside(told[1], step)
     for s in range(s0, s1, step):
         end = min(s + step, s1)
         dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
-        passed = _through(dy_run, x_run, mean, n, c, s, end, gate)
+        dy_run, result_run = _through(dy_run, x_run, mean, n, c, s, end, gate), _result_run(told, n, c, s, end)
         on_run = line_beside(on, 0, n, s, end - s)
-        put(passed, on_run, dresidual, n, c, s)
+        put(dy_run, on_run, result_run, dresidual, n, c, s)
         dx_run = row_buffer(plane_of(dx, n, c, s, end), dx_scratch)
-        write(dx_run, around, _dx_of_run, (passed, x_run, on_run, mean[0, c], mean[1, c], scale, b, k))
+        write(dx_run, around, _dx_of_run, (dy_run, x_run, on_run, result_run, mean[0, c], mean[1, c], scale, b, k))
         scatter(plane_of(dx, n, c, s, end), dx_scratch)
 
 
 @inline
-def _scale(dy, x, on, n, c, s0, s1, mean, scale, dx, dy_scratch, x_scratch, dx_scratch, gate, dresidual) -> None:
+def _scale(dy, x, on, n, c, s0, s1, mean, scale, dx, dy_scratch, x_scratch, dx_scratch, gate, told, dresidual) -> None:
     """dx = scale dy, and dresidual, for a run that is still in the nearest cache."""
     dy_run, dx_run = gather(plane_of(dy, n, c, s0, s1), dy_scratch), row_buffer(plane_of(dx, n, c, s0, s1), dx_scratch)
-    passed = _through(dy_run, gather(plane_of(x, n, c, s0, s1), x_scratch), mean, n, c, s0, s1, gate)
-    on_run = line_beside(on, 0, n, s0, s1 - s0)
-    put(passed, on_run, dresidual, n, c, s0)
-    write(dx_run, False, _scaled_run, (passed, on_run, scale))
+    dy_run = _through(dy_run, gather(plane_of(x, n, c, s0, s1), x_scratch), mean, n, c, s0, s1, gate)
+    on_run, result_run = line_beside(on, 0, n, s0, s1 - s0), _result_run(told, n, c, s0, s1)
+    put(dy_run, on_run, result_run, dresidual, n, c, s0)
+    write(dx_run, False, _scaled_run, (dy_run, on_run, result_run, scale))
     scatter(plane_of(dx, n, c, s0, s1), dx_scratch)
 
 
@@ -280,12 +298,12 @@ def _choose_gated_piece(gate, size) -> Callable[..., Any]:
 
 
 def _gate(kind: Any, residual: Any, scale: Any, beta: Any) -> Any:
-    """What `_through` takes: activation, residual, memory for two runs, γ rstd and β; None without an activation."""
+    """What `_through` takes: activation, residual, memory for two runs, γ rstd and β; None without one, and for a ReLU."""
 
 
 @overload(_gate)
 def _choose_gate(kind, residual, scale, beta) -> Callable[..., Any]:
-    if kind == types.none:
+    if not is_computed_again(kind):
         return lambda kind, residual, scale, beta: None
     return lambda kind, residual, scale, beta: (
         kind, residual, scratch_beside(residual, RUN), np.empty(RUN, scale.dtype), scale, beta
@@ -293,7 +311,7 @@ def _choose_gate(kind, residual, scale, beta) -> Callable[..., Any]:
 
 
 def _through(dy: Any, x: Any, mean: Any, n: Any, c: Any, s: Any, end: Any, gate: Any) -> Any:
-    """dy a'(p) of a run, in the gate's memory; `dy` itself without an activation."""
+    """dy a'(p) of a run, in the gate's memory; `dy` itself without a gate."""
 
 
 @overload(_through)
@@ -308,6 +326,19 @@ def _passed_run(dy, x, mean, n, c, s, end, gate) -> np.ndarray:
     kind, residual, r_scratch, memory, scale, beta = gate
     after = kind, run_beside(residual, n, c, s, end, r_scratch)
     return _pass_run(prefix(memory, dy.size), dy, x, mean[0, c], mean[1, c], scale[c], beta[c], after)
+
+
+@inline
+def _told_by(kind, beside) -> Any:
+    """What `_result_run` takes: a ReLU's result and memory for a run of it, or None twice."""
+    result = result_of(kind, beside)
+    return result, scratch_beside(result, RUN)
+
+
+@inline
+def _result_run(told, n, c, s, end) -> Any:
+    result, scratch = told
+    return run_beside(result, n, c, s, end, scratch)
 
 
 # ---------------------------------------------------------------------------------------------- whole channels
@@ -390,22 +421,22 @@ def backward(
     m = values_of_channel(x, on)
     dy_scratch, x_scratch, dx_scratch, around = _scratch(dy), _scratch(x), _scratch(dx), _goes_around(dx)
     sums, b, k = np.empty((2, 2, group)), np.empty(group, rstd.dtype), np.empty(group, rstd.dtype)
-    gate = _gate(kind, residual, scale_of(kind, rstd, gamma), beta)
+    gate, told = _gate(kind, residual, scale_of(kind, rstd, gamma), beta), _told_by(kind, residual)
     for block in range(first, last):
         c0, c1 = block * group, min(block * group + group, C)
         sums[:] = 0.0
         # 1. read dy and x: sum dy and sum dy (x - mean) of the block's channels, and dbeta and dgamma from them
         for n in range(N):
             for c in range(c0, c1):
-                _add_gradients(dy, x, on, n, c, START, S, mean, sums, c - c0, dy_scratch, x_scratch, True, gate)
+                _add_gradients(dy, x, on, n, c, START, S, mean, sums, c - c0, dy_scratch, x_scratch, True, gate, told)
         _gradients_of_channels(sums, c0, c1, m, rstd, dgamma, dbeta, b, k)
         # 2. read both again: dx
         for n in range(N):
             for c in range(c0, c1):
                 j, scale = c - c0, rstd[c] * gamma[c]
                 _apply(
-                    dy, x, on, n, c, START, S, mean, scale, b[j], k[j], dx, around, dy_scratch, x_scratch, dx_scratch, gate,
-                    dresidual,
+                    dy, x, on, n, c, START, S, mean, scale, b[j], k[j], dx, around, dy_scratch, x_scratch, dx_scratch,
+                    gate, told, dresidual,
                 )  # fmt: skip
     streamed()
 
@@ -444,17 +475,18 @@ def gradient_sums(first, last, dy, x, mean, scale, dx, partial, beta, kind, resi
     """
     C = x.shape[1]
     blocks, dy_scratch, x_scratch, pieces = partial.shape[0], _scratch(dy), _scratch(x), np.empty((2, 2, C))
-    dx_scratch, gate = _scratch(dx), _gate(kind, residual, scale, beta)
+    dx_scratch, gate, told = _scratch(dx), _gate(kind, residual, scale, beta), _told_by(kind, residual)
     for block in range(first, last):
         v, end = x.size * block // blocks, x.size * (block + 1) // blocks
         pieces[:] = 0.0
         while v < end:
             n, c, s, stop = _run_at(x, v, end)
             stop = min(stop, s + RUN)
-            _add_gradients(dy, x, on, n, c, s, stop, mean, pieces, c, dy_scratch, x_scratch, False, gate)
+            _add_gradients(dy, x, on, n, c, s, stop, mean, pieces, c, dy_scratch, x_scratch, False, gate, told)
             if dx.size:
                 _scale(
-                    dy, x, on, n, c, s, stop, mean, scale[c], dx, dy_scratch, x_scratch, dx_scratch, gate, dresidual
+                    dy, x, on, n, c, s, stop, mean, scale[c], dx, dy_scratch, x_scratch, dx_scratch, gate, told,
+                    dresidual,
                 )  # fmt: skip
             v += stop - s
         for c in range(C):
@@ -482,13 +514,13 @@ def apply(first, last, blocks, dy, x, mean, scale, b, k, dx, beta, kind, residua
     Reads dy and x (and the residual, where an activation needs it); writes dx and dresidual.
     """
     dy_scratch, x_scratch, dx_scratch, around = _scratch(dy), _scratch(x), _scratch(dx), _goes_around(dx)
-    gate = _gate(kind, residual, scale, beta)
+    gate, told = _gate(kind, residual, scale, beta), _told_by(kind, residual)
     for block in range(first, last):
         v, end = x.size * block // blocks, x.size * (block + 1) // blocks
         while v < end:
             n, c, s, stop = _run_at(x, v, end)
             _apply(
-                dy, x, on, n, c, s, stop, mean, scale[c], b[c], k[c], dx, around, dy_scratch, x_scratch, dx_scratch, gate,
+                dy, x, on, n, c, s, stop, mean, scale[c], b[c], k[c], dx, around, dy_scratch, x_scratch, dx_scratch, gate, told,
                 dresidual,
             )  # fmt: skip
             v += stop - s

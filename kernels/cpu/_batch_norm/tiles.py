@@ -19,7 +19,7 @@ from .._numba.compile import inline, kernel, overload, reduction
 from .._numba.elements import load
 from .._numba.simd import LARGE, fetch, streamed
 from .._numba.views import line_of
-from .activation import line_beside, put_line, scale_of
+from .activation import line_beside, put_line, result_of, scale_of
 from .line_sums import add_deviations, add_four_deviations, add_gradients, add_two_gradients, left_at, sums_memory
 from .lines import (
     MEAN,
@@ -85,7 +85,7 @@ def _tile_deviations(x, n0, n1, c0, c1, shift, total, square) -> None:
 
 
 @inline
-def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual) -> None:
+def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual, result) -> None:
     """total and product = sum dy and sum dy (x - mean) of each position, over the samples n0…n1-1; about: `_wide_means`."""
     size, n, mean, rest, fetches = (c1 - c0) * x.shape[2], n0, _of(about, MEAN), _of(about, REST), _is_far(x)
     total[:] = 0.0
@@ -99,12 +99,14 @@ def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual
         x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
         dy0 = _through(dy0, x0, gate, 0, line_beside(residual, n, c0, 0, size))
         dy1 = _through(dy1, x1, gate, 1, line_beside(residual, n + 1, c0, 0, size))
-        _along(size, total, add_two_gradients, (dy0, dy1, x0, x1, mean, rest, total, product))
+        result0, result1 = line_beside(result, n, c0, 0, size), line_beside(result, n + 1, c0, 0, size)
+        _along(size, total, add_two_gradients, (dy0, dy1, x0, x1, result0, result1, mean, rest, total, product))
         n += 2
     if n < n1:
         dy0, x0 = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
         dy0 = _through(dy0, x0, gate, 0, line_beside(residual, n, c0, 0, size))
-        _along(size, total, add_gradients, (dy0, x0, mean, rest, total, product))
+        result0 = line_beside(result, n, c0, 0, size)
+        _along(size, total, add_gradients, (dy0, x0, result0, mean, rest, total, product))
 
 
 @reduction
@@ -286,6 +288,7 @@ def backward(
     P = step * group * S
     sums, at, total, product = np.empty((2, step * group)), parameters(P, rstd), sums_memory(x, P), sums_memory(x, P)
     about, gate, of_gate = np.empty((1, 2, P)), _gate(kind, P, rstd), scale_of(kind, rstd, gamma)
+    result = result_of(kind, residual)
     for tile in range(first, last, step):
         c0, c1 = tile * group, min(min(tile + step, last) * group, C)
         size = (c1 - c0) * S
@@ -295,15 +298,16 @@ def backward(
         _scale_of_tile(at, c0, c1, S, rstd, gamma)
         _gate_of_tile(gate, c0, c1, S, mean, of_gate, beta)
         # 2. read dy and x: the sums, and dbeta and dgamma from them
-        _tile_gradients(dy, x, 0, N, c0, c1, about, total, product, gate, residual)
+        _tile_gradients(dy, x, 0, N, c0, c1, about, total, product, gate, residual, result)
         _tile_sums(x, total, product, c0, c1, sums)
         _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta)
         # 3. read both again: dx
         for n in range(N):
             x_line = line_of(x, n, c0, 0, size)
             passed = _through(line_of(dy, n, c0, 0, size), x_line, gate, 0, line_beside(residual, n, c0, 0, size))
-            put_line(passed, dresidual, n, c0, 0)
-            _apply(passed, x_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+            result_line = line_beside(result, n, c0, 0, size)
+            put_line(passed, result_line, dresidual, n, c0, 0)
+            _apply(passed, x_line, result_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()
 
 
@@ -339,13 +343,13 @@ def gradient_sums(
     """
     S, P, parts, scaled = x.shape[2], group * x.shape[2], partial.shape[0], dx.size > 0
     sums, about, total, product = np.empty((2, group)), np.empty((1, 2, P)), sums_memory(x, P), sums_memory(x, P)
-    at, gate = parameters(P if scaled else 0, scale), _gate(kind, P, scale)
+    at, gate, result = parameters(P if scaled else 0, scale), _gate(kind, P, scale), result_of(kind, residual)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
         size = (c1 - c0) * S
         _wide_means(about, c0, c1, S, mean)
         _gate_of_tile(gate, c0, c1, S, mean, scale, beta)
-        _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual)
+        _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual, result)
         _tile_sums(x, total, product, c0, c1, sums)
         _keep_sums(sums, partial, block % parts, c0, c1)
         if scaled:
@@ -354,8 +358,9 @@ def gradient_sums(
             for n in range(n0, n1):
                 x_line = line_of(x, n, c0, 0, size)
                 passed = _through(line_of(dy, n, c0, 0, size), x_line, gate, 0, line_beside(residual, n, c0, 0, size))
-                put_line(passed, dresidual, n, c0, 0)
-                _scale(passed, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+                result_line = line_beside(result, n, c0, 0, size)
+                put_line(passed, result_line, dresidual, n, c0, 0)
+                _scale(passed, result_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()
 
 
@@ -382,6 +387,7 @@ def apply(
     Reads dy and x (and the residual, where an activation needs it); writes dx and dresidual.
     """
     S, at, gate = x.shape[2], parameters(group * x.shape[2], mean), _gate(kind, group * x.shape[2], mean)
+    result = result_of(kind, residual)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
         size = (c1 - c0) * S
@@ -390,6 +396,7 @@ def apply(
         for n in range(n0, n1):
             x_line = line_of(x, n, c0, 0, size)
             passed = _through(line_of(dy, n, c0, 0, size), x_line, gate, 0, line_beside(residual, n, c0, 0, size))
-            put_line(passed, dresidual, n, c0, 0)
-            _apply(passed, x_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+            result_line = line_beside(result, n, c0, 0, size)
+            put_line(passed, result_line, dresidual, n, c0, 0)
+            _apply(passed, x_line, result_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()

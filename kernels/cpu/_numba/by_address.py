@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
 
-from .compile import inline
+from .compile import inline, overload
 from .compile import kernel as compiled
 from .internals import call, cgutils, compiled_for, make_array, raise_error, unowned
 
@@ -42,6 +42,17 @@ def floats(address, shape) -> np.ndarray:
 def planes(address, N, C, S) -> np.ndarray:
     """float32 (N, C, S), of the type of a launcher's arrays, so that both call the same compiled kernel."""
     return _of_any_strides(floats(address, (N, C, S)))
+
+
+def planes_or_none(address: Any, N: Any, C: Any, S: Any) -> Any:
+    """`planes`, or None where the address is None."""
+
+
+@overload(planes_or_none)
+def _choose_planes(address, N, C, S) -> Any:
+    if address == types.none:
+        return lambda address, N, C, S: None
+    return lambda address, N, C, S: planes(address, N, C, S)
 
 
 @inline

@@ -53,7 +53,9 @@ _NO_ARRAY = frozenset(("None", "bool", "int", "float", "Lanes", "tuple"))
 def _counting(function: Callable[..., Any]) -> dict[str, bool]:
     """The option by which a helper that returns no array counts no references: its caller holds them.
 
-    Each count is an atomic operation, which waits for all stores before it, in the middle of a loop.
+    Each count is an atomic operation, which waits for all stores before it, in the middle of a loop. Such a helper may make
+    views without references (`views.py`), but it must not take an array from a helper that counts: that one would be kept for
+    ever. `tests/guarded_calls.py` looks for it.
     """
     returned = re.findall(r"\w+", str(function.__annotations__.get("return", "Any")))
     return {"_nrt": not _NO_ARRAY.issuperset(returned)}
