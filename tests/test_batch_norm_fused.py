@@ -18,7 +18,7 @@ import hw3gpu.nn as HN
 from hw3gpu import _error_bounds, reference
 from hw3gpu._core import dispatch
 from hw3gpu._torch import batch_norm as operators
-from hw3gpu._torch.activation import kept
+from hw3gpu._torch.activation import kept, let_through
 from measure import close, ulp
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -176,6 +176,15 @@ def test_each_activation_is_the_answer_sheets(device, dtype, activation):
     )
     close(values_of(y), reference.activation(p, activation), None, dtype, bounds[0], "y")
     close(values_of(x.grad), reference.activation_backward(0.75, p, activation), None, dtype, bounds[1], "dx")
+
+
+@pytest.mark.parametrize("activation", ["silu", "hardswish", "gelu"])
+def test_the_slope_of_an_activation_with_a_graph_is_torchs(activation):
+    """What `gradgradcheck` cannot see: it compares second derivatives with the first, whatever these are."""
+    p = torch.linspace(-5, 5, 42, dtype=torch.float64).requires_grad_()
+    dy = torch.linspace(1, 2, 42, dtype=torch.float64)
+    (theirs,) = torch.autograd.grad(APPLIED[activation](p), p, dy)
+    same(let_through(dy, p, activation), theirs)
 
 
 class Block(nn.Module):

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hw3gpu.__main__ import ROWS, main
-from hw3gpu._cli import train, verify
+from hw3gpu._cli import info, train, verify
 from hw3gpu._core import dispatch
 
 Captured = pytest.CaptureFixture[str]
@@ -42,6 +43,17 @@ def test_info_says_why_a_forced_backend_cannot_run(capsys: Captured, monkeypatch
     (numpy, *_) = json.loads(capsys.readouterr().out)["kernels"]
     assert numpy["kernels"] is None
     assert numpy["why"].startswith("backend 'gpu' was asked for, but ")
+
+
+def test_info_says_where_kernels_are_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info.dispatch, "backend", lambda *arrays: "gpu")
+    monkeypatch.setenv("HW3GPU_BACKEND", "gpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert info._choice("NumPy array", np.zeros(1)) == {
+        "arrays": "NumPy array",
+        "kernels": "Triton (gpu)",
+        "why": "HW3GPU_BACKEND=gpu asks for them; TRITON_INTERPRET=1 interprets them",
+    }
 
 
 def test_info_prints_tables(capsys: Captured) -> None:
@@ -168,6 +180,13 @@ def test_verify_counts_nan_in_a_wrong_place_as_a_failure() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- train
+def test_an_epoch_says_when_a_step_is_done() -> None:
+    data = train.Digits(torch.rand(150, 3), torch.zeros(150, dtype=torch.int64), torch.rand(1, 3), torch.zeros(1))
+    run, done = train.Run("ours", torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()), []
+    run.epoch(data, torch.arange(150), lambda: done.append(len(done)))
+    assert len(done) == len(run.losses) == -(-150 // train.BATCH)
+
+
 def test_train_learns_as_pytorch_does(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nets: list[train.Run] = []
     learn = train.train

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from hw3gpu import _error_bounds, reference
+from hw3gpu._cli import losses, operations
+from hw3gpu._cli.arrays import DTYPES, Place
 from hw3gpu._cli.measure import max_error, share_of_bound, tolerance, ulp
 from hw3gpu._error_bounds import rounding
 from measure import close
@@ -369,3 +371,24 @@ def test_the_bounds_of_activations_are_a_few_units(kind: str, dtype: str) -> Non
     assert np.all(forward <= 6.1 * abs(p) + (10.1 + abs(p)) * y + 1e-6)
     assert kind == "relu" or np.all(forward >= y)
     assert np.all(_error_bounds.activation_backward(1.0, p, kind, dtype=dtype) <= 14 * u)
+
+
+# ---------------------------------------------------------------------------------------------- what `verify` measures by
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_batches_of_every_dtype_have_statistics(dtype: str) -> None:
+    for output in operations.batch_norm(Place("torch", "cpu"), dtype):
+        assert np.isfinite(output.expected).all(), output.name
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen_shannon"])
+def test_pytorchs_divergence_is_the_answer_sheets(kind: str) -> None:
+    student, teacher = rng().standard_normal((2, 5, 40))
+    sheet = reference.distillation_loss(student, teacher, kind=kind, temperature=losses.TEMPERATURE, reduction="none")
+    theirs = losses._torch_divergence(*map(torch.from_numpy, (student, teacher)), kind)
+    np.testing.assert_allclose(theirs.numpy(), sheet.loss, rtol=1e-12)
+
+
+def test_an_error_of_pytorch_that_is_not_finite_is_no_measure() -> None:
+    for error in (np.inf, np.nan):
+        with pytest.raises(ValueError, match="torch_error: expected a finite error, got"):
+            tolerance(np.ones(2), "float32", error)

@@ -263,6 +263,12 @@ def test_a_functions_own_errors_pass_and_nothing_stays_behind():
     assert dispatch.threads.observer.get() is None
 
 
+def test_the_memory_of_a_tensor_is_its_storage():
+    """Also where NumPy cannot look at it, for its dtype or its gradient."""
+    for x in (torch.zeros(8, dtype=torch.bfloat16), torch.zeros(4, requires_grad=True)):
+        assert record._span(x[1:3]) == record._span(x) == (x.data_ptr(), x.data_ptr() + 16)
+
+
 def test_sizes_are_said_in_the_largest_unit_that_they_fill():
     sizes = {1023: "1023 B", 1024: "1.0 KiB", 1 << 20: "1.0 MiB", (1 << 30) - 1: "1024.0 MiB", 3 << 29: "1.5 GiB"}
     assert {n: _explain._size(n) for n in sizes} == sizes

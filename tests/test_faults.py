@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import hw3gpu
+from hw3gpu._cli.arrays import cupy_refusal
 from hw3gpu._core import dispatch
 from hw3gpu._linalg import numerics
 
@@ -78,6 +79,18 @@ def test_cupy(monkeypatch, module):
         hw3gpu.softmax([1.0])
     with pytest.raises(hw3gpu.BackendError, match=r"covariance: .*CuPy"):
         numerics._cupy("covariance")
+
+
+def test_what_keeps_cupy_arrays_from_kernels(monkeypatch):
+    def no_driver(n):
+        raise RuntimeError("cudaErrorInsufficientDriver")
+
+    for module, sentence in (
+        (None, r"CuPy cannot be imported \(import of cupy halted"),
+        (types.SimpleNamespace(zeros=no_driver), r"CuPy finds no usable device \(cudaErrorInsufficientDriver\)"),
+    ):
+        monkeypatch.setitem(sys.modules, "cupy", module)
+        assert re.match(sentence, cupy_refusal())
 
 
 def test_a_torch_that_is_half_loaded_is_no_matter_to_arrays_of_numpy():

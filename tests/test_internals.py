@@ -162,6 +162,7 @@ def test_a_compiled_kernel_is_launched_as_triton_launches_it() -> None:
     [
         ("numba.core.caching", "_CacheLocator", "hw3gpu.kernels.cpu.softmax", r"made for Numba .* lacks .*_CacheLocator"),
         ("torch._C", "_get_tracing_state", "hw3gpu.functional", r"made for PyTorch .* lacks .*_get_tracing_state"),
+        ("torch.autograd.forward_ad", "_current_level", "hw3gpu.functional", r"made for PyTorch .* lacks .*_current_level"),
     ],
 )
 def test_the_import_says_what_is_gone(owner: str, name: str, module: str, says: str) -> None:

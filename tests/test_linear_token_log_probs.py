@@ -62,7 +62,9 @@ def test_half_precision_is_as_good_as_whole_logits(device, rng, dtype):
         )
 
 
-@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"softcap": 2.0}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"z_loss": 0.1}, {"logit_scale": 0.7}, {"softcap": 2.0}, {"label_smoothing": 0.1}], ids=str
+)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_differentiable_statistics_of_the_linear_loss(device, rng, reduction, options):
     x, W, b, target = problem(rng, device)

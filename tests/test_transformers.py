@@ -154,6 +154,9 @@ def test_logits_are_there_for_whoever_asks():
     assert type(logits) is LazyLogits
     assert isinstance(logits, torch.Tensor)
     assert (logits.shape, logits.dtype, len(logits), logits.dim()) == ((2, 9, 97), torch.float64, 2, 3)
+    assert logits.to("cpu") is logits
+    assert logits.contiguous() is logits
+    assert type(logits.to(torch.bfloat16)) is LazyLogits
     assert logits.computed is None
     grads.append(torch.autograd.grad((logits * weight).sum(), model.lm_head.weight)[0])
     assert torch.equal(*grads)
