@@ -253,7 +253,9 @@ def call_of(
     checked; None where it is not kept."""
     if not (type(options.ignore_index) is int and type(options.label_smoothing) is float):
         return None
-    if not type(options.z_loss) is type(options.logit_scale) is float or type(options.softcap) not in (float, type(None)):
+    if not type(options.z_loss) is type(options.logit_scale) is float:
+        return None
+    if options.softcap is not None and type(options.softcap) is not float:
         return None
     if weight is not None and not (getattr(weight, "dtype", None) is accumulate_dtype(logits) and weight.is_contiguous()):
         return None
