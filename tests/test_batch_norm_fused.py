@@ -180,7 +180,6 @@ def test_each_activation_is_the_answer_sheets(device, dtype, activation):
 
 @pytest.mark.parametrize("activation", ["silu", "hardswish", "gelu"])
 def test_the_slope_of_an_activation_with_a_graph_is_torchs(activation):
-    """What `gradgradcheck` cannot see: it compares second derivatives with the first, whatever these are."""
     p = torch.linspace(-5, 5, 42, dtype=torch.float64).requires_grad_()
     dy = torch.linspace(1, 2, 42, dtype=torch.float64)
     (theirs,) = torch.autograd.grad(APPLIED[activation](p), p, dy)

@@ -129,6 +129,8 @@ def test_later_calls_launch_the_same_on_their_own_memory(gpu, monkeypatch, of):
         seen.append([(name, grid, [place(a, known) if type(a) is int else a for a in args]) for name, grid, args in found])
         assert len(bound_launches._kept) == 2
     assert seen[0] == seen[1] == seen[2]
+    bound_launches.forget()
+    assert not bound_launches._kept
     assert {type(p) for _, _, args in seen[0] for p in args} >= {tuple, int}
 
 

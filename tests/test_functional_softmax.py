@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from twins import ACC, SINGLE, drawn, gradcheck, hold, layout_of, ones, same, tensor, values_of, zeros
+from twins import ACC, SINGLE, drawn, gradcheck, gradgradcheck, hold, layout_of, ones, same, tensor, values_of, zeros
 
 import hw3gpu.functional as HF
 from hw3gpu import _error_bounds, reference
@@ -72,6 +72,7 @@ def test_softmax_chooses_a_dim_as_torch_does(device, rng):
 def test_softmax_gradcheck(device, rng):
     x = tensor(rng.standard_normal((3, 5, 2)), "float64", device, grad=True)
     gradcheck(lambda x: HF.softmax(x, 1), (x,))
+    gradgradcheck(lambda x: HF.softmax(x, 1), (x,))
 
 
 @pytest.mark.parametrize("V", [10, 33333])

@@ -52,9 +52,17 @@ def gradcheck(function, inputs):
 
 
 def gradgradcheck(function, inputs):
-    """As `gradcheck`, of the gradients."""
+    """As `gradcheck`, of the gradients. With a graph these are computed by other operations: they are to be the same."""
     gpu = requested_backend() == "gpu"
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=gpu, check_undefined_grad=not gpu)
+    results, leaves = function(*inputs), [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    results = [y for y in ([results] if isinstance(results, torch.Tensor) else results) if y.requires_grad]
+    upstream = [torch.linspace(1, 2, y.numel(), dtype=y.dtype, device=y.device).view_as(y) for y in results]
+    ours, with_graph = (
+        torch.autograd.grad(results, leaves, upstream, retain_graph=True, create_graph=on) for on in (False, True)
+    )
+    for one, other in zip(ours, with_graph, strict=True):
+        same(other.detach(), one, 1e-11)
 
 
 def opcheck(operator, args, compiled=False):
