@@ -153,6 +153,16 @@ def test_verify_refuses_a_wrong_setting_in_one_line(name: str, monkeypatch: pyte
         main(["verify", "--only", "S1"])
 
 
+def test_verify_mends_the_interpreter_that_it_runs_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    mended: list[bool] = []
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(verify, "_without_triton", lambda: False)
+    monkeypatch.setattr(verify, "mend_the_interpreter", lambda: mended.append(True))
+    monkeypatch.setattr(verify, "_checks", lambda *_: iter(()))
+    assert list(verify.run("gpu", ["S4"])) == []
+    assert mended == [True]
+
+
 def test_verify_goes_on_after_a_kernel_that_raises(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of order")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from twins import ACC, SINGLE, drawn, gradcheck, gradgradcheck, hold, layout_of, ones, same, tensor, values_of, zeros
 
 import hw3gpu.functional as HF
@@ -73,6 +75,16 @@ def test_softmax_gradcheck(device, rng):
     x = tensor(rng.standard_normal((3, 5, 2)), "float64", device, grad=True)
     gradcheck(lambda x: HF.softmax(x, 1), (x,))
     gradgradcheck(lambda x: HF.softmax(x, 1), (x,))
+
+
+def test_a_fake_result_has_the_strides_of_a_real_one(device):
+    """Also of axes in an order in which those before or behind `dim` are not one."""
+    for order in itertools.permutations(range(4)):
+        x = torch.zeros(2, 3, 4, 5, device=device).permute(order)
+        for dim in range(4):
+            with FakeTensorMode() as mode:
+                fake = HF.softmax(mode.from_tensor(x), dim)
+            assert fake.stride() == HF.softmax(x, dim).stride(), (order, dim)
 
 
 @pytest.mark.parametrize("V", [10, 33333])
