@@ -30,7 +30,6 @@ from .channel_plan import (
     LINE,
     PLANE,
     SMALL_PLANE,
-    SUM_AND_RESULT_LINE,
     BatchNormPlan,
     Layout,
     flat_blocks,
@@ -386,7 +385,7 @@ def _inference(N: int, C: int, S: int) -> tuple[Any, int, int, tuple[int, ...]]:
     nbytes = 4 * N * C * S
     if S == 1:
         blocks = flat_blocks(nbytes, N // BLOCK_ROWS)
-        return _inference_rows, blocks, blocks, (max(1, min(SUM_AND_RESULT_LINE // C, N)),)
+        return _inference_rows, blocks, blocks, (max(1, min(LINE // C, N)),)
     if S < PLANE:
         group, parts = tiles(N, C, S, 4)
         return _inference_tiles, -(-C // group) * parts, parts, (group,)

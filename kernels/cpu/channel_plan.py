@@ -26,9 +26,8 @@ RUN_BYTES, GROUP_BYTES = 1 << 13, 1 << 22
 # Elements of a line, the fewest of one where channels would be too few for FEWEST_BLOCKS tiles, and the largest plane that is
 # done by lines; elements of a channels-last line where sums are taken: a block adds them up for each channel at its end.
 LINE, SHORT_LINE, SMALL_PLANE, SUM_LINE = 512, 128, 256, 256
-# The same where sums are taken and a result is written of what the nearest caches hold still, and the smallest plane that is
-# then a loop of its own.
-SUM_AND_RESULT_LINE, PLANE = 1024, 64
+# The smallest plane that is a loop of its own where sums are taken and a result is written while the nearest caches hold it.
+PLANE = 64
 # Rows of channels are cut into tiles up to so many bytes of a tile, and rows of a split's block are at least so many: a block
 # has two sums a channel.
 STRIP_BYTES, BLOCK_ROWS = 1 << 20, 32
@@ -128,7 +127,7 @@ def plan_sums_and_result(of: Layout, masked: bool = False) -> Pass:
     N, C, S = of.shape
     if in_rows(of):
         blocks = _blocks(of)
-        return Pass("lines", blocks, (rows_per_line(SUM_AND_RESULT_LINE, of),), blocks)
+        return Pass("lines", blocks, (rows_per_line(LINE, of),), blocks)
     if S < PLANE and small_planes(of) and not masked:
         group, parts = tiles(N, C, S, of.itemsize)
         return Pass("tiles", -(-C // group) * parts, (group,), parts)
