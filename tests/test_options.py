@@ -79,6 +79,12 @@ def test_a_function_over_processes_says_that_there_are_none():
             call()
 
 
+def test_a_target_of_divided_classes_that_is_no_tensor():
+    for call in (distributed.vocab_parallel_cross_entropy, distributed.vocab_parallel_token_log_probs):
+        with pytest.raises(TypeError, match=r"^target: expected a torch.Tensor, got builtins.list"):
+            call(T, [0, 1, 2, 0, 1, 2])
+
+
 def test_a_module_refuses_an_activation_of_the_wrong_kind():
     from hw3gpu import nn
 
