@@ -18,7 +18,7 @@ from triton.compiler import CompiledKernel
 import hw3gpu.functional as HF
 from benchmarks.evidence.compile_without_gpu import StandIn
 from hw3gpu.kernels.gpu import batch_norm, cross_entropy, distillation, moments, softmax, token_log_probs
-from hw3gpu.kernels.gpu._batch_norm import backward, forward
+from hw3gpu.kernels.gpu._batch_norm import backward, forward, valid
 
 GRID = (2**31 - 1, 65535, 65535)
 BF16 = torch.bfloat16
@@ -200,13 +200,13 @@ def test_nothing_asks_the_host_to_wait():
 
 
 # ---------------------------------------------------------------------------------------------- far rows
-def far(*shape, strides):
-    """float32 numbers in address space of which the pages that are written are there."""
+def far(*shape, strides, fill=True):
+    """float32 numbers in address space of which the pages that are written are there; zeros unless `fill`."""
     unreserved = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's; Python names it from 3.13 on
     elements = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
     memory = mmap.mmap(-1, 4 * elements + 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved)
     x = torch.frombuffer(memory, dtype=torch.float32).as_strided(shape, strides)
-    return x.copy_(torch.randn(shape))
+    return x.copy_(torch.randn(shape)) if fill else x
 
 
 @pytest.fixture
@@ -266,6 +266,23 @@ def test_another_layout_beyond_2_to_the_31_is_found():
     cross_entropy.forward_backward(z, y, None, loss, dz, invalid, ignore_index=-100, label_smoothing=0.0)
     expected = torch.softmax(z, 1) * y.contiguous().sum(1, keepdim=True) - y
     torch.testing.assert_close(dz, expected, rtol=1e-5, atol=1e-4)
+
+
+@triton.jit
+def _first_is_valid(valid_ptr, found_ptr, block, S, LANES: tl.constexpr):
+    tile, layout = (tl.cast(0, tl.int64), tl.cast(block, tl.int32)), (1, 1, tl.cast(S, tl.int64))
+    tl.store(found_ptr, valid.first_is_valid(valid_ptr, tile, layout, LANES).to(tl.int32))
+
+
+@pytest.mark.interpreter
+def test_masked_positions_beyond_2_to_the_31_are_found():
+    """By the bit of the first lane of a tile, in whose bytes there are no others."""
+    bits, found = far(2**27, strides=(1,), fill=False).view(torch.uint8), torch.zeros(1, dtype=torch.int32)
+    position = 3 * 2**30
+    for expected in (0, 1):
+        bits[position // 8] = expected
+        _first_is_valid[(1,)](bits, found, position // 1024, 2**32, LANES=1024)
+        assert int(found) == expected
 
 
 # ---------------------------------------------------------------------------------------------- compilations
