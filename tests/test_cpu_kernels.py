@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -312,6 +313,15 @@ def test_the_sum_of_the_losses_keeps_what_an_addition_rounds_away():
     total, denominator = np.empty(1), np.empty(1)
     cross_entropy.reduce(loss, np.zeros((1, 66), np.int64), None, total, denominator, ignore_index=-100)
     assert (total[0], denominator[0]) == (64.0, 66.0)
+
+
+@pytest.mark.parametrize("weights", [(0.25, 2.0**60), (0.37, 0.37)], ids=["far apart", "alike"])
+def test_the_sum_of_the_weights_keeps_what_an_addition_rounds_away(weights):
+    """The denominator of a mean, of 2^16 rows of the first class and one of the second in front."""
+    target, weight, denominator = np.zeros((1, 2**16 + 1), np.int64), np.array(weights), np.empty(1)
+    target[0, 0] = 1
+    cross_entropy.count(target, weight, denominator, ignore_index=-100)
+    assert denominator[0] == math.fsum(weight[target[0]])
 
 
 # ---------------------------------------------------------------------------------------------- strides and memory

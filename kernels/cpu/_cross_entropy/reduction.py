@@ -16,30 +16,39 @@ def class_weight(weight, t) -> float:
 
 
 @inline
+def _added(total, lost, value) -> tuple[float, float]:
+    """total + value, and what roundings have lost so far (Neumaier)."""
+    new = total + value
+    return new, lost + ((total - new) + value if abs(total) >= abs(value) else (value - new) + total)
+
+
+@inline
+def _with_lost(total, lost) -> float:
+    return total + lost if math.isfinite(lost) else total
+
+
+@inline
 def compensated_sum(loss) -> float:
-    """sum loss of (N, S) in float64, with the rounding of each addition carried along (Neumaier)."""
-    losses, lost = 0.0, 0.0
+    """sum loss of (N, S) in float64, with the rounding of each addition carried along."""
+    total, lost = 0.0, 0.0
     for n in range(loss.shape[0]):
         for s in range(loss.shape[1]):
-            value = np.float64(loss[n, s])
-            new = losses + value
-            lost += (losses - new) + value if abs(losses) >= abs(value) else (value - new) + losses
-            losses = new
-    return losses + lost if math.isfinite(lost) else losses
+            total, lost = _added(total, lost, np.float64(loss[n, s]))
+    return _with_lost(total, lost)
 
 
 @inline
 def denominator_of(rows, target, weight, V, ignore_index) -> float:
-    """sum w_target over the rows that have a class, or the number of rows if V < 0."""
+    """sum w_target over the rows that have a class, compensated, or the number of rows if V < 0."""
     if V < 0:
         return np.float64(rows)
-    weights = 0.0
+    total, lost = 0.0, 0.0
     for n in range(target.shape[0]):
         for s in range(target.shape[1]):
             t = target[n, s]
             if 0 <= t < V and t != ignore_index:
-                weights += class_weight(weight, t)
-    return weights
+                total, lost = _added(total, lost, class_weight(weight, t))
+    return _with_lost(total, lost)
 
 
 @kernel
