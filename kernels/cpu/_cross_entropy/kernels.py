@@ -73,23 +73,35 @@ def gradient_at_target(e_t, sum_exp_minus_1, q_t, W) -> float:
     return (W - q_t) - W * ((sum_exp_minus_1 + (1.0 - e_t)) / (1.0 + sum_exp_minus_1))
 
 
+def gradient(e: Any, scale: Any, q: Any) -> Any:
+    """dz = g (W p - q) = scale e - g q, of numbers or of vectors of them: docs/derivations.md, (3.12).
+
+    e = exp(z - m), scale = g W / sum e; q has the factor g already, and is None where it is 0.
+    """
+
+
+@overload(gradient)
+def _choose_gradient(e, scale, q) -> Callable[..., Any]:
+    return (lambda e, scale, q: e * scale) if q == types.none else (lambda e, scale, q: e * scale - q)
+
+
 @inline
 def _of_a_class(i, exist, args) -> Lanes:
-    """g W p_c of a vector, and `at_target` in the place of the target's."""
+    """dz of a vector, and `at_target` in the place of the target's."""
     exps, scale, t, at_target = args
-    return with_lane(_exp(i, exist, exps) * scale, t - i, at_target)
+    return with_lane(gradient(_exp(i, exist, exps), scale, None), t - i, at_target)
 
 
 @inline
 def _of_a_smoothed_class(i, exist, args) -> Lanes:
-    """g (W p_c - q_c) of a vector, and `at_target` in the place of the target's."""
+    """As `_of_a_class`; q_c = shift w_c."""
     exps, scale, t, at_target, shift, weight = args
-    return with_lane(_exp(i, exist, exps) * scale - load_lanes(weight, i, exist, 0.0) * shift, t - i, at_target)
+    return with_lane(gradient(_exp(i, exist, exps), scale, load_lanes(weight, i, exist, 0.0) * shift), t - i, at_target)
 
 
 @inline
 def _class_gradient(exps, e_t, sum_exp_minus_1, t, q_t, uniform, W, g, weight, dz, around) -> None:
-    """dz_c = g (W p_c - q_c), p_c = exp(z_c - m) / (1 + sum_exp_minus_1)."""
+    """`gradient` of a row, p_c = exp(z_c - m) / (1 + sum_exp_minus_1)."""
     of = weight.dtype.type
     scale = of(g * W / (1.0 + sum_exp_minus_1))
     at_target = g * gradient_at_target(np.float64(e_t), sum_exp_minus_1, q_t, W)
@@ -126,12 +138,12 @@ def _soft_sums(z, y, m, smoothing, weight, ahead) -> tuple[float, float]:
 @inline
 def _of_probabilities(i, exist, args) -> Lanes:
     exps, scale, of_q = args
-    return _exp(i, exist, exps) * scale - _q(i, exist, of_q)
+    return gradient(_exp(i, exist, exps), scale, _q(i, exist, of_q))
 
 
 @inline
 def _soft_gradient(exps, sum_exp_minus_1, y, W, g, smoothing, weight, dz, around) -> None:
-    """dz_c = g (W p_c - q_c), as `_class_gradient`."""
+    """As `_class_gradient`."""
     of = weight.dtype.type
     scale, keep, uniform = of(g * W / (1.0 + sum_exp_minus_1)), of(g * (1.0 - smoothing)), of(g * smoothing / dz.size)
     write(dz, around, _of_probabilities, (exps, scale, (y, keep, uniform, weight)))

@@ -22,7 +22,7 @@ from .._numba.elements import atomic_min, load, store
 from .._numba.exp import exp
 from .._numba.views import gather, release, row_buffer, row_of, row_scratch, scatter
 from .._rows import CHUNK, exp_and_sum_minus_1, exps_workspace, fill, row_max
-from .kernels import gradient_at_target
+from .kernels import gradient, gradient_at_target
 
 _SERIES = tuple(np.float32(c) for c in (1 / 3, 2 / 15, 17 / 315, 62 / 2835, 1382 / 155925))
 _ONE, _ZERO, _MINUS_TWO, _FAR, _SMALL = (np.float32(c) for c in (1.0, 0.0, -2.0, 0.25, 0.0625))
@@ -118,17 +118,17 @@ def _slope(u, cap) -> float:
 
 @inline
 def _gradient(u, q, e, scale, z_loss_scale, g, cap, dz) -> None:
-    """dz = ((scale e - g q) + z_loss_scale e) (1 - u^2 / tau^2); z_loss_scale e is added last and keeps its digits."""
+    """dz = (`gradient` + z_loss_scale e) (1 - u^2 / tau^2); z_loss_scale e is added last and keeps its digits."""
     of = u.dtype.type
     scale, z_loss_scale, g = of(scale), of(z_loss_scale), of(g)
     if cap == 0.0:
         for c in range(u.size):
-            store(dz, c, (e[c] * scale - g * q[c]) + e[c] * z_loss_scale)
+            store(dz, c, gradient(e[c], scale, g * q[c]) + e[c] * z_loss_scale)
     else:
         tau, over = of(cap), of(1 / (cap * cap))
         for c in range(u.size):
             slope = (tau - u[c]) * (tau + u[c]) * over
-            store(dz, c, ((e[c] * scale - g * q[c]) + e[c] * z_loss_scale) * slope)
+            store(dz, c, (gradient(e[c], scale, g * q[c]) + e[c] * z_loss_scale) * slope)
 
 
 @inline
