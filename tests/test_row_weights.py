@@ -176,6 +176,15 @@ def test_a_row_of_weight_0_adds_nothing_where_its_loss_is_infinite(device):
     assert (dx[0] == 0).all()
 
 
+@pytest.mark.parametrize("linear", [False, True], ids=["cross entropy", "linear cross entropy"])
+@pytest.mark.parametrize("wrong", [3, 2**31 - 1, -1])
+def test_a_class_out_of_range_beside_class_weights(device, wrong, linear):
+    target, W = torch.tensor([0, wrong], device=device), torch.eye(3, device=device)
+    given = {"weight": torch.ones(3, device=device), "token_weight": torch.ones(2, device=device)}
+    with pytest.raises(IndexError, match=f"target: expected classes in 0…2 or ignore_index -100, got {wrong} in row 1"):
+        HF.linear_cross_entropy(W[:2], W, target, **given) if linear else HF.cross_entropy(W[:2], target, **given)
+
+
 def test_no_rows_and_all_ignored(device):
     W = torch.ones(3, 4, device=device, requires_grad=True)
     for rows in (0, 2):

@@ -224,7 +224,11 @@ def counts(kept: Tensor, target: Tensor, weight: Tensor | None, like: Tensor) ->
     """What each row counts in the divisor of a mean, in the dtype of `like`."""
     if target.is_floating_point():
         return torch.ones_like(like)
-    return kept.to(like.dtype) if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
+    if weight is None:
+        return kept.to(like.dtype)
+    # a class out of range is told of where the rows are read
+    classes = torch.where(kept, target, 0).clamp(0, weight.shape[0] - 1)
+    return torch.where(kept, weight[classes], 0.0)
 
 
 def reduced(
