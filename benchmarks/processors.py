@@ -17,6 +17,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -67,7 +68,11 @@ class FeatureSet:
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)} | self.variables
+        found = kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)} | self.variables
+        if "ATEN_CPU_CAPABILITY" in self.variables:  # which the cache of torch.compile's code does not tell apart: it crashed
+            capability = self.variables["ATEN_CPU_CAPABILITY"]
+            found["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"torchinductor_{capability}")
+        return found
 
 
 def _level(level: str, aten: str, coretype: str, needs: tuple[str, ...]) -> FeatureSet:
@@ -265,8 +270,6 @@ def line(row: Row) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table, a row when it is done; status 1 where a result is wrong. Writes the rows to `args.json` if given."""
-    import tempfile
-
     from .harness import environment, processor
 
     print(", ".join(f"{k} {v}" for k, v in environment(processor(), seed=0).items()))
