@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class _Extras(Unscripted):
     extras: dict[str, Any] = {}  # noqa: RUF012  of a module that was pickled without
     _names: tuple[str, ...] = ("z_loss", "softcap", "gradient", "all_ignored", "return_stats", "differentiable")
     _names += ("loss_dtype", "logit_scale")
+    _loss: Callable[..., Any]  # of (input, target, **options), the function of `functional` that a module is
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         extras = {name: kwargs.pop(name) for name in self._names if name in kwargs}
@@ -41,9 +43,6 @@ class _Extras(Unscripted):
             input, target, weight=of.weight, ignore_index=of.ignore_index, reduction=of.reduction,
             label_smoothing=of.label_smoothing, **self.extras, **of_rows,
         )  # fmt: skip
-
-    def _loss(self, input: Tensor, target: Tensor, **options: Any) -> Any:
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return ", ".join([*filter(None, [super().extra_repr()]), *(f"{k}={v!r}" for k, v in self.extras.items())])

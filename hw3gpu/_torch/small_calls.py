@@ -171,7 +171,7 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:  # fmt: skip
     """dx, dgamma, dbeta and, where `residual` asks for it, its gradient; None for what the kernels do not take.
 
-    bias, beside: what `activation.kept` keeps.
+    Without an activation the residual's gradient is dy, and none is given. bias, beside: what `activation.kept` keeps.
     """
     if not (_is_plain(x) and _is_plain(dy)) or (activation is not None and not training):
         return None
@@ -185,18 +185,15 @@ def batch_norm_backward(
     record.note(_PATH, "cpu")
     C = way.sizes[1]
     dx, dgamma, dbeta = _output(x, way), stats.new_empty_strided((C,), (1,)), stats.new_empty_strided((C,), (1,))
-    dresidual = dy if residual else None
+    dresidual = _output(x, way) if residual and activation is not None else None
     addresses = (
         dy.data_ptr(), x.data_ptr(), stats.data_ptr(), _address(weight), dx.data_ptr(), dgamma.data_ptr(), dbeta.data_ptr()
     )  # fmt: skip
-    if activation is not None:
-        dresidual = _output(x, way) if residual else None
+    if training:
         dispatch.batch_norm_small.backward(
             *addresses, *way.sizes, activation=activation, beta=_address(bias),
             beside=None if beside is None else beside.data_ptr(), dresidual=None if dresidual is None else dresidual.data_ptr(),
         )  # fmt: skip
-    elif training:
-        dispatch.batch_norm_small.backward(*addresses, *way.sizes)
     else:
         dispatch.batch_norm_small.inference_backward(*addresses, *way.sizes)
     return dx, dgamma, dbeta, dresidual

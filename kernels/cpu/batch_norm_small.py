@@ -221,12 +221,15 @@ def _known(
 
 
 @inline
-def _pair(mean) -> Any:
-    """A mean that has no second part."""
-    pair = np.zeros((2, mean.size), np.float32)
-    for c in range(mean.size):
-        pair[0, c] = mean[c]
-    return pair
+def _normalize_operands(
+    first, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps
+) -> Any:  # fmt: skip
+    """x, mean (2, C), scale, beta and y; a mean that is known has no second part."""
+    known, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
+    mean = np.zeros((2, C), np.float32)
+    for c in range(C):
+        mean[0, c] = known[c]
+    return planes(x_at, N, C, S), mean, scale, beta, planes(y_at, N, C, S)
 
 
 @kernel
@@ -234,9 +237,8 @@ def _normalize_tiles(
     first, last, group, parts, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps, kind,
     residual_at,
 ) -> None:  # fmt: skip
-    mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
-    pair, x, y, residual = _pair(mean), planes(x_at, N, C, S), planes(y_at, N, C, S), planes_or_none(residual_at, N, C, S)
-    _tiles.normalize(first, last, group, parts, x, pair, scale, beta, y, kind, residual)
+    of = _normalize_operands(first, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps)
+    _tiles.normalize(first, last, group, parts, *of, kind, planes_or_none(residual_at, N, C, S))
 
 
 @kernel
@@ -244,9 +246,8 @@ def _normalize_planes(
     first, last, blocks, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps, kind,
     residual_at,
 ) -> None:  # fmt: skip
-    mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
-    pair, x, y, residual = _pair(mean), planes(x_at, N, C, S), planes(y_at, N, C, S), planes_or_none(residual_at, N, C, S)
-    _planes.normalize(first, last, blocks, x, pair, scale, beta, y, kind, residual, None)
+    of = _normalize_operands(first, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps)
+    _planes.normalize(first, last, blocks, *of, kind, planes_or_none(residual_at, N, C, S), None)
 
 
 @kernel
@@ -254,9 +255,8 @@ def _normalize_lines(
     first, last, blocks, rows, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps, kind,
     residual_at,
 ) -> None:  # fmt: skip
-    mean, scale, beta = _known(first, gamma_at, beta_at, running_mean_at, running_var_at, stats_at, C, eps)
-    pair, x, y, residual = _pair(mean), planes(x_at, N, C, S), planes(y_at, N, C, S), planes_or_none(residual_at, N, C, S)
-    lines.normalize(first, last, blocks, rows, x, pair, scale, beta, y, kind, residual, None)
+    of = _normalize_operands(first, x_at, gamma_at, beta_at, y_at, running_mean_at, running_var_at, stats_at, N, C, S, eps)
+    lines.normalize(first, last, blocks, rows, *of, kind, planes_or_none(residual_at, N, C, S), None)
 
 
 @kernel

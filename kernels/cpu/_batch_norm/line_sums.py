@@ -30,19 +30,8 @@ def _choose_sums_memory(x, positions) -> Callable[..., Any]:
     return lambda x, positions: np.empty(positions)
 
 
-def left_at(x: Any, sums: Any, p: Any) -> Any:
-    """What the roundings of the sum at position p left."""
-
-
-@overload(left_at)
-def _choose_left_at(x, sums, p) -> Callable[..., Any]:
-    if x.dtype == types.float64:
-        return lambda x, sums, p: sums[np.uintp((sums.size >> 1) + p)]
-    return lambda x, sums, p: 0.0
-
-
 def lanes_left_at(x: Any, sums: Any, p: Any, exist: Any) -> Any:
-    """As `left_at`, of the positions p…: a vector, or 0."""
+    """What the roundings of the sums at the positions p… left: a vector, or 0."""
 
 
 @overload(lanes_left_at)

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from .._numba.compile import inline, kernel, overload, reduction
-from .._numba.elements import load
+from .._numba.compile import inline, kernel, overload
 from .._numba.simd import Lanes, fetch, load_lanes, streamed, width, write
 from .._numba.views import gather, line_of, plane_of, prefix, row_buffer, scatter
 from .activation import (
@@ -23,7 +22,6 @@ from .activation import (
     is_computed_again,
     let_through,
     line_beside,
-    passed,
     passed_lanes,
     piece_beside,
     put,
@@ -32,8 +30,9 @@ from .activation import (
     scale_of,
     scratch_beside,
 )
-from .positions import ALL, NONE, kept, kept_lanes, share_of, values_of_channel
-from .statistics import add_to, better_shift, finish, first_mean, first_positions, sums_of, two_sum, with_low
+from .positions import NONE, kept_lanes, share_of, values_of_channel
+from .run_sums import deviation_sums_of_run, gradient_sums_of_run
+from .statistics import add_to, better_shift, finish, first_mean, first_positions, sums_of
 
 # Bytes of the smallest result that is written past the caches; as many are read. A MiB took 33 us through a last cache of
 # 32 MiB where both lay in half of it, 130 to 150 us where they did not, and 60 to 100 us past it.
@@ -42,86 +41,6 @@ AROUND = 8 << 20
 RUN = 512
 # 0 as a variable: Numba compiles a function once more for a literal.
 START = np.int64(0)
-
-
-# ---------------------------------------------------------------------------------------------- one run
-@inline
-def _from_shift(x, i, shift) -> float:
-    return np.float64(load(x, i)) - shift
-
-
-@inline
-def _from_mean(x, i, mean, rest) -> float:
-    return (load(x, i) - mean) - rest
-
-
-@reduction
-def _fast_deviation_sums(x, on, shift) -> tuple[float, float]:
-    total, square = 0.0, 0.0
-    for i in range(x.size):
-        d = kept(_from_shift(x, i, shift), on, i)
-        total += d
-        square += d * d
-    return total, square
-
-
-@inline
-def _exact_deviation_sums(x, on, shift) -> tuple[float, float]:
-    """For float64 itself, which leaves no digits to spare: the rounding of each addition is carried along."""
-    total, square, total_low, square_low = 0.0, 0.0, 0.0, 0.0
-    for i in range(x.size):
-        d = kept(_from_shift(x, i, shift), on, i)
-        total, low = two_sum(total, d)
-        total_low += low
-        square, low = two_sum(square, d * d)
-        square_low += low
-    return with_low(total, total_low), with_low(square, square_low)
-
-
-@reduction
-def _fast_gradient_sums(dy, x, on, mean, rest, result) -> tuple[float, float]:
-    total, product = 0.0, 0.0
-    for i in range(x.size):
-        g = np.float64(kept(passed(load(dy, i), result, i), on, i))
-        total += g
-        product += g * np.float64(kept(_from_mean(x, i, mean, rest), on, i))
-    return total, product
-
-
-@inline
-def _exact_gradient_sums(dy, x, on, mean, rest, result) -> tuple[float, float]:
-    total, product, total_low, product_low = 0.0, 0.0, 0.0, 0.0
-    for i in range(x.size):
-        g = kept(passed(load(dy, i), result, i), on, i)
-        total, low = two_sum(total, g)
-        total_low += low
-        product, low = two_sum(product, g * kept(_from_mean(x, i, mean, rest), on, i))
-        product_low += low
-    return with_low(total, total_low), with_low(product, product_low)
-
-
-def _deviation_sums(x: Any, on: Any, share: Any, shift: Any) -> Any:
-    """sum (x - shift) and sum (x - shift)^2 of what counts, a `share` of the run."""
-    return _exact_deviation_sums(x, on, shift)
-
-
-@overload(_deviation_sums)
-def _choose_deviation_sums(x, on, share, shift) -> Callable[..., Any]:
-    sums = _exact_deviation_sums if x.dtype == types.float64 else _fast_deviation_sums
-    return lambda x, on, share, shift: sums(x, None, shift) if share == ALL else sums(x, on, shift)
-
-
-def _gradient_sums(dy: Any, x: Any, on: Any, share: Any, mean: Any, rest: Any, result: Any) -> Any:
-    """sum dy and sum dy (x - mean) of what counts, a `share` of the run, and what `result`, a ReLU's, lets pass."""
-    return _exact_gradient_sums(dy, x, on, mean, rest, result)
-
-
-@overload(_gradient_sums)
-def _choose_gradient_sums(dy, x, on, share, mean, rest, result) -> Callable[..., Any]:
-    sums = _exact_gradient_sums if x.dtype == types.float64 else _fast_gradient_sums
-    return lambda dy, x, on, share, mean, rest, result: (
-        sums(dy, x, None, mean, rest, result) if share == ALL else sums(dy, x, on, mean, rest, result)
-    )
 
 
 # ---------------------------------------------------------------------------------------------- vector i of a run's results
@@ -223,7 +142,7 @@ def _add_deviations(x, on, n, c, s0, s1, shift, sums, j, scratch, ahead) -> None
         on_run = line_beside(on, 0, n, s, end - s)
         share = share_of(on_run)
         if share != NONE:
-            pair = _deviation_sums(gather(plane_of(x, n, c, s, end), scratch), on_run, share, shift)
+            pair = deviation_sums_of_run(gather(plane_of(x, n, c, s, end), scratch), on_run, share, shift)
             add_to(sums, j, pair[0], pair[1])
 
 
@@ -240,7 +159,7 @@ def _add_gradients(dy, x, on, n, c, s0, s1, mean, sums, j, dy_scratch, x_scratch
         if share != NONE:
             dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
             dy_run, result_run = _through(dy_run, x_run, mean, n, c, s, end, gate), _result_run(told, n, c, s, end)
-            pair = _gradient_sums(dy_run, x_run, on_run, share, mean[0, c], mean[1, c], result_run)
+            pair = gradient_sums_of_run(dy_run, x_run, on_run, share, mean[0, c], mean[1, c], result_run)
             add_to(sums, j, pair[0], pair[1])
 
 

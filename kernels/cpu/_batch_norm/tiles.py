@@ -20,7 +20,7 @@ from .._numba.elements import load
 from .._numba.simd import LARGE, fetch, streamed
 from .._numba.views import line_of
 from .activation import line_beside, put_line, result_of, scale_of
-from .line_sums import add_deviations, add_four_deviations, add_gradients, add_two_gradients, left_at, sums_memory
+from .line_sums import add_deviations, add_four_deviations, add_gradients, add_two_gradients, sums_memory
 from .lines import (
     MEAN,
     REST,
@@ -110,7 +110,7 @@ def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual
 
 
 @reduction
-def _fast_sums(x, first, second, start, S) -> tuple[float, float]:
+def _fast_sums(first, second, start, S) -> tuple[float, float]:
     a, b = 0.0, 0.0
     for s in range(S):
         p = np.uintp(start + s)
@@ -120,25 +120,27 @@ def _fast_sums(x, first, second, start, S) -> tuple[float, float]:
 
 
 @inline
-def _exact_sums(x, first, second, start, S) -> tuple[float, float]:
+def _exact_sums(first, second, start, S) -> tuple[float, float]:
+    """Of `sums_memory` of float64: what the roundings left is in its second half."""
     a, b, a_low, b_low = 0.0, 0.0, 0.0, 0.0
-    for s in range(S):
-        a, low = two_sum(a, first[start + s])
-        a_low += low + left_at(x, first, start + s)
-        b, low = two_sum(b, second[start + s])
-        b_low += low + left_at(x, second, start + s)
+    half = first.size // 2
+    for s in range(start, start + S):
+        a, low = two_sum(a, first[s])
+        a_low += low + first[half + s]
+        b, low = two_sum(b, second[s])
+        b_low += low + second[half + s]
     return with_low(a, a_low), with_low(b, b_low)
 
 
 def _position_sums(x: Any, first: Any, second: Any, start: Any, S: Any) -> Any:
     """The sums of first[start : start + S] and of second: exact where x is float64, whose digits they would lose."""
-    return _exact_sums(x, first, second, start, S)
+    return _exact_sums(first, second, start, S)
 
 
 @overload(_position_sums)
 def _choose_position_sums(x, first, second, start, S) -> Callable[..., Any]:
     sums = _exact_sums if x.dtype == types.float64 else _fast_sums
-    return lambda x, first, second, start, S: sums(x, first, second, start, S)
+    return lambda x, first, second, start, S: sums(first, second, start, S)
 
 
 @inline
