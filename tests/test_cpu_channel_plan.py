@@ -28,6 +28,11 @@ CASES = [
     # channels-last, too many rows for that: whole rows, several a line where they are short
     ("many rows", layout(32, 64, 3136, channels_last=True),
      BatchNormPlan(None, Pass("lines", 32, (4,), 32), Pass("lines", 32, (32, 8)))),
+    # few samples of many channels: longer runs, and a loop of their own for smaller planes
+    ("long runs", layout(8, 512, 256), BatchNormPlan(Pass("planes", 32, (16,)))),
+    ("longer runs", layout(8, 256, 1024), BatchNormPlan(Pass("planes", 32, (8,)))),
+    ("runs for all threads", layout(8, 128, 1024), BatchNormPlan(Pass("planes", 32, (4,)))),
+    ("small planes of more samples", layout(16, 512, 256), BatchNormPlan(Pass("tiles", 256, (2,)))),
 ]  # fmt: skip
 
 
@@ -73,6 +78,6 @@ def test_without_elements_there_is_nothing_to_do():
 def test_tiles_take_no_mask():
     """Small planes are walked plane by plane then, long rows of channels row by row; what planes and lines do is the same."""
     masked = [channel_plan.plan_forward(of, True) for _, of, _ in CASES]
-    small, planes, long, rows, many = masked
+    small, planes, long, rows, many = masked[:5]
     assert (small.whole.loops, rows.sums.loops, rows.result.loops) == ("planes", "lines", "lines")
     assert (planes, long, many) == tuple(CASES[k][2] for k in (1, 2, 4))

@@ -21,8 +21,11 @@ BLOCK_BYTES = 1 << 14
 # Channels are done whole where there are as many blocks of them, or where one thread does it all.
 FEWEST_BLOCKS = 8
 SMALL_BYTES = 1 << 18
-# A group of channels is a run of so many bytes in memory, and so many bytes over all samples.
+# A group of channels is a run of so many bytes in memory, and at most GROUP_BYTES over all samples. Where MOST_BLOCKS are left
+# it is up to LONG_RUN_BYTES and SHARED_BYTES over all samples, which the second cache holds of each array: memory that is in no
+# cache is read faster by long runs.
 RUN_BYTES, GROUP_BYTES = 1 << 13, 1 << 22
+LONG_RUN_BYTES, SHARED_BYTES = 1 << 15, 1 << 18
 # Elements of a line, the fewest of one where channels would be too few for FEWEST_BLOCKS tiles, and the largest plane that is
 # done by lines; elements of a channels-last line where sums are taken: a block adds them up for each channel at its end.
 LINE, SHORT_LINE, SMALL_PLANE, SUM_LINE = 512, 128, 256, 256
@@ -147,9 +150,10 @@ def _plan(of: Layout, summed: Layout, masked: bool) -> BatchNormPlan:
 def _whole(of: Layout, masked: bool) -> Pass | None:
     """None where channels are not to be done whole."""
     group, parts, joined = _tiled(of, masked)
-    if group:
-        return Pass("tiles", -(-of.shape[1] // group), (group,), joined=joined) if parts == 1 else None
-    return _whole_planes(of)
+    planes = _whole_planes(of)
+    if not group or (planes and _long_runs(of)):
+        return planes
+    return Pass("tiles", -(-of.shape[1] // group), (group,), joined=joined) if parts == 1 else None
 
 
 # ---------------------------------------------------------------------------------------------- layouts
@@ -177,6 +181,12 @@ def small_planes(of: Layout) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- channels of a block
+def _long_runs(of: Layout) -> bool:
+    """True for planes that are worth a loop of their own where there are few samples and many channels."""
+    N, C, S = of.shape
+    return S >= SHORT_LINE and N * LONG_RUN_BYTES <= SHARED_BYTES and C * S * of.itemsize >= MOST_BLOCKS * RUN_BYTES
+
+
 @functools.lru_cache(1024)
 def tiles(N: int, C: int, S: int, itemsize: int) -> tuple[int, int]:
     """Channels of a tile, and parts of its samples: one where channels are done whole.
@@ -218,7 +228,8 @@ def _whole_planes(of: Layout) -> Pass | None:
     if not of.nbytes or in_rows(of):
         return None
     run_bytes = S * of.itemsize
-    group = min(max(1, min(-(-RUN_BYTES // run_bytes), GROUP_BYTES // (N * run_bytes))), C)
+    long = min(C // MOST_BLOCKS, min(LONG_RUN_BYTES, SHARED_BYTES // N) // run_bytes)
+    group = min(max(1, long, min(-(-RUN_BYTES // run_bytes), GROUP_BYTES // (N * run_bytes))), C)
     blocks = -(-C // group)
     return Pass("planes", blocks, (group,)) if blocks >= FEWEST_BLOCKS or of.nbytes <= SMALL_BYTES else None
 

@@ -261,11 +261,12 @@ def sums(first, last, rows, x, shift, partial, on) -> None:
         square[:] = 0.0
         while v < end:
             counted, stop = run_of_rows(on, v, end)
-            while counted and v + 4 * rows <= stop:
-                x0, x1 = _rows_of(x, v, P), _rows_of(x, v + rows, P)
-                x2, x3 = _rows_of(x, v + 2 * rows, P), _rows_of(x, v + 3 * rows, P)
+            part = (stop - v) // (4 * rows) * rows if counted else 0
+            for u in range(v, v + part, rows):
+                x0, x1 = _rows_of(x, u, P), _rows_of(x, u + part, P)
+                x2, x3 = _rows_of(x, u + 2 * part, P), _rows_of(x, u + 3 * part, P)
                 _along(P, total, add_four_deviations, (x0, x1, x2, x3, _of(at, 0), total, square))
-                v += 4 * rows
+            v += 4 * part
             while counted and v < stop:
                 size = min(rows, stop - v) * C
                 _along(size, total, add_deviations, (_rows_of(x, v, size), _of(at, 0), total, square))
@@ -305,14 +306,15 @@ def gradient_sums(
         product[:] = 0.0
         while v < end:
             counted, stop = run_of_rows(on, v, end)
-            while counted and v + 2 * rows <= stop:
-                dy0, dy1, x0, x1 = _rows_of(dy, v, P), _rows_of(dy, v + rows, P), _rows_of(x, v, P), _rows_of(x, v + rows, P)
-                dy0 = _through(dy0, x0, gate, 0, _rows_beside(residual, v, P, S))
-                dy1 = _through(dy1, x1, gate, 1, _rows_beside(residual, v + rows, P, S))
-                result0, result1 = _rows_beside(result, v, P, S), _rows_beside(result, v + rows, P, S)
+            part = (stop - v) // (2 * rows) * rows if counted else 0
+            for u in range(v, v + part, rows):
+                dy0, dy1, x0, x1 = _rows_of(dy, u, P), _rows_of(dy, u + part, P), _rows_of(x, u, P), _rows_of(x, u + part, P)
+                dy0 = _through(dy0, x0, gate, 0, _rows_beside(residual, u, P, S))
+                dy1 = _through(dy1, x1, gate, 1, _rows_beside(residual, u + part, P, S))
+                result0, result1 = _rows_beside(result, u, P, S), _rows_beside(result, u + part, P, S)
                 mean_at, rest_at = _of(about, MEAN), _of(about, REST)
                 _along(P, total, add_two_gradients, (dy0, dy1, x0, x1, result0, result1, mean_at, rest_at, total, product))
-                v += 2 * rows
+            v += 2 * part
             while counted and v < stop:
                 size = min(rows, stop - v) * C
                 x0 = _rows_of(x, v, size)

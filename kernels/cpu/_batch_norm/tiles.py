@@ -17,7 +17,7 @@ from numba import types
 
 from .._numba.compile import inline, kernel, overload, reduction
 from .._numba.elements import load
-from .._numba.simd import LARGE, fetch, streamed
+from .._numba.simd import streamed
 from .._numba.views import line_of
 from .activation import line_beside, put_line, result_of, scale_of
 from .line_sums import add_deviations, add_four_deviations, add_gradients, add_two_gradients, sums_memory
@@ -60,49 +60,33 @@ def _block_of(block, parts, group, x) -> tuple[int, int, int, int]:
 
 
 @inline
-def _is_far(x) -> bool:
-    """True where lines are worth a prefetch: those of a small array are in the caches."""
-    return x.size * x.itemsize >= LARGE
-
-
-@inline
 def _tile_deviations(x, n0, n1, c0, c1, shift, total, square) -> None:
     """total and square = sum (x - shift) and sum (x - shift)^2 of each position, over the samples n0…n1-1."""
-    size, n, fetches = (c1 - c0) * x.shape[2], n0, _is_far(x)
+    size, part = (c1 - c0) * x.shape[2], (n1 - n0) // 4
     total[:] = 0.0
     square[:] = 0.0
-    while n + 4 <= n1:
-        if fetches:
-            for ahead in range(n + 4, min(n + 8, n1)):
-                fetch(line_of(x, ahead, c0, 0, size))
-        x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
-        x2, x3 = line_of(x, n + 2, c0, 0, size), line_of(x, n + 3, c0, 0, size)
+    for n in range(n0, n0 + part):
+        x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + part, c0, 0, size)
+        x2, x3 = line_of(x, n + 2 * part, c0, 0, size), line_of(x, n + 3 * part, c0, 0, size)
         _along(size, total, add_four_deviations, (x0, x1, x2, x3, shift, total, square))
-        n += 4
-    while n < n1:
+    for n in range(n0 + 4 * part, n1):
         _along(size, total, add_deviations, (line_of(x, n, c0, 0, size), shift, total, square))
-        n += 1
 
 
 @inline
 def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual, result) -> None:
     """total and product = sum dy and sum dy (x - mean) of each position, over the samples n0…n1-1; about: `_wide_means`."""
-    size, n, mean, rest, fetches = (c1 - c0) * x.shape[2], n0, _of(about, MEAN), _of(about, REST), _is_far(x)
+    size, part, mean, rest = (c1 - c0) * x.shape[2], (n1 - n0) // 2, _of(about, MEAN), _of(about, REST)
     total[:] = 0.0
     product[:] = 0.0
-    while n + 2 <= n1:
-        if fetches:
-            for ahead in range(n + 2, min(n + 4, n1)):
-                fetch(line_of(x, ahead, c0, 0, size))
-                fetch(line_of(dy, ahead, c0, 0, size))
-        dy0, dy1 = line_of(dy, n, c0, 0, size), line_of(dy, n + 1, c0, 0, size)
-        x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + 1, c0, 0, size)
+    for n in range(n0, n0 + part):
+        dy0, dy1 = line_of(dy, n, c0, 0, size), line_of(dy, n + part, c0, 0, size)
+        x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + part, c0, 0, size)
         dy0 = _through(dy0, x0, gate, 0, line_beside(residual, n, c0, 0, size))
-        dy1 = _through(dy1, x1, gate, 1, line_beside(residual, n + 1, c0, 0, size))
-        result0, result1 = line_beside(result, n, c0, 0, size), line_beside(result, n + 1, c0, 0, size)
+        dy1 = _through(dy1, x1, gate, 1, line_beside(residual, n + part, c0, 0, size))
+        result0, result1 = line_beside(result, n, c0, 0, size), line_beside(result, n + part, c0, 0, size)
         _along(size, total, add_two_gradients, (dy0, dy1, x0, x1, result0, result1, mean, rest, total, product))
-        n += 2
-    if n < n1:
+    for n in range(n0 + 2 * part, n1):
         dy0, x0 = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
         dy0 = _through(dy0, x0, gate, 0, line_beside(residual, n, c0, 0, size))
         result0 = line_beside(result, n, c0, 0, size)
