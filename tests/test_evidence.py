@@ -16,7 +16,7 @@ from benchmarks.evidence import case as evidence_case
 from benchmarks.evidence import cases as evidence_cases
 from benchmarks.evidence import keys as evidence_keys
 from benchmarks.evidence import run as evidence
-from benchmarks.evidence.compile_without_gpu import StandIn, copies_ahead, machine_code
+from benchmarks.evidence.compile_without_gpu import StandIn, copies_ahead, machine_codes
 from hw3gpu.kernels.gpu._batch_norm.activation import ACT
 
 HEAVY = {case.label: case for case in evidence_cases.cases() if case.heavy}
@@ -73,11 +73,18 @@ def test_the_controls_are_of_every_kind():
 def test_accesses_are_16_bytes_wide(V):
     """The main tile moves in 128-bit accesses whatever the row's length; on 16 bytes nothing narrower than a number a row."""
     case = evidence_cases.Case("softmax", torch.bfloat16, False, evidence_cases._softmax_case((4096, V, 1), torch.bfloat16))
-    for launch in evidence.compiled(case, 90):
-        code = machine_code(launch.binary)
+    for code in machine_codes(evidence.compiled(case, 90)):
         assert code.wide > 0
         if V % 8 == 0:
             assert code.narrow == 0
+
+
+def test_kernels_read_at_once_are_as_read_one_by_one():
+    (case,) = (case for case in evidence_cases.cases() if case.label == "softmax 4096x1001x1 float32")
+    for arch in (arch for arch in evidence.ARCHITECTURES if isinstance(arch, int)):
+        launches = evidence.compiled(case, arch)
+        assert len(launches) > 1
+        assert machine_codes(launches) == [machine_codes([launch])[0] for launch in launches]
 
 
 def test_a_spill_would_be_seen():
@@ -193,8 +200,8 @@ def test_long_rows_of_any_length_move_16_bytes_at_a_time(sweep, operation):
 def test_what_is_copied_ahead_is_16_bytes_at_a_time(loss):
     label = f"cross entropy in two steps, {loss} 512x50257x1 float32"
     (case,) = (case for case in evidence_cases.cases() if case.label == label)
-    (binary,) = [launch.binary for launch in evidence.compiled(case, 90) if launch.name == "_forward_kernel"]
-    kinds = copies_ahead(binary)
+    (forward,) = [launch for launch in evidence.compiled(case, 90) if launch.name == "_forward_kernel"]
+    kinds = copies_ahead(forward)
     assert kinds
     assert all(kind.endswith(".128") for kind in kinds)
 

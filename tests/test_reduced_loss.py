@@ -76,7 +76,7 @@ def test_the_last_program_sees_what_the_others_have_stored():
     with StandIn(90) as device:
         cross_entropy.forward(*given, total=meta(), denominator=meta(), mean=True, ignore_index=-100, label_smoothing=0.0)
         cross_entropy.forward(*given, ignore_index=-100, label_smoothing=0.0)
-    reducing, apart = (opcodes(launched.binary) for launched in device.launches)
+    reducing, apart = (opcodes(launched) for launched in device.launches)
     order = [reducing.index(opcode) for opcode in ("MEMBAR.ALL.GPU", "ATOMG.E.ADD.STRONG.GPU", "CCTL.IVALL", "CALL.REL.NOINC")]
     assert order == sorted(order)
     assert {opcode for opcode in reducing[order[-1] :] if opcode.startswith("LDG")} == {"LDG.E.STRONG.GPU"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 from dataclasses import replace
 
@@ -44,21 +45,18 @@ def test_waves():
 
 # ---------------------------------------------------------------------------------------------- machine code
 def listing(*instructions):
-    """What nvdisasm prints of (text, stall, sets, frees, waits for) each; a string is a label."""
-    lines, address = [], 0
-    for x in instructions:
-        if isinstance(x, str):
-            lines.append(f"{x}:")
-            continue
+    """What nvdisasm prints of (text, stall, sets, frees, waits for) each."""
+    lines = []
+    for address, x in zip(itertools.count(step=16), instructions):
         text, stall, sets, frees, waits = (*x, *(1, 7, 7, 0)[len(x) - 1 :])
         upper = (stall | sets << 5 | frees << 8 | waits << 11) << 41
         lines += [f"        /*{address:04x}*/                   {text} ;    /* 0x{0:016x} */", f"    /* 0x{upper:016x} */"]
-        address += 16
     return "\n".join(lines)
 
 
 def parts_of(*instructions):
-    return [part.as_dict() for part in sass.parts(sass.disassembled(listing(*instructions)))]
+    (code,) = sass.disassembled(listing(*instructions), [len(instructions)])
+    return [part.as_dict() for part in sass.parts(code)]
 
 
 def test_loads_are_under_way_until_the_first_is_needed():
@@ -72,7 +70,7 @@ def test_loads_are_under_way_until_the_first_is_needed():
         ("BAR.SYNC.DEFER_BLOCKING 0x0", 5),
         ("STG.E.128 [R2.64], R8", 1, 7, 7, 0b1),
         ("EXIT",),
-        ("BRA `(.L_x_slow)",),
+        ("BRA 0x80",),
     )
     assert (part["loaded"], part["stored"], part["in_flight"], part["barriers"]) == (1536, 512, 1024, 1)
     assert (part["all"], part["fp32"], part["memory"]) == (8, 1, 5)
@@ -88,7 +86,7 @@ def test_a_shuffle_is_waited_for():
 def test_a_loop_and_what_it_asks_for_ahead():
     """Two tiles are copied ahead; each trip waits for the older of two and asks for one more."""
     copy = [("LDGSTS.E.BYPASS.128 [R1], [R2.64]", 1), ("LDGDEPBAR",)]
-    loop = [".L_x_0", ("DEPBAR.LE SB0, 0x1",), *copy, ("@P0 BRA `(.L_x_0)",)]
+    loop = [("DEPBAR.LE SB0, 0x1",), *copy, ("@P0 BRA 0x40",)]
     before, body, after = parts_of(*copy, *copy, *loop, ("EXIT",))
     assert (before["loaded"], before["in_flight"], before["ahead"]) == (1024, 1024, 1024)
     assert (body["loop"], body["loaded"], body["in_flight"], body["ahead"]) == (True, 512, 1024, 1024)
@@ -96,9 +94,20 @@ def test_a_loop_and_what_it_asks_for_ahead():
 
 
 def test_a_loop_that_waits_in_the_trip_asks_for_nothing_ahead():
-    loop = [".L_x_0", ("LDG.E.64 R4, [R2.64]", 1, 0), ("FADD R0, R0, R4", 4, 7, 7, 1), ("@P0 BRA `(.L_x_0)",)]
+    loop = [("LDG.E.64 R4, [R2.64]", 1, 0), ("FADD R0, R0, R4", 4, 7, 7, 1), ("@P0 BRA 0x0",)]
     body, _ = parts_of(*loop, ("EXIT",))
     assert (body["loaded"], body["in_flight"], body.get("ahead", 0)) == (256, 256, 0)
+
+
+def test_kernels_end_to_end_keep_their_loops():
+    """A branch names an address from the first kernel's beginning."""
+    straight = [("MOV R1, R2",), ("EXIT",)]
+    loop = [("MOV R0, RZ",), ("LDG.E R4, [R2.64]", 1, 0), ("@P0 BRA P1, 0x30",), ("EXIT",)]
+    first, second = sass.disassembled(listing(*straight, *loop), [2, 4])
+    assert [x.text for x in first] == ["MOV R1, R2", "EXIT"]
+    assert [x.target for x in second] == [None, None, 1, None]
+    with pytest.raises(AssertionError, match="5 instructions, 6 were printed"):
+        sass.disassembled(listing(*straight, *loop), [2, 3])
 
 
 # ---------------------------------------------------------------------------------------------- enough in flight

@@ -11,9 +11,10 @@ import contextlib
 import ctypes
 import functools
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class Launch:
     """One launch that a `StandIn` recorded."""
 
     name: str
+    arch: int | str
     grid: tuple[int, int, int]
     signature: dict[str, str]  # argument -> Triton type, 'constexpr' for constants
     binary: bytes  # the machine code: a cubin, or an hsaco on HIP
@@ -138,11 +140,13 @@ def _driver(device: StandIn) -> Any:
             signature = {str(name): str(kind) for name, kind in self.src.signature.items()}
             metadata, hooks = self.metadata, (enter, leave)
             # Triton keeps compiled kernels and their launchers: one made under an earlier stand-in records for the present
-            triton.runtime.driver.active.stand_in.launches.append(
+            present = triton.runtime.driver.active.stand_in
+            present.launches.append(
                 Launch(
-                    self.src.fn.__name__, (x, y, z), signature, binary, metadata.num_warps, metadata.shared, args, told, hooks
+                    self.src.fn.__name__, present.target.arch, (x, y, z), signature, binary, metadata.num_warps,
+                    metadata.shared, args, told, hooks,
                 )
-            )
+            )  # fmt: skip
 
     class Utils:
         def get_device_properties(self, index: int) -> dict[str, int]:
@@ -247,10 +251,13 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 _DOUBLE = re.compile(r"(?:D(?:ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w*64\w*|[FI]2[FI]\.\S*F64\S*)\b")
 
 
-def machine_code(cubin: bytes) -> MachineCode:
-    """Resources and instructions of a compiled CUDA kernel, as cuobjdump and nvdisasm of the Triton wheel read them."""
-    usage, code = _tool_says("cuobjdump", cubin, "-res-usage"), _disassembly(cubin)
-    found = _USAGE.search(usage)
+def machine_codes(launches: Sequence[Launch]) -> list[MachineCode]:
+    """Resources and instructions of kernels compiled for one architecture, as tools of the Triton wheel read them."""
+    return [_machine_code(launch, code) for launch, code in zip(launches, _disassembled(launches), strict=True)]
+
+
+def _machine_code(launch: Launch, code: list[sass.Instruction]) -> MachineCode:
+    found = _USAGE.search(_tool_says("cuobjdump", launch.binary, "-res-usage"))
     assert found, "cuobjdump printed no resource usage"
     wide = [x.width >= 16 for x in code if x.name in ("LDG", "STG")]
     doubles = sum(bool(_DOUBLE.match(x.opcode)) for x in code)
@@ -258,26 +265,41 @@ def machine_code(cubin: bytes) -> MachineCode:
     return MachineCode(registers, stack, local, sum(wide), len(wide) - sum(wide), doubles, sass.parts(code))
 
 
-def copies_ahead(cubin: bytes) -> list[str]:
+def copies_ahead(launch: Launch) -> list[str]:
     """The kinds of the copies into shared memory that nobody waits for, such as `LDGSTS.E.BYPASS.128`."""
-    return [opcode for opcode in opcodes(cubin) if opcode.startswith("LDGSTS")]
+    return [opcode for opcode in opcodes(launch) if opcode.startswith("LDGSTS")]
 
 
-def opcodes(cubin: bytes) -> list[str]:
+def opcodes(launch: Launch) -> list[str]:
     """The instructions in their order, without operands."""
-    return [x.opcode for x in _disassembly(cubin)]
+    return [x.opcode for x in _disassembled([launch])[0]]
 
 
-def _disassembly(cubin: bytes) -> list[sass.Instruction]:
-    return sass.disassembled(_tool_says("nvdisasm", cubin, "-ndf", "-hex", "-c"))  # without an analysis of data flow
+def _disassembled(launches: Sequence[Launch]) -> list[list[sass.Instruction]]:
+    """The instructions of each launch's kernel, all of one architecture.
+
+    nvdisasm takes a quarter of a second to begin, and hundredths for a kernel: it is called once, on all of them end to end.
+    """
+    arch, codes = launches[0].arch, [_instructions_of(launch.binary) for launch in launches]
+    raw = f"SM{arch}{'a' * (int(arch) >= 90)}"  # as Triton names it to ptxas
+    text = _tool_says("nvdisasm", b"".join(codes), "-ndf", "-hex", "-b", raw)  # without an analysis of data flow
+    return sass.disassembled(text, [len(code) // sass.BYTES for code in codes])
 
 
-def _tool_says(name: str, cubin: bytes, *options: str) -> str:
-    """What a tool of the Triton wheel prints of a compiled kernel."""
+def _instructions_of(cubin: bytes) -> bytes:
+    """The section of an ELF file whose name begins with .text."""
+    (sections,), (count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 60)
+    found = [struct.unpack_from("<I20xQQ", cubin, sections + 64 * i) for i in range(count)]  # name, offset, size
+    (code,) = (cubin[at : at + size] for name, at, size in found if cubin.startswith(b".text.", found[names][1] + name))
+    return code
+
+
+def _tool_says(name: str, given: bytes, *options: str) -> str:
+    """What a tool of the Triton wheel prints of a file of these bytes."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(given)
         file.flush()
         return subprocess.run([str(tool), *options, file.name], capture_output=True, text=True, check=True).stdout

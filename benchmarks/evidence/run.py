@@ -23,7 +23,7 @@ import triton
 from . import in_flight
 from .case import OPERATIONS, Case
 from .cases import cases
-from .compile_without_gpu import Launch, MachineCode, StandIn, machine_code, part
+from .compile_without_gpu import Launch, MachineCode, StandIn, machine_codes, part
 from .keys import key
 from .occupancy import programs, waves
 from .sass import barriers_a_tile, instructions_an_access
@@ -34,7 +34,10 @@ SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376, "gfx942": 6553
 REGISTER_FILE = 65536
 FILE = Path(__file__).with_name("evidence.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
+CODES: dict[bytes, MachineCode] = {}  # by binary
 Findings = dict[str, dict[str, dict[str, Any]]]  # by label, architecture and kernel
+Examined = tuple[dict[str, dict[str, Any]], list[str]]  # findings by kernel, and complaints
+AT_ONCE = 4  # cases that a process examines together, which an interruption may lose
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 
 
@@ -45,9 +48,17 @@ def compiled(case: Case, arch: int | str) -> list[Launch]:
     return device.launches
 
 
-@functools.cache
-def _code(binary: bytes) -> MachineCode:
-    return machine_code(binary)
+def _code(launch: Launch) -> MachineCode:
+    if launch.binary not in CODES:
+        _read([launch])
+    return CODES[launch.binary]
+
+
+def _read(launches: list[Launch]) -> None:
+    """Disassembles what is not yet known of these launches of one architecture, all at once."""
+    new = {launch.binary: launch for launch in launches if launch.binary not in CODES}
+    if new:
+        CODES.update(zip(new, machine_codes([*new.values()]), strict=True))
 
 
 def findings(
@@ -62,7 +73,7 @@ def findings(
     found |= {name: size for name, size in zip(("read", "written"), moved, strict=True) if size}
     if isinstance(arch, str):
         return found, wrong
-    code = _code(launch.binary)
+    code = _code(launch)
     if code.stack or code.local:
         wrong.append(f"spills: {code.stack} bytes of stack, {code.local} of local memory")
     if code.registers * launch.num_warps * 32 > REGISTER_FILE:
@@ -92,11 +103,23 @@ def _under_way(launch: Launch, arch: int, code: MachineCode, grid: int, read: in
     }
 
 
-def examined(case: Case, arch: int | str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def examined(case: Case, arch: int | str) -> Examined:
     """(findings by kernel, complaints) of a case; a kernel that it launches again is `_name 2`."""
+    return examined_together([case], arch)[0]
+
+
+def examined_together(chosen: list[Case], arch: int | str) -> list[Examined]:
+    """`examined` of each case, sooner than one by one."""
+    launched = [compiled(case, arch) for case in chosen]
+    if isinstance(arch, int):
+        _read([launch for launches in launched for launch in launches])
+    return [_examined(case, arch, launches) for case, launches in zip(chosen, launched, strict=True)]
+
+
+def _examined(case: Case, arch: int | str, launches: list[Launch]) -> Examined:
     found: dict[str, dict[str, Any]] = {}
     complaints, times = [], Counter[str]()
-    for launch in compiled(case, arch):
+    for launch in launches:
         times[launch.name] += 1
         name = launch.name if times[launch.name] == 1 else f"{launch.name} {times[launch.name]}"
         found[name], wrong = findings(launch, arch, case.dtype, case.moves.get(launch.name, (0, 0)))
@@ -136,15 +159,18 @@ def as_text(evidence: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(operations) + "\n}\n"
 
 
-def _examine(label: str) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
-    """(label, findings by architecture and kernel, complaints) of one case."""
-    case = next(case for case in cases() if case.label == label)
-    found = {}
-    complaints = []
-    for arch in ARCHITECTURES:
-        found[str(arch)], wrong = examined(case, arch)
-        complaints += wrong
-    return case.label, found, complaints
+def _examine(labels: list[str]) -> list[tuple[str, dict[str, dict[str, Any]], list[str]]]:
+    """(label, findings by architecture and kernel, complaints) of each of these cases."""
+    chosen = [case for case in cases() if case.label in labels]
+    of_case = zip(*(examined_together(chosen, arch) for arch in ARCHITECTURES), strict=True)
+    return [
+        (
+            case.label,
+            {str(arch): found for arch, (found, _) in zip(ARCHITECTURES, of, strict=True)},
+            [complaint for _, wrong in of for complaint in wrong],
+        )
+        for case, of in zip(chosen, of_case, strict=True)
+    ]
 
 
 def add(of: dict[str, Any], its_key: str, label: str, found: dict[str, dict[str, Any]], complaints: list[str]) -> None:
@@ -228,12 +254,15 @@ def run(args: argparse.Namespace) -> int:
 
     console, file = Console(), Path(args.json or FILE)
     evidence: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    begun = {operation: begin(operation, evidence) for operation in OPERATIONS}
+    evidence = {operation: of for operation, (of, _) in begun.items()}
+    tasks = [(name, stale[i : i + AT_ONCE]) for name, (_, stale) in begun.items() for i in range(0, len(stale), AT_ONCE)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for operation in OPERATIONS:
-            evidence[operation], stale = begin(operation, evidence)
-            for result in track(pool.map(_examine, stale), description=operation, total=len(stale), console=console):
-                add(evidence[operation], keys_of(operation)[result[0]], *result)
-                file.write_text(as_text({name: evidence[name] for name in OPERATIONS if name in evidence}))
+        results = track(pool.map(_examine, [labels for _, labels in tasks]), total=len(tasks), console=console)
+        for (operation, _), found in zip(tasks, results, strict=True):
+            for of_case in found:
+                add(evidence[operation], keys_of(operation)[of_case[0]], *of_case)
+            file.write_text(as_text(evidence))
     if not args.json:
         from .. import published, times
 

@@ -9,6 +9,7 @@ once.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WARP = 32
+BYTES = 16  # of an instruction
 # cycles until a result is there that sets a scoreboard: shared memory 10 to 20 ns (docs/time_model.md), the others assumed; of
 # global memory the time model knows more
 LATENCY = {"LDS": 30, "LDSM": 33, "SHFL": 24, "BAR": 22}
@@ -31,12 +33,11 @@ PIPES = {
 }
 _PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names}
 
-_LABEL = re.compile(r"^\s*(\.\S+):\s*$")
 _FIRST = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;?\s*/\* 0x[0-9a-f]{16} \*/")
 _SECOND = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 _PREDICATE = re.compile(r"^@!?U?P[T\d]+ ")
 _WIDTH = re.compile(r"\.[US]?(8|16|64|128|256)\b")
-_TARGET = re.compile(r"`\((\S+?)\)")
+_TARGET = re.compile(r"\b0x([0-9a-f]+)$")
 _GROUPS = re.compile(r"SB\d,\s*0x([0-9a-f]+)")
 
 
@@ -52,7 +53,7 @@ class Instruction:
     frees: int  # the scoreboard that says its operands were read; 7: none
     waits: int  # mask of the scoreboards it waits for
     width: int  # bytes a thread of an access
-    target: int | None  # the instruction that a branch goes to
+    target: int | None  # the instruction of its kernel that a branch goes to
 
     @property
     def loads(self) -> bool:
@@ -78,23 +79,22 @@ class Part:
         return {key: value for key, value in values.items() if value} | dict(sorted(self.instructions.items()))
 
 
-def disassembled(text: str) -> list[Instruction]:
-    """The instructions that `nvdisasm -hex -c` printed."""
+def disassembled(text: str, counts: Sequence[int]) -> list[list[Instruction]]:
+    """What `nvdisasm -hex -b` printed of kernels that lie end to end: the instructions of each, so many as `counts` says."""
     rows: list[tuple[str, int]] = []
-    labels: dict[str, int] = {}
     first = None
     for line in text.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(rows)
-        elif found := _FIRST.match(line):
+        if found := _FIRST.match(line):
             first = found[1]
         elif first and (found := _SECOND.match(line)):
             rows.append((first, int(found[1], 16)))
             first = None
-    return [_instruction(text, upper, labels) for text, upper in rows]
+    starts = [0, *itertools.accumulate(counts)]
+    assert len(rows) == starts[-1], f"{starts[-1]} instructions, {len(rows)} were printed"
+    return [[_instruction(*row, start) for row in rows[start:end]] for start, end in itertools.pairwise(starts)]
 
 
-def _instruction(text: str, upper: int, labels: dict[str, int]) -> Instruction:
+def _instruction(text: str, upper: int, start: int) -> Instruction:
     opcode = _PREDICATE.sub("", text).split()[0]
     name = opcode.split(".")[0]
     width = _WIDTH.search(opcode)
@@ -102,7 +102,7 @@ def _instruction(text: str, upper: int, labels: dict[str, int]) -> Instruction:
     control = upper >> 41
     return Instruction(
         text, opcode, name, max(control & 15, 1), control >> 5 & 7, control >> 8 & 7, control >> 11 & 63,
-        int(width[1]) // 8 if width else 4, labels.get(target[1]) if target else None,
+        int(width[1]) // 8 if width else 4, int(target[1], 16) // BYTES - start if target else None,
     )  # fmt: skip
 
 
