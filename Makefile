@@ -85,7 +85,8 @@ audit: $(INSTALLED)
 	$(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet pip-audit
 	.venv-audit/bin/pip-audit --disable-pip --require-hashes --strict --requirement .ci/requirements.lock
 
-# Every plan compiled for every architecture: the best part of an hour on two cores. Writes evidence.json and a table.
+# Every plan compiled for every architecture: some 25 minutes on two cores, extrapolated from every 20th case. Writes evidence.json
+# and a table.
 evidence: $(INSTALLED)
 	$(BIN)/python -m benchmarks evidence
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from benchmarks.evidence import case as evidence_case
 from benchmarks.evidence import cases as evidence_cases
 from benchmarks.evidence import keys as evidence_keys
 from benchmarks.evidence import run as evidence
-from benchmarks.evidence.compile_without_gpu import StandIn, copies_ahead, machine_codes
+from benchmarks.evidence.compile_without_gpu import StandIn, copies_ahead, machine_codes, one_front_end
+from hw3gpu._torch import bound_launches
+from hw3gpu.kernels.gpu import softmax
 from hw3gpu.kernels.gpu._batch_norm.activation import ACT
 
 HEAVY = {case.label: case for case in evidence_cases.cases() if case.heavy}
@@ -87,9 +90,39 @@ def test_kernels_read_at_once_are_as_read_one_by_one():
         assert machine_codes(launches) == [machine_codes([launch])[0] for launch in launches]
 
 
+def test_no_kernel_asks_which_gpu_it_is_compiled_for():
+    """As `one_front_end` takes for granted."""
+    for path in Path(softmax.__file__).parent.rglob("*.py"):
+        assert not re.search(r"tl\.dot\w*\(|float8|tensor_descriptor|target_info", path.read_text()), path.name
+
+
+def test_one_front_end_makes_the_same_machine_code(monkeypatch, tmp_path):
+    """Each kernel goes through Triton's front end once, not once an architecture, and becomes the same binaries."""
+    from triton.compiler.compiler import ASTSource
+
+    (case,) = (case for case in evidence_cases.cases() if case.label == "softmax 4096x1001x1 float32")
+    architectures = [arch for arch in evidence.ARCHITECTURES if isinstance(arch, int)]
+    make_ir, made = ASTSource.make_ir, []
+    monkeypatch.setattr(ASTSource, "make_ir", lambda *args: made.append(args[0].name) or make_ir(*args))
+
+    def binaries(folder):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / folder))
+        bound_launches.forget()
+        for kernel in (softmax._forward_kernel, softmax._backward_kernel):
+            monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.device_caches.default_factory))
+        return [launch.binary for arch in architectures for launch in evidence.compiled(case, arch)]
+
+    alone = binaries("alone")
+    assert sorted(made) == sorted(["_forward_kernel", "_backward_kernel"] * len(architectures))
+    made.clear()
+    with one_front_end():
+        assert binaries("shared") == alone
+    assert sorted(made) == ["_backward_kernel", "_forward_kernel"]
+
+
 def test_a_spill_would_be_seen():
     """The check is alive: a tile far beyond what a plan takes spills, and `findings` says so."""
-    from hw3gpu.kernels.gpu import row_plan, softmax
+    from hw3gpu.kernels.gpu import row_plan
 
     def run() -> None:
         z = torch.empty(16, 65536, 1, dtype=torch.float32, device="meta")
@@ -151,7 +184,6 @@ def test_prose_is_not_in_a_key():
 
 def test_what_a_key_tells_apart(monkeypatch):
     """Another plan, another grid, a helper of other text, other bytes: and nothing else does."""
-    from hw3gpu.kernels.gpu import softmax
 
     def key_of(rows=64, **moves):
         run = evidence_cases._softmax_case((rows, 1000, 1), torch.float32)

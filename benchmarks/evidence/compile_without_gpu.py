@@ -117,6 +117,37 @@ class StandIn:
         triton.runtime.driver._active, device.ABSENT = self._previous
 
 
+@contextlib.contextmanager
+def one_front_end() -> Iterator[None]:
+    """What Triton's front end makes of a kernel for one NVIDIA GPU serves the others: the same module, read from its text.
+
+    It asks which one it is for float8, `tl.dot`, tensor descriptors and `target_info` alone, and no kernel here has these.
+    """
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import ASTSource
+
+    make_ir, made = ASTSource.make_ir, dict[Any, str]()
+
+    def shared(source: Any, target: Any, options: Any, *rest: Any) -> Any:
+        of, context = (source.hash(), target.backend, options.debug, options.sanitize_overflow), rest[-1]
+        if of not in made:
+            module = make_ir(source, target, options, *rest)
+            made[of] = module.str()
+            return module
+        with tempfile.NamedTemporaryFile("w", suffix=".ttir") as file:
+            file.write(made[of])
+            file.flush()
+            module = ir.parse_mlir_module(file.name, context)
+        module.context = context  # which it keeps alive
+        return module
+
+    ASTSource.make_ir = shared
+    try:
+        yield
+    finally:
+        ASTSource.make_ir = make_ir
+
+
 def part(arch: int | str) -> Any:
     """The `Device` that stands for an architecture."""
     from hw3gpu.kernels.gpu.device import A100, B200, H100, RTX_5090, Device

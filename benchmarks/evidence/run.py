@@ -23,7 +23,7 @@ import triton
 from . import in_flight
 from .case import OPERATIONS, Case
 from .cases import cases
-from .compile_without_gpu import Launch, MachineCode, StandIn, machine_codes, part
+from .compile_without_gpu import Launch, MachineCode, StandIn, machine_codes, one_front_end, part
 from .keys import key
 from .occupancy import programs, waves
 from .sass import barriers_a_tile, instructions_an_access
@@ -162,7 +162,8 @@ def as_text(evidence: dict[str, Any]) -> str:
 def _examine(labels: list[str]) -> list[tuple[str, dict[str, dict[str, Any]], list[str]]]:
     """(label, findings by architecture and kernel, complaints) of each of these cases."""
     chosen = [case for case in cases() if case.label in labels]
-    of_case = zip(*(examined_together(chosen, arch) for arch in ARCHITECTURES), strict=True)
+    with one_front_end():
+        of_case = [*zip(*(examined_together(chosen, arch) for arch in ARCHITECTURES), strict=True)]
     return [
         (
             case.label,
