@@ -67,6 +67,11 @@ def test_fused_of_every_dtype(device, rng, dtype, activation, with_residual):
     fused_is_composed(device, rng, (3, 2, 5, 5), dtype, "contiguous", activation, with_residual, True)
 
 
+def test_what_passes_a_large_block_is_computed_again(rng):
+    """A block of the CPU kernels keeps what passes an activation for its second pass, up to a megabyte of it; here it is more."""
+    fused_is_composed("cpu", rng, (4, 8, 66000), "float32", "contiguous", "silu", True, True)
+
+
 def fused_is_composed(device, rng, shape, dtype, layout, activation, with_residual, training):
     """Every result against PyTorch's three operations in float64, on the same numbers."""
     x, residual, weight, bias, running = operands(rng, device, shape, dtype)

@@ -40,6 +40,7 @@ from .channel_plan import (
 
 __all__ = ["backward", "forward", "inference_backward", "normalize", "trains"]
 
+RELU = KINDS["relu"]
 FEWEST_OF_A_PLANE = 16  # the smallest plane that is worth a loop of its own
 
 
@@ -144,27 +145,26 @@ def _row_results(
 
 @kernel
 def _row_gradient_sums(
-    first, last, rows, dy_at, x_at, stats_at, gamma_at, N, C, S, partial, kind, beta_at, beside_at
+    first, last, rows, dy_at, x_at, stats_at, gamma_at, N, C, S, partial, kind, beta_at, beside_at, passed_at
 ) -> None:  # fmt: skip
     stats, no_dx, beta = floats(stats_at, (3, C)), planes(x_at, 0, 0, 0), _beta_of(kind, beta_at, C)
     dy, x, beside = planes(dy_at, N, C, S), planes(x_at, N, C, S), planes_or_none(beside_at, N, C, S)
+    passed = planes_or_none(passed_at, N, C, S)
     scale = stats[2] * vector_or(gamma_at, C, 1.0)
-    lines.gradient_sums(first, last, rows, dy, x, stats[:2], scale, no_dx, partial, beta, kind, beside, None, None)
+    lines.gradient_sums(first, last, rows, dy, x, stats[:2], scale, no_dx, partial, beta, kind, beside, passed, None)
 
 
 @kernel
 def _row_gradients(
-    first, last, blocks, rows, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S, kind, beta_at, beside_at,
-    dresidual_at,
+    first, last, blocks, rows, dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S, kind, result_at
 ) -> None:  # fmt: skip
+    """kind: a ReLU, or None where dy is what passes the activation already."""
     dy, x, mean, rstd, gamma, dx, dgamma, dbeta = _backward_operands(
         dy_at, x_at, stats_at, gamma_at, dx_at, dgamma_at, dbeta_at, N, C, S
     )  # fmt: skip
-    m = np.float32(N * S)
+    m, result = np.float32(N * S), planes_or_none(result_at, N, C, S)
     b, k = dbeta / m, rstd * (dgamma / m)
-    beta, beside = _beta_of(kind, beta_at, C), planes_or_none(beside_at, N, C, S)
-    dresidual, scale = planes_or_none(dresidual_at, N, C, S), rstd * gamma
-    lines.apply(first, last, blocks, rows, dy, x, mean, scale, b, k, dx, beta, kind, beside, dresidual, None)
+    lines.apply(first, last, blocks, rows, dy, x, mean, rstd * gamma, b, k, dx, None, kind, result, None, None)
 
 
 # ---------------------------------------------------------------------------------------------- backward of known statistics
@@ -299,8 +299,9 @@ moving(Moves(("x_at",)), _row_sums)
 moving(Moves(("x_at", "residual_at"), ("y_at",)), _forward, _forward_planes, _row_results)
 moving(Moves(("x_at", "residual_at"), ("y_at",)), _normalize_tiles, _normalize_planes, _normalize_lines)
 moving(Moves(("x_at",), ("y_at",)), _normalize_small_planes, _normalize_rows)
-moving(Moves(("dy_at", "x_at", "beside_at")), _row_gradient_sums)
-moving(Moves(("dy_at", "x_at", "beside_at"), ("dx_at", "dresidual_at")), _backward, _backward_planes, _row_gradients)
+moving(Moves(("dy_at", "x_at", "beside_at"), ("passed_at",)), _row_gradient_sums)
+moving(Moves(("dy_at", "x_at", "beside_at"), ("dx_at", "dresidual_at")), _backward, _backward_planes)
+moving(Moves(("dy_at", "x_at", "result_at"), ("dx_at",)), _row_gradients)
 moving(Moves(("dy_at", "x_at"), ("dx_at",)), _inference_tiles, _inference_planes, _inference_rows)
 
 
@@ -361,12 +362,16 @@ def backward(
 
 
 def _backward_rows(plan, fused, dy, x, stats, gamma, dx, dgamma, dbeta, N, C, S) -> None:
-    of, nbytes = plan.sums, 4 * N * C * S
+    of, nbytes, (kind, beta, beside, passed) = plan.sums, 4 * N * C * S, fused
+    if passed is None and kind is not None and kind is not RELU:  # computed once, and kept in dx
+        passed = dx
     partial = np.empty((of.partial, 2, C))
-    run(_row_gradient_sums, of.blocks, 2 * nbytes, *of.told, dy, x, stats, gamma, N, C, S, partial, *fused[:3])
+    run(_row_gradient_sums, of.blocks, 2 * nbytes, *of.told, dy, x, stats, gamma, N, C, S, partial, kind, beta, beside, passed)
     _finish_gradients(partial, stats, dgamma, dbeta, C)
+    if passed is not None:
+        dy, kind, beside = passed, None, None
     of = plan.result
-    run(_row_gradients, of.blocks, 3 * nbytes, *of.told, dy, x, stats, gamma, dx, dgamma, dbeta, N, C, S, *fused)
+    run(_row_gradients, of.blocks, 3 * nbytes, *of.told, dy, x, stats, gamma, dx, dgamma, dbeta, N, C, S, kind, beside)
 
 
 def inference_backward(

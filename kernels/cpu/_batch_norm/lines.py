@@ -80,16 +80,18 @@ def _apply(dy, x, result, at, dx, around) -> None:
 
 
 # The gradient of an activation, of a line before it is summed. gate: the activation, parameters (at[SHIFT_1] is beta) and
-# memory for two lines; None without one, and for a ReLU.
-def _gate(kind: Any, positions: Any, like: Any) -> Any:
+# memory for some lines; None without one, and for a ReLU.
+def _gate(kind: Any, lines: Any, positions: Any, like: Any) -> Any:
     """The gate; the caller fills its parameters."""
 
 
 @overload(_gate)
-def _choose_gate(kind, positions, like) -> Callable[..., Any]:
+def _choose_gate(kind, lines, positions, like) -> Callable[..., Any]:
     if not is_computed_again(kind):
-        return lambda kind, positions, like: None
-    return lambda kind, positions, like: (kind, parameters(positions, like), np.empty((1, 2, positions), like.dtype))
+        return lambda kind, lines, positions, like: None
+    return lambda kind, lines, positions, like: (
+        kind, parameters(positions, like), np.empty((1, lines, positions), like.dtype)
+    )  # fmt: skip
 
 
 def _through(dy: Any, x: Any, gate: Any, j: Any, residual: Any) -> Any:
@@ -108,6 +110,17 @@ def _passed_line(dy, x, gate, j, residual) -> np.ndarray:
     kind, at, memory = gate
     of = _of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1)
     return _pass_run(line_of(memory, 0, j, 0, dy.size), dy, x, *of, (kind, residual))
+
+
+def _went_through(dy: Any, gate: Any, j: Any) -> Any:
+    """What `_through` gave of this line."""
+
+
+@overload(_went_through)
+def _choose_went_through(dy, gate, j) -> Callable[..., Any]:
+    if gate == types.none:
+        return lambda dy, gate, j: dy
+    return lambda dy, gate, j: line_of(gate[2], 0, j, 0, dy.size)
 
 
 @inline
@@ -282,7 +295,8 @@ def gradient_sums(
 ) -> None:  # fmt: skip
     """partial (blocks, 2, C) = sum dy and sum dy (x - mean) of every block and channel. Reads dy and x once.
 
-    Where dx has values the statistics do not depend on x: dx = scale dy and dresidual = dy are written too, block by block.
+    dresidual = dy is written too; with an activation dy counts as dy a'(p). Where dx has values the statistics do not depend on
+    x, and dx = scale dy is written, block by block.
     """
     N, C, S = x.shape
     blocks, m, P, scaled = partial.shape[0], N * S, rows * C, dx.size > 0
@@ -296,7 +310,7 @@ def gradient_sums(
     at = parameters(P if scaled else 0, scale)
     if scaled:
         _repeat(at, SCALE, scale)
-    gate, result = _gate(kind, P, scale), result_of(kind, residual)
+    gate, result = _gate(kind, 2, P, scale), result_of(kind, residual)
     _gate_of_rows(gate, mean, scale, beta)
     for block in range(first, last):
         start, end = m * block // blocks, m * (block + 1) // blocks
@@ -306,12 +320,16 @@ def gradient_sums(
         product[:] = 0.0
         while v < end:
             counted, stop = run_of_rows(on, v, end)
+            if not counted:
+                _clear_rows(dresidual, v, stop)
             part = (stop - v) // (2 * rows) * rows if counted else 0
             for u in range(v, v + part, rows):
                 dy0, dy1, x0, x1 = _rows_of(dy, u, P), _rows_of(dy, u + part, P), _rows_of(x, u, P), _rows_of(x, u + part, P)
                 dy0 = _through(dy0, x0, gate, 0, _rows_beside(residual, u, P, S))
                 dy1 = _through(dy1, x1, gate, 1, _rows_beside(residual, u + part, P, S))
                 result0, result1 = _rows_beside(result, u, P, S), _rows_beside(result, u + part, P, S)
+                put_line(dy0, result0, dresidual, u // S, 0, u % S)
+                put_line(dy1, result1, dresidual, (u + part) // S, 0, (u + part) % S)
                 mean_at, rest_at = _of(about, MEAN), _of(about, REST)
                 _along(P, total, add_two_gradients, (dy0, dy1, x0, x1, result0, result1, mean_at, rest_at, total, product))
             v += 2 * part
@@ -320,6 +338,7 @@ def gradient_sums(
                 x0 = _rows_of(x, v, size)
                 dy0 = _through(_rows_of(dy, v, size), x0, gate, 0, _rows_beside(residual, v, size, S))
                 mean_at, rest_at, result0 = _of(about, MEAN), _of(about, REST), _rows_beside(result, v, size, S)
+                put_line(dy0, result0, dresidual, v // S, 0, v % S)
                 _along(size, total, add_gradients, (dy0, x0, result0, mean_at, rest_at, total, product))
                 v += rows
             v = stop
@@ -330,13 +349,10 @@ def gradient_sums(
             counted, stop = run_of_rows(on, v, end)
             if not counted:
                 _clear_rows(dx, v, stop)
-                _clear_rows(dresidual, v, stop)
             while counted and v < stop:
                 size = min(rows, stop - v) * C
                 passed = _through(_rows_of(dy, v, size), _rows_of(x, v, size), gate, 0, _rows_beside(residual, v, size, S))
-                result_line = _rows_beside(result, v, size, S)
-                put_line(passed, result_line, dresidual, v // S, 0, v % S)
-                _scale(passed, result_line, at, _rows_of(dx, v, size), _goes_around(dx))
+                _scale(passed, _rows_beside(result, v, size, S), at, _rows_of(dx, v, size), _goes_around(dx))
                 v += rows
             v = stop
     streamed()
@@ -374,7 +390,7 @@ def apply(
     N, C, S = x.shape
     m, at = N * S, parameters(rows * C, mean)
     _slopes_of_rows(at, mean, scale, b, k)
-    gate, result = _gate(kind, rows * C, mean), result_of(kind, residual)
+    gate, result = _gate(kind, 1, rows * C, mean), result_of(kind, residual)
     _gate_of_rows(gate, mean, scale, beta)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks

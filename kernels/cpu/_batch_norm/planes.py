@@ -16,7 +16,7 @@ from numba import types
 
 from .._numba.compile import inline, kernel, overload
 from .._numba.simd import Lanes, fetch, load_lanes, streamed, width, write
-from .._numba.views import gather, line_of, plane_of, prefix, row_buffer, scatter
+from .._numba.views import gather, line_of, plane_of, row_buffer, scatter
 from .activation import (
     finished,
     is_computed_again,
@@ -39,6 +39,8 @@ from .statistics import add_to, better_shift, finish, first_mean, first_position
 AROUND = 8 << 20
 # Values whose sum is taken at once, and values copied at once.
 RUN = 512
+# Bytes of what passes an activation that are kept from the first pass over a block to the second.
+MOST_KEPT, NONE_KEPT = 1 << 20, (0, 0, 0)
 # 0 as a variable: Numba compiles a function once more for a literal.
 START = np.int64(0)
 
@@ -187,7 +189,7 @@ def _apply(
     for s in range(s0, s1, step):
         end = min(s + step, s1)
         dy_run, x_run = gather(plane_of(dy, n, c, s, end), dy_scratch), gather(plane_of(x, n, c, s, end), x_scratch)
-        dy_run, result_run = _through(dy_run, x_run, mean, n, c, s, end, gate), _result_run(told, n, c, s, end)
+        dy_run, result_run = _went_through(dy_run, x_run, mean, n, c, s, end, gate), _result_run(told, n, c, s, end)
         on_run = line_beside(on, 0, n, s, end - s)
         put(dy_run, on_run, result_run, dresidual, n, c, s)
         dx_run = row_buffer(plane_of(dx, n, c, s, end), dx_scratch)
@@ -216,17 +218,23 @@ def _choose_gated_piece(gate, size) -> Callable[..., Any]:
     return (lambda gate, size: size) if gate == types.none else (lambda gate, size: RUN)
 
 
-def _gate(kind: Any, residual: Any, scale: Any, beta: Any) -> Any:
-    """What `_through` takes: activation, residual, memory for two runs, γ rstd and β; None without one, and for a ReLU."""
+def _gate(kind: Any, residual: Any, scale: Any, beta: Any, shape: Any) -> Any:
+    """What `_through` takes: activation, residual, memory for a run of it, γ rstd, β, memory for what passes, and 1 where that
+    has all values of a block, 0 where it has RUN of them; None without an activation, and for a ReLU."""
 
 
 @overload(_gate)
-def _choose_gate(kind, residual, scale, beta) -> Callable[..., Any]:
+def _choose_gate(kind, residual, scale, beta, shape) -> Callable[..., Any]:
     if not is_computed_again(kind):
-        return lambda kind, residual, scale, beta: None
-    return lambda kind, residual, scale, beta: (
-        kind, residual, scratch_beside(residual, RUN), np.empty(RUN, scale.dtype), scale, beta
-    )  # fmt: skip
+        return lambda kind, residual, scale, beta, shape: None
+    return lambda kind, residual, scale, beta, shape: _new_gate(kind, residual, scale, beta, shape)
+
+
+@inline
+def _new_gate(kind, residual, scale, beta, shape) -> Any:
+    kept = 0 < shape[0] * shape[1] * shape[2] * scale.itemsize <= MOST_KEPT
+    memory = np.empty(shape if kept else (1, 1, RUN), scale.dtype)
+    return kind, residual, scratch_beside(residual, RUN), scale, beta, memory, 1 if kept else 0
 
 
 def _through(dy: Any, x: Any, mean: Any, n: Any, c: Any, s: Any, end: Any, gate: Any) -> Any:
@@ -242,9 +250,28 @@ def _choose_through(dy, x, mean, n, c, s, end, gate) -> Callable[..., Any]:
 
 @inline
 def _passed_run(dy, x, mean, n, c, s, end, gate) -> np.ndarray:
-    kind, residual, r_scratch, memory, scale, beta = gate
+    kind, residual, r_scratch, scale, beta, _, _ = gate
     after = kind, run_beside(residual, n, c, s, end, r_scratch)
-    return _pass_run(prefix(memory, dy.size), dy, x, mean[0, c], mean[1, c], scale[c], beta[c], after)
+    return _pass_run(_run_of_gate(n, c, s, end, gate), dy, x, mean[0, c], mean[1, c], scale[c], beta[c], after)
+
+
+@inline
+def _run_of_gate(n, c, s, end, gate) -> np.ndarray:
+    memory, kept = gate[5], gate[6]
+    return line_of(memory, n * kept, c % memory.shape[1], s * kept, end - s)
+
+
+def _went_through(dy: Any, x: Any, mean: Any, n: Any, c: Any, s: Any, end: Any, gate: Any) -> Any:
+    """What `_through` gave of this run, from the gate's memory where that keeps it."""
+
+
+@overload(_went_through)
+def _choose_went_through(dy, x, mean, n, c, s, end, gate) -> Callable[..., Any]:
+    if gate == types.none:
+        return lambda dy, x, mean, n, c, s, end, gate: dy
+    return lambda dy, x, mean, n, c, s, end, gate: (
+        _run_of_gate(n, c, s, end, gate) if gate[6] else _passed_run(dy, x, mean, n, c, s, end, gate)
+    )
 
 
 @inline
@@ -340,7 +367,7 @@ def backward(
     m = values_of_channel(x, on)
     dy_scratch, x_scratch, dx_scratch, around = _scratch(dy), _scratch(x), _scratch(dx), _goes_around(dx)
     sums, b, k = np.empty((2, 2, group)), np.empty(group, rstd.dtype), np.empty(group, rstd.dtype)
-    gate, told = _gate(kind, residual, scale_of(kind, rstd, gamma), beta), _told_by(kind, residual)
+    gate, told = _gate(kind, residual, scale_of(kind, rstd, gamma), beta, (N, group, S)), _told_by(kind, residual)
     for block in range(first, last):
         c0, c1 = block * group, min(block * group + group, C)
         sums[:] = 0.0
@@ -394,7 +421,7 @@ def gradient_sums(first, last, dy, x, mean, scale, dx, partial, beta, kind, resi
     """
     C = x.shape[1]
     blocks, dy_scratch, x_scratch, pieces = partial.shape[0], _scratch(dy), _scratch(x), np.empty((2, 2, C))
-    dx_scratch, gate, told = _scratch(dx), _gate(kind, residual, scale, beta), _told_by(kind, residual)
+    dx_scratch, gate, told = _scratch(dx), _gate(kind, residual, scale, beta, NONE_KEPT), _told_by(kind, residual)
     for block in range(first, last):
         v, end = x.size * block // blocks, x.size * (block + 1) // blocks
         pieces[:] = 0.0
@@ -433,7 +460,7 @@ def apply(first, last, blocks, dy, x, mean, scale, b, k, dx, beta, kind, residua
     Reads dy and x (and the residual, where an activation needs it); writes dx and dresidual.
     """
     dy_scratch, x_scratch, dx_scratch, around = _scratch(dy), _scratch(x), _scratch(dx), _goes_around(dx)
-    gate, told = _gate(kind, residual, scale, beta), _told_by(kind, residual)
+    gate, told = _gate(kind, residual, scale, beta, NONE_KEPT), _told_by(kind, residual)
     for block in range(first, last):
         v, end = x.size * block // blocks, x.size * (block + 1) // blocks
         while v < end:

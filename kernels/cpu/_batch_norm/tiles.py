@@ -36,6 +36,7 @@ from .lines import (
     _scale,
     _spread,
     _through,
+    _went_through,
     _wide_means,
     parameters,
 )
@@ -82,13 +83,13 @@ def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual
     for n in range(n0, n0 + part):
         dy0, dy1 = line_of(dy, n, c0, 0, size), line_of(dy, n + part, c0, 0, size)
         x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + part, c0, 0, size)
-        dy0 = _through(dy0, x0, gate, 0, line_beside(residual, n, c0, 0, size))
-        dy1 = _through(dy1, x1, gate, 1, line_beside(residual, n + part, c0, 0, size))
+        dy0 = _through(dy0, x0, gate, n, line_beside(residual, n, c0, 0, size))
+        dy1 = _through(dy1, x1, gate, n + part, line_beside(residual, n + part, c0, 0, size))
         result0, result1 = line_beside(result, n, c0, 0, size), line_beside(result, n + part, c0, 0, size)
         _along(size, total, add_two_gradients, (dy0, dy1, x0, x1, result0, result1, mean, rest, total, product))
     for n in range(n0 + 2 * part, n1):
         dy0, x0 = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
-        dy0 = _through(dy0, x0, gate, 0, line_beside(residual, n, c0, 0, size))
+        dy0 = _through(dy0, x0, gate, n, line_beside(residual, n, c0, 0, size))
         result0 = line_beside(result, n, c0, 0, size)
         _along(size, total, add_gradients, (dy0, x0, result0, mean, rest, total, product))
 
@@ -273,7 +274,7 @@ def backward(
     m, step = np.float64(N * S), min(_at_once(group, x), last - first)
     P = step * group * S
     sums, at, total, product = np.empty((2, step * group)), parameters(P, rstd), sums_memory(x, P), sums_memory(x, P)
-    about, gate, of_gate = np.empty((1, 2, P)), _gate(kind, P, rstd), scale_of(kind, rstd, gamma)
+    about, gate, of_gate = np.empty((1, 2, P)), _gate(kind, N, P, rstd), scale_of(kind, rstd, gamma)
     result = result_of(kind, residual)
     for tile in range(first, last, step):
         c0, c1 = tile * group, min(min(tile + step, last) * group, C)
@@ -289,11 +290,9 @@ def backward(
         _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta)
         # 3. read both again: dx
         for n in range(N):
-            x_line = line_of(x, n, c0, 0, size)
-            passed = _through(line_of(dy, n, c0, 0, size), x_line, gate, 0, line_beside(residual, n, c0, 0, size))
-            result_line = line_beside(result, n, c0, 0, size)
+            passed, result_line = _went_through(line_of(dy, n, c0, 0, size), gate, n), line_beside(result, n, c0, 0, size)
             put_line(passed, result_line, dresidual, n, c0, 0)
-            _apply(passed, x_line, result_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+            _apply(passed, line_of(x, n, c0, 0, size), result_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()
 
 
@@ -329,7 +328,7 @@ def gradient_sums(
     """
     S, P, parts, scaled = x.shape[2], group * x.shape[2], partial.shape[0], dx.size > 0
     sums, about, total, product = np.empty((2, group)), np.empty((1, 2, P)), sums_memory(x, P), sums_memory(x, P)
-    at, gate, result = parameters(P if scaled else 0, scale), _gate(kind, P, scale), result_of(kind, residual)
+    at, gate, result = parameters(P if scaled else 0, scale), _gate(kind, x.shape[0], P, scale), result_of(kind, residual)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
         size = (c1 - c0) * S
@@ -342,9 +341,7 @@ def gradient_sums(
             for c in range(c0, c1):
                 _spread(at, SCALE, c - c0, S, scale[c])
             for n in range(n0, n1):
-                x_line = line_of(x, n, c0, 0, size)
-                passed = _through(line_of(dy, n, c0, 0, size), x_line, gate, 0, line_beside(residual, n, c0, 0, size))
-                result_line = line_beside(result, n, c0, 0, size)
+                passed, result_line = _went_through(line_of(dy, n, c0, 0, size), gate, n), line_beside(result, n, c0, 0, size)
                 put_line(passed, result_line, dresidual, n, c0, 0)
                 _scale(passed, result_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()
@@ -372,7 +369,7 @@ def apply(
 
     Reads dy and x (and the residual, where an activation needs it); writes dx and dresidual.
     """
-    S, at, gate = x.shape[2], parameters(group * x.shape[2], mean), _gate(kind, group * x.shape[2], mean)
+    S, at, gate = x.shape[2], parameters(group * x.shape[2], mean), _gate(kind, 1, group * x.shape[2], mean)
     result = result_of(kind, residual)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
