@@ -68,7 +68,7 @@ def test_fused_of_every_dtype(device, rng, dtype, activation, with_residual):
 
 
 def test_what_passes_a_large_block_is_computed_again(rng):
-    """A block of the CPU kernels keeps what passes an activation for its second pass, up to a megabyte of it; here it is more."""
+    """A block of the CPU kernels keeps what passes an activation for its second pass, up to a megabyte; here it is more."""
     fused_is_composed("cpu", rng, (4, 8, 66000), "float32", "contiguous", "silu", True, True)
 
 
