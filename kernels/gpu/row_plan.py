@@ -126,15 +126,17 @@ def _plain_long_row(
 ) -> RowPlan:
     """A row without options of which a part stays, and the rest is read again: from the cache, if it holds the rows of all
     programs."""
-    if extra_per_lane:  # of two half-precision tensors fewer lanes stay, so that a multiprocessor holds two programs
-        ahead = min(64 << 10, device.shared_memory // 2) // (8192 * itemsize * tensors)
-        return RowPlan(block_r, 8192, 8192, False, 16, min(1 + ahead, 5), registers=64)
     two_cached = 2 * V * itemsize * device.multiprocessors <= 0.6 * device.l2
-    if two_cached and device.short_of_instructions and rows_ahead == 1:  # a loss; of a softmax larger ones take less time
+    if two_cached and device.short_of_instructions and rows_ahead == 1 and not extra_per_lane:
         return RowPlan(block_r, 2048 * itemsize, 4096, False, 4, 2)
+    ahead = min(64 << 10, device.shared_memory // 2) // (8192 * itemsize * tensors)
+    # of a softmax so few registers spill on a B200 and on an RTX 5090
+    few_registers = extra_per_lane > 0 or rows_ahead == 1 or (ahead == 4 and not device.short_of_instructions)
+    if itemsize == 2 and few_registers:  # fewer lanes stay, so that one of two programs computes while the other waits
+        return RowPlan(block_r, 8192, 8192, False, 16, min(1 + ahead, 5), registers=64)
     if itemsize == 2:
         return RowPlan(block_r, resident, 16384, False, 16, 2)
-    return RowPlan(block_r, resident, 8192, False, 16, 1 + min(64 << 10, device.shared_memory // 2) // (8192 * itemsize))
+    return RowPlan(block_r, resident, 8192, False, 16, 1 + ahead)
 
 
 def _tiles_of_a_long_row(
