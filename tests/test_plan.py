@@ -261,7 +261,9 @@ def test_plan_columns(V, S, itemsize, mode, unit_s):
         assert p.num_warps == max(p.BLOCK_R * p.BLOCK_V * itemsize // 2048, 1), "64 bytes a thread"
         fewer = itemsize == 2 and p.BLOCK_R == 1 and p.num_warps > 1
         assert light.num_warps * (1 + fewer) == p.num_warps, "and 128 where instructions are the limit"
-        assert R.plan_columns(V, S, itemsize, mode, unit_s, light=True, device=H100) == p
+        more = 2 if itemsize == 2 and mode == P.ALIGNED and p.BLOCK_R == 1 and p.BLOCK_V > 512 else 1
+        light = R.plan_columns(V, S, itemsize, mode, unit_s, light=True, device=H100)
+        assert light == replace(p, num_warps=more * p.num_warps), "and 32 of aligned halves"
 
 
 @pytest.mark.parametrize(

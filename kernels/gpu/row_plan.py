@@ -236,8 +236,10 @@ def plan_columns(
     block_v = min(next_power_of_2(lanes), tile // block_r)
     if crowded:
         num_warps = warps_for(2 * block_r * block_v)
-    else:  # 64 bytes a thread: what a thread does once a row and once an access is shared by more values
-        bytes_a_thread = 128 if light and itemsize == 2 and block_r == 1 and device.short_of_instructions else 64
+    else:  # what a thread does once a row and once an access is shared by its values
+        bytes_a_thread = 64
+        if light and itemsize == 2 and block_r == 1:
+            bytes_a_thread = 128 if device.short_of_instructions else 32 if mode == ALIGNED else 64
         num_warps = max(block_r * block_v * itemsize // (32 * bytes_a_thread), 1)
     return ColumnPlan(block_r, block_v, cdiv(lanes, block_v), num_warps)
 
