@@ -67,9 +67,10 @@ def test_fused_of_every_dtype(device, rng, dtype, activation, with_residual):
     fused_is_composed(device, rng, (3, 2, 5, 5), dtype, "contiguous", activation, with_residual, True)
 
 
-def test_what_passes_a_large_block_is_computed_again(rng):
+@pytest.mark.parametrize("shape", [(4, 8, 66000), (2100, 512, 4)], ids=["planes", "tiles"])
+def test_what_passes_a_large_block_is_computed_again(rng, shape):
     """A block of the CPU kernels keeps what passes an activation for its second pass, up to a megabyte; here it is more."""
-    fused_is_composed("cpu", rng, (4, 8, 66000), "float32", "contiguous", "silu", True, True)
+    fused_is_composed("cpu", rng, shape, "float32", "contiguous", "silu", True, True)
 
 
 def fused_is_composed(device, rng, shape, dtype, layout, activation, with_residual, training):

@@ -21,7 +21,7 @@ from .._numba.simd import Lanes, load_lanes, streamed, width, write
 from .._numba.views import line_of
 from .activation import is_computed_again, line_beside, put_line, result_of
 from .line_sums import add_deviations, add_four_deviations, add_gradients, add_two_gradients, lanes_left_at, sums_memory
-from .planes import AROUND, _at_position, _dx_of_run, _pass_run, _scaled_run, _y_of_run
+from .planes import AROUND, MOST_KEPT, _at_position, _dx_of_run, _pass_run, _scaled_run, _y_of_run
 from .positions import run_of_rows
 from .statistics import lanes_with_low, two_sum
 
@@ -79,8 +79,8 @@ def _apply(dy, x, result, at, dx, around) -> None:
     write(dx, around, _dx_of_run, (dy, x, None, result, *of))
 
 
-# The gradient of an activation, of a line before it is summed. gate: the activation, parameters (at[SHIFT_1] is beta) and
-# memory for some lines; None without one, and for a ReLU.
+# The gradient of an activation, of a line before it is summed. gate: the activation, parameters (at[SHIFT_1] is beta), memory
+# for lines, and whether it keeps all lines of a tile (n) or two at a time (j); None without one, and for a ReLU.
 def _gate(kind: Any, lines: Any, positions: Any, like: Any) -> Any:
     """The gate; the caller fills its parameters."""
 
@@ -89,38 +89,44 @@ def _gate(kind: Any, lines: Any, positions: Any, like: Any) -> Any:
 def _choose_gate(kind, lines, positions, like) -> Callable[..., Any]:
     if not is_computed_again(kind):
         return lambda kind, lines, positions, like: None
-    return lambda kind, lines, positions, like: (
-        kind, parameters(positions, like), np.empty((1, lines, positions), like.dtype)
-    )  # fmt: skip
+    return lambda kind, lines, positions, like: _new_gate(kind, lines, positions, like)
 
 
-def _through(dy: Any, x: Any, gate: Any, j: Any, residual: Any) -> Any:
-    """dy a'(p) of a line, in the gate's line j; `dy` itself without a gate."""
+@inline
+def _new_gate(kind, lines, positions, like) -> Any:
+    keeps = lines > 2 and lines * positions * like.itemsize <= MOST_KEPT
+    return kind, parameters(positions, like), np.empty((1, lines if keeps else 2, positions), like.dtype), keeps
+
+
+def _through(dy: Any, x: Any, gate: Any, n: Any, j: Any, residual: Any) -> Any:
+    """dy a'(p) of a line, in the gate's line n or j; `dy` itself without a gate."""
 
 
 @overload(_through)
-def _choose_through(dy, x, gate, j, residual) -> Callable[..., Any]:
+def _choose_through(dy, x, gate, n, j, residual) -> Callable[..., Any]:
     if gate == types.none:
-        return lambda dy, x, gate, j, residual: dy
-    return lambda dy, x, gate, j, residual: _passed_line(dy, x, gate, j, residual)
+        return lambda dy, x, gate, n, j, residual: dy
+    return lambda dy, x, gate, n, j, residual: _passed_line(dy, x, gate, n if gate[3] else j, residual)
 
 
 @inline
 def _passed_line(dy, x, gate, j, residual) -> np.ndarray:
-    kind, at, memory = gate
+    kind, at, memory, _ = gate
     of = _of(at, MEAN), _of(at, REST), _of(at, SCALE), _of(at, SHIFT_1)
     return _pass_run(line_of(memory, 0, j, 0, dy.size), dy, x, *of, (kind, residual))
 
 
-def _went_through(dy: Any, gate: Any, j: Any) -> Any:
-    """What `_through` gave of this line."""
+def _went_through(dy: Any, x: Any, gate: Any, n: Any, residual: Any) -> Any:
+    """What `_through` gave of line n, where the gate keeps it."""
 
 
 @overload(_went_through)
-def _choose_went_through(dy, gate, j) -> Callable[..., Any]:
+def _choose_went_through(dy, x, gate, n, residual) -> Callable[..., Any]:
     if gate == types.none:
-        return lambda dy, gate, j: dy
-    return lambda dy, gate, j: line_of(gate[2], 0, j, 0, dy.size)
+        return lambda dy, x, gate, n, residual: dy
+    return lambda dy, x, gate, n, residual: (
+        line_of(gate[2], 0, n, 0, dy.size) if gate[3] else _passed_line(dy, x, gate, 0, residual)
+    )
 
 
 @inline
@@ -325,8 +331,8 @@ def gradient_sums(
             part = (stop - v) // (2 * rows) * rows if counted else 0
             for u in range(v, v + part, rows):
                 dy0, dy1, x0, x1 = _rows_of(dy, u, P), _rows_of(dy, u + part, P), _rows_of(x, u, P), _rows_of(x, u + part, P)
-                dy0 = _through(dy0, x0, gate, 0, _rows_beside(residual, u, P, S))
-                dy1 = _through(dy1, x1, gate, 1, _rows_beside(residual, u + part, P, S))
+                dy0 = _through(dy0, x0, gate, 0, 0, _rows_beside(residual, u, P, S))
+                dy1 = _through(dy1, x1, gate, 1, 1, _rows_beside(residual, u + part, P, S))
                 result0, result1 = _rows_beside(result, u, P, S), _rows_beside(result, u + part, P, S)
                 put_line(dy0, result0, dresidual, u // S, 0, u % S)
                 put_line(dy1, result1, dresidual, (u + part) // S, 0, (u + part) % S)
@@ -336,7 +342,7 @@ def gradient_sums(
             while counted and v < stop:
                 size = min(rows, stop - v) * C
                 x0 = _rows_of(x, v, size)
-                dy0 = _through(_rows_of(dy, v, size), x0, gate, 0, _rows_beside(residual, v, size, S))
+                dy0 = _through(_rows_of(dy, v, size), x0, gate, 0, 0, _rows_beside(residual, v, size, S))
                 mean_at, rest_at, result0 = _of(about, MEAN), _of(about, REST), _rows_beside(result, v, size, S)
                 put_line(dy0, result0, dresidual, v // S, 0, v % S)
                 _along(size, total, add_gradients, (dy0, x0, result0, mean_at, rest_at, total, product))
@@ -351,7 +357,7 @@ def gradient_sums(
                 _clear_rows(dx, v, stop)
             while counted and v < stop:
                 size = min(rows, stop - v) * C
-                passed = _through(_rows_of(dy, v, size), _rows_of(x, v, size), gate, 0, _rows_beside(residual, v, size, S))
+                passed = _through(_rows_of(dy, v, size), _rows_of(x, v, size), gate, 0, 0, _rows_beside(residual, v, size, S))
                 _scale(passed, _rows_beside(result, v, size, S), at, _rows_of(dx, v, size), _goes_around(dx))
                 v += rows
             v = stop
@@ -390,7 +396,7 @@ def apply(
     N, C, S = x.shape
     m, at = N * S, parameters(rows * C, mean)
     _slopes_of_rows(at, mean, scale, b, k)
-    gate, result = _gate(kind, 1, rows * C, mean), result_of(kind, residual)
+    gate, result = _gate(kind, 2, rows * C, mean), result_of(kind, residual)
     _gate_of_rows(gate, mean, scale, beta)
     for block in range(first, last):
         v, end = m * block // blocks, m * (block + 1) // blocks
@@ -402,7 +408,7 @@ def apply(
             while counted and v < stop:
                 size = min(rows, stop - v) * C
                 x_line = _rows_of(x, v, size)
-                passed = _through(_rows_of(dy, v, size), x_line, gate, 0, _rows_beside(residual, v, size, S))
+                passed = _through(_rows_of(dy, v, size), x_line, gate, 0, 0, _rows_beside(residual, v, size, S))
                 result_line = _rows_beside(result, v, size, S)
                 put_line(passed, result_line, dresidual, v // S, 0, v % S)
                 _apply(passed, x_line, result_line, at, _rows_of(dx, v, size), _goes_around(dx))

@@ -83,13 +83,13 @@ def _tile_gradients(dy, x, n0, n1, c0, c1, about, total, product, gate, residual
     for n in range(n0, n0 + part):
         dy0, dy1 = line_of(dy, n, c0, 0, size), line_of(dy, n + part, c0, 0, size)
         x0, x1 = line_of(x, n, c0, 0, size), line_of(x, n + part, c0, 0, size)
-        dy0 = _through(dy0, x0, gate, n, line_beside(residual, n, c0, 0, size))
-        dy1 = _through(dy1, x1, gate, n + part, line_beside(residual, n + part, c0, 0, size))
+        dy0 = _through(dy0, x0, gate, n, 0, line_beside(residual, n, c0, 0, size))
+        dy1 = _through(dy1, x1, gate, n + part, 1, line_beside(residual, n + part, c0, 0, size))
         result0, result1 = line_beside(result, n, c0, 0, size), line_beside(result, n + part, c0, 0, size)
         _along(size, total, add_two_gradients, (dy0, dy1, x0, x1, result0, result1, mean, rest, total, product))
     for n in range(n0 + 2 * part, n1):
         dy0, x0 = line_of(dy, n, c0, 0, size), line_of(x, n, c0, 0, size)
-        dy0 = _through(dy0, x0, gate, n, line_beside(residual, n, c0, 0, size))
+        dy0 = _through(dy0, x0, gate, n, 0, line_beside(residual, n, c0, 0, size))
         result0 = line_beside(result, n, c0, 0, size)
         _along(size, total, add_gradients, (dy0, x0, result0, mean, rest, total, product))
 
@@ -290,9 +290,10 @@ def backward(
         _gradients_of_tile(at, sums, c0, c1, S, m, rstd, dgamma, dbeta)
         # 3. read both again: dx
         for n in range(N):
-            passed, result_line = _went_through(line_of(dy, n, c0, 0, size), gate, n), line_beside(result, n, c0, 0, size)
+            x_line, result_line = line_of(x, n, c0, 0, size), line_beside(result, n, c0, 0, size)
+            passed = _went_through(line_of(dy, n, c0, 0, size), x_line, gate, n, line_beside(residual, n, c0, 0, size))
             put_line(passed, result_line, dresidual, n, c0, 0)
-            _apply(passed, line_of(x, n, c0, 0, size), result_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
+            _apply(passed, x_line, result_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()
 
 
@@ -341,7 +342,8 @@ def gradient_sums(
             for c in range(c0, c1):
                 _spread(at, SCALE, c - c0, S, scale[c])
             for n in range(n0, n1):
-                passed, result_line = _went_through(line_of(dy, n, c0, 0, size), gate, n), line_beside(result, n, c0, 0, size)
+                x_line, result_line = line_of(x, n, c0, 0, size), line_beside(result, n, c0, 0, size)
+                passed = _went_through(line_of(dy, n, c0, 0, size), x_line, gate, n, line_beside(residual, n, c0, 0, size))
                 put_line(passed, result_line, dresidual, n, c0, 0)
                 _scale(passed, result_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
     streamed()
@@ -369,7 +371,7 @@ def apply(
 
     Reads dy and x (and the residual, where an activation needs it); writes dx and dresidual.
     """
-    S, at, gate = x.shape[2], parameters(group * x.shape[2], mean), _gate(kind, 1, group * x.shape[2], mean)
+    S, at, gate = x.shape[2], parameters(group * x.shape[2], mean), _gate(kind, 2, group * x.shape[2], mean)
     result = result_of(kind, residual)
     for block in range(first, last):
         n0, n1, c0, c1 = _block_of(block, parts, group, x)
@@ -378,7 +380,7 @@ def apply(
         _gate_of_tile(gate, c0, c1, S, mean, scale, beta)
         for n in range(n0, n1):
             x_line = line_of(x, n, c0, 0, size)
-            passed = _through(line_of(dy, n, c0, 0, size), x_line, gate, 0, line_beside(residual, n, c0, 0, size))
+            passed = _through(line_of(dy, n, c0, 0, size), x_line, gate, 0, 0, line_beside(residual, n, c0, 0, size))
             result_line = line_beside(result, n, c0, 0, size)
             put_line(passed, result_line, dresidual, n, c0, 0)
             _apply(passed, x_line, result_line, at, line_of(dx, n, c0, 0, size), _goes_around(dx))
