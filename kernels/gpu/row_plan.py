@@ -130,12 +130,12 @@ def _plain_long_row(
     if two_cached and device.short_of_instructions and rows_ahead == 1 and not extra_per_lane:
         return RowPlan(block_r, 2048 * itemsize, 4096, False, 4, 2)
     ahead = min(64 << 10, device.shared_memory // 2) // (8192 * itemsize * tensors)
-    # of a softmax so few registers spill on a B200 and on an RTX 5090
-    few_registers = extra_per_lane > 0 or rows_ahead == 1 or (ahead == 4 and not device.short_of_instructions)
-    if itemsize == 2 and few_registers:  # fewer lanes stay, so that one of two programs computes while the other waits
+    if itemsize == 2 and (extra_per_lane or (rows_ahead != 1 and ahead == 4 and not device.short_of_instructions)):
+        # of two tensors, and of a softmax where it does not spill (as on a B200 and an RTX 5090), fewer lanes stay: one of
+        # two programs computes while the other waits
         return RowPlan(block_r, 8192, 8192, False, 16, min(1 + ahead, 5), registers=64)
     if itemsize == 2:
-        return RowPlan(block_r, resident, 16384, False, 16, 2)
+        return RowPlan(block_r, resident, 16384, False, 16, 4 if rows_ahead == 1 and ahead == 4 else 2)
     return RowPlan(block_r, resident, 8192, False, 16, 1 + ahead)
 
 
